@@ -1,0 +1,456 @@
+"""Packs and pruned UNets on disk.
+
+A pack is a safetensors file with only what differs from a host checkpoint, under addressed LDM names,
+and a description as JSON in the metadata (key "asdm"). A standalone pruned UNet is written in the
+renumbered LDM layout, which stock ComfyUI loads, with the same description beside it.
+
+Files are read lazily: opening one reads its header, a tensor is mapped from disk when it is asked for.
+Only safetensors are read. Everything is checked before anything is handed out, and an error names the
+file, the tensor, what was wanted and what came.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .addresses import in_order, keys
+from .architecture import FAMILIES, Architecture
+from .recognise import Recognised, Unrecognised, recognise, unet_prefix
+from .surgery import ADDRESSED, Form, Mismatch, StateDict, check, convert, shapes_of
+
+METADATA_KEY = "asdm"
+FORMAT = 1
+KINDS = ("pack", "unet")
+PREDICTIONS = ("eps", "v")
+SCALE = ".scale"  # int8 weights have their per-output-channel scale under <key>.scale
+
+_MAX_HEADER = 100_000_000  # the limit of the safetensors format
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}
+_WEIGHT_DTYPES = {"F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8"}
+
+
+class BadFile(ValueError):
+    """A file that cannot be used. The message says which, what was wanted, what came and what to do."""
+
+
+# Headers --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says about itself: tensors by name as (dtype name, shape), and its metadata."""
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    metadata: Mapping[str, str]
+
+
+def parse_header(data: bytes, size: int, name: str) -> Header:
+    """Read a safetensors header.
+
+    data: the first bytes of the file, at least the whole header; size: length of the file in bytes.
+    Raises BadFile, naming `name`.
+    """
+    def bad(why: str, do: str = "Download or export it again.") -> BadFile:
+        return BadFile(f"{name}: {why}. {do}")
+
+    if data[:2] == b"PK" or data[:1] == b"\x80":
+        raise bad("this is a pickle file (.ckpt, .pt or .bin), which can run code when it is opened; asdm reads only "
+                  "safetensors", "Convert it to safetensors first.")
+    if len(data) < 8:
+        raise bad(f"only {len(data)} bytes long; wanted a safetensors file")
+    length = struct.unpack("<Q", data[:8])[0]
+    if length > min(_MAX_HEADER, max(size - 8, 0)) or length > len(data) - 8:
+        raise bad(f"its header claims {length} bytes and the file has {size}; it is cut short, or no safetensors file")
+    try:
+        header = json.loads(data[8 : 8 + length])
+    except (ValueError, RecursionError):
+        raise bad("its header is not valid JSON, so it is no safetensors file") from None
+    if not isinstance(header, dict):
+        raise bad("its header is not a table of tensors")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise bad("its metadata is not a table of texts")
+    tensors, end = {}, 0
+    for key, entry in header.items():
+        try:
+            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            numbers = (*shape, start, stop)
+        except (TypeError, KeyError, ValueError):
+            raise bad(f"the entry of tensor {key} is malformed") from None
+        if not isinstance(dtype, str) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+            raise bad(f"the entry of tensor {key} is malformed")
+        if dtype in _DTYPES and stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
+            raise bad(f"tensor {key} ({dtype}, {list(shape)}) takes {stop - start} bytes, which does not fit its shape")
+        tensors[key] = (dtype, shape)
+        end = max(end, stop)
+    if 8 + length + end != size:
+        raise bad(f"it should be {8 + length + end} bytes long and has {size}; it is "
+                  + ("cut short" if size < 8 + length + end else "too long"))
+    return Header(tensors, metadata)
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """Header of a safetensors file, without its tensors. Raises BadFile."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            data = f.read(8)
+            if len(data) == 8 and data[:2] != b"PK":
+                data += f.read(min(struct.unpack("<Q", data)[0], _MAX_HEADER, size))
+    except FileNotFoundError:
+        raise BadFile(f"{path.name}: there is no such file ({path})") from None
+    except IsADirectoryError:
+        raise BadFile(f"{path.name}: this is a folder; wanted a .safetensors file ({path})") from None
+    except OSError as e:
+        raise BadFile(f"{path.name}: cannot be read ({e.strerror or e})") from None
+    return parse_header(data, size, path.name)
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file as a lazy mapping; int8 weights come out dequantised (float32).
+
+    shapes: name -> shape of everything it holds, known without reading a tensor.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        header = read_header(path)
+        self.metadata = header.metadata
+        self.dtypes = {k: d for k, (d, _) in header.tensors.items()}
+        self._scales = {k + SCALE for k, d in self.dtypes.items() if d == "I8" and k + SCALE in self.dtypes}
+        self.shapes = {k: s for k, (_, s) in header.tensors.items() if k not in self._scales}
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as e:
+            raise BadFile(f"{self.path.name}: cannot be read as safetensors ({e}). Download or export it again.") from None
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.shapes:
+            raise KeyError(key)
+        tensor = self._file.get_tensor(key)
+        if key + SCALE in self._scales:
+            return dequantise(tensor, self._file.get_tensor(key + SCALE))
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """Some tensors of another mapping under new names, still lazy. names: new name -> old name."""
+
+    def __init__(self, source: Mapping[str, Tensor], names: Mapping[str, str]):
+        self.source, self.names = source, dict(names)
+        shapes = shapes_of(source)
+        self.shapes = {new: tuple(shapes[old]) for new, old in self.names.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.source[self.names[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+# int8 storage ---------------------------------------------------------------------------------------
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 per output channel: (int8 of weight's shape, float32 scale of shape (out,))."""
+    flat = weight.detach().float().flatten(1)
+    scale = flat.abs().amax(1) / 127
+    steps = flat / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    return steps.round().clamp(-127, 127).to(torch.int8).view(weight.shape), scale
+
+
+def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
+    """Inverse of `quantise`: float32."""
+    return weight.float() * scale.float().view(-1, *[1] * (weight.dim() - 1))
+
+
+def quantised(sd: Mapping[str, Tensor], vector_dtype: torch.dtype = torch.float32) -> StateDict:
+    """A state dict with every weight of two or more dimensions as int8 and scale, vectors as `vector_dtype`."""
+    result: StateDict = {}
+    for key, tensor in sd.items():
+        if tensor.dim() < 2:
+            result[key] = tensor.detach().to(vector_dtype)
+        else:
+            result[key], result[key + SCALE] = quantise(tensor)
+    return result
+
+
+# Descriptions ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a pack or a pruned UNet says about itself.
+
+    kind: "pack" (only `units`, to be played inside a host checkpoint) or "unet" (stands for itself).
+    units: addresses a pack plays. prediction: "eps" or "v"; None leaves it to the host checkpoint.
+    companions: other files of an embedded checkpoint, by role ("vae", "text_encoder").
+    training: where the weights came from; free form. condconv, gri: settings of those techniques.
+    """
+
+    kind: str
+    architecture: Architecture
+    units: tuple[str, ...] = ()
+    prediction: str | None = None
+    licence: str = ""
+    training: Mapping = field(default_factory=dict)
+    companions: Mapping[str, str] = field(default_factory=dict)
+    condconv: Mapping | None = None
+    gri: Mapping | None = None
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
+        if self.prediction not in (None, *PREDICTIONS):
+            raise ValueError(f"prediction must be one of {PREDICTIONS}, got {self.prediction!r}")
+        units = in_order(self.architecture.config, self.units)
+        kept = {u.address for u in self.architecture.kept}
+        if self.kind == "pack" and not units:
+            raise ValueError("a pack must play at least one unit")
+        if not kept.issuperset(units):
+            raise ValueError(f"{min(set(units) - kept)} is cut in this architecture, so no pack can play it")
+        object.__setattr__(self, "units", units)
+
+    @property
+    def family(self) -> str:
+        return self.architecture.config.family
+
+    def keys(self):
+        """Tensor names of the file and their slots: addressed for a pack, else the standalone form."""
+        if self.kind == "pack":
+            played = set(self.units)
+            return {k: s for k, s in self.architecture.keys().items() if s.unit.address in played}
+        return self.architecture.keys(*standalone_form(self.architecture))
+
+    def to_json(self) -> str:
+        data = {
+            "format": FORMAT, "kind": self.kind, "architecture": self.architecture.to_dict(), "units": list(self.units),
+            "prediction": self.prediction, "licence": self.licence, "training": dict(self.training),
+            "companions": dict(self.companions), "condconv": self.condconv, "gri": self.gri,
+        }
+        return json.dumps({k: v for k, v in data.items() if v not in (None, {}, [], "")}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Description:
+        """Raises ValueError for anything that is not a description this version can use."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ValueError("its description is not valid JSON") from None
+        if not isinstance(data, dict):
+            raise ValueError("its description is not a JSON object")
+        version = data.get("format")
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT:
+            raise ValueError(f"its description has format {version!r}; this version of asdm reads up to {FORMAT}, so update asdm")
+        units = data.get("units", [])
+        if not isinstance(units, list) or not all(isinstance(a, str) for a in units):
+            raise ValueError("units in its description must be a list of addresses")
+        tables = {name: data.get(name, {}) for name in ("training", "companions")}
+        tables |= {name: data.get(name) for name in ("condconv", "gri")}
+        for name, value in tables.items():
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name} in its description must be a JSON object, got {value!r}")
+        return cls(kind=str(data.get("kind")), architecture=Architecture.from_dict(data.get("architecture")),
+                   units=tuple(units), prediction=data.get("prediction"), licence=str(data.get("licence", "")), **tables)
+
+
+def standalone_form(architecture: Architecture) -> Form:
+    """The form a standalone pruned UNet is written in: renumbered, or addressed where no renumbered one exists."""
+    try:
+        architecture.renumbered
+    except ValueError:
+        return ADDRESSED
+    return Form("ldm", "renumbered")
+
+
+# Reading --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An opened, checked file: its description and its tensors under addressed LDM names (lazy)."""
+
+    path: Path
+    description: Description
+    tensors: Mapping[str, Tensor]
+
+
+def describe(file: TensorFile) -> Description | None:
+    """The description in a file's metadata; None where there is none. Raises BadFile for a broken one."""
+    text = file.metadata.get(METADATA_KEY)
+    if text is None:
+        return None
+    try:
+        return Description.from_json(text)
+    except ValueError as e:
+        raise BadFile(f"{file.path.name}: {e}") from None
+
+
+def open_pack(path: str | os.PathLike) -> Loaded:
+    """Open a pack file. Checks names, shapes, dtypes and that every number is finite. Raises BadFile."""
+    file = TensorFile(path)
+    description = describe(file)
+    if description is None:
+        raise BadFile(f"{file.path.name}: this is no pack (it has no description of itself). "
+                      "For a pruned UNet use Load Pruned UNet; make packs with `python -m asdm_core extract-pack`.")
+    if description.kind != "pack":
+        raise BadFile(f"{file.path.name}: this is a whole UNet, not a pack. Load it with Load Pruned UNet.")
+    try:
+        check(file.shapes, description.keys(), file.path.name)
+    except Mismatch as e:
+        raise BadFile(f"{e}. The file does not hold what its description says; export it again.") from None
+    _check_values(file, file.shapes)
+    return Loaded(file.path, description, file)
+
+
+def open_unet(path: str | os.PathLike) -> Loaded:
+    """Open a UNet in any known form: ours, an LDM or diffusers single file, or a diffusers folder.
+
+    The UNet may lie inside a whole checkpoint. Raises BadFile.
+    """
+    path = Path(path)
+    prediction = _folder_prediction(path)
+    file = TensorFile(_file_in_folder(path) if path.is_dir() else path)
+    description = describe(file)
+    if description is not None and description.kind == "pack":
+        raise BadFile(f"{file.path.name}: this is a pack, not a whole UNet. Use Apply Pack on a checkpoint.")
+    try:
+        if description is None:
+            found = recognise(file.shapes)
+        else:
+            prefix, layout = unet_prefix(file.shapes)
+            found = Recognised(description.architecture, prefix, layout, standalone_form(description.architecture).numbering)
+            roots = {key.split(".", 1)[0] for key in found.architecture.keys()}
+            check({k: s for k, s in file.shapes.items() if k.startswith(prefix) and k.removeprefix(prefix).split(".", 1)[0] in roots},
+                  found.keys(), file.path.name)
+    except (Unrecognised, Mismatch) as e:
+        raise BadFile(f"{file.path.name}: {str(e).removeprefix(file.path.name + ': ')}") from None
+    names = {slot.unit.key(slot.tensor): key for key, slot in found.keys().items()}
+    _check_values(file, names.values())
+    if description is None:
+        description = Description("unet", found.architecture, prediction=prediction)
+    return Loaded(file.path, description, Renamed(file, names))
+
+
+def _check_values(file: TensorFile, names: Iterable[str]) -> None:
+    for key in names:
+        dtype = file.dtypes[key]
+        if dtype not in _WEIGHT_DTYPES or dtype == "I8" and key + SCALE not in file.dtypes:
+            raise BadFile(f"{file.path.name}: tensor {key} has dtype {dtype}; wanted one of {', '.join(sorted(_WEIGHT_DTYPES))}"
+                          + (f" (int8 weights need {key}{SCALE})" if dtype == "I8" else ""))
+        tensor = file[key]
+        # fp8 has no isfinite of its own on CPU.
+        if not torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all():
+            raise BadFile(f"{file.path.name}: tensor {key} holds numbers that are not finite (NaN or infinity). "
+                          "The file is damaged, or its training diverged.")
+
+
+_FOLDER_NAMES = (
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.safetensors",
+)
+
+
+def _file_in_folder(folder: Path) -> Path:
+    """The UNet file of a diffusers folder (the pipeline's or the unet's own)."""
+    for sub in (folder / "unet", folder):
+        for name in _FOLDER_NAMES:
+            if (sub / name).is_file():
+                return sub / name
+        pickles = sorted(sub.glob("*.bin"))
+        if pickles:
+            raise BadFile(f"{folder.name}: it holds only {pickles[0].name}, a pickle file, which can run code when it is "
+                          "opened; asdm reads only safetensors. Convert it first.")
+    raise BadFile(f"{folder.name}: this folder holds no UNet; wanted {_FOLDER_NAMES[0]} in it or in its subfolder unet")
+
+
+def _folder_prediction(path: Path) -> str | None:
+    """Prediction type from the scheduler config of a diffusers folder, where there is one."""
+    if not path.is_dir():
+        return None
+    for folder in (path, path.parent):
+        config = folder / "scheduler" / "scheduler_config.json"
+        if config.is_file():
+            try:
+                kind = json.loads(config.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+            except (ValueError, AttributeError, OSError):
+                raise BadFile(f"{config}: cannot be read as JSON") from None
+            names = {"epsilon": "eps", "v_prediction": "v"}
+            if kind not in names:
+                raise BadFile(f"{config}: prediction type {kind!r} is not supported; wanted one of {', '.join(names)}")
+            return names[kind]
+    return None
+
+
+# Writing --------------------------------------------------------------------------------------------
+
+
+def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whole or not at all (a temporary file in the same folder, then a rename)."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path.name}: the name must end in .safetensors")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
+    os.close(handle)
+    try:
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata=dict(metadata))
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; a model file is as public as its folder
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_pack(path: str | os.PathLike, tensors: Mapping[str, Tensor], description: Description,
+               dtype: torch.dtype | str | None = torch.float16) -> None:
+    """Write a pack from the addressed tensors of its units.
+
+    dtype: of the stored weights; "int8" for int8 per output channel; None leaves them as they are.
+    Raises Mismatch unless the tensors are exactly what the description says.
+    """
+    check(shapes_of(tensors), description.keys(), "pack")
+    write_file(path, _stored(tensors, dtype), {"format": "pt", METADATA_KEY: description.to_json()})
+
+
+def write_unet(path: str | os.PathLike, tensors: Mapping[str, Tensor], description: Description,
+               dtype: torch.dtype | str | None = None) -> None:
+    """Write a standalone UNet from addressed tensors, in the renumbered LDM layout where there is one.
+
+    dtype: as in `write_pack`.
+    """
+    form = standalone_form(description.architecture)
+    renamed = convert(tensors, description.architecture, ADDRESSED, form)
+    write_file(path, _stored(renamed, dtype), {"format": "pt", METADATA_KEY: description.to_json()})
+
+
+def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> StateDict:
+    if dtype == "int8":
+        return quantised(tensors)
+    return {k: t if dtype is None else t.to(dtype) for k, t in tensors.items()}
