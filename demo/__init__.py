@@ -1,0 +1,1 @@
+"""The main job: a real headless ComfyUI compares the teacher with its combined UNet."""

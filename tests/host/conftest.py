@@ -1,0 +1,88 @@
+"""Fixtures for tests against a real ComfyUI, which always runs in a child process.
+
+Nothing here skips: a host that cannot be had is a failure.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bootstrap
+from demo.server import Client, Server
+
+FOLDER = Path(__file__).parent
+RUNNER = FOLDER / "runner.py"
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of this folder, and run them after the quick ones."""
+    ours = [item for item in items if item.path.is_relative_to(FOLDER)]
+    for item in ours:
+        item.add_marker("host")
+    items[:] = [item for item in items if item not in ours] + ours
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Show the end of the host's log under a test that failed with the server."""
+    report = yield
+    server = getattr(item, "funcargs", {}).get("server")
+    if report.failed and server is not None:
+        report.sections.append(("ComfyUI's log, its end", server.log()))
+    return report
+
+
+@pytest.fixture(scope="session")
+def host() -> Path:
+    """The folder of the ComfyUI under test."""
+    return bootstrap.host_path()
+
+
+@pytest.fixture(scope="session")
+def server(host, tmp_path_factory) -> Server:
+    """A running ComfyUI with this pack, one for all tests; its folders lie under `server.base`."""
+    with Server(host, tmp_path_factory.mktemp("comfyui"), flags=["--cpu", "--disable-api-nodes"]) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server) -> Client:
+    """A client for the server. What a test left in the queue is dropped after it."""
+    client = Client(server.url)
+    yield client
+    if server.alive:
+        client.request("/queue", {"clear": True})
+        client.interrupt()
+
+
+@pytest.fixture
+def run_in_host(host, tmp_path):
+    """Run a function of a script inside a host process: run_in_host("models.py", "prune", "m2", seed=1).
+
+    The script lies in tests/host/scripts; arguments and the value returned are JSON.
+    See runner.py for what the script finds around it.
+    """
+
+    def run(script, function="main", *args, timeout=300, flags=(), **kwargs):
+        call, result = tmp_path / "call.json", tmp_path / "result.json"
+        result.unlink(missing_ok=True)
+        path = FOLDER / "scripts" / script
+        call.write_text(json.dumps({"script": str(path), "function": function, "args": args, "kwargs": kwargs}))
+        base = tmp_path / "base"
+        for name in ("input", "output", "models", "custom_nodes", "user"):
+            (base / name).mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(RUNNER), str(host), str(call), str(result)]
+        command += ["--cpu", "--use-pytorch-cross-attention", "--base-directory", str(base), *flags]
+        done = subprocess.run(
+            command, cwd=base, env=dict(os.environ, PYTHONUNBUFFERED="1"), timeout=timeout,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, encoding="utf-8", errors="replace",
+        )
+        if done.returncode or not result.exists():
+            pytest.fail(f"{script}:{function} ended with status {done.returncode} in the host:\n{done.stdout[-8000:]}", pytrace=False)
+        return json.loads(result.read_text())
+
+    return run

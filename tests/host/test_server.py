@@ -1,0 +1,139 @@
+"""The real ComfyUI starts with the pack, and the client talks to it."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from PIL import Image
+
+from demo.server import PACK, Client, PromptError, PromptInterrupted, Server, ServerError
+
+RED = {
+    "1": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 16, "batch_size": 1, "color": 0xFF0000}},
+    "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "red"}},
+}
+
+
+def test_graph_runs_and_the_image_carries_it(client):
+    outputs = client.run(RED)
+    image = Image.open(io.BytesIO(client.fetch(outputs["2"]["images"][0])))
+    assert image.size == (32, 16)
+    assert image.getpixel((0, 0)) == (255, 0, 0)
+    assert json.loads(image.text["prompt"]) == RED
+
+
+def test_refused_graph_names_node_and_problem(client):
+    graph = json.loads(json.dumps(RED))
+    graph["1"]["inputs"]["width"] = -5
+    with pytest.raises(PromptError, match=r"node 1 \(EmptyImage\).*width"):
+        client.run(graph)
+    graph["1"]["class_type"] = "NoSuchNode"
+    with pytest.raises(PromptError, match="NoSuchNode"):
+        client.run(graph)
+
+
+def test_failing_node_is_named(client):
+    name = client.upload("broken.png", b"this is no image")
+    graph = {
+        "7": {"class_type": "LoadImage", "inputs": {"image": name}},
+        "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}},
+    }
+    with pytest.raises(PromptError, match="LoadImage"):
+        client.run(graph)
+
+
+def test_uploaded_image_can_be_loaded(client):
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8), "blue").save(png, "PNG")
+    name = client.upload("blue.png", png.getvalue())
+    graph = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": name}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "blue"}},
+    }
+    image = Image.open(io.BytesIO(client.fetch(client.run(graph)["2"]["images"][0])))
+    assert image.getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_choices_of_both_node_interfaces(client):
+    assert "euler" in client.choices("KSampler", "sampler_name")
+    with pytest.raises(KeyError):
+        client.object_info("NoSuchNode")
+
+
+def test_pack_is_loaded_from_the_link(server):
+    assert (server.base / "custom_nodes" / "asdm").samefile(PACK)
+    log = server.log(10_000)
+    assert "IMPORT FAILED" not in log
+    assert "Error while calling comfy_entrypoint" not in log
+
+
+def test_stop_leaves_no_process_and_can_be_repeated(host, tmp_path):
+    server = Server(host, tmp_path, flags=["--cpu"])
+    with pytest.raises(ZeroDivisionError), server:
+        pid = server._process.pid
+        raise ZeroDivisionError
+    server.stop()
+    assert not server.alive
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"{server.url}/system_stats", timeout=2)
+    if os.name != "nt":
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_server_ends_when_its_starter_is_killed(host, tmp_path):
+    code = (
+        "import sys, time; from demo.server import Server\n"
+        "with Server(sys.argv[1], sys.argv[2], flags=['--cpu']) as s: print(s.url, flush=True); time.sleep(600)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", code, host, tmp_path], cwd=PACK, stdout=subprocess.PIPE, text=True)
+    url = starter.stdout.readline().strip()
+    Client(url).get("/system_stats")
+    starter.send_signal(signal.SIGKILL)
+    starter.wait()
+    for _ in range(100):
+        try:
+            urllib.request.urlopen(f"{url}/system_stats", timeout=2)
+        except OSError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the server outlived its starter")
+
+
+def test_host_that_cannot_start_shows_its_log(host, tmp_path):
+    with pytest.raises(ServerError, match="unrecognized arguments: --no-such-flag"):
+        Server(host, tmp_path, flags=["--no-such-flag"]).start()
+
+
+def test_script_in_host(run_in_host, host):
+    found = run_in_host("environment.py", "main", 1, two=[2])
+    assert found["args"] == [1] and found["kwargs"] == {"two": [2]}
+    assert found["device"] == "cpu" and found["pytorch_attention"]
+    assert found["nodes_file"] == str(host / "nodes.py")
+    assert not found["pack_on_path"]
+
+
+def test_script_failure_in_host_fails_the_test(run_in_host):
+    with pytest.raises(pytest.fail.Exception, match="on purpose"):
+        run_in_host("environment.py", "fail")
+
+
+def test_interrupt(client):
+    graph = {"0": {"class_type": "EmptyImage", "inputs": {"width": 2048, "height": 2048, "batch_size": 1, "color": 0}}}
+    for i in range(1, 100):
+        inputs = {"image": [str(i - 1), 0], "upscale_method": "lanczos", "width": 2048 + i % 2, "height": 2048, "crop": "disabled"}
+        graph[str(i)] = {"class_type": "ImageScale", "inputs": inputs}
+    graph["100"] = {"class_type": "PreviewImage", "inputs": {"images": ["99", 0]}}
+    run = client.submit(graph)
+    while not client.get("/queue")["queue_running"]:
+        time.sleep(0.01)
+    client.interrupt()
+    with pytest.raises(PromptInterrupted):
+        client.wait(run, timeout=60)
