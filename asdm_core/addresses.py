@@ -136,6 +136,22 @@ class UNetConfig:
             config["num_classes"] = "sequential"
         return config
 
+    @classmethod
+    def from_host(cls, config: Mapping, family: str = "") -> UNetConfig:
+        """Inverse of `to_host`: the shape of a UNet that ComfyUI built from `config`."""
+        counts = list(config["num_res_blocks"])
+        down, up = iter(config["transformer_depth"]), iter(config["transformer_depth_output"][::-1])
+        given = {"num_heads": config.get("num_heads", -1), "head_channels": config.get("num_head_channels", -1)}
+        return cls(
+            family, config["model_channels"], tuple(config["channel_mult"]),
+            down=tuple(tuple(next(down) for _ in range(n)) for n in counts),
+            mid=config["transformer_depth_middle"],
+            up=tuple(tuple(next(up) for _ in range(n + 1)) for n in reversed(counts)),
+            context_dim=config["context_dim"], use_linear=bool(config["use_linear_in_transformer"]),
+            adm_channels=config.get("adm_in_channels"), in_channels=config["in_channels"],
+            out_channels=config["out_channels"], **{name: None if n == -1 else n for name, n in given.items()},
+        )
+
     def to_diffusers(self) -> dict:
         """The arguments diffusers' UNet2DConditionModel takes for this shape.
 

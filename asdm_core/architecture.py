@@ -170,6 +170,11 @@ class Architecture:
         """The units that are not cut, in the order of execution."""
         return tuple(u for u in walk(self.config) if u.address not in self.cut)
 
+    @cached_property
+    def cut_units(self) -> tuple[str, ...]:
+        """The cut units, without single transformer blocks, in the order of execution."""
+        return tuple(u.address for u in walk(self.config) if u.address in self.cut)
+
     def has(self, slot: Slot) -> bool:
         """Whether a tensor of the skeleton is part of this architecture."""
         return slot.unit.address not in self.cut and slot.owner not in self.cut

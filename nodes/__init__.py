@@ -1,0 +1,17 @@
+"""The nodes: the only folder that imports the host."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension
+
+from . import apply_pack, files, inspect_model, load, save_unet
+
+NODES = [*load.NODES, *apply_pack.NODES, *save_unet.NODES, *inspect_model.NODES]
+
+
+class ASDMExtension(ComfyExtension):
+    async def on_load(self):
+        files.register_folders()
+
+    async def get_node_list(self):
+        return NODES

@@ -1,0 +1,93 @@
+"""A pack on a MODEL: trained stand-ins for some units, at all steps or within a window."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..asdm_core import packs
+from ..asdm_core.architecture import FAMILIES
+from ..asdm_core.cast import Line, Part, Window
+from ..asdm_core.packs import Description
+from . import files, host, models
+from .load import CATEGORY
+
+
+def lines_of(description: Description, pack_id: str, window: Window) -> list[Line]:
+    """What a pack says about the cast: its units play, and the units its architecture cuts are cut."""
+    architecture = description.architecture
+    lines = [Line(description.units, Part("pack", pack_id), window)]
+    return lines + ([Line(architecture.cut_units, Part("cut"), window)] if architecture.cut_units else [])
+
+
+def check_fit(model, description: Description, name: str) -> None:
+    """Raise ValueError unless a pack can play in this MODEL."""
+    config, wanted = host.architecture_of(model).config, description.architecture.config
+    if not host.same_skeleton(config, wanted):
+        family = config.family or "a pruned UNet loaded in stock form, or an unknown one"
+        raise ValueError(
+            f"{name} is a pack for {wanted.family} UNets ({wanted.model_channels} channels, text width {wanted.context_dim}); "
+            f"this MODEL is {family} ({config.model_channels} channels, text width {config.context_dim}). "
+            + ("Choose a pack for this family." if config.family in FAMILIES else
+               "If it is a pruned UNet, load it with Load Pruned UNet, which keeps every layer at its address."))
+    stem = [u for u in description.units if u.startswith("stem.")]
+    if stem:
+        raise ValueError(f"{name} plays {', '.join(stem)}, which only a whole UNet can carry. "
+                         "Make one with `python -m asdm_core assemble` and load it with Load Pruned UNet.")
+    architecture = description.architecture
+    partly = {block.rpartition(".")[0] for block in architecture.cut.difference(architecture.cut_units)}
+    if not partly.issubset(description.units):
+        raise ValueError(f"{name} cuts transformer blocks of {min(partly - set(description.units))} without playing it; export it with that unit")
+
+
+def pack_dtype(model, stored: torch.dtype) -> torch.dtype:
+    """Dtype for a pack's weights: the host's own, so that nothing is cast at each step; for hosts in fp8, as stored."""
+    dtype = model.model.get_dtype()
+    return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else stored
+
+
+def apply_pack(model, path, name: str, window: Window):
+    """A clone of MODEL with a pack in its cast. Raises ValueError (packs.BadFile among them)."""
+    file = packs.TensorFile(path)
+    description = packs.describe(file)
+    if description is None or description.kind != "pack":
+        packs.open_pack(path)  # raises, and says what the file is instead
+    check_fit(model, description, name)
+    stored = next(iter(file.values())).dtype
+    precision = model.model.model_config.unet_config.get("attn_precision")
+    pack_id = f"{name}@{path.stat().st_mtime_ns}"
+    patcher = models.load_pack(str(path), path.stat().st_mtime, pack_dtype(model, stored), precision)
+    return host.with_pack(model, pack_id, patcher.clone(), lines_of(description, pack_id, window))
+
+
+class ASDMApplyPack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ASDMApplyPack",
+            display_name="Apply Pack",
+            category=CATEGORY,
+            description="Lets the trained, faster units of a pack play in any checkpoint of the same family, finetunes included. "
+                        "Units the pack has no need of are skipped. LoRAs on the MODEL also act on the pack, whether they come "
+                        "before or after it. Packs live in models/asdm_packs. Saving the MODEL with stock nodes saves it without "
+                        "the pack; use Save UNet (asdm) to keep both.",
+            search_aliases=["asdm", "combined unet", "m2", "speed up", "accelerate"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Combo.Input("pack_name", options=files.packs()),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                               tooltip="Where in the sampling run the pack begins to play; 0 is the first step."),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                               tooltip="Where in the sampling run the checkpoint's own units take over again; 1 is the end."),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, pack_name, start_percent, end_percent):
+        if start_percent == end_percent:  # an empty window: the pack never plays
+            return io.NodeOutput(model)
+        return io.NodeOutput(apply_pack(model, files.pack_path(pack_name), pack_name, Window(start_percent, end_percent)))
+
+
+NODES = [ASDMApplyPack]

@@ -1,0 +1,278 @@
+"""Everything asdm knows about the host's ModelPatcher: how a cast gets onto a MODEL and into a run.
+
+A node stores plain data on a clone (a `Setup`) and appends the pack's patcher to its additional models.
+Nothing is bound to modules then, because the host makes new UNet objects behind everybody's back
+(compile, hook LoRAs, other devices). Binding happens per run: the OUTER_SAMPLE wrapper builds a `Run`
+for the very model being sampled, PREDICT_NOISE tells it the sigma once per evaluation, and the end of
+the run drops it. The wrappers are plain functions without closures, so clones and branches share no state.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import comfy.hooks
+import comfy.model_management
+import comfy.model_patcher
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel, forward_timestep_embed
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+from ..asdm_core.addresses import UNetConfig, unit
+from ..asdm_core.architecture import FAMILIES, Architecture
+from ..asdm_core.cast import Cast, Line, Part, Window, fingerprint
+from . import units
+
+KEY = "asdm"
+
+
+# What a MODEL is ------------------------------------------------------------------------------------
+
+
+def architecture_of(model) -> Architecture:
+    """The skeleton and the cut units of the UNet of a MODEL.
+
+    Raises ValueError for a MODEL whose network is not a UNet of the LDM kind.
+    """
+    config = model.model.model_config
+    known = vars(config).get("asdm_architecture")  # plain getattr on a host config warns and gives None
+    if known is not None:
+        return known
+    if not isinstance(model.model.diffusion_model, UNetModel):
+        raise ValueError(f"asdm works on Stable Diffusion UNets (SD1.x, SD2.x, SDXL); this MODEL is a "
+                         f"{type(model.model.diffusion_model).__name__}.")
+    unet = UNetConfig.from_host(config.unet_config)
+    return Architecture.full(replace(unet, family=family_of(unet)))
+
+
+def family_of(config: UNetConfig) -> str:
+    """Name of the known family with this skeleton, whatever its input and output channels; "" for none."""
+    for family in FAMILIES.values():
+        if same_skeleton(family, config):
+            return family.family
+    return ""
+
+
+def same_skeleton(a: UNetConfig, b: UNetConfig) -> bool:
+    """Whether two UNets have the same units (inpainting models have more input channels, no other units)."""
+    return replace(a, family="", in_channels=4, out_channels=4) == replace(b, family="", in_channels=4, out_channels=4)
+
+
+# What a MODEL carries -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The data asdm keeps on a MODEL: its cast, and the ids of its packs in the order of their patchers."""
+
+    cast: Cast
+    packs: tuple[str, ...] = ()
+
+
+def setup_of(model) -> Setup:
+    return model.get_attachment(KEY) or Setup(Cast(architecture_of(model).config))
+
+
+def packs_of(model) -> dict[str, comfy.model_patcher.ModelPatcher]:
+    """Pack patchers of a MODEL by pack id."""
+    return dict(zip(setup_of(model).packs, model.get_additional_models_with_key(KEY), strict=True))
+
+
+def pack_architecture(model, pack_id: str) -> Architecture:
+    return packs_of(model)[pack_id].model.architecture
+
+
+def with_pack(model, pack_id: str, patcher, lines: Iterable[Line]):
+    """A clone of MODEL in which a pack plays some lines. The MODEL that came in is not altered."""
+    clone = model.clone()
+    setup, packs = setup_of(model), packs_of(clone)
+    packs.setdefault(pack_id, patcher)
+    clone.set_attachments(KEY, Setup(setup.cast.with_lines(lines), tuple(packs)))
+    clone.set_additional_models(KEY, list(packs.values()))
+    for kind, wrapper in _WRAPPERS:
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    for kind, callback in _CALLBACKS:
+        clone.remove_callbacks_with_key(kind, KEY)
+        clone.add_callback_with_key(kind, KEY, callback)
+    return clone
+
+
+# One sampling run -----------------------------------------------------------------------------------
+
+
+class Run:
+    """The cast of one sampling run, bound to the modules of the model being sampled.
+
+    Holds modules, never a ModelPatcher, and is dropped when the run ends.
+    """
+
+    def __init__(self, model):
+        setup = setup_of(model)
+        self.cast = setup.cast
+        sampling = model.get_model_object("model_sampling")
+        # The last window also holds sigma 0, where some samplers ask once more.
+        self._sigmas = {w: (sampling.percent_to_sigma(w.start), sampling.percent_to_sigma(w.end) if w.end < 1 else -1.0)
+                        for w in self.cast.windows}
+        # One entry per UNet object: multi-GPU clones have their own modules and their own packs.
+        self._stages = [_Stage(m) for m in (model, *model.get_additional_models_with_key("multigpu"))]
+        self._assignments: dict[tuple[Window, ...], tuple[dict, str]] = {}
+        self.players: dict[int, object] = {}
+        self.name = ""
+        self.entry = (units.LAYER_CLASSES, self.dispatch)
+
+    def set_sigma(self, sigma: float) -> None:
+        """Decide who plays at this noise level. Called once per evaluation."""
+        active = tuple(w for w, (high, low) in self._sigmas.items() if low < sigma <= high)
+        if active not in self._assignments:
+            parts = self.cast.parts(active)
+            players = {}
+            for stage in self._stages:
+                players.update(stage.players(parts))
+            serials = ",".join(str(s) for stage in self._stages for s in stage.serials)
+            self._assignments[active] = players, fingerprint(parts, serials) if parts else ""
+        self.players, self.name = self._assignments[active]
+
+    def dispatch(self, layer, x, emb, context, transformer_options, output_shape, time_context, num_video_frames,
+                 image_only_indicator):
+        """Let the layer's player play it, in the host's own way.
+
+        Layers nobody stands in for are their own players, so this is the one path for all.
+        """
+        player = self.players.get(id(layer), layer)
+        patches = transformer_options["patches"]
+        others = [e for e in patches["forward_timestep_embed_patch"] if e is not self.entry]
+        # The host's function would come straight back to us. It also advances counters in
+        # transformer_options, so it must get this very dict, not a copy.
+        transformer_options["patches"] = {**patches, "forward_timestep_embed_patch": others}
+        try:
+            return forward_timestep_embed([player], x, emb, context, transformer_options, output_shape,
+                                          time_context, num_video_frames, image_only_indicator)
+        finally:
+            transformer_options["patches"] = patches
+
+    def close(self) -> None:
+        self._stages.clear()
+        self._assignments.clear()
+        self.players = {}
+
+
+class _Stage:
+    """The layers of one UNet object and the packs that stand beside it."""
+
+    def __init__(self, model):
+        architecture = architecture_of(model)
+        self.config = architecture.config
+        self.layers = units.layers(model.model.diffusion_model, self.config)
+        packs = packs_of(model)
+        self.packs = {pack_id: patcher.model.layers() for pack_id, patcher in packs.items()}
+        self.serials = tuple(patcher.model.serial for patcher in packs.values())
+
+    def players(self, parts: dict[str, Part]) -> dict[int, object]:
+        players = {}
+        for address, part in parts.items():
+            if part.role == "pack":
+                player = self.packs[part.source][address]
+            else:
+                player = units.shared_stand_in(unit(self.config, address))
+            players[id(self.layers[address])] = player
+        return players
+
+
+def _outer_sample(executor, *args, **kwargs):
+    guider = executor.class_obj
+    options = guider.model_options["transformer_options"]  # the run's own copy; the guider restores the original
+    run = Run(guider.model_patcher)
+    patches = options.setdefault("patches", {})
+    patches["forward_timestep_embed_patch"] = [run.entry, *patches.get("forward_timestep_embed_patch", [])]
+    options[KEY] = run
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        run.close()
+
+
+def _predict_noise(executor, x, timestep, model_options={}, seed=None):
+    run = model_options.get("transformer_options", {}).get(KEY)
+    if run is not None:
+        run.set_sigma(float(timestep.flatten()[0]))
+    return executor(x, timestep, model_options, seed)
+
+
+def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+    # The host's TorchCompileModel keeps no guard on transformer_options, so a compiled graph would go on
+    # playing the cast of its first trace. It does guard the names of keyword arguments, which the
+    # UNet ignores: one name per assignment makes one graph per assignment.
+    run = transformer_options.get(KEY)
+    if run is not None and run.name:
+        kwargs[f"{KEY}_{run.name}"] = None
+    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+
+def _prepare_sampling(executor, model, *args, **kwargs):
+    for base in (model, *model.get_additional_models_with_key("multigpu")):
+        sync_patches(model, base.get_additional_models_with_key(KEY))
+    return executor(model, *args, **kwargs)
+
+
+# LoRA on packs --------------------------------------------------------------------------------------
+
+
+def _is_lora(patch) -> bool:
+    # Merges are patches too; they scale the model's own weight or bring another model's. Blending a
+    # foreign model into trained units would be wrong.
+    _, value, strength_model = patch[:3]
+    return strength_model == 1.0 and not isinstance(value, list)
+
+
+def sync_patches(model, pack_patchers) -> None:
+    """Give packs the LoRA patches of their MODEL, as far as they concern units the packs have.
+
+    Runs before loading, so LoRAs that were added after the pack count as well. The same stack gives the
+    same uuid, so nothing is patched again on a rerun.
+    """
+    for patcher in pack_patchers:
+        known = patcher.model.state_dict()
+        patcher.patches = {k: [p for p in v if _is_lora(p)] for k, v in model.patches.items() if k in known}
+        patcher.patches_uuid = uuid.uuid5(model.patches_uuid, KEY)
+
+
+def _register_hook_patches(model, hooks, target_dict, model_options, registered):
+    for patcher in model.get_additional_models_with_key(KEY):
+        known = patcher.model.state_dict()
+        patcher.hook_patches = {ref: {k: v for k, v in patches.items() if k in known}
+                                for ref, patches in model.hook_patches.items()}
+        # The other mode caches weights per hook group and would serve those of an earlier keyframe.
+        patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+
+
+def _apply_hooks(model, hooks):
+    for patcher in model.get_additional_models_with_key(KEY):
+        patcher.patch_hooks(hooks)
+
+
+def _cleanup(model):
+    for patcher in model.get_additional_models_with_key(KEY):
+        patcher.clean_hooks()
+
+
+def _on_clone(old, new):
+    # A non-dynamic delegate (hook LoRAs, compile) needs packs that can be patched the same way.
+    if old.is_dynamic() and not new.is_dynamic():
+        packs = new.get_additional_models_with_key(KEY)
+        new.set_additional_models(KEY, [p.clone(disable_dynamic=True) for p in packs])
+
+
+_WRAPPERS = (
+    (WrappersMP.OUTER_SAMPLE, _outer_sample),
+    (WrappersMP.PREDICT_NOISE, _predict_noise),
+    (WrappersMP.APPLY_MODEL, _apply_model),
+    (WrappersMP.PREPARE_SAMPLING, _prepare_sampling),
+)
+_CALLBACKS = (
+    (CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, _register_hook_patches),
+    (CallbacksMP.ON_APPLY_HOOKS, _apply_hooks),
+    (CallbacksMP.ON_CLEANUP, _cleanup),
+    (CallbacksMP.ON_CLONE, _on_clone),
+)

@@ -1,0 +1,245 @@
+"""UNet and checkpoint files as the host's MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..asdm_core import packs
+from ..asdm_core.addresses import UNetConfig
+from ..asdm_core.architecture import Architecture
+from ..asdm_core.packs import BadFile, Description, TensorFile
+from ..asdm_core.surgery import ADDRESSED, cut_modules
+from . import units
+
+WEIGHT_DTYPES = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+PREDICTIONS = {"eps": comfy.model_base.ModelType.EPS, "v": comfy.model_base.ModelType.V_PREDICTION}
+
+
+# UNets ----------------------------------------------------------------------------------------------
+
+
+def _base_class(config: UNetConfig):
+    if config.adm_channels is not None:
+        return comfy.supported_models.SDXL
+    return comfy.supported_models.SD20 if config.use_linear else comfy.supported_models.SD15
+
+
+def model_config(architecture: Architecture, prediction: str | None = None):
+    """The host's model config for an architecture: the unpruned skeleton, cut while the network is built.
+
+    prediction: "eps" or "v"; None asks the host's own rule for the family.
+    """
+    base = _base_class(architecture.config)
+    host = architecture.config.to_host()
+
+    class AddressedUNet(base):
+        # The host copies these over the given config: keep what else the family sets (attention precision).
+        unet_extra_config = {**base.unet_extra_config, **{k: host[k] for k in ("num_heads", "num_head_channels")}}
+
+        def model_type(self, state_dict, prefix=""):
+            return PREDICTIONS[prediction] if prediction else super().model_type(state_dict, prefix)
+
+        def get_model(self, state_dict, prefix="", device=None):
+            model = super().get_model(state_dict, prefix, device)
+            cut_modules(model.diffusion_model, architecture, "ldm", units.stand_in)
+            return model
+
+        def process_unet_state_dict_for_saving(self, state_dict):
+            return super().process_unet_state_dict_for_saving(_standalone_names(state_dict, architecture))
+
+    config = AddressedUNet(host)
+    config.asdm_architecture = architecture
+    return config
+
+
+def _standalone_names(state_dict: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """What stock ComfyUI should find in a saved file: the renumbered network, which it can load."""
+    form = packs.standalone_form(architecture)
+    if form == ADDRESSED and architecture.cut:
+        raise ValueError("this choice of cut units has no form that stock ComfyUI can load; use Save UNet (asdm) instead")
+    # By module, not by tensor: quantised weights have more tensors than the tables know.
+    modules = {slot.unit.key(slot.tensor).rpartition(".")[0]: key.rpartition(".")[0]
+               for key, slot in architecture.keys(*form).items()}
+    renamed = {}
+    for key, tensor in state_dict.items():
+        module, _, leaf = key.rpartition(".")
+        renamed[f"{modules[module]}.{leaf}"] = tensor
+    return renamed
+
+
+def load_unet(path: str, weight_dtype: str = "default", prediction: str | None = None, disable_dynamic: bool = False):
+    """MODEL from a UNet file of any known form (also inside a checkpoint), in addressed form.
+
+    Raises packs.BadFile. Follows comfy.sd.load_diffusion_model_state_dict in the choice of dtypes.
+    """
+    loaded = packs.open_unet(path)
+    options = WEIGHT_DTYPES[weight_dtype]
+    weights = dict(loaded.tensors)
+    parameters = comfy.utils.calculate_parameters(weights)
+    management = comfy.model_management
+    config = model_config(loaded.description.architecture, prediction or loaded.description.prediction)
+
+    dtype = options.get("dtype") or management.unet_dtype(
+        model_params=parameters, supported_dtypes=list(config.supported_inference_dtypes),
+        weight_dtype=comfy.utils.weight_dtype(weights))
+    device = management.get_torch_device()
+    config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, config.supported_inference_dtypes), device=device)
+    config.optimizations["fp8"] = options.get("fp8", False)
+
+    model = config.get_model(weights, "")
+    # Looked up at call time: main.py replaces the class at start.
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(model, load_device=device, offload_device=management.unet_offload_device())
+    if not management.is_device_cpu(patcher.offload_device):
+        model.to(patcher.offload_device)
+    model.load_model_weights(weights, "", assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_unet, (path, weight_dtype, prediction))
+    return patcher
+
+
+# Checkpoints ----------------------------------------------------------------------------------------
+
+
+def load_checkpoint(path: Path):
+    """MODEL, CLIP and VAE of a checkpoint with a pruned UNet, or of the embedded family. Raises packs.BadFile."""
+    file = TensorFile(path)
+    description = packs.describe(file)
+    if description is not None and description.companions:
+        return load_unet(str(path)), _companion_clip(path, description), _companion_vae(path, description)
+    model = load_unet(str(path))
+    clip = load_checkpoint_clip(str(path))
+    vae = load_checkpoint_vae(str(path))
+    return model, clip, vae
+
+
+def _host_parts(path: str, prefixes: list[str]) -> dict[str, Tensor]:
+    file = TensorFile(path)
+    return {k: file[k] for k in file if k.startswith(tuple(prefixes))}
+
+
+def load_checkpoint_clip(path: str):
+    config = model_config(packs.open_unet(path).description.architecture)
+    prefixes = ["cond_stage_model.", "conditioner."]
+    weights = config.process_clip_state_dict(_host_parts(path, prefixes))
+    if not weights:
+        raise BadFile(f"{Path(path).name}: there is no text encoder in this file (wanted keys under {' or '.join(prefixes)}). "
+                      "If it is a UNet alone, use Load Pruned UNet and load CLIP and VAE by their own nodes.")
+    clip = comfy.sd.CLIP(config.clip_target(state_dict=weights), tokenizer_data=weights, state_dict=weights,
+                         parameters=comfy.utils.calculate_parameters(weights))
+    clip.patcher.cached_patcher_init = (_patcher_of, (load_checkpoint_clip, path))
+    return clip
+
+
+def load_checkpoint_vae(path: str):
+    config = model_config(packs.open_unet(path).description.architecture)
+    prefixes = config.vae_key_prefix
+    weights = comfy.utils.state_dict_prefix_replace(_host_parts(path, prefixes), {p: "" for p in prefixes}, filter_keys=True)
+    if not weights:
+        raise BadFile(f"{Path(path).name}: there is no VAE in this file (wanted keys under {' or '.join(prefixes)}). "
+                      "If it is a UNet alone, use Load Pruned UNet and load CLIP and VAE by their own nodes.")
+    return _vae(weights, (load_checkpoint_vae, path))
+
+
+def _vae(weights: dict[str, Tensor], source):
+    vae = comfy.sd.VAE(sd=weights)
+    vae.throw_exception_if_invalid()
+    vae.patcher.cached_patcher_init = (_patcher_of, source)
+    return vae
+
+
+def _patcher_of(load, path: str, disable_dynamic: bool = False):
+    """The host's factory for a fresh CLIP or VAE patcher (other devices)."""
+    return load(path).patcher
+
+
+def _companion_path(path: Path, description: Description, role: str) -> Path:
+    name = description.companions.get(role)
+    if name is None:
+        raise BadFile(f"{path.name}: its description names no {role.replace('_', ' ')}")
+    companion = path.parent / Path(name).name
+    if not companion.is_file():
+        raise BadFile(f"{path.name}: its {role.replace('_', ' ')} {name} is not beside it ({path.parent}). Put it back.")
+    return companion
+
+
+def _companion_vae(path: Path, description: Description):
+    return _load_companion_vae(str(_companion_path(path, description, "vae")))
+
+
+def _load_companion_vae(path: str):
+    return _vae(dict(TensorFile(path)), (_load_companion_vae, path))
+
+
+def _companion_clip(path: Path, description: Description):
+    return load_small_clip(str(_companion_path(path, description, "text_encoder")))
+
+
+def load_small_clip(path: str):
+    """CLIP from a text encoder in CLIP layout with its own config and only the token rows in use."""
+    file = TensorFile(path)
+    if "config" not in file.metadata or "token_ids" not in file:
+        raise BadFile(f"{Path(path).name}: this is no text encoder of the embedded family (no config or no token_ids in it)")
+    config = json.loads(file.metadata["config"])
+    table_name = "text_model.embeddings.token_embedding.weight"
+    weights = {k: file[k] for k in file if k != "token_ids"}
+    rows = weights[table_name]
+    # Words that were never trained are zero vectors: they say nothing, instead of something random.
+    table = torch.zeros(config["vocab_size"], rows.shape[1], dtype=rows.dtype)
+    table[file["token_ids"].long()] = rows
+    weights[table_name] = table
+
+    class SmallTextModel(comfy.sd1_clip.SDClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options={}):
+            super().__init__(device=device, dtype=dtype, textmodel_json_config=dict(config),
+                             return_projected_pooled=False, model_options=model_options)
+
+    target = comfy.supported_models_base.ClipTarget(
+        partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=partial(comfy.sd1_clip.SDTokenizer, embedding_size=rows.shape[1])),
+        partial(comfy.sd1_clip.SD1ClipModel, clip_model=SmallTextModel))
+    clip = comfy.sd.CLIP(target, state_dict=[weights], parameters=comfy.utils.calculate_parameters(weights))
+    clip.patcher.cached_patcher_init = (_patcher_of, (load_small_clip, path))
+    return clip
+
+
+# Packs ----------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def load_pack(path: str, modified: float, dtype: torch.dtype, attn_precision):
+    """Patcher of a pack's units, with weights as `dtype`. One per file and dtype for the whole process.
+
+    Every user clones it: a second patcher round the same module would lose the backup of patched
+    weights, and a LoRA would stay in them for ever. modified: of the file, so that a new one is read.
+    """
+    return new_pack_patcher(path, dtype, attn_precision)
+
+
+def new_pack_patcher(path: str, dtype: torch.dtype, attn_precision, disable_dynamic: bool = False):
+    """A patcher round freshly read units; the host's factory for deep copies."""
+    loaded = packs.open_pack(path)
+    description = loaded.description
+    model = units.PackModel.load(description.architecture, description.units, loaded.tensors, dtype, attn_precision)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(model, load_device=comfy.model_management.get_torch_device(),
+                            offload_device=comfy.model_management.unet_offload_device())
+    patcher.cached_patcher_init = (new_pack_patcher, (path, dtype, attn_precision))
+    return patcher

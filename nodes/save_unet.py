@@ -1,0 +1,99 @@
+"""Writing what a MODEL plays as one standalone UNet file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.model_base
+import comfy.model_management
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..asdm_core.architecture import Architecture
+from ..asdm_core.packs import Description, standalone_form, write_unet
+from ..asdm_core.surgery import ADDRESSED
+from . import host
+from .load import CATEGORY
+
+DTYPES = {"as loaded": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def played_architecture(model) -> tuple[Architecture, dict[str, str]]:
+    """The architecture a MODEL plays at every step, and which of its units come from which pack.
+
+    Raises ValueError if some pack plays within a window only: no single network is that.
+    """
+    architecture, cast = host.architecture_of(model), host.setup_of(model).cast
+    partial = [line for line in cast.lines if not line.window.whole]
+    if partial:
+        w = partial[0].window
+        raise ValueError(f"a pack plays from {w.start:.0%} to {w.end:.0%} of the run only; a file holds one network for all steps. "
+                         "Set the window of Apply Pack to 0 and 1, or save before it.")
+    parts = cast.parts()
+    sources = {a: p.source for a, p in parts.items() if p.role == "pack"}
+    cut = {a for a, p in parts.items() if p.role == "cut"} | {a for a in architecture.cut if a not in sources
+                                                              and a.rpartition(".")[0] not in sources}
+    for a in sources:  # blocks that a pack's own transformer lacks
+        cut |= {b for b in host.pack_architecture(model, sources[a]).cut if b.rpartition(".")[0] == a}
+    kept = Architecture(architecture.config, frozenset(cut))
+    return Architecture(kept.config, kept.cut, tuple(u.address for u in kept.kept)).named(), sources
+
+
+def played_weights(model, architecture: Architecture, sources: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Addressed weights of everything a MODEL plays, LoRAs and merges baked in."""
+    packs = host.packs_of(model)
+    host.sync_patches(model, packs.values())
+    comfy.model_management.load_models_gpu([model, *packs.values()])
+    weights = {None: model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")}
+    for pack_id, patcher in packs.items():
+        weights[pack_id] = patcher.model_state_dict_for_saving(patcher.model.diffusion_model, "diffusion_model.")
+    return {key: _plain(weights[sources.get(slot.unit.address)][key]) for key, slot in architecture.keys().items()}
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    # The host hands out parameters that are patched when somebody moves them to the CPU.
+    return tensor.to("cpu").detach()
+
+
+def unused_path(folder: Path, prefix: str) -> Path:
+    number = 1
+    while (path := folder / f"{prefix}_{number:05}.safetensors").exists():
+        number += 1
+    return path
+
+
+class ASDMSaveUNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ASDMSaveUNet",
+            display_name="Save UNet (asdm)",
+            category=CATEGORY,
+            description="Saves the UNet of a MODEL with its packs and LoRAs as one file, in a form that stock ComfyUI loads too "
+                        "(Load Diffusion Model). Goes to the output folder.",
+            search_aliases=["export", "merge pack", "assemble"],
+            inputs=[
+                io.Model.Input("model"),
+                io.String.Input("filename_prefix", default="diffusion_models/asdm"),
+                io.Combo.Input("dtype", options=list(DTYPES), default="fp16", advanced=True),
+            ],
+            outputs=[io.String.Output(display_name="path")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, filename_prefix, dtype):
+        architecture, sources = played_architecture(model)
+        folder, prefix, *_ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
+        v = model.model.model_type == comfy.model_base.ModelType.V_PREDICTION
+        path = unused_path(Path(folder), prefix)
+        write_unet(path, played_weights(model, architecture, sources),
+                   Description("unet", architecture, prediction="v" if v else "eps"), DTYPES[dtype])
+        note = "" if architecture.cut == frozenset() or standalone_form(architecture) != ADDRESSED else (
+            "\nThis choice of units has no renumbered form, so only Load Pruned UNet can read the file.")
+        text = f"{path}\n{architecture.config.family} {architecture.name or 'custom'}, {architecture.params / 1e6:.1f} M parameters{note}"
+        return io.NodeOutput(str(path), ui={"text": (text,)})
+
+
+NODES = [ASDMSaveUNet]

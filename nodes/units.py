@@ -1,0 +1,190 @@
+"""Units of a UNet as modules of the host: the layers it has, stand-ins for cut ones, packs.
+
+The only place that knows the host's layer classes and their constructors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from functools import lru_cache
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.ldm.modules import attention
+from comfy.ldm.modules.diffusionmodules import openaimodel
+from torch import Tensor, nn
+
+from ..asdm_core.addresses import Unit, UNetConfig, walk
+from ..asdm_core.architecture import Architecture
+from ..asdm_core.surgery import PassThrough, pass_through
+
+# Stand-ins ------------------------------------------------------------------------------------------
+# Other packs place their modules by class: they must find a ResBlock where a ResBlock was cut, and the
+# host must count a cut transformer. So each stand-in is of the kind it stands for, with no weights.
+
+
+class ResBlock(openaimodel.TimestepBlock):
+    """A cut resnet. Named after the host's class because others recognise layers by class name."""
+
+    def __init__(self, unit: Unit):
+        super().__init__()
+        self.unit = unit
+        self.channels, self.out_channels = unit.channels_in, unit.channels_out
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return pass_through(self.unit, x)
+
+
+class SpatialTransformer(attention.SpatialTransformer):
+    """A cut transformer: no blocks, the input goes on."""
+
+    def __init__(self, unit: Unit):
+        nn.Module.__init__(self)
+        self.unit = unit
+        self.in_channels = unit.channels_in
+        self.transformer_blocks = nn.ModuleList()
+
+    def forward(self, x: Tensor, context=None, transformer_options={}) -> Tensor:
+        return pass_through(self.unit, x)
+
+
+class Downsample(openaimodel.Downsample):
+    """A cut downsampler: the resolution stays."""
+
+    def __init__(self, unit: Unit):
+        nn.Module.__init__(self)
+        self.unit = unit
+        self.channels, self.out_channels = unit.channels_in, unit.channels_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pass_through(self.unit, x)
+
+
+class Upsample(openaimodel.Upsample):
+    """A cut upsampler: the resolution stays."""
+
+    def __init__(self, unit: Unit):
+        nn.Module.__init__(self)
+        self.unit = unit
+        self.channels, self.out_channels = unit.channels_in, unit.channels_out
+
+    def forward(self, x: Tensor, output_shape=None) -> Tensor:
+        return pass_through(self.unit, x)
+
+
+_STAND_INS = {"resnet": ResBlock, "transformer": SpatialTransformer, "downsampler": Downsample, "upsampler": Upsample}
+
+# Every class a dispatched layer can have. Naming them, instead of nn.Module, leaves the layers that
+# other packs put between them to those packs.
+LAYER_CLASSES = (openaimodel.ResBlock, ResBlock, attention.SpatialTransformer, openaimodel.Downsample, openaimodel.Upsample)
+_KIND_CLASSES = {
+    "resnet": (openaimodel.ResBlock, ResBlock), "transformer": attention.SpatialTransformer,
+    "downsampler": openaimodel.Downsample, "upsampler": openaimodel.Upsample,
+}
+
+
+def stand_in(unit: Unit, is_block: bool = False) -> nn.Module:
+    """A module that passes its input on in place of a cut unit or transformer block."""
+    return PassThrough(unit, True) if is_block else _STAND_INS[unit.kind](unit)
+
+
+@lru_cache(maxsize=1024)
+def shared_stand_in(unit: Unit) -> nn.Module:
+    """A stand-in for dispatch: it has no state, so one serves all runs (and all compiled graphs)."""
+    return stand_in(unit)
+
+
+# Layers of a live UNet ------------------------------------------------------------------------------
+
+
+def layers(unet: nn.Module, config: UNetConfig) -> dict[str, nn.Module]:
+    """The layer that plays each dispatchable unit of a live host UNet, by address.
+
+    Found by kind within their block, not by position: other packs insert modules into these blocks.
+    """
+    blocks = {"middle_block": unet.middle_block}
+    for side in ("input_blocks", "output_blocks"):
+        blocks.update({f"{side}.{n}": block for n, block in enumerate(getattr(unet, side))})
+    found, seen = {}, {}
+    for unit in walk(config):
+        if unit.kind not in _KIND_CLASSES:
+            continue
+        name = unit.ldm.rpartition(".")[0]
+        of_kind = [m for m in blocks[name] if isinstance(m, _KIND_CLASSES[unit.kind])]
+        found[unit.address] = of_kind[seen.setdefault((name, unit.kind), 0)]
+        seen[name, unit.kind] += 1
+    return found
+
+
+# Packs ----------------------------------------------------------------------------------------------
+
+_serials = itertools.count()
+
+
+class PackModel(nn.Module):
+    """The units of a pack, under the paths they have inside the host's model.
+
+    Parameter names are the host's (`diffusion_model.input_blocks.1.0...`), so LoRA patches fit as they are.
+    serial: tells this module from any other one; compiled graphs are keyed by it.
+    """
+
+    def __init__(self, architecture: Architecture, units: tuple[str, ...], dtype: torch.dtype, attn_precision):
+        super().__init__()
+        self.serial = next(_serials)
+        self.architecture = architecture
+        self.diffusion_model = nn.Module()
+        self._paths: dict[str, str] = {}
+        for u in architecture.kept:
+            if u.address in units:
+                module = _build(u, architecture, dtype, attn_precision)
+                _attach(self.diffusion_model, u.ldm, module)
+                self._paths[u.address] = u.ldm
+
+    def layers(self) -> dict[str, nn.Module]:
+        """The module that plays each unit, by address."""
+        return {a: self.diffusion_model.get_submodule(path) for a, path in self._paths.items()}
+
+    @classmethod
+    def load(cls, architecture: Architecture, units: tuple[str, ...], tensors: Mapping[str, Tensor],
+             dtype: torch.dtype, attn_precision) -> PackModel:
+        """Build the modules and give them the pack's weights, as `dtype`."""
+        model = cls(architecture, units, dtype, attn_precision)
+        weights = {f"diffusion_model.{k}": tensors[k].to(dtype) for k in tensors}
+        model.load_state_dict(weights, strict=True, assign=True)
+        model.requires_grad_(False).eval()
+        comfy.model_management.archive_model_dtypes(model)
+        return model
+
+
+def _build(u: Unit, architecture: Architecture, dtype: torch.dtype, attn_precision) -> nn.Module:
+    # manual_cast, whatever the host's own operations are: a pack's dtype need not be the host's.
+    # Weights are assigned afterwards, so nothing is allocated here.
+    config, operations = architecture.config, comfy.ops.manual_cast
+    more = {"dtype": dtype, "device": "meta", "operations": operations}
+    if u.kind == "resnet":
+        return openaimodel.ResBlock(u.channels_in, config.time_channels, 0, out_channels=u.channels_out, **more)
+    if u.kind == "downsampler":
+        return openaimodel.Downsample(u.channels_in, True, out_channels=u.channels_out, **more)
+    if u.kind == "upsampler":
+        return openaimodel.Upsample(u.channels_in, True, out_channels=u.channels_out, **more)
+    if u.kind != "transformer":
+        raise ValueError(f"{u.address} cannot be played by a pack; write the whole UNet instead (asdm_core assemble)")
+    heads = config.heads(u.channels_in)
+    transformer = attention.SpatialTransformer(
+        u.channels_in, heads, u.channels_in // heads, depth=u.depth, context_dim=config.context_dim,
+        use_linear=config.use_linear, use_checkpoint=False, attn_precision=attn_precision, **more)
+    for i, block in enumerate(u.blocks):
+        if block in architecture.cut:
+            transformer.transformer_blocks[i] = stand_in(u, True)
+    return transformer
+
+
+def _attach(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        if not hasattr(root, parent):
+            root.add_module(parent, nn.Module())
+        root = getattr(root, parent)
+    root.add_module(name, module)
