@@ -14,17 +14,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import comfy.hooks
-import comfy.model_management
 import comfy.model_patcher
+import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel, forward_timestep_embed
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..asdm_core.addresses import UNetConfig, unit
 from ..asdm_core.architecture import FAMILIES, Architecture
-from ..asdm_core.cast import Cast, Line, Part, Window, fingerprint
+from ..asdm_core.cast import Cast, Line, Part, fingerprint
 from . import units
 
 KEY = "asdm"
+DOOR = "forward_timestep_embed_patch"  # the host's hook for single layers
+OTHERS = f"{KEY}_others"  # in transformer_options during a forward: the patches without our entry
 
 
 # What a MODEL is ------------------------------------------------------------------------------------
@@ -109,84 +111,82 @@ class Run:
     """
 
     def __init__(self, model):
-        setup = setup_of(model)
-        self.cast = setup.cast
+        self.cast = setup_of(model).cast
         sampling = model.get_model_object("model_sampling")
         # The last window also holds sigma 0, where some samplers ask once more.
         self._sigmas = {w: (sampling.percent_to_sigma(w.start), sampling.percent_to_sigma(w.end) if w.end < 1 else -1.0)
                         for w in self.cast.windows}
-        # One entry per UNet object: multi-GPU clones have their own modules and their own packs.
-        self._stages = [_Stage(m) for m in (model, *model.get_additional_models_with_key("multigpu"))]
-        self._assignments: dict[tuple[Window, ...], tuple[dict, str]] = {}
-        self.players: dict[int, object] = {}
-        self.name = ""
-        self.entry = (units.LAYER_CLASSES, self.dispatch)
+        # One stage per UNet object: multi-GPU clones have their own modules and their own packs.
+        self._stages = {id(m.model): Stage(m) for m in (model, *model.get_additional_models_with_key("multigpu"))}
 
     def set_sigma(self, sigma: float) -> None:
         """Decide who plays at this noise level. Called once per evaluation."""
         active = tuple(w for w, (high, low) in self._sigmas.items() if low < sigma <= high)
-        if active not in self._assignments:
-            parts = self.cast.parts(active)
-            players = {}
-            for stage in self._stages:
-                players.update(stage.players(parts))
-            serials = ",".join(str(s) for stage in self._stages for s in stage.serials)
-            self._assignments[active] = players, fingerprint(parts, serials) if parts else ""
-        self.players, self.name = self._assignments[active]
+        parts = self.cast.parts(active)
+        for stage in self._stages.values():
+            stage.assign(parts)
 
-    def dispatch(self, layer, x, emb, context, transformer_options, output_shape, time_context, num_video_frames,
-                 image_only_indicator):
+    def stage(self, base_model) -> Stage | None:
+        """The stage of a model of this run; None for any other (guiders can sample two models)."""
+        return self._stages.get(id(base_model))
+
+    def close(self) -> None:
+        self._stages.clear()
+
+
+class Stage:
+    """The layers of one UNet object, the packs that stand beside it, and who plays at the moment."""
+
+    def __init__(self, model):
+        self._config = architecture_of(model).config
+        self._layers = units.layers(model.model.diffusion_model, self._config)
+        packs = packs_of(model)
+        self._packs = {pack_id: patcher.model.layers() for pack_id, patcher in packs.items()}
+        self._serials = ",".join(str(patcher.model.serial) for patcher in packs.values())
+        self._parts: dict[str, Part] = {}
+        self._players: dict[int, torch.nn.Module] = {}
+        self.name = ""
+        self.entry = (units.LAYER_CLASSES, self._dispatch)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the checkpoint plays everything itself."""
+        return not self._players
+
+    def assign(self, parts: dict[str, Part]) -> None:
+        if parts == self._parts:
+            return
+        self._parts = parts
+        self._players = {id(self._layers[address]): self._player(address, part) for address, part in parts.items()}
+        self.name = fingerprint(parts, self._serials)
+
+    def _player(self, address: str, part: Part) -> torch.nn.Module:
+        if part.role == "pack":
+            return self._packs[part.source][address]
+        return units.shared_stand_in(unit(self._config, address))
+
+    def _dispatch(self, layer, x, emb, context, transformer_options, output_shape, time_context, num_video_frames,
+                  image_only_indicator):
         """Let the layer's player play it, in the host's own way.
 
         Layers nobody stands in for are their own players, so this is the one path for all.
         """
-        player = self.players.get(id(layer), layer)
-        patches = transformer_options["patches"]
-        others = [e for e in patches["forward_timestep_embed_patch"] if e is not self.entry]
-        # The host's function would come straight back to us. It also advances counters in
-        # transformer_options, so it must get this very dict, not a copy.
-        transformer_options["patches"] = {**patches, "forward_timestep_embed_patch": others}
+        player = self._players.get(id(layer), layer)
+        # With our entry in place the host's function would come straight back to us. It also advances
+        # counters in transformer_options, so it must get this very dict, not a copy.
+        ours = transformer_options["patches"]
+        transformer_options["patches"] = transformer_options[OTHERS]
         try:
             return forward_timestep_embed([player], x, emb, context, transformer_options, output_shape,
                                           time_context, num_video_frames, image_only_indicator)
         finally:
-            transformer_options["patches"] = patches
-
-    def close(self) -> None:
-        self._stages.clear()
-        self._assignments.clear()
-        self.players = {}
-
-
-class _Stage:
-    """The layers of one UNet object and the packs that stand beside it."""
-
-    def __init__(self, model):
-        architecture = architecture_of(model)
-        self.config = architecture.config
-        self.layers = units.layers(model.model.diffusion_model, self.config)
-        packs = packs_of(model)
-        self.packs = {pack_id: patcher.model.layers() for pack_id, patcher in packs.items()}
-        self.serials = tuple(patcher.model.serial for patcher in packs.values())
-
-    def players(self, parts: dict[str, Part]) -> dict[int, object]:
-        players = {}
-        for address, part in parts.items():
-            if part.role == "pack":
-                player = self.packs[part.source][address]
-            else:
-                player = units.shared_stand_in(unit(self.config, address))
-            players[id(self.layers[address])] = player
-        return players
+            transformer_options["patches"] = ours
 
 
 def _outer_sample(executor, *args, **kwargs):
     guider = executor.class_obj
-    options = guider.model_options["transformer_options"]  # the run's own copy; the guider restores the original
     run = Run(guider.model_patcher)
-    patches = options.setdefault("patches", {})
-    patches["forward_timestep_embed_patch"] = [run.entry, *patches.get("forward_timestep_embed_patch", [])]
-    options[KEY] = run
+    guider.model_options["transformer_options"][KEY] = run  # the run's own copy; the guider restores the original
     try:
         return executor(*args, **kwargs)
     finally:
@@ -201,12 +201,16 @@ def _predict_noise(executor, x, timestep, model_options={}, seed=None):
 
 
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
-    # The host's TorchCompileModel keeps no guard on transformer_options, so a compiled graph would go on
-    # playing the cast of its first trace. It does guard the names of keyword arguments, which the
-    # UNet ignores: one name per assignment makes one graph per assignment.
     run = transformer_options.get(KEY)
-    if run is not None and run.name:
-        kwargs[f"{KEY}_{run.name}"] = None
+    stage = run and run.stage(executor.class_obj)
+    if stage and not stage.empty:
+        patches = transformer_options.get("patches", {})
+        entries = [stage.entry, *patches.get(DOOR, [])]
+        transformer_options = {**transformer_options, OTHERS: patches, "patches": {**patches, DOOR: entries}}
+        # The host's TorchCompileModel keeps no guard on transformer_options, so a compiled graph would go
+        # on playing the cast of its first trace. It does guard the names of keyword arguments, which the
+        # UNet ignores: one name per assignment makes one graph per assignment.
+        kwargs[f"{KEY}_{stage.name}"] = None
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 

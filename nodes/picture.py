@@ -1,0 +1,110 @@
+"""Draws a UNet: every unit in its place, who plays it, and its share of the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ..asdm_core.addresses import Unit, UNetConfig, walk
+
+BACKGROUND, INK, FAINT = "#ffffff", "#1c2330", "#8a94a6"
+COLOURS = {"host": "#a9bfdc", "pack": "#f4a261", "cut": "#f1f3f6"}
+NAMES = {"resnet": "resnet", "transformer": "attn", "downsampler": "down", "upsampler": "up"}
+
+BOX, GAP, MARGIN, ROW, HEAD = (84, 40), 8, 28, 96, 92
+
+
+@dataclass(frozen=True)
+class UnitView:
+    """How one unit is drawn: its role, and its share of all multiplications (0..1)."""
+
+    role: str
+    share: float
+
+
+def _font(size: int) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+class _Sheet:
+    """A drawing at twice the size, halved at the end for smooth lines and letters."""
+
+    def __init__(self, width: int, height: int):
+        self.image = Image.new("RGB", (2 * width, 2 * height), BACKGROUND)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def text(self, x, y, text, size=13, fill=INK, anchor="la"):
+        self.draw.text((2 * x, 2 * y), text, font=_font(2 * size), fill=fill, anchor=anchor)
+
+    def box(self, x, y, w, h, fill, outline=None, dashed=False):
+        self.draw.rounded_rectangle((2 * x, 2 * y, 2 * (x + w), 2 * (y + h)), 10, fill=fill,
+                                    outline=None if dashed else outline, width=2)
+        if dashed:
+            for at in range(int(x) + 5, int(x + w) - 5, 8):
+                self.draw.line((2 * at, 2 * y, 2 * at + 8, 2 * y), fill=outline, width=2)
+                self.draw.line((2 * at, 2 * (y + h), 2 * at + 8, 2 * (y + h)), fill=outline, width=2)
+
+    def line(self, points, fill=FAINT, width=2):
+        self.draw.line([2 * p for p in points], fill=fill, width=width)
+
+    def done(self) -> Image.Image:
+        return self.image.resize((self.image.width // 2, self.image.height // 2), Image.LANCZOS)
+
+
+def draw_unet(config: UNetConfig, views: Mapping[str, UnitView], title: str, subtitle: str) -> Image.Image:
+    """A picture of the UNet: encoder on the left, decoder on the right, one row per resolution."""
+    rows: dict[str, list[Unit]] = {}
+    for u in walk(config):
+        if u.side in ("down", "mid", "up"):
+            name = "mid" if u.side == "mid" else ".".join(u.address.split(".")[:2])
+            rows.setdefault(name, []).append(u)
+    left = max(len(us) for name, us in rows.items() if name.startswith("down"))
+    right = max(len(us) for name, us in rows.items() if name.startswith("up"))
+    step = BOX[0] + GAP
+    half = MARGIN + left * step + 3 * GAP
+    width = half + right * step + MARGIN
+    with_mid = "mid" in rows
+    height = HEAD + (config.levels + with_mid) * ROW + 46
+    sheet = _Sheet(width, height)
+
+    sheet.text(MARGIN, 18, title, 21)
+    sheet.text(MARGIN, 48, subtitle, 14, FAINT)
+    for level in range(config.levels):
+        y = HEAD + level * ROW
+        down, up = f"down.{level}", f"up.{config.levels - 1 - level}"
+        end = MARGIN + len(rows[down]) * step
+        sheet.line((end, y + 22 + BOX[1] / 2, half - GAP, y + 22 + BOX[1] / 2))  # the skips
+        _draw_block(sheet, MARGIN, y, down, config.channels(level), rows[down], views)
+        _draw_block(sheet, half, y, up, config.channels(level), rows[up], views)
+    if with_mid:
+        _draw_block(sheet, half - 2 * step, HEAD + config.levels * ROW, "mid", config.channels(config.levels - 1), rows["mid"], views)
+    x = MARGIN
+    for role, meaning in (("host", "the checkpoint's own"), ("pack", "played by a pack"), ("cut", "cut")):
+        sheet.box(x, height - 34, 22, 16, COLOURS[role], FAINT, dashed=role == "cut")
+        sheet.text(x + 30, height - 26, meaning, 13, INK, "lm")
+        x += 190
+    sheet.text(x, height - 26, "percent: share of the UNet's multiplications", 13, FAINT, "lm")
+    return sheet.done()
+
+
+def _draw_block(sheet: _Sheet, x: int, y: int, name: str, channels: int, units: list[Unit], views) -> None:
+    total = sum(views[u.address].share for u in units)
+    size = "full size" if units[0].scale == 1 else f"1/{units[0].scale} size"
+    sheet.text(x, y, f"{name}   {channels} channels, {size}" + (f",  {total:.0%}" if total else ""), 13, INK)
+    for i, u in enumerate(units):
+        view, left, top = views[u.address], x + i * (BOX[0] + GAP), y + 22
+        cut = view.role == "cut"
+        sheet.box(left, top, *BOX, COLOURS[view.role], FAINT, dashed=cut)
+        label = NAMES[u.kind] + (f" x{u.depth}" if u.depth > 1 else "")
+        sheet.text(left + BOX[0] / 2, top + (BOX[1] / 2 if cut else 13), label, 13, FAINT if cut else INK, "mm")
+        if not cut:
+            sheet.text(left + BOX[0] / 2, top + 29, f"{view.share:.1%}", 12, INK, "mm")
+
+
+def to_image(picture: Image.Image) -> torch.Tensor:
+    """A picture as the host's IMAGE: (1, H, W, 3) in 0..1."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32) / 255)[None]
