@@ -17,7 +17,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -329,6 +329,24 @@ def open_pack(path: str | os.PathLike) -> Loaded:
     return Loaded(file.path, description, file)
 
 
+def identify_unet(file: TensorFile) -> tuple[Description, Recognised]:
+    """What UNet a file holds, from its header alone. Raises BadFile."""
+    description = describe(file)
+    if description is not None and description.kind == "pack":
+        raise BadFile(f"{file.path.name}: this is a pack, not a whole UNet. Use Apply Pack on a checkpoint.")
+    try:
+        if description is None:
+            found = recognise(file.shapes)
+            return Description("unet", found.architecture), found
+        prefix, layout = unet_prefix(file.shapes)
+        found = Recognised(description.architecture, prefix, layout, standalone_form(description.architecture).numbering)
+        roots = tuple({f"{prefix}{key.split('.', 1)[0]}." for key in found.architecture.keys(layout)})
+        check({k: s for k, s in file.shapes.items() if k.startswith(roots)}, found.keys(), file.path.name)
+    except (Unrecognised, Mismatch) as e:
+        raise BadFile(f"{file.path.name}: {str(e).removeprefix(file.path.name + ': ')}") from None
+    return description, found
+
+
 def open_unet(path: str | os.PathLike) -> Loaded:
     """Open a UNet in any known form: ours, an LDM or diffusers single file, or a diffusers folder.
 
@@ -337,24 +355,11 @@ def open_unet(path: str | os.PathLike) -> Loaded:
     path = Path(path)
     prediction = _folder_prediction(path)
     file = TensorFile(_file_in_folder(path) if path.is_dir() else path)
-    description = describe(file)
-    if description is not None and description.kind == "pack":
-        raise BadFile(f"{file.path.name}: this is a pack, not a whole UNet. Use Apply Pack on a checkpoint.")
-    try:
-        if description is None:
-            found = recognise(file.shapes)
-        else:
-            prefix, layout = unet_prefix(file.shapes)
-            found = Recognised(description.architecture, prefix, layout, standalone_form(description.architecture).numbering)
-            roots = {key.split(".", 1)[0] for key in found.architecture.keys()}
-            check({k: s for k, s in file.shapes.items() if k.startswith(prefix) and k.removeprefix(prefix).split(".", 1)[0] in roots},
-                  found.keys(), file.path.name)
-    except (Unrecognised, Mismatch) as e:
-        raise BadFile(f"{file.path.name}: {str(e).removeprefix(file.path.name + ': ')}") from None
+    description, found = identify_unet(file)
     names = {slot.unit.key(slot.tensor): key for key, slot in found.keys().items()}
     _check_values(file, names.values())
-    if description is None:
-        description = Description("unet", found.architecture, prediction=prediction)
+    if description.prediction is None:
+        description = replace(description, prediction=prediction)
     return Loaded(file.path, description, Renamed(file, names))
 
 

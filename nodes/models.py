@@ -131,15 +131,17 @@ def load_checkpoint(path: Path):
     return model, clip, vae
 
 
-def _host_parts(path: str, prefixes: list[str]) -> dict[str, Tensor]:
+def _beside_unet(path: str, prefixes: list[str]):
+    """The host's config for the UNet of a checkpoint, and the tensors of another part of it."""
     file = TensorFile(path)
-    return {k: file[k] for k in file if k.startswith(tuple(prefixes))}
+    description, _ = packs.identify_unet(file)
+    return model_config(description.architecture), {k: file[k] for k in file if k.startswith(tuple(prefixes))}
 
 
 def load_checkpoint_clip(path: str):
-    config = model_config(packs.open_unet(path).description.architecture)
     prefixes = ["cond_stage_model.", "conditioner."]
-    weights = config.process_clip_state_dict(_host_parts(path, prefixes))
+    config, weights = _beside_unet(path, prefixes)
+    weights = config.process_clip_state_dict(weights)
     if not weights:
         raise BadFile(f"{Path(path).name}: there is no text encoder in this file (wanted keys under {' or '.join(prefixes)}). "
                       "If it is a UNet alone, use Load Pruned UNet and load CLIP and VAE by their own nodes.")
@@ -150,9 +152,9 @@ def load_checkpoint_clip(path: str):
 
 
 def load_checkpoint_vae(path: str):
-    config = model_config(packs.open_unet(path).description.architecture)
-    prefixes = config.vae_key_prefix
-    weights = comfy.utils.state_dict_prefix_replace(_host_parts(path, prefixes), {p: "" for p in prefixes}, filter_keys=True)
+    prefixes = comfy.supported_models_base.BASE.vae_key_prefix
+    _, weights = _beside_unet(path, prefixes)
+    weights = comfy.utils.state_dict_prefix_replace(weights, {p: "" for p in prefixes}, filter_keys=True)
     if not weights:
         raise BadFile(f"{Path(path).name}: there is no VAE in this file (wanted keys under {' or '.join(prefixes)}). "
                       "If it is a UNet alone, use Load Pruned UNet and load CLIP and VAE by their own nodes.")
@@ -206,6 +208,8 @@ def load_small_clip(path: str):
     table = torch.zeros(config["vocab_size"], rows.shape[1], dtype=rows.dtype)
     table[file["token_ids"].long()] = rows
     weights[table_name] = table
+    # The host's class has a projection of the pooled output, which SD1.x does not use.
+    weights.setdefault("text_projection.weight", torch.eye(rows.shape[1], dtype=rows.dtype))
 
     class SmallTextModel(comfy.sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options={}):
