@@ -623,7 +623,9 @@ def run_target(command, env):
 
 
 def target_demo(python, settings):
-    flags = [f"--{name.lower()}={value}" for name, value in settings.items()]
+    # The demo runs in the pack's folder; a path a person types starts where that person is.
+    here = {name: os.path.abspath(value) for name, value in settings.items() if os.path.isfile(value)}
+    flags = [f"--{name.lower()}={value}" for name, value in {**settings, **here}.items()]
     return [[python, "-m", "demo", *flags]]
 
 

@@ -71,6 +71,14 @@ def link_folder(link: Path, target: Path) -> None:
         link.symlink_to(target, target_is_directory=True)
 
 
+def device_flags() -> list[str]:
+    """["--cpu"] on a machine without a graphics card that torch can use."""
+    import torch
+
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+    return [] if gpu else ["--cpu"]
+
+
 def model_folders(folder: Path) -> dict[str, list[Path]]:
     """The model folders of a ComfyUI, by kind: {"checkpoints": [...], ...}."""
     if not folder.is_dir():

@@ -1,0 +1,161 @@
+"""What the demo measured: report.json, compare.png and the summary on the screen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from asdm_core import measure, packs
+from asdm_core.architecture import Architecture
+from demo.compare import Row, grid
+from demo.job import SIDES, Job, by_title
+from demo.timing import TimedRun
+
+Runs = Mapping[str, Sequence[TimedRun]]
+
+
+def image_name(side: str, index: int) -> str:
+    return f"{index + 1:02}-{side}.png"
+
+
+def clear_results(folder: Path) -> None:
+    """Remove the results of an earlier run, so that all that lies there is of this one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in ("??-[ab].png", "compare.png", "report.json"):
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def unet_architectures(job: Job) -> dict[str, Architecture]:
+    """What is computed per UNet call on each side: all of the checkpoint, and what the pack leaves of it.
+
+    Raises packs.BadFile when the pack is none.
+    """
+    pack = packs.open_pack(job.pack).description.architecture
+    return {"a": Architecture.full(pack.config), "b": pack}
+
+
+def median_step(runs: Sequence[TimedRun]) -> float:
+    return statistics.median(seconds for run in runs for seconds in run.step_seconds)
+
+
+def write_results(job: Job, architectures: Mapping[str, Architecture], runs: Runs, system: Mapping, output: Path) -> dict:
+    """Measure the images in ``output``, write compare.png and report.json there, return the report.
+
+    system: the host's answer to /system_stats.
+    """
+    images = {side: [_open(output / image_name(side, i)) for i in range(len(job.prompts))] for side in SIDES}
+    psnr, ssim = [], []
+    for a, b in zip(images["a"], images["b"], strict=True):
+        psnr.append(_finite(float(measure.psnr(_tensor(a), _tensor(b)))))
+        ssim.append(float(measure.ssim(_tensor(a), _tensor(b))))
+    sampler = by_title(job.graph("a", 0))["Sampler"]["inputs"]
+    report = {
+        "checkpoint": job.checkpoint.name,
+        "pack": job.pack.name,
+        "prompts": list(job.prompts),
+        "negative_prompt": job.negative,
+        "seeds": [i + 1 for i in range(len(job.prompts))],
+        "width": job.size,
+        "height": job.size,
+        **{key: sampler[key] for key in ("steps", "cfg", "sampler_name", "scheduler")},
+        "speedup": median_step(runs["a"]) / median_step(runs["b"]),
+        "psnr": None if None in psnr else statistics.mean(psnr),
+        "ssim": statistics.mean(ssim),
+        "psnr_values": psnr,
+        "ssim_values": ssim,
+        **{side: _side(side, job, architectures[side], runs[side]) for side in SIDES},
+        "host": {
+            "comfyui": system["system"]["comfyui_version"],
+            "torch": system["system"]["pytorch_version"],
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": system["devices"][0]["name"],
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        },
+    }
+    draw_comparison(report, images, runs).save(output / "compare.png")
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    return report
+
+
+def _side(side: str, job: Job, architecture: Architecture, runs: Sequence[TimedRun]) -> dict:
+    latent = job.size // 8
+    return {
+        "seconds_per_step": {
+            "median": median_step(runs),
+            "values": [seconds for run in runs for seconds in run.step_seconds],
+        },
+        "unet_params": architecture.params,
+        "unet_macs": measure.macs(architecture, latent, latent),
+        "images": [image_name(side, i) for i in range(len(job.prompts))],
+    }
+
+
+def _open(file: Path) -> Image.Image:
+    return Image.open(file).convert("RGB")
+
+
+def _tensor(image: Image.Image) -> torch.Tensor:
+    """(1, 3, H, W) in 0 ... 1"""
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)[None]
+
+
+def _finite(psnr: float) -> float | None:
+    """None for identical images, whose PSNR is infinite: JSON has no word for that."""
+    return None if math.isinf(psnr) else psnr
+
+
+# texts ------------------------------------------------------------------------------------------
+
+
+def likeness(psnr: float | None, ssim: float) -> str:
+    return "identical" if psnr is None else f"PSNR {psnr:.1f} dB, SSIM {ssim:.2f}"
+
+
+def headline(report: Mapping) -> str:
+    a, b = (1000 * report[side]["seconds_per_step"]["median"] for side in SIDES)
+    factor = report["speedup"]
+    verdict = f"{factor:.2f} times faster" if factor >= 1 else f"{1 / factor:.2f} times slower"
+    return f"B is {verdict} per step: {a:.1f} ms to {b:.1f} ms"
+
+
+def draw_comparison(report: Mapping, images: Mapping[str, Sequence[Image.Image]], runs: Runs) -> Image.Image:
+    """The labelled grid of a report."""
+    rows = []
+    for i, prompt in enumerate(report["prompts"]):
+        a, b = (1000 * median_step([runs[side][i]]) for side in SIDES)
+        like = likeness(report["psnr_values"][i], report["ssim_values"][i])
+        rows.append(Row(prompt, images["a"][i], images["b"][i], f"{a:.0f} to {b:.0f} ms per step, {like}"))
+    host = report["host"]
+    subtitle = (
+        f"{report['steps']} steps, CFG {report['cfg']:g}, {report['sampler_name']}, {report['width']} x {report['height']}, "
+        f"same seeds; B against A: {likeness(report['psnr'], report['ssim'])}; "
+        f"ComfyUI {host['comfyui']}, torch {host['torch']}, {host['device']}"
+    )
+    labels = [Path(report["checkpoint"]).stem, f"with {Path(report['pack']).stem}"]
+    return grid(headline(report), subtitle, labels, rows)
+
+
+def summary(report: Mapping, output: Path) -> str:
+    """What a person reads at the end."""
+    lines = ["", f"     {'parameters':>13}{'MACs per call':>16}{'s per step':>13}   UNet"]
+    names = (report["checkpoint"], f"{report['checkpoint']} + {report['pack']}")
+    for side, name in zip(SIDES, names, strict=True):
+        row = report[side]
+        lines.append(
+            f"  {side.upper()}  {row['unet_params'] / 1e6:>11.2f} M{row['unet_macs'] / 1e9:>14.3f} G"
+            f"{row['seconds_per_step']['median']:>13.4f}   {name}"
+        )
+    lines += ["", f"  {headline(report)}", f"  B against A: {likeness(report['psnr'], report['ssim'])}"]
+    lines += ["", f"  {output / 'compare.png'}", f"  {output / 'report.json'}"]
+    return "\n".join(lines)

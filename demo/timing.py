@@ -1,0 +1,63 @@
+"""Times the sampling steps of one run through the host's progress messages."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import aiohttp
+
+from demo.server import Client, ServerError, outputs_of
+
+FINISHED = ("execution_success", "execution_error", "execution_interrupted")
+
+
+@dataclass(frozen=True)
+class TimedRun:
+    """Outputs of a run, and the seconds of every sampling step after the first.
+
+    The first step loads and moves weights, and its start is announced by no message.
+    """
+
+    outputs: Mapping
+    step_seconds: tuple[float, ...]
+
+
+def timed_run(url: str, graph: Mapping, sampler: str) -> TimedRun:
+    """Run an API graph on the host at ``url`` and time the steps of its node ``sampler``."""
+    # A client of its own: when a connection closes, the host forgets whoever has its client id,
+    # be it the next run's.
+    return asyncio.run(_timed_run(Client(url), graph, sampler))
+
+
+async def _timed_run(client: Client, graph: Mapping, sampler: str) -> TimedRun:
+    ends: dict[int, float] = {}
+    async with aiohttp.ClientSession() as session, session.ws_connect(f"{client.url}/ws?clientId={client.id}") as socket:
+        run = client.submit(graph)
+        async for message in socket:
+            now = time.perf_counter()
+            if message.type != aiohttp.WSMsgType.TEXT:
+                continue
+            event = message.json()
+            kind, data = event["type"], event["data"]
+            if data.get("prompt_id") != run:
+                continue
+            if kind == "progress" and data["node"] == sampler:
+                ends.setdefault(data["value"], now)
+            elif kind in FINISHED:
+                break
+        else:
+            raise ServerError("ComfyUI closed the connection in the middle of a run")
+    while (record := client.history(run)) is None:  # written just after the message
+        await asyncio.sleep(0.01)
+    outputs = outputs_of(record)
+    if len(ends) < 2:
+        raise ServerError(f"ComfyUI reported {len(ends)} steps of node {sampler}; at least 2 are needed to time one")
+    return TimedRun(outputs, step_seconds(ends))
+
+
+def step_seconds(ends: Mapping[int, float]) -> tuple[float, ...]:
+    """Differences of the times at which consecutive steps ended."""
+    return tuple(ends[step] - ends[step - 1] for step in sorted(ends) if step - 1 in ends)

@@ -1,0 +1,185 @@
+"""The demo without a host: which files it takes, the graphs it sends, and what it makes of the measurements."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from asdm_core.architecture import Architecture
+from demo import compare, job, report
+from demo.server import outputs_of, PromptError, PromptInterrupted
+from demo.timing import TimedRun, step_seconds
+
+
+@pytest.fixture
+def roots(tmp_path, monkeypatch):
+    """An embedded family and one model folder, as empty files."""
+    monkeypatch.setattr(job, "EMBEDDED", tmp_path / "embedded")
+    for name in (
+        "embedded/emoji-teacher.safetensors", "embedded/emoji-m2.safetensors", "embedded/emoji-openmoji.safetensors",
+        "models/checkpoints/anime.safetensors", "models/asdm_packs/sd15-m2.safetensors",
+        "elsewhere/mine.safetensors", "elsewhere/old.ckpt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    return [tmp_path / "models"]
+
+
+def test_without_arguments_it_is_the_embedded_teacher(roots):
+    found = job.find_job(None, None, 20, roots)
+    assert (found.loader, found.checkpoint.name, found.pack.name) == (
+        "ASDMCheckpointLoader", "emoji-teacher.safetensors", "emoji-m2.safetensors")
+    assert (found.size, found.cfg, len(found.prompts), found.models) == (128, 3.0, 8, {})
+
+
+def test_embedded_finetune_takes_the_teachers_pack(roots):
+    found = job.find_job("emoji-openmoji.safetensors", None, 20, roots)
+    assert (found.checkpoint.name, found.pack.name) == ("emoji-openmoji.safetensors", "emoji-m2.safetensors")
+
+
+def test_own_checkpoint_by_name_and_by_path(roots, tmp_path):
+    found = job.find_job("anime.safetensors", "sd15-m2.safetensors", 20, roots)
+    assert (found.loader, found.size, found.cfg, len(found.prompts)) == ("CheckpointLoaderSimple", 512, 7.0, 8)
+    found = job.find_job(str(tmp_path / "elsewhere/mine.safetensors"), "sd15-m2.safetensors", 20, roots)
+    assert found.models == {"checkpoints": [tmp_path / "elsewhere"], "asdm_packs": [tmp_path / "models/asdm_packs"]}
+
+
+def test_own_checkpoint_without_a_pack_says_how_to_get_one(roots):
+    with pytest.raises(job.DemoError, match="a pack for anime.safetensors is needed: PACK="):
+        job.find_job("anime.safetensors", None, 20, roots)
+
+
+def test_missing_file_lists_where_it_was_looked_for(roots, tmp_path):
+    with pytest.raises(job.DemoError) as error:
+        job.find_job("nope.safetensors", None, 20, roots)
+    assert str(tmp_path / "models/checkpoints/nope.safetensors") in str(error.value)
+
+
+def test_pickles_are_refused(roots, tmp_path):
+    with pytest.raises(job.DemoError, match="is no .safetensors file"):
+        job.find_job(str(tmp_path / "elsewhere/old.ckpt"), None, 20, roots)
+
+
+def test_graphs_of_a_and_b_differ_by_the_pack_alone(roots):
+    found = job.find_job("anime.safetensors", "sd15-m2.safetensors", 12, roots)
+    a, b = (found.graph(side, 3) for side in job.SIDES)
+    assert job.by_title(a)["Checkpoint"]["class_type"] == "CheckpointLoaderSimple"
+    assert job.by_title(a)["Checkpoint"]["inputs"] == {"ckpt_name": "anime.safetensors"}
+    assert job.by_title(a)["Prompt"]["inputs"]["text"] == found.prompts[3]
+    sampler = job.by_title(a)["Sampler"]["inputs"]
+    assert (sampler["seed"], sampler["steps"], sampler["cfg"]) == (4, 12, 7.0)
+    pack = job.node_id(b, "Pack")
+    assert b[pack]["inputs"] == {
+        "model": [job.node_id(b, "Checkpoint"), 0], "pack_name": "sd15-m2.safetensors", "start_percent": 0.0, "end_percent": 1.0}
+    job.by_title(b)["Sampler"]["inputs"]["model"] = b.pop(pack)["inputs"]["model"]
+    job.by_title(b)["Save"]["inputs"]["filename_prefix"] = job.by_title(a)["Save"]["inputs"]["filename_prefix"]
+    assert a == b
+
+
+def test_every_link_of_the_workflow_files_leads_somewhere():
+    for file in job.WORKFLOWS.glob("*.json"):
+        graph = json.loads(file.read_text("utf-8"))
+        for node in graph.values():
+            for value in node["inputs"].values():
+                if isinstance(value, list):
+                    assert value[0] in graph, f"{file.name}: {value}"
+
+
+def test_steps_are_differences_of_consecutive_ends():
+    assert step_seconds({1: 10.0, 2: 10.5, 3: 11.5, 5: 20.0, 6: 20.25}) == (0.5, 1.0, 0.25)
+
+
+def test_failed_and_interrupted_runs_name_the_node():
+    def record(kind, **data):
+        return {"outputs": {}, "status": {"messages": [["execution_start", {}], [kind, {"node_id": "5", "node_type": "KSampler", **data}]]}}
+
+    with pytest.raises(PromptInterrupted, match="node 5"):
+        outputs_of(record("execution_interrupted"))
+    with pytest.raises(PromptError, match=r"node 5 \(KSampler\): ValueError: too bad"):
+        outputs_of(record("execution_error", exception_type="ValueError", exception_message="too bad"))
+
+
+# ---------------------------------------------------------------- results
+
+
+SYSTEM = {"system": {"comfyui_version": "0.30.0", "pytorch_version": "2.11.0"}, "devices": [{"name": "cpu"}]}
+
+
+@pytest.fixture
+def results(roots, tmp_path):
+    """A comparison of grey images, A 10 ms and B 5 ms a step; the first pair is identical."""
+    found = job.find_job(None, None, 20, roots)
+    output = tmp_path / "results"
+    report.clear_results(output)
+    for i in range(8):
+        Image.new("RGB", (128, 128), (100, 100, 100)).save(output / report.image_name("a", i))
+        Image.new("RGB", (128, 128), (100 + i, 100, 100)).save(output / report.image_name("b", i))
+    runs = {side: [TimedRun({}, (seconds, seconds, 9.0)) for _ in range(8)] for side, seconds in (("a", 0.01), ("b", 0.005))}
+    full = Architecture.preset("m2").config
+    architectures = {"a": Architecture.full(full), "b": Architecture.preset("m2")}
+    return report.write_results(found, architectures, runs, SYSTEM, output), output
+
+
+def test_report_holds_what_was_measured(results):
+    written, output = results
+    assert json.loads((output / "report.json").read_text("utf-8"), parse_constant=pytest.fail) == written
+    assert written["a"]["seconds_per_step"]["median"] == 0.01  # the one slow step of each run does not move it
+    assert len(written["a"]["seconds_per_step"]["values"]) == 24
+    assert written["speedup"] == pytest.approx(2.0)
+    assert written["a"]["unet_params"] > written["b"]["unet_params"]
+    assert written["a"]["unet_macs"] > written["b"]["unet_macs"]
+    assert written["psnr_values"][0] is None and written["psnr"] is None  # infinite
+    error = (1 / 255) ** 2 / 3
+    assert written["psnr_values"][1] == pytest.approx(-10 * math.log10(error), abs=0.01)
+    assert written["host"]["comfyui"] == "0.30.0"
+    assert all((output / name).is_file() for side in job.SIDES for name in written[side]["images"])
+
+
+def test_texts_are_honest_in_both_directions(results):
+    written, output = results
+    assert report.headline(written) == "B is 2.00 times faster per step: 10.0 ms to 5.0 ms"
+    assert report.headline({**written, "speedup": 0.8}).startswith("B is 1.25 times slower per step")
+    text = report.summary(written, output)
+    assert "2.00 times faster" in text and str(output / "compare.png") in text
+    assert report.likeness(None, 1.0) == "identical"
+
+
+def test_grid_shows_every_pair_with_its_difference(results):
+    _, output = results
+    sheet = Image.open(output / "compare.png")
+    group = 3 * compare.CELL + 2 * compare.GAP
+    assert sheet.width == 2 * group + 3 * compare.MARGIN
+    top = compare.HEADER + compare.CAPTION + 10
+    left = 2 * compare.MARGIN + group + 10  # the second pair: B is one brighter in red
+    colours = [sheet.getpixel((left + i * (compare.CELL + compare.GAP), top)) for i in range(3)]
+    assert colours == [(100, 100, 100), (101, 100, 100), (compare.GAIN, 0, 0)]
+
+
+def test_difference_is_symmetric_and_saturates():
+    a, b = Image.new("RGB", (4, 4), (0, 200, 10)), Image.new("RGB", (4, 4), (10, 0, 0))
+    assert compare.difference(a, b).getpixel((0, 0)) == (30, 255, 30)
+    assert compare.difference(a, b).tobytes() == compare.difference(b, a).tobytes()
+
+
+def test_long_prompts_are_shortened_not_painted_over():
+    rows = [compare.Row("a very long prompt " * 20, *[Image.new("RGB", (512, 512))] * 2, "note")]
+    sheet = compare.grid("title " * 60, "subtitle " * 60, ["A" * 90, "B" * 90], rows)
+    assert sheet.getpixel((sheet.width - 5, 90)) == (255, 255, 255)
+
+
+def test_results_of_an_earlier_run_do_not_mix_with_new_ones(tmp_path):
+    for name in ("01-a.png", "12-b.png", "compare.png", "report.json", "mine.png"):
+        (tmp_path / name).write_bytes(b"")
+    report.clear_results(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+
+
+def test_embedded_prompts_are_eight_of_each():
+    assert len(set(job.EMOJI_PROMPTS)) == len(set(job.SD15_PROMPTS)) == 8
+
+
+def test_paths_are_absolute_for_the_host(roots, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert job.find_file("mine.safetensors", "checkpoint", []) == Path(tmp_path / "elsewhere/mine.safetensors")
