@@ -3,6 +3,7 @@
 Nothing here skips: a host that cannot be had is a failure.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -59,20 +60,16 @@ def client(server) -> Client:
         client.interrupt()
 
 
-@pytest.fixture
-def run_in_host(host, tmp_path):
-    """Run a function of a script inside a host process: run_in_host("models.py", "prune", "m2", seed=1).
+@pytest.fixture(scope="session")
+def call_in_host(host):
+    """call_in_host(folder, script, function, ...): run_in_host with a folder of the caller's."""
 
-    The script lies in tests/host/scripts; arguments and the value returned are JSON.
-    See runner.py for what the script finds around it.
-    """
-
-    def run(script, function="main", *args, timeout=300, flags=(), **kwargs):
-        call, result = tmp_path / "call.json", tmp_path / "result.json"
+    def call_in_host(folder, script, function="main", *args, timeout=300, flags=(), **kwargs):
+        call, result = folder / "call.json", folder / "result.json"
         result.unlink(missing_ok=True)
         path = FOLDER / "scripts" / script
         call.write_text(json.dumps({"script": str(path), "function": function, "args": args, "kwargs": kwargs}))
-        base = tmp_path / "base"
+        base = folder / "base"
         for name in ("input", "output", "models", "custom_nodes", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(RUNNER), str(host), str(call), str(result)]
@@ -85,4 +82,14 @@ def run_in_host(host, tmp_path):
             pytest.fail(f"{script}:{function} ended with status {done.returncode} in the host:\n{done.stdout[-8000:]}", pytrace=False)
         return json.loads(result.read_text())
 
-    return run
+    return call_in_host
+
+
+@pytest.fixture
+def run_in_host(call_in_host, tmp_path):
+    """Run a function of a script inside a host process: run_in_host("models.py", "prune", "m2", seed=1).
+
+    The script lies in tests/host/scripts; arguments and the value returned are JSON.
+    See runner.py for what the script finds around it.
+    """
+    return functools.partial(call_in_host, tmp_path)

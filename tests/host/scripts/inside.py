@@ -1,0 +1,45 @@
+"""Runs the tests of one file of tests/host/inside within the host process, and reports each outcome."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import comfy.model_management
+
+sys.path.append(str(Path(__file__).parent))  # for small.py
+SETTINGS = Path(__file__).with_name("inside.ini")
+
+
+class Outcomes:
+    """Collects what failed, by the name of the test function; parameters of one function together."""
+
+    def __init__(self):
+        self.failures: dict[str, list[str]] = {}
+
+    def pytest_runtest_logreport(self, report):
+        name = report.location[2].partition("[")[0]
+        found = self.failures.setdefault(name, [])
+        if report.skipped:
+            found.append(f"{report.nodeid} was skipped; nothing may be skipped")
+        if report.failed:
+            found.append(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n{report.capstdout}{report.caplog}"[-6000:])
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.failures.setdefault("", []).append(report.longreprtext)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_teardown(self):
+        # No test may lean on what another left on the "device".
+        comfy.model_management.unload_all_models()
+
+
+def main(path, names, base):
+    outcomes = Outcomes()
+    tests = [f"{path}::{name}" for name in names]
+    # The pack's own pytest settings would put its folder on sys.path, where its nodes/ hides the host's nodes.py.
+    options = ["-c", str(SETTINGS), "--rootdir", str(Path(path).parent), "--noconftest", "-p", "no:cacheprovider",
+               "-p", "no:randomly", "--basetemp", base, "--import-mode=importlib", "-q", "--durations=15", "--durations-min=0.5"]
+    pytest.main([*options, *tests], plugins=[outcomes])
+    return outcomes.failures
