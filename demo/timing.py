@@ -18,7 +18,9 @@ FINISHED = ("execution_success", "execution_error", "execution_interrupted")
 class TimedRun:
     """Outputs of a run, and the seconds of every sampling step after the first.
 
-    The first step loads and moves weights, and its start is announced by no message.
+    The first step loads and moves weights, and its start is not announced. On a graphics card the
+    host announces a step when its work is queued; the queue is as long at the end of a run as after
+    its first step, so the average is right where a single value may not be.
     """
 
     outputs: Mapping
@@ -59,5 +61,14 @@ async def _timed_run(client: Client, graph: Mapping, sampler: str) -> TimedRun:
 
 
 def step_seconds(ends: Mapping[int, float]) -> tuple[float, ...]:
-    """Differences of the times at which consecutive steps ended."""
-    return tuple(ends[step] - ends[step - 1] for step in sorted(ends) if step - 1 in ends)
+    """Seconds of every step after the first, from the times at which steps ended.
+
+    The host announces at most ten steps a second, the first and the last one always. Steps between
+    two announcements share their average.
+    """
+    known = sorted(ends)
+    return tuple(
+        (ends[last] - ends[first]) / (last - first)
+        for first, last in zip(known, known[1:])
+        for _ in range(first, last)
+    )
