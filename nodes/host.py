@@ -185,6 +185,8 @@ class Stage:
 
 def _outer_sample(executor, *args, **kwargs):
     guider = executor.class_obj
+    # The host's own next step: a pack that was applied after the work was split has no units there yet.
+    guider.model_patcher.match_multigpu_clones()
     run = Run(guider.model_patcher)
     guider.model_options["transformer_options"][KEY] = run  # the run's own copy; the guider restores the original
     try:
