@@ -69,7 +69,8 @@ def parse_header(data: bytes, size: int, name: str) -> Header:
     def bad(why: str, do: str = "Download or export it again.") -> BadFile:
         return BadFile(f"{name}: {why}. {do}")
 
-    if data[:2] == b"PK" or data[:1] == b"\x80":
+    # The first bytes alone do not tell: they can be the length of a header, which a brace follows.
+    if (data[:2] == b"PK" or data[:1] == b"\x80") and data[8:9] != b"{":
         raise bad("this is a pickle file (.ckpt, .pt or .bin), which can run code when it is opened; asdm reads only "
                   "safetensors", "Convert it to safetensors first.")
     if len(data) < 8:
@@ -111,9 +112,9 @@ def read_header(path: str | os.PathLike) -> Header:
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
-            data = f.read(8)
-            if len(data) == 8 and data[:2] != b"PK":
-                data += f.read(min(struct.unpack("<Q", data)[0], _MAX_HEADER, size))
+            data = f.read(9)
+            if data[8:] == b"{":
+                data += f.read(min(struct.unpack("<Q", data[:8])[0], _MAX_HEADER, size))
     except FileNotFoundError:
         raise BadFile(f"{path.name}: there is no such file ({path})") from None
     except IsADirectoryError:
