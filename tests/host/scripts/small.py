@@ -3,15 +3,22 @@
 import hashlib
 from pathlib import Path
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
+import comfy.sd
+import comfy.supported_models
 import torch
 from in_host import module
 
 addresses = module("asdm_core.addresses")
 architecture = module("asdm_core.architecture")
+cast = module("asdm_core.cast")
 packs = module("asdm_core.packs")
 surgery = module("asdm_core.surgery")
+apply_pack = module("nodes.apply_pack")
+host = module("nodes.host")
+models = module("nodes.models")
 Architecture = architecture.Architecture
 
 _SD = {"down": ((1, 1), (1, 1), (1, 1), (0, 0)), "mid": 1, "up": ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))}
@@ -20,6 +27,23 @@ SD2 = addresses.UNetConfig("small-sd2", 32, (1, 2, 4, 4), **_SD, context_dim=48,
 SDXL = addresses.UNetConfig("small-sdxl", 32, (1, 2, 4), ((0, 0), (2, 2), (10, 10)), 10,
                             ((10, 10, 10), (2, 2, 2), (0, 0, 0)), context_dim=48, head_channels=16, use_linear=True, adm_channels=2816)
 CONFIGS = {"sd": SD, "sd2": SD2, "sdxl": SDXL}
+
+# Files without a description are recognised as members of these families too, by us and by the stock loaders.
+architecture.FAMILIES.update({config.family: config for config in CONFIGS.values()})
+
+
+def _stock_class(config, base):
+    host_config = config.to_host()
+    names = ("context_dim", "model_channels", "use_linear_in_transformer", "adm_in_channels", "use_temporal_attention")
+    heads = {name: host_config[name] for name in ("num_heads", "num_head_channels")}
+    return type(f"Small{base.__name__}", (base,), {
+        "unet_config": {name: host_config[name] for name in names}, "unet_extra_config": {**base.unet_extra_config, **heads}})
+
+
+comfy.supported_models.models[:0] = [
+    _stock_class(SD, comfy.supported_models.SD15), _stock_class(SD2, comfy.supported_models.SD20),
+    _stock_class(SDXL, comfy.supported_models.SDXL),
+]
 
 
 def weights(config, seed=0):
@@ -50,6 +74,49 @@ def write_pack(path, config=SD, preset="m2", seed=0, dtype=None, units=None):
     return Path(path)
 
 
+def model(folder, config=SD, seed=0, prediction="eps"):
+    """A MODEL of an unpruned UNet, as the stock loader gives it."""
+    path = Path(folder) / f"{config.family}-{seed}-{prediction}.safetensors"
+    if not path.exists():
+        write_unet(path, config, seed=seed, prediction=prediction)
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+def combined(folder, config=SD, preset="m2", trunk=0, student=1, prediction="eps"):
+    """What a pack of `preset` plays on a trunk, as one MODEL from one file (the units of packs are not involved)."""
+    chosen = Architecture.preset(preset, config)
+    weights_ = surgery.combine(weights(config, trunk), weights(config, student), chosen, chosen.pack_units())
+    path = Path(folder) / f"combined-{config.family}-{preset}-{trunk}-{student}.safetensors"
+    packs.write_unet(path, weights_, packs.Description("unet", chosen, prediction=prediction))
+    return models.load_unet(str(path))
+
+
+def with_pack(model, path, start=0.0, end=1.0):
+    """What the node Apply Pack makes."""
+    path = Path(path)
+    return apply_pack.apply_pack(model, path, path.name, cast.Window(start, end))
+
+
+def lora(config=SD, seed=0, rank=2, size=0.5):
+    """A LoRA in kohya's names for every layer of the UNet that can have one."""
+    generator = torch.Generator().manual_seed(500 + seed)
+    sd = {}
+    for slot in addresses.keys(config, "diffusers").values():
+        if len(slot.shape) < 2:
+            continue
+        name = "lora_unet_" + slot.unit.key(slot.tensor, "diffusers").removesuffix(".weight").replace(".", "_")
+        c_out, c_in, *kernel = slot.shape
+        sd[f"{name}.lora_down.weight"] = torch.randn(rank, c_in, *kernel, generator=generator) * size / slot.tensor.numel ** 0.25
+        sd[f"{name}.lora_up.weight"] = torch.randn(c_out, rank, *[1] * len(kernel), generator=generator) * size / slot.tensor.numel ** 0.25
+        sd[f"{name}.alpha"] = torch.tensor(float(rank))
+    return sd
+
+
+def add_lora(model, lora, strength=1.0):
+    """What the stock node Load LoRA does to a MODEL."""
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
 def cond(config=SD, seed=0, tokens=7, batch=1, **more):
     generator = torch.Generator().manual_seed(1000 + seed)
     extra = dict(more)
@@ -58,13 +125,16 @@ def cond(config=SD, seed=0, tokens=7, batch=1, **more):
     return [[torch.randn(batch, tokens, config.context_dim, generator=generator), extra]]
 
 
-def sample(model, config=SD, steps=4, cfg=3.0, sampler="euler", scheduler="normal", seed=0, size=(16, 16), batch=1,
-           positive=None, negative=None, latent=None, denoise=1.0):
-    """The latents of one sampling run through the host's own sampling code."""
+def sample(model, config=SD, size=(16, 16), batch=1, seed=0, latent=None, **more):
+    """The latents of one sampling run through the host's own sampling code; `more` as in `run`."""
     latent = torch.zeros(batch, 4, *size) if latent is None else latent
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+    return run(model, noise, latent, config, seed=seed, **more)
+
+
+def run(model, noise, latent, config=SD, steps=2, cfg=3.0, sampler="euler", scheduler="normal", positive=None, negative=None, **more):
     return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive or cond(config, 1),
-                               negative or cond(config, 2), latent, denoise=denoise, seed=seed, disable_pbar=True)
+                               negative or cond(config, 2), latent, disable_pbar=True, **more)
 
 
 def digest(tensor):
