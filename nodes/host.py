@@ -22,7 +22,9 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..asdm_core.addresses import UNetConfig, unit
 from ..asdm_core.architecture import FAMILIES, Architecture
 from ..asdm_core.cast import Cast, Line, Part, fingerprint
+from ..asdm_core.inheritance import Plan
 from . import units
+from .replay import COMPUTE, Memory
 
 KEY = "asdm"
 DOOR = "forward_timestep_embed_patch"  # the host's hook for single layers
@@ -66,10 +68,12 @@ def same_skeleton(a: UNetConfig, b: UNetConfig) -> bool:
 
 @dataclass(frozen=True)
 class Setup:
-    """The data asdm keeps on a MODEL: its cast, and the ids of its packs in the order of their patchers."""
+    """The data asdm keeps on a MODEL: its cast, the ids of its packs in the order of their patchers, and its
+    plan of feature inheritance."""
 
     cast: Cast
     packs: tuple[str, ...] = ()
+    plan: Plan | None = None
 
 
 def setup_of(model) -> Setup:
@@ -90,8 +94,17 @@ def with_pack(model, pack_id: str, patcher, lines: Iterable[Line]):
     clone = model.clone()
     setup, packs = setup_of(model), packs_of(clone)
     packs.setdefault(pack_id, patcher)
-    clone.set_attachments(KEY, Setup(setup.cast.with_lines(lines), tuple(packs)))
     clone.set_additional_models(KEY, list(packs.values()))
+    return _set_up(clone, replace(setup, cast=setup.cast.with_lines(lines), packs=tuple(packs)))
+
+
+def with_plan(model, plan: Plan | None):
+    """A clone of MODEL that inherits features as the plan says. The MODEL that came in is not altered."""
+    return _set_up(model.clone(), replace(setup_of(model), plan=plan))
+
+
+def _set_up(clone, setup: Setup):
+    clone.set_attachments(KEY, setup)
     for kind, wrapper in _WRAPPERS:
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
@@ -110,14 +123,14 @@ class Run:
     Holds modules, never a ModelPatcher, and is dropped when the run ends.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, sigmas=()):
         self.cast = setup_of(model).cast
         sampling = model.get_model_object("model_sampling")
         # The last window also holds sigma 0, where some samplers ask once more.
         self._sigmas = {w: (sampling.percent_to_sigma(w.start), sampling.percent_to_sigma(w.end) if w.end < 1 else -1.0)
                         for w in self.cast.windows}
         # One stage per UNet object: multi-GPU clones have their own modules and their own packs.
-        self._stages = {id(m.model): Stage(m) for m in (model, *model.get_additional_models_with_key("multigpu"))}
+        self._stages = {id(m.model): Stage(m, sigmas) for m in (model, *model.get_additional_models_with_key("multigpu"))}
 
     def set_sigma(self, sigma: float) -> None:
         """Decide who plays at this noise level. Called once per evaluation."""
@@ -125,40 +138,48 @@ class Run:
         parts = self.cast.parts(active)
         for stage in self._stages.values():
             stage.assign(parts)
+            if stage.memory is not None:
+                stage.memory.begin_evaluation(sigma)
 
     def stage(self, base_model) -> Stage | None:
         """The stage of a model of this run; None for any other (guiders can sample two models)."""
         return self._stages.get(id(base_model))
 
     def close(self) -> None:
+        for stage in self._stages.values():
+            if stage.memory is not None:
+                stage.memory.close()
         self._stages.clear()
 
 
 class Stage:
     """The layers of one UNet object, the packs that stand beside it, and who plays at the moment."""
 
-    def __init__(self, model):
-        self._config = architecture_of(model).config
+    def __init__(self, model, sigmas):
+        architecture, plan = architecture_of(model), setup_of(model).plan
+        self._config = architecture.config
         self._layers = units.layers(model.model.diffusion_model, self._config)
         packs = packs_of(model)
         self._packs = {pack_id: patcher.model.layers() for pack_id, patcher in packs.items()}
         self._serials = ",".join(str(patcher.model.serial) for patcher in packs.values())
         self._parts: dict[str, Part] = {}
         self._players: dict[int, torch.nn.Module] = {}
+        self._addresses = {id(layer): address for address, layer in self._layers.items()}
+        self.memory = Memory(plan, self._config, architecture.cut, sigmas) if plan else None
         self.name = ""
         self.entry = (units.LAYER_CLASSES, self._dispatch)
 
-    @property
-    def empty(self) -> bool:
-        """Whether the checkpoint plays everything itself."""
-        return not self._players
+    def begin_forward(self, x, transformer_options) -> str:
+        """Name of what is about to be played; "" if the checkpoint plays everything itself, unrecorded."""
+        mode = self.memory.begin_forward(x, transformer_options, self.name) if self.memory else COMPUTE
+        return self.name if mode == COMPUTE else f"{self.name}_{mode}"
 
     def assign(self, parts: dict[str, Part]) -> None:
         if parts == self._parts:
             return
         self._parts = parts
         self._players = {id(self._layers[address]): self._player(address, part) for address, part in parts.items()}
-        self.name = fingerprint(parts, self._serials)
+        self.name = fingerprint(parts, self._serials) if parts else ""
 
     def _player(self, address: str, part: Part) -> torch.nn.Module:
         if part.role == "pack":
@@ -171,26 +192,33 @@ class Stage:
 
         Layers nobody stands in for are their own players, so this is the one path for all.
         """
-        player = self._players.get(id(layer), layer)
+        current = player = self._players.get(id(layer), layer)
+        address = self._addresses.get(id(layer))
+        remembers = self.memory is not None and address is not None
+        if remembers:
+            player = self.memory.player(address, current)
         # With our entry in place the host's function would come straight back to us. It also advances
         # counters in transformer_options, so it must get this very dict, not a copy.
         ours = transformer_options["patches"]
         transformer_options["patches"] = transformer_options[OTHERS]
         try:
-            return forward_timestep_embed([player], x, emb, context, transformer_options, output_shape,
-                                          time_context, num_video_frames, image_only_indicator)
+            out = forward_timestep_embed([player], x, emb, context, transformer_options, output_shape,
+                                         time_context, num_video_frames, image_only_indicator)
         finally:
             transformer_options["patches"] = ours
+        if remembers:
+            self.memory.after(address, current, x, out)
+        return out
 
 
-def _outer_sample(executor, *args, **kwargs):
+def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
     guider = executor.class_obj
     # The host's own next step: a pack that was applied after the work was split has no units there yet.
     guider.model_patcher.match_multigpu_clones()
-    run = Run(guider.model_patcher)
+    run = Run(guider.model_patcher, sigmas.tolist())
     guider.model_options["transformer_options"][KEY] = run  # the run's own copy; the guider restores the original
     try:
-        return executor(*args, **kwargs)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
         run.close()
 
@@ -205,14 +233,15 @@ def _predict_noise(executor, x, timestep, model_options={}, seed=None):
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
     run = transformer_options.get(KEY)
     stage = run and run.stage(executor.class_obj)
-    if stage and not stage.empty:
+    name = stage.begin_forward(x, transformer_options) if stage else ""
+    if name:
         patches = transformer_options.get("patches", {})
         entries = [stage.entry, *patches.get(DOOR, [])]
         transformer_options = {**transformer_options, OTHERS: patches, "patches": {**patches, DOOR: entries}}
         # The host's TorchCompileModel keeps no guard on transformer_options, so a compiled graph would go
         # on playing the cast of its first trace. It does guard the names of keyword arguments, which the
         # UNet ignores: one name per assignment makes one graph per assignment.
-        kwargs[f"{KEY}_{stage.name}"] = None
+        kwargs[f"{KEY}_{name}"] = None
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 

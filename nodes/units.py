@@ -6,7 +6,7 @@ The only place that knows the host's layer classes and their constructors.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import comfy.model_management
@@ -25,53 +25,62 @@ from ..asdm_core.surgery import PassThrough, pass_through
 # host must count a cut transformer. So each stand-in is of the kind it stands for, with no weights.
 
 
-class ResBlock(openaimodel.TimestepBlock):
-    """A cut resnet. Named after the host's class because others recognise layers by class name."""
+class _StandIn:
+    """What all stand-ins share: a unit, and what it does with its input (nothing, unless told otherwise)."""
 
-    def __init__(self, unit: Unit):
-        super().__init__()
+    def stand_for(self, unit: Unit, play: Callable | None):
         self.unit = unit
         self.channels, self.out_channels = unit.channels_in, unit.channels_out
+        self.play = play or self.pass_on
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def pass_on(self, x: Tensor, output_shape=None) -> Tensor:
         return pass_through(self.unit, x)
 
 
-class SpatialTransformer(attention.SpatialTransformer):
-    """A cut transformer: no blocks, the input goes on."""
+class ResBlock(_StandIn, openaimodel.TimestepBlock):
+    """In place of a resnet. Named after the host's class because others recognise layers by class name."""
 
-    def __init__(self, unit: Unit):
+    def __init__(self, unit: Unit, play: Callable | None = None):
+        super().__init__()
+        self.stand_for(unit, play)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.play(x)
+
+
+class SpatialTransformer(_StandIn, attention.SpatialTransformer):
+    """In place of a transformer: no blocks."""
+
+    def __init__(self, unit: Unit, play: Callable | None = None):
         nn.Module.__init__(self)
-        self.unit = unit
+        self.stand_for(unit, play)
         self.in_channels = unit.channels_in
         self.transformer_blocks = nn.ModuleList()
 
     def forward(self, x: Tensor, context=None, transformer_options={}) -> Tensor:
-        return pass_through(self.unit, x)
+        return self.play(x)
 
 
-class Downsample(openaimodel.Downsample):
-    """A cut downsampler: the resolution stays."""
+class Downsample(_StandIn, openaimodel.Downsample):
+    """In place of a downsampler."""
 
-    def __init__(self, unit: Unit):
+    def __init__(self, unit: Unit, play: Callable | None = None):
         nn.Module.__init__(self)
-        self.unit = unit
-        self.channels, self.out_channels = unit.channels_in, unit.channels_out
+        self.stand_for(unit, play)
 
     def forward(self, x: Tensor) -> Tensor:
-        return pass_through(self.unit, x)
+        return self.play(x)
 
 
-class Upsample(openaimodel.Upsample):
-    """A cut upsampler: the resolution stays."""
+class Upsample(_StandIn, openaimodel.Upsample):
+    """In place of an upsampler."""
 
-    def __init__(self, unit: Unit):
+    def __init__(self, unit: Unit, play: Callable | None = None):
         nn.Module.__init__(self)
-        self.unit = unit
-        self.channels, self.out_channels = unit.channels_in, unit.channels_out
+        self.stand_for(unit, play)
 
     def forward(self, x: Tensor, output_shape=None) -> Tensor:
-        return pass_through(self.unit, x)
+        return self.play(x, output_shape)
 
 
 _STAND_INS = {"resnet": ResBlock, "transformer": SpatialTransformer, "downsampler": Downsample, "upsampler": Upsample}
@@ -88,6 +97,11 @@ _KIND_CLASSES = {
 def stand_in(unit: Unit, is_block: bool = False) -> nn.Module:
     """A module that passes its input on in place of a cut unit or transformer block."""
     return PassThrough(unit, True) if is_block else _STAND_INS[unit.kind](unit)
+
+
+def player(unit: Unit, play: Callable) -> nn.Module:
+    """A module that plays a unit by a function of its input and, for upsamplers, the shape to return to."""
+    return _STAND_INS[unit.kind](unit, play)
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,315 @@
+"""Feature inheritance: which units keep an earlier step's features, and at which steps.
+
+The tuning-free half of A-SDM II (arXiv 2406.00210; only its abstract names the idea: "skip the local
+computation at the block, layer, or unit level", with several sampling modes over the time steps).
+What lies beneath the abstract is defined here; relatives are DeepCache (2312.00858), Faster Diffusion
+(2312.09608), T-GATE (2404.02747) and PAB (2408.12588).
+
+A plan is plain, frozen data: rules (targets and what of them is reused) and a schedule (which steps
+compute). The decision "who plays this unit at this step" is pure; `nodes/` only carries it out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+from .addresses import NO_MID, UNetConfig, select, walk
+
+FORMAT = 1
+REUSE = ("output", "branch", "forecast")
+MODES = ("uniform", "early-dense", "late-dense", "quadratic", "windows", "explicit", "adaptive")
+PARTS = ("attn1", "attn2", "ff")
+
+
+# When -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which steps compute in full. The first step always does; all others inherit from the last full one.
+
+    mode:
+      uniform       every `interval`-th step.
+      early-dense   as many full steps as uniform, closer together early in the run: the k-th of m lies
+                    at n (k/m)^power.
+      late-dense    the mirror image: n (1 - (1 - k/m)^power).
+      quadratic     closest together around `centre` (0..1 of the run), thinning out to both sides with
+                    distance^power; DeepCache's non-uniform schedule with the sign kept.
+      windows       uniform inside each window (start, end, interval), in 0..1 of the run; full outside.
+      explicit      exactly `steps`, counted from 0.
+      adaptive      a step inherits while the relative change of the first computed layer since the last
+                    full step stays below `threshold`, at most `max_run` times in a row.
+    first, last: so many steps at the ends of the run always compute.
+    """
+
+    mode: str = "uniform"
+    interval: int = 2
+    power: float = 1.4
+    centre: float = 0.3
+    windows: tuple[tuple[float, float, int], ...] = ()
+    steps: tuple[int, ...] = ()
+    threshold: float = 0.1
+    max_run: int = 4
+    first: int = 1
+    last: int = 0
+
+    def __post_init__(self):
+        def wrong(what: str):
+            return ValueError(f"inheritance schedule: {what}")
+
+        if self.mode not in MODES:
+            raise wrong(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        for name, least in (("interval", 1), ("max_run", 1), ("first", 1), ("last", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise wrong(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if not (math.isfinite(self.power) and self.power >= 1):
+            raise wrong(f"power must be at least 1, got {self.power}")
+        if not 0 <= self.centre <= 1:
+            raise wrong(f"centre lies between 0 and 1, got {self.centre}")
+        if not (math.isfinite(self.threshold) and self.threshold >= 0):
+            raise wrong(f"threshold must not be negative, got {self.threshold}")
+        if self.mode == "windows" and not self.windows:
+            raise wrong("mode windows needs at least one window")
+        for start, end, interval in self.windows:
+            if not 0 <= start < end <= 1 or interval < 1:
+                raise wrong(f"a window is (start, end, interval) with 0 <= start < end <= 1, got {(start, end, interval)}")
+        if any(s < 0 for s in self.steps):
+            raise wrong(f"steps count from 0, got {min(self.steps)}")
+
+    def computed(self, n: int) -> tuple[bool, ...]:
+        """For each of n steps, whether it computes in full. Adaptive: the steps that must, whatever happens."""
+        full = set(self._chosen(n)) | set(range(min(self.first, n))) | set(range(max(n - self.last, 0), n))
+        return tuple(s in full for s in range(n))
+
+    def _chosen(self, n: int) -> Iterable[int]:
+        m = math.ceil(n / self.interval)
+        if self.mode == "uniform":
+            return range(0, n, self.interval)
+        if self.mode == "early-dense":
+            return (int(n * (k / m) ** self.power) for k in range(m))
+        if self.mode == "late-dense":
+            return (int(n * (1 - (1 - k / m) ** self.power)) for k in range(m))
+        if self.mode == "quadratic":
+            return self._quadratic(n, m)
+        if self.mode == "windows":
+            return self._windowed(n)
+        return self.steps if self.mode == "explicit" else ()
+
+    def _quadratic(self, n: int, m: int) -> Iterable[int]:
+        centre = self.centre * n
+        low, high = -(centre ** (1 / self.power)), (n - centre) ** (1 / self.power)
+        for k in range(m):
+            x = low + (high - low) * k / m
+            yield int(centre + math.copysign(abs(x) ** self.power, x) + 1e-9)
+
+    def _windowed(self, n: int) -> Iterable[int]:
+        inside = {s: None for s in range(n)}
+        for start, end, interval in self.windows:
+            steps = [s for s in range(n) if start <= s / n < end]
+            inside.update({s: i % interval for i, s in enumerate(steps)})
+        return (s for s, phase in inside.items() if not phase)
+
+    def inherits(self, n: int, step: int, last_full: int, change: float) -> bool:
+        """Adaptive mode: whether a step may inherit, given the change since the last full step."""
+        return (not self.computed(n)[step] and step - last_full <= self.max_run and change < self.threshold)
+
+
+# What -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Targets that inherit, and what of them is reused.
+
+    targets: a range expression of `addresses.select`; whole units, or parts of transformer blocks as
+             `TRANSFORMERS.attn1` (`up.3.*.transformer.*.attn2`).
+    reuse:   "output": the tensor itself. "branch": what is added to the residual, so fresh input flows
+             on. "forecast": the output, extrapolated linearly over steps from the last two computed.
+             Parts always reuse their branch ("output" and "branch" mean the same there).
+    """
+
+    targets: str
+    reuse: str = "output"
+
+    def __post_init__(self):
+        if self.reuse not in REUSE:
+            raise ValueError(f"inheritance: reuse must be one of {', '.join(REUSE)}, got {self.reuse!r}")
+        if not self.targets.strip():
+            raise ValueError("inheritance: a rule must name at least one target")
+
+
+def targets(config: UNetConfig, expression: str) -> frozenset[str]:
+    """Unit addresses and part addresses (`down.0.0.transformer.0.attn1`) of a range expression."""
+    chosen: set[str] = set()
+    for term in expression.replace(",", " ").split():
+        bare = term.removeprefix("!")
+        head, _, part = bare.rpartition(".")
+        parts = set(part.split("|"))
+        if head and parts <= set(PARTS):
+            blocks = _blocks(config, head)
+            found = {f"{b}.{p}" for b in blocks for p in parts}
+        else:
+            found = {a for a in select(config, bare) if not a.startswith("stem.")}
+            units = {u.address for u in walk(config)}
+            found = {a if a in units else f"{a}.{p}" for a in found for p in (PARTS if a not in units else ("",))}
+        chosen = chosen - found if term.startswith("!") else chosen | found
+    return frozenset(chosen)
+
+
+def _blocks(config: UNetConfig, expression: str) -> set[str]:
+    units = {u.address: u for u in walk(config)}
+    found = set()
+    for address in select(config, expression):
+        found.update(units[address].blocks if address in units else (address,))
+    if not found:
+        raise ValueError(f"inheritance: {expression!r} holds no transformer")
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Feature inheritance for one UNet family: rules, schedule. JSON both ways. Raises ValueError."""
+
+    rules: tuple[Rule, ...]
+    schedule: Schedule = Schedule()
+    name: str = ""
+
+    def __post_init__(self):
+        if not self.rules:
+            raise ValueError("inheritance: a plan needs at least one rule")
+
+    def reuse(self, config: UNetConfig, cut: frozenset[str] = frozenset()) -> dict[str, str]:
+        """Target address -> what is reused there, for the units and parts this plan reaches and nobody cut.
+
+        A unit that inherits as a whole leaves nothing for its parts to inherit.
+        """
+        chosen: dict[str, str] = {}
+        units = {u.address: u for u in walk(config)}
+        for rule in self.rules:
+            for address in targets(config, rule.targets):
+                whole = address in units
+                owner = address if whole else address.rsplit(".", 2)[0]
+                if owner in cut or not whole and address.rpartition(".")[0] in cut:
+                    continue
+                if rule.reuse == "branch" and whole and units[address].kind not in ("resnet", "transformer"):
+                    raise ValueError(f"inheritance: {address} has no residual, so its branch cannot be reused; use output")
+                chosen[address] = "branch" if rule.reuse == "output" and not whole else rule.reuse
+        return {a: r for a, r in chosen.items() if a in units or a.rsplit(".", 2)[0] not in chosen}
+
+    def sources(self, n: int) -> tuple[int, ...]:
+        """For each step, the step its inherited features come from; its own number where it computes."""
+        result, last = [], 0
+        for step, full in enumerate(self.schedule.computed(n)):
+            last = step if full else last
+            result.append(last)
+        return tuple(result)
+
+    def to_dict(self) -> dict:
+        return {"format": FORMAT, "name": self.name, "rules": [asdict(r) for r in self.rules], "schedule": asdict(self.schedule)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> Plan:
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise ValueError(f"inheritance plan: wanted a JSON object with format {FORMAT}, got {str(data)[:80]}")
+        try:
+            schedule = dict(data.get("schedule", {}))
+            schedule["windows"] = tuple((float(a), float(b), int(n)) for a, b, n in schedule.get("windows", ()))
+            schedule["steps"] = tuple(int(s) for s in schedule.get("steps", ()))
+            return cls(tuple(Rule(**r) for r in data["rules"]), Schedule(**schedule), str(data.get("name", "")))
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"inheritance plan: {e}") from None
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ValueError("inheritance plan: this is not valid JSON") from None
+        return cls.from_dict(data)
+
+
+# Presets --------------------------------------------------------------------------------------------
+
+
+def _all(config: UNetConfig) -> str:
+    return "down, mid, up" if config.mid > NO_MID else "down, up"
+
+
+def deepcache(config: UNetConfig, branch: int, schedule: Schedule = Schedule()) -> Plan:
+    """DeepCache at skip branch b, counted from the shallowest (0 = conv_in), by the LDM index rule.
+
+    A retrieve step runs input_blocks[0..b] and output_blocks[n_out-1-b..]; everything between is
+    inherited. The rule holds for every number of layers, unlike layer = b % 3, block = b // 3.
+    """
+    index = {u.address: (u.ldm.split(".")[0], int(u.ldm.split(".")[1])) for u in walk(config)
+             if u.ldm.startswith(("input_blocks.", "output_blocks."))}
+    last = max(n for _, n in index.values())
+    if not 0 <= branch < last:
+        raise ValueError(f"inheritance: branch must lie between 0 and {last - 1}, got {branch}")
+    runs = [a for a, (name, n) in index.items() if not a.startswith("stem.")
+            and (n <= branch if name == "input_blocks" else n >= last - branch)]
+    return Plan((Rule(", ".join([_all(config), *(f"!{a}" for a in runs)])),),
+                schedule, f"deepcache-{branch}")
+
+
+def shallow_only(config: UNetConfig, schedule: Schedule = Schedule()) -> Plan:
+    """Only the first encoder layer and the last decoder layer compute; everything beneath is inherited."""
+    last = config.levels - 1
+    inner = f"{_all(config)}, !down.0.0, !up.{last}.{len(config.up[last]) - 1}"
+    return Plan((Rule(inner),), schedule, "shallow-only")
+
+
+def encoder(config: UNetConfig, schedule: Schedule = Schedule()) -> Plan:
+    """Encoder and mid block are inherited, the decoder computes (Faster Diffusion)."""
+    return Plan((Rule("down, mid" if config.mid > NO_MID else "down"),), schedule, "encoder")
+
+
+def attention(config: UNetConfig, parts: str = "attn1|attn2", schedule: Schedule = Schedule()) -> Plan:
+    """The attention outputs of every transformer are inherited: "attn1", "attn2" or both."""
+    sides = [f"{side}.*.*.transformer.*.{parts}" for side, depths in (("down", config.down), ("up", config.up))
+             if any(d for level in depths for d in level)]
+    if config.mid > 0:
+        sides.append(f"mid.0.transformer.*.{parts}")
+    return Plan((Rule(", ".join(sides)),), schedule, parts.replace("|", "+"))
+
+
+# What happens on an inherited step ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The data flow of an inherited step. Units in neither set do nothing: nobody reads what they would make.
+
+    computes: units that run. recalls: units whose remembered output somebody reads; only these are kept.
+    """
+
+    computes: frozenset[str]
+    recalls: frozenset[str]
+
+
+def flow(config: UNetConfig, inherited: Iterable[str], probes: Iterable[str] = ()) -> Flow:
+    """Data flow of a step on which the outputs of the units `inherited` are not computed.
+
+    probes: units that must run whatever becomes of their output.
+    """
+    gone, probes = set(inherited), set(probes)
+    units = [u for u in walk(config) if u.kind not in ("time_embed", "label_embed")]
+    last_of_layer = {"stem.conv_in" if u.kind == "conv_in" else u.layer: u.address for u in units}
+    before = dict(zip((u.address for u in units), [None, *(u.address for u in units)], strict=False))
+    computes, recalls, read = set(), set(), {units[-1].address}
+    for u in reversed(units):
+        if u.address not in read and u.address not in probes:
+            continue
+        if u.address in gone:
+            recalls.add(u.address)
+            continue
+        computes.add(u.address)
+        read.update(a for a in (before[u.address], last_of_layer.get(u.skip)) if a)
+    return Flow(frozenset(computes), frozenset(recalls))

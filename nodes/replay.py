@@ -1,0 +1,232 @@
+"""Feature inheritance inside a run: what is remembered, and who plays from memory.
+
+A `Memory` belongs to one UNet object in one run. Per evaluation it learns the step; per forward it
+decides whether this forward computes, computes and records, or replays. It replays only if for every
+chunk of the batch it holds features of exactly the step the plan names as source, recorded under the
+same cast; in any other case the forward computes in full.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..asdm_core.addresses import Unit, UNetConfig, walk
+from ..asdm_core.inheritance import Plan, flow
+from . import units
+
+COMPUTE, RECORD, REPLAY = "compute", "record", "replay"
+
+# Anything here changes what a transformer block computes between its parts, so parts cannot be reused.
+_BLOCK_PATCHES = ("attn1_patch", "attn1_output_patch", "attn2_patch", "attn2_output_patch", "middle_patch")
+
+
+def step_of(sigma: float, sigmas: Sequence[float], last: int) -> int:
+    """Index of the step that evaluates at `sigma`: an exact node (the first at or after the last step seen,
+    for schedules that visit a noise level twice), else the interval that holds it, else the last step."""
+    exact = [i for i, s in enumerate(sigmas[:-1]) if abs(s - sigma) <= 1e-4 * max(abs(s), 1e-8)]
+    if exact:
+        return next((i for i in exact if i >= last), exact[-1])
+    for i, (high, low) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        if min(high, low) < sigma < max(high, low):
+            return i
+    return last
+
+
+@dataclass
+class Entry:
+    """Features of one chunk: the step they are from, the cast they were made under, tensors by address."""
+
+    step: int
+    cast: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    before: Entry | None = None  # the full step before, for forecasts
+
+
+class Memory:
+    """Features of one UNet object during one run."""
+
+    def __init__(self, plan: Plan, config: UNetConfig, cut: frozenset[str], sigmas: Sequence[float]):
+        self.plan, self.config = plan, config
+        self.reuse = plan.reuse(config, cut)
+        self._sigmas = list(sigmas)
+        self.steps = max(len(self._sigmas) - 1, 1)
+        self._sources = plan.sources(self.steps)
+        self._units = {u.address: u for u in walk(config)}
+        self.whole = {a: r for a, r in self.reuse.items() if a in self._units}
+        self._flow = flow(config, (a for a, r in self.whole.items() if r != "branch"))
+        self._kept = self._flow.recalls | {a for a, r in self.whole.items() if r == "branch"}
+        self._with_parts = {a.rsplit(".", 2)[0] for a in self.reuse if a not in self._units}
+        self._forecasts = "forecast" in self.reuse.values()
+        self._entries: dict[tuple, Entry] = {}
+        self._twins: dict[int, nn.Module] = {}
+        self.step = 0
+        self._ordinals: Counter = Counter()
+        self.counts: Counter = Counter()  # (step, mode) -> forwards, for the report
+        self.mode = COMPUTE
+
+    # once per evaluation, once per forward ----------------------------------------------------------
+
+    def begin_evaluation(self, sigma: float) -> None:
+        self.step = step_of(sigma, self._sigmas, self.step)
+        self._ordinals.clear()
+
+    def begin_forward(self, x: Tensor, options: Mapping, cast: str) -> str:
+        """Decide the mode of the forward that is about to run, and return it."""
+        uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
+        self.mode = COMPUTE
+        if uuids and conds and x.shape[0] % len(conds) == 0:
+            keys = [self._key(u, c, x, len(conds)) for u, c in zip(uuids, conds, strict=True)]
+            source = self._sources[self.step]
+            held = [self._entries.get(k) for k in keys]
+            if source < self.step:
+                if all(e is not None and e.step == source and e.cast == cast for e in held):
+                    self.mode = REPLAY
+                    self._chunks = held
+            elif source in self._sources[self.step + 1:]:  # somebody will inherit from this step
+                self.mode = RECORD
+                self._chunks = [Entry(self.step, cast, before=self._earlier(e)) for e in held]
+                self._entries.update(zip(keys, self._chunks, strict=True))
+            if self._with_parts and self.mode != COMPUTE and self._blocks_patched(options):
+                self.mode = COMPUTE
+        self.counts[self.step, self.mode] += 1
+        return self.mode
+
+    def _key(self, uuid, cond, x: Tensor, chunks: int) -> tuple:
+        # A uuid alone is not unique: area prompts copy it, extra guidance passes and tiles reuse it. The
+        # ordinal tells the calls within one evaluation apart.
+        base = (uuid, cond, x.shape[0] // chunks, *x.shape[1:], x.dtype)
+        self._ordinals[base] += 1
+        return (*base, self._ordinals[base])
+
+    def _earlier(self, entry: Entry | None) -> Entry | None:
+        if entry is None or not self._forecasts or entry.step >= self.step:
+            return None
+        entry.before = None
+        return entry
+
+    @staticmethod
+    def _blocks_patched(options: Mapping) -> bool:
+        patches = options.get("patches", {})
+        return any(patches.get(name) for name in _BLOCK_PATCHES) or any(options.get("patches_replace", {}).values())
+
+    # while layers run -------------------------------------------------------------------------------
+
+    def player(self, address: str, current: nn.Module) -> nn.Module:
+        """Who plays this unit in the running forward: `current`, or a stand-in that plays from memory."""
+        if self.mode == REPLAY:
+            u = self._units[address]
+            if address in self._flow.recalls:
+                return units.player(u, lambda x, shape=None: self.recall(address))
+            if address not in self._flow.computes:
+                return units.player(u, lambda x, shape=None: _placeholder(u, x, shape))
+            if address in self.whole:
+                return units.player(u, lambda x, shape=None: self._fresh(u, current, x) + self.recall(address))
+        if address in self._with_parts and isinstance(current, units.attention.SpatialTransformer):
+            return self._twin(address, current)
+        return current
+
+    def after(self, address: str, current: nn.Module, x: Tensor, out: Tensor) -> None:
+        """Record what a unit made of its input x, if somebody will need it."""
+        if self.mode != RECORD or address not in self._kept:
+            return
+        if self.whole.get(address) == "branch":
+            self.store(address, out - self._fresh(self._units[address], current, x))
+        else:
+            # A copy: the host adds control residuals to this very tensor, FreeU writes into it.
+            self.store(address, out.clone())
+
+    @staticmethod
+    def _fresh(u: Unit, layer: nn.Module, x: Tensor) -> Tensor:
+        """The part of a unit's output that is never reused: its residual path."""
+        return layer.skip_connection(x) if u.kind == "resnet" and hasattr(layer, "skip_connection") else x
+
+    def store(self, address: str, value: Tensor) -> None:
+        for entry, chunk in zip(self._chunks, value.chunk(len(self._chunks)), strict=True):
+            entry.tensors[address] = chunk
+
+    def recall(self, address: str) -> Tensor:
+        """The remembered feature for the whole batch, in memory of its own."""
+        return torch.cat([self._value(entry, address) for entry in self._chunks])
+
+    def _value(self, entry: Entry, address: str) -> Tensor:
+        value = entry.tensors[address]
+        if self.reuse.get(address) == "forecast" and entry.before is not None and address in entry.before.tensors:
+            earlier = entry.before
+            ahead = (self.step - entry.step) / (entry.step - earlier.step)
+            value = torch.lerp(earlier.tensors[address], value, 1 + ahead)
+        return value
+
+    def _twin(self, address: str, layer: nn.Module) -> nn.Module:
+        """The same transformer with blocks that can inherit their parts; shares all weights."""
+        if id(layer) not in self._twins:
+            twin = copy.copy(layer)
+            blocks = [_PartsBlock(block, f"{address}.{i}", self) for i, block in enumerate(layer.transformer_blocks)]
+            twin._modules = {**layer._modules, "transformer_blocks": nn.ModuleList(blocks)}
+            self._twins[id(layer)] = twin
+        return self._twins[id(layer)]
+
+    # the sheet ---------------------------------------------------------------------------------------
+
+    def size(self) -> int:
+        """Bytes held at the moment."""
+        entries = list(self._entries.values())
+        entries += [e.before for e in entries if e.before is not None]
+        return sum(t.numel() * t.element_size() for e in entries for t in e.tensors.values())
+
+    def close(self) -> None:
+        self._entries.clear()
+        self._twins.clear()
+        self._chunks = []
+
+
+def _placeholder(u: Unit, x: Tensor, output_shape) -> Tensor:
+    """A tensor of the right shape that nobody reads: between two inherited units, only shapes matter.
+
+    Zeros, not the input: the host writes into some of these, and the input may be somebody's skip.
+    """
+    h, w = x.shape[2:]
+    if u.kind == "downsampler":
+        h, w = (h + 1) // 2, (w + 1) // 2
+    elif u.kind == "upsampler":
+        h, w = output_shape[2:] if output_shape is not None else (2 * h, 2 * w)
+    return x.new_zeros(x.shape[0], u.channels_out, h, w)
+
+
+class _PartsBlock(nn.Module):
+    """A transformer block whose attn1, attn2 and ff each compute, record or inherit their branch.
+
+    The one place where asdm has a forward of its own (the host has no door between these parts); used
+    only when nobody patches the block. Same operations in the same order as the host's.
+    """
+
+    def __init__(self, block: nn.Module, address: str, memory: Memory):
+        super().__init__()
+        self.block, self.address = block, address
+        self._memory = [memory]  # in a list: not a submodule, and no cycle through nn.Module
+
+    def forward(self, x: Tensor, context: Tensor | None = None, transformer_options={}) -> Tensor:
+        memory, block = self._memory[0], self.block
+        if memory.mode == COMPUTE:
+            return block(x, context=context, transformer_options=transformer_options)
+        for part in ("attn1", "attn2", "ff"):
+            address = f"{self.address}.{part}"
+            inherits = address in memory.reuse
+            if inherits and memory.mode == REPLAY:
+                x = memory.recall(address) + x
+                continue
+            if part == "attn1":
+                n = block.attn1(block.norm1(x), context=None, value=None, transformer_options=transformer_options)
+            elif part == "attn2":
+                n = block.attn2(block.norm2(x), context=context, value=None, transformer_options=transformer_options)
+            else:
+                n = block.ff(block.norm3(x))
+            if inherits:
+                memory.store(address, n)
+            x = n + x
+        return x

@@ -1,0 +1,157 @@
+"""Plans of feature inheritance: pure decisions, checked against the published schedules and by hand."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asdm_core.addresses import walk
+from asdm_core.architecture import FAMILIES, Architecture
+from asdm_core.inheritance import (
+    MODES, Plan, Rule, Schedule, attention, deepcache, encoder, flow, shallow_only, targets,
+)
+
+SD = FAMILIES["sd15"]
+
+
+def full_steps(n, **schedule):
+    return [s for s, full in enumerate(Schedule(**schedule).computed(n)) if full]
+
+
+def test_uniform_computes_every_nth_step():
+    assert full_steps(50, interval=5) == list(range(0, 50, 5))
+
+
+def test_interval_one_inherits_nothing():
+    assert full_steps(30, interval=1) == list(range(30))
+
+
+def test_early_and_late_dense_are_mirror_images_with_as_many_full_steps_as_uniform():
+    early, late = (full_steps(50, mode=m, interval=5) for m in ("early-dense", "late-dense"))
+    assert len(early) == len(late) == 10
+    gaps = [b - a for a, b in zip(early, early[1:], strict=False)]
+    assert gaps == sorted(gaps)
+    gaps = [b - a for a, b in zip(late, late[1:], strict=False)]
+    assert gaps[1:] == sorted(gaps[1:], reverse=True)
+
+
+def test_quadratic_is_densest_at_its_centre():
+    steps = full_steps(50, mode="quadratic", interval=5, centre=0.3)
+    gaps = {b - a: (a + b) / 2 for a, b in zip(steps, steps[1:], strict=False)}
+    assert abs(gaps[min(gaps)] - 15) < 3 and steps[0] == 0
+
+
+def test_windows_inherit_inside_and_compute_outside():
+    steps = full_steps(20, mode="windows", windows=((0.2, 0.6, 3), (0.8, 1.0, 2)))
+    assert steps == [0, 1, 2, 3, 4, 7, 10, 12, 13, 14, 15, 16, 18]
+
+
+def test_pins_hold_at_both_ends():
+    assert full_steps(10, mode="explicit", steps=(0,), first=3, last=2) == [0, 1, 2, 8, 9]
+
+
+@given(st.sampled_from(MODES), st.integers(1, 120), st.integers(1, 20), st.floats(1, 4), st.floats(0, 1))
+def test_every_step_inherits_from_an_earlier_full_step(mode, n, interval, power, centre):
+    schedule = Schedule(mode, interval, power, centre, windows=((0.1, 0.9, interval),), steps=(0, 7))
+    plan = Plan((Rule("mid"),), schedule)
+    computed = schedule.computed(n)
+    assert computed[0]
+    for step, source in enumerate(plan.sources(n)):
+        assert computed[source] and source <= step and (source == step) == computed[step]
+
+
+def test_adaptive_inherits_below_the_threshold_and_not_for_too_long():
+    schedule = Schedule("adaptive", threshold=0.1, max_run=2, last=1)
+    assert schedule.inherits(20, 5, 4, 0.05)
+    assert not schedule.inherits(20, 5, 4, 0.1)
+    assert not schedule.inherits(20, 7, 4, 0.05)
+    assert not schedule.inherits(20, 19, 18, 0.0)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"mode": "often"}, {"interval": 0}, {"interval": True}, {"power": 0.5}, {"centre": 2}, {"threshold": -1},
+    {"mode": "windows"}, {"windows": ((0.5, 0.5, 2),)}, {"steps": (-1,)}, {"first": 0}, {"max_run": 0},
+])
+def test_a_wrong_schedule_is_refused(wrong):
+    with pytest.raises(ValueError, match="inheritance schedule"):
+        Schedule(**wrong)
+
+
+def runs(plan, config=SD):
+    """Addresses of the units an inherited step runs, without the stem."""
+    computes = flow(config, (a for a in plan.reuse(config))).computes
+    return {a for a in computes if not a.startswith("stem.")}
+
+
+def test_deepcache_branch_follows_the_ldm_block_lists():
+    for branch in range(11):
+        ran = {tuple(u.ldm.split(".")[:2]) for u in walk(SD) if u.address in runs(deepcache(SD, branch))}
+        wanted = {("output_blocks", str(n)) for n in range(11 - branch, 12)} | {
+            ("input_blocks", str(n)) for n in range(1, branch + 1)}
+        assert ran == wanted
+
+
+def test_deepcache_remembers_one_tensor():
+    for branch in range(11):
+        plan = deepcache(SD, branch)
+        assert len(flow(SD, plan.reuse(SD)).recalls) == 1
+
+
+def test_shallow_only_leaves_out_what_nobody_reads():
+    assert runs(shallow_only(SD)) == {"up.3.2.resnet", "up.3.2.transformer"}
+
+
+def test_encoder_inheritance_keeps_every_skip_and_the_mid_output():
+    plan = encoder(SD)
+    recalls = flow(SD, plan.reuse(SD)).recalls
+    assert len(recalls) == 12 and "mid.1.resnet" in recalls
+    assert runs(plan) == {u.address for u in walk(SD) if u.side == "up"}
+
+
+def test_attention_parts_reach_every_transformer_block():
+    for family in ("sd15", "sdxl"):
+        config = FAMILIES[family]
+        blocks = sum(u.depth for u in walk(config))
+        assert len(attention(config, "attn2").reuse(config)) == blocks
+        assert set(attention(config).reuse(config).values()) == {"branch"}
+
+
+def test_targets_of_a_block_are_its_parts():
+    assert targets(SD, "mid.0.transformer.0") == {f"mid.0.transformer.0.{p}" for p in ("attn1", "attn2", "ff")}
+
+
+def test_a_unit_that_inherits_as_a_whole_has_no_parts_left():
+    plan = Plan((Rule("mid.0.transformer.*.attn1"), Rule("mid")))
+    assert set(plan.reuse(SD)) == {"mid.0.resnet", "mid.0.transformer", "mid.1.resnet"}
+
+
+def test_cut_units_inherit_nothing():
+    cut = Architecture.preset("m2").cut
+    assert not cut & set(shallow_only(SD).reuse(SD, cut))
+
+
+def test_a_sampler_has_no_branch():
+    with pytest.raises(ValueError, match=r"down\.0\.sampler has no residual"):
+        Plan((Rule("down.0", "branch"),)).reuse(SD)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "rules": []}', '{"format": 1, "rules": [{"x": 1}]}',
+                                  '{"format": 1, "rules": []}', '{"format": 1, "rules": [{"targets": "mid"}], "schedule": {"x": 1}}'])
+def test_a_broken_plan_file_is_refused(text):
+    with pytest.raises(ValueError, match="inheritance"):
+        Plan.from_json(text)
+
+
+def test_json_both_ways():
+    plan = Plan((Rule("mid"), Rule("up.0", "forecast")), Schedule("windows", windows=((0.1, 0.5, 3),)), "mine")
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@given(st.sets(st.sampled_from(sorted({u.address for u in walk(SD) if u.side != "stem"}))))
+def test_flow_runs_nothing_whose_output_is_lost_and_recalls_only_what_is_inherited(inherited):
+    result = flow(SD, inherited)
+    assert result.recalls <= inherited and not result.computes & inherited
+    assert {"stem.conv_in", "stem.conv_out"} <= result.computes | {"stem.conv_in"}
+    if not inherited:
+        assert result.computes == {u.address for u in walk(SD) if "embed" not in u.address}
+
+
