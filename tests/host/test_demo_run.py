@@ -1,0 +1,70 @@
+"""The main job against the real ComfyUI, with random weights in the form of the embedded family."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from demo import __main__ as demo
+from demo.job import EMBEDDED, SIDES, Job
+from demo.server import PromptError
+
+
+@pytest.fixture(scope="module")
+def job(call_in_host, tmp_path_factory):
+    """Two prompts with the random family, one step more than needed to time any."""
+    folder = tmp_path_factory.mktemp("family")
+    models = folder / "models"
+    call_in_host(folder, "family.py", "main", str(models))
+    return Job(
+        "ASDMCheckpointLoader", models / "checkpoints/random.safetensors", models / "asdm_packs/random-m2.safetensors",
+        ("red apple", "a blue cat"), "", 128, 3.0, 3,
+        {"checkpoints": [models / "checkpoints"], "asdm_packs": [models / "asdm_packs"]},
+    )
+
+
+def test_demo_compares_and_leaves_no_server(job, host, tmp_path, capsys, monkeypatch):
+    servers = []
+
+    class Recorded(demo.Server):
+        def start(self):
+            servers.append(self)
+            return super().start()
+
+    monkeypatch.setattr(demo, "Server", Recorded)
+    report = demo.run(job, host, tmp_path)
+    assert len(servers) == 1 and not servers[0].alive and not servers[0].base.exists()
+
+    assert json.loads((tmp_path / "report.json").read_text("utf-8")) == report
+    assert report["host"]["comfyui"] and report["host"]["torch"]
+    assert report["speedup"] == pytest.approx(
+        report["a"]["seconds_per_step"]["median"] / report["b"]["seconds_per_step"]["median"])
+    for side in SIDES:
+        values = report[side]["seconds_per_step"]["values"]
+        assert len(values) == 2 * (job.steps - 1) and min(values) > 0
+        for index, name in enumerate(report[side]["images"]):
+            image = Image.open(tmp_path / name)
+            assert image.size == (128, 128)
+            assert json.loads(image.text["prompt"]) == job.graph(side, index)  # drag it in, and it runs again
+            assert len(image.convert("RGB").getcolors(128 * 128)) > 100  # a picture, not a plain colour
+    # The pack plays: its images are others. The prompts play: theirs are others again.
+    assert all(value is not None for value in report["psnr_values"])
+    assert (tmp_path / "01-a.png").read_bytes() != (tmp_path / "02-a.png").read_bytes()
+    assert Image.open(tmp_path / "compare.png").width > 1000
+    assert "2/2" in capsys.readouterr().out
+
+
+def test_pack_of_another_family_is_one_clear_error(job, host, tmp_path):
+    with pytest.raises((PromptError, demo.DemoError), match="random.safetensors"):
+        demo.run(replace(job, loader="CheckpointLoaderSimple"), host, tmp_path)
+
+
+def test_demo_of_the_embedded_family(tmp_path, capfd):
+    """What `make demo` runs, with fewer steps."""
+    assert (EMBEDDED / "emoji-teacher.safetensors").exists()
+    assert demo.main(["--steps", "4", "--output", str(tmp_path)]) == 0
+    assert "per step" in capfd.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert len(report["prompts"]) == 8
+    assert report["psnr"] > 12  # a pack that was cut and never trained reaches 11.5
