@@ -1,1 +1,108 @@
-NODES=[]
+"""Who plays each unit of a MODEL, what it costs, and a picture of it."""
+
+from __future__ import annotations
+
+import json
+
+from comfy_api.latest import io
+
+from ..asdm_core.architecture import Architecture
+from ..asdm_core.cast import HOST, Part
+from ..asdm_core.measure import costs, total
+from . import host
+from .load import CATEGORY
+from .picture import UnitView, draw_unet, to_image
+
+PIXELS = 8  # picture pixels per latent pixel, for every family here
+
+
+def parts_at(model, percent: float) -> dict[str, Part]:
+    """Unit address -> who plays it at a point of the run (0..1), for every unit but the host's own."""
+    cast = host.setup_of(model).cast
+    active = [w for w in cast.windows if w.start <= percent < w.end or w.end == percent == 1.0]
+    parts = dict.fromkeys(host.architecture_of(model).cut_units, Part("cut"))
+    return parts | cast.parts(active)
+
+
+def playing(model, parts: dict[str, Part]) -> Architecture:
+    """The network that plays at one point: its kept units and transformer blocks."""
+    architecture = host.architecture_of(model)
+    cut = {a for a, p in parts.items() if p.role == "cut"}
+    cut |= {a for a in architecture.cut if a not in parts and a.rpartition(".")[0] not in parts}
+    for address, part in parts.items():
+        if part.role == "pack":
+            blocks = host.pack_architecture(model, part.source).cut
+            cut |= {b for b in blocks if b.rpartition(".")[0] == address}
+    return Architecture(architecture.config, frozenset(cut)).named()
+
+
+def describe(model, width: int, height: int, percent: float) -> tuple[dict, dict[str, UnitView]]:
+    """Facts about a MODEL's UNet as a table for JSON, and how to draw each unit."""
+    parts = parts_at(model, percent)
+    now = playing(model, parts)
+    full = Architecture.full(now.config)
+    cost = costs(now, height // PIXELS, width // PIXELS)
+    work, whole = total(cost), total(costs(full, height // PIXELS, width // PIXELS))
+    views, rows = {}, []
+    for u in full.kept:
+        role = parts.get(u.address, HOST)
+        share = cost[u.address].total / work.total if u.address in cost else 0.0
+        views[u.address] = UnitView(role.role, share)
+        rows.append({"unit": u.address, "played_by": role.source.rpartition("@")[0] or role.role,
+                     "params": cost[u.address].params if u.address in cost else 0,
+                     "macs": cost[u.address].total if u.address in cost else 0, "share": round(share, 5)})
+    facts = {
+        "family": now.config.family, "architecture": now.name or "custom", "width": width, "height": height,
+        "params": work.params, "macs": work.total, "unpruned_params": whole.params, "unpruned_macs": whole.total,
+        "packs": [p.rpartition("@")[0] for p in dict.fromkeys(p.source for p in parts.values() if p.source)],
+        "cut": [a for a in parts if parts[a].role == "cut"], "units": rows,
+    }
+    return facts, views
+
+
+def summary(facts: dict) -> tuple[str, str]:
+    """Title and subtitle of the picture."""
+    title = facts["family"] or "UNet"
+    if facts["packs"]:
+        title += " with " + ", ".join(facts["packs"])
+    if facts["architecture"] not in ("full", "custom"):
+        title += f"  ({facts['architecture']})"
+
+    def change(now: int, before: int) -> str:
+        return "" if now == before else f" ({now / before - 1:+.1%})"
+
+    return title, (f"{facts['params'] / 1e6:.1f} M parameters{change(facts['params'], facts['unpruned_params'])},  "
+                   f"{facts['macs'] / 1e9:.1f} G MACs per step and picture at {facts['width']} x {facts['height']}"
+                   f"{change(facts['macs'], facts['unpruned_macs'])}")
+
+
+class ASDMInspectModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ASDMInspectModel",
+            display_name="Inspect Model",
+            category=CATEGORY,
+            description="Who plays each layer of a MODEL's UNet (the checkpoint, a pack, nobody), with parameters, "
+                        "multiplications and each layer's share of the work, as text and as a picture.",
+            search_aliases=["unet picture", "macs", "parameters", "profile"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Int.Input("width", default=512, min=64, max=8192, step=8, tooltip="Of the picture, in pixels."),
+                io.Int.Input("height", default=512, min=64, max=8192, step=8, tooltip="Of the picture, in pixels."),
+                io.Float.Input("at_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                               tooltip="Which point of the sampling run to show; matters for packs with a step window."),
+            ],
+            outputs=[io.String.Output(display_name="text", tooltip="All numbers, as JSON."), io.Image.Output(display_name="picture")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, width, height, at_percent):
+        facts, views = describe(model, width, height, at_percent)
+        title, subtitle = summary(facts)
+        picture = to_image(draw_unet(host.architecture_of(model).config, views, title, subtitle))
+        return io.NodeOutput(json.dumps(facts, indent=1), picture, ui={"text": (f"{title}\n{subtitle}",)})
+
+
+NODES = [ASDMInspectModel]
