@@ -90,13 +90,14 @@ def write_results(job: Job, architectures: Mapping[str, Architecture], runs: Run
 
 def _side(side: str, job: Job, architecture: Architecture, runs: Sequence[TimedRun]) -> dict:
     latent = job.size // 8
+    cost = measure.total(measure.costs(architecture, latent, latent))
     return {
         "seconds_per_step": {
             "median": median_step(runs),
             "values": [seconds for run in runs for seconds in run.step_seconds],
         },
-        "unet_params": architecture.params,
-        "unet_macs": measure.macs(architecture, latent, latent),
+        "unet_params": cost.params,
+        "unet_macs": cost.total,
         "images": [image_name(side, i) for i in range(len(job.prompts))],
     }
 
@@ -148,7 +149,7 @@ def draw_comparison(report: Mapping, images: Mapping[str, Sequence[Image.Image]]
 
 def summary(report: Mapping, output: Path) -> str:
     """What a person reads at the end."""
-    lines = ["", f"     {'parameters':>13}{'MACs per call':>16}{'s per step':>13}   UNet"]
+    lines = ["", f"     {'parameters':>13}{'MACs, batch 1':>16}{'s per step':>13}   UNet"]
     names = (report["checkpoint"], f"{report['checkpoint']} + {report['pack']}")
     for side, name in zip(SIDES, names, strict=True):
         row = report[side]
