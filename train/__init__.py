@@ -1,0 +1,1 @@
+"""Training: the embedded emoji family now, distillation of real checkpoints later. Never imports nodes/."""

@@ -1,0 +1,160 @@
+"""The classifier behind the metrics: which concept does a 128 px picture show?
+
+    python -m train.emoji.classifier --minutes 15
+
+Trained on glyphs of all three styles with fresh jitter, crops, colour changes, blur and codec round
+trips. It learned from the pictures the teacher learned from, so its accuracy is read beside the
+ceiling: the same classifier on real glyphs after the codec.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from asdm_core.packs import write_file
+
+from .codec import load_codec
+from .data import Variant, draw, load_glyphs
+from .latents import load_latents
+from .render import BACKGROUNDS
+from .sources import STYLES
+from .training import Checkpoint, Optimiser, Progress, Run, add_common_arguments, save_curve, seeded, start
+
+FEATURES = 64
+
+
+class Classifier(nn.Module):
+    """Pictures (B, 3, 128, 128) in [0, 1] -> logits (B, concepts); `features` gives the 64 numbers before them."""
+
+    def __init__(self, concepts: int, width: int = 32):
+        super().__init__()
+        def stage(n_in: int, n_out: int, stride: int = 2) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.GroupNorm(8, n_out), nn.ReLU())
+
+        w = width
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(2), stage(12, w), stage(w, 2 * w), stage(2 * w, 2 * w, 1), stage(2 * w, 4 * w),
+            stage(4 * w, 4 * w, 1), stage(4 * w, 4 * w), stage(4 * w, 4 * w, 1))
+        self.features_out = nn.Sequential(nn.Linear(2 * 4 * w, FEATURES), nn.ReLU())
+        self.head = nn.Linear(FEATURES, concepts)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 64)"""
+        h = self.body(2 * x - 1)
+        return self.features_out(torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def augment(x: Tensor, g: torch.Generator) -> Tensor:
+    """Random crops, colour changes, blur and noise for pictures (B, 3, H, W) in [0, 1]."""
+    b, _, h, w = x.shape
+    scale = 0.85 + 0.15 * torch.rand(b, generator=g)
+    shift = (1 - scale)[:, None] * (2 * torch.rand(b, 2, generator=g) - 1)
+    maps = torch.zeros(b, 2, 3)
+    maps[:, 0, 0] = maps[:, 1, 1] = scale
+    maps[:, :, 2] = shift
+    x = F.grid_sample(x, F.affine_grid(maps, list(x.shape), align_corners=False), padding_mode="border", align_corners=False)
+    gain = 0.85 + 0.3 * torch.rand(b, 3, 1, 1, generator=g)
+    x = (x - 0.5) * gain + 0.5 + 0.1 * (torch.rand(b, 3, 1, 1, generator=g) - 0.5)
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    amount = torch.rand(b, 1, 1, 1, generator=g)
+    x = x + amount * (blurred - x)
+    return (x + 0.05 * torch.rand(b, 1, 1, 1, generator=g) * torch.randn(x.shape, generator=g)).clamp(0, 1)
+
+
+def save_classifier(path: Path, model: Classifier, codes: list[str], training: dict) -> None:
+    write_file(path, {k: v.half() for k, v in model.state_dict().items()},
+               {"format": "pt", "codes": json.dumps(codes), "training": json.dumps(training)})
+
+
+def load_classifier(models: Path) -> Classifier:
+    path = models / "emoji-classifier.safetensors"
+    if not path.exists():
+        raise ValueError(f"{path} is missing; make it with `python -m train.emoji.classifier`")
+    with safe_open(path, framework="pt") as f:
+        model = Classifier(len(json.loads(f.metadata()["codes"])))
+        model.load_state_dict({k: f.get_tensor(k).float() for k in f.keys()})
+    return model.eval()
+
+
+@torch.no_grad()
+def top_k(model: Classifier, images: Tensor, labels: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
+    """Whether each picture is recognised first, and among the first k: two bool tensors (B,)."""
+    logits = torch.cat([model(part) for part in images.split(128)])
+    best = logits.topk(k, 1).indices
+    return best[:, 0] == labels, (best == labels[:, None]).any(1)
+
+
+def random_variants(concepts: int, size: int, g: torch.Generator) -> list[Variant]:
+    names = list(BACKGROUNDS)
+    picks = [torch.randint(n, (size,), generator=g).tolist() for n in (concepts, len(STYLES), len(names))]
+    return [Variant(c, STYLES[s], names[b], 0) for c, s, b in zip(*picks, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    args = parser.parse_args()
+    start(args)
+    torch.manual_seed(args.seed)
+    glyphs = load_glyphs(args.runs)
+    codec = load_codec(args.models)
+    cached = load_latents(args.runs, glyphs, STYLES)
+    model = Classifier(len(glyphs.concepts)).to(args.device)
+    optimiser = Optimiser(dict(model.named_parameters()), weight_decay=0.02, ema=0.998)
+    checkpoint = Checkpoint(args.runs / "classifier.safetensors")
+    run = Run(args.minutes, args.steps)
+    if not args.fresh:
+        run = checkpoint.load(optimiser, run)
+
+    progress = Progress("classifier")
+    while not run.done:
+        began = time.perf_counter()
+        g = seeded(args.seed, 5, run.step)
+        # Two thirds fresh glyphs, one third pictures as the codec shows them, with latents a little wrong.
+        fresh = random_variants(len(glyphs.concepts), args.batch * 2 // 3, g)
+        rows = torch.randint(len(cached.variants), (args.batch - len(fresh),), generator=g)
+        z = cached.latents[rows].float()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            decoded = codec.decode(z + 0.3 * torch.rand(len(z), 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g)).float()
+        x = augment(torch.cat([draw(glyphs, fresh, seed=run.step), decoded]), g)
+        labels = torch.tensor([v.concept for v in fresh] + [cached.variants[i].concept for i in rows.tolist()])
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            logits = model(x.to(args.device))
+        loss = F.cross_entropy(logits.float(), labels.to(args.device), label_smoothing=0.05)
+        loss.backward()
+        optimiser.step(run.rate(args.lr))
+        run.advance(len(x), float(loss.detach()), began)
+        progress.show(run.step, f"loss {float(loss.detach()):.3f}, {run.status()}")
+        if checkpoint.due():
+            checkpoint.save(optimiser, run)
+            save_curve(args.runs / "classifier-loss.png", run.curve, "classifier")
+    progress.end()
+    checkpoint.save(optimiser, run)
+    save_curve(args.runs / "classifier-loss.png", run.curve, "classifier")
+    best = optimiser.averaged(Classifier(len(glyphs.concepts)))
+    save_classifier(args.models / "emoji-classifier.safetensors", best, [c.code for c in glyphs.concepts], {
+        "minutes": round(run.seconds / 60, 1), "steps": run.step, "samples": run.samples, "lr": args.lr, "seed": args.seed})
+    for style in STYLES:
+        chosen = [Variant(i, style, b, 1) for i in range(len(glyphs.concepts)) for b in ("white", "blue")]
+        with torch.no_grad():
+            images = torch.cat([codec.decode(codec.encode(draw(glyphs, chosen[i : i + 32], seed=10**6)))
+                                for i in range(0, len(chosen), 32)])
+        first, five = top_k(best, images, torch.tensor([v.concept for v in chosen]))
+        print(f"{style}, real glyphs after the codec: top-1 {first.float().mean():.3f}, top-5 {five.float().mean():.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Rendered glyphs and the pictures made of them.
+
+    python -m train.emoji.data
+
+writes glyphs.safetensors: every chosen emoji in the three styles, as premultiplied RGBA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from asdm_core.packs import write_file
+
+from .captions import held_out
+from .render import BACKGROUNDS, IDENTITY, compose, jitter, render
+from .sources import STYLES, Concept, fetch, read_concepts, read_graphics
+from .training import Progress, add_common_arguments, save_grid, seeded
+
+VARIANTS_PER_BACKGROUND = 2
+
+
+@dataclass(frozen=True)
+class Glyphs:
+    """concepts: all of them; pixels: uint8 premultiplied RGBA (styles, concepts, 4, 2*SIZE, 2*SIZE), in order of STYLES."""
+
+    concepts: list[Concept]
+    pixels: Tensor
+
+    def pictures(self, style: str, indices: list[int], maps: Tensor | None = None, backgrounds: list[str] | None = None) -> Tensor:
+        """Pictures in [0, 1] (B, 3, SIZE, SIZE); without maps and backgrounds upright on white."""
+        glyphs = self.pixels[STYLES.index(style), indices].float() / 255
+        maps = IDENTITY.expand(len(indices), 2, 3) if maps is None else maps
+        return compose(glyphs, maps, backgrounds or ["white"] * len(indices))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One training picture: which glyph, on which background, which of its jittered copies."""
+
+    concept: int
+    style: str
+    background: str
+    copy: int
+
+
+def variants(concepts: list[Concept], styles: tuple[str, ...], everything: bool = False) -> list[Variant]:
+    """All training pictures of some styles; held-out pairs only with `everything`."""
+    return [Variant(i, style, background, copy)
+            for style in styles for i, c in enumerate(concepts)
+            if everything or not held_out(c.code, "style", style)
+            for background in BACKGROUNDS
+            if everything or not held_out(c.code, "background", background)
+            for copy in range(VARIANTS_PER_BACKGROUND)]
+
+
+def draw(glyphs: Glyphs, chosen: list[Variant], seed: int = 0) -> Tensor:
+    """The pictures of some variants, (B, 3, SIZE, SIZE). A variant always gets the same jitter for a seed."""
+    maps = torch.cat([
+        jitter(seeded(seed, int(glyphs.concepts[v.concept].code, 16), STYLES.index(v.style),
+                      list(BACKGROUNDS).index(v.background), v.copy), 1) for v in chosen])
+    pixels = torch.stack([glyphs.pixels[STYLES.index(v.style), v.concept] for v in chosen]).float() / 255
+    return compose(pixels, maps, [v.background for v in chosen])
+
+
+def load_glyphs(folder: Path) -> Glyphs:
+    path = folder / "glyphs.safetensors"
+    if not path.exists():
+        raise ValueError(f"{path} is missing; make it with `python -m train.emoji.data`")
+    with safe_open(path, framework="pt") as f:
+        concepts = [Concept(**{**c, "tags": tuple(c["tags"])}) for c in json.loads(f.metadata()["concepts"])]
+        return Glyphs(concepts, f.get_tensor("pixels"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser, training=False)
+    args = parser.parse_args()
+    cache = args.runs / "sources"
+    for what in ("names", *STYLES):
+        fetch(what, cache)
+    concepts = read_concepts(cache)
+    pixels = torch.empty(len(STYLES), len(concepts), 4, 256, 256, dtype=torch.uint8)
+    for s, style in enumerate(STYLES):
+        progress = Progress(f"rendering {style}", len(concepts))
+        for i, svg in enumerate(read_graphics(style, [c.code for c in concepts], cache).values()):
+            pixels[s, i] = (render(svg) * 255).round().to(torch.uint8)
+            progress.show(i + 1)
+        progress.end()
+    glyphs = Glyphs(concepts, pixels)
+    write_file(args.runs / "glyphs.safetensors", {"pixels": pixels}, {"concepts": json.dumps([asdict(c) for c in concepts])})
+    for style in STYLES:
+        save_grid(args.runs / f"glyphs-{style}.png", glyphs.pictures(style, list(range(len(concepts)))), columns=24, scale=0.5)
+    print(f"{len(concepts)} concepts; {len(variants(concepts, STYLES[:2]))} training pictures of noto and twemoji")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Noise schedule, v-prediction and sampling, in the notation of Salimans and Ho (arXiv 2202.00512).
+
+x_t = a x_0 + s eps,  v = a eps - s x_0,  x_0 = a x_t - s v,  eps = s x_t + a v,  with a^2 + s^2 = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+STEPS = 1000
+
+
+def alphas_cumprod() -> Tensor:
+    """SD1.5's scaled-linear schedule, a^2 by step, (1000,)."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, STEPS, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0).float()
+
+
+ALPHAS = alphas_cumprod()
+
+
+def coefficients(t: Tensor) -> tuple[Tensor, Tensor]:
+    """a and s at steps t (B,), shaped (B, 1, 1, 1)."""
+    a2 = ALPHAS.to(t.device)[t][:, None, None, None]
+    return a2.sqrt(), (1 - a2).sqrt()
+
+
+def step_weights() -> Tensor:
+    """p(t) of training, (1000,): 80% in proportion to min(SNR, 1) / SNR, 20% uniform.
+
+    Where SNR > 1 the picture is nearly there and v is little but noise; drawing such steps less often
+    does what min-SNR weights do, without computing samples to throw away.
+    """
+    snr = ALPHAS / (1 - ALPHAS)
+    p = snr.clamp(max=1) / snr
+    return 0.8 * p / p.sum() + 0.2 / STEPS
+
+
+def noised(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_t, v) for latents x0 and noise (B, C, H, W) at steps t (B,)."""
+    a, s = coefficients(t)
+    return a * x0 + s * noise, a * noise - s * x0
+
+
+def schedule(steps: int) -> list[int]:
+    """The time steps of a sampling run, from 999 down."""
+    return torch.linspace(STEPS - 1, 0, steps + 1)[:-1].round().long().tolist()
+
+
+@torch.no_grad()
+def ddim(predict_v: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, cond: Tensor, uncond: Tensor, steps: int = 20,
+         cfg: float = 3.0) -> Tensor:
+    """Deterministic DDIM (eta 0) from noise x (B, C, H, W) to x_0.
+
+    predict_v(x, t, context): v for t (B,) and context (B, N, D). cond: (B, N, D); uncond: (1, N, D).
+    """
+    times = schedule(steps)
+    context = torch.cat([cond, uncond.expand_as(cond)]) if cfg != 1 else cond
+    for i, now in enumerate(times):
+        t = torch.full((len(context),), now, device=x.device)
+        v = predict_v(torch.cat([x, x]) if cfg != 1 else x, t, context).float()
+        if cfg != 1:
+            v_cond, v_uncond = v.chunk(2)
+            v = v_uncond + cfg * (v_cond - v_uncond)
+        a, s = coefficients(t[: len(x)])
+        x0, eps = a * x - s * v, s * x + a * v
+        if i + 1 < len(times):
+            a, s = coefficients(torch.full((len(x),), times[i + 1], device=x.device))
+            x = a * x0 + s * eps
+        else:
+            x = x0
+    return x

@@ -1,0 +1,202 @@
+"""The teacher: UNet and text encoder, trained together on Noto and Twemoji.
+
+    python -m train.emoji.teacher --minutes 60
+
+The first samples run on latents pooled to 8x8, four times as fast on a CPU: there the text learns what
+goes with what. Weights are bfloat16 with float32 masters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .captions import caption, own_tags, prompt, vocabulary
+from .codec import load_codec
+from .data import Glyphs, load_glyphs
+from .diffusion import ddim, noised, step_weights
+from .latents import LatentSet, load_latents
+from .sources import STYLES
+from .text import TextEncoder, Tokens, host_folder, save_text
+from .training import (
+    Checkpoint, Optimiser, Progress, Run, add_common_arguments, save_curve, save_grid, seeded, start,
+)
+from .unet import build, save_unet
+
+TEACHER_STYLES = STYLES[:2]
+LICENCE = "CC-BY-4.0"  # Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0) were learned from
+SHOWN = ("pizza", "cat face", "red heart", "rocket", "spider", "sailboat", "avocado", "skull", "umbrella", "guitar", "dress",
+         "owl", "volcano", "key", "robot", "bicycle")
+
+
+class Batches:
+    """The batch of any step, from the seed and the step alone."""
+
+    def __init__(self, glyphs: Glyphs, data: LatentSet, tokens: Tokens, seed: int):
+        self.concepts, self.data, self.tokens, self.seed = glyphs.concepts, data, tokens, seed
+        self.tags = own_tags(glyphs.concepts)
+        self.weights = step_weights()
+
+    def __call__(self, step: int, size: int, pooled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(x0, noise, t, rows): latents and noise (B, 4, h, w), time steps (B,), token rows (B, 77)."""
+        g = seeded(self.seed, 2, step)
+        chosen = torch.randint(len(self.data.variants), (size,), generator=g)
+        rng = random.Random(f"{self.seed}/{step}")
+        texts = []
+        for i in chosen.tolist():
+            v = self.data.variants[i]
+            c = self.concepts[v.concept]
+            texts.append(caption(c, v.style, v.background, self.tags[c.code], rng))
+        x0 = self.data.latents[chosen].float()
+        if pooled:
+            x0 = F.avg_pool2d(x0, 2)
+        noise = torch.randn(x0.shape, generator=g)
+        t = torch.multinomial(self.weights, size, replacement=True, generator=g)
+        return x0, noise, t, self.tokens(texts)
+
+
+def v_loss(unet: nn.Module, context: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Squared error of v per sample, (B,)."""
+    x, v = noised(x0, noise, t)
+    predicted = unet(x.to(context.dtype), t, context).sample.float()
+    return (predicted - v).square().mean((1, 2, 3))
+
+
+def batch_size(samples: int, pooled: bool) -> int:
+    """Small batches learn more per sample early, large ones are faster and calmer later."""
+    return 32 if pooled or samples >= 120_000 else 16
+
+
+def sample_images(unet: nn.Module, encoder: TextEncoder, tokens: Tokens, codec: nn.Module, prompts: list[str], seeds: list[int],
+                  steps: int = 20, cfg: float = 3.0, size: int = 16, batch: int = 32) -> Tensor:
+    """Pictures (B, 3, H, W) for prompts, each from the noise of its own seed. Networks in eval mode."""
+    return codec_images(codec, sample_latents(unet, encoder, tokens, prompts, seeds, steps, cfg, size, batch))
+
+
+@torch.no_grad()
+def sample_latents(unet: nn.Module, encoder: TextEncoder, tokens: Tokens, prompts: list[str], seeds: list[int], steps: int = 20,
+                   cfg: float = 3.0, size: int = 16, batch: int = 32, progress: Progress | None = None) -> Tensor:
+    """Latents (B, 4, size, size) for prompts, each from the noise of its own seed."""
+    device = next(unet.parameters()).device
+    uncond = encoder(tokens([""]).to(device))
+    parts = []
+    for i in range(0, len(prompts), batch):
+        noise = torch.stack([torch.randn(4, size, size, generator=seeded(s, 3)) for s in seeds[i : i + batch]]).to(device)
+        cond = encoder(tokens(prompts[i : i + batch]).to(device))
+        parts.append(ddim(lambda x, t, c: unet(x, t, c).sample, noise, cond, uncond, steps, cfg).cpu())
+        if progress:
+            progress.show(min(i + batch, len(prompts)))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def codec_images(codec: nn.Module, latents: Tensor) -> Tensor:
+    if latents.shape[-1] < 16:
+        latents = F.interpolate(latents, scale_factor=16 // latents.shape[-1])
+    device = next(codec.parameters()).device
+    return torch.cat([codec.decode(z.to(device)).cpu() for z in latents.split(32)])
+
+
+def train(args: argparse.Namespace, name: str, unet: nn.Module, encoder: TextEncoder, batches: Batches, styles: tuple[str, ...],
+          joint: bool) -> tuple[nn.Module, TextEncoder, Run]:
+    """The loop shared by teacher and finetune. Returns averaged networks in float32 and the finished Run."""
+    device = torch.device(args.device)
+    averaged_unet, averaged_encoder = copy.deepcopy(unet).to(device), copy.deepcopy(encoder).to(device)
+    unet, encoder = unet.to(device, torch.bfloat16).train(), encoder.to(device, torch.bfloat16)
+    parameters = {f"unet.{k}": p for k, p in unet.named_parameters()}
+    if joint:
+        parameters |= {f"text.{k}": p for k, p in encoder.named_parameters()}
+    encoder.requires_grad_(joint)
+    optimiser = Optimiser(parameters, ema=args.ema)
+    # Masters start from the float32 weights, not from their bfloat16 copies.
+    for prefix, source in (("unet.", averaged_unet), ("text.", averaged_encoder)):
+        for key, p in source.named_parameters():
+            if prefix + key in optimiser.master:
+                optimiser.master[prefix + key].data.copy_(p.data)
+                optimiser.average[prefix + key].copy_(p.data)
+    checkpoint = Checkpoint(args.runs / f"{name}.safetensors")
+    run = Run(args.minutes, args.steps)
+    if not args.fresh:
+        run = checkpoint.load(optimiser, run)
+    codec = load_codec(args.models).to(device)
+    names = {c.name: c for c in batches.concepts}
+    shown = [prompt(names[n], style) for style in styles for n in SHOWN if n in names]
+
+    def average() -> None:
+        optimiser.averaged(averaged_unet, "unet.")
+        if joint:
+            optimiser.averaged(averaged_encoder, "text.")
+
+    def show() -> None:
+        average()
+        size = 8 if run.samples < args.pooled_samples else 16
+        images = sample_images(averaged_unet, averaged_encoder, batches.tokens, codec, shown, list(range(len(shown))), size=size)
+        save_grid(args.runs / f"{name}.png", images, columns=16)
+        save_curve(args.runs / f"{name}-loss.png", run.curve, f"{name}, {run.samples} samples", "v-MSE")
+
+    progress, shown_at = Progress(name), time.monotonic()
+    while not run.done:
+        began = time.perf_counter()
+        pooled = run.samples < args.pooled_samples
+        size = args.batch or batch_size(run.samples, pooled)
+        x0, noise, t, rows = (part.to(device) for part in batches(run.step, size, pooled))
+        loss = v_loss(unet, encoder(rows), x0, noise, t).mean()
+        loss.backward()
+        optimiser.step(run.rate(args.lr))
+        run.advance(size, float(loss.detach()), began)
+        recent = sum(c[3] for c in run.curve[-10:]) / len(run.curve[-10:])
+        progress.show(run.step, f"loss {recent:.4f}, {run.samples} samples, {run.status()}")
+        if checkpoint.due():
+            checkpoint.save(optimiser, run)
+            if time.monotonic() - shown_at > args.show_minutes * 60:
+                show()
+                shown_at = time.monotonic()
+    progress.end()
+    checkpoint.save(optimiser, run)
+    show()
+    return averaged_unet.cpu().eval(), averaged_encoder.cpu().eval(), run
+
+
+def provenance(args: argparse.Namespace, run: Run) -> dict:
+    return {"minutes": round(run.seconds / 60, 1), "steps": run.step, "samples": run.samples, "lr": args.lr, "seed": args.seed,
+            "device": args.device, "threads": args.threads, "machine": platform.processor() or platform.machine(),
+            "torch": torch.__version__}
+
+
+def add_unet_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", help="ComfyUI folder, for the CLIP tokeniser")
+    parser.add_argument("--batch", type=int, help="fixed batch size instead of the schedule")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--show-minutes", type=float, default=5, help="minutes between sample grids")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    add_unet_arguments(parser)
+    parser.add_argument("--pooled-samples", type=int, default=70_000, help="samples trained on latents pooled to 8x8")
+    args = parser.parse_args()
+    start(args)
+    torch.manual_seed(args.seed)
+    glyphs = load_glyphs(args.runs)
+    tokens = Tokens(host_folder(args.host), texts=vocabulary(glyphs.concepts))
+    data = load_latents(args.runs, glyphs, TEACHER_STYLES).trained(glyphs)
+    batches = Batches(glyphs, data, tokens, args.seed)
+    unet, encoder, run = train(args, "teacher", build(), TextEncoder(tokens.ids), batches, TEACHER_STYLES, joint=True)
+    training = provenance(args, run) | {"data": "Noto Emoji and Twemoji", "concepts": len(glyphs.concepts)}
+    save_text(args.models / "emoji-text.safetensors", encoder, training)
+    save_unet(args.models / "emoji-teacher.safetensors", unet, LICENCE, training)
+    print("wrote emoji-teacher.safetensors and emoji-text.safetensors")
+
+
+if __name__ == "__main__":
+    main()

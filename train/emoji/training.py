@@ -1,0 +1,274 @@
+"""What every training script here shares: seeds, the optimiser with its average, checkpoints, the time box, pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from asdm_core.packs import write_file
+
+CHECKPOINT_SECONDS = 150
+COOLDOWN = 0.25  # last part of a run, in which the learning rate falls to zero
+WARMUP = 50  # steps
+
+
+# Seeds ----------------------------------------------------------------------------------------------
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator that depends on the numbers only: (seed, step) makes a resumed run draw what an unbroken one draws."""
+    # Weyl-style mixing keeps neighbouring steps apart; the generator scrambles the rest.
+    state = 0
+    for n in numbers:
+        state = (state * 6364136223846793005 + n + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(state)
+
+
+# Optimiser ------------------------------------------------------------------------------------------
+
+
+class Optimiser:
+    """AdamW on float32 master weights, with an exponential average of them.
+
+    The network itself may be in bfloat16: gradients come from it, updates go to the master and are
+    copied back. The average warms up, so early steps are forgotten: decay = min(ema, (1+n)/(10+n)).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float = 0.01, ema: float = 0.999,
+                 clip: float = 1.0, betas: tuple[float, float] = (0.9, 0.99)):
+        self.live = dict(parameters)
+        self.master = {k: p.detach().float().clone() for k, p in self.live.items()}
+        self.average = {k: p.clone() for k, p in self.master.items()}
+        self.ema, self.clip = ema, clip
+        decay = [p for p in self.master.values() if p.dim() > 1]
+        rest = [p for p in self.master.values() if p.dim() <= 1]
+        self.adamw = torch.optim.AdamW([{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}],
+                                       lr=0.0, betas=betas, fused=True)
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        """One update from the gradients of the live parameters. Returns the gradient norm before clipping."""
+        for key, p in self.live.items():
+            self.master[key].grad = None if p.grad is None else p.grad.float()
+            p.grad = None
+        norm = float(nn.utils.clip_grad_norm_(self.master.values(), self.clip))
+        if not np.isfinite(norm):
+            raise ValueError(f"the gradient is not finite at step {self.steps}; resume with a smaller --lr")
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.steps += 1
+        torch._foreach_copy_(list(self.live.values()), list(self.master.values()))
+        weight = 1 - min(self.ema, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(list(self.average.values()), list(self.master.values()), weight)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        tensors = {f"master.{k}": v for k, v in self.master.items()} | {f"average.{k}": v for k, v in self.average.items()}
+        for key, p in self.master.items():
+            for name, value in self.adamw.state.get(p, {}).items():
+                tensors[f"{name}.{key}"] = torch.as_tensor(value)
+        return tensors
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        for key, p in self.master.items():
+            p.copy_(tensors[f"master.{key}"])
+            self.average[key].copy_(tensors[f"average.{key}"])
+            self.live[key].copy_(p)
+            if f"exp_avg.{key}" in tensors:
+                self.adamw.state[p] = {n: tensors[f"{n}.{key}"].clone().to(p.device if n != "step" else "cpu")
+                                       for n in ("step", "exp_avg", "exp_avg_sq")}
+        self.steps = steps
+
+    @torch.no_grad()
+    def averaged(self, module: nn.Module, prefix: str = "") -> nn.Module:
+        """Put the averaged weights into another copy of the network (or of the part under `prefix`)."""
+        own = dict(module.named_parameters())
+        for key, value in self.average.items():
+            if key.startswith(prefix):
+                own[key.removeprefix(prefix)].copy_(value)
+        return module.eval()
+
+
+# The run --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """Where a run stands: everything a resumed run must know besides tensors.
+
+    The learning rate is a trapezoid: warm-up, constant, linear cooldown to zero. With `steps` the
+    cooldown starts at a known step; in a time box it starts when COOLDOWN of the time is left, and its
+    length is estimated then and recorded, so that resumed runs follow it.
+    """
+
+    minutes: float
+    total: int | None = None  # steps, where they are fixed
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0  # of training, over all sessions
+    cooldown_from: int | None = None
+    cooldown_steps: int = 0
+    curve: list = field(default_factory=list)  # (step, samples, seconds, value)
+    _recent: list = field(default_factory=list, repr=False)
+
+    def rate(self, lr: float) -> float:
+        """Learning rate of the coming step; decides when the cooldown begins."""
+        if self.cooldown_from is None:
+            if self.total is not None:
+                if self.step >= int(self.total * (1 - COOLDOWN)):
+                    self.cooldown_from, self.cooldown_steps = self.step, self.total - self.step
+            elif self.seconds >= 60 * self.minutes * (1 - COOLDOWN) and self._recent:
+                per_step = sum(self._recent) / len(self._recent)
+                self.cooldown_from = self.step
+                self.cooldown_steps = max(1, int((60 * self.minutes - self.seconds) / per_step))
+        factor = min(1.0, (self.step + 1) / WARMUP)
+        if self.cooldown_from is not None:
+            factor = min(factor, 1 - (self.step - self.cooldown_from) / max(1, self.cooldown_steps))
+        return lr * factor
+
+    def advance(self, samples: int, value: float, started: float) -> None:
+        took = time.perf_counter() - started
+        self.step, self.samples, self.seconds = self.step + 1, self.samples + samples, self.seconds + took
+        self._recent = (self._recent + [took])[-50:]
+        if not self.curve or self.step % 10 == 0:
+            self.curve.append((self.step, self.samples, round(self.seconds, 1), round(value, 5)))
+
+    @property
+    def done(self) -> bool:
+        if self.cooldown_from is not None:
+            return self.step >= self.cooldown_from + self.cooldown_steps
+        return self.total is not None and self.step >= self.total
+
+    def status(self) -> str:
+        return f"{self.samples / max(self.seconds, 1e-9):.0f}/s, {self.seconds / 60:.1f} of {self.minutes:g} min"
+
+
+class Checkpoint:
+    """A training state in one safetensors file: tensors, and the Run as JSON in the metadata. Written whole or not at all."""
+
+    def __init__(self, path: Path):
+        self.path, self.last = path, time.monotonic()
+
+    def load(self, optimiser: Optimiser, run: Run) -> Run:
+        """The Run to go on with, and the optimiser filled; `run` itself where there is no checkpoint yet."""
+        if not self.path.exists():
+            return run
+        with safe_open(self.path, framework="pt") as f:
+            saved = json.loads(f.metadata()["run"])
+            optimiser.load({k: f.get_tensor(k) for k in f.keys()}, saved["step"])
+        saved |= {"minutes": run.minutes, "total": run.total}
+        resumed = Run(**saved)
+        print(f"resuming at step {resumed.step} after {resumed.seconds / 60:.1f} min")
+        return resumed
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last > CHECKPOINT_SECONDS
+
+    def save(self, optimiser: Optimiser, run: Run) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(self.path, optimiser.state(), {"run": json.dumps(asdict(run))})
+        self.last = time.monotonic()
+
+
+# The command line -----------------------------------------------------------------------------------
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, training: bool = True) -> None:
+    parser.add_argument("--runs", type=Path, default=Path("runs/emoji"), help="folder for caches, checkpoints and pictures")
+    parser.add_argument("--models", type=Path, default=Path("models/emoji"), help="folder of the finished weights")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1,
+                        help="CPU threads; two processes of one thread beat one of two, and waiting threads collapse")
+    if training:
+        parser.add_argument("--minutes", type=float, default=10, help="training time in all, over resumed calls as well")
+        parser.add_argument("--steps", type=int, help="train for this many steps instead")
+        parser.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
+
+
+def start(args: argparse.Namespace) -> None:
+    """Settings every script makes first."""
+    torch.set_num_threads(args.threads)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    args.models.mkdir(parents=True, exist_ok=True)
+
+
+class Progress:
+    """One status line: rewritten on a terminal, printed now and then into a log."""
+
+    def __init__(self, label: str, total: int | None = None):
+        self.label, self.total = label, total
+        self.started = self.shown = time.monotonic()
+        self.live = sys.stdout.isatty()
+        self.line = ""
+
+    def show(self, done: int, detail: str = "") -> None:
+        now = time.monotonic()
+        if self.total:
+            filled = int(20 * done / self.total)
+            bar = f"[{'#' * filled}{'.' * (20 - filled)}] {done}/{self.total}"
+        else:
+            bar = f"step {done}"
+        self.line = f"{self.label} {bar} {detail}".rstrip()
+        if now - self.shown > (0.2 if self.live else 20):
+            print(f"\r{self.line:<100}" if self.live else self.line, end="" if self.live else "\n", flush=True)
+            self.shown = now
+
+    def end(self) -> None:
+        print(f"\r{self.line:<100}" if self.live else f"{self.line} ({time.monotonic() - self.started:.0f} s)", flush=True)
+
+
+# Pictures -------------------------------------------------------------------------------------------
+
+
+def save_grid(path: Path, images: Tensor, columns: int, scale: float = 1.0, gap: int = 2) -> None:
+    """Write pictures (B, 3, H, W) in [0, 1] as one PNG."""
+    images = images.detach().float().clamp(0, 1).cpu()
+    if scale != 1:
+        images = torch.nn.functional.interpolate(images, scale_factor=scale, mode="area")
+    b, _, h, w = images.shape
+    rows = -(-b // columns)
+    canvas = torch.full((3, rows * (h + gap), columns * (w + gap)), 0.5)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        canvas[:, y : y + h, x : x + w] = image
+    temporary = path.with_suffix(".part.png")
+    Image.fromarray((canvas.permute(1, 2, 0) * 255).round().byte().numpy()).save(temporary)
+    os.replace(temporary, path)
+
+
+def save_curve(path: Path, curve: Iterable, title: str, ylabel: str = "loss") -> None:
+    """Write a loss curve over the minutes of training as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    points = np.array(list(curve), dtype=float)
+    if len(points) < 2:
+        return
+    width = max(1, len(points) // 40)
+    smooth = np.convolve(points[:, 3], np.ones(width) / width, mode="valid")
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(points[:, 2] / 60, points[:, 3], alpha=0.25)
+    axes.plot(points[width - 1 :, 2] / 60, smooth)
+    axes.set(xlabel="minutes", ylabel=ylabel, title=title, yscale="log")
+    axes.grid(True, alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
