@@ -442,7 +442,7 @@ def write_pack(path: str | os.PathLike, tensors: Mapping[str, Tensor], descripti
     Raises Mismatch unless the tensors are exactly what the description says.
     """
     check(shapes_of(tensors), description.keys(), "pack")
-    write_file(path, _stored(tensors, dtype), {"format": "pt", METADATA_KEY: description.to_json()})
+    write_file(path, stored(tensors, dtype), {"format": "pt", METADATA_KEY: description.to_json()})
 
 
 def write_unet(path: str | os.PathLike, tensors: Mapping[str, Tensor], description: Description,
@@ -453,10 +453,11 @@ def write_unet(path: str | os.PathLike, tensors: Mapping[str, Tensor], descripti
     """
     form = standalone_form(description.architecture)
     renamed = convert(tensors, description.architecture, ADDRESSED, form)
-    write_file(path, _stored(renamed, dtype), {"format": "pt", METADATA_KEY: description.to_json()})
+    write_file(path, stored(renamed, dtype), {"format": "pt", METADATA_KEY: description.to_json()})
 
 
-def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> StateDict:
+def stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> StateDict:
+    """Tensors as they go into a file: as `dtype`, int8 with scales for "int8", or unchanged for None."""
     if dtype == "int8":
         return quantised(tensors)
     return {k: t if dtype is None else t.to(dtype) for k, t in tensors.items()}

@@ -1,0 +1,225 @@
+"""Command line: look into files, convert them, make packs and combined UNets.
+
+    python -m asdm_core inspect FILE            what is in this file?
+    python -m asdm_core convert IN OUT ...      rename between the LDM and diffusers layouts
+    python -m asdm_core extract-pack IN ...     take some units of a trained UNet out into a pack
+    python -m asdm_core assemble CKPT PACK OUT  a checkpoint's UNet with a pack built in
+    python -m asdm_core presets                 the pruned UNets asdm knows
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import packs, surgery
+from .addresses import LAYOUTS, select
+from .architecture import NUMBERINGS, PRESETS, Architecture
+from .measure import costs, total
+from .packs import BadFile, Description, TensorFile
+
+DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int8": "int8"}
+LATENT = {"sdxl": 128, "emoji": 16}  # side of the latent that MACs are given for; 64 (512 x 512 pixels) elsewhere
+
+
+class _Progress(Mapping):
+    """A state dict that tells on stderr how far reading it has come."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], what: str):
+        self.tensors, self.what, self.seen = tensors, what, 0
+        self.shapes = surgery.shapes_of(tensors)
+
+    def __getitem__(self, key):
+        self.seen += 1
+        if sys.stderr.isatty() or self.seen == len(self):
+            print(f"\r{self.what}: {self.seen} of {len(self)} tensors", end="\n" if self.seen == len(self) else "", file=sys.stderr)
+        return self.tensors[key]
+
+    def __iter__(self):
+        return iter(self.tensors)
+
+    def __len__(self):
+        return len(self.tensors)
+
+
+def facts(architecture: Architecture) -> dict:
+    """Numbers of an architecture, as `inspect` and `presets` give them."""
+    side = LATENT.get(architecture.config.family, 64)
+    full = Architecture.full(architecture.config)
+    cost = costs(architecture, side, side)
+    work, whole = total(cost), total(costs(full, side, side))
+    largest = sorted(cost.values(), key=lambda c: -c.total)[:5]
+    return {
+        "family": architecture.config.family,
+        "architecture": architecture.name or "custom",
+        "params": work.params,
+        "unpruned_params": whole.params,
+        "macs": work.total,
+        "unpruned_macs": whole.total,
+        "latent": side,
+        "cut": [*architecture.cut_units, *sorted(architecture.cut.difference(architecture.cut_units))],
+        "largest": {c.address: round(c.total / work.total, 4) for c in largest},
+    }
+
+
+def inspect(args) -> None:
+    path = Path(args.file)
+    loaded = None
+    if path.is_file():
+        file = TensorFile(path)
+        description = packs.describe(file)
+        if description is not None and description.kind == "pack":
+            loaded = packs.open_pack(path)
+    loaded = loaded or packs.open_unet(path)
+    description = loaded.description
+    result = {"file": str(loaded.path), "kind": description.kind, **facts(description.architecture),
+              "prediction": description.prediction, "licence": description.licence}
+    if description.kind == "pack":
+        result["units"] = list(description.units)
+        result["pack_params"] = sum(s.tensor.numel for s in description.keys().values())
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return
+    print(f"{path.name}: {_headline(result)}")
+    if description.kind == "pack":
+        print(f"  a pack of {result['pack_params'] / 1e6:.2f} M parameters; it plays: {', '.join(description.units)}")
+    _print_numbers(result)
+    if description.prediction:
+        print(f"  predicts: {description.prediction}")
+    if description.licence:
+        print(f"  licence: {description.licence}")
+
+
+def _headline(f: dict) -> str:
+    return f"{f['family']} UNet, {'unpruned' if f['architecture'] == 'full' else f['architecture']}"
+
+
+def _print_numbers(f: dict) -> None:
+    print(f"  {f['params'] / 1e6:.2f} M parameters ({f['params'] / f['unpruned_params'] - 1:+.1%}), "
+          f"{f['macs'] / 1e9:.1f} G MACs at a {f['latent']} x {f['latent']} latent ({f['macs'] / f['unpruned_macs'] - 1:+.1%})")
+    print("  largest shares of the work: " + ", ".join(f"{a} {share:.1%}" for a, share in f["largest"].items()))
+    print("  cut: " + (", ".join(f["cut"]) or "nothing"))
+
+
+def convert(args) -> None:
+    loaded = packs.open_unet(args.input)
+    architecture = loaded.description.architecture
+    form = surgery.Form(args.layout, args.numbering or packs.standalone_form(architecture).numbering)
+    tensors = surgery.convert(_Progress(loaded.tensors, "convert"), architecture, surgery.ADDRESSED, form)
+    metadata = {"format": "pt"}
+    if form == packs.standalone_form(architecture):
+        metadata[packs.METADATA_KEY] = loaded.description.to_json()
+    packs.write_file(args.output, _as(tensors, args.dtype), metadata)
+    print(f"wrote {args.output}: {len(tensors)} tensors, {form.layout} layout, {form.numbering}")
+
+
+def _as(tensors: Mapping[str, Tensor], dtype: str) -> Mapping[str, Tensor]:
+    return packs.stored(tensors, DTYPES[dtype])
+
+
+def extract_pack(args) -> None:
+    loaded = packs.open_unet(args.student)
+    architecture = loaded.description.architecture
+    blocks = select(architecture.config, args.units)
+    kept = {u.address for u in architecture.kept}
+    units = tuple(a for a in blocks if a in kept)
+    # What is cut outside the chosen units is the host's again.
+    cut = frozenset(a for a in architecture.cut if a in blocks or a.rpartition(".")[0] in blocks)
+    chosen = Architecture(architecture.config, cut, units).named()
+    tensors = surgery.extract(_Progress(loaded.tensors, "extract"), architecture, units)
+    training = {"extracted_from": Path(args.student).name}
+    packs.write_pack(args.output, tensors, Description("pack", chosen, units, licence=args.licence, training=training), DTYPES[args.dtype])
+    print(f"wrote {args.output}: {len(units)} units, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters"
+          + (f" ({chosen.name})" if chosen.name else ""))
+
+
+def assemble(args) -> None:
+    trunk, pack = packs.open_unet(args.checkpoint), packs.open_pack(args.pack)
+    target = pack.description.architecture
+    ours, theirs = trunk.description.architecture.config, target.config
+    if ours != theirs:
+        raise ValueError(f"{Path(args.pack).name} is a pack for {theirs.family} UNets; {Path(args.checkpoint).name} is {ours.family}")
+    units = pack.description.units
+    cut = frozenset(target.cut | {a for a in trunk.description.architecture.cut if a not in units and a.rpartition(".")[0] not in units})
+    combined = Architecture(ours, cut)
+    combined = Architecture(ours, cut, tuple(u.address for u in combined.kept)).named()
+    tensors = surgery.combine(_Progress(trunk.tensors, "assemble"), pack.tensors, combined, units)
+    training = {"trunk": Path(args.checkpoint).name, "pack": Path(args.pack).name}
+    description = Description("unet", combined, prediction=trunk.description.prediction or pack.description.prediction,
+                              licence=pack.description.licence, training=training)
+    packs.write_unet(args.output, tensors, description, DTYPES[args.dtype])
+    print(f"wrote {args.output}: {_headline(facts(combined))}, {combined.params / 1e6:.2f} M parameters")
+
+
+def presets(args) -> None:
+    rows = {}
+    for name, row in PRESETS.items():
+        f = facts(Architecture.preset(name))
+        rows[name] = {"source": row.source, **{k: f[k] for k in ("family", "params", "macs", "latent", "cut")}}
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    for name, row in rows.items():
+        print(f"{name:12}{row['family']:6}{row['params'] / 1e6:9.2f} M params {row['macs'] / 1e9:9.2f} G MACs  {row['source']}")
+        print(f"{'':12}cut: {PRESETS[name].cut}" + (f"   in: {PRESETS[name].on}" if PRESETS[name].on != "*" else ""))
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m asdm_core", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, function, help):
+        p = commands.add_parser(name, help=help, description=help)
+        p.set_defaults(run=function)
+        return p
+
+    p = command("inspect", inspect, "Say what a file is: family, preset or the list of cut units, parameters, MACs, the units "
+                "with the largest share; for packs, what they play. FILE is a UNet, a checkpoint, a pack or a diffusers folder.")
+    p.add_argument("file", metavar="FILE")
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
+
+    p = command("convert", convert, "Rename the tensors of a UNet from whatever form it has into another one.")
+    p.add_argument("input", metavar="IN")
+    p.add_argument("output", metavar="OUT", help="a new .safetensors file")
+    p.add_argument("--layout", choices=LAYOUTS, required=True, help="ldm is ComfyUI's own; diffusers is the library's")
+    p.add_argument("--numbering", choices=NUMBERINGS, help="renumbered (default where it exists): the small network others load; "
+                   "addressed: the unpruned network's names, with holes")
+    p.add_argument("--dtype", choices=[d for d in DTYPES if d != "int8"], default="keep")
+
+    p = command("extract-pack", extract_pack, "Take some units of a trained UNet out into a pack, which then plays in any checkpoint "
+                "of the family. Layers that were cut among these units are cut by the pack.")
+    p.add_argument("student", metavar="STUDENT")
+    p.add_argument("output", metavar="OUT")
+    p.add_argument("--units", required=True, help="a range expression, as 'down.0-1, up.2-3' (the units of M2)")
+    p.add_argument("--licence", default="", help="licence of the weights, kept in the file")
+    p.add_argument("--dtype", choices=DTYPES, default="fp16")
+
+    p = command("assemble", assemble, "Build a pack into a checkpoint's UNet: one file that stock ComfyUI loads.")
+    p.add_argument("checkpoint", metavar="CHECKPOINT")
+    p.add_argument("pack", metavar="PACK")
+    p.add_argument("output", metavar="OUT")
+    p.add_argument("--dtype", choices=DTYPES, default="fp16")
+
+    p = command("presets", presets, "List the pruned UNets asdm knows: source, family, parameters, MACs, cut units.")
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (BadFile, ValueError, OSError) as e:
+        print(f"asdm: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
