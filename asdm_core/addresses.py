@@ -26,6 +26,18 @@ STEM = ("stem.conv_in", "stem.time_embed", "stem.label_embed", "stem.norm_out", 
 NO_MID, RESNET_MID = -2, -1  # UNetConfig.mid, in the convention of ComfyUI's transformer_depth_middle
 
 
+_MAX_DEPTH = 100  # ten times what any known UNet has; keeps a broken file from asking for a billion blocks
+
+
+def _is_whole(value, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _tuples(value):
+    """Lists, as JSON gives them, as tuples all the way down."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """Shape of one UNet of the LDM kind (SD1.x, SD2.x, SDXL and their pruned relatives).
@@ -52,20 +64,45 @@ class UNetConfig:
     out_channels: int = 4
 
     def __post_init__(self):
-        if not len(self.channel_mult) == len(self.down) == len(self.up):
-            raise ValueError(
-                f"UNet config: channel_mult, down and up must have one entry per level, "
-                f"got {len(self.channel_mult)}, {len(self.down)} and {len(self.up)}"
-            )
+        def wrong(what: str):
+            return ValueError(f"UNet config: {what}")
+
+        if not isinstance(self.family, str):
+            raise wrong(f"family must be a text, got {self.family!r}")
+        if not isinstance(self.use_linear, bool):
+            raise wrong(f"use_linear must be true or false, got {self.use_linear!r}")
+        for name in ("model_channels", "context_dim", "in_channels", "out_channels"):
+            if not _is_whole(getattr(self, name), 1):
+                raise wrong(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        for name in ("num_heads", "head_channels", "adm_channels"):
+            value = getattr(self, name)
+            if value is not None and not _is_whole(value, 1):
+                raise wrong(f"{name} must be a whole number of at least 1 or absent, got {value!r}")
+        if not _is_whole(self.mid, NO_MID, _MAX_DEPTH):
+            raise wrong(f"mid must be a whole number from {NO_MID} to {_MAX_DEPTH}, got {self.mid!r}")
+        if not isinstance(self.channel_mult, tuple) or not all(_is_whole(m, 1) for m in self.channel_mult):
+            raise wrong(f"channel_mult must be a list of whole numbers of at least 1, got {self.channel_mult!r}")
+        for side in ("down", "up"):
+            value = getattr(self, side)
+            if not isinstance(value, tuple) or not all(
+                    isinstance(level, tuple) and all(_is_whole(d, 0, _MAX_DEPTH) for d in level) for level in value):
+                raise wrong(f"{side} must be lists of whole numbers from 0 to {_MAX_DEPTH}, one list per level, got {value!r}")
+        if not len(self.channel_mult) == len(self.down) == len(self.up) > 0:
+            raise wrong(f"channel_mult, down and up must have one entry per level, "
+                        f"got {len(self.channel_mult)}, {len(self.down)} and {len(self.up)}")
         for level, layers in enumerate(self.down):
             up_layers = self.up[len(self.up) - 1 - level]
             if len(up_layers) != len(layers) + 1:
-                raise ValueError(
-                    f"UNet config: level {level} has {len(layers)} down layers, so its up block needs "
-                    f"{len(layers) + 1} layers, got {len(up_layers)}"
-                )
+                raise wrong(f"level {level} has {len(layers)} down layers, so its up block needs "
+                            f"{len(layers) + 1} layers, got {len(up_layers)}")
         if (self.num_heads is None) == (self.head_channels is None):
-            raise ValueError("UNet config: give num_heads or head_channels, and not both")
+            raise wrong("give num_heads or head_channels, and not both")
+        for level in range(self.levels):
+            deepest = level == self.levels - 1 and self.mid > 0
+            if (deepest or any(self.down[level] + self.up[-1 - level])) and self.channels(level) % (
+                    self.num_heads or self.head_channels):
+                raise wrong(f"the {self.channels(level)} channels of level {level} cannot be shared out over attention heads "
+                            f"(num_heads {self.num_heads}, head_channels {self.head_channels})")
 
     @property
     def levels(self) -> int:
@@ -86,27 +123,17 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping) -> UNetConfig:
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
+        """Inverse of `to_dict`, from JSON too. Raises ValueError for anything else."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"UNet config: wanted a JSON object, got {data!r}")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - set(fields))
         if unknown:
-            raise ValueError(f"UNet config: unknown fields {unknown}; known are {sorted(known)}")
-        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-        missing = sorted(required - set(data))
+            raise ValueError(f"UNet config: unknown fields {unknown}; known are {sorted(fields)}")
+        missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in data)
         if missing:
             raise ValueError(f"UNet config: fields {missing} are missing")
-        values = dict(data)
-        try:
-            values["channel_mult"] = tuple(int(m) for m in values["channel_mult"])
-            for side in ("down", "up"):
-                values[side] = tuple(tuple(int(d) for d in level) for level in values[side])
-        except (TypeError, ValueError) as e:
-            raise ValueError(f"UNet config: channel_mult, down and up must be lists of whole numbers ({e})") from None
-        for name in ("model_channels", "mid", "context_dim", "num_heads", "head_channels", "adm_channels",
-                     "in_channels", "out_channels"):
-            value = values.get(name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"UNet config: {name} must be a whole number, got {value!r}")
-        return cls(**values)
+        return cls(**{name: _tuples(value) for name, value in data.items()})
 
     def to_host(self) -> dict:
         """The arguments ComfyUI's UNetModel takes for this shape (without dtype, device, operations)."""
@@ -394,15 +421,21 @@ def _unit_table(config: UNetConfig) -> dict[str, Unit]:
     return {u.address: u for u in walk(config)}
 
 
+_INSIDE_UNIT = re.compile(r"(?P<unit>.+)\.(?P<block>0|[1-9][0-9]*)(\.(attn1|attn2|ff))?")
+
+
 def unit(config: UNetConfig, address: str) -> Unit:
-    """The unit with this address, or the transformer unit a block or part address lies in."""
+    """The unit with this address, or the transformer unit a block or part address lies in.
+
+    Raises ValueError for an address that this UNet does not have.
+    """
     table = _unit_table(config)
-    at = address
-    while at not in table:
-        at, _, tail = at.rpartition(".")
-        if not at or tail not in ("attn1", "attn2", "ff") and not tail.isdigit():
-            raise ValueError(f"no unit {address!r} in a {config.family} UNet; an example is {next(iter(table))!r}")
-    return table[at]
+    if address in table:
+        return table[address]
+    at = _INSIDE_UNIT.fullmatch(address)
+    if at is None or at["unit"] not in table or int(at["block"]) >= table[at["unit"]].depth:
+        raise ValueError(f"no unit {address!r} in a {config.family} UNet; an example is {next(iter(table))!r}")
+    return table[at["unit"]]
 
 
 @dataclass(frozen=True)
@@ -496,8 +529,19 @@ def select(config: UNetConfig, expression: str | Iterable[str]) -> frozenset[str
         if not found:
             sides = ", ".join(dict.fromkeys(u.address for u in walk(config) if u.side != "stem"))
             raise ValueError(f"{term!r} matches no unit of this {config.family} UNet; its units are: {sides}")
-        chosen = chosen - found if term.startswith("!") else chosen | found
+        chosen = _without(config, chosen, found) if term.startswith("!") else chosen | found
     return frozenset(chosen)
+
+
+def _without(config: UNetConfig, chosen: set[str], out: set[str]) -> set[str]:
+    """A choice of units and blocks without some others. A unit that loses a block is left with its other blocks."""
+    left = set()
+    for address in chosen - out:
+        u = unit(config, address)
+        if u.address in out:
+            continue
+        left |= set(u.blocks) - out if address == u.address and out.intersection(u.blocks) else {address}
+    return left
 
 
 def in_order(config: UNetConfig, addresses: Iterable[str]) -> tuple[str, ...]:
