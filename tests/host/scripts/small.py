@@ -26,6 +26,8 @@ SD = addresses.UNetConfig("small-sd", 32, (1, 2, 4, 4), **_SD, context_dim=48, n
 SD2 = addresses.UNetConfig("small-sd2", 32, (1, 2, 4, 4), **_SD, context_dim=48, head_channels=16, use_linear=True)
 SDXL = addresses.UNetConfig("small-sdxl", 32, (1, 2, 4), ((0, 0), (2, 2), (10, 10)), 10,
                             ((10, 10, 10), (2, 2, 2), (0, 0, 0)), context_dim=48, head_channels=16, use_linear=True, adm_channels=2816)
+# Few layers, for tests that trace the whole network; no stock loader knows this one.
+TWO_LEVELS = addresses.UNetConfig("two-levels", 32, (1, 2), ((1, 1), (1,)), 1, ((1, 1), (1, 1, 1)), context_dim=48, num_heads=4)
 CONFIGS = {"sd": SD, "sd2": SD2, "sdxl": SDXL}
 
 # Files without a description are recognised as members of these families too, by us and by the stock loaders.
@@ -66,8 +68,8 @@ def write_unet(path, config=SD, cut="", on="*", seed=0, prediction="eps", dtype=
     return str(path)
 
 
-def write_pack(path, config=SD, preset="m2", seed=0, dtype=None, units=None):
-    chosen = Architecture.preset(preset, config)
+def write_pack(path, config=SD, preset="m2", seed=0, dtype=None, units=None, chosen=None):
+    chosen = chosen or Architecture.preset(preset, config)
     units = units or chosen.pack_units()
     packs.write_pack(path, surgery.extract(weights(config, seed), chosen, units),
                      packs.Description("pack", chosen, units), dtype)
