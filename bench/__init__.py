@@ -1,0 +1,1 @@
+"""Benchmarks: ratios of things measured in turn in one run, on whatever machine this is."""

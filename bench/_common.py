@@ -1,0 +1,95 @@
+"""What the benchmarks share: the host in this process, random networks, and the record of a result."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PACK = "asdm_under_bench"
+
+
+def start_host(*flags: str) -> Path:
+    """Put ComfyUI on the path and let it read its flags, as its main.py would. Call before importing comfy."""
+    if "COMFYUI_PATH" not in os.environ:
+        raise SystemExit("start benchmarks with `python bootstrap.py bench`, which finds ComfyUI")
+    host = Path(os.environ["COMFYUI_PATH"])
+    sys.path.insert(0, str(host))  # first: the host's nodes.py must not be hidden by our nodes/
+    arguments, sys.argv = sys.argv, ["main.py", *flags, *([] if torch.cuda.is_available() else ["--cpu"])]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args  # noqa: F401  reads sys.argv, now
+
+    sys.argv = arguments
+    return host
+
+
+def pack_module(name: str):
+    """A module of the pack (`nodes.host`), imported as the host would."""
+    if PACK not in sys.modules:
+        spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        sys.modules[PACK] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[PACK])
+    return importlib.import_module(f"{PACK}.{name}")
+
+
+@torch.no_grad()
+def randomise(module: torch.nn.Module, seed: int = 0) -> None:
+    """Random weights that keep activations near 1: the time of a network hardly depends on them, NaNs would."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        if p.dim() > 1:
+            # One row of noise for all outputs: drawing a billion numbers would take longer than the benchmark.
+            row = torch.randn(p[0].shape, generator=generator) / math.sqrt(p[0].numel())
+            p.copy_(row.to(p.dtype).expand_as(p) * (1 if "proj_out" not in name else 0.1))
+        else:
+            p.fill_(1.0 if "norm" in name and name.endswith("weight") or name.endswith(("layers.0.weight", "out.0.weight")) else 0.0)
+
+
+def machine() -> dict:
+    """What the numbers were made on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+    found = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def versions(host: Path | None = None) -> dict:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if host is not None:
+        text = (host / "comfyui_version.py").read_text()
+        found["comfyui"] = text.split('"')[1]
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0:
+        found["asdm"] = done.stdout.strip()
+    return found
+
+
+def record(name: str, summary: dict[str, float], rows: list[dict], command: str, host: Path | None = None, notes: str = "") -> Path:
+    """Write bench/results/NAME.json and print the summary."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    result = {"command": command, "machine": machine(), "versions": versions(host), "date": date.today().isoformat(),
+              **({"notes": notes} if notes else {}), "summary": summary, "rows": rows}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    width = max(map(len, summary))
+    for key, value in summary.items():
+        print(f"{key:{width}}  {value:.3f}")
+    print(f"wrote {path.relative_to(ROOT)}")
+    return path

@@ -1,0 +1,150 @@
+"""Time of pruned and combined UNets against SD1.5, at full size, in the host's own class; cost of a pack.
+
+    python bootstrap.py bench NAME=unet [ARGS="--dtypes bf16 --rounds 3"]
+
+Random weights, 512 x 512 pixels, batch 2 (classifier-free guidance), 77 tokens, the host's fused attention.
+All variants are one SD1.5 skeleton whose units are cut in turn, measured A, B, C, A, B, C, ...; a ratio is
+the median over the rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+
+import torch
+
+from asdm_core.architecture import FAMILIES, Architecture
+from asdm_core.measure import costs, ratio, time_alternating, total
+from bench._common import pack_module, randomise, record, start_host
+
+VARIANTS = ("m1", "m2", "m3", "base", "small", "tiny")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SD15 = FAMILIES["sd15"]
+
+
+def build(dtype: torch.dtype, device: torch.device):
+    from comfy import ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    unet = UNetModel(**SD15.to_host(), dtype=dtype, device=device, operations=ops.disable_weight_init)
+    randomise(unet.requires_grad_(False).eval())
+    return unet
+
+
+class Cutter:
+    """One skeleton that becomes any of the variants by exchanging its units."""
+
+    def __init__(self, unet):
+        stand_in = pack_module("nodes.units").stand_in
+        self.unet = unet
+        full = Architecture.full(SD15)
+        self.units = {u.address: (u, unet.get_submodule(u.ldm), stand_in(u)) for u in full.kept
+                      if u.kind in ("resnet", "transformer", "downsampler", "upsampler")}
+
+    def become(self, architecture: Architecture) -> None:
+        for address, (unit, layer, stand_in) in self.units.items():
+            parent, _, name = unit.ldm.rpartition(".")
+            self.unet.get_submodule(parent).add_module(name, stand_in if address in architecture.cut else layer)
+
+
+def bench_variants(name: str, rounds: int, device: torch.device) -> tuple[dict, list[dict]]:
+    dtype = DTYPES[name]
+    cutter = Cutter(build(dtype, device))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 64, 64, generator=generator).to(device, dtype)
+    context = torch.randn(2, 77, SD15.context_dim, generator=generator).to(device, dtype)
+    t = torch.tensor([500.0, 500.0], device=device)
+    variants = {"sd15": Architecture.full(SD15), **{v: Architecture.preset(v) for v in VARIANTS}}
+
+    def call(architecture):
+        cutter.become(architecture)
+        with torch.inference_mode():
+            out = cutter.unet(x, t, context, transformer_options={})
+        assert out.isfinite().all()
+
+    sync = torch.cuda.synchronize if device.type == "cuda" else None
+    times = time_alternating({v: lambda a=a: call(a) for v, a in variants.items()}, rounds, warmup=1, sync=sync)
+    work = {v: total(costs(a)).total for v, a in variants.items()}
+    rows = [{"variant": v, "dtype": name, "seconds": statistics.median(times[v]), "all_seconds": times[v],
+             "over_sd15": ratio(times, v, "sd15"), "macs_over_sd15": work[v] / work["sd15"],
+             "params": variants[v].params} for v in variants]
+    return {f"{v}_over_sd15_{name}": ratio(times, v, "sd15") for v in VARIANTS}, rows
+
+
+def bench_pack(device: torch.device) -> tuple[dict, list[dict]]:
+    """Time and memory of applying an M2 pack to a full SD1.5 in the host, files and all."""
+    import tempfile
+    from pathlib import Path
+
+    import comfy.model_management as management
+    import comfy.model_patcher
+    import comfy.sample
+    import psutil
+
+    models, apply_pack = pack_module("nodes.models"), pack_module("nodes.apply_pack")
+    cast, packs = pack_module("asdm_core.cast"), pack_module("asdm_core.packs")
+    architecture = pack_module("asdm_core.architecture").Architecture
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+
+    config = models.model_config(architecture.full(pack_module("asdm_core.architecture").FAMILIES["sd15"]), "eps")
+    config.set_inference_dtype(dtype, None)
+    base = config.get_model({}, "")
+    randomise(base.diffusion_model)
+    model = comfy.model_patcher.CoreModelPatcher(base, load_device=management.get_torch_device(),
+                                                 offload_device=management.unet_offload_device())
+    m2 = architecture.preset("m2")
+    state = base.diffusion_model.state_dict()
+    description = packs.Description("pack", m2, m2.pack_units())
+
+    def memory() -> int:
+        return torch.cuda.memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss
+
+    def step(m):
+        cond = [[torch.zeros(1, 77, 768), {}]]
+        latent = torch.zeros(1, 4, 32, 32)
+        return comfy.sample.sample(m, torch.randn(latent.shape), 1, 1.0, "euler", "normal", cond, cond, latent, seed=0, disable_pbar=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m2.safetensors"
+        # In the dtype the MODEL runs in, so that the file's size is the size of the pack in memory.
+        packs.write_pack(path, {k: state[k] for k in description.keys()}, description, dtype)
+        step(model)
+        before = memory()
+        start = time.perf_counter()
+        with_pack = apply_pack.apply_pack(model, path, path.name, cast.Window())
+        seconds = time.perf_counter() - start
+        step(with_pack)
+        extra, size = memory() - before, path.stat().st_size
+    row = {"pack": "m2", "dtype": str(dtype), "file_bytes": size, "extra_bytes": extra, "apply_seconds": seconds}
+    return {"pack_apply_seconds": seconds, "pack_extra_memory_over_pack_size": extra / size}, [row]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--notes", default="", help="kept in the record: what else the machine was doing")
+    args = parser.parse_args()
+    host = start_host("--use-pytorch-cross-attention")
+    import comfy.model_management
+
+    device = comfy.model_management.get_torch_device()
+    summary, rows = bench_pack(device)
+    for name in args.dtypes:
+        print(f"{name}: SD1.5 and {len(VARIANTS)} variants, {args.rounds} rounds", flush=True)
+        more, found = bench_variants(name, args.rounds, device)
+        summary, rows = {**more, **summary}, [*found, *rows]
+        for row in found:
+            print(f"  {row['variant']:6} {row['seconds']:8.2f} s  {row['over_sd15']:.3f} of SD1.5 (MACs {row['macs_over_sd15']:.3f})", flush=True)
+    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    summary["peak_memory_gib"] = peak / 1024**3
+    record("unet", summary, rows, "python bootstrap.py bench NAME=unet", host, args.notes)
+
+
+if __name__ == "__main__":
+    main()
