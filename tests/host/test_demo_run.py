@@ -8,7 +8,6 @@ from PIL import Image
 
 from demo import __main__ as demo
 from demo.job import EMBEDDED, SIDES, Job
-from demo.server import PromptError
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +54,14 @@ def test_demo_compares_and_leaves_no_server(job, host, tmp_path, capsys, monkeyp
     assert "2/2" in capsys.readouterr().out
 
 
-def test_pack_of_another_family_is_one_clear_error(job, host, tmp_path):
-    with pytest.raises((PromptError, demo.DemoError), match="random.safetensors"):
-        demo.run(replace(job, loader="CheckpointLoaderSimple"), host, tmp_path)
+def test_file_the_host_does_not_offer_is_named(job, client):
+    with pytest.raises(demo.DemoError, match="does not offer .*random.safetensors in CheckpointLoaderSimple"):
+        demo.check(client, replace(job, loader="CheckpointLoaderSimple"))
+
+
+def test_missing_node_is_named(job, client):
+    with pytest.raises(demo.DemoError, match="lacks the nodes NoSuchLoader"):
+        demo.check(client, replace(job, loader="NoSuchLoader"))
 
 
 def test_demo_of_the_embedded_family(tmp_path, capfd):
