@@ -27,7 +27,8 @@ SD2 = addresses.UNetConfig("small-sd2", 32, (1, 2, 4, 4), **_SD, context_dim=48,
 SDXL = addresses.UNetConfig("small-sdxl", 32, (1, 2, 4), ((0, 0), (2, 2), (10, 10)), 10,
                             ((10, 10, 10), (2, 2, 2), (0, 0, 0)), context_dim=48, head_channels=16, use_linear=True, adm_channels=2816)
 # Few layers, for tests that trace the whole network; no stock loader knows this one.
-TWO_LEVELS = addresses.UNetConfig("two-levels", 32, (1, 2), ((1, 1), (1,)), 1, ((1, 1), (1, 1, 1)), context_dim=48, num_heads=4)
+TWO_LEVELS = addresses.UNetConfig("two-levels", 32, (1, 2), ((1, 0), (0,)), addresses.RESNET_MID, ((0, 0), (1, 0, 0)),
+                                  context_dim=48, num_heads=4)
 CONFIGS = {"sd": SD, "sd2": SD2, "sdxl": SDXL}
 
 # Files without a description are recognised as members of these families too, by us and by the stock loaders.

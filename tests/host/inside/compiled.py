@@ -1,0 +1,95 @@
+"""The host's TorchCompileModel on MODELs with a pack: right images, one graph per cast."""
+
+import pytest
+import small
+import torch
+import torch._dynamo
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras import nodes_torch_compile
+
+CONFIG = small.TWO_LEVELS
+CHOSEN = small.Architecture.choose(CONFIG, "down.0.1, up.1.1", "down.0, up.1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return small.models.load_unet(small.write_unet(folder / "two-levels.safetensors", CONFIG))
+
+
+@pytest.fixture(scope="module")
+def pack(folder):
+    return small.write_pack(folder / "pack.safetensors", CONFIG, seed=1, chosen=CHOSEN)
+
+
+@pytest.fixture(scope="module")
+def other(folder):
+    return small.write_pack(folder / "other.safetensors", CONFIG, seed=2, chosen=CHOSEN)
+
+
+GRAPHS = []
+
+
+def collect(graph, inputs):
+    GRAPHS.append(graph)
+    return graph.forward
+
+
+def compiled(model):
+    """What the stock node makes, but for a backend that only collects the graphs."""
+    clone = model.clone(disable_dynamic=True)
+    set_torch_compile_wrapper(model=clone, backend=collect, options={"guard_filter_fn": nodes_torch_compile.skip_torch_compile_dict})
+    return clone
+
+
+@pytest.fixture
+def graphs():
+    """The graphs made in the course of the test. The compiler forgets those of other tests."""
+    torch._dynamo.reset()
+    GRAPHS.clear()
+    yield GRAPHS
+    torch._dynamo.reset()
+
+
+def sample(model, **more):
+    return small.sample(model, CONFIG, **more)
+
+
+def test_every_cast_has_a_graph_of_its_own(model, pack, other, graphs):
+    first, second = small.with_pack(model, pack), small.with_pack(model, other)
+    window = small.with_pack(small.with_pack(model, pack, 0.0, 0.3), other, 0.6, 1.0)  # first, nobody, second
+    cases = [(m, sample(m, steps=4)) for m in (first, model, second, window)]
+    for m, wanted in cases:
+        assert torch.equal(sample(compiled(m), steps=4), wanted)
+    count = len(graphs)
+    assert count >= 3
+    for m, wanted in cases:  # bypassed, and compiled again: now without new graphs
+        assert torch.equal(sample(m, steps=4), wanted)
+        assert torch.equal(sample(compiled(m), steps=4), wanted)
+    assert len(graphs) == count
+    assert len({tuple(w.flatten().tolist()) for _, w in cases}) == 4
+
+
+def test_lora_on_a_compiled_pack(model, pack, graphs):
+    lora = small.lora(CONFIG)
+    played = small.with_pack(model, pack)
+    for strength in (1.0, 0.5):
+        wanted = sample(small.add_lora(played, lora, strength))
+        assert torch.equal(sample(compiled(small.add_lora(played, lora, strength))), wanted)
+        assert torch.equal(sample(small.add_lora(compiled(played), lora, strength)), wanted)
+    assert torch.equal(sample(compiled(played)), sample(played))
+
+
+def test_pack_applied_after_the_compile_node(model, pack, graphs):
+    assert torch.equal(sample(small.with_pack(compiled(model), pack)), sample(small.with_pack(model, pack)))
+    assert graphs
+
+
+def test_pruned_unet_compiled(folder, graphs):
+    pruned = small.models.load_unet(small.write_unet(folder / "pruned.safetensors", CONFIG, "down.0.1, up.1.1"))
+    assert torch.equal(sample(compiled(pruned)), sample(pruned))
+    assert graphs
