@@ -56,7 +56,8 @@ def model_config(architecture: Architecture, prediction: str | None = None):
         unet_extra_config = {**base.unet_extra_config, **{k: host[k] for k in ("num_heads", "num_head_channels")}}
 
         def model_type(self, state_dict, prefix=""):
-            return PREDICTIONS[prediction] if prediction else super().model_type(state_dict, prefix)
+            ruled = super().model_type(state_dict, prefix)  # which also takes settings of the schedule from the file
+            return PREDICTIONS[prediction] if prediction else ruled
 
         def get_model(self, state_dict, prefix="", device=None):
             model = super().get_model(state_dict, prefix, device)
@@ -105,7 +106,7 @@ def load_unet(path: str, weight_dtype: str = "default", prediction: str | None =
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, config.supported_inference_dtypes), device=device)
     config.optimizations["fp8"] = options.get("fp8", False)
 
-    model = config.get_model(weights, "")
+    model = config.get_model({**weights, **loaded.markers}, "")
     # Looked up at call time: main.py replaces the class at start.
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, load_device=device, offload_device=management.unet_offload_device())
@@ -198,9 +199,9 @@ def _companion_clip(path: Path, description: Description):
 def load_small_clip(path: str):
     """CLIP from a text encoder in CLIP layout with its own config and only the token rows in use."""
     file = TensorFile(path)
-    if "config" not in file.metadata or "token_ids" not in file:
-        raise BadFile(f"{Path(path).name}: this is no text encoder of the embedded family (no config or no token_ids in it)")
-    config = json.loads(file.metadata["config"])
+    if "text_config" not in file.metadata or "token_ids" not in file:
+        raise BadFile(f"{Path(path).name}: this is no text encoder of the embedded family (no text_config or no token_ids in it)")
+    config = json.loads(file.metadata["text_config"])
     table_name = "text_model.embeddings.token_embedding.weight"
     weights = {k: file[k] for k in file if k != "token_ids"}
     rows = weights[table_name]
