@@ -5,11 +5,16 @@
 Trained small, exported exactly. The first two stages of the encoder only gather pixels (an exact
 space-to-depth, which TAESD's layers can express because pictures in [0, 1] pass every ReLU), and the
 decoder is narrow towards the picture; both are written into TAESD's full layers with zeros.
+
+    python -m train.emoji.codec --decoder-only --minutes 20
+
+goes on with the finished decoder and leaves the encoder, and so every latent, as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -232,35 +237,40 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--noise", type=float, default=0.3, help="largest std of the noise on the latents")
+    parser.add_argument("--decoder-only", action="store_true", help="train the finished decoder on, with the encoder frozen")
     args = parser.parse_args()
     start(args)
     torch.manual_seed(args.seed)
+    name = "decoder" if args.decoder_only else "codec"
 
     glyphs = load_glyphs(args.runs)
     pool = variants(glyphs.concepts, STYLES)
     probe = draw(glyphs, [pool[i] for i in range(0, len(pool), len(pool) // 96)])
-    codec = Codec().to(args.device)
-    optimiser = Optimiser(dict(codec.named_parameters()), weight_decay=0.0, ema=0.998)
-    checkpoint = Checkpoint(args.runs / "codec.safetensors")
+    codec = load_codec(args.models) if args.decoder_only else Codec()
+    codec.encoder.requires_grad_(not args.decoder_only)
+    finished = copy.deepcopy(codec)  # takes the averaged weights
+    codec = codec.to(args.device).train()
+    optimiser = Optimiser({k: p for k, p in codec.named_parameters() if p.requires_grad}, weight_decay=0.0, ema=0.998)
+    checkpoint = Checkpoint(args.runs / f"{name}.safetensors")
     run = Run(args.minutes, args.steps)
     if not args.fresh:
         run = checkpoint.load(optimiser, run)
 
     def show() -> float:
-        best = optimiser.averaged(Codec().to(args.device))
+        best = optimiser.averaged(finished.to(args.device))
         quality = float(psnr_of(best, probe.to(args.device)).mean())
         some = probe[:16].to(args.device)
         with torch.no_grad():
-            save_grid(args.runs / "codec.png", torch.cat([some, best.decode(best.encode(some))]), columns=16)
-        save_curve(args.runs / "codec-loss.png", run.curve, f"codec, {quality:.2f} dB")
+            save_grid(args.runs / f"{name}.png", torch.cat([some, best.decode(best.encode(some))]), columns=16)
+        save_curve(args.runs / f"{name}-loss.png", run.curve, f"{name}, {quality:.2f} dB")
         return quality
 
-    progress = Progress("codec")
+    progress = Progress(name)
     while not run.done:
         began = time.perf_counter()
-        g = seeded(args.seed, 1, run.step)
+        g = seeded(args.seed, 4 if args.decoder_only else 1, run.step)
         chosen = [pool[i] for i in torch.randint(len(pool), (args.batch,), generator=g)]
-        x = draw(glyphs, chosen, seed=run.step).to(args.device)
+        x = draw(glyphs, chosen, seed=run.step + 1).to(args.device)
         noise = torch.randn(args.batch, LATENT_CHANNELS, x.shape[2] // 8, x.shape[3] // 8, generator=g)
         # Half the pictures without noise: the codec alone must be sharp too.
         amount = args.noise * (2 * torch.rand(args.batch, generator=g) - 1).clamp_min(0)
@@ -268,19 +278,19 @@ def main() -> None:
             loss = loss_of(codec, x, noise.to(args.device), amount.to(args.device))
         loss.backward()
         optimiser.step(run.rate(args.lr))
-        run.advance(args.batch, float(loss), began)
-        progress.show(run.step, f"loss {float(loss):.4f}, {run.status()}")
+        run.advance(args.batch, float(loss.detach()), began)
+        progress.show(run.step, f"loss {float(loss.detach()):.4f}, {run.status()}")
         if checkpoint.due():
             checkpoint.save(optimiser, run)
             print(f"step {run.step}: {show():.2f} dB after {run.seconds / 60:.1f} min", flush=True)
     progress.end()
     checkpoint.save(optimiser, run)
 
-    best = optimiser.averaged(Codec())
+    best = optimiser.averaged(finished.cpu())
     sd = {k: v.half() for k, v in to_taesd(best).items()}
     write_file(args.models / "emoji-vae.safetensors", sd, {"format": "pt", "training": json.dumps({
         "minutes": round(run.seconds / 60, 1), "steps": run.step, "samples": run.samples, "batch": args.batch, "lr": args.lr,
-        "noise": args.noise, "seed": args.seed})})
+        "noise": args.noise, "seed": args.seed, "decoder_only": args.decoder_only})})
     print(f"wrote emoji-vae.safetensors, {show():.2f} dB on jittered glyphs of all styles")
 
 

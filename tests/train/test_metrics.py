@@ -1,0 +1,58 @@
+import torch
+
+from train.emoji.classifier import FEATURES, Classifier, augment, load_classifier, save_classifier, top_k
+from train.emoji.evaluate import background_of, gap_recovered, summary
+from train.emoji.render import BACKGROUNDS
+
+
+def test_top_k_counts_first_and_first_five():
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :8]
+
+    images = torch.zeros(3, 1, 2, 4)
+    images[0, 0, 0, 2] = 1  # first
+    images[1] = torch.arange(8.0).view(1, 2, 4)  # label 4 is fourth
+    images[2] = torch.arange(8.0).view(1, 2, 4)  # label 0 is last
+    first, five = top_k(Fixed(), images, torch.tensor([2, 4, 0]))
+    assert first.tolist() == [True, False, False] and five.tolist() == [True, True, False]
+
+
+def test_the_classifier_comes_back_from_its_file(tmp_path):
+    torch.manual_seed(0)
+    model = Classifier(5).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.half())
+    save_classifier(tmp_path / "emoji-classifier.safetensors", model, list("abcde"), {"steps": 0})
+    x = torch.rand(2, 3, 128, 128)
+    with torch.no_grad():
+        assert torch.equal(load_classifier(tmp_path)(x), model(x))
+        assert model.features(x).shape == (2, FEATURES)
+
+
+def test_augmenting_depends_on_the_generator_alone():
+    x = torch.rand(4, 3, 32, 32)
+    a, b = (augment(x, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == x.shape and 0 <= a.min() and a.max() <= 1
+
+
+def test_gap_recovered_is_one_for_the_teacher_and_zero_for_the_cut():
+    teacher, cut = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+    assert gap_recovered(teacher, cut, teacher) == 1
+    assert gap_recovered(teacher, cut, cut) == 0
+    assert abs(gap_recovered(teacher, cut, (teacher + cut) / 2) - 0.75) < 1e-6
+
+
+def test_backgrounds_are_told_from_the_corners():
+    colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32)[:, :, None, None] / 255
+    images = colours.expand(-1, -1, 16, 16).clone()
+    images[:, :, 4:12, 4:12] = 0
+    assert background_of(images) == list(BACKGROUNDS)
+
+
+def test_the_gate_is_not_met_by_top_5_alone():
+    rows = [{"row": "teacher, plain prompts", "top1": 0.7, "top5": 0.99}]
+    assert summary({"teacher": rows})["gate_met"] is False
+    rows[0]["top1"] = 0.81
+    assert summary({"teacher": rows})["gate_met"] is True

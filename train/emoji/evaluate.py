@@ -1,0 +1,259 @@
+"""The numbers of the family: the gate, the codec, the finetune and the pack.
+
+    python -m train.emoji.evaluate codec teacher openmoji m2
+
+Every part writes its rows to the runs folder; the parts made so far are gathered in
+models/emoji/report.json. Pictures are drawn with 20 DDIM steps at CFG 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from asdm_core.measure import psnr, ssim
+from asdm_core.packs import open_pack
+
+from .captions import held_out, prompt
+from .classifier import load_classifier, top_k
+from .codec import load_codec, psnr_of
+from .data import Glyphs, Variant, draw, load_glyphs
+from .distill import apply_pack, student_of, v_mse
+from .latents import load_latents
+from .render import BACKGROUNDS
+from .sources import STYLES
+from .teacher import TEACHER_STYLES, Batches, codec_images, sample_latents
+from .text import Tokens, host_folder, load_text
+from .training import Progress, add_common_arguments, save_grid, start
+from .unet import load_unet
+
+STEPS, CFG, SEEDS = 20, 3.0, 4
+GATE = {"top1": 0.80, "top5": 0.95, "codec_psnr": 25.0}
+PAIRED = 120  # prompts of the paired comparisons
+
+
+# Metrics --------------------------------------------------------------------------------------------
+
+
+def spread(values: Tensor) -> float:
+    """Standard error of the mean."""
+    return float(values.float().std() / len(values) ** 0.5)
+
+
+def gap_recovered(teacher: Tensor, cut: Tensor, after: Tensor) -> float:
+    """1 - MSE_after / MSE_cut of paired pictures: 0 = still merely cut, 1 = equal to the teacher."""
+    return float(1 - (after - teacher).square().mean() / (cut - teacher).square().mean())
+
+
+def background_of(images: Tensor) -> list[str]:
+    """The background colour each picture is nearest to, from its outermost pixels (the corners)."""
+    corners = torch.stack([images[..., y, x] for y in (1, -2) for x in (1, -2)]).median(0).values  # (B, 3)
+    table = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255
+    return [list(BACKGROUNDS)[i] for i in torch.cdist(corners, table).argmin(1).tolist()]
+
+
+# Parts ----------------------------------------------------------------------------------------------
+
+
+class Family:
+    """Everything a part needs, loaded from the finished files."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.models, self.runs = args.models, args.runs
+        self.glyphs: Glyphs = load_glyphs(args.runs)
+        self.concepts = self.glyphs.concepts
+        self.codec, self.classifier = load_codec(args.models), load_classifier(args.models)
+        self.limit = args.limit
+
+    def text(self, host: str | None) -> None:
+        self.encoder = load_text(self.models / "emoji-text.safetensors")
+        self.tokens = Tokens(host_folder(host), ids=self.encoder.ids.tolist())
+
+    def unet(self, name: str) -> nn.Module:
+        return load_unet(self.models / f"emoji-{name}.safetensors")
+
+    def draw(self, label: str, unet: nn.Module, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        progress = Progress(label, len(prompts))
+        latents = sample_latents(unet, self.encoder, self.tokens, list(prompts), list(seeds), STEPS, CFG, progress=progress)
+        progress.end()
+        return codec_images(self.codec, latents)
+
+    def recognised(self, images: Tensor, concepts: Sequence[int]) -> dict:
+        first, five = top_k(self.classifier, images, torch.tensor(list(concepts)))
+        return {"top1": round(float(first.float().mean()), 4), "top5": round(float(five.float().mean()), 4), "pictures": len(images)}
+
+
+def codec_part(f: Family) -> list[dict]:
+    """PSNR of the codec, and the ceiling of the classifier: real glyphs after the codec."""
+    rows = []
+    for style in STYLES:
+        chosen = [Variant(i, style, list(BACKGROUNDS)[i % 6], copy) for copy in (0, 1) for i in range(len(f.concepts))]
+        images, quality = [], []
+        for i in range(0, len(chosen), 32):
+            x = draw(f.glyphs, chosen[i : i + 32], seed=10**6)  # jitter no training picture had
+            quality.append(psnr_of(f.codec, x))
+            with torch.no_grad():
+                images.append(f.codec.decode(f.codec.encode(x)))
+        quality = torch.cat(quality)
+        rows.append({"row": f"codec, {style}", "psnr": round(float(quality.mean()), 2), "psnr_se": round(spread(quality), 2)}
+                    | f.recognised(torch.cat(images), [v.concept for v in chosen]))
+    return rows
+
+
+def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list[dict]:
+    """Recognition with plain prompts, diversity of seeds, held-out pairs."""
+    unet, n = f.unet(name), f.limit or len(f.concepts)
+    every = list(range(n))
+    images = []
+    for seed in range(seeds):
+        images.append(f.draw(f"{name}, seed {seed}", unet, [prompt(f.concepts[i]) for i in every],
+                             [1000 * seed + i for i in every]))
+        save_grid(f.runs / f"grid-{name}-{seed}.png", images[-1], columns=24, scale=0.5)
+    rows = [{"row": f"{name}, plain prompts"} | f.recognised(torch.cat(images), every * seeds)]
+    per_concept = torch.stack([top_k(f.classifier, x, torch.tensor(every))[0] for x in images]).float().mean(0)
+    rows[0]["never_recognised"] = [f.concepts[i].name for i in every if per_concept[i] == 0]
+    if seeds > 1:
+        pairs = psnr(images[0], images[1])
+        rows.append({"row": f"{name}, two seeds of one prompt", "psnr": round(float(pairs.mean()), 2), "psnr_se": round(spread(pairs), 2)})
+    pairs = [(i, s) for s in styles for i in every if held_out(f.concepts[i].code, "style", s)]
+    for label, chosen in (("held-out (concept, style)", pairs), ("same styles, trained pairs",
+                          [(i, next(t for t in styles if t != s)) for i, s in pairs if len(styles) > 1])):
+        if chosen:
+            x = f.draw(label, unet, [prompt(f.concepts[i], style=s) for i, s in chosen], [5000 + i for i, _ in chosen])
+            rows.append({"row": f"{name}, {label}"} | f.recognised(x, [i for i, _ in chosen]))
+    for label, wanted in (("held-out (concept, background)", True), ("trained (concept, background)", False)):
+        chosen = []
+        for i in every:
+            fitting = [b for b in BACKGROUNDS if held_out(f.concepts[i].code, "background", b) == wanted]
+            if fitting and i % 3 == 0:
+                chosen.append((i, fitting[i // 3 % len(fitting)]))
+        x = f.draw(label, unet, [prompt(f.concepts[i], background=b) for i, b in chosen], [6000 + i for i, _ in chosen])
+        obeyed = sum(a == b for a, (_, b) in zip(background_of(x), chosen, strict=True)) / len(chosen)
+        rows.append({"row": f"{name}, {label}"} | f.recognised(x, [i for i, _ in chosen]) | {"background_obeyed": round(obeyed, 4)})
+    return rows
+
+
+def pack_part(f: Family, name: str) -> list[dict]:
+    """The pack on the teacher it was made from, and on the finetune it never saw."""
+    path, rows = f.models / f"emoji-{name}.safetensors", []
+    chosen = list(range(0, len(f.concepts), max(1, len(f.concepts) // (f.limit or PAIRED))))
+    prompts, seeds = [prompt(f.concepts[i]) for i in chosen], [7000 + i for i in chosen]
+    for host, styles in (("teacher", TEACHER_STYLES), ("openmoji", ("openmoji",))):
+        whole = f.unet(host)
+        packed = apply_pack(whole, path)
+        cut = student_of(whole, open_pack(path).description.architecture)
+        batches = Batches(f.glyphs, load_latents(f.runs, f.glyphs, styles).trained(f.glyphs), f.tokens, 99)
+        pictures = {label: f.draw(f"{host}, {label}", unet, prompts, seeds)
+                    for label, unet in (("whole", whole), ("merely cut", cut), (f"with {name}", packed))}
+        for label, unet in (("whole", whole), ("merely cut", cut), (f"with {name}", packed)):
+            row = {"row": f"{host}, {label}"} | f.recognised(pictures[label], chosen)
+            if label != "whole":
+                pairs = psnr(pictures[label], pictures["whole"])
+                row |= {"psnr": round(float(pairs.mean()), 2), "psnr_se": round(spread(pairs), 2),
+                        "ssim": round(float(ssim(pictures[label], pictures["whole"]).mean()), 4),
+                        "v_mse": v_mse(unet, whole, f.encoder, batches)}
+            rows.append(row)
+        rows[-1]["gap_recovered"] = round(gap_recovered(pictures["whole"], pictures["merely cut"], pictures[f"with {name}"]), 4)
+        save_grid(f.runs / f"grid-{name}-on-{host}.png", torch.cat([x[:24] for x in pictures.values()]), columns=24)
+    return rows
+
+
+PARTS: dict[str, Callable[[Family], list[dict]]] = {
+    "codec": codec_part,
+    "teacher": lambda f: unet_part(f, "teacher", TEACHER_STYLES, SEEDS),
+    "openmoji": lambda f: unet_part(f, "openmoji", ("openmoji",), 1),
+    "m2": lambda f: pack_part(f, "m2"),
+}
+
+
+# The report -----------------------------------------------------------------------------------------
+
+
+def versions() -> dict:
+    import diffusers
+    import transformers
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__}
+
+
+def machine() -> dict:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0] if lines else model
+    return {"cpu": model, "cores": os.cpu_count(), "threads_used": torch.get_num_threads()}
+
+
+def summary(parts: dict[str, list[dict]]) -> dict:
+    """The gate, as far as its parts are there."""
+    result = {}
+    rows = {row["row"]: row for part in parts.values() for row in part}
+    gate = rows.get("teacher, plain prompts")
+    if gate:
+        result |= {"top1": gate["top1"], "top5": gate["top5"],
+                   "gate_met": gate["top1"] >= GATE["top1"] and gate["top5"] >= GATE["top5"]}
+    ceiling = [rows[f"codec, {s}"] for s in TEACHER_STYLES if f"codec, {s}" in rows]
+    if ceiling:
+        codec = [rows[f"codec, {s}"]["psnr"] for s in STYLES]
+        result |= {"ceiling_top1": round(sum(r["top1"] for r in ceiling) / len(ceiling), 4),
+                   "ceiling_top5": round(sum(r["top5"] for r in ceiling) / len(ceiling), 4),
+                   "codec_psnr": round(sum(codec) / len(codec), 2)}
+        result["codec_gate_met"] = result["codec_psnr"] >= GATE["codec_psnr"]
+    for row in rows.values():
+        if "gap_recovered" in row:
+            result[f"gap_recovered ({row['row']})"] = row["gap_recovered"]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser, training=False)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--host", help="ComfyUI folder, for the CLIP tokeniser")
+    parser.add_argument("--limit", type=int, help="only so many concepts, for a quick look; writes no report")
+    args = parser.parse_args()
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        raise ValueError(f"unknown part {min(unknown)}; parts are {', '.join(PARTS)}")
+    start(args)
+    family = Family(args)
+    if set(args.parts) - {"codec"}:
+        family.text(args.host)
+    folder = args.runs / "report"
+    folder.mkdir(exist_ok=True)
+    for part in args.parts:
+        began = time.monotonic()
+        rows = PARTS[part](family)
+        for row in rows:
+            print(json.dumps(row))
+        if not args.limit:
+            (folder / f"{part}.json").write_text(json.dumps({"rows": rows, "minutes": round((time.monotonic() - began) / 60, 1)}))
+    if args.limit:
+        return
+    done = {part: json.loads((folder / f"{part}.json").read_text()) for part in PARTS if (folder / f"{part}.json").exists()}
+    report = {
+        "command": f"python -m train.emoji.evaluate {' '.join(done)}", "machine": machine(), "versions": versions(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "settings": {"steps": STEPS, "cfg": CFG, "seeds": SEEDS, "sampler": "DDIM", "gate": GATE},
+        "minutes": {part: d["minutes"] for part, d in done.items()},
+        "summary": summary({part: d["rows"] for part, d in done.items()}),
+        "rows": [row for d in done.values() for row in d["rows"]],
+    }
+    (args.models / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report["summary"], indent=1), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
