@@ -214,6 +214,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
+        if hasattr(args, "output"):
+            packs.check_output(args.output)
         args.run(args)
     except (BadFile, ValueError, OSError) as e:
         print(f"asdm: {e}", file=sys.stderr)

@@ -416,21 +416,34 @@ def _folder_prediction(path: Path) -> str | None:
 # Writing --------------------------------------------------------------------------------------------
 
 
-def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whole or not at all (a temporary file in the same folder, then a rename)."""
+def check_output(path: str | os.PathLike) -> Path:
+    """Raise ValueError where no model file can have this name: better asked before the work than after it."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path.name}: the name must end in .safetensors")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{path.name}: there is a folder of this name ({path})")
+    return path
+
+
+def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whole or not at all (a temporary file in the same folder, then a rename).
+
+    Raises ValueError for a name that cannot be, OSError where writing fails.
+    """
+    path = check_output(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
     os.close(handle)
     try:
         save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata=dict(metadata))
         os.chmod(temporary, 0o644)  # mkstemp makes it private; a model file is as public as its folder
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(e, SafetensorError):  # a full disk, told by a library that has no OSError
+            raise OSError(f"{path.name}: cannot be written ({e})") from None
         raise
 
 

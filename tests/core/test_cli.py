@@ -1,0 +1,428 @@
+"""The command line: what it makes is what the core makes, and mistakes cost one line and no file."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from asdm_core import packs, surgery
+from asdm_core.__main__ import main
+from asdm_core.addresses import UNetConfig, keys, select, walk
+from asdm_core.architecture import FAMILIES, PRESETS, Architecture
+from asdm_core.measure import costs, total
+
+ROOT = Path(__file__).parents[2]
+SD = FAMILIES["sd15"]
+NARROW = replace(SD, family="narrow", model_channels=32, channel_mult=(1, 2, 2, 2), context_dim=24, num_heads=4)
+NARROW_XL = UNetConfig("narrow-xl", 32, (1, 1), ((0,), (3,)), 3, ((3, 3), (0, 0)), context_dim=16, head_channels=16,
+                       use_linear=True, adm_channels=40)
+RENUMBERED = surgery.Form("ldm", "renumbered")
+
+
+@pytest.fixture(autouse=True)
+def families(monkeypatch):
+    """The narrow UNets as families of their own, so that files without a description are recognised too."""
+    for config in (NARROW, NARROW_XL):
+        monkeypatch.setitem(FAMILIES, config.family, config)
+
+
+def weights(architecture, seed):
+    """Random fp16 weights in addressed LDM form."""
+    generator = torch.Generator().manual_seed(seed)
+    return {k: torch.randn(s.shape, generator=generator).half() for k, s in architecture.keys().items()}
+
+
+def owning(architecture):
+    """A UNet that stands for itself has weights of its own everywhere."""
+    return replace(architecture, own=tuple(u.address for u in architecture.kept)).named()
+
+
+def described(path, architecture, tensors, **more):
+    packs.write_unet(path, tensors, packs.Description("unet", architecture, **more))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files the commands read and never write: a full UNet, a base student, an SDXL-like UNet, an M2 pack."""
+    at = tmp_path_factory.mktemp("models")
+    full, base = owning(Architecture.full(NARROW)), Architecture.preset("base", NARROW)
+    described(at / "full.safetensors", full, weights(full, 1))
+    described(at / "base.safetensors", base, weights(base, 2), prediction="v", licence="test only")
+    other = owning(Architecture.full(NARROW_XL))
+    described(at / "xl.safetensors", other, weights(other, 3))
+    m2 = Architecture.preset("m2", NARROW)
+    description = packs.Description("pack", m2, m2.own, licence="pack licence")
+    packs.write_pack(at / "m2.safetensors", surgery.extract(weights(base, 2), m2, m2.own), description)
+    return at
+
+
+@pytest.fixture
+def run(capsys):
+    """Calls the command line: (exit code, stdout, stderr)."""
+    def call(*argv):
+        capsys.readouterr()
+        code = main([str(a) for a in argv])
+        return code, *capsys.readouterr()
+    return call
+
+
+def same(a, b):
+    """Bit-equal state dicts."""
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def tensors_of(path):
+    """The UNet in a file, without the empty tensors that say how it was trained."""
+    return {k: v for k, v in load_file(path).items() if v.numel()}
+
+
+def described_as(path):
+    with safe_open(path, "pt") as f:
+        return packs.Description.from_json(f.metadata()[packs.METADATA_KEY])
+
+
+# inspect --------------------------------------------------------------------------------------------
+
+
+def test_inspect_describes_a_student(run, folder):
+    code, out, err = run("inspect", folder / "base.safetensors", "--json")
+    found, base = json.loads(out), Architecture.preset("base", NARROW)
+    work, whole = total(costs(base)), total(costs(Architecture.full(NARROW)))
+    assert (code, err) == (0, "")
+    assert found["file"] == str(folder / "base.safetensors")
+    largest = found.pop("largest")
+    assert found == {
+        "file": found["file"], "kind": "unet", "family": "narrow", "architecture": "base", "params": work.params,
+        "unpruned_params": whole.params, "macs": work.total, "unpruned_macs": whole.total, "latent": 64,
+        "cut": [u.address for u in walk(NARROW) if u.address in base.cut], "prediction": "v", "licence": "test only",
+    }
+    shares = {a: c.total / work.total for a, c in costs(base).items()}
+    assert list(largest.values()) == pytest.approx(sorted(shares.values(), reverse=True)[:5], abs=1e-4)
+    assert all(share == pytest.approx(shares[a], abs=1e-4) for a, share in largest.items())
+
+
+def test_inspect_describes_a_pack(run, folder):
+    code, out, _ = run("inspect", folder / "m2.safetensors", "--json")
+    found, m2 = json.loads(out), Architecture.preset("m2", NARROW)
+    assert code == 0
+    assert (found["kind"], found["architecture"], found["licence"]) == ("pack", "m2", "pack licence")
+    assert found["units"] == list(m2.own) and found["pack_params"] == m2.own_params
+    assert found["params"] == m2.params
+
+
+def test_inspect_tells_people_the_same(run, folder):
+    code, out, err = run("inspect", folder / "m2.safetensors")
+    m2 = Architecture.preset("m2", NARROW)
+    assert (code, err) == (0, "")
+    assert "m2.safetensors: narrow UNet, m2" in out
+    assert f"a pack of {m2.own_params / 1e6:.2f} M parameters; it plays: down.0.0.resnet, " in out
+    assert f"{m2.params / 1e6:.2f} M parameters" in out and "cut: down.0.1.resnet, down.0.1.transformer, " in out
+    assert "cut: nothing" in run("inspect", folder / "full.safetensors")[1]
+
+
+def test_inspect_reads_checkpoints_and_diffusers_folders_without_a_description(run, folder, tmp_path):
+    base = Architecture.preset("base", NARROW)
+    sd = weights(base, 2)
+    checkpoint = {f"model.diffusion_model.{k}": v for k, v in surgery.convert(sd, base, surgery.ADDRESSED, RENUMBERED).items()}
+    save_file(checkpoint | {"first_stage_model.x": torch.zeros(3)}, tmp_path / "checkpoint.safetensors")
+    for sub in ("unet", "scheduler"):
+        (tmp_path / "pipeline" / sub).mkdir(parents=True)
+    diffusers = surgery.convert(sd, base, surgery.ADDRESSED, surgery.Form("diffusers", "renumbered"))
+    save_file(diffusers, tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "pipeline" / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    results = [json.loads(run("inspect", tmp_path / name, "--json")[1]) for name in ("checkpoint.safetensors", "pipeline")]
+    assert [(r["family"], r["architecture"], r["params"], r["prediction"]) for r in results] == [
+        ("narrow", "base", base.params, None), ("narrow", "base", base.params, "v")]
+
+
+# convert --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["full", "base"])
+def test_convert_to_diffusers_and_back_is_bit_equal(run, folder, tmp_path, name):
+    there, back, source = tmp_path / "there.safetensors", tmp_path / "back.safetensors", folder / f"{name}.safetensors"
+    code, out, _ = run("convert", source, there, "--layout", "diffusers")
+    assert code == 0 and "diffusers layout, renumbered" in out
+    small = (Architecture.preset(name, NARROW) if name != "full" else Architecture.full(NARROW)).renumbered.config
+    assert {k: tuple(v.shape) for k, v in tensors_of(there).items()} == {k: s.shape for k, s in keys(small, "diffusers").items()}
+    assert run("convert", there, back, "--layout", "ldm")[0] == 0
+    assert same(tensors_of(back), tensors_of(source))
+
+
+def test_convert_keeps_the_description_where_it_can_be_read_again(run, folder, tmp_path):
+    source, out = folder / "base.safetensors", tmp_path / "out.safetensors"
+    assert run("convert", source, out, "--layout", "ldm")[0] == 0
+    assert described_as(out) == described_as(source)
+    assert run("convert", source, out, "--layout", "diffusers")[0] == 0
+    with safe_open(out, "pt") as f:
+        assert f.metadata() == {"format": "pt"}
+
+
+def test_convert_to_the_addressed_names_and_back(run, folder, tmp_path):
+    holes, back = tmp_path / "holes.safetensors", tmp_path / "back.safetensors"
+    code, out, _ = run("convert", folder / "base.safetensors", holes, "--layout", "ldm", "--numbering", "addressed")
+    assert code == 0 and "ldm layout, addressed" in out
+    base = Architecture.preset("base", NARROW)
+    assert same(tensors_of(holes), weights(base, 2))
+    assert run("convert", holes, back, "--layout", "ldm")[0] == 0
+    assert same(tensors_of(back), tensors_of(folder / "base.safetensors"))
+
+
+def test_convert_in_place(run, folder, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((folder / "base.safetensors").read_bytes())
+    assert run("convert", path, path, "--layout", "diffusers")[0] == 0
+    assert run("convert", path, path, "--layout", "ldm")[0] == 0
+    assert same(tensors_of(path), tensors_of(folder / "base.safetensors"))
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32), ("keep", torch.float16)])
+def test_convert_stores_the_wanted_dtype(run, folder, tmp_path, name, dtype):
+    source, out = folder / "xl.safetensors", tmp_path / "out.safetensors"
+    assert run("convert", source, out, "--layout", "ldm", "--dtype", name)[0] == 0
+    assert same(tensors_of(out), {k: v.to(dtype) for k, v in tensors_of(source).items()})
+
+
+# extract-pack and assemble --------------------------------------------------------------------------
+
+
+def test_extracting_the_units_of_m2_from_base_gives_the_m2_pack(run, folder, tmp_path):
+    out = tmp_path / "pack.safetensors"
+    code, text, _ = run("extract-pack", folder / "base.safetensors", out, "--units", "down.0-1, up.2-3", "--licence", "mine")
+    pack, m2 = packs.open_pack(out), Architecture.preset("m2", NARROW)
+    assert code == 0 and "(m2)" in text and f"{len(m2.own)} units" in text
+    assert pack.description.architecture == m2 and pack.description.units == m2.own
+    assert (pack.description.licence, pack.description.training) == ("mine", {"extracted_from": "base.safetensors"})
+    assert same(dict(pack.tensors), dict(packs.open_pack(folder / "m2.safetensors").tensors))
+
+
+def test_packs_are_fp16_unless_told(run, folder, tmp_path):
+    source, whole = tmp_path / "base32.safetensors", weights(Architecture.preset("base", NARROW), 2)
+    assert run("convert", folder / "base.safetensors", source, "--layout", "ldm", "--dtype", "fp32")[0] == 0
+    for wanted, stored in ((None, {"F16"}), ("fp32", {"F32"}), ("int8", {"I8", "F32"})):
+        out = tmp_path / f"{wanted}.safetensors"
+        assert run("extract-pack", source, out, "--units", "up.3", *(["--dtype", wanted] if wanted else []))[0] == 0
+        assert {dtype for dtype, _ in packs.read_header(out).tensors.values()} == stored
+        for key, tensor in packs.open_pack(out).tensors.items():
+            step = whole[key].float().flatten(1).abs().amax(1).max() / 127 if whole[key].dim() > 1 else 0
+            assert (tensor.float() - whole[key].float()).abs().max() <= (0.51 * step if wanted == "int8" else 0)
+
+
+def test_assemble_equals_combine(run, folder, tmp_path):
+    out = tmp_path / "combined.safetensors"
+    code, text, _ = run("assemble", folder / "full.safetensors", folder / "m2.safetensors", out)
+    m2 = Architecture.preset("m2", NARROW)
+    assert code == 0 and "narrow UNet, m2" in text
+    combined = surgery.combine(weights(Architecture.full(NARROW), 1), weights(Architecture.preset("base", NARROW), 2), m2)
+    assert same(tensors_of(out), surgery.convert(combined, m2, surgery.ADDRESSED, RENUMBERED))
+    loaded = packs.open_unet(out)
+    assert loaded.description.architecture == owning(m2)
+    assert loaded.description.training == {"trunk": "full.safetensors", "pack": "m2.safetensors"}
+    assert same(dict(loaded.tensors), combined)
+
+
+def test_assembling_a_whole_student_over_its_teacher_gives_the_student(run, folder, tmp_path):
+    pack, out = tmp_path / "pack.safetensors", tmp_path / "out.safetensors"
+    assert run("extract-pack", folder / "base.safetensors", pack, "--units", "*")[0] == 0
+    assert run("assemble", folder / "full.safetensors", pack, out)[0] == 0
+    assert same(tensors_of(out), tensors_of(folder / "base.safetensors"))
+
+
+def test_assemble_into_a_pruned_trunk_keeps_what_is_cut_outside_the_pack(run, folder, tmp_path):
+    pack, out = tmp_path / "pack.safetensors", tmp_path / "out.safetensors"
+    assert run("extract-pack", folder / "full.safetensors", pack, "--units", "down.0, up.3")[0] == 0
+    assert run("assemble", folder / "base.safetensors", pack, out)[0] == 0
+    loaded = packs.open_unet(out)
+    base = Architecture.preset("base", NARROW)
+    cut = base.cut - {f"{a}.{k}" for a in ("down.0.1", "up.3.1") for k in ("resnet", "transformer")}
+    assert loaded.description.architecture.cut == cut and loaded.description.prediction == "v"
+    units = select(NARROW, "down.0, up.3")
+    assert same(dict(loaded.tensors), surgery.combine(
+        weights(base, 2), weights(Architecture.full(NARROW), 1), Architecture(NARROW, cut), units))
+
+
+# presets --------------------------------------------------------------------------------------------
+
+
+def test_presets_lists_the_published_numbers(run):
+    code, out, err = run("presets", "--json")
+    rows = json.loads(out)
+    assert (code, err) == (0, "") and list(rows) == list(PRESETS)
+    published = {"base": 579.385, "small": 482.347, "tiny": 323.385, "m1": 848.79, "m2": 809.51, "m3": 659.69,
+                 "ssd-1b": 1331.33, "vega": 745.23, "koala-1b": 1161.18, "koala-700m": 782.82}
+    assert {n: row["params"] / 1e6 for n, row in rows.items()} == pytest.approx(published, abs=0.005)
+    assert rows["m2"]["macs"] / 1e9 == pytest.approx(303.66, abs=0.005) and rows["vega"]["latent"] == 128
+    for name, row in rows.items():
+        assert set(row["cut"]) == Architecture.preset(name).cut and row["source"] == PRESETS[name].source
+
+
+def test_presets_are_printed_for_people(run):
+    code, out, _ = run("presets")
+    assert code == 0
+    assert "m2          sd15     809.51 M params    303.66 G MACs  A-SDM, arXiv 2312.15516" in out
+    assert "in: down.0-1, up.2-3" in out
+
+
+# Mistakes -------------------------------------------------------------------------------------------
+
+
+def bad_files(at):
+    """Files with something wrong, by name."""
+    (at / "text.safetensors").write_text("This is no model at all, only some text about one.")
+    (at / "pickle.ckpt").write_bytes(b"PK\x03\x04" + bytes(60))
+    (at / "empty.safetensors").write_bytes(b"")
+    (at / "folder").mkdir()
+    (at / "deep.safetensors").write_bytes(struct.pack("<Q", 500_000) + b'{"a":' * 100_000)
+    save_file({"a": torch.zeros(2)}, at / "other.safetensors")
+    save_file({"lora_unet_mid.lora_down.weight": torch.zeros(2, 2)}, at / "lora.safetensors")
+    config = replace(NARROW, channel_mult=(1, 1, 1, 1))
+    tensors = weights(Architecture.full(config), 0)
+    described(at / "small.safetensors", owning(Architecture.full(config)), tensors)
+    (at / "cut_short.safetensors").write_bytes((at / "small.safetensors").read_bytes()[:-1000])
+    tensors["middle_block.1.proj_in.weight"][0] = torch.nan
+    described(at / "nan.safetensors", owning(Architecture.full(config)), tensors)
+    lopsided = owning(Architecture.choose(config, "down.0.1"))
+    described(at / "lopsided.safetensors", lopsided, weights(lopsided, 0))
+    for name, text in (("newer", '{"format": 99}'), ("nonsense", "{"), ("odd", json.dumps({
+            "format": 1, "kind": "pack", "architecture": {"format": 1, "family": ["sd15"]}, "units": ["mid.0.resnet"]}))):
+        save_file({"a": torch.zeros(2)}, at / f"{name}.safetensors", {packs.METADATA_KEY: text})
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    at = tmp_path_factory.mktemp("bad")
+    bad_files(at)
+    return at
+
+
+# G: good files, B: bad ones, OUT: the output
+@pytest.mark.parametrize(("command", "message"), [
+    ("convert G/none.safetensors OUT --layout ldm", "none.safetensors: there is no such file"),
+    ("convert B/folder OUT --layout ldm", "folder: this folder holds no UNet"),
+    ("convert B/text.safetensors OUT --layout ldm", "text.safetensors: its header claims"),
+    ("convert B/empty.safetensors OUT --layout ldm", "empty.safetensors: only 0 bytes long"),
+    ("convert B/pickle.ckpt OUT --layout ldm", "pickle.ckpt: this is a pickle file"),
+    ("convert B/deep.safetensors OUT --layout ldm", "deep.safetensors: its header is not valid JSON"),
+    ("convert B/cut_short.safetensors OUT --layout ldm", "it is cut short"),
+    ("convert B/other.safetensors OUT --layout ldm", "other.safetensors: no Stable Diffusion UNet in this file"),
+    ("convert B/lora.safetensors OUT --layout ldm", "It looks like a LoRA"),
+    ("convert B/nan.safetensors OUT --layout ldm", "tensor middle_block.1.proj_in.weight holds numbers that are not finite"),
+    ("convert B/newer.safetensors OUT --layout ldm", "newer.safetensors: its description has format 99"),
+    ("convert B/nonsense.safetensors OUT --layout ldm", "nonsense.safetensors: its description is not valid JSON"),
+    ("convert B/odd.safetensors OUT --layout ldm", "odd.safetensors: architecture: family ['sd15'] is none of"),
+    ("convert G/m2.safetensors OUT --layout ldm", "m2.safetensors: this is a pack, not a whole UNet"),
+    ("convert B/lopsided.safetensors OUT --layout ldm --numbering renumbered", "no renumbered form"),
+    ("extract-pack G/none.safetensors OUT --units mid", "none.safetensors: there is no such file"),
+    ("extract-pack G/m2.safetensors OUT --units mid", "m2.safetensors: this is a pack"),
+    ("extract-pack G/base.safetensors OUT --units down.9", "'down.9' matches no unit of this narrow UNet"),
+    ("extract-pack G/base.safetensors OUT --units down..1", "cannot read '' in 'down..1'"),
+    ("extract-pack G/base.safetensors OUT --units 3-1", "the range '3-1' in '3-1' runs backwards"),
+    ("extract-pack G/base.safetensors OUT --units down.0.1", "a pack must play at least one unit"),
+    ("assemble G/none.safetensors G/m2.safetensors OUT", "none.safetensors: there is no such file"),
+    ("assemble G/full.safetensors G/none.safetensors OUT", "none.safetensors: there is no such file"),
+    ("assemble G/full.safetensors G/base.safetensors OUT", "base.safetensors: this is a whole UNet, not a pack"),
+    ("assemble G/full.safetensors B/small.safetensors OUT", "small.safetensors: this is a whole UNet, not a pack"),
+    ("assemble G/full.safetensors B/other.safetensors OUT", "other.safetensors: this is no pack"),
+    ("assemble G/m2.safetensors G/m2.safetensors OUT", "m2.safetensors: this is a pack, not a whole UNet"),
+    ("assemble G/xl.safetensors G/m2.safetensors OUT", "m2.safetensors is a pack for narrow UNets; xl.safetensors is narrow-xl"),
+    ("inspect G/none.safetensors", "none.safetensors: there is no such file"),
+    ("inspect B/text.safetensors --json", "text.safetensors: its header claims"),
+    ("inspect B/newer.safetensors", "this version of asdm reads up to 1"),
+    ("inspect B/odd.safetensors", "odd.safetensors: architecture: family"),
+])
+@pytest.mark.parametrize("existing", [False, True], ids=["", "over a file"])
+def test_mistakes_cost_one_line_and_no_file(run, folder, bad, tmp_path, command, message, existing):
+    target = tmp_path / "out.safetensors"
+    if existing:
+        target.write_bytes(b"dear to somebody")
+    argv = [a.replace("G/", f"{folder}/").replace("B/", f"{bad}/").replace("OUT", str(target)) for a in command.split()]
+    before = sorted(os.listdir(folder)), sorted(os.listdir(bad))
+    code, out, err = run(*argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("asdm: ") and message in err and err.count("\n") == 1 and "\r" not in err
+    assert os.listdir(tmp_path) == (["out.safetensors"] if existing else [])
+    assert not existing or target.read_bytes() == b"dear to somebody"
+    assert (sorted(os.listdir(folder)), sorted(os.listdir(bad))) == before
+
+
+@pytest.mark.parametrize("command", [
+    "convert G/full.safetensors OUT --layout ldm", "extract-pack G/full.safetensors OUT --units mid",
+    "assemble G/full.safetensors G/m2.safetensors OUT",
+])
+@pytest.mark.parametrize(("name", "message"), [
+    ("out.ckpt", "out.ckpt: the name must end in .safetensors"),
+    ("nowhere/out.safetensors", "there is no folder"),
+    ("taken.safetensors", "taken.safetensors"),
+])
+def test_outputs_that_cannot_be_are_refused_before_the_work(run, folder, tmp_path, command, name, message):
+    (tmp_path / "taken.safetensors").mkdir()
+    argv = [a.replace("G/", f"{folder}/").replace("OUT", str(tmp_path / name)) for a in command.split()]
+    code, out, err = run(*argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("asdm: ") and message in err and err.count("\n") == 1 and "\r" not in err
+    assert os.listdir(tmp_path) == ["taken.safetensors"]
+
+
+def python(*argv):
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_full_disk_costs_one_line_and_no_file(folder, tmp_path):
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"dear to somebody")
+    # A limit on the size of files fails the write half way, as a full disk does.
+    program = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6));"
+               "from asdm_core.__main__ import main; sys.exit(main(sys.argv[1:]))")
+    result = python("-c", program, "convert", folder / "full.safetensors", out, "--layout", "ldm")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("asdm: out.safetensors: cannot be written (")
+    assert "Traceback" not in result.stderr
+    assert os.listdir(tmp_path) == ["out.safetensors"] and out.read_bytes() == b"dear to somebody"
+
+
+def test_an_interruption_leaves_no_file(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"dear to somebody")
+
+    def interrupted(tensors, path, **more):
+        Path(path).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packs, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["convert", str(folder / "full.safetensors"), str(out), "--layout", "ldm"])
+    assert os.listdir(tmp_path) == ["out.safetensors"] and out.read_bytes() == b"dear to somebody"
+
+
+@pytest.mark.parametrize("argv", [
+    [], ["repair"], ["inspect"], ["convert", "a", "b"], ["convert", "a", "b", "--layout", "kohya"],
+    ["convert", "a", "b", "--layout", "ldm", "--dtype", "int8"], ["extract-pack", "a", "b"], ["assemble", "a", "b"], ["presets", "m1"],
+])
+def test_wrong_arguments_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("usage: python -m asdm_core") and "error: " in err.splitlines()[-1]
+
+
+# As a program ---------------------------------------------------------------------------------------
+
+
+def test_as_a_program(folder, tmp_path):
+    good = python("-m", "asdm_core", "inspect", folder / "full.safetensors", "--json")
+    assert good.returncode == 0 and good.stderr == ""
+    assert json.loads(good.stdout)["params"] == Architecture.full(NARROW).params
+    wrong = python("-m", "asdm_core", "inspect", tmp_path / "none.safetensors")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("asdm: none.safetensors: there is no such file") and wrong.stderr.count("\n") == 1
