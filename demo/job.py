@@ -17,15 +17,16 @@ GRAPHS = {"a": "text_to_image.json", "b": "text_to_image_pack.json"}
 
 TEACHER, TEACHER_PACK = "emoji-teacher.safetensors", "emoji-m2.safetensors"
 
+# In the words of the family's captions: a Unicode name, one of six backgrounds, a style of the teacher.
 EMOJI_PROMPTS = (
-    "red apple",
-    "pizza",
-    "cat face",
-    "rocket",
-    "sunflower",
-    "octopus",
-    "soccer ball",
-    "hot air balloon",
+    "red apple on white, noto style",
+    "pizza on yellow, twemoji style",
+    "cat face on pink, noto style",
+    "rocket on blue, twemoji style",
+    "sunflower on grey, noto style",
+    "octopus on yellow, twemoji style",
+    "soccer ball on green, twemoji style",
+    "balloon on white, noto style",
 )
 SD15_PROMPTS = (
     "portrait of a girl with silver hair, flower field, soft light",
