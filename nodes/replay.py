@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,9 @@ from ..asdm_core.addresses import Unit, UNetConfig, walk
 from ..asdm_core.inheritance import Plan, flow
 from . import units
 
-COMPUTE, RECORD, REPLAY = "compute", "record", "replay"
+COMPUTE, RECORD, REPLAY, PROBE = "compute", "record", "replay", "probe"
+
+_PROBE = "probe"  # name of the first layer's output among the remembered tensors
 
 # Anything here changes what a transformer block computes between its parts, so parts cannot be reused.
 _BLOCK_PATCHES = ("attn1_patch", "attn1_output_patch", "attn2_patch", "attn2_output_patch", "middle_patch")
@@ -65,7 +67,11 @@ class Memory:
         self._forecasts = "forecast" in self.reuse.values()
         self._entries: dict[tuple, Entry] = {}
         self._twins: dict[int, nn.Module] = {}
+        # Adaptive plans look at the first layer's output, before anything could have been inherited.
+        adaptive = plan.schedule.mode == "adaptive"
+        self._probe = next(u.address for u in walk(config) if u.kind == "resnet" and u.address not in cut) if adaptive else None
         self.step = 0
+        self._held: list[Entry] = []  # of the chunks of the running forward
         self._ordinals: Counter = Counter()
         self.counts: Counter = Counter()  # (step, mode) -> forwards, for the report
         self.mode = COMPUTE
@@ -80,22 +86,48 @@ class Memory:
         """Decide the mode of the forward that is about to run, and return it."""
         uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
         self.mode = COMPUTE
-        if uuids and conds and x.shape[0] % len(conds) == 0:
-            keys = [self._key(u, c, x, len(conds)) for u, c in zip(uuids, conds, strict=True)]
-            source = self._sources[self.step]
-            held = [self._entries.get(k) for k in keys]
-            if source < self.step:
-                if all(e is not None and e.step == source and e.cast == cast for e in held):
-                    self.mode = REPLAY
-                    self._chunks = held
-            elif source in self._sources[self.step + 1:]:  # somebody will inherit from this step
-                self.mode = RECORD
-                self._chunks = [Entry(self.step, cast, before=self._earlier(e)) for e in held]
-                self._entries.update(zip(keys, self._chunks, strict=True))
-            if self._with_parts and self.mode != COMPUTE and self._blocks_patched(options):
-                self.mode = COMPUTE
-        self.counts[self.step, self.mode] += 1
+        patched = self._with_parts and self._blocks_patched(options)
+        if uuids and conds and x.shape[0] % len(conds) == 0 and not patched:
+            self._keys = [self._key(u, c, x, len(conds)) for u, c in zip(uuids, conds, strict=True)]
+            self._held, self._cast = [self._entries.get(k) for k in self._keys], cast
+            self.mode = self._adaptive_mode() if self._probe else self._planned_mode()
+            if self.mode == RECORD:
+                self._start_recording()
+        if self.mode != PROBE:
+            self.counts[self.step, self.mode] += 1
         return self.mode
+
+    def _planned_mode(self) -> str:
+        source = self._sources[self.step]
+        if source < self.step:
+            return REPLAY if self._holds(lambda entry: entry.step == source) else COMPUTE
+        return RECORD if source in self._sources[self.step + 1:] else COMPUTE  # record what somebody will inherit
+
+    def _adaptive_mode(self) -> str:
+        pinned = self.plan.schedule.computed(self.steps)[self.step]
+        return RECORD if pinned or not self._holds(lambda entry: entry.step < self.step) else PROBE
+
+    def _holds(self, fits: Callable[[Entry], bool]) -> bool:
+        """Whether for every chunk something fitting is remembered, made under the cast that plays now."""
+        return all(e is not None and e.cast == self._cast and fits(e) for e in self._held)
+
+    def _start_recording(self) -> None:
+        self.mode = RECORD
+        entries = [Entry(self.step, self._cast, before=self._earlier(e)) for e in self._held]
+        self._entries.update(zip(self._keys, entries, strict=True))
+        self._held = entries
+
+    def _decide(self, probe: Tensor) -> None:
+        """Adaptive: compare the first layer's output with the one of the last full step."""
+        chunks = probe.chunk(len(self._held))
+        changes = [(now - e.tensors[_PROBE]).abs().mean() / e.tensors[_PROBE].abs().mean()
+                   for now, e in zip(chunks, self._held, strict=True)]
+        change = float(torch.stack(changes).max())
+        if self.plan.schedule.inherits(self.steps, self.step, min(e.step for e in self._held), change):
+            self.mode = REPLAY
+        else:
+            self._start_recording()
+        self.counts[self.step, self.mode] += 1
 
     def _key(self, uuid, cond, x: Tensor, chunks: int) -> tuple:
         # A uuid alone is not unique: area prompts copy it, extra guidance passes and tiles reuse it. The
@@ -133,6 +165,11 @@ class Memory:
 
     def after(self, address: str, current: nn.Module, x: Tensor, out: Tensor) -> None:
         """Record what a unit made of its input x, if somebody will need it."""
+        if address == self._probe:
+            if self.mode == PROBE:
+                self._decide(out)
+            if self.mode == RECORD:
+                self.store(_PROBE, out.clone())
         if self.mode != RECORD or address not in self._kept:
             return
         if self.whole.get(address) == "branch":
@@ -147,12 +184,12 @@ class Memory:
         return layer.skip_connection(x) if u.kind == "resnet" and hasattr(layer, "skip_connection") else x
 
     def store(self, address: str, value: Tensor) -> None:
-        for entry, chunk in zip(self._chunks, value.chunk(len(self._chunks)), strict=True):
+        for entry, chunk in zip(self._held, value.chunk(len(self._held)), strict=True):
             entry.tensors[address] = chunk
 
     def recall(self, address: str) -> Tensor:
         """The remembered feature for the whole batch, in memory of its own."""
-        return torch.cat([self._value(entry, address) for entry in self._chunks])
+        return torch.cat([self._value(entry, address) for entry in self._held])
 
     def _value(self, entry: Entry, address: str) -> Tensor:
         value = entry.tensors[address]
@@ -182,7 +219,7 @@ class Memory:
     def close(self) -> None:
         self._entries.clear()
         self._twins.clear()
-        self._chunks = []
+        self._held = []
 
 
 def _placeholder(u: Unit, x: Tensor, output_shape) -> Tensor:
