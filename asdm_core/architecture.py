@@ -109,6 +109,9 @@ class Architecture:
         cut = frozenset(a for a in cut if a in _units(config) and not _is_block(config, a)
                         or a.rpartition(".")[0] not in cut)
         own = in_order(config, self.own)
+        for address in own:
+            if _is_block(config, address):
+                raise ValueError(f"{address} is a transformer block; weights of its own has a whole unit, {address.rpartition('.')[0]}")
         lost = cut & set(own)
         if lost:
             raise ValueError(f"{min(lost)} is both cut and trained; a cut unit has no weights")
@@ -149,8 +152,7 @@ class Architecture:
         """This student on `blocks` only, over the original network elsewhere (M2 = base over dn0-1, up2-3)."""
         where = select(self.config, blocks)
         cut = frozenset(a for a in self.cut if _covers(where, a))
-        own = tuple(a for a in where if a in _units(self.config) and a not in cut)
-        return Architecture(self.config, cut, own).named()
+        return Architecture(self.config, cut, tuple(a for a in self.own if a in where)).named()
 
     def named(self) -> Architecture:
         """The same architecture under the name of the preset it equals, if there is one."""
@@ -309,20 +311,25 @@ class Architecture:
         if not isinstance(data, Mapping):
             raise ValueError(f"architecture: wanted a JSON object, got {type(data).__name__}")
         version = data.get("format")
-        if not isinstance(version, int) or version > FORMAT:
-            raise ValueError(f"architecture: format {version!r} is newer than this version of asdm reads ({FORMAT}); update asdm")
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise ValueError(f"architecture: format {version!r} is no version number")
+        if version > FORMAT:
+            raise ValueError(f"architecture: format {version} is newer than this version of asdm reads ({FORMAT}); update asdm")
+        family, name = data.get("family"), data.get("name", "")
+        if not isinstance(name, str):
+            raise ValueError(f"architecture: name must be a text, got {name!r}")
         if "config" in data:
             config = UNetConfig.from_dict(data["config"])
-        elif data.get("family") in FAMILIES:
-            config = FAMILIES[data["family"]]
+        elif isinstance(family, str) and family in FAMILIES:
+            config = FAMILIES[family]
         else:
-            raise ValueError(f"architecture: family {data.get('family')!r} is none of {', '.join(FAMILIES)} and no config is given")
+            raise ValueError(f"architecture: family {family!r} is none of {', '.join(FAMILIES)} and no config is given")
         lists = {}
-        for name in ("cut", "own"):
-            lists[name] = data.get(name, [])
-            if not isinstance(lists[name], list) or not all(isinstance(a, str) for a in lists[name]):
-                raise ValueError(f"architecture: {name!r} must be a list of addresses, got {lists[name]!r}")
-        return cls(config, frozenset(lists["cut"]), tuple(lists["own"]), str(data.get("name", "")))
+        for key in ("cut", "own"):
+            lists[key] = data.get(key, [])
+            if not isinstance(lists[key], list) or not all(isinstance(a, str) for a in lists[key]):
+                raise ValueError(f"architecture: {key!r} must be a list of addresses, got {lists[key]!r}")
+        return cls(config, frozenset(lists["cut"]), tuple(lists["own"]), name)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), separators=(",", ":"))
@@ -331,7 +338,7 @@ class Architecture:
     def from_json(cls, text: str) -> Architecture:
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"architecture: not valid JSON ({e})") from None
         return cls.from_dict(data)
 
@@ -355,6 +362,9 @@ def _check_flow(config: UNetConfig, cut: frozenset[str]) -> dict[str, str]:
     Returns, for each kept up resnet, the layer whose output its skip really holds: a cut encoder layer
     pushes a copy of what came before it.
     """
+    for u in walk(config):
+        if u.side == "stem" and u.address in cut:
+            raise ValueError(f"{u.address} cannot be cut; every network needs it")
     _check_samplers(config, cut)
     h_channels, h_scale, h_from = 0, 1, ""
     skips: list[tuple[int, int, str]] = []
@@ -375,8 +385,6 @@ def _check_flow(config: UNetConfig, cut: frozenset[str]) -> dict[str, str]:
                                      f"{resnet.skip} changes the number of channels and cannot be cut alone")
         for u in units:
             if u.address in cut:
-                if u.side == "stem":
-                    raise ValueError(f"{u.address} cannot be cut; every network needs it")
                 if u.kind == "resnet" and u.channels_in - u.skip_channels != u.channels_out:
                     raise ValueError(f"{u.address} cannot be cut: it turns {u.channels_in - u.skip_channels} channels "
                                      f"into {u.channels_out}, and nobody would")
@@ -399,9 +407,17 @@ def _check_samplers(config: UNetConfig, cut: frozenset[str]) -> None:
         if (down in cut) != (up in cut):
             raise ValueError(f"{down if down in cut else up} cannot be cut alone: {down} and {up} are a pair")
         if down in cut:
-            deeper = [u.address for u in walk(config) if u.address not in cut and u.side in ("down", "up")
-                      and u.kind not in ("downsampler", "upsampler")
-                      and (u.side == "down" and int(u.address.split(".")[1]) > level
-                           or u.side == "up" and int(u.address.split(".")[1]) <= config.levels - 2 - level)]
+            deeper = [u.address for u in walk(config) if u.address not in cut and _level(config, u) > level]
             if deeper:
                 raise ValueError(f"{down} can only be cut together with everything beneath it; {deeper[0]} is kept")
+
+
+def _level(config: UNetConfig, u: Unit) -> int:
+    """How many samplers lie between this unit and the shallow end; -1 where that says nothing (mid, stem).
+
+    A downsampler belongs to the level above it, an upsampler to the level beneath.
+    """
+    if u.side not in ("down", "up"):
+        return -1
+    block = int(u.address.split(".")[1])
+    return block if u.side == "down" else config.levels - 1 - block
