@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +33,7 @@ PUBLISHED = {
         "transformer_layers_per_block": (1, 2, 10), "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
+    "emoji": _SD_BLOCKS | {"block_out_channels": (64, 64, 128, 128), "cross_attention_dim": 128, "attention_head_dim": 4},
 }
 PARAMS = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}
 
@@ -84,6 +86,31 @@ def test_every_key_translates_and_comes_back(family):
     there, back = translate(FAMILIES[family], "diffusers", "ldm"), translate(FAMILIES[family], "ldm", "diffusers")
     assert there.keys() == set(back.values()) and back.keys() == set(there.values())
     assert all(back[there[k]] == k for k in there)
+
+
+def diffusers_names(family):
+    """LDM key -> diffusers key, by diffusers' own converter of checkpoints."""
+    checkpoint = {f"model.diffusion_model.{k}": k for k in keys(FAMILIES[family], "ldm")}
+    return {ldm: key for key, ldm in convert_ldm_unet_checkpoint(checkpoint, PUBLISHED[family]).items()}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_every_key_translates_as_diffusers_converts_it(family):
+    assert translate(FAMILIES[family], "ldm", "diffusers") == diffusers_names(family)
+    ldm, diffusers = keys(FAMILIES[family], "ldm"), keys(FAMILIES[family], "diffusers")
+    assert all(ldm[k] == diffusers[other] for k, other in diffusers_names(family).items())
+
+
+@pytest.mark.parametrize("family, depths, depths_out, middle", [
+    ("sd15", [1] * 6 + [0] * 2, [1] * 9 + [0] * 3, 1), ("emoji", [1] * 6 + [0] * 2, [1] * 9 + [0] * 3, 1),
+    ("sdxl", [0, 0, 2, 2, 10, 10], [0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
+])
+def test_host_config_by_hand(family, depths, depths_out, middle):
+    config = FAMILIES[family].to_host()
+    assert (config["transformer_depth"], config["transformer_depth_output"], config["transformer_depth_middle"]) == (
+        depths, depths_out, middle)
+    assert config["num_res_blocks"] == [2] * FAMILIES[family].levels
+    assert config.get("num_classes") == ("sequential" if family == "sdxl" else None)
 
 
 # From the LDM code and ComfyUI's unet_to_diffusers, written out by hand.
@@ -208,6 +235,20 @@ def test_lora_names_reach_every_matrix_in_every_dialect(family):
         reached = [target for name, target in names.items() if re.match(dialect, name)]
         assert len(reached) == len(set(reached))
         assert set(reached) >= {m for m in matrices if "_blocks." in m and m != "input_blocks.0.0" or m.startswith("middle")}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_lora_names_point_at_the_module_that_diffusers_means(family):
+    with torch.device("meta"):
+        modules = dict(UNet2DConditionModel(**PUBLISHED[family]).named_modules())
+    targets = {name for name, m in modules.items() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
+    ldm = {diffusers.removesuffix(".weight"): key.removesuffix(".weight") for key, diffusers in diffusers_names(family).items()}
+    wanted = {}
+    for name in targets:
+        wanted[f"unet.{name}"] = wanted[f"lora_unet_{name.replace('.', '_')}"] = ldm[name]
+        wanted[f"diffusion_model.{ldm[name]}"] = wanted[f"lora_unet_{ldm[name].replace('.', '_')}"] = ldm[name]
+    assert lora_names(FAMILIES[family]) == wanted
+    assert len(wanted) == 4 * len(targets)
 
 
 @given(configs())
