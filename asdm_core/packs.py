@@ -34,6 +34,9 @@ METADATA_KEY = "asdm"
 FORMAT = 1
 KINDS = ("pack", "unet")
 PREDICTIONS = ("eps", "v")
+# Empty tensors by which other programs tell v-prediction (for SDXL, the only way they have) and a schedule that ends in noise.
+V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
+MARKERS = (V_MARKER, ZERO_SNR_MARKER, "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 SCALE = ".scale"  # int8 weights have their per-output-channel scale under <key>.scale
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format
@@ -295,11 +298,15 @@ def standalone_form(architecture: Architecture) -> Form:
 
 @dataclass(frozen=True)
 class Loaded:
-    """An opened, checked file: its description and its tensors under addressed LDM names (lazy)."""
+    """An opened, checked file: its description and its tensors under addressed LDM names (lazy).
+
+    markers: tensors beside the UNet's that say how it was trained, by name.
+    """
 
     path: Path
     description: Description
     tensors: Mapping[str, Tensor]
+    markers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def describe(file: TensorFile) -> Description | None:
@@ -360,8 +367,8 @@ def open_unet(path: str | os.PathLike) -> Loaded:
     names = {slot.unit.key(slot.tensor): key for key, slot in found.keys().items()}
     _check_values(file, names.values())
     if description.prediction is None:
-        description = replace(description, prediction=prediction)
-    return Loaded(file.path, description, Renamed(file, names))
+        description = replace(description, prediction=prediction or ("v" if V_MARKER in file.shapes else None))
+    return Loaded(file.path, description, Renamed(file, names), {name: file[name] for name in MARKERS if name in file.shapes})
 
 
 def _check_values(file: TensorFile, names: Iterable[str]) -> None:
@@ -459,13 +466,15 @@ def write_pack(path: str | os.PathLike, tensors: Mapping[str, Tensor], descripti
 
 
 def write_unet(path: str | os.PathLike, tensors: Mapping[str, Tensor], description: Description,
-               dtype: torch.dtype | str | None = None) -> None:
+               dtype: torch.dtype | str | None = None, zero_snr: bool = False) -> None:
     """Write a standalone UNet from addressed tensors, in the renumbered LDM layout where there is one.
 
-    dtype: as in `write_pack`.
+    dtype: as in `write_pack`. zero_snr: the model was trained on a schedule whose last step is pure noise.
     """
     form = standalone_form(description.architecture)
     renamed = convert(tensors, description.architecture, ADDRESSED, form)
+    markers = {V_MARKER: description.prediction == "v", ZERO_SNR_MARKER: zero_snr}
+    renamed |= {name: torch.zeros(0) for name, holds in markers.items() if holds}
     write_file(path, stored(renamed, dtype), {"format": "pt", METADATA_KEY: description.to_json()})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import comfy.model_base
 import comfy.model_management
 import folder_paths
 import torch
@@ -13,7 +12,7 @@ from comfy_api.latest import io
 from ..asdm_core.architecture import Architecture
 from ..asdm_core.packs import Description, standalone_form, write_unet
 from ..asdm_core.surgery import ADDRESSED
-from . import host
+from . import host, models
 from .load import CATEGORY
 
 DTYPES = {"as loaded": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -84,12 +83,15 @@ class ASDMSaveUNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename_prefix, dtype):
+        kind = model.model.model_type
+        prediction = {t: name for name, t in models.PREDICTIONS.items()}.get(kind)
+        if prediction is None:
+            raise ValueError(f"this MODEL predicts {kind.name}; Save UNet writes models that predict EPS or V_PREDICTION.")
         architecture, sources = played_architecture(model)
         folder, prefix, *_ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
-        v = model.model.model_type == comfy.model_base.ModelType.V_PREDICTION
         path = unused_path(Path(folder), prefix)
-        write_unet(path, played_weights(model, architecture, sources),
-                   Description("unet", architecture, prediction="v" if v else "eps"), DTYPES[dtype])
+        write_unet(path, played_weights(model, architecture, sources), Description("unet", architecture, prediction=prediction),
+                   DTYPES[dtype], getattr(model.get_model_object("model_sampling"), "zsnr", False))
         note = "" if architecture.cut == frozenset() or standalone_form(architecture) != ADDRESSED else (
             "\nThis choice of units has no renumbered form, so only Load Pruned UNet can read the file.")
         text = f"{path}\n{architecture.config.family} {architecture.name or 'custom'}, {architecture.params / 1e6:.1f} M parameters{note}"
