@@ -1,0 +1,350 @@
+"""UNet files of every form load to the same MODEL, and what is saved loads again, in stock ComfyUI too."""
+
+import json
+from dataclasses import replace
+
+import comfy.lora
+import comfy.model_base
+import comfy.model_detection
+import comfy.sd
+import comfy.utils
+import folder_paths
+import pytest
+import small
+import torch
+from comfy_extras import nodes_model_merging
+from in_host import execute
+from safetensors.torch import load_file, save_file
+
+SD, SD2, SDXL = small.SD, small.SD2, small.SDXL
+Architecture, Form, surgery, packs, models = small.Architecture, small.surgery.Form, small.surgery, small.packs, small.models
+Type = comfy.model_base.ModelType
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def chosen_for(preset, config=SD):
+    return Architecture.preset(preset, config) if preset else Architecture.full(config)
+
+
+def tensors(preset, config=SD, layout="ldm", numbering="renumbered", prefix=""):
+    chosen = chosen_for(preset, config)
+    weights, _ = surgery.cut(small.weights(config), chosen)
+    converted = surgery.convert(weights, chosen, surgery.ADDRESSED, Form(layout, numbering))
+    return {prefix + k: v.clone() for k, v in converted.items()}
+
+
+def same(model, wanted, config=SD):
+    return torch.equal(small.sample(model, config), small.sample(wanted, config))
+
+
+# Loading --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    """reference(preset): the MODEL of a file of ours with everything in its description."""
+    made = {}
+
+    def reference(preset, config=SD, dtype=None):
+        key = preset, config.family, dtype
+        if key not in made:
+            chosen = chosen_for(preset, config)
+            weights, _ = surgery.cut(small.weights(config), chosen)
+            path = folder / f"reference-{preset}-{config.family}-{dtype}.safetensors"
+            packs.write_unet(path, weights, packs.Description("unet", chosen, prediction="eps"), dtype)
+            made[key] = models.load_unet(str(path))
+        return made[key]
+
+    return reference
+
+
+def other_parts():
+    return {"first_stage_model.encoder.conv_in.weight": torch.zeros(1), "cond_stage_model.transformer.text_model.x": torch.zeros(1)}
+
+
+def write_folder(root, sd, prediction=None, unet="unet"):
+    """A diffusers pipeline folder, or only its unet folder; with a scheduler if there is a prediction."""
+    unet_folder = root / unet
+    unet_folder.mkdir(parents=True)
+    save_file(sd, unet_folder / "diffusion_pytorch_model.safetensors")
+    (unet_folder / "config.json").write_text("{}")
+    if prediction:
+        (root / "scheduler").mkdir()
+        (root / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": prediction}))
+    return root
+
+
+def write_form(root, form, preset):
+    path = root / f"{form}.safetensors"
+    diffusers = tensors(preset, layout="diffusers")
+    match form:
+        case "ldm":
+            save_file(tensors(preset), path)
+        case "ldm-prefixed":
+            save_file(tensors(preset, prefix="diffusion_model."), path)
+        case "checkpoint":
+            save_file(tensors(preset, prefix="model.diffusion_model.") | other_parts(), path)
+        case "diffusers":
+            save_file(diffusers, path)
+        case "diffusers-pipeline":
+            save_file({f"unet.{k}": v for k, v in diffusers.items()}, path)
+        case "addressed":
+            save_file(tensors(preset, numbering="addressed"), path)
+        case "folder":
+            return write_folder(root / form, diffusers, "epsilon")
+        case "unet-folder":
+            return write_folder(root / form, diffusers, "epsilon") / "unet"
+        case "folder-without-scheduler":
+            return write_folder(root / form, diffusers)
+    return path
+
+
+FORMS = ["ldm", "ldm-prefixed", "checkpoint", "diffusers", "diffusers-pipeline", "addressed", "folder", "unet-folder", "folder-without-scheduler"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("preset", ["base", "tiny"])
+def test_every_form_gives_the_same_model(tmp_path, reference, form, preset):
+    model = models.load_unet(str(write_form(tmp_path, form, preset)))
+    assert model.model.model_type == Type.EPS
+    assert small.host.architecture_of(model).cut == chosen_for(preset).cut
+    assert same(model, reference(preset))
+
+
+@pytest.mark.parametrize("preset", ["ssd-1b"])
+def test_sdxl_in_diffusers_form(tmp_path, reference, preset):
+    path = tmp_path / "file.safetensors"
+    save_file(tensors(preset, SDXL, layout="diffusers"), path)
+    assert same(models.load_unet(str(path)), reference(preset, SDXL), SDXL)
+
+
+def test_unpruned_files_load_as_in_stock(tmp_path):
+    path = tmp_path / "file.safetensors"
+    save_file(tensors(""), path)
+    assert same(models.load_unet(str(path)), comfy.sd.load_diffusion_model(str(path)))
+
+
+@pytest.mark.parametrize("preset", ["base", "small", "m1"])
+def test_pruned_files_load_as_in_stock(tmp_path, preset):
+    path = tmp_path / "file.safetensors"
+    save_file(tensors(preset), path)
+    assert same(models.load_unet(str(path)), comfy.sd.load_diffusion_model(str(path)))
+
+
+def test_fp16_file_loads_as_in_stock(tmp_path):
+    path = tmp_path / "file.safetensors"
+    save_file({k: v.half() for k, v in tensors("base").items()}, path)
+    assert same(models.load_unet(str(path)), comfy.sd.load_diffusion_model(str(path)))
+
+
+def test_weight_dtypes_of_the_node(tmp_path):
+    path = tmp_path / "file.safetensors"
+    save_file(tensors("base"), path)
+    for name in ("fp8_e4m3fn", "fp8_e5m2"):
+        dtype = getattr(torch, {"fp8_e4m3fn": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}[name])
+        ours, stock = models.load_unet(str(path), name), comfy.sd.load_diffusion_model(str(path), {"dtype": dtype})
+        assert ours.model.diffusion_model.out[2].weight.dtype == dtype
+        assert same(ours, stock)
+
+
+def test_int8_file_is_close(tmp_path, reference):
+    weights, _ = surgery.cut(small.weights(SD), chosen_for("base"))
+    path = tmp_path / "file.safetensors"
+    packs.write_unet(path, weights, packs.Description("unet", chosen_for("base"), prediction="eps"), "int8")
+    assert small.difference(small.sample(models.load_unet(str(path))), small.sample(reference("base"))) < 0.2
+
+
+def test_inpainting_unet(tmp_path):
+    config = replace(SD, in_channels=9)
+    path = tmp_path / "file.safetensors"
+    save_file(tensors("base", config), path)
+    model = models.load_unet(str(path))
+    assert model.model.concat_keys == ("mask", "masked_image")
+    assert same(model, comfy.sd.load_diffusion_model(str(path)))
+
+
+# Prediction -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction, kind", [("epsilon", Type.EPS), ("v_prediction", Type.V_PREDICTION)])
+@pytest.mark.parametrize("config", [SD, SD2], ids=lambda c: c.family)
+def test_folder_says_what_is_predicted(tmp_path, config, prediction, kind):
+    root = write_folder(tmp_path / "pipeline", tensors("base", config, layout="diffusers"), prediction)
+    assert models.load_unet(str(root)).model.model_type == kind
+    assert models.load_unet(str(root / "unet")).model.model_type == kind
+
+
+@pytest.mark.parametrize("prediction, kind", [("eps", Type.EPS), ("v", Type.V_PREDICTION)])
+@pytest.mark.parametrize("config", [SD, SD2, SDXL], ids=lambda c: c.family)
+def test_description_and_choice_say_what_is_predicted(tmp_path, config, prediction, kind):
+    path = small.write_unet(tmp_path / "file.safetensors", config, prediction=prediction)
+    assert models.load_unet(path).model.model_type == kind
+    other = "v" if prediction == "eps" else "eps"
+    assert models.load_unet(path, prediction=other).model.model_type == models.PREDICTIONS[other]
+
+
+def test_rule_of_sd2_is_asked_with_unpruned_names(tmp_path):
+    # The host looks at a norm of the last transformer, whose renumbered name is another one.
+    for spread, kind in ((0.2, Type.V_PREDICTION), (0.02, Type.EPS)):
+        sd = tensors("base", SD2)
+        key = next(k for k in reversed(sorted(sd, key=lambda k: int(k.split(".")[1]) if k.startswith("output") else -1)) if k.endswith("norm1.bias"))
+        sd[key] = torch.randn(sd[key].shape, generator=torch.Generator().manual_seed(0)) * spread
+        save_file(sd, tmp_path / "file.safetensors")
+        assert models.load_unet(str(tmp_path / "file.safetensors")).model.model_type == kind
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_markers_of_sdxl_checkpoints(tmp_path, prefix):
+    path = tmp_path / "file.safetensors"
+    sd = tensors("vega", SDXL, prefix=prefix)
+    for markers, kind, zero_snr in (((), Type.EPS, False), (("v_pred",), Type.V_PREDICTION, False), (("v_pred", "ztsnr"), Type.V_PREDICTION, True)):
+        save_file(sd | {name: torch.zeros(0) for name in markers}, path)
+        model = models.load_unet(str(path))
+        assert model.model.model_type == kind
+        assert model.model.model_sampling.zsnr == zero_snr
+
+
+# Saving ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    return tmp_path
+
+
+def stock_save(model, output):
+    node = nodes_model_merging.ModelSave()
+    node.save(model, "stock/file")
+    (path,) = (output / "stock").glob("*.safetensors")
+    return path
+
+
+def save(model, output, dtype="as loaded"):
+    return execute("ASDMSaveUNet", model=model, filename_prefix="ours/file", dtype=dtype)[0]
+
+
+@pytest.mark.parametrize("preset", ["base", "m1", "m2", "m3"])
+def test_saved_unet_loads_in_stock(output, reference, preset):
+    model = reference(preset)
+    for path in (save(model, output), stock_save(model, output)):
+        for loaded in (comfy.sd.load_diffusion_model(str(path)), models.load_unet(str(path))):
+            assert same(loaded, model)
+
+
+@pytest.mark.parametrize("preset", ["koala-1b"])
+def test_saved_sdxl_unet_loads_in_our_loader(output, reference, preset):
+    # Stock ComfyUI knows these by their published widths, which the small ones do not have.
+    model = reference(preset, SDXL)
+    for path in (save(model, output), stock_save(model, output)):
+        assert same(models.load_unet(str(path)), model, SDXL)
+
+
+@pytest.mark.parametrize("preset", ["base", "m1", "m2", "m3", "ssd-1b", "vega", "koala-1b", "koala-700m"])
+def test_stock_knows_the_class_of_saved_presets(preset):
+    chosen = Architecture.preset(preset)
+    saved = models._standalone_names({k: torch.empty(s.shape, device="meta") for k, s in chosen.keys().items()}, chosen)
+    found = comfy.model_detection.model_config_from_unet({f"model.diffusion_model.{k}": v for k, v in saved.items()}, "model.diffusion_model.")
+    wanted = {"ssd-1b": "SSD1B", "vega": "Segmind_Vega", "koala-1b": "KOALA_1B", "koala-700m": "KOALA_700M"}.get(preset, "SD15")
+    assert type(found).__name__ == wanted
+
+
+@pytest.mark.parametrize("config", [SD, SDXL], ids=lambda c: c.family)
+def test_saved_v_prediction_is_found_again(output, config):
+    model = models.load_unet(small.write_unet(output / "v.safetensors", config, prediction="v"))
+    for path in (save(model, output), stock_save(model, output)):
+        assert models.load_unet(str(path)).model.model_type == Type.V_PREDICTION
+    if config is SDXL:  # the only family whose stock class asks the file
+        assert comfy.sd.load_diffusion_model(save(model, output)).model.model_type == Type.V_PREDICTION
+
+
+def test_stock_save_of_a_model_with_a_pack_is_the_model_without(output, folder):
+    model = small.model(folder)
+    played = small.with_pack(model, small.write_pack(output / "m2.safetensors", seed=1))
+    assert same(comfy.sd.load_diffusion_model(str(stock_save(played, output))), model)
+
+
+@pytest.mark.parametrize("preset", ["m2", "tiny"])
+def test_pack_is_saved_as_the_network_it_plays(output, folder, preset):
+    model = small.model(folder)
+    played = small.with_pack(model, small.write_pack(output / "pack.safetensors", preset=preset, seed=1))
+    path = save(played, output)
+    weights = load_file(path)
+    wanted = load_file_of(small.combined(folder, preset=preset))
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[k], wanted[k]) for k in wanted)
+    assert same(models.load_unet(path), played)
+
+
+def load_file_of(model):
+    return load_file(model.cached_patcher_init[1][0])
+
+
+def test_loras_are_baked_into_what_is_saved(output, folder):
+    model, lora = small.model(folder), small.lora()
+    pack = small.write_pack(output / "m2.safetensors", seed=1)
+    for played in (small.add_lora(small.with_pack(model, pack), lora, 0.7), small.with_pack(small.add_lora(model, lora, 0.7), pack)):
+        path = save(played, output)
+        saved, before = load_file(path), load_file_of(small.combined(folder))
+        changed = [k for k in saved if not torch.equal(saved[k], before[k])]
+        assert len(changed) == sum(len(t.shape) > 1 for t in saved.values())
+        wanted = small.sample(small.add_lora(small.combined(folder), lora, 0.7))
+        for loaded in (models.load_unet(path), comfy.sd.load_diffusion_model(path)):
+            assert small.difference(small.sample(loaded), wanted) < 1e-4
+
+
+def test_saving_does_not_change_the_model(output, folder):
+    played = small.add_lora(small.with_pack(small.model(folder), small.write_pack(output / "m2.safetensors", seed=1)), small.lora())
+    before = small.sample(played)
+    save(played, output)
+    assert torch.equal(small.sample(played), before)
+
+
+def test_saved_as_fp16(output, reference):
+    path = save(reference("base"), output, "fp16")
+    assert {v.dtype for v in load_file(path).values()} == {torch.float16}
+
+
+def test_free_choice_of_units_without_a_renumbered_form(output):
+    chosen = Architecture.choose(SD, "down.1.1")  # the up side keeps all its layers
+    path = output / "free.safetensors"
+    packs.write_unet(path, surgery.cut(small.weights(SD), chosen)[0], packs.Description("unet", chosen, prediction="eps"))
+    model = models.load_unet(str(path))
+    saved = save(model, output)
+    assert same(models.load_unet(saved), model)
+    with pytest.raises(ValueError, match=r"use Save UNet \(asdm\)"):
+        stock_save(model, output)
+    assert not list((output / "stock").glob("*.safetensors"))
+
+
+def test_pack_in_a_window_is_not_saved(output, folder):
+    played = small.with_pack(small.model(folder), small.write_pack(output / "m2.safetensors", seed=1), 0.2, 1.0)
+    with pytest.raises(ValueError, match="20% to 100%"):
+        save(played, output)
+    assert not list(output.glob("ours/*"))
+
+
+def test_saved_files_are_never_overwritten(output, reference):
+    first, second = save(reference("base"), output), save(reference("base"), output)
+    assert first != second
+
+
+# LoRA names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+def test_lora_names_are_those_the_host_knows(family):
+    config = small.architecture.FAMILIES[family]
+    chosen = Architecture.full(config)
+    with torch.device("meta"):
+        model = models.model_config(chosen, "eps").get_model({}, "")
+    known = comfy.lora.model_lora_keys_unet(model, {})
+    for name, module in small.addresses.lora_names(config).items():
+        if name in known:
+            assert known[name] == f"diffusion_model.{module}.weight", name
+    ours = set(small.addresses.lora_names(config))
+    assert {name for name in known if name.startswith(("lora_unet_", "unet."))} >= {n for n in ours if n.startswith("lora_unet_down")}
