@@ -1,0 +1,212 @@
+"""Feature inheritance in the host's sampling: against a reference made of forward hooks, and what must not change."""
+
+import gc
+import weakref
+
+import comfy.model_base
+import pytest
+import small
+import torch
+from in_host import module
+
+SD, SDXL, host, units = small.SD, small.SDXL, small.host, module("nodes.units")
+inheritance, replay = module("asdm_core.inheritance"), module("nodes.replay")
+Schedule, Plan, Rule = inheritance.Schedule, inheritance.Plan, inheritance.Rule
+EVERY_OTHER = Schedule(interval=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return small.model(folder)
+
+
+class Reference:
+    """Inheritance on every other forward by forward hooks on the host's modules, with no code of the pack's dispatcher."""
+
+    def __init__(self, model, config, plan):
+        reuse = plan.reuse(config)
+        layers = units.layers(model.model.diffusion_model, config)
+        self.calls, self.held, self.hooks = 0, {}, []
+        self.hooks.append(model.model.diffusion_model.register_forward_pre_hook(self.count))
+        for address, what in reuse.items():
+            layer = layers[address] if address in layers else self.part(layers, address)
+            self.hooks.append(layer.register_forward_hook(self.hook(address, what if address in layers else "output")))
+
+    @staticmethod
+    def part(layers, address):
+        transformer, block, part = address.rsplit(".", 2)
+        return getattr(layers[transformer].transformer_blocks[int(block)], part)
+
+    def count(self, unet, args):
+        self.calls += 1
+
+    def hook(self, address, what):
+        def play(layer, args, out):
+            x = args[0]
+            fresh = 0 if what == "output" else layer.skip_connection(x) if hasattr(layer, "skip_connection") else x
+            if self.calls % 2:
+                self.held[address] = (out - fresh).clone() if what == "branch" else out.clone()
+                return None
+            return fresh + self.held[address] if what == "branch" else self.held[address].clone()
+        return play
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+
+PLANS = {
+    "shallow-only": inheritance.shallow_only(SD, EVERY_OTHER),
+    "deepcache-0": inheritance.deepcache(SD, 0, EVERY_OTHER),
+    "deepcache-3": inheritance.deepcache(SD, 3, EVERY_OTHER),
+    "encoder": inheritance.encoder(SD, EVERY_OTHER),
+    "one layer": Plan((Rule("up.1.1"),), EVERY_OTHER),
+    "samplers": Plan((Rule("down.*.sampler, up.*.sampler"),), EVERY_OTHER),
+    "branches": Plan((Rule("down.1.1, up.2.0-1", "branch"),), EVERY_OTHER),
+    "attention": inheritance.attention(SD, "attn1|attn2", EVERY_OTHER),
+    "parts": Plan((Rule("mid.0.transformer.0.ff, up.3.*.transformer.*.attn1|ff"),), EVERY_OTHER),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_run_equals_the_reference_by_hooks(model, name):
+    plan = PLANS[name]
+    inherited = small.sample(host.with_plan(model, plan), steps=4)
+    with Reference(model, SD, plan):
+        wanted = small.sample(model, steps=4)
+    assert torch.equal(inherited, wanted)
+    assert not torch.equal(wanted, small.sample(model, steps=4))
+
+
+def test_sdxl_parts_and_blocks_equal_the_reference(folder):
+    model = small.model(folder, SDXL)
+    for plan in (inheritance.deepcache(SDXL, 2, EVERY_OTHER), inheritance.attention(SDXL, "attn2", EVERY_OTHER)):
+        inherited = small.sample(host.with_plan(model, plan), SDXL)
+        with Reference(model, SDXL, plan):
+            assert torch.equal(inherited, small.sample(model, SDXL))
+
+
+def test_interval_one_is_bit_identical_to_none(model):
+    plan = inheritance.shallow_only(SD, Schedule(interval=1))
+    assert torch.equal(small.sample(host.with_plan(model, plan), steps=4), small.sample(model, steps=4))
+
+
+def test_recording_changes_nothing(model):
+    # All steps but the last are full; what they make must be what they make without recording.
+    plan = inheritance.attention(SD, "attn1|attn2|ff", Schedule("explicit", steps=tuple(range(3))))
+    seen = {}
+    for name, m in (("plain", model), ("plan", host.with_plan(model, plan))):
+        small.sample(m, steps=4, callback=lambda i, x0, x, n, name=name: seen.setdefault(name, []).append(x0.clone()))
+    equal = [torch.equal(a, b) for a, b in zip(seen["plain"], seen["plan"], strict=True)]
+    assert equal == [True, True, True, False]
+
+
+def test_a_forecast_on_a_straight_line_is_exact(model):
+    memory = replay.Memory(Plan((Rule("mid", "forecast"),), Schedule("explicit", steps=(0, 2), first=1)), SD, frozenset(), range(6, 0, -1))
+    x, options = torch.zeros(1, 4, 8, 8), {"uuids": ["a"], "cond_or_uncond": [0]}
+    for step, wanted in ((0, replay.RECORD), (2, replay.RECORD), (4, replay.REPLAY)):
+        memory.begin_evaluation(6 - step)
+        assert memory.begin_forward(x, options, "") == wanted
+        value = torch.full((1, 2), 10.0 + 3 * step)
+        if wanted == replay.RECORD:
+            memory.after("mid.1.resnet", None, x, value)
+        else:
+            assert torch.equal(memory.recall("mid.1.resnet"), value)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_sde", "uni_pc"])
+def test_steps_are_found_for_every_sampler(model, sampler, monkeypatch):
+    plan = inheritance.deepcache(SD, 1, EVERY_OTHER)
+    counts = []
+    close = replay.Memory.close
+    monkeypatch.setattr(replay.Memory, "close", lambda self: (counts.append(self.counts), close(self)))
+    small.sample(host.with_plan(model, plan), steps=6, sampler=sampler)
+    (found,) = counts
+    assert {step for step, mode in found if mode == replay.REPLAY} == {1, 3, 5}
+    assert {step for step, mode in found if mode != replay.REPLAY} == {0, 2, 4}
+
+
+def test_conds_apart_inherit_their_own_features(model, monkeypatch):
+    m = host.with_plan(model, inheritance.deepcache(SD, 1, EVERY_OTHER))
+    together = small.sample(m, steps=4)
+    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *args, **more: 1e15)
+    assert small.difference(small.sample(m, steps=4), together) < 1e-4
+
+
+def test_a_second_run_of_another_size_or_batch_starts_from_nothing(model):
+    m = host.with_plan(model, inheritance.deepcache(SD, 1, EVERY_OTHER))
+    first = small.sample(m, steps=4)
+    small.sample(m, steps=4, size=(24, 16), batch=2)
+    assert torch.equal(small.sample(m, steps=4), first)
+
+
+def test_nothing_is_left_after_a_run_or_an_error(model, monkeypatch):
+    memories = []
+    create = replay.Memory.__init__
+    monkeypatch.setattr(replay.Memory, "__init__", lambda self, *args: (memories.append(weakref.ref(self)), create(self, *args))[1])
+    m = host.with_plan(model, inheritance.deepcache(SD, 1, EVERY_OTHER))
+    small.sample(m)
+
+    def stop(i, x0, x, n):
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        small.sample(m, steps=4, callback=stop)
+    gc.collect()
+    assert len(memories) == 2 and all(memory() is None for memory in memories)
+
+
+def test_a_pack_that_enters_in_mid_run_inherits_nothing_from_before(model, folder):
+    # Uniform(3) would replay steps 1 and 2; the pack takes over at half of four steps, so step 2 must compute.
+    pack = small.write_pack(folder / "late.safetensors", seed=1)
+    plan = inheritance.deepcache(SD, 1, Schedule("explicit", steps=(0,)))
+    late = small.with_pack(model, pack, 0.5, 1.0)
+    counts = {}
+    close = replay.Memory.close
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay.Memory, "close", lambda self: (counts.update(self.counts), close(self)))
+        small.sample(host.with_plan(late, plan), steps=4)
+    modes = {step: mode for step, mode in counts}
+    assert modes[0] == replay.RECORD and replay.REPLAY in modes.values() and modes[3] == replay.COMPUTE
+
+
+def test_a_patched_block_computes_in_full(model):
+    # Somebody reads every attention output: parts cannot be left out behind his back.
+    plan = inheritance.attention(SD, "attn1", EVERY_OTHER)
+    patched = model.clone()
+    patched.set_model_attn1_output_patch(lambda n, extra: n)
+    assert torch.equal(small.sample(host.with_plan(patched, plan), steps=4), small.sample(model, steps=4))
+
+
+@pytest.mark.parametrize("threshold,equal", [(0.0, True), (1e9, False)])
+def test_an_adaptive_plan_follows_its_threshold(model, threshold, equal):
+    plan = inheritance.deepcache(SD, 1, Schedule("adaptive", threshold=threshold, max_run=2))
+    assert torch.equal(small.sample(host.with_plan(model, plan), steps=4), small.sample(model, steps=4)) is equal
+
+
+def with_residual(model, strength):
+    """MODEL with a ControlNet-like residual on conv_in's output."""
+    def add(executor, x, t, c_concat, c_crossattn, control, *args, **more):
+        return executor(x, t, c_concat, c_crossattn, {"input": [torch.full((2, 32, 16, 16), strength)]}, *args, **more)
+
+    m = model.clone()
+    m.add_wrapper_with_key(host.WrappersMP.APPLY_MODEL, "control", add)
+    return m
+
+
+def test_control_residuals_act_on_inherited_steps(model):
+    # conv_in's output reaches the last decoder layer by its skip, which every step computes.
+    plan = inheritance.deepcache(SD, 0, EVERY_OTHER)
+    controlled = small.sample(host.with_plan(with_residual(model, 0.5), plan))
+    assert not torch.equal(controlled, small.sample(host.with_plan(model, plan)))
+    with Reference(model, SD, plan):
+        wanted = small.sample(with_residual(model, 0.5))
+    assert torch.equal(controlled, wanted)
