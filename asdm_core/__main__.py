@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import packs, surgery
-from .addresses import LAYOUTS, select
+from .addresses import LAYOUTS, in_order, select
 from .architecture import NUMBERINGS, PRESETS, Architecture
 from .measure import costs, total
 from .packs import BadFile, Description, TensorFile
@@ -29,7 +29,7 @@ LATENT = {"sdxl": 128, "emoji": 16}  # side of the latent that MACs are given fo
 
 
 class _Progress(Mapping):
-    """A state dict that tells on stderr how far reading it has come."""
+    """A state dict that tells on stderr how far the one pass over it has come."""
 
     def __init__(self, tensors: Mapping[str, Tensor], what: str):
         self.tensors, self.what, self.seen = tensors, what, 0
@@ -40,6 +40,9 @@ class _Progress(Mapping):
         if sys.stderr.isatty() or self.seen == len(self):
             print(f"\r{self.what}: {self.seen} of {len(self)} tensors", end="\n" if self.seen == len(self) else "", file=sys.stderr)
         return self.tensors[key]
+
+    def __contains__(self, key):
+        return key in self.tensors
 
     def __iter__(self):
         return iter(self.tensors)
@@ -63,9 +66,16 @@ def facts(architecture: Architecture) -> dict:
         "macs": work.total,
         "unpruned_macs": whole.total,
         "latent": side,
-        "cut": [*architecture.cut_units, *sorted(architecture.cut.difference(architecture.cut_units))],
+        "cut": list(in_order(architecture.config, architecture.cut)),
         "largest": {c.address: round(c.total / work.total, 4) for c in largest},
     }
+
+
+def _open_unet(path: str) -> packs.Loaded:
+    """A UNet file, with a word to a person who waits: every number in it is checked, gigabytes at times."""
+    if sys.stderr.isatty():
+        print(f"reading {Path(path).name} ...", file=sys.stderr)
+    return packs.open_unet(path)
 
 
 def inspect(args) -> None:
@@ -76,7 +86,7 @@ def inspect(args) -> None:
         description = packs.describe(file)
         if description is not None and description.kind == "pack":
             loaded = packs.open_pack(path)
-    loaded = loaded or packs.open_unet(path)
+    loaded = loaded or _open_unet(path)
     description = loaded.description
     result = {"file": str(loaded.path), "kind": description.kind, **facts(description.architecture),
               "prediction": description.prediction, "licence": description.licence}
@@ -108,23 +118,20 @@ def _print_numbers(f: dict) -> None:
 
 
 def convert(args) -> None:
-    loaded = packs.open_unet(args.input)
+    loaded = _open_unet(args.input)
     architecture = loaded.description.architecture
     form = surgery.Form(args.layout, args.numbering or packs.standalone_form(architecture).numbering)
-    tensors = surgery.convert(_Progress(loaded.tensors, "convert"), architecture, surgery.ADDRESSED, form)
-    metadata = {"format": "pt"}
+    tensors, dtype = _Progress(loaded.tensors, "convert"), DTYPES[args.dtype]
     if form == packs.standalone_form(architecture):
-        metadata[packs.METADATA_KEY] = loaded.description.to_json()
-    packs.write_file(args.output, _as(tensors, args.dtype), metadata)
+        packs.write_unet(args.output, tensors, loaded.description, dtype, packs.ZERO_SNR_MARKER in loaded.markers)
+    else:
+        renamed = surgery.convert(tensors, architecture, surgery.ADDRESSED, form)
+        packs.write_file(args.output, packs.stored(renamed, dtype), {"format": "pt"})
     print(f"wrote {args.output}: {len(tensors)} tensors, {form.layout} layout, {form.numbering}")
 
 
-def _as(tensors: Mapping[str, Tensor], dtype: str) -> Mapping[str, Tensor]:
-    return packs.stored(tensors, DTYPES[dtype])
-
-
 def extract_pack(args) -> None:
-    loaded = packs.open_unet(args.student)
+    loaded = _open_unet(args.student)
     architecture = loaded.description.architecture
     blocks = select(architecture.config, args.units)
     kept = {u.address for u in architecture.kept}
@@ -132,15 +139,19 @@ def extract_pack(args) -> None:
     # What is cut outside the chosen units is the host's again.
     cut = frozenset(a for a in architecture.cut if a in blocks or a.rpartition(".")[0] in blocks)
     chosen = Architecture(architecture.config, cut, units).named()
-    tensors = surgery.extract(_Progress(loaded.tensors, "extract"), architecture, units)
+    tensors = surgery.extract(loaded.tensors, architecture, units)
     training = {"extracted_from": Path(args.student).name}
-    packs.write_pack(args.output, tensors, Description("pack", chosen, units, licence=args.licence, training=training), DTYPES[args.dtype])
+    description = Description("pack", chosen, units, licence=args.licence, training=training)
+    packs.write_pack(args.output, _Progress(tensors, "extract"), description, DTYPES[args.dtype])
     print(f"wrote {args.output}: {len(units)} units, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters"
           + (f" ({chosen.name})" if chosen.name else ""))
+    if any(a.startswith("stem.") for a in units):
+        print("it has units of the stem, which `assemble` can build into a file but Apply Pack cannot play; "
+              "leave them out with --units '..., !stem'")
 
 
 def assemble(args) -> None:
-    trunk, pack = packs.open_unet(args.checkpoint), packs.open_pack(args.pack)
+    trunk, pack = _open_unet(args.checkpoint), packs.open_pack(args.pack)
     target = pack.description.architecture
     ours, theirs = trunk.description.architecture.config, target.config
     if ours != theirs:
@@ -149,11 +160,12 @@ def assemble(args) -> None:
     cut = frozenset(target.cut | {a for a in trunk.description.architecture.cut if a not in units and a.rpartition(".")[0] not in units})
     combined = Architecture(ours, cut)
     combined = Architecture(ours, cut, tuple(u.address for u in combined.kept)).named()
-    tensors = surgery.combine(_Progress(trunk.tensors, "assemble"), pack.tensors, combined, units)
+    tensors = surgery.combine(trunk.tensors, pack.tensors, combined, units)
     training = {"trunk": Path(args.checkpoint).name, "pack": Path(args.pack).name}
     description = Description("unet", combined, prediction=trunk.description.prediction or pack.description.prediction,
                               licence=pack.description.licence, training=training)
-    packs.write_unet(args.output, tensors, description, DTYPES[args.dtype])
+    packs.write_unet(args.output, _Progress(tensors, "assemble"), description, DTYPES[args.dtype],
+                     packs.ZERO_SNR_MARKER in trunk.markers)
     print(f"wrote {args.output}: {_headline(facts(combined))}, {combined.params / 1e6:.2f} M parameters")
 
 
@@ -224,4 +236,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # what shells give a program that Ctrl-C stopped

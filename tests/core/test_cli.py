@@ -193,6 +193,18 @@ def test_convert_stores_the_wanted_dtype(run, folder, tmp_path, name, dtype):
     assert same(tensors_of(out), {k: v.to(dtype) for k, v in tensors_of(source).items()})
 
 
+def test_how_a_checkpoint_was_trained_goes_with_it(run, folder, tmp_path):
+    # Checkpoints without a description say so by empty tensors, which stock ComfyUI looks for.
+    source, renamed, built = (tmp_path / f"{name}.safetensors" for name in ("source", "renamed", "built"))
+    full = load_file(folder / "full.safetensors")
+    save_file(full | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, source)
+    assert run("convert", source, renamed, "--layout", "ldm")[0] == 0
+    assert run("assemble", source, folder / "m2.safetensors", built)[0] == 0
+    for path in (renamed, built):
+        assert {k for k, v in load_file(path).items() if not v.numel()} == {"v_pred", "ztsnr"}
+        assert packs.open_unet(path).description.prediction == "v"
+
+
 # extract-pack and assemble --------------------------------------------------------------------------
 
 
@@ -249,6 +261,13 @@ def test_assemble_into_a_pruned_trunk_keeps_what_is_cut_outside_the_pack(run, fo
     units = select(NARROW, "down.0, up.3")
     assert same(dict(loaded.tensors), surgery.combine(
         weights(base, 2), weights(Architecture.full(NARROW), 1), Architecture(NARROW, cut), units))
+
+
+def test_a_pack_with_the_stem_says_what_it_is_good_for(run, folder, tmp_path):
+    out = tmp_path / "pack.safetensors"
+    assert "Apply Pack cannot play" in run("extract-pack", folder / "base.safetensors", out, "--units", "*")[1]
+    assert "Apply Pack" not in run("extract-pack", folder / "base.safetensors", out, "--units", "*, !stem")[1]
+    assert packs.open_pack(out).description.units == Architecture.preset("base", NARROW).pack_units()
 
 
 # presets --------------------------------------------------------------------------------------------
