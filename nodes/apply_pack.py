@@ -74,7 +74,7 @@ class ASDMApplyPack(io.ComfyNode):
             search_aliases=["asdm", "combined unet", "m2", "speed up", "accelerate"],
             inputs=[
                 io.Model.Input("model"),
-                io.Combo.Input("pack_name", options=files.packs()),
+                io.Combo.Input("pack_name", options=files.packs(), tooltip="A file from models/asdm_packs, or a pack of the embedded family."),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
                                tooltip="Where in the sampling run the pack begins to play; 0 is the first step."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,

@@ -39,7 +39,8 @@ class ASDMLoadPrunedUNet(io.ComfyNode):
                 io.Combo.Input("unet_name", options=files.unets(), tooltip="A folder in diffusers form ends in a slash."),
                 io.Combo.Input("prediction", options=["auto", *models.PREDICTIONS], default="auto", advanced=True,
                                tooltip="What the network predicts. auto reads it from the file or its folder, or follows the rule of the family."),
-                io.Combo.Input("weight_dtype", options=list(models.WEIGHT_DTYPES), default="default", advanced=True),
+                io.Combo.Input("weight_dtype", options=list(models.WEIGHT_DTYPES), default="default", advanced=True,
+                               tooltip="As in Load Diffusion Model: fp8 halves the memory and costs some quality."),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="found", tooltip="What this file is.")],
         )
@@ -61,7 +62,7 @@ class ASDMCheckpointLoader(io.ComfyNode):
             description="Loads a whole checkpoint whose UNet is pruned, or a member of the small emoji family that ships with "
                         "asdm (128 x 128 pixels, made for trying things out). For an ordinary checkpoint use the stock node.",
             search_aliases=["emoji", "pruned checkpoint", "distilled checkpoint"],
-            inputs=[io.Combo.Input("ckpt_name", options=files.checkpoints())],
+            inputs=[io.Combo.Input("ckpt_name", options=files.checkpoints(), tooltip="The embedded family first, then models/checkpoints.")],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
 

@@ -74,8 +74,10 @@ class ASDMSaveUNet(io.ComfyNode):
             search_aliases=["export", "merge pack", "assemble"],
             inputs=[
                 io.Model.Input("model"),
-                io.String.Input("filename_prefix", default="diffusion_models/asdm"),
-                io.Combo.Input("dtype", options=list(DTYPES), default="fp16", advanced=True),
+                io.String.Input("filename_prefix", default="diffusion_models/asdm",
+                                tooltip="Folder and beginning of the file name, in the output folder; a number follows."),
+                io.Combo.Input("dtype", options=list(DTYPES), default="fp16", advanced=True,
+                               tooltip="fp16 is what others share; fp32 keeps every digit for further training."),
             ],
             outputs=[io.String.Output(display_name="path")],
             is_output_node=True,
