@@ -33,7 +33,7 @@ def write_text_encoder(path):
     name = "text_model.embeddings.token_embedding.weight"
     ids = torch.cat([torch.arange(1000), torch.tensor([49406, 49407])])
     tensors[name] = torch.randn(len(ids), WIDTH)
-    packs.write_file(path, {**tensors, "token_ids": ids.int()}, {"format": "pt", "config": json.dumps(TEXT_CONFIG)})
+    packs.write_file(path, {**tensors, "token_ids": ids.int()}, {"format": "pt", "text_config": json.dumps(TEXT_CONFIG)})
 
 
 def write_vae(path):

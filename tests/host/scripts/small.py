@@ -1,7 +1,6 @@
 """Small random UNets, packs and sampling runs for scripts inside a host process."""
 
 import functools
-import hashlib
 from pathlib import Path
 
 import comfy.model_management
@@ -140,11 +139,6 @@ def sample(model, config=SD, size=(16, 16), batch=1, seed=0, latent=None, **more
 def run(model, noise, latent, config=SD, steps=2, cfg=3.0, sampler="euler", scheduler="normal", positive=None, negative=None, **more):
     return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive or cond(config, 1),
                                negative or cond(config, 2), latent, disable_pbar=True, **more)
-
-
-def digest(tensor):
-    """Equal for bit-equal tensors only."""
-    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def difference(a, b):

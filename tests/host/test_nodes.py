@@ -1,0 +1,174 @@
+"""The nodes over HTTP, as the browser uses them, on a running ComfyUI."""
+
+import io
+import json
+import re
+import shutil
+
+import pytest
+from PIL import Image
+
+from demo.server import PACK, PromptError
+
+IDS = sorted({name for path in (PACK / "nodes").glob("*.py") for name in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))})
+GRAPHS = sorted((PACK / "workflows" / "api").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def family(server, call_in_host, tmp_path_factory):
+    """A checkpoint with companions and a pack of it, of random weights, in the server's model folders."""
+    written = tmp_path_factory.mktemp("family")
+    call_in_host(written, "family.py", "main", str(written / "models"))
+    shutil.copytree(written / "models", server.base / "models", dirs_exist_ok=True)
+
+
+def graph(**changes):
+    """Text to image on the family with its pack; `changes` are inputs of the pack node."""
+    pack = {"model": ["1", 0], "pack_name": "random-m2.safetensors", "start_percent": 0.0, "end_percent": 1.0}
+    sampler = {"model": ["8", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["4", 0], "seed": 1, "steps": 2,
+               "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    return {
+        "1": {"class_type": "ASDMCheckpointLoader", "inputs": {"ckpt_name": "random.safetensors"}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "red apple"}},
+        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
+        "5": {"class_type": "KSampler", "inputs": sampler},
+        "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
+        "7": {"class_type": "SaveImage", "inputs": {"images": ["6", 0], "filename_prefix": "test"}},
+        "8": {"class_type": "ASDMApplyPack", "inputs": pack | changes},
+    }
+
+
+def image(client, outputs, node="7"):
+    return Image.open(io.BytesIO(client.fetch(outputs[node]["images"][0])))
+
+
+def test_all_nodes_are_offered_with_a_description(client):
+    offered = {name: info for name, info in client.object_info().items() if info["python_module"] == "custom_nodes.asdm"}
+    assert IDS and sorted(offered) == IDS
+    for name, info in offered.items():
+        assert len(info["description"]) > 40, name
+        assert info["display_name"] != name
+
+
+@pytest.mark.parametrize("node", IDS)
+def test_every_setting_has_a_tooltip(client, node):
+    inputs = client.object_info(node)["input"]
+    settings = {**inputs.get("required", {}), **inputs.get("optional", {})}
+    links = ("MODEL", "CLIP", "VAE", "LATENT", "CONDITIONING", "IMAGE")
+    assert not [name for name, (kind, *options) in settings.items() if kind not in links and not options[0].get("tooltip")]
+
+
+@pytest.mark.parametrize("node", IDS)
+def test_every_node_has_a_help_page(client, node):
+    page = client.request(f"/extensions/asdm/docs/{node}.md").decode()
+    assert page.startswith("# ") and len(page) > 200
+
+
+def test_there_are_workflows():
+    assert GRAPHS
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+def test_workflow_runs(client, path):
+    outputs = client.run(json.loads(path.read_text("utf-8")))
+    pictures = [Image.open(io.BytesIO(client.fetch(entry))) for output in outputs.values() for entry in output.get("images", [])]
+    assert pictures
+    for picture in pictures:
+        low, high = picture.convert("L").getextrema()
+        assert low < high
+
+
+def test_pack_changes_the_picture_and_an_empty_window_does_not(client, family):
+    plain = graph()
+    plain["5"]["inputs"]["model"] = ["1", 0]
+    del plain["8"]
+    pictures = [image(client, client.run(g)).tobytes() for g in (plain, graph(start_percent=0.5, end_percent=0.5), graph(end_percent=0.5))]
+    assert pictures[0] == pictures[1]
+    assert pictures[0] != pictures[2]
+
+
+def test_same_seed_gives_the_same_picture_after_another(client, family):
+    def run(seed):
+        changed = graph()
+        changed["5"]["inputs"]["seed"] = seed
+        return image(client, client.run(changed)).tobytes()
+
+    first, second = run(11), run(12)
+    assert first != second
+    client.free()
+    assert run(11) == first
+
+
+def test_files_that_come_later_are_offered_without_a_restart(client, family, server):
+    shutil.copy(server.base / "models/asdm_packs/random-m2.safetensors", server.base / "models/asdm_packs/later.safetensors")
+    assert "later.safetensors" in client.choices("ASDMApplyPack", "pack_name")
+    assert "random.safetensors" in client.choices("ASDMCheckpointLoader", "ckpt_name")
+    client.run(graph(pack_name="later.safetensors"))
+
+
+def test_unknown_file_is_refused_before_the_run(client, family):
+    with pytest.raises(PromptError, match=r"(?s)node 8 \(ASDMApplyPack\).*pack_name.*nothing.safetensors"):
+        client.run(graph(pack_name="nothing.safetensors"))
+    assert client.run(graph())
+
+
+def damaged(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        del data[-1000:]
+    if how == "pickle":
+        data[:10] = b"PK\x03\x04\x00\x00\x00\x00\x00\x00"
+    return bytes(data)
+
+
+@pytest.mark.parametrize("how, said", [("truncated", "cut short"), ("pickle", "pickle")])
+def test_damaged_pack_is_one_error_and_the_next_run_works(client, family, server, how, said):
+    folder = server.base / "models/asdm_packs"
+    bad = folder / f"{how}.safetensors"
+    bad.write_bytes(damaged(folder / "random-m2.safetensors", how))
+    with pytest.raises(PromptError, match=rf"(?s)ASDMApplyPack.*{how}.safetensors.*{said}"):
+        client.run(graph(pack_name=bad.name))
+    assert client.run(graph())
+    # The same name, put right, without a restart.
+    shutil.copy(folder / "random-m2.safetensors", bad)
+    assert client.run(graph(pack_name=bad.name))
+
+
+def test_file_that_vanishes_is_named(client, family, server):
+    folder = server.base / "models/asdm_packs"
+    gone = shutil.copy(folder / "random-m2.safetensors", folder / "gone.safetensors")
+    client.choices("ASDMApplyPack", "pack_name")
+    gone.unlink()
+    with pytest.raises(PromptError, match="gone.safetensors"):
+        client.run(graph(pack_name="gone.safetensors"))
+    assert client.run(graph())
+
+
+def test_whole_unet_as_pack_and_pack_as_unet(client, family, server):
+    models = server.base / "models"
+    shutil.copy(models / "checkpoints/random.safetensors", models / "asdm_packs/whole.safetensors")
+    with pytest.raises(PromptError, match="whole.safetensors: this is a whole UNet, not a pack. Load it with Load Pruned UNet"):
+        client.run(graph(pack_name="whole.safetensors"))
+    (models / "diffusion_models").mkdir(exist_ok=True)
+    shutil.copy(models / "asdm_packs/random-m2.safetensors", models / "diffusion_models/pack.safetensors")
+    wrong = graph()
+    wrong["9"] = {"class_type": "ASDMLoadPrunedUNet", "inputs": {"unet_name": "pack.safetensors", "prediction": "auto", "weight_dtype": "default"}}
+    wrong["8"]["inputs"]["model"] = ["9", 0]
+    with pytest.raises(PromptError, match="pack.safetensors: this is a pack, not a whole UNet. Use Apply Pack"):
+        client.run(wrong)
+    assert client.run(graph())
+
+
+def test_saved_unet_can_be_loaded_and_gives_the_same_picture(client, family, server):
+    outputs = client.run({
+        **{k: v for k, v in graph().items() if k in ("1", "8")},
+        "10": {"class_type": "ASDMSaveUNet", "inputs": {"model": ["8", 0], "filename_prefix": "saved/m2", "dtype": "fp32"}},
+    })
+    text = outputs["10"]["text"][0]
+    assert "m2" in text and "emoji" in text
+    (saved,) = (server.base / "output/saved").glob("*.safetensors")
+    (server.base / "models/diffusion_models").mkdir(exist_ok=True)
+    shutil.copy(saved, server.base / "models/diffusion_models/saved.safetensors")
+    loaded = graph()
+    loaded["8"] = {"class_type": "ASDMLoadPrunedUNet", "inputs": {"unet_name": "saved.safetensors", "prediction": "auto", "weight_dtype": "default"}}
+    assert image(client, client.run(loaded)).tobytes() == image(client, client.run(graph())).tobytes()
