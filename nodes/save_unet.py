@@ -85,11 +85,11 @@ class ASDMSaveUNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename_prefix, dtype):
+        architecture, sources = played_architecture(model)
         kind = model.model.model_type
         prediction = {t: name for name, t in models.PREDICTIONS.items()}.get(kind)
         if prediction is None:
             raise ValueError(f"this MODEL predicts {kind.name}; Save UNet writes models that predict EPS or V_PREDICTION.")
-        architecture, sources = played_architecture(model)
         folder, prefix, *_ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         path = unused_path(Path(folder), prefix)
         write_unet(path, played_weights(model, architecture, sources), Description("unet", architecture, prediction=prediction),
