@@ -93,6 +93,87 @@ def test_blocks_come_from_where_the_papers_say(preset):
     assert bool(mid) == any(k.startswith("middle_block") for k in Architecture.preset(preset).keys("ldm", "renumbered"))
 
 
+@pytest.mark.parametrize("family", ["sd15", "sd21", "emoji"])
+@pytest.mark.parametrize("preset", RENUMBERED)
+def test_keys_are_renumbered_as_the_papers_say(preset, family):
+    blocks = dict(zip(("input_blocks", "output_blocks"), RENUMBERED[preset], strict=False))
+    chosen = Architecture.preset(preset, FAMILIES[family])
+    wanted = {}
+    for key, slot in chosen.keys("ldm", "renumbered").items():
+        root, number, rest = key.split(".", 2)
+        wanted[f"{root}.{blocks[root][int(number)] if root in blocks else number}.{rest}"] = slot
+    assert wanted == chosen.keys()
+
+
+# Blocks of the skeleton, in LDM numbers, that a combined UNet takes from base; conv_in (input block 0) stays the host's.
+FROM_BASE = {"m1": ([1, 3], [9, 11]), "m2": ([1, 3, 4, 6], [6, 8, 9, 11]), "m3": ([1, 3, 4, 6, 7, 9], [3, 5, 6, 8, 9, 11])}
+
+
+@pytest.mark.parametrize("preset", FROM_BASE)
+def test_combined_unets_own_the_blocks_of_base(preset):
+    paths = [unit(SD, a).ldm.split(".") for a in Architecture.preset(preset).own]
+    for root, numbers in zip(("input_blocks", "output_blocks"), FROM_BASE[preset], strict=True):
+        assert sorted({int(p[1]) for p in paths if p[0] == root}) == numbers
+    assert {p[0] for p in paths} == {"input_blocks", "output_blocks"}
+
+
+@pytest.mark.parametrize("preset, layers, mid", [
+    ("base", (1, 1, 1, 1), "UNetMidBlock2DCrossAttn"), ("small", (1, 1, 1, 1), None), ("tiny", (1, 1, 1), None),
+    ("m1", (1, 2, 2, 2), "UNetMidBlock2DCrossAttn"), ("m2", (1, 1, 2, 2), "UNetMidBlock2DCrossAttn"),
+    ("m3", (1, 1, 1, 2), "UNetMidBlock2DCrossAttn"), ("ssd-1b", (2, 2, 2), "UNetMidBlock2D"),
+])
+def test_diffusers_config_of_the_renumbered_network(preset, layers, mid):
+    config = Architecture.preset(preset).renumbered.config.to_diffusers()
+    assert (config["layers_per_block"], config["mid_block_type"]) == (layers, mid)
+    if preset == "ssd-1b":  # the depths in Segmind's own config.json
+        assert config["transformer_layers_per_block"][1:] == [[2, 2], [4, 4]]
+        assert config["reverse_transformer_layers_per_block"][:2] == [[4, 4, 10], [2, 1, 1]]
+
+
+def test_shortened_transformers_keep_their_first_blocks():
+    chosen = Architecture.preset("koala-1b")
+    assert [chosen.renumbered.origin[f"up.0.1.transformer.{i}"] for i in range(6)] == [f"up.0.2.transformer.{i}" for i in range(6)]
+    assert chosen.kept_blocks(unit(SDXL, "mid.0.transformer")) == tuple(range(6))
+
+
+def test_blocks_are_renumbered_over_a_gap():
+    chosen = Architecture(SDXL, {"mid.0.transformer.0", "mid.0.transformer.4"})
+    table = chosen.keys("ldm", "renumbered")
+    homes = [table[f"middle_block.1.transformer_blocks.{i}.ff.net.2.weight"].tensor.block for i in range(8)]
+    assert chosen.renumbered.config.mid == 8 and homes == [1, 2, 3, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("preset, family", [("tiny", "sdxl"), ("m1", "sdxl"), ("ssd-1b", "sd15"), ("koala-1b", "emoji")])
+def test_presets_of_another_block_structure_are_refused(preset, family):
+    with pytest.raises(ValueError, match=f"matches no unit of this {family} UNet"):
+        Architecture.preset(preset, FAMILIES[family])
+
+
+def test_full_cuts_and_owns_nothing():
+    full = Architecture.full(SD)
+    assert (full.cut, full.own, full.name, full.kept, full.own_params) == (frozenset(), (), "full", walk(SD), 0)
+    assert full.renumbered.config == SD and all(a == b for a, b in full.renumbered.origin.items())
+    assert full.keys() == full.keys("ldm", "renumbered") == keys(SD)
+
+
+def test_choose_cuts_and_trains_only_inside_the_blocks():
+    chosen = Architecture.choose(SD, "down.*.1, up.*.1", on="down.0")
+    assert chosen.cut_units == ("down.0.1.resnet", "down.0.1.transformer") and chosen.cut == set(chosen.cut_units)
+    assert chosen.own == ("down.0.0.resnet", "down.0.0.transformer", "down.0.sampler")
+    deep = Architecture.choose(SDXL, "down.2.*.transformer.3-9", on="down.2.0")
+    assert deep.cut == {f"down.2.0.transformer.{i}" for i in range(3, 10)} and deep.cut_units == ()
+    assert Architecture.choose(SD, on="up.3.2").own == ("up.3.2.resnet", "up.3.2.transformer")
+    assert Architecture.choose(SD).own == ()
+
+
+def test_has_tells_cut_tensors_from_kept_ones():
+    chosen, table = Architecture(SDXL, {"down.1.0.transformer.1", "mid.0.transformer", "mid.1.resnet"}), keys(SDXL)
+    assert not chosen.has(table["input_blocks.4.1.transformer_blocks.1.norm1.weight"])
+    assert chosen.has(table["input_blocks.4.1.transformer_blocks.0.norm1.weight"])
+    assert chosen.has(table["input_blocks.4.1.proj_in.weight"])
+    assert not chosen.has(table["middle_block.1.transformer_blocks.9.norm1.weight"])
+
+
 @pytest.mark.parametrize("preset", HOST)
 def test_host_config_of_the_renumbered_network(preset):
     config = Architecture.preset(preset).renumbered.config.to_host()
@@ -109,10 +190,11 @@ def test_parameters(preset):
             assert sum(s.tensor.numel for s in chosen.keys(layout, numbering).values()) == PARAMS[preset]
 
 
-@pytest.mark.parametrize("preset, own", [("m1", 18.60), ("m2", 87.55), ("m3", 336.1)])
+# The tables print 18.60 and 87.55, sums of rounded numbers.
+@pytest.mark.parametrize("preset, own", [("m1", 18.605120), ("m2", 87.559360), ("m3", 336.057280)])
 def test_own_parameters_of_combined_unets(preset, own):
     chosen = Architecture.preset(preset)
-    assert chosen.own_params / 1e6 == pytest.approx(own, abs=0.05)
+    assert chosen.own_params == round(own * 1e6)
     assert not any(a.startswith(("stem.", "mid.")) for a in chosen.own)
 
 
@@ -188,6 +270,19 @@ def test_unknown_preset(name):
 def test_refused_cuts(cut, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Architecture.choose(SD, cut)
+
+
+@pytest.mark.parametrize("address", ["mid.2.resnet", "down.0.0", "down.2.0.transformer.1", "down.2.0.transformer.0.attn1", ""])
+def test_unknown_addresses_are_named(address):
+    with pytest.raises(ValueError, match=re.escape(f"no unit {address!r} in a sd15 UNet")):
+        Architecture(SD, {"mid.1.resnet", address})
+
+
+def test_all_blocks_of_a_transformer_are_the_transformer():
+    u = unit(SDXL, "up.0.1.transformer")
+    with pytest.raises(ValueError, match=r"every block of up\.0\.1\.transformer is cut; cut up\.0\.1\.transformer itself"):
+        Architecture(SDXL, u.blocks)
+    assert Architecture(SDXL, u.blocks[1:]).kept_blocks(u) == (0,)
 
 
 def test_pooled_conditioning_cannot_be_cut():
@@ -314,7 +409,33 @@ def test_the_renumbered_network_has_the_same_tensors(config):
             assert shapes(table) == shapes(keys(small.config, layout))
             slots = [(s.unit.address, s.tensor.ldm) for s in table.values()]
             assert sorted(slots) == sorted((s.unit.address, s.tensor.ldm) for s in chosen.keys(layout).values())
-        assert sorted(small.origin.values()) == sorted(set(small.origin.values()))
+        check_origin(chosen, small)
+
+    check()
+
+
+def check_origin(chosen, small):
+    """The small config is one that every reader takes, and each of its units has one home among the kept ones."""
+    assert UNetConfig.from_dict(small.config.to_dict()) == small.config
+    assert UNetConfig.from_host(small.config.to_host(), small.config.family) == small.config
+    assert set(small.origin) == set(addresses(small.config))
+    kept = [a for u in chosen.kept for a in (u.address, *(u.blocks[i] for i in chosen.kept_blocks(u)))]
+    assert sorted(small.origin.values()) == sorted(kept)
+
+
+@pytest.mark.parametrize("config", SKELETONS[:2])
+def test_what_both_sides_of_a_level_lose_renumbers(config):
+    @given(st.data())
+    def check(data):
+        lost = data.draw(st.sets(st.integers(0, config.levels - 1)))
+        mid = data.draw(st.sampled_from([(), ("mid",), ("mid.0.transformer", "mid.1")]))
+        blocks = data.draw(st.sets(st.sampled_from([b for u in walk(SDXL) for b in u.blocks[1:]]))) if config is SDXL else ()
+        cut = (*(f"down.{n}.1" for n in lost), *(f"up.{config.levels - 1 - n}.1" for n in lost), *mid, *sorted(blocks))
+        chosen = Architecture.choose(config, ", ".join(cut))
+        small = chosen.renumbered
+        check_origin(chosen, small)
+        assert [len(d) for d in small.config.down] == [1 if n in lost else 2 for n in range(config.levels)]
+        assert not mid or small.config.mid == (NO_MID if mid == ("mid",) else RESNET_MID)
 
     check()
 
@@ -382,7 +503,7 @@ STEPS = ("down.0.1, up.3.1", "down.1.1, up.2.1", "down.2.1, up.1.1", "down.3.1, 
          "mid.0.transformer, mid.1", "down.2.*.transformer", "up.1-2.*.transformer", "down.2.sampler, down.3, up.0")
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.sets(st.sampled_from(STEPS), min_size=1))
 def test_random_choices_compute_what_the_renumbered_network_computes(steps):
     chosen = Architecture.choose(NARROW, ", ".join(steps))
@@ -396,7 +517,7 @@ def test_random_choices_compute_what_the_renumbered_network_computes(steps):
     assert torch.equal(run(full, NARROW, 8, 13), run(small, NARROW, 8, 13))
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(architectures(SHALLOW))
 def test_whatever_is_accepted_runs(chosen):
     unet = network(SHALLOW)
