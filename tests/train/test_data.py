@@ -14,6 +14,7 @@ def test_concepts_are_many_distinct_and_few_faces():
     groups = read_groups()
     codes = [code for part in groups.values() for code in part]
     assert len(codes) == len(set(codes)) and 320 <= len(codes) <= 420
+    assert sum(taught for part in groups.values() for taught in part.values()) >= 200
     assert len(groups["faces"]) <= 25
 
 
@@ -81,10 +82,11 @@ def test_compose_blends_the_glyph_over_the_background():
     torch.testing.assert_close(picture[:, 64, 64], torch.tensor([1.0, 0.5, 0.5]))
 
 
-def test_jitter_keeps_the_glyph_inside_the_picture():
+@pytest.mark.parametrize("wild", [False, True])
+def test_jitter_keeps_the_glyph_inside_the_picture(wild):
     glyph = torch.zeros(1, 4, 256, 256)
     glyph[:, 3, 8:248, 100:156] = 1  # as tall as a glyph can be
-    maps = jitter(torch.Generator().manual_seed(0), 64)
+    maps = jitter(torch.Generator().manual_seed(0), 64, wild)
     pictures = compose(glyph.expand(64, -1, -1, -1), maps, ["white"] * 64)
     covered = (1 - pictures[:, 0]).sum((1, 2))
     scale = maps[:, :, :2].det().abs()  # of output area to input area

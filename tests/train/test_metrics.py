@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from train.emoji.classifier import FEATURES, Classifier, augment, load_classifier, save_classifier, top_k
@@ -27,8 +28,11 @@ def test_the_classifier_comes_back_from_its_file(tmp_path):
     save_classifier(tmp_path / "emoji-classifier.safetensors", model, list("abcde"), {"steps": 0})
     x = torch.rand(2, 3, 128, 128)
     with torch.no_grad():
-        assert torch.equal(load_classifier(tmp_path)(x), model(x))
+        assert torch.equal(load_classifier(tmp_path, list("abcde"))(x), model(x))
+        torch.testing.assert_close(load_classifier(tmp_path, list("eca"))(x), model(x)[:, [4, 2, 0]])
         assert model.features(x).shape == (2, FEATURES)
+    with pytest.raises(ValueError, match="does not know z"):
+        load_classifier(tmp_path, ["z"])
 
 
 def test_augmenting_depends_on_the_generator_alone():

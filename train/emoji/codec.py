@@ -244,8 +244,8 @@ def main() -> None:
     name = "decoder" if args.decoder_only else "codec"
 
     glyphs = load_glyphs(args.runs)
-    pool = variants(glyphs.concepts, STYLES)
-    probe = draw(glyphs, [pool[i] for i in range(0, len(pool), len(pool) // 96)])
+    pool = variants(glyphs.concepts, STYLES, everything=True)
+    probe = draw(glyphs, [pool[i] for i in range(0, len(pool), len(pool) // 96)], wild=True)
     codec = load_codec(args.models) if args.decoder_only else Codec()
     codec.encoder.requires_grad_(not args.decoder_only)
     finished = copy.deepcopy(codec)  # takes the averaged weights
@@ -270,7 +270,7 @@ def main() -> None:
         began = time.perf_counter()
         g = seeded(args.seed, 4 if args.decoder_only else 1, run.step)
         chosen = [pool[i] for i in torch.randint(len(pool), (args.batch,), generator=g)]
-        x = draw(glyphs, chosen, seed=run.step + 1).to(args.device)
+        x = draw(glyphs, chosen, seed=run.step + 1, wild=True).to(args.device)
         noise = torch.randn(args.batch, LATENT_CHANNELS, x.shape[2] // 8, x.shape[3] // 8, generator=g)
         # Half the pictures without noise: the codec alone must be sharp too.
         amount = args.noise * (2 * torch.rand(args.batch, generator=g) - 1).clamp_min(0)

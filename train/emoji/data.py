@@ -51,20 +51,21 @@ class Variant:
 
 
 def variants(concepts: list[Concept], styles: tuple[str, ...], everything: bool = False) -> list[Variant]:
-    """All training pictures of some styles; held-out pairs only with `everything`."""
+    """All training pictures of the UNets in some styles; with `everything` also held-out pairs and concepts not taught."""
     return [Variant(i, style, background, copy)
             for style in styles for i, c in enumerate(concepts)
+            if everything or c.taught
             if everything or not held_out(c.code, "style", style)
             for background in BACKGROUNDS
             if everything or not held_out(c.code, "background", background)
             for copy in range(VARIANTS_PER_BACKGROUND)]
 
 
-def draw(glyphs: Glyphs, chosen: list[Variant], seed: int = 0) -> Tensor:
+def draw(glyphs: Glyphs, chosen: list[Variant], seed: int = 0, wild: bool = False) -> Tensor:
     """The pictures of some variants, (B, 3, SIZE, SIZE). A variant always gets the same jitter for a seed."""
     maps = torch.cat([
         jitter(seeded(seed, int(glyphs.concepts[v.concept].code, 16), STYLES.index(v.style),
-                      list(BACKGROUNDS).index(v.background), v.copy), 1) for v in chosen])
+                      list(BACKGROUNDS).index(v.background), v.copy), 1, wild) for v in chosen])
     pixels = torch.stack([glyphs.pixels[STYLES.index(v.style), v.concept] for v in chosen]).float() / 255
     return compose(pixels, maps, [v.background for v in chosen])
 

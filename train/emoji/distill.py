@@ -90,7 +90,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     glyphs = load_glyphs(args.runs)
     encoder = load_text(args.models / "emoji-text.safetensors").to(args.device).requires_grad_(False)
-    batches = Batches(glyphs, load_latents(args.runs, glyphs, TEACHER_STYLES).trained(glyphs),
+    batches = Batches(glyphs, load_latents(args.runs, glyphs, TEACHER_STYLES),
                       Tokens(host_folder(args.host), ids=encoder.ids.tolist()), args.seed + 2)
     teacher = load_unet(args.models / "emoji-teacher.safetensors").requires_grad_(False)
     architecture = Architecture.preset(args.preset, CONFIG)

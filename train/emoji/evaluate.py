@@ -72,8 +72,8 @@ class Family:
         self.models, self.runs = args.models, args.runs
         self.glyphs: Glyphs = load_glyphs(args.runs)
         self.concepts = self.glyphs.concepts
-        self.codec, self.classifier = load_codec(args.models), load_classifier(args.models)
-        self.limit = args.limit
+        self.codec, self.classifier = load_codec(args.models), load_classifier(args.models, [c.code for c in self.concepts])
+        self.taught = [i for i, c in enumerate(self.concepts) if c.taught][: args.limit]
 
     def text(self, host: str | None) -> None:
         self.encoder = load_text(self.models / "emoji-text.safetensors")
@@ -97,10 +97,10 @@ def codec_part(f: Family) -> list[dict]:
     """PSNR of the codec, and the ceiling of the classifier: real glyphs after the codec."""
     rows = []
     for style in STYLES:
-        chosen = [Variant(i, style, list(BACKGROUNDS)[i % 6], copy) for copy in (0, 1) for i in range(len(f.concepts))]
+        chosen = [Variant(i, style, list(BACKGROUNDS)[i % 6], copy) for copy in (0, 1) for i in f.taught]
         images, quality = [], []
         for i in range(0, len(chosen), 32):
-            x = draw(f.glyphs, chosen[i : i + 32], seed=10**6)  # jitter no training picture had
+            x = draw(f.glyphs, chosen[i : i + 32], seed=10**6, wild=True)  # jitter no training picture had
             quality.append(psnr_of(f.codec, x))
             with torch.no_grad():
                 images.append(f.codec.decode(f.codec.encode(x)))
@@ -112,8 +112,7 @@ def codec_part(f: Family) -> list[dict]:
 
 def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list[dict]:
     """Recognition with plain prompts, diversity of seeds, held-out pairs."""
-    unet, n = f.unet(name), f.limit or len(f.concepts)
-    every = list(range(n))
+    unet, every = f.unet(name), f.taught
     images = []
     for seed in range(seeds):
         images.append(f.draw(f"{name}, seed {seed}", unet, [prompt(f.concepts[i]) for i in every],
@@ -121,7 +120,7 @@ def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list
         save_grid(f.runs / f"grid-{name}-{seed}.png", images[-1], columns=24, scale=0.5)
     rows = [{"row": f"{name}, plain prompts"} | f.recognised(torch.cat(images), every * seeds)]
     per_concept = torch.stack([top_k(f.classifier, x, torch.tensor(every))[0] for x in images]).float().mean(0)
-    rows[0]["never_recognised"] = [f.concepts[i].name for i in every if per_concept[i] == 0]
+    rows[0]["never_recognised"] = [f.concepts[i].name for k, i in enumerate(every) if per_concept[k] == 0]
     if seeds > 1:
         pairs = psnr(images[0], images[1])
         rows.append({"row": f"{name}, two seeds of one prompt", "psnr": round(float(pairs.mean()), 2), "psnr_se": round(spread(pairs), 2)})
@@ -135,8 +134,8 @@ def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list
         chosen = []
         for i in every:
             fitting = [b for b in BACKGROUNDS if held_out(f.concepts[i].code, "background", b) == wanted]
-            if fitting and i % 3 == 0:
-                chosen.append((i, fitting[i // 3 % len(fitting)]))
+            if fitting and i % 2 == 0:
+                chosen.append((i, fitting[i // 2 % len(fitting)]))
         x = f.draw(label, unet, [prompt(f.concepts[i], background=b) for i, b in chosen], [6000 + i for i, _ in chosen])
         obeyed = sum(a == b for a, (_, b) in zip(background_of(x), chosen, strict=True)) / len(chosen)
         rows.append({"row": f"{name}, {label}"} | f.recognised(x, [i for i, _ in chosen]) | {"background_obeyed": round(obeyed, 4)})
@@ -146,13 +145,13 @@ def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list
 def pack_part(f: Family, name: str) -> list[dict]:
     """The pack on the teacher it was made from, and on the finetune it never saw."""
     path, rows = f.models / f"emoji-{name}.safetensors", []
-    chosen = list(range(0, len(f.concepts), max(1, len(f.concepts) // (f.limit or PAIRED))))
+    chosen = f.taught[:: max(1, len(f.taught) // PAIRED)]
     prompts, seeds = [prompt(f.concepts[i]) for i in chosen], [7000 + i for i in chosen]
     for host, styles in (("teacher", TEACHER_STYLES), ("openmoji", ("openmoji",))):
         whole = f.unet(host)
         packed = apply_pack(whole, path)
         cut = student_of(whole, open_pack(path).description.architecture)
-        batches = Batches(f.glyphs, load_latents(f.runs, f.glyphs, styles).trained(f.glyphs), f.tokens, 99)
+        batches = Batches(f.glyphs, load_latents(f.runs, f.glyphs, styles), f.tokens, 99)
         pictures = {label: f.draw(f"{host}, {label}", unet, prompts, seeds)
                     for label, unet in (("whole", whole), ("merely cut", cut), (f"with {name}", packed))}
         for label, unet in (("whole", whole), ("merely cut", cut), (f"with {name}", packed)):

@@ -33,7 +33,7 @@ def main() -> None:
     glyphs = load_glyphs(args.runs)
     encoder = load_text(args.models / "emoji-text.safetensors")
     tokens = Tokens(host_folder(args.host), ids=encoder.ids.tolist())
-    data = load_latents(args.runs, glyphs, STYLE).trained(glyphs)
+    data = load_latents(args.runs, glyphs, STYLE)
     batches = Batches(glyphs, data, tokens, args.seed + 1)
     unet = load_unet(args.models / "emoji-teacher.safetensors")
     unet, _, run = train(args, "openmoji", unet, encoder, batches, STYLE, joint=False)

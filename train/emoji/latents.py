@@ -1,4 +1,4 @@
-"""The training pictures as latents, encoded once: 12 jittered copies of every glyph, 2 KB each.
+"""The training pictures of the UNets as latents, encoded once: 12 jittered copies of every glyph, 2 KB each.
 
     python -m train.emoji.latents noto twemoji openmoji
 """
@@ -16,7 +16,6 @@ from torch import Tensor
 from asdm_core.packs import write_file
 
 from .codec import load_codec
-from .captions import held_out
 from .data import Glyphs, Variant, draw, load_glyphs, variants
 from .sources import STYLES
 from .training import Progress, add_common_arguments, start
@@ -24,18 +23,10 @@ from .training import Progress, add_common_arguments, start
 
 @dataclass(frozen=True)
 class LatentSet:
-    """variants[i] says what latents[i] (fp16, 4x16x16) shows. Held-out pairs are in it; `trained` leaves them out."""
+    """variants[i] says what latents[i] (fp16, 4x16x16) shows."""
 
     variants: list[Variant]
     latents: Tensor
-
-    def trained(self, glyphs: Glyphs) -> LatentSet:
-        def kept(v: Variant) -> bool:
-            code = glyphs.concepts[v.concept].code
-            return not held_out(code, "style", v.style) and not held_out(code, "background", v.background)
-
-        rows = [i for i, v in enumerate(self.variants) if kept(v)]
-        return LatentSet([self.variants[i] for i in rows], self.latents[rows])
 
 
 def path_of(runs: Path, style: str) -> Path:
@@ -51,7 +42,7 @@ def load_latents(runs: Path, glyphs: Glyphs, styles: tuple[str, ...]) -> LatentS
             raise ValueError(f"{path} is missing; make it with `python -m train.emoji.latents {style}`")
         with safe_open(path, framework="pt") as f:
             parts.append(f.get_tensor("latents"))
-    wanted = variants(glyphs.concepts, styles, everything=True)
+    wanted = variants(glyphs.concepts, styles)
     latents = torch.cat(parts)
     if len(latents) != len(wanted):
         raise ValueError(f"the cached latents hold {len(latents)} pictures, the glyphs make {len(wanted)}; "
@@ -67,7 +58,7 @@ def main() -> None:
     start(args)
     glyphs, codec = load_glyphs(args.runs), load_codec(args.models).to(args.device)
     for style in args.styles:
-        chosen = variants(glyphs.concepts, (style,), everything=True)
+        chosen = variants(glyphs.concepts, (style,))
         latents = torch.empty(len(chosen), 4, 16, 16, dtype=torch.float16)
         progress = Progress(f"encoding {style}", len(chosen))
         with torch.no_grad():

@@ -41,14 +41,19 @@ def render(svg: str) -> Tensor:
     return canvas
 
 
-def jitter(generator: torch.Generator, count: int) -> Tensor:
-    """Random affine maps (count, 2, 3) for `compose`: flip, scale 0.75-1, shift +-10 px, rotation +-10 degrees."""
+def jitter(generator: torch.Generator, count: int, wild: bool = False) -> Tensor:
+    """Random affine maps (count, 2, 3) for `compose`.
+
+    For the UNets: scale 0.85-1, shift +-6 px, rotation +-6 degrees. wild, for the codec and the
+    classifier: mirrored half the time, scale 0.75-1, shift +-10 px, rotation +-10 degrees.
+    """
     u = torch.rand(count, 5, generator=generator)
-    flip = torch.where(u[:, 0] < 0.5, -1.0, 1.0)
-    scale = 0.75 + 0.25 * u[:, 1]
-    angle = math.radians(10) * (2 * u[:, 2] - 1)
+    smallest, furthest, degrees = (0.75, 10, 10) if wild else (0.85, 6, 6)
+    flip = torch.where(u[:, 0] < 0.5, -1.0, 1.0) if wild else torch.ones(count)
+    scale = smallest + (1 - smallest) * u[:, 1]
+    angle = math.radians(degrees) * (2 * u[:, 2] - 1)
     # A glyph that fills its box would leave the picture if it were shifted: shift within the room that is left.
-    room = (2 * 10 / SIZE) * ((1 - scale) / 0.25)
+    room = (2 * furthest / SIZE) * ((1 - scale) / (1 - smallest))
     shift = room[:, None] * (2 * u[:, 3:5] - 1)
     # affine_grid maps output to input coordinates, so this is the inverse of scale * rotation + shift.
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale

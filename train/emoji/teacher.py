@@ -195,7 +195,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     glyphs = load_glyphs(args.runs)
     tokens = Tokens(host_folder(args.host), texts=vocabulary(glyphs.concepts))
-    data = load_latents(args.runs, glyphs, TEACHER_STYLES).trained(glyphs)
+    data = load_latents(args.runs, glyphs, TEACHER_STYLES)
     batches = Batches(glyphs, data, tokens, args.seed)
     unet, encoder, run = train(args, "teacher", build(), TextEncoder(tokens.ids), batches, TEACHER_STYLES, joint=True)
     training = provenance(args, run) | {"data": "Noto Emoji and Twemoji", "concepts": len(glyphs.concepts)}

@@ -1,0 +1,76 @@
+"""The finished weights: what is in the files, and that ComfyUI's own classes compute the same with them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import bootstrap
+from asdm_core.architecture import Architecture
+from asdm_core.packs import open_pack, open_unet
+from train.emoji.codec import load_codec
+from train.emoji.text import Tokens, load_text
+from train.emoji.unet import CONFIG, addressed, load_unet
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "models" / "emoji"
+BUDGET = 30_000_000
+
+
+def test_the_weights_stay_within_their_budget():
+    assert sum(p.stat().st_size for p in MODELS.iterdir()) < BUDGET
+
+
+def test_every_file_says_what_it_is():
+    teacher, finetune = open_unet(MODELS / "emoji-teacher.safetensors"), open_unet(MODELS / "emoji-openmoji.safetensors")
+    pack = open_pack(MODELS / "emoji-m2.safetensors")
+    assert teacher.description.prediction == finetune.description.prediction == "v"
+    assert finetune.description.licence == "CC-BY-SA-4.0"
+    assert pack.description.architecture == Architecture.preset("m2", CONFIG)
+    assert all((MODELS / name).exists() for name in teacher.description.companions.values())
+    assert pack.description.training["from"] == "emoji-teacher.safetensors"
+
+
+def test_the_finetune_is_a_network_of_its_own():
+    teacher, finetune = (load_unet(MODELS / f"emoji-{n}.safetensors").state_dict() for n in ("teacher", "openmoji"))
+    assert set(teacher) == set(finetune)
+    assert all(not torch.equal(teacher[k], finetune[k]) for k in teacher if k.endswith("conv1.weight"))
+
+
+@pytest.mark.host
+@torch.no_grad()
+def test_comfyui_computes_the_same(tmp_path):
+    host = bootstrap.host_path()
+    g = torch.Generator().manual_seed(0)
+    codec, unet, encoder = load_codec(MODELS), load_unet(MODELS / "emoji-teacher.safetensors"), load_text(MODELS / "emoji-text.safetensors")
+    images = torch.rand(2, 3, 8, 8, generator=g).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    tokens = Tokens(Path(host), ids=encoder.ids.tolist())
+    rows = tokens(["a cat face on blue, noto style", ""])
+    given = {"images": images, "latents": torch.randn(2, 4, 16, 16, generator=g), "t": torch.tensor([20.0, 900.0]),
+             "context": encoder(rows)}
+    config = CONFIG.to_host()
+    save_file({k: v.contiguous() for k, v in given.items()}
+              | {f"unet.{k}": v.detach().contiguous() for k, v in addressed(unet).items()}, tmp_path / "in.safetensors")
+    (tmp_path / "in.json").write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("host_family.py")), str(host), str(MODELS), str(tmp_path / "in.safetensors"),
+         str(tmp_path / "out.safetensors")], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    out = load_file(tmp_path / "out.safetensors")
+    torch.testing.assert_close(out["latents"], codec.encode(images), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out["decoded"], codec.decode(given["latents"]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out["v"], unet(given["latents"], given["t"], given["context"]).sample, rtol=1e-3, atol=1e-4)
+    assert out["tokens"].tolist() == [[tokens.ids[r] for r in rows[0].tolist()]]
+
+
+def test_text_encoder_keeps_only_rows_in_use():
+    with safe_open(MODELS / "emoji-text.safetensors", framework="pt") as f:
+        ids, table = f.get_tensor("token_ids"), f.get_slice("text_model.embeddings.token_embedding.weight").get_shape()
+        config = json.loads(f.metadata()["text_config"])
+    assert ids.dtype == torch.int32 and table == [len(ids), 128] and ids.tolist() == sorted(set(ids.tolist()))
+    assert {49406, 49407} <= set(ids.tolist()) and config["hidden_act"] == "quick_gelu"
