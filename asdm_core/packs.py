@@ -45,7 +45,8 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
-_WEIGHT_DTYPES = {"F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8"}
+_SCALE_DTYPES = {"F32", "F16", "BF16"}
+_WEIGHT_DTYPES = _SCALE_DTYPES | {"F8_E4M3", "F8_E5M2", "I8"}
 
 
 class BadFile(ValueError):
@@ -140,6 +141,11 @@ class TensorFile(Mapping[str, Tensor]):
         self.dtypes = {k: d for k, (d, _) in header.tensors.items()}
         self._scales = {k + SCALE for k, d in self.dtypes.items() if d == "I8" and k + SCALE in self.dtypes}
         self.shapes = {k: s for k, (_, s) in header.tensors.items() if k not in self._scales}
+        for key in sorted(self._scales):
+            (dtype, shape), wanted = header.tensors[key], list(header.tensors[key.removesuffix(SCALE)][1][:1])
+            if dtype not in _SCALE_DTYPES or list(shape) != wanted:
+                raise BadFile(f"{self.path.name}: tensor {key} ({dtype}, {list(shape)}) is no scale of int8 weights; wanted "
+                              f"{wanted}, one number per output channel, as one of {', '.join(sorted(_SCALE_DTYPES))}")
         try:
             self._file = safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as e:
@@ -414,7 +420,7 @@ def _folder_prediction(path: Path) -> str | None:
             except (ValueError, AttributeError, OSError):
                 raise BadFile(f"{config}: cannot be read as JSON") from None
             names = {"epsilon": "eps", "v_prediction": "v"}
-            if kind not in names:
+            if not isinstance(kind, str) or kind not in names:
                 raise BadFile(f"{config}: prediction type {kind!r} is not supported; wanted one of {', '.join(names)}")
             return names[kind]
     return None
