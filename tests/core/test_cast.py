@@ -1,0 +1,81 @@
+"""Who plays a unit at a step, and how casts compose."""
+
+import pytest
+
+from asdm_core.cast import HOST, Cast, Line, Part, Window, fingerprint
+from tests.core.narrow import SD
+
+PACK, OTHER, CUT = Part("pack", "a"), Part("pack", "b"), Part("cut")
+EARLY, LATE = Window(0.0, 0.4), Window(0.4, 1.0)
+RESNET, TRANSFORMER = "down.0.0.resnet", "down.0.0.transformer"
+
+
+def test_whom_no_line_names_the_host_plays():
+    assert Cast(SD).parts() == {}
+    cast = Cast(SD, (Line((RESNET,), PACK),))
+    assert cast.parts() == {RESNET: PACK}
+
+
+def test_later_lines_hold():
+    cast = Cast(SD, (Line((RESNET, TRANSFORMER), PACK),)).with_lines([Line((RESNET,), CUT)])
+    assert cast.parts() == {RESNET: CUT, TRANSFORMER: PACK}
+    assert cast.with_lines([Line((RESNET, TRANSFORMER), HOST)]).parts() == {}
+
+
+def test_lines_count_while_their_window_is_active():
+    cast = Cast(SD, (Line((RESNET,), PACK, EARLY), Line((RESNET,), OTHER, LATE), Line((TRANSFORMER,), CUT)))
+    assert cast.windows == (EARLY, LATE, Window())
+    assert cast.parts((EARLY, Window())) == {RESNET: PACK, TRANSFORMER: CUT}
+    assert cast.parts((LATE, Window())) == {RESNET: OTHER, TRANSFORMER: CUT}
+    assert cast.parts() == {TRANSFORMER: CUT}, "at every step, only this is so"
+
+
+def test_order_counts_between_windows_too():
+    cast = Cast(SD, (Line((RESNET,), PACK, EARLY), Line((RESNET,), OTHER)))
+    assert cast.parts((EARLY, Window())) == {RESNET: OTHER}
+
+
+def test_sources_are_the_packs_that_play():
+    cast = Cast(SD, (Line((RESNET,), OTHER), Line((RESNET,), PACK, LATE), Line((TRANSFORMER,), CUT)))
+    assert cast.sources == ("b", "a")
+
+
+def test_composition_does_not_alter_what_is_composed():
+    cast = Cast(SD)
+    cast.with_lines([Line((RESNET,), PACK)])
+    assert cast.parts() == {}
+    assert hash(cast) == hash(Cast(SD))
+
+
+@pytest.mark.parametrize("start, end, message", [
+    (0.5, 0.5, "must start before it ends"), (0.6, 0.5, "must start before it ends"), (-0.1, 1.0, "between 0 and 1"),
+    (0.0, 1.1, "between 0 and 1"), (float("nan"), 1.0, "between 0 and 1"),
+])
+def test_windows_that_cannot_be(start, end, message):
+    with pytest.raises(ValueError, match=message):
+        Window(start, end)
+
+
+def test_only_the_whole_run_is_whole():
+    assert Window().whole and not EARLY.whole and not LATE.whole
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Line((), PACK), "at least one unit"),
+    (lambda: Line((RESNET,), Part("guest")), "role must be one of"),
+    (lambda: Cast(SD, (Line(("down.9.0.resnet",), CUT),)), "no unit 'down.9.0.resnet'"),
+    (lambda: Cast(SD, (Line(("down.0.0.transformer.0",), CUT),)), "inside one"),
+])
+def test_lines_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_fingerprint_tells_assignments_apart():
+    parts = {RESNET: PACK, TRANSFORMER: CUT}
+    same = {TRANSFORMER: CUT, RESNET: PACK}
+    assert fingerprint(parts) == fingerprint(same)
+    others = [{}, {RESNET: PACK}, {RESNET: OTHER, TRANSFORMER: CUT}, {RESNET: CUT, TRANSFORMER: CUT}]
+    assert len({fingerprint(p) for p in [parts, *others]}) == 5
+    assert fingerprint(parts) != fingerprint(parts, "1")
+    assert fingerprint(parts).isidentifier() or fingerprint(parts).isalnum(), "it becomes part of a keyword"

@@ -1,0 +1,398 @@
+"""Packs and pruned UNets on disk: written, read, and refused when something is wrong."""
+
+import json
+import re
+import struct
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from asdm_core import packs, surgery
+from asdm_core.architecture import FAMILIES, PRESETS, Architecture
+from asdm_core.packs import BadFile, Description, TensorFile, open_pack, open_unet, parse_header
+from asdm_core.surgery import ADDRESSED, Form, Mismatch
+from tests.core.narrow import CONFIGS, SD, weights
+
+KEY = "input_blocks.1.0.in_layers.2.weight"
+M2 = Architecture.preset("m2", SD)
+BASE = Architecture.preset("base", SD)
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """Narrow UNets without a description are recognised, as those of the published widths are."""
+    for config in CONFIGS.values():
+        monkeypatch.setitem(FAMILIES, config.family, config)
+
+
+@pytest.fixture
+def pack(tmp_path):
+    path = tmp_path / "pack.safetensors"
+    packs.write_pack(path, surgery.extract(weights(SD), M2, M2.pack_units()), Description("pack", M2, M2.pack_units()), None)
+    return path
+
+
+@pytest.fixture
+def unet(tmp_path):
+    path = tmp_path / "unet.safetensors"
+    packs.write_unet(path, surgery.cut(weights(SD), BASE)[0], Description("unet", BASE, prediction="v"))
+    return path
+
+
+def equal(a, b):
+    return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# There and back -------------------------------------------------------------------------------------
+
+
+def test_pack_there_and_back(pack):
+    found = open_pack(pack)
+    assert found.description == Description("pack", M2, M2.pack_units())
+    assert equal(found.tensors, surgery.extract(weights(SD), M2, M2.pack_units()))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_unet_there_and_back(tmp_path, name):
+    chosen = Architecture.preset(name, CONFIGS[PRESETS[name].family])
+    sd, _ = surgery.cut(weights(chosen.config), chosen)
+    told = Description("unet", chosen, prediction="v", licence="none", training={"steps": 3}, companions={"vae": "vae.safetensors"})
+    packs.write_unet(tmp_path / "file.safetensors", sd, told)
+    found = open_unet(tmp_path / "file.safetensors")
+    assert found.description == told
+    assert equal(found.tensors, sd)
+    assert set(load_file(tmp_path / "file.safetensors")) - {"v_pred"} == set(chosen.keys("ldm", "renumbered"))
+
+
+def test_choice_without_a_renumbered_form_is_written_addressed(tmp_path):
+    chosen = Architecture.choose(SD, "down.1.1")
+    sd, _ = surgery.cut(weights(SD), chosen)
+    packs.write_unet(tmp_path / "file.safetensors", sd, Description("unet", chosen))
+    assert set(load_file(tmp_path / "file.safetensors")) == set(sd)
+    assert equal(open_unet(tmp_path / "file.safetensors").tensors, sd)
+
+
+def test_config_of_no_known_family_is_carried_along(tmp_path):
+    config = replace(SD, family="of my own", context_dim=5)
+    full = Architecture.full(config)
+    packs.write_unet(tmp_path / "file.safetensors", weights(config), Description("unet", full))
+    assert open_unet(tmp_path / "file.safetensors").description.architecture == full
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_packs_are_stored_as_told(tmp_path, dtype):
+    sd = surgery.extract(weights(SD), M2, M2.pack_units())
+    packs.write_pack(tmp_path / "file.safetensors", sd, Description("pack", M2, M2.pack_units()), dtype)
+    assert equal(open_pack(tmp_path / "file.safetensors").tensors, {k: v.to(dtype) for k, v in sd.items()})
+
+
+def test_int8_is_close_and_small(tmp_path):
+    sd = surgery.extract(weights(SD), M2, M2.pack_units())
+    packs.write_pack(tmp_path / "file.safetensors", sd, Description("pack", M2, M2.pack_units()), "int8")
+    found = open_pack(tmp_path / "file.safetensors").tensors
+    assert set(found) == set(sd)
+    for key, tensor in sd.items():
+        # Half a step of 127, of the largest number in each output channel; small tensors stay fp16.
+        step = tensor.abs().amax(dim=tuple(range(1, tensor.dim())), keepdim=True) / 127
+        assert ((found[key] - tensor).abs() <= step * 0.51 + 1e-2).all(), key
+    assert packs.read_header(tmp_path / "file.safetensors").tensors[KEY][0] == "I8"
+
+
+def test_files_are_read_lazily(pack, monkeypatch):
+    read = []
+    real = TensorFile.__getitem__
+    monkeypatch.setattr(TensorFile, "__getitem__", lambda self, key: read.append(key) or real(self, key))
+    file = TensorFile(pack)
+    assert packs.describe(file).units == M2.pack_units()
+    assert len(file.shapes) == len(list(file)) and not read
+
+
+@pytest.mark.parametrize("form", [Form("ldm", "renumbered"), Form("diffusers", "renumbered"), ADDRESSED], ids=str)
+def test_unets_without_a_description(tmp_path, form):
+    sd, _ = surgery.cut(weights(SD), BASE)
+    save_file(surgery.convert(sd, BASE, ADDRESSED, form), tmp_path / "file.safetensors")
+    found = open_unet(tmp_path / "file.safetensors")
+    assert found.description.architecture.cut == BASE.cut and found.description.prediction is None
+    assert equal(found.tensors, sd)
+
+
+def diffusers_folder(root, scheduler=None, sub="unet"):
+    sd, _ = surgery.cut(weights(SD), BASE)
+    (root / sub).mkdir(parents=True)
+    save_file(surgery.convert(sd, BASE, ADDRESSED, Form("diffusers", "renumbered")), root / sub / "diffusion_pytorch_model.safetensors")
+    if scheduler is not None:
+        (root / "scheduler").mkdir()
+        (root / "scheduler/scheduler_config.json").write_text(scheduler)
+    return root
+
+
+@pytest.mark.parametrize("scheduler, prediction", [
+    (None, None), ("{}", "eps"), ('{"prediction_type": "epsilon"}', "eps"), ('{"prediction_type": "v_prediction"}', "v"),
+])
+def test_folders_say_what_is_predicted(tmp_path, scheduler, prediction):
+    root = diffusers_folder(tmp_path / "model", scheduler)
+    for path in (root, root / "unet"):
+        assert open_unet(path).description.prediction == prediction
+
+
+@pytest.mark.parametrize("scheduler, message", [
+    ('{"prediction_type": "sample"}', "prediction type 'sample' is not supported; wanted one of epsilon, v_prediction"),
+    ("{", "cannot be read as JSON"), ("[]", "cannot be read as JSON"), ('{"prediction_type": ["epsilon"]}', "is not supported"),
+])
+def test_folders_with_a_bad_scheduler(tmp_path, scheduler, message):
+    with pytest.raises(BadFile, match=f"scheduler_config.json: .*{re.escape(message)}"):
+        open_unet(diffusers_folder(tmp_path / "model", scheduler))
+
+
+# What is wrong is named -----------------------------------------------------------------------------
+
+
+def rewritten(path, change, metadata=None):
+    sd = load_file(path)
+    change(sd)
+    save_file(sd, path, TensorFile(path).metadata if metadata is None else metadata)
+    return path
+
+
+CHANGES = {
+    "missing": (lambda sd: sd.pop(KEY), rf": {KEY} is missing \(down.0.0.resnet, wanted shape \[8, 8, 3, 3\]\)"),
+    "extra": (lambda sd: sd.update({"input_blocks.1.0.more": torch.zeros(1)}), ": unknown tensor input_blocks.1.0.more"),
+    "shape": (lambda sd: sd.update({KEY: torch.zeros(8, 8)}), rf": {KEY} \(down.0.0.resnet\) has shape \[8, 8\], wanted \[8, 8, 3, 3\]"),
+    "renamed": (lambda sd: sd.update({KEY + "s": sd.pop(KEY)}), f": {KEY} is missing"),
+    "nan": (lambda sd: sd[KEY].view(-1)[3:4].fill_(float("nan")), f": tensor {KEY} holds numbers that are not finite"),
+    "infinite": (lambda sd: sd[KEY].view(-1)[3:4].fill_(float("-inf")), f": tensor {KEY} holds numbers that are not finite"),
+    "nan in fp8": (lambda sd: sd.update({KEY: torch.full((8, 8, 3, 3), float("nan")).to(torch.float8_e4m3fn)}), f": tensor {KEY} holds numbers"),
+    "dtype": (lambda sd: sd.update({KEY: sd[KEY].double()}), rf": tensor {KEY} has dtype F64; wanted one of BF16, F16, F32"),
+    "int8": (lambda sd: sd.update({KEY: sd[KEY].to(torch.int8)}), rf": tensor {KEY} has dtype I8; .*int8 weights need {KEY}.scale"),
+}
+
+
+@pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("kind", ["pack", "unet"])
+def test_wrong_tensors(request, kind, change, message):
+    path = rewritten(request.getfixturevalue(kind), change)
+    with pytest.raises(BadFile, match=rf"^{kind}.safetensors{message}"):
+        {"pack": open_pack, "unet": open_unet}[kind](path)
+
+
+@pytest.mark.parametrize("scale, message", [
+    (torch.ones(7), r"scale \(F32, \[7\]\) is no scale of int8 weights; wanted \[8\]"), (torch.ones(8, 3), "is no scale"),
+    (torch.ones(()), "is no scale"), (torch.full((8,), float("nan")), "not finite"), (torch.ones(8).to(torch.int32), "is no scale"),
+], ids=["length", "rank", "scalar", "nan", "dtype"])
+def test_wrong_int8_scales(tmp_path, scale, message):
+    path = tmp_path / "pack.safetensors"
+    packs.write_pack(path, surgery.extract(weights(SD), M2, M2.pack_units()), Description("pack", M2, M2.pack_units()), "int8")
+    rewritten(path, lambda sd: sd.update({KEY + packs.SCALE: scale}))
+    with pytest.raises(BadFile, match=rf"^pack.safetensors: .*{message}"):
+        open_pack(path)
+
+
+def test_pack_and_unet_are_told_apart(pack, unet):
+    with pytest.raises(BadFile, match="^unet.safetensors: this is a whole UNet, not a pack. Load it with Load Pruned UNet"):
+        open_pack(unet)
+    with pytest.raises(BadFile, match="^pack.safetensors: this is a pack, not a whole UNet. Use Apply Pack"):
+        open_unet(pack)
+
+
+def test_a_file_without_a_description_is_no_pack(pack):
+    rewritten(pack, lambda sd: None, {})
+    with pytest.raises(BadFile, match="^pack.safetensors: this is no pack"):
+        open_pack(pack)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"format": 2}, "format 2; this version of asdm reads up to 1, so update asdm"), ({"format": None}, "format None"), ({"format": True}, "format True"),
+    ({"format": "1"}, "format '1'"), ({"format": 0}, "format 0"),
+    ({"kind": "plugin"}, "plugin"), ({"kind": None}, "kind"), ({"units": "down"}, "units in its description must be a list"), ({"units": [1]}, "list of addresses"),
+    ({"units": ["down.0.0.resnet", "moon"]}, "moon"), ({"units": []}, "at least one unit"), ({"units": ["down.0.1.resnet"]}, "is cut in this architecture"),
+    ({"architecture": None}, "wanted a JSON object"), ({"architecture": {"format": 9}}, "format 9 is newer"),
+    ({"prediction": "x0"}, "prediction"), ({"training": []}, "training in its description must be a JSON object"), ({"condconv": 3}, "condconv"),
+], ids=str)
+def test_wrong_descriptions(pack, change, message):
+    data = json.loads(TensorFile(pack).metadata["asdm"]) | change
+    rewritten(pack, lambda sd: None, {"asdm": json.dumps(data)})
+    with pytest.raises(BadFile, match=f"^pack.safetensors: .*{re.escape(message)}"):
+        open_pack(pack)
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", '"text"', "[" * 100_000, '{"format": 1' + "0" * 5000 + "}", "NaN"], ids=lambda t: t[:12])
+def test_descriptions_that_are_none(pack, text):
+    rewritten(pack, lambda sd: None, {"asdm": text})
+    with pytest.raises(BadFile, match="^pack.safetensors: its description "):
+        open_pack(pack)
+
+
+def test_absent_files_folders_and_pickles(tmp_path, pack):
+    for read in (open_pack, open_unet, TensorFile):
+        with pytest.raises(BadFile, match="^gone.safetensors: there is no such file"):
+            read(tmp_path / "gone.safetensors")
+    with pytest.raises(BadFile, match="this is a folder; wanted a .safetensors file"):
+        open_pack(tmp_path)
+    with pytest.raises(BadFile, match="this folder holds no UNet; wanted diffusion_pytorch_model.safetensors"):
+        open_unet(tmp_path)
+    for protocol, name in (({}, "zip"), ({"_use_new_zipfile_serialization": False}, "old")):
+        torch.save({"a": torch.zeros(3)}, tmp_path / f"{name}.safetensors", **protocol)
+        for read in (open_pack, open_unet):
+            with pytest.raises(BadFile, match=f"^{name}.safetensors: this is a pickle file .*asdm reads only safetensors"):
+                read(tmp_path / f"{name}.safetensors")
+    (tmp_path / "model/unet").mkdir(parents=True)
+    torch.save({}, tmp_path / "model/unet/diffusion_pytorch_model.bin")
+    with pytest.raises(BadFile, match="^model: it holds only diffusion_pytorch_model.bin, a pickle file"):
+        open_unet(tmp_path / "model")
+
+
+def test_truncated_anywhere(pack):
+    data = pack.read_bytes()
+    for length in (0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 1):
+        pack.write_bytes(data[:length])
+        with pytest.raises(BadFile, match="^pack.safetensors: "):
+            open_pack(pack)
+    pack.write_bytes(data + b"\0")
+    with pytest.raises(BadFile, match="too long"):
+        open_pack(pack)
+
+
+def header_bytes(header, length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+def test_header_lengths_that_begin_like_pickles(tmp_path):
+    # 0x80 begins a pickle and 0x504b a zip file; both are lengths too.
+    for length in (0x80, 0x4B50):
+        body = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+        path = tmp_path / "file.safetensors"
+        path.write_bytes(header_bytes(body) + b"\0" * 4)
+        assert TensorFile(path).shapes == {"a": (1,)}
+
+
+def entry(**changes):
+    return {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
+
+
+@pytest.mark.parametrize("header, message", [
+    (b"[]", "not a table"), (b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), ({"a": 3}, "tensor a is malformed"), (entry(shape=3), "malformed"),
+    (entry(shape=[-1]), "malformed"), (entry(shape=[True]), "malformed"), (entry(shape=["2"]), "malformed"), (entry(dtype=None), "malformed"),
+    (entry(data_offsets=[0]), "malformed"), (entry(data_offsets=[0, 4]), "does not fit its shape"), (entry(shape=[2**70]), "does not fit its shape"),
+    (entry(data_offsets=[8, 16]), "should be"), ({"__metadata__": {"a": 1}}, "metadata is not a table of texts"), ({"__metadata__": [1]}, "metadata"),
+    (b'{"a":' * 5000, "not valid JSON"),
+], ids=lambda v: str(v)[:40])
+def test_wrong_headers(header, message):
+    data = header_bytes(header)
+    with pytest.raises(BadFile, match=f"^file: .*{message}"):
+        parse_header(data, len(data) + 8, "file")
+
+
+# Any bytes ------------------------------------------------------------------------------------------
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8)
+ENTRIES = st.fixed_dictionaries({}, optional={"dtype": st.sampled_from(["F32", "I8", "BOOL", "X9"]) | JSON,
+                                              "shape": st.lists(st.integers(-1, 4), max_size=3) | JSON,
+                                              "data_offsets": st.lists(st.integers(-1, 40), max_size=3) | JSON})
+HEADERS = st.dictionaries(st.sampled_from(["a", "b", "__metadata__", "a.scale"]), ENTRIES | JSON, max_size=4) | JSON
+TEXTS = HEADERS.map(lambda v: json.dumps(v).encode()) | st.binary(max_size=60)
+
+
+def quiet_on_memory(call):
+    """Runs a call, which must not allocate much whatever a file claims."""
+    tracemalloc.start()
+    try:
+        return call()
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 20_000_000
+
+
+@settings(max_examples=300)
+@given(TEXTS, st.none() | st.integers(0, 2**64 - 1), st.integers(0, 50), st.integers(0, 2**63))
+def test_any_header_is_read_or_refused(text, length, more, size):
+    data = header_bytes(text, length) + b"\0" * more
+    for claimed in (len(data), size):
+        try:
+            header = quiet_on_memory(lambda c=claimed: parse_header(data, c, "file"))
+        except BadFile as e:
+            assert str(e).startswith("file: ")
+        else:
+            assert all(isinstance(k, str) and isinstance(v, str) for k, v in header.metadata.items())
+            assert all(isinstance(d, str) and all(n >= 0 for n in shape) for d, shape in header.tensors.values())
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_to_a_file_is_read_or_refused(tmp_path, data):
+    path = tmp_path / "pack.safetensors"
+    if not (tmp_path / "good").exists():
+        small = Architecture.full(SD)
+        units = ("mid.0.resnet",)
+        packs.write_pack(path, surgery.extract(weights(SD), small, units), Description("pack", small, units), None)
+        (tmp_path / "good").write_bytes(path.read_bytes())
+    good = bytearray((tmp_path / "good").read_bytes())
+    header_end = 8 + struct.unpack("<Q", good[:8])[0]
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, header_end - 1))
+        match data.draw(st.sampled_from(["flip", "drop", "insert"])):
+            case "flip":
+                good[at] ^= data.draw(st.integers(1, 255))
+            case "drop":
+                del good[at : at + data.draw(st.integers(1, 30))]
+            case "insert":
+                good[at:at] = data.draw(st.binary(min_size=1, max_size=8))
+    path.write_bytes(good)
+    for read in (open_pack, open_unet):
+        try:
+            quiet_on_memory(lambda r=read: r(path))
+        except BadFile as e:
+            assert str(e).startswith("pack.safetensors: ")
+
+
+@settings(max_examples=200)
+@given(JSON | st.fixed_dictionaries({"format": st.just(1), "kind": st.sampled_from(["pack", "unet"]) | JSON}, optional={
+    "architecture": st.fixed_dictionaries({"format": st.just(1)}, optional={
+        "family": st.sampled_from(["sd15", "sdxl"]) | JSON, "cut": st.lists(st.sampled_from(["mid", "mid.0.resnet", "down.0.1.resnet", "x"])) | JSON,
+        "own": JSON, "config": JSON, "name": JSON}) | JSON,
+    "units": st.lists(st.sampled_from(["mid.0.resnet", "down.0.0.resnet"])) | JSON, "prediction": st.sampled_from(["eps", "v"]) | JSON,
+    "training": JSON, "companions": JSON, "condconv": JSON, "gri": JSON, "licence": JSON}))
+def test_any_description_is_read_or_refused(value):
+    try:
+        found = Description.from_json(json.dumps(value))
+    except ValueError:
+        return
+    assert Description.from_json(found.to_json()) == found
+
+
+# Writing --------------------------------------------------------------------------------------------
+
+
+def test_wrong_tensors_are_not_written(tmp_path):
+    sd = dict(surgery.extract(weights(SD), M2, M2.pack_units()))
+    del sd[KEY]
+    with pytest.raises(Mismatch, match=f"{KEY} is missing"):
+        packs.write_pack(tmp_path / "pack.safetensors", sd, Description("pack", M2, M2.pack_units()))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, message", [("pack.ckpt", "must end in .safetensors"), ("no/pack.safetensors", "there is no folder")])
+def test_places_where_nothing_is_written(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        packs.write_file(tmp_path / name, {}, {})
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(pack, monkeypatch):
+    before = pack.read_bytes()
+
+    def fail(*args, **kwargs):
+        Path(args[1]).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(packs, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        packs.write_file(pack, {"a": torch.zeros(1)}, {})
+    assert pack.read_bytes() == before and list(pack.parent.iterdir()) == [pack]
