@@ -16,7 +16,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
-from .addresses import NO_MID, UNetConfig, select, walk
+from .addresses import NO_MID, Unit, UNetConfig, select, unit, walk
+from .architecture import Architecture
+from .measure import UnitCost, costs
 
 FORMAT = 1
 REUSE = ("output", "branch", "forecast")
@@ -313,3 +315,39 @@ def flow(config: UNetConfig, inherited: Iterable[str], probes: Iterable[str] = (
         computes.add(u.address)
         read.update(a for a in (before[u.address], last_of_layer.get(u.skip)) if a)
     return Flow(frozenset(computes), frozenset(recalls))
+
+
+def step_macs(plan: Plan, architecture: Architecture, height: int = 64, width: int = 64, tokens: int = 77) -> tuple[int, int]:
+    """MACs of a full and of an inherited step, for a latent of height x width, batch 1 (see `measure.costs`)."""
+    reuse = plan.reuse(architecture.config, architecture.cut)
+    unit_costs = costs(architecture, height, width, tokens)
+    runs = flow(architecture.config, (a for a, r in reuse.items() if a in unit_costs and r != "branch")).computes
+    inherited = 0
+    for address, cost in unit_costs.items():
+        if address.startswith("stem.") or address in runs and address not in reuse:
+            inherited += cost.total - _parts_saved(architecture, address, cost, reuse)
+        elif address in runs:  # its branch is reused: only the residual path runs
+            inherited += _residual_macs(unit(architecture.config, address), cost)
+    return sum(c.total for c in unit_costs.values()), inherited
+
+
+def _residual_macs(u: Unit, cost: UnitCost) -> int:
+    """MACs of a unit's residual path: the 1 x 1 convolution of a resnet that changes the number of channels."""
+    weights = {part: sum(t.numel for t in u.tensors if t.part == part and len(t.shape) > 1) for part in ("conv", "skip", "time")}
+    if not weights["skip"]:
+        return 0
+    return (cost.linear - weights["time"]) * weights["skip"] // (weights["conv"] + weights["skip"])
+
+
+def _parts_saved(architecture: Architecture, address: str, cost: UnitCost, reuse: Mapping[str, str]) -> int:
+    """MACs of the parts of one transformer that are inherited. Its blocks are alike, so each saves its share."""
+    blocks = architecture.kept_blocks(unit(architecture.config, address))
+    return sum(cost.part(part) * sum(f"{address}.{i}.{part}" in reuse for i in blocks) // len(blocks)
+               for part in PARTS if blocks)
+
+
+def saving(plan: Plan, architecture: Architecture, steps: int, height: int = 64, width: int = 64, tokens: int = 77) -> float:
+    """Predicted share of the UNet's MACs that a run of so many steps saves, 0..1. Not for adaptive plans."""
+    full, inherited = step_macs(plan, architecture, height, width, tokens)
+    computed = plan.schedule.computed(steps)
+    return computed.count(False) / steps * (1 - inherited / full)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from asdm_core.addresses import walk
 from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.inheritance import (
-    MODES, Plan, Rule, Schedule, attention, deepcache, encoder, flow, shallow_only, targets,
+    MODES, Plan, Rule, Schedule, attention, deepcache, encoder, flow, saving, shallow_only, step_macs, targets,
 )
 
 SD = FAMILIES["sd15"]
@@ -155,3 +155,38 @@ def test_flow_runs_nothing_whose_output_is_lost_and_recalls_only_what_is_inherit
         assert result.computes == {u.address for u in walk(SD) if "embed" not in u.address}
 
 
+
+
+def inherited_g(plan):
+    return round(step_macs(plan, Architecture.full(SD))[1] / 1e9, 1)
+
+
+@pytest.mark.parametrize("branch,giga", [(0, 31.6), (1, 90.1), (2, 152.7), (3, 188.7), (4, 226.6), (5, 270.3), (6, 305.2), (8, 378.0)])
+def test_a_deepcache_step_costs_what_was_computed_for_it(branch, giga):
+    assert inherited_g(deepcache(SD, branch)) == giga
+
+
+@pytest.mark.parametrize("plan,percent", [
+    (attention(SD, "attn2"), 2.0), (attention(SD), 12.8), (attention(SD, "ff"), 9.6), (encoder(SD), 16.3),
+    (deepcache(SD, 2), 31.0),
+    (Plan((Rule("down.0.*.transformer.*.attn1, up.3.*.transformer.*.attn1"),)), 7.7),
+])
+def test_savings_on_every_other_step_equal_the_known_ceilings(plan, percent):
+    assert 100 * saving(plan, Architecture.full(SD), 50) == pytest.approx(percent, abs=0.06)
+
+
+def test_work_that_only_feeds_inherited_units_is_saved_too():
+    # up.1 and up.2 themselves are 19.8% at every other step; what lies beneath them then feeds nobody.
+    plan = Plan((Rule("up.1-2"),))
+    beneath = {"down.2", "down.3", "mid", "up.0"}
+    assert not {u.address for u in walk(SD) if u.address.rsplit(".", 2)[0] in beneath} & runs(plan)
+    assert saving(plan, Architecture.full(SD), 50) > 0.198
+
+
+def test_a_reused_branch_still_costs_its_residual_path():
+    plan = Plan((Rule("up.3.0.resnet", "branch"),))
+    full, inherited = step_macs(plan, Architecture.full(SD))
+    resnet = next(u for u in walk(SD) if u.address == "up.3.0.resnet")
+    convolutions = sum(t.numel for t in resnet.tensors if t.part == "conv" and len(t.shape) > 1) * 64 * 64
+    time = sum(t.numel for t in resnet.tensors if t.part == "time" and len(t.shape) > 1)
+    assert full - inherited == convolutions + time
