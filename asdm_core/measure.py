@@ -117,22 +117,25 @@ def _part_of(u: Unit, part: str) -> str:
 
 
 def time_alternating(callables: Mapping[str, Callable[[], object]], rounds: int = 5, warmup: int = 1,
-                     sync: Callable[[], None] | None = None) -> dict[str, list[float]]:
+                     sync: Callable[[], None] | None = None,
+                     clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
     """Seconds of several things measured in turn (A, B, C, A, B, C, ...), so that noise hits all alike.
 
     sync: waits for the device (torch.cuda.synchronize); needed wherever work is queued.
+    clock: time.process_time counts the CPU seconds of this process instead, which on a machine with other
+           work to do tells more, as long as one thread does everything.
     """
     times: dict[str, list[float]] = {name: [] for name in callables}
     for i in range(warmup + rounds):
         for name, call in callables.items():
             if sync:
                 sync()
-            start = time.perf_counter()
+            start = clock()
             call()
             if sync:
                 sync()
             if i >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 

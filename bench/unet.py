@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -51,7 +52,7 @@ class Cutter:
             self.unet.get_submodule(parent).add_module(name, stand_in if address in architecture.cut else layer)
 
 
-def bench_variants(name: str, rounds: int, device: torch.device) -> tuple[dict, list[dict]]:
+def bench_variants(name: str, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
     dtype = DTYPES[name]
     cutter = Cutter(build(dtype, device))
     generator = torch.Generator().manual_seed(0)
@@ -67,7 +68,7 @@ def bench_variants(name: str, rounds: int, device: torch.device) -> tuple[dict, 
         assert out.isfinite().all()
 
     sync = torch.cuda.synchronize if device.type == "cuda" else None
-    times = time_alternating({v: lambda a=a: call(a) for v, a in variants.items()}, rounds, warmup=1, sync=sync)
+    times = time_alternating({v: lambda a=a: call(a) for v, a in variants.items()}, rounds, warmup=1, sync=sync, clock=clock)
     work = {v: total(costs(a)).total for v, a in variants.items()}
     rows = [{"variant": v, "dtype": name, "seconds": statistics.median(times[v]), "all_seconds": times[v],
              "over_sd15": ratio(times, v, "sd15"), "macs_over_sd15": work[v] / work["sd15"],
@@ -127,23 +128,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds of this process instead of seconds on the wall, "
+                        "for a machine that has other work; with one thread (OMP_NUM_THREADS=1) and no GPU")
     parser.add_argument("--notes", default="", help="kept in the record: what else the machine was doing")
     args = parser.parse_args()
     host = start_host("--use-pytorch-cross-attention")
     import comfy.model_management
 
     device = comfy.model_management.get_torch_device()
+    if args.cpu_time and (torch.get_num_threads() > 1 or device.type != "cpu"):
+        parser.error(f"--cpu-time needs one thread on the CPU; this is {torch.get_num_threads()} on {device.type} (set OMP_NUM_THREADS=1)")
+    clock = time.process_time if args.cpu_time else time.perf_counter
     summary, rows = bench_pack(device)
     for name in args.dtypes:
         print(f"{name}: SD1.5 and {len(VARIANTS)} variants, {args.rounds} rounds", flush=True)
-        more, found = bench_variants(name, args.rounds, device)
+        more, found = bench_variants(name, args.rounds, device, clock)
         summary, rows = {**more, **summary}, [*found, *rows]
         for row in found:
             print(f"  {row['variant']:6} {row['seconds']:8.2f} s  {row['over_sd15']:.3f} of SD1.5 (MACs {row['macs_over_sd15']:.3f})", flush=True)
     peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     summary["peak_memory_gib"] = peak / 1024**3
-    record("unet", summary, rows, "python bootstrap.py bench NAME=unet", host, args.notes)
+    command = "python bootstrap.py bench NAME=unet" + (f" ARGS={shlex.join(sys.argv[1:])!r}" if sys.argv[1:] else "")
+    record("unet", summary, rows, command, host, args.notes)
 
 
 if __name__ == "__main__":

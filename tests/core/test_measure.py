@@ -255,6 +255,11 @@ def test_warm_up_rounds_are_not_in_the_times():
         assert len(time_alternating({"a": int}, rounds=4, warmup=warmup)["a"]) == 4
 
 
+def test_any_clock_can_be_read():
+    now = iter(range(0, 100, 7))
+    assert time_alternating({"a": int, "b": int}, rounds=2, warmup=0, clock=lambda: next(now)) == {"a": [7, 7], "b": [7, 7]}
+
+
 def test_ratio_compares_within_a_round():
     # The machine slows down threefold in the last two rounds; within each round `new` takes half or a quarter.
     times = {"old": [1.0, 1.0, 3.0, 3.0, 3.0], "new": [0.5, 0.25, 1.5, 1.5, 0.75]}
