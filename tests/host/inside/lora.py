@@ -141,11 +141,19 @@ def in_mode(model, mode):
     return model
 
 
+def pack_weights(model):
+    """The weights of a MODEL's pack as they lie in memory now."""
+    (patcher,) = host.packs_of(model).values()
+    return {k.removeprefix("diffusion_model."): v.clone() for k, v in patcher.model.state_dict().items()}
+
+
 def test_hook_lora_on_one_prompt(model, m2, combined, lora, mode):
     run = {"positive": hooked(lora), "negative": small.cond(seed=2)}
     played = small.with_pack(in_mode(model, mode), m2)
     samples = small.sample(played, **run)
+    left = pack_weights(played)
     assert torch.equal(samples, small.sample(in_mode(combined, mode), **run))
+    assert all(torch.equal(v, small.weights(SD, 1)[k]) for k, v in left.items())
     plain = small.sample(played)
     assert small.difference(samples, plain) > 0.01
     assert torch.equal(small.sample(small.with_pack(model, m2)), plain)
@@ -173,6 +181,7 @@ def test_stopped_run_with_a_hook_lora_leaves_the_packs_weights(model, m2, lora, 
 
     with pytest.raises(RuntimeError, match="stop"):
         small.sample(played, positive=hooked(lora), negative=small.cond(seed=2), callback=stop)
+    assert all(torch.equal(v, small.weights(SD, 1)[k]) for k, v in pack_weights(played).items())
     assert torch.equal(small.sample(played), plain)
 
 
