@@ -111,7 +111,7 @@ def test_a_time_box_ends_and_its_cooldown_survives_resuming(tmp_path):
     while not run.done and run.step < 1000:
         run.rate(1.0)
         run.step, run.seconds = run.step + 1, run.seconds + 0.5
-        run._recent = [0.5]
+        run._recent = [0.5] * 20
     assert 115 <= run.step <= 121
     Checkpoint(tmp_path / "c.safetensors").save(optimiser, run)
     back = Checkpoint(tmp_path / "c.safetensors").load(optimiser, Run(minutes=1))

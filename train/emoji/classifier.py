@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -39,12 +40,12 @@ class Classifier(nn.Module):
         super().__init__()
 
         def stage(n_in: int, n_out: int, stride: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.GroupNorm(8, n_out), nn.ReLU())
+            return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
 
         w = width
         self.body = nn.Sequential(nn.PixelUnshuffle(2), stage(12, w, 1), stage(w, 2 * w, 2), stage(2 * w, 2 * w, 1),
                                   stage(2 * w, 4 * w, 2), stage(4 * w, 4 * w, 1))
-        self.features_out = nn.Sequential(nn.Linear(2 * 4 * w, FEATURES), nn.ReLU())
+        self.features_out = nn.Sequential(nn.Linear(2 * 4 * w, FEATURES, bias=False), nn.BatchNorm1d(FEATURES))
         self.head = nn.Linear(FEATURES, concepts)
 
     def features(self, x: Tensor) -> Tensor:
@@ -75,9 +76,22 @@ def augment(x: Tensor, g: torch.Generator) -> Tensor:
     return (x + 0.05 * torch.rand(b, 1, 1, 1, generator=g) * torch.randn(x.shape, generator=g)).clamp(0, 1)
 
 
+@torch.no_grad()
+def recalibrate(model: Classifier, batches: Iterable[Tensor]) -> Classifier:
+    """Measure the batch statistics anew, for weights that were averaged; leaves the model in eval mode."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # the plain mean over the batches
+    model.train()
+    for x in batches:
+        model(x)
+    return model.eval()
+
+
 def save_classifier(path: Path, model: Classifier, codes: list[str], training: dict) -> None:
-    write_file(path, {k: v.half() for k, v in model.state_dict().items()},
-               {"format": "pt", "codes": json.dumps(codes), "training": json.dumps(training)})
+    tensors = {k: v.half() if v.dim() > 1 else v for k, v in model.state_dict().items()}
+    write_file(path, tensors, {"format": "pt", "codes": json.dumps(codes), "training": json.dumps(training)})
 
 
 def load_classifier(models: Path, codes: list[str]) -> Classifier:
@@ -91,7 +105,7 @@ def load_classifier(models: Path, codes: list[str]) -> Classifier:
         if unknown:
             raise ValueError(f"{path.name} does not know {', '.join(unknown)}; train it again on these glyphs")
         model = Classifier(len(codes))
-        sd = {k: f.get_tensor(k).float() for k in f.keys()}
+        sd = {k: f.get_tensor(k) for k in f.keys()}
     rows = [known[code] for code in codes]
     model.load_state_dict(sd | {k: sd[k][rows] for k in ("head.weight", "head.bias")})
     return model.eval()
@@ -175,6 +189,8 @@ def main() -> None:
     checkpoint.save(optimiser, run)
     save_curve(args.runs / "classifier-loss.png", run.curve, "classifier")
     best = optimiser.averaged(Classifier(len(glyphs.concepts)))
+    g = seeded(args.seed, 6)
+    best = recalibrate(best, (augment(images[torch.randint(len(images), (256,), generator=g)].float() / 255, g) for _ in range(24)))
     save_classifier(args.models / "emoji-classifier.safetensors", best, [c.code for c in glyphs.concepts], {
         "minutes": round(run.seconds / 60, 1), "steps": run.step, "samples": run.samples, "lr": args.lr, "seed": args.seed})
     for style in STYLES:

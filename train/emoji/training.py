@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from asdm_core.packs import write_file
 
 CHECKPOINT_SECONDS = 150
-COOLDOWN = 0.25  # last part of a run, in which the learning rate falls to zero
+COOLDOWN = 0.4  # last part of a run, in which the learning rate falls to zero: short runs want a long one
 WARMUP = 50  # steps
 
 
@@ -132,7 +132,7 @@ class Run:
             if self.total is not None:
                 if self.step >= int(self.total * (1 - COOLDOWN)):
                     self.cooldown_from, self.cooldown_steps = self.step, self.total - self.step
-            elif self.seconds >= 60 * self.minutes * (1 - COOLDOWN) and self._recent:
+            elif self.seconds >= 60 * self.minutes * (1 - COOLDOWN) and len(self._recent) >= 20:
                 per_step = sum(self._recent) / len(self._recent)
                 self.cooldown_from = self.step
                 self.cooldown_steps = max(1, int((60 * self.minutes - self.seconds) / per_step))
@@ -171,7 +171,9 @@ class Checkpoint:
         with safe_open(self.path, framework="pt") as f:
             saved = json.loads(f.metadata()["run"])
             optimiser.load({k: f.get_tensor(k) for k in f.keys()}, saved["step"])
-        saved |= {"minutes": run.minutes, "total": run.total}
+        if (saved["minutes"], saved["total"]) != (run.minutes, run.total):
+            # Another time box than before: its cooldown is planned anew.
+            saved |= {"minutes": run.minutes, "total": run.total, "cooldown_from": None, "cooldown_steps": 0, "_recent": []}
         resumed = Run(**saved)
         print(f"resuming at step {resumed.step} after {resumed.seconds / 60:.1f} min")
         return resumed
