@@ -85,6 +85,14 @@ def call_in_host(host):
     return call_in_host
 
 
+@pytest.fixture(scope="session")
+def random_family(call_in_host, tmp_path_factory) -> Path:
+    """A models folder with a family of random weights in the form of the embedded one; see scripts/family.py."""
+    folder = tmp_path_factory.mktemp("family")
+    call_in_host(folder, "family.py", "main", str(folder / "models"))
+    return folder / "models"
+
+
 @pytest.fixture
 def run_in_host(call_in_host, tmp_path):
     """Run a function of a script inside a host process: run_in_host("models.py", "prune", "m2", seed=1).

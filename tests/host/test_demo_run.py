@@ -11,11 +11,9 @@ from demo.job import EMBEDDED, SIDES, Job
 
 
 @pytest.fixture(scope="module")
-def job(call_in_host, tmp_path_factory):
+def job(random_family):
     """Two prompts with the random family, one step more than needed to time any."""
-    folder = tmp_path_factory.mktemp("family")
-    models = folder / "models"
-    call_in_host(folder, "family.py", "main", str(models))
+    models = random_family
     return Job(
         "ASDMCheckpointLoader", models / "checkpoints/random.safetensors", models / "asdm_packs/random-m2.safetensors",
         ("red apple", "a blue cat"), "", 128, 3.0, 3,

@@ -8,18 +8,19 @@ import shutil
 import pytest
 from PIL import Image
 
+from asdm_core import packs, surgery
+from asdm_core.architecture import Architecture
 from demo.server import PACK, PromptError
+from tests.core.narrow import SDXL, weights
 
 IDS = sorted({name for path in (PACK / "nodes").glob("*.py") for name in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))})
 GRAPHS = sorted((PACK / "workflows" / "api").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
-def family(server, call_in_host, tmp_path_factory):
+def family(server, random_family):
     """A checkpoint with companions and a pack of it, of random weights, in the server's model folders."""
-    written = tmp_path_factory.mktemp("family")
-    call_in_host(written, "family.py", "main", str(written / "models"))
-    shutil.copytree(written / "models", server.base / "models", dirs_exist_ok=True)
+    shutil.copytree(random_family, server.base / "models", dirs_exist_ok=True)
 
 
 def graph(**changes):
@@ -156,6 +157,15 @@ def test_whole_unet_as_pack_and_pack_as_unet(client, family, server):
     wrong["8"]["inputs"]["model"] = ["9", 0]
     with pytest.raises(PromptError, match="pack.safetensors: this is a pack, not a whole UNet. Use Apply Pack"):
         client.run(wrong)
+    assert client.run(graph())
+
+
+def test_pack_of_another_family_is_refused(client, family, server):
+    sdxl = Architecture.preset("vega", SDXL)
+    units = ("down.1.0.resnet",)
+    packs.write_pack(server.base / "models/asdm_packs/xl.safetensors", surgery.extract(weights(SDXL), sdxl, units), packs.Description("pack", sdxl, units))
+    with pytest.raises(PromptError, match=r"node 8 \(ASDMApplyPack\): ValueError: xl.safetensors is a pack for narrow-sdxl UNets .* this MODEL is emoji"):
+        client.run(graph(pack_name="xl.safetensors"))
     assert client.run(graph())
 
 
