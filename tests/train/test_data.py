@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from train.emoji.captions import caption, held_out, own_tags, prompt, vocabulary
-from train.emoji.data import draw, variants
+from train.emoji.data import COPIES, draw, variants
 from train.emoji.render import BACKGROUNDS, IDENTITY, compose, jitter
 from train.emoji.sources import STYLES, _split_sprite, plain, read_groups
 from train.emoji.training import seeded
@@ -14,7 +14,7 @@ def test_concepts_are_many_distinct_and_few_faces():
     groups = read_groups()
     codes = [code for part in groups.values() for code in part]
     assert len(codes) == len(set(codes)) and 320 <= len(codes) <= 420
-    assert sum(taught for part in groups.values() for taught in part.values()) >= 200
+    assert sum(taught for part in groups.values() for taught in part.values()) >= 48
     assert len(groups["faces"]) <= 25
 
 
@@ -64,7 +64,7 @@ def test_training_pictures_leave_held_out_pairs_out(concepts):
     assert set(kept) < set(every)
     for v in set(every) - set(kept):
         code = concepts[v.concept].code
-        assert held_out(code, "style", v.style) or held_out(code, "background", v.background)
+        assert v.copy >= COPIES or held_out(code, "style", v.style) or held_out(code, "background", v.background)
 
 
 def test_a_variant_is_always_the_same_picture(glyphs):

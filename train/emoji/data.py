@@ -23,7 +23,8 @@ from .render import BACKGROUNDS, IDENTITY, compose, jitter, render
 from .sources import STYLES, Concept, fetch, read_concepts, read_graphics
 from .training import Progress, add_common_arguments, save_grid, seeded
 
-VARIANTS_PER_BACKGROUND = 2
+COPIES = 1  # jittered pictures of a glyph on each background that the UNets learn from
+ALL_COPIES = 2  # the same for the codec and the classifier
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def variants(concepts: list[Concept], styles: tuple[str, ...], everything: bool 
             if everything or not held_out(c.code, "style", style)
             for background in BACKGROUNDS
             if everything or not held_out(c.code, "background", background)
-            for copy in range(VARIANTS_PER_BACKGROUND)]
+            for copy in range(ALL_COPIES if everything else COPIES)]
 
 
 def draw(glyphs: Glyphs, chosen: list[Variant], seed: int = 0, wild: bool = False) -> Tensor:

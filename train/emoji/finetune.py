@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
     add_unet_arguments(parser)
-    parser.set_defaults(lr=5e-4, batch=16, pooled_samples=0)
+    parser.set_defaults(lr=4e-4, batch=16, ema=0.99, pooled_samples=0)
     args = parser.parse_args()
     start(args)
     torch.manual_seed(args.seed)

@@ -1,4 +1,4 @@
-"""The training pictures of the UNets as latents, encoded once: 12 jittered copies of every glyph, 2 KB each.
+"""The training pictures of the UNets as latents, encoded once, 2 KB each: every glyph taught, on every background.
 
     python -m train.emoji.latents noto twemoji openmoji
 """
