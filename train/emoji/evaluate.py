@@ -99,7 +99,7 @@ def codec_part(f: Family) -> list[dict]:
     """PSNR of the codec, and the ceiling of the classifier: real glyphs after the codec."""
     rows = []
     for style in STYLES:
-        chosen = [Variant(i, style, list(BACKGROUNDS)[i % 6], copy) for copy in (0, 1) for i in f.taught]
+        chosen = [Variant(i, style, list(BACKGROUNDS)[i % 6], 0) for i in range(len(f.concepts))]
         images, quality = [], []
         for i in range(0, len(chosen), 32):
             x = draw(f.glyphs, chosen[i : i + 32], seed=10**6, wild=True)  # jitter no training picture had

@@ -1,6 +1,7 @@
 """The teacher: UNet and text encoder, trained together on Noto and Twemoji.
 
     python -m train.emoji.teacher --minutes 60
+    python -m train.emoji.teacher --minutes 10 --plain
 
 The first samples run on latents pooled to 8x8, four times as fast on a CPU: there the text learns what
 goes with what. Weights are bfloat16 with float32 masters.
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from .captions import caption, own_tags, prompt, vocabulary
 from .codec import load_codec
-from .data import Glyphs, load_glyphs
+from .data import Glyphs, Variant, load_glyphs
 from .diffusion import ddim, noised, step_weights
 from .latents import LatentSet, load_latents
 from .sources import STYLES
@@ -171,6 +172,15 @@ def train(args: argparse.Namespace, name: str, unet: nn.Module, encoder: TextEnc
     return averaged_unet.cpu().eval(), averaged_encoder.cpu().eval(), run
 
 
+@torch.no_grad()
+def plain_latents(glyphs: Glyphs, codec: nn.Module) -> LatentSet:
+    """The taught glyphs upright on white, one picture each: what a few minutes can teach."""
+    taught = [i for i, c in enumerate(glyphs.concepts) if c.taught]
+    variants = [Variant(i, style, "white", 0) for style in TEACHER_STYLES for i in taught]
+    latents = torch.cat([codec.encode(glyphs.pictures(style, taught)) for style in TEACHER_STYLES])
+    return LatentSet(variants, latents.half())
+
+
 def provenance(args: argparse.Namespace, run: Run) -> dict:
     return {"minutes": round(run.seconds / 60, 1), "steps": run.step, "samples": run.samples, "lr": args.lr, "seed": args.seed,
             "device": args.device, "threads": args.threads, "machine": platform.processor() or platform.machine(),
@@ -190,15 +200,17 @@ def main() -> None:
     add_common_arguments(parser)
     add_unet_arguments(parser)
     parser.add_argument("--pooled-samples", type=int, default=70_000, help="samples trained on latents pooled to 8x8")
+    parser.add_argument("--plain", action="store_true", help="only upright glyphs on white: no jitter, no backgrounds")
     args = parser.parse_args()
     start(args)
     torch.manual_seed(args.seed)
     glyphs = load_glyphs(args.runs)
     tokens = Tokens(host_folder(args.host), texts=vocabulary(glyphs.concepts))
-    data = load_latents(args.runs, glyphs, TEACHER_STYLES)
+    data = plain_latents(glyphs, load_codec(args.models)) if args.plain else load_latents(args.runs, glyphs, TEACHER_STYLES)
     batches = Batches(glyphs, data, tokens, args.seed)
     unet, encoder, run = train(args, "teacher", build(), TextEncoder(tokens.ids), batches, TEACHER_STYLES, joint=True)
-    training = provenance(args, run) | {"data": "Noto Emoji and Twemoji", "concepts": len(glyphs.concepts)}
+    training = provenance(args, run) | {
+        "data": "Noto Emoji and Twemoji" + (", upright on white" if args.plain else ""), "taught": sum(c.taught for c in glyphs.concepts)}
     save_text(args.models / "emoji-text.safetensors", encoder, training)
     save_unet(args.models / "emoji-teacher.safetensors", unet, LICENCE, training)
     print("wrote emoji-teacher.safetensors and emoji-text.safetensors")
