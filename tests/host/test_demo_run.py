@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -53,8 +54,8 @@ def test_demo_compares_and_leaves_no_server(job, host, tmp_path, capsys, monkeyp
 
 
 def test_file_the_host_does_not_offer_is_named(job, client):
-    with pytest.raises(demo.DemoError, match="does not offer .*random.safetensors in CheckpointLoaderSimple"):
-        demo.check(client, replace(job, loader="CheckpointLoaderSimple"))
+    with pytest.raises(demo.DemoError, match="does not offer .*elsewhere.safetensors in CheckpointLoaderSimple"):
+        demo.check(client, replace(job, loader="CheckpointLoaderSimple", checkpoint=Path("elsewhere.safetensors")))
 
 
 def test_missing_node_is_named(job, client):
