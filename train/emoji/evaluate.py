@@ -145,11 +145,13 @@ def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list
 
 
 def pack_part(f: Family, name: str) -> list[dict]:
-    """The pack on the teacher it was made from, and on the finetune it never saw."""
+    """The pack on the teacher it was made from and, where there is one, on the finetune it never saw."""
     path, rows = f.models / f"emoji-{name}.safetensors", []
     chosen = f.taught[:: max(1, len(f.taught) // PAIRED)][:PAIRED]
     prompts, seeds = [prompt(f.concepts[i]) for i in chosen], [7000 + i for i in chosen]
     for host, styles in (("teacher", TEACHER_STYLES), ("openmoji", ("openmoji",))):
+        if not (f.models / f"emoji-{host}.safetensors").exists():
+            continue
         whole = f.unet(host)
         packed = apply_pack(whole, path)
         cut = student_of(whole, open_pack(path).description.architecture)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .captions import caption, own_tags, prompt, vocabulary
+from .captions import caption, held_out, own_tags, prompt, vocabulary
 from .codec import load_codec
 from .data import Glyphs, Variant, load_glyphs
 from .diffusion import ddim, noised, step_weights
@@ -176,8 +176,9 @@ def train(args: argparse.Namespace, name: str, unet: nn.Module, encoder: TextEnc
 def plain_latents(glyphs: Glyphs, codec: nn.Module) -> LatentSet:
     """The taught glyphs upright on white, one picture each: what a few minutes can teach."""
     taught = [i for i, c in enumerate(glyphs.concepts) if c.taught]
-    variants = [Variant(i, style, "white", 0) for style in TEACHER_STYLES for i in taught]
-    latents = torch.cat([codec.encode(glyphs.pictures(style, taught)) for style in TEACHER_STYLES])
+    chosen = {s: [i for i in taught if not held_out(glyphs.concepts[i].code, "style", s)] for s in TEACHER_STYLES}
+    variants = [Variant(i, style, "white", 0) for style in TEACHER_STYLES for i in chosen[style]]
+    latents = torch.cat([codec.encode(glyphs.pictures(style, chosen[style])) for style in TEACHER_STYLES])
     return LatentSet(variants, latents.half())
 
 
