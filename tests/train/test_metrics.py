@@ -56,7 +56,9 @@ def test_backgrounds_are_told_from_the_corners():
 
 
 def test_the_gate_is_not_met_by_top_5_alone():
-    rows = [{"row": "teacher, plain prompts", "top1": 0.7, "top5": 0.99}]
+    rows = [{"row": "teacher, plain prompts", "emoji": 360, "top1": 0.7, "top5": 0.99}]
     assert summary({"teacher": rows})["gate_met"] is False
     rows[0]["top1"] = 0.81
     assert summary({"teacher": rows})["gate_met"] is True
+    rows[0]["emoji"] = 52  # few emoji are easy
+    assert summary({"teacher": rows})["gate_met"] is False
