@@ -20,12 +20,12 @@ TEACHER, TEACHER_PACK = "emoji-teacher.safetensors", "emoji-m2.safetensors"
 # In the words of the family's captions: a Unicode name, one of six backgrounds, a style of the teacher.
 EMOJI_PROMPTS = (
     "red apple on white, noto style",
-    "pizza on yellow, twemoji style",
-    "cat face on pink, noto style",
-    "rocket on blue, twemoji style",
-    "sunflower on grey, noto style",
-    "octopus on yellow, twemoji style",
-    "soccer ball on green, twemoji style",
+    "pizza on white, twemoji style",
+    "cat face on white, noto style",
+    "rocket on white, twemoji style",
+    "sunflower on white, noto style",
+    "octopus on white, twemoji style",
+    "soccer ball on white, twemoji style",
     "balloon on white, noto style",
 )
 SD15_PROMPTS = (

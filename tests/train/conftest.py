@@ -9,14 +9,11 @@ import torch
 from asdm_core.addresses import UNetConfig
 from asdm_core.packs import write_file
 
-pytest.importorskip("diffusers", reason="training needs diffusers")
-pytest.importorskip("transformers", reason="training needs transformers")
-
-from train.emoji import unet  # noqa: E402
-from train.emoji.codec import Codec, to_taesd  # noqa: E402
-from train.emoji.data import Glyphs, variants  # noqa: E402
-from train.emoji.latents import LatentSet  # noqa: E402
-from train.emoji.sources import STYLES, Concept  # noqa: E402
+from train.emoji import unet
+from train.emoji.codec import Codec, to_taesd
+from train.emoji.data import Glyphs, variants
+from train.emoji.latents import LatentSet
+from train.emoji.sources import STYLES, Concept
 
 TINY = UNetConfig("tiny", 32, (1, 1, 2, 2), ((1, 1), (1, 1), (1, 1), (0, 0)), 1,
                   ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)), context_dim=32, num_heads=4)
