@@ -6,9 +6,11 @@ import torch
 from safetensors import safe_open
 
 from asdm_core.architecture import Architecture
-from asdm_core.packs import Description, open_pack, write_pack
+from asdm_core.packs import Description, open_pack, write_file, write_pack
 from train.emoji import distill, teacher
 from train.emoji import unet as unets
+from train.emoji.data import variants
+from train.emoji.latents import load_latents
 from train.emoji.teacher import Batches
 from train.emoji.text import TextEncoder
 from train.emoji.training import Checkpoint, Optimiser, Run, save_curve, save_grid
@@ -188,3 +190,23 @@ def test_a_fresh_student_is_the_cut_teacher_and_v_mse_sees_it(tiny, glyphs, data
     cut = distill.v_mse(distill.student_of(whole, Architecture.preset("m2", tiny)), whole, encoder, batches, count=32)
     assert set(same) == {"all", "0-249", "250-499", "500-749", "750-999"}
     assert not any(same.values()) and cut["all"] > 0
+
+
+def test_half_of_the_pictures_drawn_are_on_white(glyphs, data, tokens):
+    batches = Batches(glyphs, data, tokens, 0)
+    white = sum(float(p) for p, v in zip(batches.share, data.variants, strict=True) if v.background == "white")
+    assert abs(white - 0.5) < 1e-5 and abs(float(batches.share.sum()) - 1) < 1e-5
+
+
+def test_cached_latents_serve_fewer_copies_and_say_what_is_missing(glyphs, tmp_path):
+    count = len(variants(glyphs.concepts, ("noto",), copies=2))
+    assert count == 2 * len(variants(glyphs.concepts, ("noto",)))
+    latents = torch.randn(count, 4, 16, 16).half()
+    write_file(tmp_path / "latents-noto.safetensors", {"latents": latents}, {"copies": "2"})
+    assert torch.equal(load_latents(tmp_path, glyphs, ("noto",)).latents, latents[: count // 2])
+    assert load_latents(tmp_path, glyphs, ("noto",), 2).variants == variants(glyphs.concepts, ("noto",), copies=2)
+    with pytest.raises(ValueError, match="holds 2 copies of each picture and 3 were asked for"):
+        load_latents(tmp_path, glyphs, ("noto",), 3)
+    write_file(tmp_path / "latents-noto.safetensors", {"latents": latents[1:]}, {"copies": "2"})
+    with pytest.raises(ValueError, match="not what the glyphs make"):
+        load_latents(tmp_path, glyphs, ("noto",))

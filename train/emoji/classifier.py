@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from asdm_core.packs import write_file
 
 from .codec import load_codec
-from .data import Variant, draw, load_glyphs, variants
+from .data import ALL_COPIES, Variant, draw, load_glyphs, variants
 from .sources import STYLES
 from .training import Checkpoint, Optimiser, Progress, Run, add_common_arguments, save_curve, seeded, start
 
@@ -124,7 +124,7 @@ def pictures(runs: Path, models: Path, device: str) -> tuple[Tensor, Tensor]:
     the codec with latents that are a little wrong."""
     path = runs / "classifier-pictures.safetensors"
     glyphs = load_glyphs(runs)
-    chosen = variants(glyphs.concepts, STYLES, everything=True)
+    chosen = variants(glyphs.concepts, STYLES, everything=True, copies=ALL_COPIES)
     labels = torch.tensor([v.concept for v in chosen] + [v.concept for v in chosen[::2]])
     if path.exists():
         with safe_open(path, framework="pt") as f:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from asdm_core.packs import write_file
 
-from .data import draw, load_glyphs, variants
+from .data import ALL_COPIES, draw, load_glyphs, variants
 from .sources import STYLES
 from .training import (
     Checkpoint, Optimiser, Progress, Run, add_common_arguments, save_curve, save_grid, seeded, start,
@@ -244,7 +244,7 @@ def main() -> None:
     name = "decoder" if args.decoder_only else "codec"
 
     glyphs = load_glyphs(args.runs)
-    pool = variants(glyphs.concepts, STYLES, everything=True)
+    pool = variants(glyphs.concepts, STYLES, everything=True, copies=ALL_COPIES)
     probe = draw(glyphs, [pool[i] for i in range(0, len(pool), len(pool) // 96)], wild=True)
     codec = load_codec(args.models) if args.decoder_only else Codec()
     codec.encoder.requires_grad_(not args.decoder_only)

@@ -23,8 +23,7 @@ from .render import BACKGROUNDS, IDENTITY, compose, jitter, render
 from .sources import STYLES, Concept, fetch, read_concepts, read_graphics
 from .training import Progress, add_common_arguments, save_grid, seeded
 
-COPIES = 1  # jittered pictures of a glyph on each background that the UNets learn from
-ALL_COPIES = 2  # the same for the codec and the classifier
+ALL_COPIES = 2  # pictures of a glyph on each background that the codec and the classifier learn from
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Glyphs:
 
 @dataclass(frozen=True)
 class Variant:
-    """One training picture: which glyph, on which background, which of its jittered copies."""
+    """One training picture: which glyph, on which background, which of its copies (0 is upright, the others are jittered)."""
 
     concept: int
     style: str
@@ -51,22 +50,25 @@ class Variant:
     copy: int
 
 
-def variants(concepts: list[Concept], styles: tuple[str, ...], everything: bool = False) -> list[Variant]:
-    """All training pictures of the UNets in some styles; with `everything` also held-out pairs and concepts not taught."""
+def variants(concepts: list[Concept], styles: tuple[str, ...], everything: bool = False, copies: int = 1) -> list[Variant]:
+    """Training pictures in some styles, copy by copy; with `everything` also the held-out pairs."""
     return [Variant(i, style, background, copy)
-            for style in styles for i, c in enumerate(concepts)
-            if everything or c.taught
+            for style in styles for copy in range(copies) for i, c in enumerate(concepts)
             if everything or not held_out(c.code, "style", style)
             for background in BACKGROUNDS
-            if everything or not held_out(c.code, "background", background)
-            for copy in range(ALL_COPIES if everything else COPIES)]
+            if everything or not held_out(c.code, "background", background)]
 
 
 def draw(glyphs: Glyphs, chosen: list[Variant], seed: int = 0, wild: bool = False) -> Tensor:
-    """The pictures of some variants, (B, 3, SIZE, SIZE). A variant always gets the same jitter for a seed."""
+    """The pictures of some variants, (B, 3, SIZE, SIZE).
+
+    A variant always gets the same geometry for a seed, and a copy has one geometry on all backgrounds:
+    with one of its own on each, a network has six times as many shapes to learn and learns none of them.
+    Copy 0 is upright unless `wild`.
+    """
     maps = torch.cat([
-        jitter(seeded(seed, int(glyphs.concepts[v.concept].code, 16), STYLES.index(v.style),
-                      list(BACKGROUNDS).index(v.background), v.copy), 1, wild) for v in chosen])
+        IDENTITY if v.copy == 0 and not wild else
+        jitter(seeded(seed, int(glyphs.concepts[v.concept].code, 16), STYLES.index(v.style), v.copy), 1, wild) for v in chosen])
     pixels = torch.stack([glyphs.pixels[STYLES.index(v.style), v.concept] for v in chosen]).float() / 255
     return compose(pixels, maps, [v.background for v in chosen])
 

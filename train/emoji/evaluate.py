@@ -74,7 +74,7 @@ class Family:
         self.glyphs: Glyphs = load_glyphs(args.runs)
         self.concepts = self.glyphs.concepts
         self.codec, self.classifier = load_codec(args.models), load_classifier(args.models, [c.code for c in self.concepts])
-        self.taught = [i for i, c in enumerate(self.concepts) if c.taught][: args.limit]
+        self.chosen = list(range(len(self.concepts)))[: args.limit]
 
     def text(self, host: str | None) -> None:
         self.encoder = load_text(self.models / "emoji-text.safetensors")
@@ -114,7 +114,7 @@ def codec_part(f: Family) -> list[dict]:
 
 def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list[dict]:
     """Recognition with plain prompts, diversity of seeds, held-out pairs."""
-    unet, every = f.unet(name), f.taught
+    unet, every = f.unet(name), f.chosen
     images = []
     for seed in range(seeds):
         images.append(f.draw(f"{name}, seed {seed}", unet, [prompt(f.concepts[i]) for i in every],
@@ -147,7 +147,7 @@ def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list
 def pack_part(f: Family, name: str) -> list[dict]:
     """The pack on the teacher it was made from and, where there is one, on the finetune it never saw."""
     path, rows = f.models / f"emoji-{name}.safetensors", []
-    chosen = f.taught[:: max(1, len(f.taught) // PAIRED)][:PAIRED]
+    chosen = f.chosen[:: max(1, len(f.chosen) // PAIRED)][:PAIRED]
     prompts, seeds = [prompt(f.concepts[i]) for i in chosen], [7000 + i for i in chosen]
     for host, styles in (("teacher", TEACHER_STYLES), ("openmoji", ("openmoji",))):
         if not (f.models / f"emoji-{host}.safetensors").exists():

@@ -38,7 +38,7 @@ def main() -> None:
     unet = load_unet(args.models / "emoji-teacher.safetensors")
     unet, _, run = train(args, "openmoji", unet, encoder, batches, STYLE, joint=False)
     training = provenance(args, run) | {"data": "OpenMoji", "from": "emoji-teacher.safetensors",
-                                        "taught": sum(c.taught for c in glyphs.concepts)}
+                                        "concepts": len(glyphs.concepts)}
     save_unet(args.models / "emoji-openmoji.safetensors", unet, LICENCE, training)
     print("wrote emoji-openmoji.safetensors")
 

@@ -28,26 +28,21 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji: `code` is its hexadecimal code point, `name` and `tags` are its CLDR name and keywords.
-
-    taught: whether the UNets learn it; the codec and the classifier learn all.
-    """
+    """One emoji: `code` is its hexadecimal code point, `name` and `tags` are its CLDR name and keywords."""
 
     code: str
     name: str
     tags: tuple[str, ...]
     group: str
-    taught: bool = True
 
 
-def read_groups() -> dict[str, dict[str, bool]]:
-    """The chosen emoji by group, as code points, and whether each is taught; from concepts.txt."""
-    groups: dict[str, dict[str, bool]] = {}
+def read_groups() -> dict[str, list[str]]:
+    """The chosen emoji by group, as code points; from concepts.txt."""
+    groups = {}
     for line in (Path(__file__).parent / "concepts.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
             group, emoji = line.split(":")
-            taught, _, later = emoji.partition("|")
-            groups[group] = {f"{ord(e):X}": e in taught for e in (taught + later).split()}
+            groups[group] = [f"{ord(e):X}" for e in emoji.split()]
     return groups
 
 
@@ -72,8 +67,8 @@ def read_concepts(cache: Path) -> list[Concept]:
     with tarfile.open(fetch("names", cache)) as tar:
         table = json.load(tar.extractfile(PACKAGES["names"][2]))
     entries = {e["hexcode"].replace("-FE0F", ""): e for e in table}
-    return [Concept(code, plain(entries[code]["label"]), tuple(plain(t) for t in entries[code].get("tags", ())), group, taught)
-            for group, codes in read_groups().items() for code, taught in codes.items()]
+    return [Concept(code, plain(entries[code]["label"]), tuple(plain(t) for t in entries[code].get("tags", ())), group)
+            for group, codes in read_groups().items() for code in codes]
 
 
 def plain(text: str) -> str:
