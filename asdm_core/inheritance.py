@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 
 from .addresses import NO_MID, Unit, UNetConfig, select, unit, walk
 from .architecture import Architecture
-from .measure import UnitCost, costs
+from .measure import UnitCost, costs, sizes
 
 FORMAT = 1
 REUSE = ("output", "branch", "forecast")
@@ -351,3 +351,23 @@ def saving(plan: Plan, architecture: Architecture, steps: int, height: int = 64,
     full, inherited = step_macs(plan, architecture, height, width, tokens)
     computed = plan.schedule.computed(steps)
     return computed.count(False) / steps * (1 - inherited / full)
+
+
+def cache_elements(plan: Plan, architecture: Architecture, height: int = 64, width: int = 64) -> int:
+    """Numbers a run remembers for one latent of height x width and one conditioning.
+
+    Times the batch, the conditionings (2 with classifier-free guidance) and the bytes of the compute
+    dtype, it is the size of the cache.
+    """
+    config = architecture.config
+    reuse = plan.reuse(config, architecture.cut)
+    shapes = sizes(architecture, height, width)
+    units = {u.address: u for u in walk(config)}
+    whole = {a for a in reuse if a in units}
+    kept = flow(config, (a for a in whole if reuse[a] != "branch")).recalls | {a for a in whole if reuse[a] == "branch"}
+    each = [units[a] for a in kept if a in shapes] + [units[a.rsplit(".", 2)[0]] for a in reuse if a not in units]
+    total = sum(u.channels_out * math.prod(shapes[u.address]) for u in each)
+    if plan.schedule.mode == "adaptive":
+        first = next(u for u in architecture.kept if u.kind == "resnet")
+        total += first.channels_out * math.prod(shapes[first.address])
+    return total * (2 if "forecast" in reuse.values() else 1)

@@ -55,7 +55,7 @@ class UnitCost:
 
 def costs(architecture: Architecture, height: int = 64, width: int = 64, tokens: int = 77) -> dict[str, UnitCost]:
     """Cost of every kept unit for a latent of height x width (a 512 px picture: 64) and a prompt of `tokens`."""
-    shapes = _sizes(architecture, height, width)
+    shapes = sizes(architecture, height, width)
     return {u.address: _cost(u, architecture, shapes[u.address], tokens) for u in architecture.kept}
 
 
@@ -68,7 +68,7 @@ def total(unit_costs: Mapping[str, UnitCost]) -> UnitCost:
     return UnitCost("", sum(c.params for c in unit_costs.values()), dict(macs), dict(attention))
 
 
-def _sizes(architecture: Architecture, height: int, width: int) -> dict[str, tuple[int, int]]:
+def sizes(architecture: Architecture, height: int, width: int) -> dict[str, tuple[int, int]]:
     """Height and width of each kept unit's output. A cut sampler leaves the size as it is."""
     size, skips, sizes = (height, width), [], {}
     units = [u for u in walk(architecture.config) if u.kind not in ("time_embed", "label_embed")]

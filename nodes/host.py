@@ -24,7 +24,7 @@ from ..asdm_core.architecture import FAMILIES, Architecture
 from ..asdm_core.cast import Cast, Line, Part, fingerprint
 from ..asdm_core.inheritance import Plan
 from . import units
-from .replay import COMPUTE, Memory
+from .replay import COMPUTE, Clock, Inheritance, Report
 
 KEY = "asdm"
 DOOR = "forward_timestep_embed_patch"  # the host's hook for single layers
@@ -69,11 +69,11 @@ def same_skeleton(a: UNetConfig, b: UNetConfig) -> bool:
 @dataclass(frozen=True)
 class Setup:
     """The data asdm keeps on a MODEL: its cast, the ids of its packs in the order of their patchers, and its
-    plan of feature inheritance."""
+    feature inheritance."""
 
     cast: Cast
     packs: tuple[str, ...] = ()
-    plan: Plan | None = None
+    inheritance: Inheritance | None = None
 
 
 def setup_of(model) -> Setup:
@@ -98,9 +98,24 @@ def with_pack(model, pack_id: str, patcher, lines: Iterable[Line]):
     return _set_up(clone, replace(setup, cast=setup.cast.with_lines(lines), packs=tuple(packs)))
 
 
-def with_plan(model, plan: Plan | None):
-    """A clone of MODEL that inherits features as the plan says. The MODEL that came in is not altered."""
-    return _set_up(model.clone(), replace(setup_of(model), plan=plan))
+def with_plan(model, plan: Plan | None, **keeping):
+    """A clone of MODEL that inherits features as the plan says. The MODEL that came in is not altered.
+
+    keeping: see `Inheritance`. Raises ValueError for a plan that names units this UNet does not have.
+    """
+    architecture = architecture_of(model)
+    if plan is not None:
+        plan.reuse(architecture.config, architecture.cut)
+    return _set_up(model.clone(), replace(setup_of(model), inheritance=plan and Inheritance(plan, **keeping)))
+
+
+def cache_bytes(model, shape, conds: int) -> int:
+    """Bytes that feature inheritance remembers in a run on latents of a shape (B, C, H, W), with so many conditionings."""
+    inheritance = setup_of(model).inheritance
+    if inheritance is None:
+        return 0
+    itemsize = torch.empty((), dtype=model.model.get_dtype_inference()).element_size()
+    return inheritance.bytes(architecture_of(model), shape, conds, itemsize)
 
 
 def _set_up(clone, setup: Setup):
@@ -123,14 +138,16 @@ class Run:
     Holds modules, never a ModelPatcher, and is dropped when the run ends.
     """
 
-    def __init__(self, model, sigmas=()):
-        self.cast = setup_of(model).cast
+    def __init__(self, model, sigmas=(), cache: int = 0):
+        setup = setup_of(model)
+        self.cast, self._inheritance = setup.cast, setup.inheritance
+        self._clock = Clock(model.load_device) if self._inheritance else None
         sampling = model.get_model_object("model_sampling")
         # The last window also holds sigma 0, where some samplers ask once more.
         self._sigmas = {w: (sampling.percent_to_sigma(w.start), sampling.percent_to_sigma(w.end) if w.end < 1 else -1.0)
                         for w in self.cast.windows}
         # One stage per UNet object: multi-GPU clones have their own modules and their own packs.
-        self._stages = {id(m.model): Stage(m, sigmas) for m in (model, *model.get_additional_models_with_key("multigpu"))}
+        self._stages = {id(m.model): Stage(m, sigmas, cache) for m in (model, *model.get_additional_models_with_key("multigpu"))}
 
     def set_sigma(self, sigma: float) -> None:
         """Decide who plays at this noise level. Called once per evaluation."""
@@ -140,12 +157,21 @@ class Run:
             stage.assign(parts)
             if stage.memory is not None:
                 stage.memory.begin_evaluation(sigma)
+        memory = self._memory()
+        if memory is not None:
+            self._clock.mark(memory.step)
+
+    def _memory(self):
+        return next((stage.memory for stage in self._stages.values() if stage.memory is not None), None)
 
     def stage(self, base_model) -> Stage | None:
         """The stage of a model of this run; None for any other (guiders can sample two models)."""
         return self._stages.get(id(base_model))
 
     def close(self) -> None:
+        memory = self._memory()
+        if memory is not None:
+            self._inheritance.log.last = Report(memory.steps, memory.counts, self._clock.seconds(), memory.peak)
         for stage in self._stages.values():
             if stage.memory is not None:
                 stage.memory.close()
@@ -155,8 +181,8 @@ class Run:
 class Stage:
     """The layers of one UNet object, the packs that stand beside it, and who plays at the moment."""
 
-    def __init__(self, model, sigmas):
-        architecture, plan = architecture_of(model), setup_of(model).plan
+    def __init__(self, model, sigmas, cache: int):
+        architecture, inheritance = architecture_of(model), setup_of(model).inheritance
         self._config = architecture.config
         self._layers = units.layers(model.model.diffusion_model, self._config)
         packs = packs_of(model)
@@ -165,7 +191,7 @@ class Stage:
         self._parts: dict[str, Part] = {}
         self._players: dict[int, torch.nn.Module] = {}
         self._addresses = {id(layer): address for address, layer in self._layers.items()}
-        self.memory = Memory(plan, self._config, architecture.cut, sigmas) if plan else None
+        self.memory = inheritance.memory(architecture, sigmas, cache) if inheritance else None
         self.name = ""
         self.entry = (units.LAYER_CLASSES, self._dispatch)
 
@@ -215,7 +241,8 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     guider = executor.class_obj
     # The host's own next step: a pack that was applied after the work was split has no units there yet.
     guider.model_patcher.match_multigpu_clones()
-    run = Run(guider.model_patcher, sigmas.tolist())
+    cache = cache_bytes(guider.model_patcher, noise.shape, sum(map(len, guider.conds.values())))
+    run = Run(guider.model_patcher, sigmas.tolist(), cache)
     guider.model_options["transformer_options"][KEY] = run  # the run's own copy; the guider restores the original
     try:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -245,10 +272,17 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 
-def _prepare_sampling(executor, model, *args, **kwargs):
+def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
     for base in (model, *model.get_additional_models_with_key("multigpu")):
         sync_patches(model, base.get_additional_models_with_key(KEY))
-    return executor(model, *args, **kwargs)
+    inheritance = setup_of(model).inheritance
+    if inheritance is not None and not inheritance.on_cpu:
+        # The host plans memory by the shape of the latents alone and knows nothing of remembered features:
+        # a batch that is larger by as much makes it leave room for them.
+        extra = cache_bytes(model, noise_shape, sum(map(len, conds.values())))
+        planned = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
+        noise_shape = [noise_shape[0] * (1 + extra / planned), *noise_shape[1:]]
+    return executor(model, noise_shape, conds, *args, **kwargs)
 
 
 # LoRA on packs --------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ same cast; in any other case the forward computes in full.
 from __future__ import annotations
 
 import copy
+import logging
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..asdm_core.addresses import Unit, UNetConfig, walk
-from ..asdm_core.inheritance import Plan, flow
+from ..asdm_core.architecture import Architecture
+from ..asdm_core.inheritance import Plan, cache_elements, flow
 from . import units
 
 COMPUTE, RECORD, REPLAY, PROBE = "compute", "record", "replay", "probe"
@@ -26,6 +30,92 @@ _PROBE = "probe"  # name of the first layer's output among the remembered tensor
 
 # Anything here changes what a transformer block computes between its parts, so parts cannot be reused.
 _BLOCK_PATCHES = ("attn1_patch", "attn1_output_patch", "attn2_patch", "attn2_output_patch", "middle_patch")
+
+
+FEW_STEPS = 8  # with fewer, each step changes too much for the next one to inherit
+
+
+@dataclass
+class Report:
+    """What one run did: so many steps, forwards by (step, mode), seconds of each evaluation with its step, bytes remembered at most."""
+
+    steps: int
+    counts: Counter
+    seconds: list[tuple[int, float]]
+    peak: int
+
+    def inherited(self) -> tuple[bool, ...]:
+        """For each step, whether all its forwards played from memory."""
+        modes = [{mode for step, mode in self.counts if step == s} for s in range(self.steps)]
+        return tuple(m == {REPLAY} for m in modes)
+
+    def saving(self) -> float | None:
+        """Measured share of time that was saved, against all evaluations taking as long as the median full one.
+
+        None where nothing was inherited, or nothing else was measured. The first evaluation, in which the
+        host still moves weights, is left out.
+        """
+        inherited = self.inherited()
+        full = sorted(t for step, t in self.seconds[1:] if not inherited[step])
+        if not full or not any(inherited):
+            return None
+        return 1 - sum(t for _, t in self.seconds[1:]) / (full[len(full) // 2] * (len(self.seconds) - 1))
+
+
+@dataclass
+class Log:
+    """The report of the last run of a MODEL and its clones. Numbers only, so that it may outlive the run."""
+
+    last: Report | None = None
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """A plan on a MODEL, and how its features are kept: at most limit_mb of them (0: any number), on the CPU if asked."""
+
+    plan: Plan
+    limit_mb: int = 0
+    on_cpu: bool = False
+    log: Log = field(default_factory=Log, compare=False)
+
+    def bytes(self, architecture: Architecture, shape: Sequence[int], conds: int, itemsize: int) -> int:
+        """Size of the cache of a run on latents of a shape (B, C, H, W)."""
+        return cache_elements(self.plan, architecture, *shape[-2:]) * shape[0] * conds * itemsize
+
+    def memory(self, architecture: Architecture, sigmas: Sequence[float], size: int) -> Memory | None:
+        """The memory of a run; None, with a word in the log, where its features would be more than the limit."""
+        if self.limit_mb and size > self.limit_mb * 2**20:
+            logging.warning(f"asdm: feature inheritance is off in this run: it would remember {math.ceil(size / 2**20)} MB and the limit "
+                            f"is {self.limit_mb} MB. Raise the limit, keep the features on the CPU, or choose a plan that reuses less.")
+            return None
+        if 0 < len(sigmas) - 1 < FEW_STEPS:
+            logging.warning(f"asdm: feature inheritance in a run of {len(sigmas) - 1} steps: with fewer than {FEW_STEPS}, neighbouring "
+                            "steps differ so much that the picture suffers.")
+        return Memory(self.plan, architecture.config, architecture.cut, sigmas, self.on_cpu)
+
+
+class Clock:
+    """Times between the evaluations of a run. On CUDA by events, so that nobody has to wait."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[int, object]] = []
+
+    def mark(self, step: int) -> None:
+        """An evaluation of a step begins."""
+        if self._cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self._marks.append((step, now))
+
+    def seconds(self) -> list[tuple[int, float]]:
+        """(step, seconds) of each evaluation but the last, whose end nobody marked."""
+        if self._cuda and self._marks:
+            self._marks[-1][1].synchronize()
+        return [(step, a.elapsed_time(b) / 1000 if self._cuda else b - a)
+                for (step, a), (_, b) in zip(self._marks, self._marks[1:], strict=False)]
 
 
 def step_of(sigma: float, sigmas: Sequence[float], last: int) -> int:
@@ -53,8 +143,8 @@ class Entry:
 class Memory:
     """Features of one UNet object during one run."""
 
-    def __init__(self, plan: Plan, config: UNetConfig, cut: frozenset[str], sigmas: Sequence[float]):
-        self.plan, self.config = plan, config
+    def __init__(self, plan: Plan, config: UNetConfig, cut: frozenset[str], sigmas: Sequence[float], on_cpu: bool = False):
+        self.plan, self.config, self._on_cpu = plan, config, on_cpu
         self.reuse = plan.reuse(config, cut)
         self._sigmas = list(sigmas)
         self.steps = max(len(self._sigmas) - 1, 1)
@@ -72,8 +162,10 @@ class Memory:
         self._probe = next(u.address for u in walk(config) if u.kind == "resnet" and u.address not in cut) if adaptive else None
         self.step = 0
         self._held: list[Entry] = []  # of the chunks of the running forward
+        self._device = None  # of the running forward
         self._ordinals: Counter = Counter()
         self.counts: Counter = Counter()  # (step, mode) -> forwards, for the report
+        self.peak = 0
         self.mode = COMPUTE
 
     # once per evaluation, once per forward ----------------------------------------------------------
@@ -81,6 +173,7 @@ class Memory:
     def begin_evaluation(self, sigma: float) -> None:
         self.step = step_of(sigma, self._sigmas, self.step)
         self._ordinals.clear()
+        self.peak = max(self.peak, self.size())
 
     def begin_forward(self, x: Tensor, options: Mapping, cast: str) -> str:
         """Decide the mode of the forward that is about to run, and return it."""
@@ -89,7 +182,7 @@ class Memory:
         patched = self._with_parts and self._blocks_patched(options)
         if uuids and conds and x.shape[0] % len(conds) == 0 and not patched:
             self._keys = [self._key(u, c, x, len(conds)) for u, c in zip(uuids, conds, strict=True)]
-            self._held, self._cast = [self._entries.get(k) for k in self._keys], cast
+            self._held, self._cast, self._device = [self._entries.get(k) for k in self._keys], cast, x.device
             self.mode = self._adaptive_mode() if self._probe else self._planned_mode()
             if self.mode == RECORD:
                 self._start_recording()
@@ -184,12 +277,14 @@ class Memory:
         return layer.skip_connection(x) if u.kind == "resnet" and hasattr(layer, "skip_connection") else x
 
     def store(self, address: str, value: Tensor) -> None:
+        if self._on_cpu and address != _PROBE:
+            value = value.cpu()
         for entry, chunk in zip(self._held, value.chunk(len(self._held)), strict=True):
             entry.tensors[address] = chunk
 
     def recall(self, address: str) -> Tensor:
         """The remembered feature for the whole batch, in memory of its own."""
-        return torch.cat([self._value(entry, address) for entry in self._held])
+        return torch.cat([self._value(entry, address) for entry in self._held]).to(self._device)
 
     def _value(self, entry: Entry, address: str) -> Tensor:
         value = entry.tensors[address]

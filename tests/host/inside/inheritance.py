@@ -210,3 +210,81 @@ def test_control_residuals_act_on_inherited_steps(model):
     with Reference(model, SD, plan):
         wanted = small.sample(with_residual(model, 0.5))
     assert torch.equal(controlled, wanted)
+
+
+def kept(model):
+    """The report of a MODEL's last run."""
+    return host.setup_of(model).inheritance.log.last
+
+
+@pytest.mark.parametrize("name", ["deepcache-0", "encoder", "branches", "parts", "forecast"])
+def test_the_size_of_the_cache_is_known_before_the_run(model, name):
+    plan = Plan((Rule("mid, up.0", "forecast"),), EVERY_OTHER) if name == "forecast" else PLANS[name]
+    m = host.with_plan(model, plan)
+    small.sample(m, steps=6, size=(12, 20), batch=2)
+    assert kept(m).peak == host.cache_bytes(m, (2, 4, 12, 20), 2) > 0
+
+
+def test_features_kept_on_the_cpu_play_the_same(model, monkeypatch):
+    plan = inheritance.attention(SD, "attn1|ff", EVERY_OTHER)
+    moved = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (moved.append(1), cpu(self))[1])
+    wanted = small.sample(host.with_plan(model, plan), steps=4)
+    before = len(moved)
+    assert torch.equal(small.sample(host.with_plan(model, plan, on_cpu=True), steps=4), wanted) and len(moved) > before
+
+
+def test_a_run_that_would_remember_more_than_the_limit_computes_in_full_and_says_so(model, caplog):
+    plan = inheritance.encoder(SD, EVERY_OTHER)
+    big = host.cache_bytes(host.with_plan(model, plan), (1, 4, 64, 64), 2)
+    m = host.with_plan(model, plan, limit_mb=1)
+    assert big > 2**20
+    plain = small.sample(model, steps=2, size=(64, 64))
+    assert torch.equal(small.sample(m, steps=2, size=(64, 64)), plain) and "limit is 1 MB" in caplog.text
+    assert not torch.equal(small.sample(m, steps=2), small.sample(model, steps=2))  # a small picture stays below it
+
+
+def test_few_steps_are_warned_of(model, caplog):
+    m = host.with_plan(model, PLANS["deepcache-0"])
+    small.sample(m, steps=8)
+    assert "asdm" not in caplog.text
+    small.sample(m, steps=7)
+    assert "in a run of 7 steps" in caplog.text
+
+
+def test_the_report_says_what_was_inherited(model):
+    m = host.with_plan(model, PLANS["deepcache-0"])
+    assert kept(m) is None
+    small.sample(m, steps=5)
+    assert kept(m).inherited() == (False, True, False, True, False) and kept(m.clone()) is kept(m)
+    assert [step for step, _ in kept(m).seconds] == [0, 1, 2, 3] and all(t > 0 for _, t in kept(m).seconds)
+    small.sample(m, steps=4, sampler="heun")
+    assert kept(m).inherited() == (False, True, False, True)
+
+
+def test_the_measured_saving_compares_with_full_steps():
+    report = replay.Report(4, replay.Counter({(0, "record"): 1, (1, "replay"): 1, (2, "record"): 1, (3, "replay"): 1}),
+                           [(0, 9.0), (1, 1.0), (2, 2.0), (3, 1.0)], 0)
+    assert report.saving() == pytest.approx(1 - 4 / 6)
+    assert replay.Report(1, replay.Counter({(0, "compute"): 1}), [(0, 1.0)], 0).saving() is None
+
+
+def test_the_host_leaves_room_for_the_cache(model, monkeypatch):
+    import comfy.model_management
+
+    asked = []
+    load = comfy.model_management.load_models_gpu
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu",
+                        lambda models, memory_required=0, **more: (asked.append(memory_required), load(models, memory_required=memory_required, **more)))
+    m = host.with_plan(model, PLANS["encoder"])
+    small.sample(model)
+    small.sample(m)
+    small.sample(host.with_plan(model, PLANS["encoder"], on_cpu=True))
+    plain, with_cache, on_cpu = asked
+    assert with_cache - plain == pytest.approx(host.cache_bytes(m, (1, 4, 16, 16), 2)) and on_cpu == plain
+
+
+def test_a_plan_for_other_units_is_refused_at_once(model):
+    with pytest.raises(ValueError, match=r"down\.9"):
+        host.with_plan(model, Plan((Rule("down.9"),)))
