@@ -92,13 +92,16 @@ def inspect(args) -> None:
               "prediction": description.prediction, "licence": description.licence}
     if description.kind == "pack":
         result["units"] = list(description.units)
+        result["experts"] = dict(description.condconv.experts) if description.condconv else {}
         result["pack_params"] = sum(s.tensor.numel for s in description.keys().values())
     if args.json:
         print(json.dumps(result, indent=1))
         return
     print(f"{path.name}: {_headline(result)}")
     if description.kind == "pack":
-        print(f"  a pack of {result['pack_params'] / 1e6:.2f} M parameters; it plays: {', '.join(description.units)}")
+        print(f"  a pack of {result['pack_params'] / 1e6:.2f} M parameters; it plays: {', '.join(description.units) or 'no unit of its own'}")
+        if result["experts"]:
+            print("  experts per convolution: " + ", ".join(f"{conv} {count}" for conv, count in result["experts"].items()))
     _print_numbers(result)
     if description.prediction:
         print(f"  predicts: {description.prediction}")
@@ -152,6 +155,8 @@ def extract_pack(args) -> None:
 
 def assemble(args) -> None:
     trunk, pack = _open_unet(args.checkpoint), packs.open_pack(args.pack)
+    if pack.description.condconv:
+        raise ValueError(f"{Path(args.pack).name} has convolutions with several experts, which no single UNet file can hold; use Apply Pack")
     target = pack.description.architecture
     ours, theirs = trunk.description.architecture.config, target.config
     if ours != theirs:

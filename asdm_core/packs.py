@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .addresses import in_order
 from .architecture import Architecture
+from .condconv import CondConv
 from .recognise import Recognised, Unrecognised, recognise, unet_prefix
 from .surgery import ADDRESSED, Form, Mismatch, StateDict, check, convert, shapes_of
 
@@ -219,7 +220,7 @@ class Description:
     """What a pack or a pruned UNet says about itself.
 
     kind: "pack" (only `units`, to be played inside a host checkpoint) or "unet" (stands for itself).
-    units: addresses a pack plays. prediction: "eps" or "v"; None leaves it to the host checkpoint.
+    units: addresses a pack plays; none if it only has further experts for convolutions of others. prediction: "eps" or "v"; None leaves it to the host checkpoint.
     companions: other files of an embedded checkpoint, by role ("vae", "text_encoder").
     training: where the weights came from; free form. condconv, gri: settings of those techniques.
     """
@@ -231,7 +232,7 @@ class Description:
     licence: str = ""
     training: Mapping = field(default_factory=dict)
     companions: Mapping[str, str] = field(default_factory=dict)
-    condconv: Mapping | None = None
+    condconv: CondConv | None = None
     gri: Mapping | None = None
 
     def __post_init__(self):
@@ -242,27 +243,42 @@ class Description:
         units = in_order(self.architecture.config, self.units)
         kept = {u.address for u in self.architecture.kept}
         if self.kind == "pack" and not units:
-            raise ValueError("a pack must play at least one unit")
-        if not kept.issuperset(units):
-            raise ValueError(f"{min(set(units) - kept)} is cut in this architecture, so no pack can play it")
+            if self.condconv is None:
+                raise ValueError("a pack must play at least one unit")
+            if self.architecture.cut:
+                raise ValueError(f"a pack of experts only cannot cut units, and this one cuts {min(self.architecture.cut)}")
+        if self.condconv is not None and self.kind != "pack":
+            raise ValueError("condconv: further experts come in packs only")
+        if not kept.issuperset([*units, *self.expert_units]):
+            raise ValueError(f"{min({*units, *self.expert_units} - kept)} is cut in this architecture, so no pack can play it")
         object.__setattr__(self, "units", units)
 
     @property
     def family(self) -> str:
         return self.architecture.config.family
 
+    @property
+    def expert_units(self) -> tuple[str, ...]:
+        """Units whose convolutions have further experts in this pack, whoever plays them."""
+        return self.condconv.units(self.architecture.config) if self.condconv else ()
+
+    @property
+    def expert_keys(self):
+        """Tensor names of the further experts and their routers, and their slots."""
+        return self.condconv.keys(self.architecture.config) if self.condconv else {}
+
     def keys(self):
         """Tensor names of the file and their slots: addressed for a pack, else the standalone form."""
         if self.kind == "pack":
             played = set(self.units)
-            return {k: s for k, s in self.architecture.keys().items() if s.unit.address in played}
+            return {k: s for k, s in self.architecture.keys().items() if s.unit.address in played} | self.expert_keys
         return self.architecture.keys(*standalone_form(self.architecture))
 
     def to_json(self) -> str:
         data = {
             "format": FORMAT, "kind": self.kind, "architecture": self.architecture.to_dict(), "units": list(self.units),
             "prediction": self.prediction, "licence": self.licence, "training": dict(self.training),
-            "companions": dict(self.companions), "condconv": self.condconv, "gri": self.gri,
+            "companions": dict(self.companions), "condconv": self.condconv and self.condconv.to_dict(), "gri": self.gri,
         }
         return json.dumps({k: v for k, v in data.items() if v not in (None, {}, [], "")}, separators=(",", ":"))
 
@@ -282,12 +298,14 @@ class Description:
         if not isinstance(units, list) or not all(isinstance(a, str) for a in units):
             raise ValueError("units in its description must be a list of addresses")
         tables = {name: data.get(name, {}) for name in ("training", "companions")}
-        tables |= {name: data.get(name) for name in ("condconv", "gri")}
+        tables["gri"] = data.get("gri")
         for name, value in tables.items():
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{name} in its description must be a JSON object, got {value!r}")
+        condconv = None if data.get("condconv") is None else CondConv.from_dict(data["condconv"])
         return cls(kind=str(data.get("kind")), architecture=Architecture.from_dict(data.get("architecture")),
-                   units=tuple(units), prediction=data.get("prediction"), licence=str(data.get("licence", "")), **tables)
+                   units=tuple(units), prediction=data.get("prediction"), licence=str(data.get("licence", "")),
+                   condconv=condconv, **tables)
 
 
 def standalone_form(architecture: Architecture) -> Form:

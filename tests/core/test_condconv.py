@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from asdm_core import condconv, packs
+from asdm_core.__main__ import main
 from asdm_core.addresses import keys, walk
 from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.condconv import CondConv, CondConv2d
@@ -273,3 +274,115 @@ def test_nobody_to_gather_from():
         condconv.clme(broken, weights(SD), SD, [CONV1])
     with pytest.raises(Mismatch, match=r"student: .* has shape \[1\], wanted \[8, 16, 3, 3\]"):
         condconv.clme(weights(SD), weights(SD) | {"output_blocks.11.0.in_layers.2.weight": torch.zeros(1)}, SD, [CONV1])
+
+
+# Packs ----------------------------------------------------------------------------------------------
+
+M2 = Architecture.preset("m2", SD)
+EXPERTS = CondConv({CONV1: 2, CONV2: 3, "down.0.sampler.conv": 2})
+KEY = "output_blocks.11.0.out_layers.3.experts.weight"
+
+
+def write(path, settings=EXPERTS, units=(), architecture=None, dtype=None, how="random"):
+    chosen = architecture or (M2 if units else Architecture.full(SD))
+    tensors = condconv.start(SD, settings, how) | extract(weights(SD), chosen, units)
+    packs.write_pack(path, tensors, Description("pack", chosen, units, condconv=settings), dtype)
+    return path
+
+
+@pytest.fixture
+def pack(tmp_path):
+    return write(tmp_path / "experts.safetensors")
+
+
+@pytest.mark.parametrize("form", condconv.FORMS)
+@pytest.mark.parametrize("units", [(), M2.pack_units()], ids=["experts only", "with units"])
+def test_pack_there_and_back(tmp_path, form, units):
+    settings = CondConv(EXPERTS.experts, form)
+    found = open_pack(write(tmp_path / "pack.safetensors", settings, units))
+    assert found.description.condconv == settings and found.description.units == units
+    assert found.description.expert_units == ("down.0.sampler", "up.3.2.resnet")
+    wanted = condconv.start(SD, settings, "random") | extract(weights(SD), M2, units)
+    assert set(found.tensors) == set(wanted) and all(torch.equal(found.tensors[k], v) for k, v in wanted.items())
+
+
+def test_int8_gives_each_output_channel_of_each_expert_a_scale(tmp_path):
+    found = open_pack(write(tmp_path / "pack.safetensors", dtype="int8"))
+    tensor = condconv.start(SD, EXPERTS, "random")[KEY]
+    step = tensor.abs().amax((1, 2, 3), keepdim=True) / 127
+    assert ((found.tensors[KEY] - tensor).abs() <= step * 0.51).all()
+
+
+def test_a_network_gets_its_experts_from_a_pack_and_gives_them_back(pack):
+    class Network(nn.Module):
+        """The convolutions of a UNet under their diffusers names, nothing else."""
+
+        def __init__(self):
+            super().__init__()
+            for conv in condconv.convolutions(SD).values():
+                *parents, name = conv.path("diffusers").split(".")
+                at = self
+                for parent in parents:
+                    at._modules.setdefault(parent, nn.Module())
+                    at = at._modules[parent]
+                at.add_module(name, nn.Conv2d(conv.shape[1], conv.shape[0], 3, padding=1))
+
+    network, tensors = Network(), open_pack(pack).tensors
+    plain = {name: p.clone() for name, p in network.named_parameters()}
+    condconv.install(network, "diffusers", SD, EXPERTS, tensors)
+    found = condconv.extract(network, "diffusers", SD, EXPERTS)
+    assert set(found) == set(tensors) and all(torch.equal(found[k], tensors[k]) for k in found)
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, CondConv2d)}
+    assert set(layers) == {"up_blocks.3.resnets.2.conv1", "up_blocks.3.resnets.2.conv2", "down_blocks.0.downsamplers.0.conv"}
+    assert all(torch.equal(m.conv.weight, plain[f"{name}.weight"]) for name, m in layers.items())
+    with pytest.raises(Mismatch, match=f"experts: {KEY} is missing"):
+        condconv.install(Network(), "diffusers", SD, EXPERTS, {k: v for k, v in tensors.items() if k != KEY})
+
+
+CHANGES = {
+    "missing": (lambda sd: sd.pop(KEY), rf"{KEY} is missing \(up.3.2.resnet, wanted shape \[16, 8, 3, 3\]\)"),
+    "shape": (lambda sd: sd.update({KEY: torch.zeros(2, 8, 8, 3, 3)}), rf"{KEY} .* has shape \[2, 8, 8, 3, 3\], wanted \[16, 8, 3, 3\]"),
+    "unknown": (lambda sd: sd.update({"output_blocks.11.0.out_layers.3.gate": torch.zeros(1)}), "unknown tensor .*gate"),
+    "expert 1": (lambda sd: sd.update({"output_blocks.11.0.out_layers.3.weight": torch.zeros(8, 8, 3, 3)}), "unknown tensor"),
+    "nan": (lambda sd: sd[KEY].view(-1)[:1].fill_(float("nan")), f"tensor {KEY} holds numbers that are not finite"),
+    "dtype": (lambda sd: sd.update({KEY: sd[KEY].double()}), f"tensor {KEY} has dtype F64"),
+}
+
+
+@pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES)
+def test_wrong_tensors(pack, change, message):
+    sd = load_file(pack)
+    change(sd)
+    save_file(sd, pack, TensorFile(pack).metadata)
+    with pytest.raises(BadFile, match=f"^experts.safetensors: {message}"):
+        open_pack(pack)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"condconv": {"experts": {"moon": 2}}}, "no convolution 'moon'"), ({"condconv": {"experts": {CONV1: 1}}}, "2 to 64 experts"),
+    ({"condconv": []}, "condconv must be a JSON object"), ({"condconv": None}, "at least one unit"), ({"kind": "unet"}, "experts come in packs only"),
+    ({"architecture": M2.to_dict()}, "a pack of experts only cannot cut units, and this one cuts down.0.1.resnet"),
+    ({"architecture": M2.to_dict(), "units": list(M2.pack_units()), "condconv": {"experts": {"down.0.1.resnet.conv1": 2}}},
+     "down.0.1.resnet is cut in this architecture"),
+], ids=str)
+def test_wrong_descriptions(pack, change, message):
+    data = json.loads(TensorFile(pack).metadata["asdm"]) | change
+    save_file(load_file(pack), pack, {"asdm": json.dumps(data)})
+    with pytest.raises(BadFile, match=f"^experts.safetensors: .*{re.escape(message)}"):
+        open_pack(pack)
+
+
+def test_wrong_tensors_are_not_written(tmp_path):
+    with pytest.raises(Mismatch, match="experts.weight is missing"):
+        packs.write_pack(tmp_path / "pack.safetensors", {}, Description("pack", Architecture.full(SD), condconv=EXPERTS))
+
+
+def test_the_command_line_knows_packs_of_experts(pack, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(FAMILIES, SD.family, SD)
+    assert main(["inspect", str(pack)]) == 0
+    out = capsys.readouterr().out
+    assert "it plays: no unit of its own" in out and f"experts per convolution: {CONV1} 2, {CONV2} 3, down.0.sampler.conv 2" in out
+    packs.write_unet(tmp_path / "unet.safetensors", weights(SD), Description("unet", Architecture.full(SD)))
+    assert main(["assemble", str(tmp_path / "unet.safetensors"), str(pack), str(tmp_path / "out.safetensors")]) == 2
+    assert "experts.safetensors has convolutions with several experts, which no single UNet file can hold" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
