@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from .addresses import NO_MID, Unit, UNetConfig, select, unit, walk
 from .architecture import Architecture
@@ -202,6 +202,11 @@ class Plan:
                 chosen[address] = "branch" if rule.reuse == "output" and not whole else rule.reuse
         return {a: r for a, r in chosen.items() if a in units or a.rsplit(".", 2)[0] not in chosen}
 
+    def reusing(self, what: str) -> Plan:
+        """The same plan with all rules reusing "output", "branch" or "forecast"."""
+        name = self.name if what == "output" or not self.name else f"{self.name}, {what}"
+        return replace(self, rules=tuple(replace(r, reuse=what) for r in self.rules), name=name)
+
     def sources(self, n: int) -> tuple[int, ...]:
         """For each step, the step its inherited features come from; its own number where it computes."""
         result, last = [], 0
@@ -280,6 +285,17 @@ def attention(config: UNetConfig, parts: str = "attn1|attn2", schedule: Schedule
     if config.mid > 0:
         sides.append(f"mid.0.transformer.*.{parts}")
     return Plan((Rule(", ".join(sides)),), schedule, parts.replace("|", "+"))
+
+
+# The dial of the node: skip branch and interval of a DeepCache plan with forecasts. Chosen on the emoji
+# family (bench/inheritance.py) so that each is the most faithful one known for what it saves.
+DIALS = {"faithful": (3, 2), "balanced": (1, 2), "fast": (0, 3)}
+
+
+def dial(config: UNetConfig, name: str) -> Plan:
+    """The plan of a dial position: "faithful", "balanced" or "fast"."""
+    branch, interval = DIALS[name]
+    return replace(deepcache(config, branch, Schedule(interval=interval)).reusing("forecast"), name=name)
 
 
 # What happens on an inherited step ----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Draws a UNet: every unit in its place, who plays it, and its share of the work."""
+"""Draws a UNet, who plays each unit and its share of the work; and a plan of feature inheritance, units by steps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..asdm_core.addresses import Unit, UNetConfig, walk
+from ..asdm_core.architecture import Architecture
+from ..asdm_core.inheritance import flow
 
 BACKGROUND, INK, FAINT = "#ffffff", "#1c2330", "#8a94a6"
 COLOURS = {"host": "#a9bfdc", "pack": "#f4a261", "cut": "#f1f3f6"}
@@ -47,6 +49,9 @@ class _Sheet:
             for at in range(int(x) + 5, int(x + w) - 5, 8):
                 self.draw.line((2 * at, 2 * y, 2 * at + 8, 2 * y), fill=outline, width=2)
                 self.draw.line((2 * at, 2 * (y + h), 2 * at + 8, 2 * (y + h)), fill=outline, width=2)
+
+    def cell(self, x, y, w, h, fill):
+        self.draw.rectangle((2 * x, 2 * y, 2 * (x + w) - 3, 2 * (y + h) - 3), fill=fill)
 
     def line(self, points, fill=FAINT, width=2):
         self.draw.line([2 * p for p in points], fill=fill, width=width)
@@ -103,6 +108,78 @@ def _draw_block(sheet: _Sheet, x: int, y: int, name: str, channels: int, units: 
         sheet.text(left + BOX[0] / 2, top + (BOX[1] / 2 if cut else 13), label, 13, FAINT if cut else INK, "mm")
         if not cut:
             sheet.text(left + BOX[0] / 2, top + 29, f"{view.share:.1%}", 12, INK, "mm")
+
+
+PLAN_COLOURS = {"computed": COLOURS["host"], "partly": "#d9c7a3", "inherited": "#f4a261", "idle": "#eef1f5"}
+MEANINGS = {"computed": "computes", "partly": "computes in part", "inherited": "keeps earlier features", "idle": "not needed"}
+CELL, LABELS = 13, 170  # height of a row; width of the column of addresses
+
+
+def roles_when_inheriting(architecture: Architecture, reuse: Mapping[str, str]) -> dict[str, str]:
+    """Unit address -> what it does on an inherited step: a key of PLAN_COLOURS."""
+    units = {u.address for u in architecture.kept}
+    whole = {a for a, what in reuse.items() if a in units and what != "branch"}
+    partly = {a if a in units else a.rsplit(".", 2)[0] for a in reuse} - whole
+    does = flow(architecture.config, whole)
+    return {u.address: "inherited" if u.address in does.recalls else "idle" if u.address not in does.computes
+            else "partly" if u.address in partly else "computed"
+            for u in architecture.kept if u.side in ("down", "mid", "up")}
+
+
+def draw_plan(architecture: Architecture, facts: Mapping, text: str) -> Image.Image:
+    """A plan as a grid, one row per unit in the order of the forward pass, one column per step; below it the last run.
+
+    facts: see `nodes.inherit.describe`. An adaptive plan shows only the steps that must compute.
+    """
+    roles = roles_when_inheriting(architecture, facts["reuse"])
+    steps, computed = facts["steps"], set(facts["computed"])
+    run, lines = facts.get("last_run"), text.split("\n")
+    columns = max(steps, run["steps"] if run else 0)
+    cell = max(6, min(26, 640 // columns))
+    width = max(MARGIN + LABELS + columns * cell + MARGIN, 700)
+    top = 30 + 22 * len(lines) + 24
+    below = top + len(roles) * CELL + 14
+    sheet = _Sheet(width, below + (110 if run else 0) + 40)
+    for i, line in enumerate(lines):
+        sheet.text(MARGIN, 18 + 22 * i, line, 18 if i == 0 else 14, INK if i == 0 else FAINT)
+    left = MARGIN + LABELS
+    for step in range(0, columns, max(1, 60 // cell)):
+        sheet.text(left + (step + 0.5) * cell, top - 6, str(step), 11, FAINT, "mb")
+    for row, (address, role) in enumerate(roles.items()):
+        y = top + row * CELL
+        sheet.text(left - 8, y + CELL / 2, address, 10, INK, "rm")
+        for step in range(steps):
+            colour = PLAN_COLOURS["computed" if step in computed else role]
+            sheet.cell(left + step * cell, y, cell, CELL, colour)
+    if run:
+        _draw_run(sheet, run, left, below, cell)
+    x, y = MARGIN, sheet.image.height / 2 - 26
+    for role, meaning in MEANINGS.items():
+        sheet.cell(x, y, 20, 14, PLAN_COLOURS[role])
+        sheet.text(x + 28, y + 7, meaning, 12, INK, "lm")
+        x += 165
+    return sheet.done()
+
+
+def _draw_run(sheet: _Sheet, run: Mapping, left: float, top: float, cell: float) -> None:
+    """What happened: a strip of steps, and the time of each as a bar (the sum of its evaluations)."""
+    sheet.text(left - 8, top + 8, "last run", 12, INK, "rm")
+    for step in range(run["steps"]):
+        sheet.cell(left + step * cell, top, cell, 16, PLAN_COLOURS["computed" if step in run["computed"] else "inherited"])
+    seconds = dict.fromkeys(range(run["steps"]), 0.0)
+    for step, t in run["seconds"]:
+        seconds[step] += t
+    # The first step is often slow because weights still move; it must not make all others look alike.
+    highest = max([t for step, t in seconds.items() if step > 0], default=0.0)
+    if not highest:
+        return
+    base = top + 22 + 64
+    sheet.text(left - 8, base - 32, "time of a step", 12, INK, "rm")
+    sheet.text(left - 8, base - 16, f"highest {highest:.3g} s", 10, FAINT, "rm")
+    for step, t in seconds.items():
+        tall = 64 * min(t / highest, 1)
+        if tall:
+            sheet.cell(left + step * cell, base - tall, cell, tall, PLAN_COLOURS["computed" if step in run["computed"] else "inherited"])
 
 
 def to_image(picture: Image.Image) -> torch.Tensor:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from asdm_core.addresses import walk
 from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.inheritance import (
-    MODES, Plan, Rule, Schedule, attention, deepcache, encoder, flow, saving, shallow_only, step_macs, targets,
+    DIALS, MODES, Plan, Rule, Schedule, attention, cache_elements, deepcache, dial, encoder, flow, saving, shallow_only, step_macs,
+    targets,
 )
 
 SD = FAMILIES["sd15"]
@@ -190,3 +191,29 @@ def test_a_reused_branch_still_costs_its_residual_path():
     convolutions = sum(t.numel for t in resnet.tensors if t.part == "conv" and len(t.shape) > 1) * 64 * 64
     time = sum(t.numel for t in resnet.tensors if t.part == "time" and len(t.shape) > 1)
     assert full - inherited == convolutions + time
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl", "emoji"])
+def test_the_dial_goes_from_faithful_to_fast(family):
+    architecture = Architecture.full(FAMILIES[family])
+    plans = [dial(architecture.config, name) for name in DIALS]
+    savings = [saving(plan, architecture, 20) for plan in plans]
+    assert savings == sorted(savings) and savings[0] > 0.05 and all(set(p.reuse(architecture.config).values()) == {"forecast"} for p in plans)
+
+
+def test_reusing_another_way_changes_nothing_else():
+    config = FAMILIES["sd15"]
+    plan = deepcache(config, 1)
+    again = plan.reusing("forecast")
+    assert again.reuse(config) == dict.fromkeys(plan.reuse(config), "forecast") and again.schedule == plan.schedule
+    assert again.reusing("output").rules == plan.rules
+
+
+def test_a_forecast_remembers_twice_as_much():
+    architecture = Architecture.full(FAMILIES["sd15"])
+    plan = deepcache(architecture.config, 0)
+    # DeepCache at branch 0 remembers the input of the last decoder layer: 320 channels of 64 x 64.
+    assert cache_elements(plan, architecture, 64, 64) == 320 * 64 * 64
+    assert cache_elements(plan.reusing("forecast"), architecture, 64, 64) == 2 * 320 * 64 * 64
+    parts = cache_elements(attention(architecture.config, "attn2"), architecture, 64, 64)
+    assert parts == 5 * 320 * 64**2 + 5 * 640 * 32**2 + 5 * 1280 * 16**2 + 1280 * 8**2

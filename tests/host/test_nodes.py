@@ -25,7 +25,7 @@ def family(server, random_family):
 
 def graph(**changes):
     """Text to image on the family with its pack; `changes` are inputs of the pack node."""
-    pack = {"model": ["1", 0], "pack_name": "random-m2.safetensors", "start_percent": 0.0, "end_percent": 1.0}
+    pack = {"model": ["1", 0], "pack_name": "random-m2.safetensors", "start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
     sampler = {"model": ["8", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["4", 0], "seed": 1, "steps": 2,
                "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
     return {
@@ -182,3 +182,57 @@ def test_saved_unet_can_be_loaded_and_gives_the_same_picture(client, family, ser
     loaded = graph()
     loaded["8"] = {"class_type": "ASDMLoadPrunedUNet", "inputs": {"unet_name": "saved.safetensors", "prediction": "auto", "weight_dtype": "default"}}
     assert image(client, client.run(loaded)).tobytes() == image(client, client.run(graph())).tobytes()
+
+
+def inheriting(preset="balanced", **settings):
+    """Text to image on the family with feature inheritance, and the picture of its plan."""
+    g = graph()
+    g["8"] = {"class_type": "ASDMFeatureInheritance", "inputs": {
+        "model": ["1", 0], "preset": preset, "memory_limit_mb": 0, "keep_on_cpu": False, **{f"preset.{k}": v for k, v in settings.items()}}}
+    g["9"] = {"class_type": "ASDMInheritancePlan", "inputs": {
+        "model": ["8", 0], "steps": 10, "width": 128, "height": 128, "batch_size": 1, "after": ["5", 0]}}
+    g["10"] = {"class_type": "SaveImage", "inputs": {"images": ["9", 1], "filename_prefix": "plan"}}
+    g["5"]["inputs"]["steps"] = 10
+    return g
+
+
+CUSTOM = {"what": "deepcache", "branch": 0, "targets": "", "reuse": "output", "when": "uniform", "interval": 2, "power": 1.4, "centre": 0.3,
+          "windows": "", "steps": "", "threshold": 0.1, "max_run": 4, "first_steps": 1, "last_steps": 0}
+
+
+def test_inheritance_saves_steps_and_says_which(client, family):
+    plain = inheriting("custom", **CUSTOM | {"interval": 1})
+    outputs = client.run(plain)
+    assert "0 of 10 steps inherited" in outputs["9"]["text"][0]
+    usual = graph()
+    usual["5"]["inputs"] |= {"steps": 10, "model": ["1", 0]}
+    del usual["8"]
+    assert image(client, outputs).tobytes() == image(client, client.run(usual)).tobytes()
+    for preset, inherited in (("faithful", 5), ("fast", 6)):
+        outputs = client.run(inheriting(preset))
+        assert f"last run: {inherited} of 10 steps inherited" in outputs["9"]["text"][0]
+        assert image(client, outputs, "10").size[0] >= 700
+
+
+def test_a_plan_travels_as_text(client, family):
+    plan = json.dumps({"format": 1, "rules": [{"targets": "mid", "reuse": "output"}], "schedule": {"mode": "explicit", "steps": [0, 9]}})
+    assert "last run: 8 of 10 steps inherited" in client.run(inheriting("plan", plan=plan))["9"]["text"][0]
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"preset": "plan", "plan": "{"}, "not valid JSON"),
+    ({"preset": "plan", "plan": '{"format": 1, "rules": [{"targets": "down.7"}]}'}, r"down\.7"),
+    ({"preset": "custom", **CUSTOM, "when": "windows", "windows": "0.2, 0.8"}, "start, end, interval"),
+    ({"preset": "custom", **CUSTOM, "what": "encoder", "reuse": "branch"}, "has no residual"),
+])
+def test_a_wrong_plan_is_one_clear_error(client, family, settings, said):
+    with pytest.raises(PromptError, match=rf"(?s)node 8 \(ASDMFeatureInheritance\): ValueError: .*{said}"):
+        client.run(inheriting(**settings))
+    assert client.run(graph())
+
+
+def test_the_plan_of_a_model_without_one_is_a_clear_error(client, family):
+    g = inheriting()
+    g["9"]["inputs"]["model"] = ["1", 0]
+    with pytest.raises(PromptError, match="inherits no features. Put Feature Inheritance before this node"):
+        client.run(g)
