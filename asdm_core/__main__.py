@@ -99,7 +99,8 @@ def inspect(args) -> None:
         return
     print(f"{path.name}: {_headline(result)}")
     if description.kind == "pack":
-        print(f"  a pack of {result['pack_params'] / 1e6:.2f} M parameters; it plays: {', '.join(description.units) or 'no unit of its own'}")
+        plays = ", ".join(description.units) or "no unit of its own"
+        print(f"  a pack of {result['pack_params'] / 1e6:.2f} M parameters; it plays: {plays}")
         if result["experts"]:
             print("  experts per convolution: " + ", ".join(f"{conv} {count}" for conv, count in result["experts"].items()))
     _print_numbers(result)
@@ -156,7 +157,8 @@ def extract_pack(args) -> None:
 def assemble(args) -> None:
     trunk, pack = _open_unet(args.checkpoint), packs.open_pack(args.pack)
     if pack.description.condconv:
-        raise ValueError(f"{Path(args.pack).name} has convolutions with several experts, which no single UNet file can hold; use Apply Pack")
+        raise ValueError(f"{Path(args.pack).name} has convolutions with several experts, which no single UNet file can hold; "
+                         "use Apply Pack")
     target = pack.description.architecture
     ours, theirs = trunk.description.architecture.config, target.config
     if ours != theirs:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .addresses import UNetConfig, in_order, unit
 
-ROLES = ("host", "pack", "cut")
+ROLES = ("host", "pack", "cut", "experts")
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,15 @@ class Window:
 
 @dataclass(frozen=True)
 class Part:
-    """Who plays a unit: role "host", "pack" (then `source` is the pack's id) or "cut"."""
+    """Who plays a unit: role "host", "pack" (then `source` is the pack's id) or "cut".
+
+    "experts" plays nothing itself: the further experts of the pack `source`, scaled by `strength`, join
+    the convolutions of whoever plays the unit.
+    """
 
     role: str
     source: str = ""
+    strength: float = 1.0
 
 
 HOST = Part("host")
@@ -95,15 +100,33 @@ class Cast:
 
         None: at every step, that is, only the lines whose window is the whole run count.
         """
-        windows = {w for w in self.windows if w.whole} if active is None else set(active)
         parts: dict[str, Part] = {}
-        for line in self.lines:
-            if line.window in windows:
+        for line in self._active(active):
+            if line.part.role != "experts":
                 parts.update(dict.fromkeys(line.units, line.part))
         return {a: parts[a] for a in in_order(self.config, parts) if parts[a] != HOST}
+
+    def experts(self, active: Sequence[Window] | None = None) -> dict[str, Part]:
+        """Unit address -> whose further experts join its convolutions while these windows are active.
+
+        Experts of a unit that their pack has itself were trained for that unit: they join no other player.
+        """
+        parts, found = self.parts(active), {}
+        own = {(line.part.source, a) for line in self.lines if line.part.role == "pack" for a in line.units}
+        for line in self._active(active):
+            if line.part.role == "experts":
+                source = line.part.source
+                players = {a: parts.get(a, HOST) for a in line.units}
+                found.update({a: line.part for a, player in players.items()
+                              if player.role != "cut" and ((source, a) not in own or player.source == source)})
+        return {a: found[a] for a in in_order(self.config, found)}
+
+    def _active(self, windows: Sequence[Window] | None) -> list[Line]:
+        windows = {w for w in self.windows if w.whole} if windows is None else set(windows)
+        return [line for line in self.lines if line.window in windows]
 
 
 def fingerprint(parts: dict[str, Part], extra: str = "") -> str:
     """Short name of an assignment of parts, the same for equal assignments."""
-    text = ";".join(f"{a}={p.role}:{p.source}" for a, p in sorted(parts.items()))
+    text = ";".join(f"{a}={p.role}:{p.source}:{p.strength}" for a, p in sorted(parts.items()))
     return hashlib.sha256(f"{text}|{extra}".encode()).hexdigest()[:12]

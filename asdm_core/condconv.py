@@ -112,10 +112,6 @@ class CondConv:
         """The convolutions by address. Raises ValueError for one that this UNet does not have."""
         return {address: convolution(config, address) for address in self.experts}
 
-    def units(self, config: UNetConfig) -> tuple[str, ...]:
-        """Addresses of the units whose convolutions have further experts, in the order of execution."""
-        return addresses.in_order(config, {conv.unit.address for conv in self.convs(config).values()})
-
     def keys(self, config: UNetConfig) -> dict[str, Slot]:
         """Names and shapes of the further experts and the routers in a pack file."""
         slots = {}

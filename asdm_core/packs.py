@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .addresses import in_order
 from .architecture import Architecture
-from .condconv import CondConv
+from .condconv import CondConv, Conv
 from .recognise import Recognised, Unrecognised, recognise, unet_prefix
 from .surgery import ADDRESSED, Form, Mismatch, StateDict, check, convert, shapes_of
 
@@ -220,7 +220,8 @@ class Description:
     """What a pack or a pruned UNet says about itself.
 
     kind: "pack" (only `units`, to be played inside a host checkpoint) or "unet" (stands for itself).
-    units: addresses a pack plays; none if it only has further experts for convolutions of others. prediction: "eps" or "v"; None leaves it to the host checkpoint.
+    units: addresses a pack plays; none if it only has further experts for convolutions of others.
+    prediction: "eps" or "v"; None leaves it to the host checkpoint.
     companions: other files of an embedded checkpoint, by role ("vae", "text_encoder").
     training: where the weights came from; free form. condconv, gri: settings of those techniques.
     """
@@ -258,9 +259,20 @@ class Description:
         return self.architecture.config.family
 
     @property
+    def convs(self) -> tuple[Conv, ...]:
+        """The convolutions that have further experts in this pack, whoever plays their units."""
+        return tuple(self.condconv.convs(self.architecture.config).values()) if self.condconv else ()
+
+    @property
     def expert_units(self) -> tuple[str, ...]:
-        """Units whose convolutions have further experts in this pack, whoever plays them."""
-        return self.condconv.units(self.architecture.config) if self.condconv else ()
+        """The units these convolutions belong to."""
+        return in_order(self.architecture.config, {conv.unit.address for conv in self.convs})
+
+    @property
+    def unit_keys(self):
+        """Addressed tensor names of the units a pack plays, and their slots."""
+        played = set(self.units)
+        return {k: s for k, s in self.architecture.keys().items() if s.unit.address in played}
 
     @property
     def expert_keys(self):
@@ -270,8 +282,7 @@ class Description:
     def keys(self):
         """Tensor names of the file and their slots: addressed for a pack, else the standalone form."""
         if self.kind == "pack":
-            played = set(self.units)
-            return {k: s for k, s in self.architecture.keys().items() if s.unit.address in played} | self.expert_keys
+            return self.unit_keys | self.expert_keys
         return self.architecture.keys(*standalone_form(self.architecture))
 
     def to_json(self) -> str:

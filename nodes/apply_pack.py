@@ -1,4 +1,4 @@
-"""A pack on a MODEL: trained stand-ins for some units, at all steps or within a window."""
+"""A pack on a MODEL: trained stand-ins for some units, further experts for some convolutions, at all steps or within a window."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from . import files, host, models
 from .load import CATEGORY
 
 
-def lines_of(description: Description, pack_id: str, window: Window) -> list[Line]:
-    """What a pack says about the cast: its units play, and the units its architecture cuts are cut."""
-    architecture = description.architecture
-    lines = [Line(description.units, Part("pack", pack_id), window)]
-    return lines + ([Line(architecture.cut_units, Part("cut"), window)] if architecture.cut_units else [])
+def lines_of(description: Description, pack_id: str, window: Window, strength: float = 1.0) -> list[Line]:
+    """What a pack says about the cast: its units play, the units its architecture cuts are cut, its experts join."""
+    experts = description.expert_units if strength else ()
+    said = ((description.units, Part("pack", pack_id)), (description.architecture.cut_units, Part("cut")),
+            (experts, Part("experts", pack_id, strength)))
+    return [Line(units, part, window) for units, part in said if units]
 
 
 def check_fit(model, description: Description, name: str) -> None:
@@ -40,24 +41,45 @@ def check_fit(model, description: Description, name: str) -> None:
         raise ValueError(f"{name} cuts transformer blocks of {min(partly - set(description.units))} without playing it; export it with that unit")
 
 
+def check_experts(model, description: Description, name: str, strength: float) -> None:
+    """Raise ValueError unless a pack's experts, if it has any, have convolutions to join in this MODEL."""
+    if description.condconv is None:
+        if strength != 1:
+            raise ValueError(f"strength is {strength:g}, and {name} has nothing that could be played in part: a unit plays or it does not. "
+                             "Set strength to 1; it scales the experts of packs that have them.")
+        return
+    parts = host.setup_of(model).cast.parts()
+    cut = {a for a, part in parts.items() if part.role == "cut"} | {a for a in host.architecture_of(model).cut if a not in parts}
+    missing = [a for a in description.expert_units if a in cut and a not in description.units]
+    if missing:
+        raise ValueError(f"{name} has experts for {missing[0]}, which is cut in this MODEL. Use a pack whose experts were made for it.")
+
+
 def pack_dtype(model, stored: torch.dtype) -> torch.dtype:
     """Dtype for a pack's weights: the host's own, so that nothing is cast at each step; for hosts in fp8, as stored."""
     dtype = model.model.get_dtype()
     return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else stored
 
 
-def apply_pack(model, path, name: str, window: Window):
-    """A clone of MODEL with a pack in its cast. Raises ValueError (packs.BadFile among them)."""
+def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
+    """A clone of MODEL with a pack in its cast; MODEL itself where the pack would change nothing.
+
+    Raises ValueError (packs.BadFile among them).
+    """
     file = packs.TensorFile(path)
     description = packs.describe(file)
     if description is None or description.kind != "pack":
         packs.open_pack(path)  # raises, and says what the file is instead
     check_fit(model, description, name)
+    check_experts(model, description, name, strength)
+    pack_id = f"{name}@{path.stat().st_mtime_ns}"
+    lines = lines_of(description, pack_id, window, strength)
+    if not lines:
+        return model
     stored = next(iter(file.values())).dtype
     precision = model.model.model_config.unet_config.get("attn_precision")
-    pack_id = f"{name}@{path.stat().st_mtime_ns}"
     patcher = models.load_pack(str(path), path.stat().st_mtime, pack_dtype(model, stored), precision)
-    return host.with_pack(model, pack_id, patcher.clone(), lines_of(description, pack_id, window))
+    return host.with_pack(model, pack_id, patcher.clone(), lines)
 
 
 class ASDMApplyPack(io.ComfyNode):
@@ -68,7 +90,8 @@ class ASDMApplyPack(io.ComfyNode):
             display_name="Apply Pack",
             category=CATEGORY,
             description="Lets the trained, faster units of a pack play in any checkpoint of the same family, finetunes included. "
-                        "Units the pack has no need of are skipped. LoRAs on the MODEL also act on the pack, whether they come "
+                        "Units the pack has no need of are skipped. A pack can also bring further experts for convolutions, "
+                        "whose own weights stay the first expert. LoRAs on the MODEL also act on the pack, whether they come "
                         "before or after it. Packs live in models/asdm_packs. Saving the MODEL with stock nodes saves it without "
                         "the pack; use Save UNet (asdm) to keep both.",
             search_aliases=["asdm", "combined unet", "m2", "speed up", "accelerate"],
@@ -79,15 +102,19 @@ class ASDMApplyPack(io.ComfyNode):
                                tooltip="Where in the sampling run the pack begins to play; 0 is the first step."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
                                tooltip="Where in the sampling run the checkpoint's own units take over again; 1 is the end."),
+                io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, advanced=True,
+                               tooltip="For packs with experts: how much they add to the convolutions they join; 0 is nothing at all. "
+                                       "Other packs play or do not, so leave it at 1 for them."),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model, pack_name, start_percent, end_percent):
+    def execute(cls, model, pack_name, start_percent, end_percent, strength):
         if start_percent == end_percent:  # an empty window: the pack never plays
             return io.NodeOutput(model)
-        return io.NodeOutput(apply_pack(model, files.pack_path(pack_name), pack_name, Window(start_percent, end_percent)))
+        window = Window(start_percent, end_percent)
+        return io.NodeOutput(apply_pack(model, files.pack_path(pack_name), pack_name, window, strength))
 
 
 NODES = [ASDMApplyPack]

@@ -109,6 +109,11 @@ def with_plan(model, plan: Plan | None, **keeping):
     return _set_up(model.clone(), replace(setup_of(model), inheritance=plan and Inheritance(plan, **keeping)))
 
 
+def with_survey(model, survey):
+    """A clone of MODEL whose next run is measured by a survey (see `calibrate.Survey`) instead of inheriting."""
+    return _set_up(model.clone(), replace(setup_of(model), inheritance=survey))
+
+
 def cache_bytes(model, shape, conds: int) -> int:
     """Bytes that feature inheritance remembers in a run on latents of a shape (B, C, H, W), with so many conditionings."""
     inheritance = setup_of(model).inheritance
@@ -152,9 +157,9 @@ class Run:
     def set_sigma(self, sigma: float) -> None:
         """Decide who plays at this noise level. Called once per evaluation."""
         active = tuple(w for w, (high, low) in self._sigmas.items() if low < sigma <= high)
-        parts = self.cast.parts(active)
+        parts, experts = self.cast.parts(active), self.cast.experts(active)
         for stage in self._stages.values():
-            stage.assign(parts)
+            stage.assign(parts, experts)
             if stage.memory is not None:
                 stage.memory.begin_evaluation(sigma)
         memory = self._memory()
@@ -186,9 +191,10 @@ class Stage:
         self._config = architecture.config
         self._layers = units.layers(model.model.diffusion_model, self._config)
         packs = packs_of(model)
-        self._packs = {pack_id: patcher.model.layers() for pack_id, patcher in packs.items()}
+        self._cut = architecture.cut
+        self._packs = {pack_id: patcher.model for pack_id, patcher in packs.items()}
         self._serials = ",".join(str(patcher.model.serial) for patcher in packs.values())
-        self._parts: dict[str, Part] = {}
+        self._assigned: tuple[dict[str, Part], dict[str, Part]] = {}, {}
         self._players: dict[int, torch.nn.Module] = {}
         self._addresses = {id(layer): address for address, layer in self._layers.items()}
         self.memory = inheritance.memory(architecture, sigmas, cache) if inheritance else None
@@ -200,16 +206,27 @@ class Stage:
         mode = self.memory.begin_forward(x, transformer_options, self.name) if self.memory else COMPUTE
         return self.name if mode == COMPUTE else f"{self.name}_{mode}"
 
-    def assign(self, parts: dict[str, Part]) -> None:
-        if parts == self._parts:
+    def trials(self):
+        """What a survey wants played again in this forward: (name, what to call with both outputs)."""
+        for mode, compare in self.memory.trials() if self.memory else ():
+            yield f"{self.name}_{mode}", compare
+
+    def assign(self, parts: dict[str, Part], experts: dict[str, Part]) -> None:
+        if (parts, experts) == self._assigned:
             return
-        self._parts = parts
-        self._players = {id(self._layers[address]): self._player(address, part) for address, part in parts.items()}
-        self.name = fingerprint(parts, self._serials) if parts else ""
+        self._assigned = parts, experts
+        experts = {a: part for a, part in experts.items() if a in parts or a not in self._cut}
+        players = {address: self._player(address, part) for address, part in parts.items()}
+        for address, part in experts.items():
+            layer = players.get(address, self._layers[address])
+            players[address] = self._packs[part.source].with_experts(address, layer, part.strength)
+        self._players = {id(self._layers[address]): player for address, player in players.items()}
+        everybody = parts | {f"{address}.experts": part for address, part in experts.items()}
+        self.name = fingerprint(everybody, self._serials) if everybody else ""
 
     def _player(self, address: str, part: Part) -> torch.nn.Module:
         if part.role == "pack":
-            return self._packs[part.source][address]
+            return self._packs[part.source].layer(address)
         return units.shared_stand_in(unit(self._config, address))
 
     def _dispatch(self, layer, x, emb, context, transformer_options, output_shape, time_context, num_video_frames,
@@ -260,16 +277,27 @@ def _predict_noise(executor, x, timestep, model_options={}, seed=None):
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
     run = transformer_options.get(KEY)
     stage = run and run.stage(executor.class_obj)
-    name = stage.begin_forward(x, transformer_options) if stage else ""
-    if name:
-        patches = transformer_options.get("patches", {})
-        entries = [stage.entry, *patches.get(DOOR, [])]
-        transformer_options = {**transformer_options, OTHERS: patches, "patches": {**patches, DOOR: entries}}
-        # The host's TorchCompileModel keeps no guard on transformer_options, so a compiled graph would go
-        # on playing the cast of its first trace. It does guard the names of keyword arguments, which the
-        # UNet ignores: one name per assignment makes one graph per assignment.
-        kwargs[f"{KEY}_{name}"] = None
-    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    def forward(name: str):
+        options, named = transformer_options, {}
+        if name:
+            patches = options.get("patches", {})
+            entries = [stage.entry, *patches.get(DOOR, [])]
+            options = {**options, OTHERS: patches, "patches": {**patches, DOOR: entries}}
+            # The host's TorchCompileModel keeps no guard on transformer_options, so a compiled graph would go
+            # on playing the cast of its first trace. It does guard the names of keyword arguments, which the
+            # UNet ignores: one name per assignment makes one graph per assignment.
+            named[f"{KEY}_{name}"] = None
+        # The UNet pops residuals off these lists, and a survey goes through it more than once.
+        residuals = control and {k: list(v) for k, v in control.items()}
+        return executor(x, t, c_concat, c_crossattn, residuals, options, **kwargs, **named)
+
+    if stage is None:
+        return forward("")
+    out = forward(stage.begin_forward(x, transformer_options))
+    for name, compare in stage.trials():
+        compare(out, forward(name))
+    return out
 
 
 def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):

@@ -241,8 +241,7 @@ def load_pack(path: str, modified: float, dtype: torch.dtype, attn_precision):
 def new_pack_patcher(path: str, dtype: torch.dtype, attn_precision, disable_dynamic: bool = False):
     """A patcher round freshly read units; the host's factory for deep copies."""
     loaded = packs.open_pack(path)
-    description = loaded.description
-    model = units.PackModel.load(description.architecture, description.units, loaded.tensors, dtype, attn_precision)
+    model = units.PackModel.load(loaded.description, loaded.tensors, dtype, attn_precision)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, load_device=comfy.model_management.get_torch_device(),
                             offload_device=comfy.model_management.unet_offload_device())

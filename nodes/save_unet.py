@@ -24,6 +24,9 @@ def played_architecture(model) -> tuple[Architecture, dict[str, str]]:
     Raises ValueError if some pack plays within a window only: no single network is that.
     """
     architecture, cast = host.architecture_of(model), host.setup_of(model).cast
+    if any(line.part.role == "experts" for line in cast.lines):
+        raise ValueError("a pack on this MODEL has convolutions with several experts, which a UNet file of the ordinary form cannot hold. "
+                         "Save the MODEL before that pack is applied, and keep the pack beside it.")
     partial = [line for line in cast.lines if not line.window.whole]
     if partial:
         w = partial[0].window

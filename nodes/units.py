@@ -5,8 +5,10 @@ The only place that knows the host's layer classes and their constructors.
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 
 import comfy.model_management
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 from ..asdm_core.addresses import Unit, UNetConfig, walk
 from ..asdm_core.architecture import Architecture
+from ..asdm_core.condconv import CondConv2d, Conv, further_experts
+from ..asdm_core.packs import Description
 from ..asdm_core.surgery import PassThrough, pass_through
 
 # Stand-ins ------------------------------------------------------------------------------------------
@@ -132,40 +136,81 @@ def layers(unet: nn.Module, config: UNetConfig) -> dict[str, nn.Module]:
     return found
 
 
+def with_submodules(layer: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """A shallow copy of a layer with other modules at some paths (`in_layers.2`); it shares everything else."""
+    twin = copy.copy(layer)
+    twin._modules = dict(layer._modules)
+    for path, module in modules.items():
+        name, _, rest = path.partition(".")
+        twin._modules[name] = with_submodules(twin._modules[name], {rest: module}) if rest else module
+    return twin
+
+
+@contextmanager
+def host_weights(module: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Weight and bias of a layer for the input x, patched, cast and brought to its device by the host's own means."""
+    weight, bias, stream = comfy.ops.cast_bias_weight(module, x, offloadable=True)
+    yield weight, bias
+    comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
 # Packs ----------------------------------------------------------------------------------------------
 
 _serials = itertools.count()
 
 
 class PackModel(nn.Module):
-    """The units of a pack, under the paths they have inside the host's model.
+    """The units of a pack, under the paths they have inside the host's model, and its further experts.
 
     Parameter names are the host's (`diffusion_model.input_blocks.1.0...`), so LoRA patches fit as they are.
+    Experts and routers lie elsewhere (`further.input_blocks.1.0.in_layers.2.experts`): LoRAs are not for
+    them, and the host neither patches nor moves the weights of a module that has children with weights.
     serial: tells this module from any other one; compiled graphs are keyed by it.
     """
 
-    def __init__(self, architecture: Architecture, units: tuple[str, ...], dtype: torch.dtype, attn_precision):
+    def __init__(self, description: Description, convs: tuple[Conv, ...], dtype: torch.dtype, attn_precision):
         super().__init__()
         self.serial = next(_serials)
-        self.architecture = architecture
+        self.architecture = architecture = description.architecture
         self.diffusion_model = nn.Module()
         self._paths: dict[str, str] = {}
         for u in architecture.kept:
-            if u.address in units:
+            if u.address in description.units:
                 module = _build(u, architecture, dtype, attn_precision)
                 _attach(self.diffusion_model, u.ldm, module)
                 self._paths[u.address] = u.ldm
+        self.further = nn.Module()
+        self._condconv, self._convs = description.condconv, convs
+        for conv in convs:
+            experts, router = further_experts(self._condconv, conv, comfy.ops.manual_cast, dtype=dtype, device="meta")
+            _attach(self.further, f"{conv.path('ldm')}.experts", experts)
+            _attach(self.further, f"{conv.path('ldm')}.router", router)
 
-    def layers(self) -> dict[str, nn.Module]:
-        """The module that plays each unit, by address."""
-        return {a: self.diffusion_model.get_submodule(path) for a, path in self._paths.items()}
+    def with_experts(self, address: str, layer: nn.Module, strength: float) -> nn.Module:
+        """The layer that plays a unit, with this pack's further experts in its convolutions; its own are expert 1."""
+        conditional = {}
+        for conv in self._convs:
+            if conv.unit.address == address:
+                further = self.further.get_submodule(conv.path("ldm"))
+                conditional[conv.ldm] = CondConv2d(layer.get_submodule(conv.ldm), further.experts, further.router,
+                                                   self._condconv.form, strength, host_weights)
+        return with_submodules(layer, conditional)
+
+    def layer(self, address: str) -> nn.Module:
+        """The module that plays a unit."""
+        return self.diffusion_model.get_submodule(self._paths[address])
 
     @classmethod
-    def load(cls, architecture: Architecture, units: tuple[str, ...], tensors: Mapping[str, Tensor],
-             dtype: torch.dtype, attn_precision) -> PackModel:
-        """Build the modules and give them the pack's weights, as `dtype`."""
-        model = cls(architecture, units, dtype, attn_precision)
-        weights = {f"diffusion_model.{k}": tensors[k].to(dtype) for k in tensors}
+    def load(cls, description: Description, tensors: Mapping[str, Tensor], dtype: torch.dtype, attn_precision) -> PackModel:
+        """Build the modules and give them the pack's weights, as `dtype`; routers are float32."""
+        units = {k: tensors[k].to(dtype) for k in description.unit_keys}
+        experts = {k: tensors[k].to(torch.float32 if ".router." in k else dtype) for k in description.expert_keys}
+        # Differences that are all 0 are left out: then no bit changes, however the device adds up a convolution.
+        convs = tuple(c for c in description.convs
+                      if description.condconv.form != "difference" or any(experts[c.key(f"experts.{x}")].any() for x in ("weight", "bias")))
+        names = {c.key(leaf) for c in convs for leaf in description.condconv.shapes(c)}
+        model = cls(description, convs, dtype, attn_precision)
+        weights = {f"diffusion_model.{k}": t for k, t in units.items()} | {f"further.{k}": experts[k] for k in names}
         model.load_state_dict(weights, strict=True, assign=True)
         model.requires_grad_(False).eval()
         comfy.model_management.archive_model_dtypes(model)

@@ -192,14 +192,14 @@ def test_pack_applied_twice_is_applied_once(model, m2):
 def test_empty_window_gives_the_model_back(model, m2, monkeypatch):
     monkeypatch.setattr(small.apply_pack.files, "pack_path", lambda name: m2)
     for at in (0.0, 0.5, 1.0):
-        (given,) = execute("ASDMApplyPack", model=model, pack_name=m2.name, start_percent=at, end_percent=at)
+        (given,) = execute("ASDMApplyPack", model=model, pack_name=m2.name, start_percent=at, end_percent=at, strength=1.0)
         assert given is model
 
 
 def test_window_that_ends_before_it_starts_is_refused(model, m2, monkeypatch):
     monkeypatch.setattr(small.apply_pack.files, "pack_path", lambda name: m2)
     with pytest.raises(ValueError, match="start before it ends"):
-        execute("ASDMApplyPack", model=model, pack_name=m2.name, start_percent=0.6, end_percent=0.2)
+        execute("ASDMApplyPack", model=model, pack_name=m2.name, start_percent=0.6, end_percent=0.2, strength=1.0)
 
 
 def test_plain_branch_beside_a_branch_with_a_pack(model, m2, plain_samples):

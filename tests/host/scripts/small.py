@@ -14,6 +14,7 @@ from in_host import module
 addresses = module("asdm_core.addresses")
 architecture = module("asdm_core.architecture")
 cast = module("asdm_core.cast")
+condconv = module("asdm_core.condconv")
 packs = module("asdm_core.packs")
 surgery = module("asdm_core.surgery")
 apply_pack = module("nodes.apply_pack")
@@ -95,10 +96,19 @@ def combined(folder, config=SD, preset="m2", trunk=0, student=1, prediction="eps
     return models.load_unet(str(path))
 
 
-def with_pack(model, path, start=0.0, end=1.0):
+def write_experts(path, settings, config=SD, seed=0, how="random", scale=1.0, units=(), preset="m2", student=1):
+    """A pack of experts; with `units` (of `preset`, weights of `student`) it plays these too."""
+    chosen = Architecture.preset(preset, config) if units else Architecture.full(config)
+    tensors = {k: t * (scale if ".experts." in k else 1) for k, t in condconv.start(config, settings, how, seed).items()}
+    tensors |= surgery.extract(weights(config, student), chosen, units)
+    packs.write_pack(path, tensors, packs.Description("pack", chosen, units, condconv=settings), None)
+    return Path(path)
+
+
+def with_pack(model, path, start=0.0, end=1.0, strength=1.0):
     """What the node Apply Pack makes."""
     path = Path(path)
-    return apply_pack.apply_pack(model, path, path.name, cast.Window(start, end))
+    return apply_pack.apply_pack(model, path, path.name, cast.Window(start, end), strength)
 
 
 def lora(config=SD, seed=0, rank=2, size=0.5):
