@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -313,30 +314,39 @@ def test_int8_gives_each_output_channel_of_each_expert_a_scale(tmp_path):
     assert ((found.tensors[KEY] - tensor).abs() <= step * 0.51).all()
 
 
-def test_a_network_gets_its_experts_from_a_pack_and_gives_them_back(pack):
-    class Network(nn.Module):
-        """The convolutions of a UNet under their diffusers names, nothing else."""
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**SD.to_diffusers(), norm_num_groups=4).eval()
 
-        def __init__(self):
-            super().__init__()
-            for conv in condconv.convolutions(SD).values():
-                *parents, name = conv.path("diffusers").split(".")
-                at = self
-                for parent in parents:
-                    at._modules.setdefault(parent, nn.Module())
-                    at = at._modules[parent]
-                at.add_module(name, nn.Conv2d(conv.shape[1], conv.shape[0], 3, padding=1))
 
-    network, tensors = Network(), open_pack(pack).tensors
-    plain = {name: p.clone() for name, p in network.named_parameters()}
-    condconv.install(network, "diffusers", SD, EXPERTS, tensors)
-    found = condconv.extract(network, "diffusers", SD, EXPERTS)
+def evaluate(unet, batch=1):
+    generator = torch.Generator().manual_seed(0)
+    x, context = torch.randn(batch, 4, 16, 16, generator=generator), torch.randn(batch, 3, SD.context_dim, generator=generator)
+    return unet(x, torch.tensor(500), context).sample
+
+
+def test_a_network_gets_its_experts_from_a_pack_and_gives_them_back(network, pack):
+    tensors, unet = open_pack(pack).tensors, copy.deepcopy(network)
+    condconv.install(unet, "diffusers", SD, EXPERTS, tensors)
+    found = condconv.extract(unet, "diffusers", SD, EXPERTS)
     assert set(found) == set(tensors) and all(torch.equal(found[k], tensors[k]) for k in found)
-    layers = {name: m for name, m in network.named_modules() if isinstance(m, CondConv2d)}
+    layers = {name: m for name, m in unet.named_modules() if isinstance(m, CondConv2d)}
     assert set(layers) == {"up_blocks.3.resnets.2.conv1", "up_blocks.3.resnets.2.conv2", "down_blocks.0.downsamplers.0.conv"}
-    assert all(torch.equal(m.conv.weight, plain[f"{name}.weight"]) for name, m in layers.items())
+    assert all(torch.equal(m.conv.weight, network.get_submodule(name).weight) for name, m in layers.items())
     with pytest.raises(Mismatch, match=f"experts: {KEY} is missing"):
-        condconv.install(Network(), "diffusers", SD, EXPERTS, {k: v for k, v in tensors.items() if k != KEY})
+        condconv.install(copy.deepcopy(network), "diffusers", SD, EXPERTS, {k: v for k, v in tensors.items() if k != KEY})
+
+
+def test_a_network_with_all_experts_at_zero_is_the_network_and_learns(network):
+    settings, unet = CondConv(dict.fromkeys(condconv.convolutions(SD), 2)), copy.deepcopy(network)
+    condconv.install(unet, "diffusers", SD, settings, condconv.start(SD, settings))
+    assert torch.equal(evaluate(unet), evaluate(network))
+    torch.testing.assert_close(evaluate(unet, 3), evaluate(network, 3))
+    evaluate(unet).square().mean().backward()
+    for m in unet.modules():
+        if isinstance(m, CondConv2d):
+            assert m.experts.weight.grad.abs().max() > 0 and m.conv.weight.grad.abs().max() > 0
 
 
 CHANGES = {
