@@ -1,5 +1,6 @@
 """Further experts on convolutions of a MODEL: the MODEL's own weights stay the first expert, whoever changes them."""
 
+import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import pytest
@@ -7,7 +8,7 @@ import small
 import torch
 import torch._dynamo
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_extras import nodes_torch_compile
+from comfy_extras import nodes_hooks, nodes_torch_compile
 from in_host import execute, module
 
 SD, host = small.SD, small.host
@@ -210,6 +211,17 @@ def test_lora_on_experts_of_a_pack(model, folder, m2, experts):
     lora = small.lora()
     played = small.sample(small.add_lora(small.with_pack(small.with_pack(model, m2), experts), lora))
     assert small.difference(played, small.sample(with_reference(small.add_lora(small.combined(folder), lora), experts))) < 1e-4
+
+
+@pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode), ids=lambda mode: mode.name)
+def test_hook_lora_acts_on_the_first_expert(model, experts, mode):
+    hooks = comfy.hooks.create_hook_lora(lora=small.lora(), strength_model=1.0, strength_clip=0.0)
+    run = {"positive": nodes_hooks.SetModelHooksOnCond().attach_hook(small.cond(seed=1), hooks)[0], "negative": small.cond(seed=2)}
+    hooked = model.clone()
+    hooked.set_hook_mode(mode)
+    played = small.sample(small.with_pack(hooked, experts), **run)
+    assert small.difference(played, small.sample(with_reference(hooked, experts), **run)) < 1e-4
+    assert small.difference(played, small.sample(small.with_pack(model, experts))) > 0.01
 
 
 @pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_e5m2"])
