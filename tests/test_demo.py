@@ -72,7 +72,8 @@ def test_graphs_of_a_and_b_differ_by_the_pack_alone(roots):
     assert (sampler["seed"], sampler["steps"], sampler["cfg"]) == (4, 12, 7.0)
     pack = job.node_id(b, "Pack")
     assert b[pack]["inputs"] == {
-        "model": [job.node_id(b, "Checkpoint"), 0], "pack_name": "sd15-m2.safetensors", "start_percent": 0.0, "end_percent": 1.0}
+        "model": [job.node_id(b, "Checkpoint"), 0], "pack_name": "sd15-m2.safetensors",
+        "start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
     job.by_title(b)["Sampler"]["inputs"]["model"] = b.pop(pack)["inputs"]["model"]
     job.by_title(b)["Save"]["inputs"]["filename_prefix"] = job.by_title(a)["Save"]["inputs"]["filename_prefix"]
     assert a == b
