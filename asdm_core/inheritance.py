@@ -41,7 +41,8 @@ class Schedule:
       quadratic     closest together around `centre` (0..1 of the run), thinning out to both sides with
                     distance^power; DeepCache's non-uniform schedule with the sign kept.
       windows       uniform inside each window (start, end, interval), in 0..1 of the run; full outside.
-      explicit      exactly `steps`, counted from 0.
+      explicit      exactly `steps`, counted from 0; in a run of another length than `of`, the steps at the same
+                    place of the run (of = 0: the same numbers).
       adaptive      a step inherits while the relative change of the first computed layer since the last
                     full step stays below `threshold`, at most `max_run` times in a row.
     first, last: so many steps at the ends of the run always compute.
@@ -53,6 +54,7 @@ class Schedule:
     centre: float = 0.3
     windows: tuple[tuple[float, float, int], ...] = ()
     steps: tuple[int, ...] = ()
+    of: int = 0
     threshold: float = 0.1
     max_run: int = 4
     first: int = 1
@@ -64,7 +66,7 @@ class Schedule:
 
         if self.mode not in MODES:
             raise wrong(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        for name, least in (("interval", 1), ("max_run", 1), ("first", 1), ("last", 0)):
+        for name, least in (("interval", 1), ("max_run", 1), ("first", 1), ("last", 0), ("of", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise wrong(f"{name} must be a whole number of at least {least}, got {value!r}")
@@ -99,7 +101,9 @@ class Schedule:
             return self._quadratic(n, m)
         if self.mode == "windows":
             return self._windowed(n)
-        return self.steps if self.mode == "explicit" else ()
+        if self.mode == "explicit":
+            return (round(s * n / self.of) for s in self.steps) if self.of else self.steps
+        return ()
 
     def _quadratic(self, n: int, m: int) -> Iterable[int]:
         centre = self.centre * n

@@ -109,6 +109,11 @@ def with_plan(model, plan: Plan | None, **keeping):
     return _set_up(model.clone(), replace(setup_of(model), inheritance=plan and Inheritance(plan, **keeping)))
 
 
+def with_survey(model, survey):
+    """A clone of MODEL whose next run is measured by a survey (see `calibrate.Survey`) instead of inheriting."""
+    return _set_up(model.clone(), replace(setup_of(model), inheritance=survey))
+
+
 def cache_bytes(model, shape, conds: int) -> int:
     """Bytes that feature inheritance remembers in a run on latents of a shape (B, C, H, W), with so many conditionings."""
     inheritance = setup_of(model).inheritance
@@ -201,6 +206,11 @@ class Stage:
         mode = self.memory.begin_forward(x, transformer_options, self.name) if self.memory else COMPUTE
         return self.name if mode == COMPUTE else f"{self.name}_{mode}"
 
+    def trials(self):
+        """What a survey wants played again in this forward: (name, what to call with both outputs)."""
+        for mode, compare in self.memory.trials() if self.memory else ():
+            yield f"{self.name}_{mode}", compare
+
     def assign(self, parts: dict[str, Part], experts: dict[str, Part]) -> None:
         if (parts, experts) == self._assigned:
             return
@@ -267,16 +277,27 @@ def _predict_noise(executor, x, timestep, model_options={}, seed=None):
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
     run = transformer_options.get(KEY)
     stage = run and run.stage(executor.class_obj)
-    name = stage.begin_forward(x, transformer_options) if stage else ""
-    if name:
-        patches = transformer_options.get("patches", {})
-        entries = [stage.entry, *patches.get(DOOR, [])]
-        transformer_options = {**transformer_options, OTHERS: patches, "patches": {**patches, DOOR: entries}}
-        # The host's TorchCompileModel keeps no guard on transformer_options, so a compiled graph would go
-        # on playing the cast of its first trace. It does guard the names of keyword arguments, which the
-        # UNet ignores: one name per assignment makes one graph per assignment.
-        kwargs[f"{KEY}_{name}"] = None
-    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    def forward(name: str):
+        options, named = transformer_options, {}
+        if name:
+            patches = options.get("patches", {})
+            entries = [stage.entry, *patches.get(DOOR, [])]
+            options = {**options, OTHERS: patches, "patches": {**patches, DOOR: entries}}
+            # The host's TorchCompileModel keeps no guard on transformer_options, so a compiled graph would go
+            # on playing the cast of its first trace. It does guard the names of keyword arguments, which the
+            # UNet ignores: one name per assignment makes one graph per assignment.
+            named[f"{KEY}_{name}"] = None
+        # The UNet pops residuals off these lists, and a survey goes through it more than once.
+        residuals = control and {k: list(v) for k, v in control.items()}
+        return executor(x, t, c_concat, c_crossattn, residuals, options, **kwargs, **named)
+
+    if stage is None:
+        return forward("")
+    out = forward(stage.begin_forward(x, transformer_options))
+    for name, compare in stage.trials():
+        compare(out, forward(name))
+    return out
 
 
 def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):

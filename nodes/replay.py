@@ -171,6 +171,7 @@ class Memory:
     # once per evaluation, once per forward ----------------------------------------------------------
 
     def begin_evaluation(self, sigma: float) -> None:
+        """An evaluation of the network at a noise level begins; it may come in several forwards."""
         self.step = step_of(sigma, self._sigmas, self.step)
         self._ordinals.clear()
         self.peak = max(self.peak, self.size())
@@ -239,6 +240,10 @@ class Memory:
     def _blocks_patched(options: Mapping) -> bool:
         patches = options.get("patches", {})
         return any(patches.get(name) for name in _BLOCK_PATCHES) or any(options.get("patches_replace", {}).values())
+
+    def trials(self):
+        """What is to be played again after a forward, for measuring: nothing. See `calibrate.Survey`."""
+        return ()
 
     # while layers run -------------------------------------------------------------------------------
 

@@ -236,3 +236,32 @@ def test_the_plan_of_a_model_without_one_is_a_clear_error(client, family):
     g["9"]["inputs"]["model"] = ["1", 0]
     with pytest.raises(PromptError, match="inherits no features. Put Feature Inheritance before this node"):
         client.run(g)
+
+
+def test_calibration_makes_a_plan_that_feature_inheritance_takes(client, family):
+    g = graph()
+    inputs = g["5"]["inputs"]
+    g["8"] = {"class_type": "ASDMCalibrateInheritance", "inputs": {
+        "model": ["1", 0], **{k: inputs[k] for k in ("positive", "negative", "latent_image", "seed", "cfg", "sampler_name", "scheduler")},
+        "steps": 6, "goal": "saving", "goal.saving": 0.2, "longest": 2}}
+    g["9"] = {"class_type": "ASDMFeatureInheritance", "inputs": {
+        "model": ["1", 0], "preset": "plan", "preset.plan": ["8", 1], "memory_limit_mb": 0, "keep_on_cpu": False}}
+    g["10"] = {"class_type": "VAEDecode", "inputs": {"samples": ["8", 3], "vae": ["1", 2]}}
+    g["11"] = {"class_type": "SaveImage", "inputs": {"images": ["10", 0], "filename_prefix": "full"}}
+    inputs |= {"steps": 6, "model": ["8", 0]}
+    outputs = client.run(g)
+    assert "predicted difference to the full run" in outputs["8"]["text"][0]
+    inputs["model"] = ["9", 0]
+    assert image(client, client.run(g)).tobytes() == image(client, outputs).tobytes()
+    inputs["model"] = ["1", 0]
+    assert image(client, client.run(g)).tobytes() == image(client, outputs, "11").tobytes()
+
+
+def test_a_saving_that_cannot_be_had_is_a_clear_error(client, family):
+    g = graph()
+    inputs = g["5"]["inputs"]
+    g["8"] = {"class_type": "ASDMCalibrateInheritance", "inputs": {
+        "model": ["1", 0], **{k: inputs[k] for k in ("positive", "negative", "latent_image", "seed", "cfg", "sampler_name", "scheduler")},
+        "steps": 4, "goal": "saving", "goal.saving": 0.95, "longest": 1}}
+    with pytest.raises(PromptError, match="no plan saves 95% of the work; the most that can be saved here is"):
+        client.run(g)

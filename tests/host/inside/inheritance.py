@@ -11,6 +11,7 @@ from in_host import module
 
 SD, SDXL, host, units = small.SD, small.SDXL, small.host, module("nodes.units")
 inheritance, replay = module("asdm_core.inheritance"), module("nodes.replay")
+calibration, calibrate = module("asdm_core.calibration"), module("nodes.calibrate")
 Schedule, Plan, Rule = inheritance.Schedule, inheritance.Plan, inheritance.Rule
 EVERY_OTHER = Schedule(interval=2)
 
@@ -288,3 +289,42 @@ def test_the_host_leaves_room_for_the_cache(model, monkeypatch):
 def test_a_plan_for_other_units_is_refused_at_once(model):
     with pytest.raises(ValueError, match=r"down\.9"):
         host.with_plan(model, Plan((Rule("down.9"),)))
+
+
+# Calibration ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calibrated(model):
+    """(choices, the latent of the measured run) for euler in 8 steps."""
+    return calibrate.calibrate(model, lambda m: small.sample(m, steps=8), 3, 16, 16)
+
+
+def test_the_measured_run_is_the_plain_run(model, calibrated):
+    assert torch.equal(calibrated[1], small.sample(model, steps=8))
+
+
+def test_the_most_faithful_plan_for_a_saving_saves_it(model, calibrated):
+    for saving in (0.2, 0.4):
+        best = calibration.choose(calibrated[0], saving=saving)
+        m = host.with_plan(model, best.plan)
+        small.sample(m, steps=8)
+        assert kept(m).inherited().count(False) == len(best.plan.schedule.steps) and best.saving >= saving
+        assert best.saving == pytest.approx(inheritance.saving(best.plan, host.architecture_of(model), 8, 16, 16))
+
+
+def test_an_error_measured_one_step_back_is_what_inheriting_there_does(model):
+    # The last step of euler goes all the way to the predicted result, so its error is the run's.
+    survey = calibrate.Survey([inheritance.deepcache(SD, 1)], 2)
+    full = small.sample(host.with_survey(model, survey), steps=4)
+    (candidate,) = survey.candidates(host.architecture_of(model), 16, 16)
+    plan = inheritance.deepcache(SD, 1, Schedule("explicit", steps=(0, 1, 2)))
+    off = small.sample(host.with_plan(model, plan), steps=4) - full
+    assert candidate.errors[3, 1, 0] == pytest.approx(float(off.square().mean().sqrt() / full.square().mean().sqrt()), rel=0.05)
+
+
+def test_a_survey_leaves_nothing_behind_and_control_reaches_every_trial(model):
+    survey = calibrate.Survey(calibrate.plans_for(SD), 2)
+    measured = small.sample(host.with_survey(with_residual(model, 0.5), survey), steps=4)
+    assert torch.equal(measured, small.sample(with_residual(model, 0.5), steps=4))
+    assert not any(track.size() for track in survey.tracks)

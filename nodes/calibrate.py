@@ -1,0 +1,262 @@
+"""Measuring how a user's own model takes feature inheritance, and the plan that follows from it."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import comfy.sample
+import comfy.samplers
+import latent_preview
+import numpy as np
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..asdm_core.architecture import Architecture
+from ..asdm_core.calibration import Candidate, Choice, choices, choose, frontier
+from ..asdm_core.inheritance import Plan, cache_elements, deepcache, step_macs
+from . import host
+from .inherit import describe, summary
+from .inspect_model import PIXELS
+from .load import CATEGORY
+from .picture import draw_plan, to_image
+from .replay import RECORD, REPLAY, Log, Memory
+
+SAMPLE = 65536  # numbers of a feature that stand for all of it when two steps are compared
+
+
+class Survey:
+    """Stands in a MODEL's Setup where its inheritance would, for one run: every step computes in full and is
+    then played again from the features of the step before, once for each plan."""
+
+    on_cpu = False
+
+    def __init__(self, plans: Sequence[Plan], longest: int):
+        self.plans, self.longest = plans, longest
+        self.log = Log()
+        self.tracks: list[_Track] = []
+        self.size = 1.0  # of the result, root mean square
+
+    def bytes(self, architecture: Architecture, shape, conds: int, itemsize: int) -> int:
+        one = sum(cache_elements(plan, architecture, *shape[-2:]) for plan in self.plans)
+        return 3 * one * shape[0] * conds * itemsize
+
+    def memory(self, architecture: Architecture, sigmas: Sequence[float], size: int) -> _SurveyMemory:
+        self.tracks = [_Track(plan, architecture.config, architecture.cut, sigmas) for plan in self.plans]
+        return _SurveyMemory(self, sigmas)
+
+    def candidates(self, architecture: Architecture, height: int, width: int) -> list[Candidate]:
+        """What was measured, for latents of height x width."""
+        found = []
+        for track in self.tracks:
+            full, inherited = step_macs(track.plan, architecture, height, width)
+            found.append(Candidate(track.plan, 1 - inherited / full, track.errors(self.longest) / self.size))
+        return found
+
+
+class _Track(Memory):
+    """What one plan would remember, recorded at every step.
+
+    How much the result suffers is measured where the features come from the step before (and the one before
+    that, for forecasts). For older ones it is taken to grow with their distance from the true features.
+    """
+
+    def __init__(self, plan, config, cut, sigmas):
+        super().__init__(plan, config, cut, sigmas)
+        self._past = defaultdict(list)  # key of a chunk -> its entries of the last steps before this one, the nearest first
+        self._samples: dict[tuple, dict[int, Tensor]] = defaultdict(dict)  # key -> step -> some numbers of its features
+        self._sensitivity: dict[int, list[tuple[float, float]]] = defaultdict(list)  # step -> (change of the result, of the features)
+
+    def _planned_mode(self) -> str:
+        return RECORD
+
+    def _start_recording(self) -> None:
+        for key, entry in zip(self._keys, self._held, strict=True):
+            if entry is not None and entry.step < self.step:
+                self._past[key] = [entry, *self._past[key][: 1 if self._forecasts else 0]]
+        super()._start_recording()
+
+    def _earlier(self, entry):
+        return None  # each entry stands alone here
+
+    def finish(self) -> bool:
+        """After the full forward: keep samples, and get ready to play the step before. False if there is none."""
+        for key, entry in zip(self._keys, self._held, strict=True):
+            flat = torch.cat([t.flatten()[:: max(1, t.numel() // SAMPLE)] for _, t in sorted(entry.tensors.items())])
+            self._samples[key][self.step] = flat.float().cpu()
+        past = [self._past[k] for k in self._keys]
+        self._distance = 2 if self._forecasts else 1
+        if not all(len(p) == self._distance and all(e.cast == self._cast and e.step == self.step - 1 - i for i, e in enumerate(p)) for p in past):
+            return False
+        self.mode, self._held = REPLAY, [replace(p[0], before=p[1] if self._forecasts else None) for p in past]
+        return True
+
+    def compare(self, out: Tensor, again: Tensor) -> None:
+        """The result of the step in full and from the features of the step before."""
+        moved = [self._off(self._samples[k], self.step, 1, self._distance - 1) for k in self._keys]
+        self._sensitivity[self.step].append((float((out - again).square().mean()), sum(moved) / len(moved)))
+
+    def errors(self, longest: int) -> np.ndarray:
+        """Errors as `calibration.Candidate` wants them, of a latent in its own units."""
+        table = np.full((self.steps, longest + 1, longest + 2), np.inf)
+        for s in range(1, self.steps):
+            # One Euler step moves the latent by this share of the way to the predicted result. Later steps then
+            # take part of an error back: for Gaussian data of variance 1, 1 / sqrt(1 + sigma^2) of it would be
+            # left in the end. Real networks keep more; the root of that predicts them well.
+            weight = (self._sigmas[s] - self._sigmas[s + 1]) / self._sigmas[s] / (1 + self._sigmas[s + 1] ** 2) ** 0.25
+            # A forecast needs two steps before it: the first step takes the measure of the next.
+            pairs = self._sensitivity.get(s) or self._sensitivity.get(s + 1)
+            if not pairs:
+                continue
+            result, features = np.mean(pairs, 0)
+            per_feature = (result / features) ** 0.5 if features > 0 else 0.0
+            for k in range(1, min(longest, s) + 1):
+                for g in range(min(longest + 1, s - k) + 1):
+                    distances = [d for steps in self._samples.values() if (d := self._off(steps, s, k, g)) is not None]
+                    if distances:
+                        table[s, k, g] = weight * per_feature * np.mean(distances) ** 0.5
+        return table
+
+    def _off(self, samples: dict[int, Tensor], s: int, k: int, g: int) -> float | None:
+        """Mean square between the features of step s and what would stand for them; None where one is missing.
+
+        They come from step s - k and, for a forecast, also from g steps before that.
+        """
+        if s not in samples or s - k not in samples:
+            return None
+        value = samples[s - k]
+        if self._forecasts and g:
+            if s - k - g not in samples:
+                return None
+            value = torch.lerp(samples[s - k - g], value, 1 + k / g)
+        return float((samples[s] - value).square().mean())
+
+
+class _SurveyMemory(Memory):
+    """Several tracks behind the interface of one memory."""
+
+    def __init__(self, survey: Survey, sigmas: Sequence[float]):
+        self._survey, self._tracks, self._sigmas = survey, survey.tracks, list(sigmas)
+        self._active: _Track | None = None
+        self.steps, self.step, self.peak, self.mode = self._tracks[0].steps, 0, 0, RECORD
+        self.counts = self._tracks[0].counts
+
+    def begin_evaluation(self, sigma):
+        for track in self._tracks:
+            track.begin_evaluation(sigma)
+        self.step = self._tracks[0].step
+        self.peak = max(self.peak, self.size())
+
+    def begin_forward(self, x, options, cast):
+        self._active = None
+        self.mode = {track.begin_forward(x, options, cast) for track in self._tracks}.pop()
+        return self.mode
+
+    def trials(self):
+        if self.mode != RECORD:  # a forward that cannot be told from others: nothing to learn from it
+            return
+        for track in self._tracks:
+            if track.finish():
+                self._active = track
+                yield f"{REPLAY}_{track.plan.name}", self._compare
+        self._active = None
+
+    def _compare(self, out, again):
+        self._survey.size = float(out.float().square().mean()) ** 0.5
+        self._active.compare(out, again)
+
+    def player(self, address, current):
+        return self._active.player(address, current) if self._active else current
+
+    def after(self, address, current, x, out):
+        if self._active is None:
+            for track in self._tracks:
+                track.after(address, current, x, out)
+
+    def size(self):
+        return sum(track.size() for track in self._tracks)
+
+    def close(self):
+        for track in self._tracks:
+            track.close()
+
+
+# The node -------------------------------------------------------------------------------------------
+
+
+def plans_for(config) -> list[Plan]:
+    """What a survey tries: branches of DeepCache, as they are and with forecasts."""
+    return [deepcache(config, branch).reusing(reuse) for branch in (0, 1, 3) for reuse in ("output", "forecast")]
+
+
+def calibrate(model, sample, longest: int, height: int, width: int) -> tuple[list[Choice], object]:
+    """All choices for a MODEL, by saving, and what sample(MODEL) returned: one run of it is measured."""
+    architecture = host.architecture_of(model)
+    survey = Survey(plans_for(architecture.config), longest)
+    result = sample(host.with_survey(model, survey))
+    return choices(survey.candidates(architecture, height, width)), result
+
+
+class ASDMCalibrateInheritance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ASDMCalibrateInheritance",
+            display_name="Calibrate Inheritance",
+            category=CATEGORY,
+            description="Finds the best plan of feature inheritance for your own model, sampler, number of steps and prompt: one run "
+                        "measures how much each step changes, then the steps that compute in full are chosen so that the error is as "
+                        "small as it can be. Keep the plan and use it with Feature Inheritance.",
+            search_aliases=["feature inheritance", "deepcache", "optimal steps", "auto tune"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent_image", tooltip="The size and the number of pictures; several pictures make a better plan."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="Of the noise."),
+                io.Int.Input("steps", default=20, min=2, max=200, tooltip="As in the runs the plan is for. The plan scales to other numbers."),
+                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="As in the runs the plan is for."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in the runs the plan is for."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in the runs the plan is for."),
+                io.DynamicCombo.Input(
+                    "goal", tooltip="saving: the most faithful plan that saves so much. error: the fastest plan that stays so close.",
+                    options=[
+                        io.DynamicCombo.Option("saving", [io.Float.Input(
+                            "saving", default=0.35, min=0.0, max=0.95, step=0.01, tooltip="Share of the UNet's work to be saved at least.")]),
+                        io.DynamicCombo.Option("error", [io.Float.Input(
+                            "error", default=0.05, min=0.0, max=10.0, step=0.005,
+                            tooltip="How far the result may be from the full run: the predicted difference as a share of the result's own size.")]),
+                    ]),
+                io.Int.Input("longest", default=2, min=1, max=6, advanced=True, tooltip="At most so many steps in a row inherit."),
+            ],
+            outputs=[io.Model.Output(tooltip="With the plan."), io.String.Output(display_name="plan", tooltip="The plan as JSON, to keep or share."),
+                     io.Image.Output(display_name="picture"), io.Latent.Output(display_name="full_run", tooltip="The result of the measured run, in which every step computed.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, goal, longest):
+        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
+
+        def sample(m):
+            return comfy.sample.sample(m, noise, steps, cfg, sampler_name, scheduler, positive, negative, samples, seed=seed,
+                                       noise_mask=latent_image.get("noise_mask"), callback=latent_preview.prepare_callback(m, steps))
+
+        height, width = samples.shape[-2:]
+        found, result = calibrate(model, sample, longest, height, width)
+        wanted = {"saving": goal["saving"]} if goal["goal"] == "saving" else {"error": goal["error"]}
+        best = choose(found, **wanted)
+        chosen = host.with_plan(model, best.plan)
+        facts = describe(chosen, steps, width * PIXELS, height * PIXELS, samples.shape[0])
+        text = summary(facts) + f"\npredicted difference to the full run: {best.error:.1%} of the result"
+        facts |= {"predicted_error": round(best.error, 5), "frontier": [
+            {"plan": c.plan.name, "saving": round(c.saving, 4), "error": round(c.error, 5)} for c in frontier(found)]}
+        picture = to_image(draw_plan(host.architecture_of(model), facts, text))
+        return io.NodeOutput(chosen, best.plan.to_json(), picture, {**latent_image, "samples": result},
+                             ui={"text": (f"{text}\n{json.dumps(facts['frontier'])}",)})
+
+
+NODES = [ASDMCalibrateInheritance]
