@@ -1,0 +1,172 @@
+"""GRI attention: the limits in which it is exactly full attention, at any size."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asdm_core.gri import GRI, PAYS_FROM, gri_attention, sdpa
+
+SIZES = ((16, 16), (13, 19), (1, 40), (33, 8), (24, 40))
+
+
+def qkv(height, width, batch=2, heads=3, dim=8, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, height * width, heads, dim, generator=generator).to(dtype) for _ in range(3)]
+
+
+def full(q, k, v):
+    return torch.softmax(torch.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5, -1).matmul(v.transpose(1, 2)).transpose(1, 2)
+
+
+def by_definition(q, k, v, height, width, gri, gain=None):
+    """Window by window and cell by cell, in loops."""
+    gain = torch.zeros(q.shape[2]) if gain is None else gain
+    borders = [sorted(cut(size, gri)) for size in (height, width)]
+    grid = torch.arange(height * width).view(height, width)
+    out = torch.empty_like(q)
+    for (top, bottom), (left, right) in itertools.product(*(itertools.pairwise(b) for b in borders)):
+        own = grid[top:bottom, left:right].flatten()
+        keys, values, counts = [k[:, i] for i in own], [v[:, i] for i in own], [0.0] * len(own)
+        for y, x in itertools.product(range(0, height, gri.pool), range(0, width, gri.pool)):
+            if not (top <= y < bottom and left <= x < right):
+                cell = grid[y:y + gri.pool, x:x + gri.pool].flatten()
+                keys.append(k[:, cell].mean(1))
+                values.append(v[:, cell].mean(1))
+                counts.append(float(torch.tensor(len(cell), dtype=q.dtype).log()))
+        bias = torch.tensor(counts, dtype=q.dtype) + gain[:, None] * (torch.arange(len(keys)) >= len(own))  # (heads, keys)
+        logits = torch.einsum("bnhd,mbhd->bhnm", q[:, own], torch.stack(keys)) * q.shape[-1] ** -0.5 + bias[:, None]
+        out[:, own] = torch.einsum("bhnm,mbhd->bnhd", logits.softmax(-1), torch.stack(values))
+    return out
+
+
+def cut(size, gri):
+    """Borders of windows: every `window` tokens from the shift on; less than half a window at the end is none of its own."""
+    borders = {0, size, *range(gri.shift, size, gri.window)}
+    last = max((b for b in borders if b < size), default=0)
+    return borders - {last} if last > gri.shift and 2 * (size - last) < gri.window else borders
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_window_over_the_whole_map_is_full_attention(size):
+    q, k, v = qkv(*size)
+    for pool in (1, 4, 8):
+        gri = GRI(40, pool)
+        assert gri.covers(*size)
+        assert torch.allclose(gri_attention(q, k, v, *size, gri), full(q, k, v), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shift", [0, 3])
+def test_cells_of_one_token_are_full_attention(size, shift):
+    q, k, v = qkv(*size)
+    gri = GRI(5, 1, shift)
+    assert not gri.covers(*size)
+    assert torch.allclose(gri_attention(q, k, v, *size, gri), full(q, k, v), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_constant_keys_and_values_are_full_attention(size):
+    q, k, v = qkv(*size)
+    k, v = k[:, :1].expand_as(k), v[:, :1].expand_as(v)
+    assert torch.allclose(gri_attention(q, k, v, *size, GRI(8, 4)), full(q, k, v), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_constant_keys_give_every_token_the_same_weight(size):
+    # The values differ: an error in the count of a cell at the edge would show.
+    q, k, v = qkv(*size)
+    out = gri_attention(q, k[:, :1].expand_as(k), v, *size, GRI(8, 4))
+    assert torch.allclose(out, v.mean(1, keepdim=True).expand_as(out), atol=1e-6)  # log(count) is a float32
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 2**20), st.booleans())
+def test_any_size_equals_the_definition(height, width, pool, cells, shift, seed, masks):
+    gri = GRI(pool * cells, pool, pool * min(shift, cells - 1))
+    q, k, v = qkv(height, width, batch=1, heads=2, dim=4, seed=seed)
+    gain = torch.randn(2, generator=torch.Generator().manual_seed(seed))
+    out = gri_attention(q, k, v, height, width, gri, gain, masks=masks)
+    assert torch.allclose(out, by_definition(q, k, v, height, width, gri, gain.double()), atol=1e-6)
+
+
+def test_the_approximation_is_one_and_a_better_one_with_smaller_cells():
+    q, k, v = qkv(32, 32, dtype=torch.float32)
+    wanted = full(q, k, v)
+    errors = [float((gri_attention(q, k, v, 32, 32, GRI(16, pool)) - wanted).norm() / wanted.norm()) for pool in (8, 4, 2, 1)]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.05 and errors[-1] < 1e-5
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("masks", [True, False])
+def test_half_precision_keeps_the_counts(dtype, tolerance, masks):
+    q, k, v = qkv(24, 24, dtype=dtype)
+    k = k[:, :1].expand_as(k)
+    gri = GRI(8, 8)
+    out, wanted = gri_attention(q, k, v, 24, 24, gri, masks=masks), gri_attention(q.double(), k.double(), v.double(), 24, 24, gri)
+    assert out.dtype == dtype
+    assert (out.double() - wanted).norm() / wanted.norm() < tolerance
+
+
+def test_gain_of_zero_changes_nothing_and_learns():
+    q, k, v = (t.requires_grad_() for t in qkv(13, 19))
+    gain = torch.zeros(3, requires_grad=True)
+    out = gri_attention(q, k, v, 13, 19, GRI(8, 4), gain)
+    assert torch.allclose(out, gri_attention(q, k, v, 13, 19, GRI(8, 4)), atol=1e-12)  # torch picks another kernel to learn
+    out.square().sum().backward()
+    for t in (q, k, v, gain):
+        assert t.grad.isfinite().all() and t.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_gradients_are_those_of_the_definition(masks):
+    grads = []
+    for attention in (functools.partial(gri_attention, masks=masks), by_definition):
+        inputs = [t.requires_grad_() for t in qkv(9, 14, batch=1)]
+        grads.append(torch.autograd.grad(attention(*inputs, 9, 14, GRI(4, 2, 2)).square().sum(), inputs))
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_nothing_grows_with_the_square_of_the_tokens():
+    sizes = []
+
+    def attend(q, k, v, scale, mask):
+        sizes.append(q.shape[0] * q.shape[2] * k.shape[2])
+        return sdpa(q, k, v, scale, mask)
+
+    for side in (64, 128, 256):
+        gri_attention(*qkv(side, side, batch=1, heads=1, dtype=torch.float32), side, side, GRI.choose(side, side), attend=attend)
+    small, middle, large = sizes
+    assert middle <= 5 * small and large <= 5 * middle  # products of q and k; full attention: 16 times each
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 64), st.booleans())
+def test_a_choice_fits_itself(height, width, window, shifted):
+    gri = GRI.choose(height, width, window, 0, shifted)
+    assert gri.window >= window and gri.pool >= 4
+    assert (height / gri.pool) * (width / gri.pool) <= 16 * 16 + 1e-9
+
+
+def test_the_choice_at_common_sizes():
+    assert PAYS_FROM == 64 * 64
+    assert GRI.choose(64, 64) == GRI(16, 4)
+    assert GRI.choose(128, 128) == GRI(16, 8)
+    assert GRI.choose(256, 256) == GRI(16, 16)
+    assert GRI.choose(128, 128, 24, 8, True) == GRI(24, 8, 8)
+
+
+@pytest.mark.parametrize("settings", [(0, 1), (4, 0), (8, 3), (8, 4, 2), (8, 4, 8), (8, 4, -4)])
+def test_settings_that_do_not_fit_are_refused(settings):
+    with pytest.raises(ValueError, match="window"):
+        GRI(*settings)
+
+
+def test_a_map_of_another_size_is_refused():
+    q, k, v = qkv(4, 6)
+    with pytest.raises(ValueError, match=r"4 \* 5"):
+        gri_attention(q, k, v, 4, 5, GRI(2, 1))
+    with pytest.raises(ValueError, match="alike"):
+        gri_attention(q, k[:, :12], v, 4, 6, GRI(2, 1))
