@@ -2,7 +2,8 @@
 
     python -m train.emoji.data
 
-writes glyphs.safetensors: every chosen emoji in the three styles, as premultiplied RGBA.
+writes glyphs.safetensors: every chosen emoji in the three styles, as premultiplied RGBA; and beside the
+finished weights concepts.json: code point and name of each, which are the prompts the family knows.
 """
 
 from __future__ import annotations
@@ -73,6 +74,13 @@ def draw(glyphs: Glyphs, chosen: list[Variant], seed: int = 0, wild: bool = Fals
     return compose(pixels, maps, [v.background for v in chosen])
 
 
+def write_names(models: Path, concepts: list[Concept]) -> None:
+    """The names of the concepts by code point, for those who use the weights without the graphics."""
+    table = json.dumps({c.code: c.name for c in concepts}, indent=0)
+    models.mkdir(parents=True, exist_ok=True)
+    (models / "concepts.json").write_text(table + "\n")
+
+
 def load_glyphs(folder: Path) -> Glyphs:
     path = folder / "glyphs.safetensors"
     if not path.exists():
@@ -99,6 +107,7 @@ def main() -> None:
         progress.end()
     glyphs = Glyphs(concepts, pixels)
     write_file(args.runs / "glyphs.safetensors", {"pixels": pixels}, {"concepts": json.dumps([asdict(c) for c in concepts])})
+    write_names(args.models, concepts)
     for style in STYLES:
         save_grid(args.runs / f"glyphs-{style}.png", glyphs.pictures(style, list(range(len(concepts)))), columns=24, scale=0.5)
     print(f"{len(concepts)} concepts; {len(variants(concepts, STYLES[:2]))} training pictures of noto and twemoji")

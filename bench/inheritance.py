@@ -1,0 +1,288 @@
+"""Feature inheritance: cost of an inherited step at full size, and quality against time on the emoji family.
+
+    python bootstrap.py bench NAME=inheritance [ARGS="--cpu-time --pictures 8"]
+
+Part one: SD1.5 with random weights, 512 x 512, classifier-free guidance, euler. How long an inherited step
+takes, relative to a full one, against the same ratio of multiplications; and a run with interval 1 against
+one without the node.
+
+Part two: the emoji teacher, 20 steps (and 30 and 50 for one sampler each), CFG 3, paired seeds, against the run in
+full. In the same host, one after another: our dial and its neighbours, DeepCache's plan as a setting of
+ours (output reuse, uniform and quadratic), the core's EasyCache and LazyCache at several thresholds. A
+method's quality at 40% less time is read off the upper edge of its settings, between the measured points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from asdm_core.measure import psnr, ratio, ssim, time_alternating
+from bench._common import RESULTS, ROOT, pack_module, randomise, record, start_host
+
+FAMILY = ROOT / "models" / "emoji"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RUNS = (("euler", "normal", 20), ("dpmpp_2m", "karras", 20), ("dpmpp_sde", "karras", 20), ("heun", "normal", 20),
+        ("euler", "normal", 50), ("dpmpp_2m", "karras", 30))
+SAVED = 0.4
+EASY, LAZY = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8), (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
+
+
+# Part one: cost -------------------------------------------------------------------------------------
+
+
+def full_size(dtype: torch.dtype):
+    import comfy.model_management as management
+    import comfy.model_patcher
+
+    architecture = pack_module("asdm_core.architecture")
+    config = pack_module("nodes.models").model_config(architecture.Architecture.full(architecture.FAMILIES["sd15"]), "eps")
+    config.set_inference_dtype(dtype, None)
+    base = config.get_model({}, "")
+    randomise(base.diffusion_model)
+    return comfy.model_patcher.CoreModelPatcher(base, load_device=management.get_torch_device(),
+                                                offload_device=management.unet_offload_device())
+
+
+def steps_of(model, clock: Callable[[], float], steps: int, size: int = 64) -> list[float]:
+    """Seconds of each step of a run but the first, which warms up."""
+    import comfy.sample
+
+    marks = []
+    cond = [[torch.zeros(1, 77, 768), {}]]
+    latent = torch.zeros(1, 4, size, size)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        comfy.sample.sample(model, noise, steps, 7.0, "euler", "normal", cond, cond, latent, disable_pbar=True,
+                            callback=lambda *_: marks.append(clock()))
+    return [b - a for a, b in zip(marks, marks[1:], strict=False)]
+
+
+def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
+    inheritance, host = pack_module("asdm_core.inheritance"), pack_module("nodes.host")
+    model = full_size(DTYPES[dtype])
+    architecture = host.architecture_of(model)
+    config, every = architecture.config, inheritance.Schedule("explicit", steps=(0,))
+    plans = {f"deepcache-{b}": inheritance.deepcache(config, b, every) for b in (0, 1, 2, 3)}
+    plans |= {"shallow-only": inheritance.shallow_only(config, every), "encoder": inheritance.encoder(config, every),
+              "attention": inheritance.attention(config, schedule=every),
+              "deepcache-1, forecast": inheritance.deepcache(config, 1, every).reusing("forecast")}
+    never = inheritance.deepcache(config, 0, inheritance.Schedule(interval=1))
+    steps_of(model, clock, 2)
+    times = {name: [] for name in ("off", "interval 1", *plans)}
+    for _ in range(rounds):
+        times["off"] += steps_of(model, clock, 2)
+        times["interval 1"] += steps_of(host.with_plan(model, never), clock, 2)
+        for name, plan in plans.items():
+            times[name] += steps_of(host.with_plan(model, plan), clock, 2)
+    rows, worst = [], []
+    for name, plan in plans.items():
+        full, inherited = inheritance.step_macs(plan, architecture)
+        over = ratio(times, name, "off")
+        rows.append({"part": "cost", "dtype": dtype, "plan": name, "seconds": statistics.median(times[name]), "over_full": over,
+                     "macs_over_full": inherited / full, "over_mac_ceiling": over / (inherited / full), "all_seconds": times[name]})
+        if name in ("deepcache-0", "deepcache-1", "deepcache-2", "deepcache-3", "encoder"):
+            worst.append(over / (inherited / full))
+    rows.append({"part": "cost", "dtype": dtype, "plan": "off", "seconds": statistics.median(times["off"]), "all_seconds": times["off"]})
+    rows.append({"part": "cost", "dtype": dtype, "plan": "interval 1", "all_seconds": times["interval 1"]})
+    return {"overhead_interval_1": ratio(times, "interval 1", "off") - 1, "inherited_step_over_mac_ceiling": max(worst)}, rows
+
+
+# Part two: quality ----------------------------------------------------------------------------------
+
+
+class Family:
+    """The emoji teacher, prompts for it, and the pictures of a run."""
+
+    def __init__(self, pictures: int):
+        from safetensors import safe_open
+
+        from train.emoji.classifier import load_classifier
+
+        self.model, clip, self.vae = pack_module("nodes.models").load_checkpoint(FAMILY / "emoji-teacher.safetensors")
+        with safe_open(FAMILY / "emoji-classifier.safetensors", framework="pt") as f:
+            codes = json.loads(f.metadata()["codes"])
+        self.classifier = load_classifier(FAMILY, codes)
+        names = json.loads((FAMILY / "concepts.json").read_text("utf-8"))
+        chosen = list(names.items())[:: max(1, len(names) // pictures)][:pictures]
+        self.targets = torch.tensor([codes.index(code) for code, _ in chosen])
+
+        def encode(text):
+            return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]
+
+        self.cond = [[torch.cat([encode(name) for _, name in chosen]), {}]]
+        self.uncond = [[encode("").repeat(len(chosen), 1, 1), {}]]
+        self.noise = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(len(chosen))])
+
+    def run(self, model, sampler: str, scheduler: str, steps: int, clock) -> tuple[torch.Tensor, float]:
+        """Pictures (N, 3, 128, 128) and the seconds of sampling."""
+        import comfy.sample
+
+        with torch.inference_mode():
+            before = clock()
+            latents = comfy.sample.sample(model, self.noise, steps, 3.0, sampler, scheduler, self.cond, self.uncond,
+                                          torch.zeros_like(self.noise), seed=1, disable_pbar=True)
+            return self.pictures(latents), clock() - before
+
+    def pictures(self, latents):
+        return self.vae.decode(latents).movedim(-1, 1).float().clamp(0, 1)
+
+    def top1(self, pictures) -> float:
+        from train.emoji.classifier import top_k
+
+        return float(top_k(self.classifier, pictures, self.targets)[0].float().mean())
+
+
+def methods(model) -> dict[str, tuple[str, object]]:
+    """Label -> (method, MODEL)."""
+    from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+
+    inheritance, host = pack_module("asdm_core.inheritance"), pack_module("nodes.host")
+    config, schedule = host.architecture_of(model).config, inheritance.Schedule
+    found = {}
+    for branch in (0, 1, 3):
+        for interval in (2, 3):
+            plan = inheritance.deepcache(config, branch, schedule(interval=interval)).reusing("forecast")
+            found[f"forecast, branch {branch}, every {interval}"] = ("ours", host.with_plan(model, plan))
+        for interval in (2, 3, 5):
+            found[f"deepcache {branch}, uniform {interval}"] = (
+                "deepcache", host.with_plan(model, inheritance.deepcache(config, branch, schedule(interval=interval))))
+        quadratic = schedule("quadratic", interval=3, power=1.4, centre=0.3)
+        found[f"deepcache {branch}, quadratic 3"] = ("deepcache", host.with_plan(model, inheritance.deepcache(config, branch, quadratic)))
+    for threshold in EASY:
+        found[f"easycache {threshold}"] = ("easycache", EasyCacheNode.execute(model, threshold, 0.15, 0.95, False).args[0])
+    for threshold in LAZY:
+        found[f"lazycache {threshold}"] = ("lazycache", LazyCacheNode.execute(model, threshold, 0.15, 0.95, False).args[0])
+    return found
+
+
+def upper_edge(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points (saving, dB) that no other one beats in both, by saving."""
+    edge = []
+    for saving, quality in sorted(points, reverse=True):
+        if not edge or quality > edge[-1][1]:
+            edge.append((saving, quality))
+    return edge[::-1]
+
+
+def at_saving(points: list[tuple[float, float]], wanted: float) -> float | None:
+    """Quality at a saving, read off the upper edge between its points; None beyond its ends."""
+    edge = upper_edge(points)
+    if edge[0][0] >= wanted:  # everything saves more and is as good
+        return edge[0][1]
+    for (s0, q0), (s1, q1) in zip(edge, edge[1:], strict=False):
+        if s0 <= wanted <= s1:
+            return q0 + (q1 - q0) * (wanted - s0) / (s1 - s0)
+    return None
+
+
+def bench_quality(family: Family, rounds: int, clock) -> tuple[dict, list[dict]]:
+    """Time and quality of every method in every run. A time is the median of the rounds; pictures are the same in each."""
+    rows, at = [], {m: [] for m in ("ours", "deepcache", "easycache", "lazycache")}
+    settings = methods(family.model)
+    for sampler, scheduler, steps in RUNS:
+        full, _ = family.run(family.model, sampler, scheduler, steps, clock)
+        run = {"part": "quality", "sampler": sampler, "scheduler": scheduler, "steps": steps}
+        made = {}
+
+        def call(label, model, sampler=sampler, scheduler=scheduler, steps=steps, made=made):
+            made[label] = family.run(model, sampler, scheduler, steps, clock)[0]
+
+        calls = {"full": lambda: call("full", family.model)} | {k: lambda k=k, m=m: call(k, m) for k, (_, m) in settings.items()}
+        times = time_alternating(calls, rounds, warmup=0, clock=clock)
+        rows.append(run | {"setting": "full", "method": "full", "seconds": statistics.median(times["full"]), "top1": family.top1(full)})
+        points = {m: [] for m in at}
+        for label, (method, _) in settings.items():
+            pictures = made[label]
+            saving, quality = 1 - ratio(times, label, "full"), psnr(pictures, full).clamp(max=80)
+            points[method].append((saving, float(quality.mean())))
+            rows.append(run | {"setting": label, "method": method, "time_saved": round(saving, 4), "psnr": round(float(quality.mean()), 3),
+                               "psnr_se": round(float(quality.std() / len(quality) ** 0.5), 3),
+                               "ssim": round(float(ssim(pictures, full).mean()), 4), "top1": family.top1(pictures)})
+        for method, found in points.items():
+            value = at_saving(found, SAVED)
+            at[method].append(value)
+            rows.append(run | {"setting": f"at {SAVED:.0%} less time", "method": method, "psnr": value})
+        print(f"{sampler} {steps}: " + ", ".join(f"{m} {v[-1] if v[-1] is None else round(v[-1], 2)}" for m, v in at.items()), flush=True)
+    # A mean over the runs in which the method gets as far as that.
+    reached = {m: [v for v in values if v is not None] for m, values in at.items()}
+    return {f"psnr_{m}_at_40pct": statistics.mean(v) for m, v in reached.items() if v}, rows
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Quality against time saved, one plot for each run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colours = {"ours": "#d1495b", "deepcache": "#2b59c3", "easycache": "#3a9d5d", "lazycache": "#8a94a6"}
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), sharex=True)
+    for ax, (sampler, scheduler, steps) in zip(axes.flat, RUNS, strict=True):
+        mine = [r for r in rows if r.get("time_saved") is not None and (r["sampler"], r["steps"]) == (sampler, steps)]
+        for method, colour in colours.items():
+            points = [(r["time_saved"], r["psnr"]) for r in mine if r["method"] == method]
+            edge = upper_edge(points)
+            ax.plot(*zip(*edge, strict=True), color=colour, lw=1.6, label={"ours": "asdm, forecasts"}.get(method, method))
+            ax.scatter(*zip(*points, strict=True), color=colour, s=14, alpha=0.6)
+        ax.axvline(SAVED, color="#c0c6d0", lw=1, zorder=0)
+        ax.set(title=f"{sampler}, {scheduler}, {steps} steps", ylabel="PSNR to the full run (dB)", xlabel="time saved", xlim=(0, 0.8), ylim=(15, 65))
+        ax.grid(True, alpha=0.25)
+    axes.flat[0].legend(frameon=False)
+    figure.suptitle("Emoji teacher, 128 x 128 pixels: quality against time saved")
+    figure.tight_layout()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=["cost", "quality"], default=["cost", "quality"])
+    parser.add_argument("--dtype", choices=list(DTYPES), default=None, help="of part one; by default fp16 on CUDA and bf16 on a CPU")
+    parser.add_argument("--cost-rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1, help="of part two")
+    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of this process, one thread: for machines with other work to do")
+    parser.add_argument("--notes", default="")
+    args = parser.parse_args()
+    host = start_host()
+    if args.cpu_time:
+        torch.set_num_threads(1)
+    cuda = torch.cuda.is_available()
+
+    def wall() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    clock = time.process_time if args.cpu_time and not cuda else wall
+    summary, rows = {}, []
+    if "quality" in args.parts:
+        found, more = bench_quality(Family(args.pictures), args.rounds, clock)
+        summary, rows = summary | found, rows + more
+        draw(rows, ROOT / "docs" / "inheritance.png")
+    if "cost" in args.parts:
+        found, more = bench_cost(args.dtype or ("fp16" if cuda else "bf16"), args.cost_rounds, clock)
+        summary, rows = summary | found, rows + more
+    command = "python bootstrap.py bench NAME=inheritance" + (f" ARGS={shlex.join(sys.argv[1:])!r}" if sys.argv[1:] else "")
+    rows = [row | {"command": command, "date": date.today().isoformat()} for row in rows]
+    earlier = RESULTS / "inheritance.json"
+    if earlier.exists():  # a part that was not run keeps what was recorded of it; each row says when that was
+        old = json.loads(earlier.read_text())
+        rows += [row for row in old["rows"] if row["part"] not in args.parts]
+        summary = old["summary"] | summary
+    record("inheritance", summary, rows, command, host, args.notes)
+
+
+if __name__ == "__main__":
+    main()
