@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+
+from train import config
+from train.config import load
+
+RECIPES = sorted((Path(config.__file__).parent / "configs").glob("*.toml"))
+SMOKE = next(p for p in RECIPES if p.stem == "smoke")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipes_are_what_their_names_say(path):
+    recipe = load(path)
+    assert recipe.name == path.stem and recipe.product == Path("runs", path.stem, f"{path.stem}.safetensors")
+    family, _, name = path.stem.partition("-")
+    if name:
+        frozen = {"m4": "m1", "m5": "m2"}
+        assert recipe.network.family == family and recipe.architecture.name == frozen.get(name, name)
+        assert recipe.student.trained == ("all" if name in frozen else "own")
+        # A recipe of stage 2 begins with what the recipe of stage 1 ends in.
+        assert recipe.student.start == (str(load(path.with_name(f"{family}-base.toml")).product) if name[:1] == "m" else "")
+
+
+def test_stage_one_has_the_settings_of_bk_sdm():
+    recipe = load(SMOKE.with_name("sd15-base.toml"))
+    assert recipe.optimiser == config.Optimiser(5e-5, (0.9, 0.999), 0.01, 1.0, 0, 0, 0.9999)
+    assert (recipe.run.batch, recipe.run.steps) == (256, 50_000)
+    assert (recipe.loss.task, recipe.loss.output, recipe.loss.blocks, recipe.loss.mid) == (1, 1, 1, 0)
+
+
+def test_changes_win_over_the_recipe_and_keep_the_rest():
+    recipe = load(SMOKE, ["optimiser.lr=3e-4", "run.steps=7", "student.preset=base", "run.folder=some/where", "optimiser.betas=[0.8, 0.9]"])
+    assert recipe.optimiser.lr == 3e-4 and recipe.run.steps == 7 and recipe.architecture.name == "base"
+    assert recipe.folder == Path("some/where") and recipe.optimiser.betas == (0.8, 0.9)
+    assert recipe.data == load(SMOKE).data and recipe.optimiser.ema == load(SMOKE).optimiser.ema
+
+
+def test_a_recipe_extends_another(tmp_path):
+    (tmp_path / "a.toml").write_text('name = "a"\n[student]\npreset = "base"\n[loss]\nmid = 2\ntask = 0.5\n')
+    (tmp_path / "b.toml").write_text('extends = "a.toml"\n[loss]\nmid = 0.25\n')
+    recipe = load(tmp_path / "b.toml")
+    assert (recipe.name, recipe.student.preset, recipe.loss.mid, recipe.loss.task) == ("b", "base", 0.25, 0.5)
+
+
+def test_the_printed_recipe_is_a_recipe(tmp_path):
+    recipe = load(SMOKE)
+    (tmp_path / "again.toml").write_text(recipe.to_text())
+    assert load(tmp_path / "again.toml") == recipe
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("optimizer.lr=1", "unknown key 'optimizer'; did you mean 'optimiser'"),
+    ("run.step=1", "unknown key 'step'; did you mean 'steps'"),
+    ("run.steps=many", "steps: wanted a whole number, got 'many'"),
+    ("run.steps=true", "steps: wanted a whole number, got True"),
+    ("run.steps=0", "run.steps must be at least 1"),
+    ("optimiser.betas=[0.9]", "betas: wanted a list of 2"),
+    ("data.source=cach", "'cach' is none of cache, images, random; did you mean 'cache'"),
+    ("student.preset=m22", "no preset 'm22'"),
+    ("student.cut=mid", "give either preset or cut"),
+    ("loss.mid=-1", "weights must not be negative"),
+    ("loss.perceptual=0.1", "no known way to a picture"),
+    ("data.caption_dropout=1.5", "between 0 and 1"),
+    ("seed.x=1", "wanted a whole number"),
+    ("lr", "wanted key=value"),
+])
+def test_mistakes_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        load(SMOKE, [change])
+
+
+def test_an_unknown_family_is_named():
+    with pytest.raises(ValueError, match="network.family: 'sd16' is none of sd15.*did you mean 'sd"):
+        load(SMOKE.with_name("sd15-base.toml"), ["network.family=sd16", "loss.mid=1"])
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(ValueError, match="none.toml: cannot be read"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("a = ")
+    with pytest.raises(ValueError, match="bad.toml: not valid TOML"):
+        load(tmp_path / "bad.toml")
+
+
+def test_the_batch_is_shared_out_or_refused():
+    recipe = load(SMOKE, ["run.batch=32", "run.micro_batch=4"])
+    assert [recipe.accumulation(n) for n in (1, 2, 8)] == [8, 4, 1]
+    with pytest.raises(ValueError, match="32 is no multiple of run.micro_batch = 4 times 3 processes = 12"):
+        recipe.accumulation(3)

@@ -1,0 +1,315 @@
+"""What a training run is: frozen dataclasses, read from a recipe (TOML) and `--set key=value`.
+
+A recipe may begin with `extends = "other.toml"` and then only says what differs. Unknown keys and
+values of the wrong type are errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from asdm_core.addresses import UNetConfig
+from asdm_core.architecture import FAMILIES, Architecture
+
+from .losses import LATENT_RGB, PREDICTIONS
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    try:
+        import tomli as tomllib
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("recipes are TOML, which Python 3.10 cannot read by itself: pip install tomli") from None
+
+TRAINED = ("own", "all")
+SOURCES = ("cache", "images", "random")
+TIMESTEPS = ("uniform", "snr")
+PRECISIONS = ("no", "bf16", "fp16")
+STORED = ("float32", "float16", "bfloat16", "int8")
+NETS = ("vgg16",)
+
+
+@dataclass(frozen=True)
+class Network:
+    """The original network.
+
+    shape: the UNet of a family as a table, where it is none of FAMILIES.
+    teacher: its weights, any file or folder Load Pruned UNet takes; "random" draws them from the run's seed.
+    """
+
+    family: str = "sd15"
+    teacher: str = ""
+    prediction: str = "eps"
+    shape: dict | None = None
+
+    @property
+    def config(self) -> UNetConfig:
+        if self.shape is not None:
+            return UNetConfig.from_dict({"family": self.family} | self.shape)
+        return _one_of(FAMILIES, self.family, "network.family")
+
+
+@dataclass(frozen=True)
+class Student:
+    """What is cut, what is trained and where it starts.
+
+    preset: a row of asdm_core.architecture.PRESETS; or cut and on: range expressions of Architecture.choose.
+    start: product of the stage before, whose weights its own units take; empty: the teacher's.
+    trained: "own": the units the architecture calls its own, everything else frozen; "all".
+    stem: whether a combined UNet's conv_in, norm_out and conv_out are trained too. They belong to the host
+    by default: a pack must fit any finetune.
+    """
+
+    preset: str = ""
+    cut: str = ""
+    on: str = "*"
+    start: str = ""
+    trained: str = "own"
+    stem: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+    """Latents and text states to learn from.
+
+    source: "cache": a file of `python -m train.encode`; "images": a folder of pictures with captions, encoded
+    once with the VAE and text encoder of `models` (a diffusers folder); "random": made on the fly, for trying out.
+    size: pixels of the pictures, square. timesteps: "uniform", or "snr": rarely those with little noise in them.
+    """
+
+    source: str = "cache"
+    path: str = ""
+    models: str = ""
+    size: int = 512
+    caption_dropout: float = 0.1
+    timesteps: str = "uniform"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Weights of the losses (train/losses.py); 0 leaves one out.
+
+    net: frozen network of the perceptual loss; net_weights: its file, empty: torchvision's own cache.
+    perceptual_until: timesteps from which x_0 shows nothing yet. perceptual_warmup: steps over which its weight rises.
+    """
+
+    task: float = 1.0
+    output: float = 1.0
+    blocks: float = 0.0
+    layers: float = 0.0
+    attention: float = 0.0
+    mid: float = 0.0
+    perceptual: float = 0.0
+    net: str = "vgg16"
+    net_weights: str = ""
+    perceptual_until: int = 800
+    perceptual_warmup: int = 1000
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW with clipped gradients, a trapezoid of the learning rate (steps), and the average of the weights."""
+
+    lr: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    warmup: int = 0
+    cooldown: int = 0
+    ema: float = 0.9999
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long, how large, how exact, where.
+
+    batch: samples of one update, over all processes; micro_batch: of one forward pass of one process. The
+    rest is gradient accumulation, so a run is the same run on any number of processes.
+    precision: of the forward passes; weights are float32. folder: for checkpoints, the log and the product.
+    stored: dtype of the product.
+    """
+
+    steps: int = 50_000
+    batch: int = 256
+    micro_batch: int = 8
+    precision: str = "no"
+    checkpoint_gradients: bool = False
+    save_every: int = 1000
+    keep: int = 2
+    log_every: int = 50
+    folder: str = ""
+    stored: str = "float16"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole recipe."""
+
+    name: str
+    seed: int = 1234
+    network: Network = field(default_factory=Network)
+    student: Student = field(default_factory=Student)
+    data: Data = field(default_factory=Data)
+    loss: Loss = field(default_factory=Loss)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    run: Run = field(default_factory=Run)
+
+    def __post_init__(self):
+        for key, allowed in (("network.prediction", PREDICTIONS), ("student.trained", TRAINED), ("data.source", SOURCES),
+                             ("data.timesteps", TIMESTEPS), ("loss.net", NETS), ("run.precision", PRECISIONS), ("run.stored", STORED)):
+            section, _, name = key.partition(".")
+            _one_of(dict.fromkeys(allowed), getattr(getattr(self, section), name), key)
+        for key in ("steps", "batch", "micro_batch", "save_every", "keep", "log_every"):
+            if getattr(self.run, key) < 1:
+                raise ValueError(f"run.{key} must be at least 1, got {getattr(self.run, key)}")
+        weights = {name: getattr(self.loss, name) for name in LOSSES}
+        if min(weights.values()) < 0 or not any(weights.values()):
+            raise ValueError(f"loss: weights must not be negative and one must be above 0, got {weights}")
+        if not 0 <= self.data.caption_dropout <= 1:
+            raise ValueError(f"data.caption_dropout must lie between 0 and 1, got {self.data.caption_dropout}")
+        if bool(self.student.preset) == bool(self.student.cut):
+            raise ValueError("student: give either preset or cut")
+        if self.loss.perceptual and self.network.family not in LATENT_RGB:
+            raise ValueError(f"loss.perceptual: the latents of {self.network.family!r} have no known way to a picture; "
+                             f"possible with {', '.join(LATENT_RGB)}")
+        self.architecture  # noqa: B018 - raises for a choice of units that cannot work
+
+    @property
+    def architecture(self) -> Architecture:
+        config = self.network.config
+        if self.student.preset:
+            return Architecture.preset(self.student.preset, config)
+        return Architecture.choose(config, self.student.cut, self.student.on)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.folder or f"runs/{self.name}")
+
+    @property
+    def product(self) -> Path:
+        """The file the run ends in."""
+        return self.folder / f"{self.name}.safetensors"
+
+    def accumulation(self, processes: int) -> int:
+        """Forward passes of each process in one update. Raises ValueError where the batch cannot be shared out so."""
+        each = self.run.micro_batch * processes
+        if self.run.batch % each:
+            raise ValueError(f"run.batch = {self.run.batch} is no multiple of run.micro_batch = {self.run.micro_batch} "
+                             f"times {processes} processes = {each}")
+        return self.run.batch // each
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def to_text(self) -> str:
+        """All settings, as a recipe."""
+        lines = [f"{k} = {json.dumps(v)}" for k, v in self.to_dict().items() if not isinstance(v, dict)]
+        for section, values in self.to_dict().items():
+            if isinstance(values, dict):
+                lines += ["", f"[{section}]", *(f"{k} = {_inline(v)}" for k, v in values.items() if v is not None)]
+        return "\n".join(lines)
+
+
+LOSSES = ("task", "output", "blocks", "layers", "attention", "mid", "perceptual")
+
+
+def load(path: str | Path, changes: Iterable[str] = ()) -> Config:
+    """A recipe with `key=value` changes, keys dotted, values TOML or plain text. Raises ValueError."""
+    path = Path(path)
+    data = _read(path)
+    data.setdefault("name", path.stem)
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set {change}: wanted key=value, such as optimiser.lr=1e-4")
+        _put(data, key.strip(), _value(text.strip()))
+    return _build(Config, data, path.name)
+
+
+def _read(path: Path) -> dict:
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be read ({e.strerror})") from None
+    except tomllib.TOMLDecodeError as e:
+        raise ValueError(f"{path}: not valid TOML ({e})") from None
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    base = _read(path.parent / parent)
+    base.pop("name", None)  # a recipe is named after its own file
+    return _merged(base, data)
+
+
+def _merged(base: dict, data: Mapping) -> dict:
+    return base | {k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in data.items()}
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text  # a path or a name needs no quotes
+
+
+def _put(data: dict, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise ValueError(f"--set {key}: {section} is no section")
+    data[name] = value
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where}: wanted a section with keys, got {data!r}")
+    hints = get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1, 0.5)
+            raise ValueError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+                             + f" Known are {', '.join(hints)}")
+    return cls(**{key: _typed(hints[key], value, f"{where}: {key}") for key, value in data.items()})
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """The value as the field's type; whole numbers pass for others, nothing else is converted."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = get_args(hint)[0]
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        if not isinstance(value, list) or len(value) != len(kinds):
+            raise ValueError(f"{where}: wanted a list of {len(kinds)}, got {value!r}")
+        return tuple(_typed(k, v, where) for k, v in zip(kinds, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or hint is not bool and isinstance(value, bool):
+        raise ValueError(f"{where}: wanted {_TYPES[hint]}, got {value!r}")
+    return value
+
+
+_TYPES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table"}
+
+
+def _inline(value: Any) -> str:
+    """A value as TOML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_inline(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value)
+
+
+def _one_of(choices: Mapping, value: str, key: str) -> Any:
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, 1)
+        raise ValueError(f"{key}: {value!r} is none of {', '.join(choices)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return choices[value]
