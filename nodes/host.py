@@ -24,6 +24,7 @@ from ..asdm_core.architecture import FAMILIES, Architecture
 from ..asdm_core.cast import Cast, Line, Part, fingerprint
 from ..asdm_core.inheritance import Plan
 from . import units
+from .regional import Attention, Regional
 from .replay import COMPUTE, Clock, Inheritance, Report
 
 KEY = "asdm"
@@ -68,12 +69,13 @@ def same_skeleton(a: UNetConfig, b: UNetConfig) -> bool:
 
 @dataclass(frozen=True)
 class Setup:
-    """The data asdm keeps on a MODEL: its cast, the ids of its packs in the order of their patchers, and its
-    feature inheritance."""
+    """The data asdm keeps on a MODEL: its cast, the ids of its packs in the order of their patchers, its feature
+    inheritance, its GRI attention."""
 
     cast: Cast
     packs: tuple[str, ...] = ()
     inheritance: Inheritance | None = None
+    regional: Regional | None = None
 
 
 def setup_of(model) -> Setup:
@@ -107,6 +109,11 @@ def with_plan(model, plan: Plan | None, **keeping):
     if plan is not None:
         plan.reuse(architecture.config, architecture.cut)
     return _set_up(model.clone(), replace(setup_of(model), inheritance=plan and Inheritance(plan, **keeping)))
+
+
+def with_regional(model, regional: Regional | None):
+    """A clone of MODEL with GRI attention in the shallow levels. The MODEL that came in is not altered."""
+    return _set_up(model.clone(), replace(setup_of(model), regional=regional))
 
 
 def with_survey(model, survey):
@@ -145,12 +152,12 @@ class Run:
 
     def __init__(self, model, sigmas=(), cache: int = 0):
         setup = setup_of(model)
-        self.cast, self._inheritance = setup.cast, setup.inheritance
+        self.cast, self._inheritance, self._regional = setup.cast, setup.inheritance, setup.regional
         self._clock = Clock(model.load_device) if self._inheritance else None
         sampling = model.get_model_object("model_sampling")
         # The last window also holds sigma 0, where some samplers ask once more.
         self._sigmas = {w: (sampling.percent_to_sigma(w.start), sampling.percent_to_sigma(w.end) if w.end < 1 else -1.0)
-                        for w in self.cast.windows}
+                        for w in (*self.cast.windows, *([self._regional.when] if self._regional else []))}
         # One stage per UNet object: multi-GPU clones have their own modules and their own packs.
         self._stages = {id(m.model): Stage(m, sigmas, cache) for m in (model, *model.get_additional_models_with_key("multigpu"))}
 
@@ -158,8 +165,9 @@ class Run:
         """Decide who plays at this noise level. Called once per evaluation."""
         active = tuple(w for w, (high, low) in self._sigmas.items() if low < sigma <= high)
         parts, experts = self.cast.parts(active), self.cast.experts(active)
+        regional = self._regional is not None and self._regional.when in active
         for stage in self._stages.values():
-            stage.assign(parts, experts)
+            stage.assign(parts, experts, regional)
             if stage.memory is not None:
                 stage.memory.begin_evaluation(sigma)
         memory = self._memory()
@@ -187,19 +195,25 @@ class Stage:
     """The layers of one UNet object, the packs that stand beside it, and who plays at the moment."""
 
     def __init__(self, model, sigmas, cache: int):
-        architecture, inheritance = architecture_of(model), setup_of(model).inheritance
+        setup = setup_of(model)
+        architecture, inheritance = architecture_of(model), setup.inheritance
         self._config = architecture.config
         self._layers = units.layers(model.model.diffusion_model, self._config)
         packs = packs_of(model)
         self._cut = architecture.cut
         self._packs = {pack_id: patcher.model for pack_id, patcher in packs.items()}
         self._serials = ",".join(str(patcher.model.serial) for patcher in packs.values())
-        self._assigned: tuple[dict[str, Part], dict[str, Part]] = {}, {}
+        self._assigned: tuple[dict[str, Part], dict[str, Part], bool] = {}, {}, False
         self._players: dict[int, torch.nn.Module] = {}
         self._addresses = {id(layer): address for address, layer in self._layers.items()}
         self.memory = inheritance.memory(architecture, sigmas, cache) if inheritance else None
+        self._attention = Attention(setup.regional, self._config) if setup.regional else None
         self.name = ""
         self.entry = (units.LAYER_CLASSES, self._dispatch)
+
+    def enter_attention(self, transformer_options: dict) -> dict:
+        """The options of a forward with GRI attention in them, if it plays at the moment."""
+        return self._attention.enter(transformer_options) if self._assigned[2] else transformer_options
 
     def begin_forward(self, x, transformer_options) -> str:
         """Name of what is about to be played; "" if the checkpoint plays everything itself, unrecorded."""
@@ -211,10 +225,10 @@ class Stage:
         for mode, compare in self.memory.trials() if self.memory else ():
             yield f"{self.name}_{mode}", compare
 
-    def assign(self, parts: dict[str, Part], experts: dict[str, Part]) -> None:
-        if (parts, experts) == self._assigned:
+    def assign(self, parts: dict[str, Part], experts: dict[str, Part], regional: bool) -> None:
+        if (parts, experts, regional) == self._assigned:
             return
-        self._assigned = parts, experts
+        self._assigned = parts, experts, regional
         experts = {a: part for a, part in experts.items() if a in parts or a not in self._cut}
         players = {address: self._player(address, part) for address, part in parts.items()}
         for address, part in experts.items():
@@ -223,6 +237,8 @@ class Stage:
         self._players = {id(self._layers[address]): player for address, player in players.items()}
         everybody = parts | {f"{address}.experts": part for address, part in experts.items()}
         self.name = fingerprint(everybody, self._serials) if everybody else ""
+        if regional:
+            self.name += self._attention.name
 
     def _player(self, address: str, part: Part) -> torch.nn.Module:
         if part.role == "pack":
@@ -277,6 +293,8 @@ def _predict_noise(executor, x, timestep, model_options={}, seed=None):
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
     run = transformer_options.get(KEY)
     stage = run and run.stage(executor.class_obj)
+    if stage is not None:
+        transformer_options = stage.enter_attention(transformer_options)
 
     def forward(name: str):
         options, named = transformer_options, {}

@@ -1,0 +1,235 @@
+"""GRI attention in the host's sampling: equal to full attention in its limits, linear elsewhere, and nobody overwritten."""
+
+import pytest
+import small
+import torch
+from comfy.ldm.modules import attention
+from comfy_extras import nodes_hypertile, nodes_pag, nodes_tomesd
+from in_host import execute, module
+
+SD, SD2, SDXL, host = small.SD, small.SD2, small.SDXL, small.host
+inheritance, core, regional = module("asdm_core.inheritance"), module("asdm_core.gri"), module("nodes.regional")
+AUTO = {"window": 0, "pool": 0, "stages": 2, "shifted": False, "start_percent": 0.0, "end_percent": 1.0}
+EXACT, ROUGH = {"window": 4, "pool": 1}, {"window": 4, "pool": 4}
+LARGE = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return small.model(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return small.sample(model)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Settings of every call of GRI attention."""
+    seen = []
+
+    def gri_attention(q, k, v, height, width, gri, **more):
+        seen.append((height, width, gri))
+        return core.gri_attention(q, k, v, height, width, gri, **more)
+
+    monkeypatch.setattr(regional, "gri_attention", gri_attention)
+    return seen
+
+
+def gri(model, **more):
+    return execute("ASDMGRIAttention", model=model, **{**AUTO, **more})[0]
+
+
+def test_in_a_window_that_covers_the_map_nothing_changes(model, plain, calls):
+    assert torch.equal(small.sample(gri(model, window=16, pool=4)), plain)
+    assert calls == []
+
+
+def test_below_the_size_where_it_pays_nothing_changes(model, plain, calls):
+    assert torch.equal(small.sample(gri(model)), plain)
+    assert calls == []
+
+
+def test_an_empty_stretch_of_the_run_is_the_model_itself(model):
+    assert gri(model, start_percent=0.3, end_percent=0.3) is model
+
+
+def test_the_model_that_came_in_stays_as_it_was(model, plain):
+    options = repr(model.model_options)
+    assert small.difference(small.sample(gri(model, **ROUGH)), plain) > 1e-4
+    assert repr(model.model_options) == options
+    assert torch.equal(small.sample(model), plain)
+
+
+@pytest.mark.parametrize("config", [SD, SD2, SDXL], ids=["sd", "sd2", "sdxl"])
+@pytest.mark.parametrize("run", [{}, {"size": (13, 19)}, {"batch": 3}, {"cfg": 1.0}], ids=str)
+def test_cells_of_one_token_are_full_attention(folder, calls, config, run):
+    model = small.model(folder, config)
+    run = {"steps": 1, **run}
+    assert small.difference(small.sample(gri(model, **EXACT), config, **run), small.sample(model, config, **run)) < 1e-4
+    assert calls
+
+
+def test_automatic_choice_plays_from_the_size_where_it_pays(model, calls):
+    small.sample(gri(model), size=LARGE, steps=1)
+    assert {call[:2] for call in calls} == {LARGE}  # the level below has 32 x 32
+    assert {call[2] for call in calls} == {core.GRI(16, 4)}
+    assert len(calls) == 5  # two transformers down, three up
+
+
+def test_stages_are_counted_from_the_shallowest(model, folder, calls):
+    for stages, sizes in ((1, {16}), (2, {16, 8}), (3, {16, 8, 4})):
+        calls.clear()
+        small.sample(gri(model, window=2, pool=2, stages=stages), steps=1)
+        assert {height for height, _, _ in calls} == sizes
+    calls.clear()
+    small.sample(gri(small.model(folder, SDXL), window=2, pool=2, stages=1), SDXL, steps=1)
+    assert {height for height, _, _ in calls} == {8}, "SDXL's first level has no attention"
+
+
+def test_shifted_windows_alternate(model, calls):
+    small.sample(gri(model, window=4, pool=2, stages=1, shifted=True), steps=1)
+    assert {call[2].shift for call in calls} == {0, 2}
+
+
+def test_it_plays_within_its_stretch_of_the_run(model, calls):
+    counts = []
+
+    def count(*_):
+        counts.append(len(calls))
+
+    small.sample(gri(model, **ROUGH, stages=1, start_percent=0.3, end_percent=0.8), steps=4, callback=count)
+    played = [b > a for a, b in zip([0, *counts], counts, strict=False)]
+    assert True in played and False in played
+    assert not played[0]
+
+
+@pytest.mark.parametrize("preset", ["m2", "base"])
+def test_on_pruned_networks_and_packs_alike(model, folder, calls, preset):
+    pack = small.write_pack(folder / f"{preset}.safetensors", preset=preset, seed=1)
+    combined = small.combined(folder, preset=preset)
+    played, wanted = small.sample(gri(small.with_pack(model, pack), **ROUGH)), small.sample(gri(combined, **ROUGH))
+    assert torch.equal(played, wanted)
+    assert torch.equal(small.sample(small.with_pack(gri(model, **ROUGH), pack)), wanted), "the order of the nodes does not matter"
+    assert small.difference(wanted, small.sample(combined)) > 1e-4
+    assert calls
+
+
+@pytest.mark.parametrize("name", ["attention_pytorch", "attention_split", "attention_sub_quad", "attention_basic"])
+@pytest.mark.parametrize("masks", [True, False])
+def test_every_attention_of_the_host_gives_the_same(model, monkeypatch, name, masks):
+    def played(function):
+        monkeypatch.setattr(attention, "optimized_attention", function)
+        monkeypatch.setattr(regional, "gri_attention", lambda *args, **more: core.gri_attention(*args, **more, masks=masks))
+        return small.sample(gri(model, window=8, pool=4), steps=1, size=(18, 16))
+
+    assert small.difference(played(getattr(attention, name)), played(attention.attention_pytorch)) < 1e-4
+
+
+# Together with others -------------------------------------------------------------------------------
+
+
+def replaced(model, where, first):
+    """MODEL with somebody's replacement of the self-attention of one block; GRI before or after it."""
+    def values(q, k, v, options):
+        return v
+
+    m = gri(model, **ROUGH) if first else model.clone()
+    m = m.clone()
+    m.set_model_attn1_replace(values, *where)
+    return m if first else gri(m, **ROUGH)
+
+
+@pytest.mark.parametrize("where", [("input", 1), ("input", 1, 0)])
+def test_a_replaced_block_is_left_to_its_owner_in_either_order(model, calls, caplog, where):
+    results = [small.sample(replaced(model, where, first), steps=1) for first in (True, False)]
+    assert torch.equal(*results)
+    assert len(calls) == 2 * (5 + 5 - 1)
+    assert not torch.equal(results[0], small.sample(gri(model, **ROUGH), steps=1))
+    assert "replaces the self-attention of down.0.0.transformer;" in caplog.text
+
+
+@pytest.mark.parametrize("node, inputs", [(nodes_hypertile.HyperTile, (32, 2, 0, False)), (nodes_tomesd.TomePatchModel, (0.3,))],
+                         ids=["HyperTile", "ToMe"])
+@pytest.mark.parametrize("first", [True, False])
+def test_where_another_node_changes_the_queries_gri_is_off(model, calls, caplog, node, inputs, first):
+    def other(m):
+        out = node.execute(m, *inputs)
+        return out[0] if isinstance(out, tuple) else out.args[0]
+
+    def sample(m):
+        torch.manual_seed(0)  # both draw from the global generator
+        return small.sample(m, steps=1)
+
+    m = other(gri(model, window=8, pool=8, stages=1)) if first else gri(other(model), window=8, pool=8, stages=1)
+    assert torch.equal(sample(m), sample(other(model)))
+    assert calls == [] and "there GRI is off" in caplog.text
+    assert len([r for r in caplog.records if "GRI is off" in r.message]) == 1, "said once per run"
+
+
+def test_perturbed_attention_guidance_keeps_its_own_pass(model, calls):
+    def pag(m):
+        return nodes_pag.PerturbedAttentionGuidance.execute(m, 3.0).args[0]
+
+    assert small.difference(small.sample(pag(gri(model, **EXACT))), small.sample(pag(model))) < 1e-4
+    assert small.difference(small.sample(pag(model)), small.sample(model)) > 1e-4
+
+
+def test_whole_layers_inherit_under_gri(model, calls):
+    plan = inheritance.shallow_only(SD, inheritance.Schedule(interval=2))
+    both = [small.sample(m, steps=4) for m in (gri(host.with_plan(model, plan), **EXACT), host.with_plan(gri(model, **EXACT), plan))]
+    assert torch.equal(*both)
+    assert small.difference(both[0], small.sample(host.with_plan(model, plan), steps=4)) < 1e-4
+    assert small.difference(both[0], small.sample(model, steps=4)) > 1e-4
+
+
+def test_parts_of_blocks_are_computed_in_full_under_gri(model, calls):
+    # A part that inherits would have to know how GRI computes; so none does, and GRI plays in all of them.
+    plan = inheritance.attention(SD, "attn1|attn2", inheritance.Schedule(interval=2))
+    assert torch.equal(small.sample(host.with_plan(gri(model, **ROUGH), plan), steps=4), small.sample(gri(model, **ROUGH), steps=4))
+
+
+def test_the_last_node_decides(model):
+    assert torch.equal(small.sample(gri(gri(model, **EXACT), **ROUGH)), small.sample(gri(model, **ROUGH)))
+
+
+def test_overrides_of_attention_are_honoured(model):
+    seen = []
+
+    def override(function, *args, **kwargs):
+        seen.append(args[0].dim())
+        return function(*args, **kwargs)
+
+    m = gri(model, **ROUGH).clone()
+    m.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert torch.equal(small.sample(m, steps=1), small.sample(gri(model, **ROUGH), steps=1))
+    assert 4 in seen
+
+
+def test_a_window_of_broken_cells_is_refused(model):
+    with pytest.raises(ValueError, match="multiples of pool"):
+        gri(model, window=10, pool=4)
+
+
+def test_caught_by_name_when_compiled(model):
+    # TorchCompileModel only guards the names of keyword arguments: the name must tell GRI from none, and settings apart.
+    names = set()
+    forward = model.model.diffusion_model.forward
+
+    def look(*args, **kwargs):
+        names.add(next((k for k in kwargs if k.startswith("asdm")), ""))
+        return forward(*args, **kwargs)
+
+    model.model.diffusion_model.forward = look
+    try:
+        for m in (model, gri(model, **ROUGH), gri(model, **EXACT), gri(model, **ROUGH, shifted=True)):
+            small.sample(m, steps=1)
+    finally:
+        del model.model.diffusion_model.forward
+    assert len(names) == 4
