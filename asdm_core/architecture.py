@@ -229,6 +229,8 @@ class Architecture:
         for n, d, u in zip(levels, down, reversed(up), strict=True):
             if len(u) != len(d) + 1:
                 raise no_form(f"level {n} keeps {len(d)} down and {len(u)} up layers; the up side needs one more")
+            if not d:  # ComfyUI counts levels by their layers and builds another network
+                raise no_form(f"level {n} keeps no down layer")
         mid = self._renumbered_mid(no_form)
 
         small = replace(

@@ -303,6 +303,7 @@ def test_refused_own_units(own, message):
 @pytest.mark.parametrize("cut, why", [
     ("down.0.1.resnet", "down.0.1 keeps its transformer without its resnet"),
     ("down.0.1", "level 0 keeps 1 down and 3 up layers; the up side needs one more"),
+    ("down.3.0-1.resnet, up.0.1-2.resnet", "level 3 keeps no down layer"),
     ("down.0.1, up.3.1, mid.0.resnet", "the mid block keeps mid.0.transformer, mid.1.resnet"),
     ("mid.1", "the mid block keeps mid.0.resnet, mid.0.transformer"),
 ])

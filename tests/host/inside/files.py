@@ -309,8 +309,12 @@ def test_saved_as_fp16(output, reference):
     assert {v.dtype for v in load_file(path).values()} == {torch.float16}
 
 
-def test_free_choice_of_units_without_a_renumbered_form(output):
-    chosen = Architecture.choose(SD, "down.1.1")  # the up side keeps all its layers
+@pytest.mark.parametrize("cut", [
+    "down.1.1",  # the up side keeps all its layers
+    "down.3.0-1, up.0.1-2",  # stock detection would miscount the levels
+])
+def test_free_choice_of_units_without_a_renumbered_form(output, cut):
+    chosen = Architecture.choose(SD, cut)
     path = output / "free.safetensors"
     packs.write_unet(path, surgery.cut(small.weights(SD), chosen)[0], packs.Description("unet", chosen, prediction="eps"))
     model = models.load_unet(str(path))
