@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import comfy.hooks
@@ -25,7 +26,7 @@ from ..asdm_core.cast import Cast, Line, Part, fingerprint
 from ..asdm_core.inheritance import Plan
 from . import units
 from .regional import Attention, Regional
-from .replay import COMPUTE, Clock, Inheritance, Report
+from .replay import COMPUTE, Clock, Inheritance, Misfit, Report
 
 KEY = "asdm"
 DOOR = "forward_timestep_embed_patch"  # the host's hook for single layers
@@ -215,9 +216,17 @@ class Stage:
         """The options of a forward with GRI attention in them, if it plays at the moment."""
         return self._attention.enter(transformer_options) if self._assigned[2] else transformer_options
 
-    def begin_forward(self, x, transformer_options) -> str:
+    def begin_forward(self, x, control, transformer_options, hooks) -> str:
         """Name of what is about to be played; "" if the checkpoint plays everything itself, unrecorded."""
-        mode = self.memory.begin_forward(x, transformer_options, self.name) if self.memory else COMPUTE
+        if self.memory is None:
+            return self.name
+        return self._named(self.memory.begin_forward(x, transformer_options, (self.name, _circumstances(control, transformer_options, hooks))))
+
+    def begin_again(self) -> str:
+        """The same for a forward that inherited what did not fit."""
+        return self._named(self.memory.begin_again())
+
+    def _named(self, mode: str) -> str:
         return self.name if mode == COMPUTE else f"{self.name}_{mode}"
 
     def trials(self):
@@ -270,6 +279,16 @@ class Stage:
         return out
 
 
+def _circumstances(control, transformer_options, hooks) -> tuple:
+    """What must be as it was, beside the cast, for features to be inherited: where control acts and others
+    replace attention, the strengths of hook LoRAs, the window of frames."""
+    window = transformer_options.get("context_window")
+    return (frozenset((kind, i) for kind, residuals in (control or {}).items() for i, r in enumerate(residuals) if r is not None),
+            frozenset((kind, place) for kind, places in transformer_options.get("patches_replace", {}).items() for place in places),
+            tuple(hook.strength for hook in hooks.hooks) if hooks else (),
+            tuple(window.index_list) if window else ())
+
+
 def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
     guider = executor.class_obj
     # The host's own next step: a pack that was applied after the work was split has no units there yet.
@@ -312,9 +331,13 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
 
     if stage is None:
         return forward("")
-    out = forward(stage.begin_forward(x, transformer_options))
+    try:
+        out = forward(stage.begin_forward(x, control, transformer_options, executor.class_obj.current_patcher.current_hooks))
+    except Misfit:
+        out = forward(stage.begin_again())
     for name, compare in stage.trials():
-        compare(out, forward(name))
+        with suppress(Misfit):
+            compare(out, forward(name))
     return out
 
 

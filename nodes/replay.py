@@ -3,7 +3,8 @@
 A `Memory` belongs to one UNet object in one run. Per evaluation it learns the step; per forward it
 decides whether this forward computes, computes and records, or replays. It replays only if for every
 chunk of the batch it holds features of exactly the step the plan names as source, recorded under the
-same cast; in any other case the forward computes in full.
+same circumstances; in any other case the forward computes in full. Where a feature turns out not to fit
+while layers already run, `Misfit` ends that forward and the host's side computes it again in full.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,10 @@ _PROBE = "probe"  # name of the first layer's output among the remembered tensor
 
 # Anything here changes what a transformer block computes between its parts, so parts cannot be reused.
 _BLOCK_PATCHES = ("attn1_patch", "attn1_output_patch", "attn2_patch", "attn2_output_patch", "middle_patch")
+
+
+class Misfit(Exception):
+    """A feature that is to be inherited was never recorded or has another size now."""
 
 
 FEW_STEPS = 8  # with fewer, each step changes too much for the next one to inherit
@@ -132,10 +137,10 @@ def step_of(sigma: float, sigmas: Sequence[float], last: int) -> int:
 
 @dataclass
 class Entry:
-    """Features of one chunk: the step they are from, the cast they were made under, tensors by address."""
+    """Features of one chunk: the step they are from, the circumstances they were made under, tensors by address."""
 
     step: int
-    cast: str
+    cast: Hashable
     tensors: dict[str, Tensor] = field(default_factory=dict)
     before: Entry | None = None  # the full step before, for forecasts
 
@@ -176,8 +181,11 @@ class Memory:
         self._ordinals.clear()
         self.peak = max(self.peak, self.size())
 
-    def begin_forward(self, x: Tensor, options: Mapping, cast: str) -> str:
-        """Decide the mode of the forward that is about to run, and return it."""
+    def begin_forward(self, x: Tensor, options: Mapping, cast: Hashable) -> str:
+        """Decide the mode of the forward that is about to run, and return it.
+
+        cast: who plays, and whatever else must be as it was for features to be inherited.
+        """
         uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
         self.mode = COMPUTE
         patched = self._with_parts and self._blocks_patched(options)
@@ -191,6 +199,18 @@ class Memory:
             self.counts[self.step, self.mode] += 1
         return self.mode
 
+    def begin_again(self) -> str:
+        """The running forward ended in a `Misfit`: its features are of no use, and it is to compute in full."""
+        self.counts[self.step, self.mode] -= 1
+        for key in self._keys:
+            self._entries.pop(key, None)
+        self._held = [None] * len(self._keys)
+        self.mode = COMPUTE
+        if self._probe:
+            self._start_recording()
+        self.counts[self.step, self.mode] += 1
+        return self.mode
+
     def _planned_mode(self) -> str:
         source = self._sources[self.step]
         if source < self.step:
@@ -199,10 +219,10 @@ class Memory:
 
     def _adaptive_mode(self) -> str:
         pinned = self.plan.schedule.computed(self.steps)[self.step]
-        return RECORD if pinned or not self._holds(lambda entry: entry.step < self.step) else PROBE
+        return RECORD if pinned or not self._holds(lambda entry: entry.step < self.step and _PROBE in entry.tensors) else PROBE
 
     def _holds(self, fits: Callable[[Entry], bool]) -> bool:
-        """Whether for every chunk something fitting is remembered, made under the cast that plays now."""
+        """Whether for every chunk something fitting is remembered, made under the circumstances of now."""
         return all(e is not None and e.cast == self._cast and fits(e) for e in self._held)
 
     def _start_recording(self) -> None:
@@ -252,11 +272,12 @@ class Memory:
         if self.mode == REPLAY:
             u = self._units[address]
             if address in self._flow.recalls:
-                return units.player(u, lambda x, shape=None: self.recall(address))
+                return units.player(u, lambda x, shape=None: self.recall(address, _shape(u, x, shape)))
             if address not in self._flow.computes:
-                return units.player(u, lambda x, shape=None: _placeholder(u, x, shape))
+                # Zeros, not the input: the host writes into some of these, and the input may be somebody's skip.
+                return units.player(u, lambda x, shape=None: x.new_zeros(_shape(u, x, shape)))
             if address in self.whole:
-                return units.player(u, lambda x, shape=None: self._fresh(u, current, x) + self.recall(address))
+                return units.player(u, lambda x, shape=None: self._fresh(u, current, x) + self.recall(address, _shape(u, x, shape)))
         if address in self._with_parts and isinstance(current, units.attention.SpatialTransformer):
             return self._twin(address, current)
         return current
@@ -287,23 +308,32 @@ class Memory:
         for entry, chunk in zip(self._held, value.chunk(len(self._held)), strict=True):
             entry.tensors[address] = chunk
 
-    def recall(self, address: str) -> Tensor:
-        """The remembered feature for the whole batch, in memory of its own."""
-        return torch.cat([self._value(entry, address) for entry in self._held]).to(self._device)
+    def recall(self, address: str, shape: Sequence[int]) -> Tensor:
+        """The remembered feature for the whole batch, in memory of its own. Raises Misfit if it has another shape than wanted."""
+        values = [self._value(entry, address, shape[1:]) for entry in self._held]
+        if sum(len(v) for v in values) != shape[0]:
+            raise Misfit(address)
+        return torch.cat(values).to(self._device)
 
-    def _value(self, entry: Entry, address: str) -> Tensor:
-        value = entry.tensors[address]
-        if self.reuse.get(address) == "forecast" and entry.before is not None and address in entry.before.tensors:
-            earlier = entry.before
-            ahead = (self.step - entry.step) / (entry.step - earlier.step)
-            value = torch.lerp(earlier.tensors[address], value, 1 + ahead)
+    def _value(self, entry: Entry, address: str, shape: Sequence[int]) -> Tensor:
+        value = entry.tensors.get(address)
+        # Missing: another cache kept the network from running when it should have recorded. Another size:
+        # somebody shrinks maps inside the network on some steps.
+        if value is None or value.shape[1:] != shape:
+            raise Misfit(address)
+        earlier = entry.before and entry.before.tensors.get(address)
+        if self.reuse.get(address) == "forecast" and earlier is not None and earlier.shape == value.shape:
+            ahead = (self.step - entry.step) / (entry.step - entry.before.step)
+            value = torch.lerp(earlier, value, 1 + ahead)
         return value
 
     def _twin(self, address: str, layer: nn.Module) -> nn.Module:
         """The same transformer with blocks that can inherit their parts; shares all weights."""
         if id(layer) not in self._twins:
             twin = copy.copy(layer)
-            blocks = [_PartsBlock(block, f"{address}.{i}", self) for i, block in enumerate(layer.transformer_blocks)]
+            # Only the host's own blocks: cut ones have no parts, and a patched one may do anything.
+            blocks = [_PartsBlock(block, f"{address}.{i}", self) if _is_plain(block) else block
+                      for i, block in enumerate(layer.transformer_blocks)]
             twin._modules = {**layer._modules, "transformer_blocks": nn.ModuleList(blocks)}
             self._twins[id(layer)] = twin
         return self._twins[id(layer)]
@@ -322,17 +352,19 @@ class Memory:
         self._held = []
 
 
-def _placeholder(u: Unit, x: Tensor, output_shape) -> Tensor:
-    """A tensor of the right shape that nobody reads: between two inherited units, only shapes matter.
-
-    Zeros, not the input: the host writes into some of these, and the input may be somebody's skip.
-    """
+def _shape(u: Unit, x: Tensor, output_shape) -> tuple[int, ...]:
+    """Shape (B, C, H, W) of what a unit makes of its input x; output_shape: what the host wants of an upsampler."""
     h, w = x.shape[2:]
     if u.kind == "downsampler":
         h, w = (h + 1) // 2, (w + 1) // 2
     elif u.kind == "upsampler":
         h, w = output_shape[2:] if output_shape is not None else (2 * h, 2 * w)
-    return x.new_zeros(x.shape[0], u.channels_out, h, w)
+    return x.shape[0], u.channels_out, h, w
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether a transformer block is the host's, with the forward of its class."""
+    return type(block) is units.attention.BasicTransformerBlock and "forward" not in vars(block)
 
 
 class _PartsBlock(nn.Module):
@@ -355,7 +387,7 @@ class _PartsBlock(nn.Module):
             address = f"{self.address}.{part}"
             inherits = address in memory.reuse
             if inherits and memory.mode == REPLAY:
-                x = memory.recall(address) + x
+                x = memory.recall(address, x.shape) + x
                 continue
             if part == "attn1":
                 n = block.attn1(block.norm1(x), context=None, value=None, transformer_options=transformer_options)
