@@ -1,0 +1,267 @@
+"""The loop on a narrow network: resumed runs, several processes, what is skipped, and what a run ends in."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from asdm_core.packs import open_pack
+from asdm_core.surgery import load_units
+from tests.train.recipes import CONFIGS, NARROW
+from train import loop, stages
+from train.config import load
+from train.data import Random
+from train.loop import Criterion, learning_rate, train
+
+ROOT = CONFIGS.parents[1]
+
+
+def settings(folder, *changes):
+    return load(NARROW, [f"run.folder={folder}", *changes])
+
+
+def run(folder, *changes):
+    recipe = settings(folder, *changes)
+    train(recipe, Accelerator(cpu=True))
+    return recipe
+
+
+def newest(folder):
+    return max(Path(folder).glob("checkpoint-*.safetensors"))
+
+
+def log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def assert_equal(one, two):
+    a, b = load_file(one), load_file(two)
+    assert a.keys() == b.keys() and one.name == two.name
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    run(folder)
+    return folder
+
+
+def command(folder, *changes, processes=1):
+    start = [sys.executable, "-m"] + (["torch.distributed.run", "--nproc-per-node", str(processes), "-m"] if processes > 1 else [])
+    sets = [part for change in (f"run.folder={folder}", *changes) for part in ("--set", change)]
+    return subprocess.Popen([*start, "train", str(NARROW), "--cpu", *sets], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+# Resuming -------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_and_equals_an_unbroken_one(unbroken, tmp_path):
+    killed = command(tmp_path, "run.steps=100000")
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("checkpoint-*.safetensors")) and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    output, _ = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, output
+    (tmp_path / ".checkpoint-00000004-x.part").write_bytes(b"half a file")
+    reached = int(newest(tmp_path).stem[-8:])
+
+    # The unbroken run to compare with: as far as this one gets.
+    steps = f"run.steps={max(6, reached + 2)}"
+    whole = unbroken if steps == "run.steps=6" else tmp_path / "whole"
+    if whole != unbroken:
+        run(whole, steps)
+    run(tmp_path, steps)
+    assert_equal(newest(whole), newest(tmp_path))
+    assert_products_equal(whole, tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    assert [line["step"] for line in log(tmp_path)] == [line["step"] for line in log(whole)]
+
+
+def assert_products_equal(one, two):
+    a, b = load_file(one / "narrow.safetensors"), load_file(two / "narrow.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_stopped_between_checkpoints_loses_only_what_came_after(unbroken, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    original = loop._numbers
+
+    def until_five(config, accelerator, step, part):
+        if step == 5:
+            raise Stop
+        return original(config, accelerator, step, part)
+
+    with monkeypatch.context() as m, pytest.raises(Stop):
+        m.setattr(loop, "_numbers", until_five)
+        run(tmp_path)
+    assert newest(tmp_path).stem == "checkpoint-00000004"
+    run(tmp_path)
+    assert_equal(newest(unbroken), newest(tmp_path))
+    again = run(tmp_path)  # a finished run has nothing to do, and writes its product again
+    assert again.product.exists() and [line["step"] for line in log(tmp_path)] == [2, 4, 6]
+
+
+def test_old_checkpoints_go_and_other_settings_are_refused(unbroken):
+    assert sorted(p.name for p in unbroken.iterdir()) == [
+        "checkpoint-00000004.safetensors", "checkpoint-00000006.safetensors", "log.jsonl", "narrow.safetensors"]
+    with pytest.raises(ValueError, match=r"other settings \(optimiser.lr was 0.001 and is 0.1\)"):
+        run(unbroken, "optimiser.lr=0.1")
+    run(unbroken, "run.keep=5", "run.log_every=1")
+
+
+# Several processes and parts ------------------------------------------------------------------------
+
+
+def gradients(folder):
+    """AdamW's first moments after the first step: the gradient of the whole batch, times 0.1."""
+    return {k: v for k, v in load_file(newest(folder)).items() if k.startswith("exp_avg.")}
+
+
+ONE_STEP = ("run.steps=1", "optimiser.clip=1e9")
+
+
+@pytest.fixture(scope="module")
+def whole_batch(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, *ONE_STEP)
+    return folder
+
+
+def assert_same_gradients(one, two):
+    # Random networks multiply rounding: in float64 the two agree to 1e-12, in float32 single tensors to 1e-2.
+    a, b = (torch.cat([v.flatten() for _, v in sorted(gradients(folder).items())]) for folder in (one, two))
+    assert a.shape == b.shape and (a - b).norm() < 0.01 * a.norm()
+    for x, y in zip(log(one), log(two), strict=True):
+        for name in ("task", "output", "blocks", "mid"):
+            assert x[name] == pytest.approx(y[name], rel=1e-4)
+
+
+def test_two_processes_of_half_a_batch_equal_one(whole_batch, tmp_path):
+    process = command(tmp_path, *ONE_STEP, "run.micro_batch=2", processes=2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert_same_gradients(whole_batch, tmp_path)
+    assert (tmp_path / "narrow.safetensors").exists() and output.count("wrote") == 1
+
+
+def test_accumulated_parts_equal_the_whole_batch(whole_batch, tmp_path):
+    run(tmp_path, *ONE_STEP, "run.micro_batch=1")
+    assert_same_gradients(whole_batch, tmp_path)
+
+
+def test_recomputed_activations_change_nothing(whole_batch, tmp_path):
+    run(tmp_path, *ONE_STEP, "run.checkpoint_gradients=true")
+    assert_same_gradients(whole_batch, tmp_path)
+
+
+# Non-finite losses ----------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def broken_samples(monkeypatch):
+    """Makes some pictures NaN. Without shuffling, step n sees pictures 4 n to 4 n + 3."""
+    def breaks(*steps):
+        init = Random.__init__
+
+        def broken(self, config):
+            init(self, config)
+            for step in steps:
+                self.latents[4 * step] = float("nan")
+
+        monkeypatch.setattr(Random, "__init__", broken)
+        monkeypatch.setattr("train.data.Batches._order", lambda self, epoch: list(range(len(self.source))))
+    return breaks
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(broken_samples, tmp_path):
+    broken_samples(1, 2, 4)
+    recipe = run(tmp_path, "run.steps=7")
+    with safe_open(newest(tmp_path), "pt") as f:
+        state = json.loads(f.metadata()["state"])
+    assert (state["step"], state["skipped"], state["in_a_row"]) == (7, 3, [])
+    tensors = load_file(newest(tmp_path))
+    assert all(v.isfinite().all() for v in tensors.values())
+    assert {float(v) for k, v in tensors.items() if k.startswith("step.")} == {4}  # updates
+    assert log(tmp_path)[-1]["skipped"] == 3 and open_pack(recipe.product).description.training["skipped"] == 3
+
+
+def test_three_in_a_row_stop_the_run_and_leave_the_last_good_state(broken_samples, tmp_path):
+    broken_samples(2, 3, 4)
+    with pytest.raises(FloatingPointError, match=r"steps 3, 4, 5.*last good state is checkpoint-00000002.*optimiser.lr"):
+        run(tmp_path)
+    assert all(v.isfinite().all() for v in load_file(newest(tmp_path)).values())
+
+
+# The whole ------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_in_a_pack_that_holds_its_average(unbroken):
+    recipe = settings(unbroken)
+    opened = open_pack(recipe.product)
+    assert opened.description.units == stages.trained_units(recipe) and opened.description.prediction == "v"
+    training = opened.description.training
+    assert (training["steps"], training["samples"], training["recipe"]) == (6, 24, "narrow")
+    assert training["losses"] == {"task": 1, "output": 1, "blocks": 1, "mid": 1} and set(training["final"]) == set(training["losses"])
+    teacher = stages.load_teacher(recipe)
+    student = stages.make_student(teacher, recipe)
+    before = {k: v.clone() for k, v in stages.addressed(student, recipe.architecture).items()}
+    load_units(student, "diffusers", recipe.architecture, {k: v.float() for k, v in opened.tensors.items()})
+    after, average = stages.addressed(student, recipe.architecture), load_file(newest(unbroken))
+    names = {slot.unit.key(slot.tensor): key for key, slot in recipe.architecture.keys("diffusers").items()}
+    for key, value in after.items():
+        if key in opened.tensors:
+            assert torch.equal(value, average[f"average.{names[key]}"].half().float()), key
+        else:
+            assert torch.equal(value, before[key]), key
+    assert any(not torch.equal(after[k], before[k]) for k in opened.tensors)
+
+
+def test_the_student_learns(tmp_path):
+    # The same four samples again and again: they must be learnt.
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(loop, "_numbers", lambda config, accelerator, step, part: range(4))
+        run(tmp_path, "run.steps=30", "loss.task=0", "loss.blocks=0", "loss.mid=0")
+    lines = log(tmp_path)
+    assert lines[-1]["output"] < 0.3 * lines[0]["output"]
+
+
+def test_losses_of_the_log_are_split_by_t(unbroken):
+    for line in log(unbroken):
+        assert set(line["by_t"]) <= {"0-249", "250-499", "500-749", "750-999"}
+        low, high = (f(v["output"] for v in line["by_t"].values()) for f in (min, max))
+        assert low <= line["output"] <= high
+
+
+def test_the_rate_is_a_trapezoid():
+    recipe = load(NARROW, ["run.steps=100", "optimiser.lr=2.0", "optimiser.warmup=10", "optimiser.cooldown=20"])
+    rates = [learning_rate(recipe, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and set(rates[9:81]) == {2.0} and rates[90] == pytest.approx(1.0)
+    assert rates[99] == pytest.approx(0.1)
+    assert {learning_rate(load(NARROW, ["optimiser.lr=2.0"]), step) for step in range(6)} == {2.0}
+
+
+def test_the_perceptual_loss_rises_and_wants_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    recipe = load(CONFIGS / "sd15-m2.toml", ["loss.perceptual_warmup=4"])
+    with pytest.raises(ValueError, match=r"needs the weights of VGG16, and .*vgg16-397923af.pth does not exist"):
+        Criterion(recipe, torch.device("cpu"))
+    monkeypatch.setattr(loop, "load_vgg", lambda path: torch.nn.Identity())
+    criterion = Criterion(recipe, torch.device("cpu"))
+    assert list(criterion.weights) == ["task", "output", "mid", "perceptual"]
+    assert [round(criterion.factors(step)[3], 6) for step in (0, 1, 3, 9)] == [0.025, 0.05, 0.1, 0.1]
+    assert criterion.factors(0)[:3] == [1, 1, 1]

@@ -1,0 +1,187 @@
+"""Taps, freeze masks, starts of a stage and products, on narrow networks."""
+
+import pytest
+import torch
+
+from asdm_core.architecture import Architecture
+from asdm_core.packs import Description, open_pack, open_unet, write_unet
+from tests.train.recipes import CONFIGS, NARROW, RECIPES
+from train import stages, taps
+from train.config import load
+from train.plan import activations, meta_student, report
+from train.taps import Tap, Tapped, caught
+
+
+def paths(found):
+    return [tap.student if tap.student == tap.teacher else (tap.student, tap.teacher) for tap in found]
+
+
+# Taps -----------------------------------------------------------------------------------------------
+
+
+def test_block_taps_are_those_of_bk_sdm():
+    down, up = [f"down_blocks.{n}" for n in range(4)], [f"up_blocks.{n}" for n in range(4)]
+    for preset in ("base", "small"):
+        assert paths(taps.blocks(Architecture.preset(preset))) == down + up
+    tiny = taps.blocks(Architecture.preset("tiny"))
+    assert paths(tiny) == [*down[:2], ("down_blocks.2.attentions.0.proj_out", "down_blocks.2.attentions.1.proj_out"), *up[1:]]
+    assert paths(taps.blocks(Architecture.preset("m2"))) == [*down[:2], *up[2:]]
+    assert all(tap.weight == 1 for tap in tiny)
+
+
+def test_layer_and_attention_taps_of_a_block_share_a_weight_of_one():
+    architecture = Architecture.preset("koala-700m")
+    found = taps.layers(architecture)
+    assert paths(found)[:4] == ["down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "down_blocks.1.attentions.0", "down_blocks.2.resnets.0"]
+    for kind in (found, taps.attention(architecture)):
+        for block in {tap.name[: tap.name.index(".") + 2] for tap in kind}:
+            assert sum(tap.weight for tap in kind if tap.name.startswith(block)) == pytest.approx(1)
+    # Five of ten transformer blocks are kept; each is compared with the one it was.
+    deep = [p for p in paths(taps.attention(architecture)) if p.startswith("down_blocks.2")]
+    assert deep == [f"down_blocks.2.attentions.0.transformer_blocks.{i}.attn1" for i in range(5)]
+    assert taps.attention(Architecture.preset("m1"))[0] == Tap(
+        "down.0.0.transformer.0.attn1", *["down_blocks.0.attentions.0.transformer_blocks.0.attn1"] * 2, 1.0)
+
+
+def test_a_mid_tap_needs_a_mid_block():
+    assert paths(taps.mid(Architecture.preset("m3"))) == ["mid_block"]
+    with pytest.raises(ValueError, match="small has no mid block"):
+        taps.mid(Architecture.preset("small"))
+
+
+@torch.no_grad()
+def test_features_are_caught_and_no_hook_stays():
+    recipe = load(NARROW, ["student.preset=tiny", "loss.mid=0"])
+    teacher = stages.load_teacher(recipe)
+    student = stages.make_student(teacher, recipe)
+    found = [*taps.blocks(recipe.architecture), *taps.layers(recipe.architecture), *taps.attention(recipe.architecture)]
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
+    predicted, mine = Tapped(student, [tap.student for tap in found])(x, t, context)
+    _, its = Tapped(teacher, [tap.teacher for tap in found])(x, t, context)
+    for tap in found:
+        assert mine[tap.student].shape == its[tap.teacher].shape, tap
+    assert torch.equal(predicted, student(x, t, context).sample)
+    assert not any(m._forward_hooks for m in student.modules())
+    with pytest.raises(RuntimeError), caught(student, ["conv_in"]):
+        student(x[:, :3], t, context)
+    assert not any(m._forward_hooks for m in student.modules())
+
+
+# Freeze masks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("changes", "blocks"), [
+    (["student.preset=m1"], {"down_blocks.0", "up_blocks.3"}),
+    (["student.preset=m2"], {"down_blocks.0", "down_blocks.1", "up_blocks.2", "up_blocks.3"}),
+    (["student.preset=m3"], {"down_blocks.0", "down_blocks.1", "down_blocks.2", "up_blocks.1", "up_blocks.2", "up_blocks.3"}),
+    (["student.preset=m1", "student.stem=true"], {"down_blocks.0", "up_blocks.3", "conv_in", "conv_norm_out", "conv_out"}),
+    (["student.preset=m2", "student.trained=all"], None),
+    (["student.preset=base"], None),
+    (["student.preset=tiny"], None),
+])
+def test_only_the_blocks_of_the_student_have_gradients(changes, blocks):
+    student = meta_student(load(NARROW, [*changes, "loss.mid=0"]))
+    trained = {k for k, p in student.named_parameters() if p.requires_grad}
+    if blocks is None:
+        assert trained == set(dict(student.named_parameters()))
+    else:
+        assert trained == {k for k, _ in student.named_parameters() if k.startswith(tuple(f"{b}." for b in blocks))}
+
+
+def test_the_trained_part_of_sd15_has_the_sizes_of_the_paper():
+    millions = {}
+    for name in ("m1", "m2", "m3", "m5", "tiny"):
+        student = meta_student(load(CONFIGS / f"sd15-{name}.toml"))
+        millions[name] = round(sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6, 1)
+    assert millions == {"m1": 18.6, "m2": 87.6, "m3": 336.1, "m5": 809.5, "tiny": 323.4}
+
+
+# Starts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The product of a stage 1 whose weights are not the teacher's."""
+    recipe = load(NARROW, ["student.preset=base", "seed=99", "loss.mid=0", f"run.folder={tmp_path_factory.mktemp('base')}",
+                           "run.stored=float32"])
+    stages.write_product(stages.make_student(stages.load_teacher(recipe), recipe), recipe, {})
+    return recipe.product
+
+
+@pytest.mark.parametrize("preset", ["m1", "m2"])
+def test_stage_two_takes_its_own_units_from_stage_one_and_the_rest_from_the_teacher(base, preset):
+    recipe = load(NARROW, [f"student.preset={preset}", f"student.start={base}"])
+    teacher = stages.load_teacher(recipe)
+    start, mine = open_unet(base).tensors, stages.addressed(stages.make_student(teacher, recipe), recipe.architecture)
+    original = stages.addressed(teacher, Architecture.full(recipe.network.config))
+    own = set(recipe.architecture.own)
+    for key, slot in recipe.architecture.keys().items():
+        assert torch.equal(mine[key], start[key] if slot.unit.address in own else original[key]), key
+    assert any(not torch.equal(start[key], original[key]) for key in start)
+
+
+def test_a_start_that_does_not_fit_is_named(base, tmp_path):
+    with pytest.raises(ValueError, match="none.safetensors.*Train the stage before"):
+        stages.make_student(stages.load_teacher(load(NARROW)), load(NARROW, [f"student.start={tmp_path / 'none.safetensors'}"]))
+    wide = load(NARROW, ["student.preset=", "student.cut=down.0.1", "student.on=down.0-1", f"student.start={base}"])
+    with pytest.raises(ValueError, match=r"does not have down.1.1.resnet, which narrow trains"):
+        stages.make_student(stages.load_teacher(wide), wide)
+
+
+def test_a_wrong_teacher_is_named(base, tmp_path):
+    with pytest.raises(ValueError, match=r"teacher: narrow.safetensors is a UNet of smoke, cut to base; wanted an unpruned one of smoke"):
+        stages.load_teacher(load(NARROW, [f"network.teacher={base}"]))
+    recipe = load(NARROW)
+    whole, path = stages.load_teacher(recipe), tmp_path / "whole.safetensors"
+    full = Architecture.full(recipe.network.config)
+    write_unet(path, stages.addressed(whole, full), Description("unet", full, prediction="eps"))
+    with pytest.raises(ValueError, match="predicts eps, the recipe says network.prediction = 'v'"):
+        stages.load_teacher(load(NARROW, [f"network.teacher={path}"]))
+    again = stages.load_teacher(load(NARROW, [f"network.teacher={path}", "network.prediction=eps"]))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    with pytest.raises(ValueError, match="give the file"):
+        stages.load_teacher(load(NARROW, ["network.teacher="]))
+
+
+# Products -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("changes", "kind", "stored"), [
+    (["student.preset=m2"], "pack", "float32"), (["student.preset=m2", "student.trained=all"], "unet", "float32"),
+    (["student.preset=tiny", "loss.mid=0"], "unet", "float16")])
+def test_products_hold_the_student(changes, kind, stored, tmp_path):
+    recipe = load(NARROW, [*changes, f"run.folder={tmp_path}", f"run.stored={stored}"])
+    student = stages.make_student(stages.load_teacher(recipe), recipe)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.25)
+    stages.write_product(student, recipe, {"steps": 3})
+    opened = (open_pack if kind == "pack" else open_unet)(recipe.product)
+    description = opened.description
+    assert (description.kind, description.prediction, description.training["steps"]) == (kind, "v", 3)
+    assert description.architecture == recipe.architecture
+    mine = stages.addressed(student, recipe.architecture)
+    units = set(stages.trained_units(recipe))
+    assert set(opened.tensors) == {k for k, s in recipe.architecture.keys().items() if s.unit.address in units}
+    for key, value in opened.tensors.items():
+        assert torch.equal(value, mine[key].to(value.dtype)), key
+
+
+# Plans ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_has_a_plan(path):
+    recipe = load(path)
+    text = report(recipe, 2 if recipe.run.batch > recipe.run.micro_batch else 1)
+    assert f"ends in {recipe.product} ({'unet' if len(stages.trained_units(recipe)) == len(recipe.architecture.kept) else 'pack'})" in text
+    assert f"{recipe.architecture.params / 1e6:.3f}" in text.split("all", 1)[1]
+    assert "activations" in text
+
+
+def test_the_plan_counts_what_the_backward_pass_keeps():
+    one, two = (load(NARROW, [f"run.micro_batch={n}", "run.batch=4"]) for n in (1, 2))
+    assert activations(meta_student(two), two) == pytest.approx(2 * activations(meta_student(one), one), rel=0.02)
+    saved = load(NARROW, ["run.micro_batch=2", "run.batch=4", "run.checkpoint_gradients=true"])
+    assert activations(meta_student(saved), saved) < 0.5 * activations(meta_student(two), two)

@@ -1,0 +1,44 @@
+"""Train what a recipe says: a pack or a pruned UNet from a teacher.
+
+    accelerate launch -m train train/configs/sd15-m2.toml --set network.teacher=my-finetune.safetensors
+
+The same command goes on where it stopped. Several CPU processes start with `torchrun --nproc-per-node 2 -m train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from accelerate import Accelerator
+
+from . import plan
+from .config import load
+from .loop import train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a file of train/configs/, or one of your own")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, such as optimiser.lr=1e-4")
+    parser.add_argument("--dry-run", action="store_true", help="print the run, what it trains and its memory, and train nothing")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    args = parser.parse_args()
+    try:
+        config = load(args.recipe, args.set)
+        if args.dry_run:
+            print(plan.report(config, int(os.environ.get("WORLD_SIZE", "1"))))
+            return
+        accelerator = Accelerator(cpu=args.cpu, mixed_precision=config.run.precision)
+        product = train(config, accelerator)
+        accelerator.print(f"wrote {product}")
+    except (ValueError, FloatingPointError, OSError) as e:
+        raise SystemExit(str(e)) from None
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

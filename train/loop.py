@@ -1,0 +1,345 @@
+"""The training loop, its average of the weights and its checkpoints.
+
+Resuming is the same command again. What a step does depends on the seed and the step alone, and a
+checkpoint holds everything else, so on a CPU the resumed run equals the unbroken one bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from asdm_core.packs import write_file
+
+from . import losses, stages, taps
+from .config import LOSSES, Config
+from .data import Batch, Batches, open_source
+from .emoji.diffusion import STEPS, coefficients
+from .emoji.training import Progress
+from .emoji.unet import BmmAttention
+from .vgg import load_vgg
+
+BAD_STEPS = 3  # in a row that stop a run
+T_BINS = 4
+# Settings that may change between the sessions of one run.
+FREE = ("steps", "micro_batch", "checkpoint_gradients", "save_every", "keep", "log_every", "folder", "stored")
+
+
+@dataclass
+class State:
+    """Where a run stands. skipped: steps whose loss or gradient was not finite; in_a_row: of these, the latest."""
+
+    step: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    in_a_row: list[int] = field(default_factory=list)
+
+
+# Losses of a batch ----------------------------------------------------------------------------------
+
+
+class Criterion:
+    """The losses a recipe asks for, per sample, and their weights."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config = config
+        self.taps = {kind: of(config.architecture) for kind, of in taps.KINDS.items() if getattr(config.loss, kind)}
+        self.weights = {name: getattr(config.loss, name) for name in LOSSES if getattr(config.loss, name)}
+        self.net = load_vgg(config.loss.net_weights).to(device) if config.loss.perceptual else None
+
+    @property
+    def student_paths(self) -> list[str]:
+        return [tap.student for kind in self.taps.values() for tap in kind]
+
+    @property
+    def teacher_paths(self) -> list[str]:
+        return [tap.teacher for kind in self.taps.values() for tap in kind]
+
+    @property
+    def needs_teacher(self) -> bool:
+        return set(self.weights) != {"task"}
+
+    def __call__(self, batch: Batch, x: Tensor, student: tuple[Tensor, Mapping], teacher: tuple[Tensor, Mapping] | None) -> Tensor:
+        """(losses, B), in the order of `weights`."""
+        prediction = self.config.network.prediction
+        a, s = coefficients(batch.t)
+        parts = []
+        for name in self.weights:
+            if name == "task":
+                value = losses.task(student[0], batch.x0, batch.noise, a, s, prediction)
+            elif name == "output":
+                value = losses.output(student[0], teacher[0])
+            elif name == "perceptual":
+                family = self.config.network.family
+                pictures = [losses.latent_rgb(losses.denoised(x, p[0], a, s, prediction), family) for p in (student, teacher)]
+                value = losses.perceptual(*pictures, self.net, batch.t < self.config.loss.perceptual_until)
+            else:
+                chosen = self.taps[name]
+                value = losses.features({tap.name: student[1][tap.student] for tap in chosen},
+                                        {tap.name: teacher[1][tap.teacher] for tap in chosen},
+                                        {tap.name: tap.weight for tap in chosen})
+            parts.append(value)
+        return torch.stack(parts)
+
+    def factors(self, step: int) -> list[float]:
+        """The weights at a step: that of the perceptual loss rises first."""
+        rise = min(1.0, (step + 1) / max(1, self.config.loss.perceptual_warmup))
+        return [w * rise if name == "perceptual" else w for name, w in self.weights.items()]
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """A trapezoid: warm-up, constant, linear cooldown to zero at the last step."""
+    o, left = config.optimiser, config.run.steps - step
+    factor = min(1.0, (step + 1) / o.warmup if o.warmup else 1.0, left / o.cooldown if o.cooldown else 1.0)
+    return o.lr * factor
+
+
+# Checkpoints ----------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """The newest few states of a run, each one safetensors file, written whole or not at all."""
+
+    def __init__(self, config: Config):
+        self.config, self.folder = config, config.folder
+        # What must not change: everything but how the work is cut up, saved and shown.
+        fixed = config.to_dict()
+        fixed["run"] = {k: v for k, v in fixed["run"].items() if k not in FREE}
+        self.fixed = json.loads(json.dumps(fixed))
+
+    def paths(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob("checkpoint-*.safetensors") if re.fullmatch(r"checkpoint-\d{8}", p.stem))
+
+    def save(self, state: State, tensors: Mapping[str, Tensor]) -> None:
+        path = self.folder / f"checkpoint-{state.step:08d}.safetensors"
+        write_file(path, tensors, {"state": json.dumps(asdict(state)), "config": json.dumps(self.fixed)})
+        for old in self.paths()[: -self.config.run.keep]:
+            old.unlink()
+
+    def load(self) -> tuple[State, dict[str, Tensor]] | None:
+        """The newest state; None where there is none. Raises ValueError where the folder belongs to other settings."""
+        if not self.paths():
+            return None
+        path = self.paths()[-1]
+        with safe_open(path, framework="pt") as f:
+            saved = json.loads(f.metadata()["config"])
+            changed = _difference(saved, self.fixed)
+            if changed:
+                raise ValueError(f"{self.folder} holds a run with other settings ({changed}). Choose another name or "
+                                 "run.folder, or delete its checkpoints to start anew")
+            return State(**json.loads(f.metadata()["state"])), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+
+
+def _difference(old: Mapping, new: Mapping, prefix: str = "") -> str:
+    """The first settings that differ, as text."""
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if found := _difference(a, b, f"{prefix}{key}."):
+                return found
+        elif a != b:
+            return f"{prefix}{key} was {a!r} and is {b!r}"
+    return ""
+
+
+class Average:
+    """Exponential average of the trained weights. It warms up: decay = min(ema, (1 + n) / (10 + n))."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], ema: float):
+        self.weights = {k: p.detach().clone() for k, p in parameters.items()}
+        self.ema = ema
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, nn.Parameter], updates: int) -> None:
+        weight = 1 - min(self.ema, (1 + updates) / (10 + updates))
+        torch._foreach_lerp_(list(self.weights.values()), [parameters[k].detach() for k in self.weights], weight)
+
+
+def _tensors(parameters: Mapping[str, nn.Parameter], adamw: torch.optim.Optimizer, average: Average) -> dict[str, Tensor]:
+    tensors = {f"weights.{k}": p for k, p in parameters.items()} | {f"average.{k}": v for k, v in average.weights.items()}
+    for key, p in parameters.items():
+        tensors |= {f"{name}.{key}": torch.as_tensor(value) for name, value in adamw.state.get(p, {}).items()}
+    return tensors
+
+
+@torch.no_grad()
+def _restore(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], adamw: torch.optim.Optimizer, average: Average) -> None:
+    for key, p in parameters.items():
+        p.copy_(tensors[f"weights.{key}"])
+        average.weights[key].copy_(tensors[f"average.{key}"])
+        if f"exp_avg.{key}" in tensors:
+            adamw.state[p] = {name: tensors[f"{name}.{key}"].clone().to("cpu" if name == "step" else p.device)
+                              for name in ("step", "exp_avg", "exp_avg_sq")}
+
+
+# The loop -------------------------------------------------------------------------------------------
+
+
+def train(config: Config, accelerator: Accelerator) -> Path:
+    """Train, or go on training, and write the product. Every process calls it. Returns the product's path.
+
+    Raises ValueError for files and settings that do not fit, FloatingPointError where the loss is not
+    finite BAD_STEPS times in a row.
+    """
+    device, main = accelerator.device, accelerator.is_main_process
+    accumulation = config.accumulation(accelerator.num_processes)
+    batches = Batches(open_source(config), config)
+    criterion = Criterion(config, device)
+    original = stages.load_teacher(config)
+    student = stages.make_student(original, config).to(device).train()
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[config.run.precision]
+    teacher = taps.Tapped(original, criterion.teacher_paths).to(device, half) if criterion.needs_teacher else None
+    if device.type == "cpu":  # fused attention is slow to train through on a CPU
+        original.set_attn_processor(BmmAttention()), student.set_attn_processor(BmmAttention())
+    if config.run.checkpoint_gradients:
+        student.enable_gradient_checkpointing()
+
+    parameters = {k: p for k, p in student.named_parameters() if p.requires_grad}
+    adamw = torch.optim.AdamW(parameters.values(), config.optimiser.lr, config.optimiser.betas,
+                              weight_decay=config.optimiser.weight_decay, fused=True)
+    average = Average(parameters, config.optimiser.ema)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    checkpoints, state = Checkpoints(config), State()
+    if loaded := checkpoints.load():
+        state, tensors = loaded
+        _restore(tensors, parameters, adamw, average)
+        accelerator.print(f"going on at step {state.step}")
+    if main:
+        for part in config.folder.glob(".checkpoint-*.part"):  # left behind where a run was killed while it saved
+            part.unlink()
+    log = Log(config, state, list(criterion.weights)) if main else None
+    model, optimiser = accelerator.prepare(taps.Tapped(student, criterion.student_paths), adamw)
+    progress = Progress(config.name, config.run.steps)
+
+    while state.step < config.run.steps:
+        began = time.perf_counter()
+
+        # Forward and backward, in as many parts as the batch takes.
+        factors, values = torch.tensor(criterion.factors(state.step), device=device), []
+        for part in range(accumulation):
+            batch = batches(_numbers(config, accelerator, state.step, part)).to(device)
+            a, s = coefficients(batch.t)
+            x = a * batch.x0 + s * batch.noise
+            wanted = None
+            if teacher is not None:
+                with torch.no_grad():
+                    wanted = teacher(x.to(half), batch.t, batch.context.to(half))
+            with nullcontext() if part == accumulation - 1 else accelerator.no_sync(model):
+                value = criterion(batch, x, model(x, batch.t, batch.context), wanted)
+                accelerator.backward((factors @ value).mean() / accumulation)
+            values.append(torch.cat([value.detach(), batch.t[None].float()]))
+        norm = float(accelerator.clip_grad_norm_(parameters.values(), config.optimiser.clip))
+        value = accelerator.gather(torch.cat(values, 1).T.contiguous()).cpu()  # (B, losses + 1), the last column t
+
+        # Update. All processes see the same values, so all decide alike.
+        lr = learning_rate(config, state.step)
+        finite = bool(value.isfinite().all())
+        if config.run.precision != "fp16":  # there the gradient scaler looks after the gradients itself
+            finite = finite and norm < float("inf")
+        state.step += 1
+        if finite:
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+            optimiser.step()
+            if not accelerator.optimizer_step_was_skipped:
+                average.update(parameters, state.step - state.skipped)
+            state.in_a_row = []
+        else:
+            state.skipped += 1
+            state.in_a_row = [*state.in_a_row, state.step]
+        optimiser.zero_grad()
+        state.seconds += time.perf_counter() - began
+
+        # Status and checkpoint.
+        if main:
+            log.add(state, value, lr, norm)
+            progress.show(state.step, log.status(state))
+        if len(state.in_a_row) == BAD_STEPS:
+            saved = checkpoints.paths()
+            raise FloatingPointError(
+                f"{config.name}: the loss or its gradient was not finite in steps {', '.join(map(str, state.in_a_row))}, so the run "
+                f"stops. {f'The last good state is {saved[-1].name}. ' if saved else ''}Lower optimiser.lr, use bf16 instead of "
+                f"fp16, or look at the data of these steps")
+        if not state.in_a_row and (state.step % config.run.save_every == 0 or state.step == config.run.steps) and main:
+            checkpoints.save(state, _tensors(parameters, adamw, average))
+
+    if main:
+        progress.end()
+        with torch.no_grad():
+            for key, p in parameters.items():
+                p.copy_(average.weights[key])
+        stages.write_product(student, config, provenance(config, state, log))
+    accelerator.wait_for_everyone()
+    return config.product
+
+
+def _numbers(config: Config, accelerator: Accelerator, step: int, part: int) -> range:
+    """Numbers of the samples this process takes for one part of a step."""
+    first = step * config.run.batch + (part * accelerator.num_processes + accelerator.process_index) * config.run.micro_batch
+    return range(first, first + config.run.micro_batch)
+
+
+# The log --------------------------------------------------------------------------------------------
+
+
+class Log:
+    """Losses as JSON lines in log.jsonl: means since the last line, also by bins of t. A resumed run goes on with its own lines."""
+
+    def __init__(self, config: Config, state: State, names: list[str]):
+        self.config, self.names, self.path = config, names, config.folder / "log.jsonl"
+        self.recent: list[Tensor] = []
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        # After a kill the log may be ahead of the checkpoint, and its last line incomplete.
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.step]
+        self.last: dict = json.loads(kept[-1]) if kept else {}
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def add(self, state: State, value: Tensor, lr: float, norm: float) -> None:
+        """value: (B, losses + 1), the last column t."""
+        if state.in_a_row:
+            print(f"step {state.step}: not finite, skipped", flush=True)
+        else:
+            self.recent.append(value)
+        if not self.recent or state.step % self.config.run.log_every and state.step != self.config.run.steps:
+            return
+        values = torch.cat(self.recent)
+        bins = (values[:, -1] * T_BINS / STEPS).long()
+        by_t = {f"{b * STEPS // T_BINS}-{(b + 1) * STEPS // T_BINS - 1}": self._means(values[bins == b])
+                for b in range(T_BINS) if (bins == b).any()}
+        self.last = {"step": state.step, "seconds": round(state.seconds, 2), "skipped": state.skipped, "lr": lr,
+                     "gradient": norm, **self._means(values), "by_t": by_t}
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(self.last) + "\n")
+        self.recent = []
+
+    def _means(self, values: Tensor) -> dict[str, float]:
+        return {name: float(f"{m:.6g}") for name, m in zip(self.names, values[:, :-1].mean(0).tolist(), strict=True)}
+
+    def status(self, state: State) -> str:
+        rate = state.step * self.config.run.batch / max(state.seconds, 1e-9)
+        left = (self.config.run.steps - state.step) * state.seconds / state.step
+        parts = " ".join(f"{name} {self.last[name]:.4g}" for name in self.names if name in self.last)
+        return f"{parts} {rate:.1f}/s, {left / 60:.1f} min left"
+
+
+def provenance(config: Config, state: State, log: Log) -> dict:
+    """What a product's metadata say of its training."""
+    return {"teacher": Path(config.network.teacher).name, "start": Path(config.student.start).name or "teacher",
+            "losses": {name: getattr(config.loss, name) for name in LOSSES if getattr(config.loss, name)},
+            "steps": state.step, "samples": state.step * config.run.batch, "skipped": state.skipped,
+            "minutes": round(state.seconds / 60, 1), "torch": torch.__version__, "machine": platform.machine(),
+            "final": {k: log.last[k] for k in log.names if k in log.last}}

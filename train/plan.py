@@ -1,0 +1,144 @@
+"""What a run will do, without doing it: its settings, what it trains and what memory it takes.
+
+Networks are built on the meta device, so the plan of a large run costs no memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from asdm_core.architecture import Architecture
+from asdm_core.surgery import cut_diffusers
+
+from . import stages, taps
+from .config import LOSSES, Config
+
+BYTES = {"no": 4, "bf16": 2, "fp16": 2}  # of an activation and of a teacher's weight
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process. Not counted: buffers of the libraries, the perceptual network."""
+
+    teacher: int
+    student: int
+    gradients: int
+    optimiser: int
+    average: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+class _CountedAttention(torch.autograd.Function):
+    """Attention that computes nothing and keeps what fused attention keeps."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+
+class _CountingProcessor:
+    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, **kwargs) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        return attn.to_out[0](_CountedAttention.apply(attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
+
+
+def meta_student(config: Config) -> nn.Module:
+    """The student of a recipe without weights, with the trained units marked."""
+    with torch.device("meta"):
+        student = stages.build(config)
+    cut_diffusers(student, config.architecture)
+    stages.freeze(student, config)
+    return student
+
+
+def activations(student: nn.Module, config: Config) -> int:
+    """Numbers that a forward pass of one micro batch keeps for the backward pass, counted on the meta device.
+
+    With gradient checkpointing: the inputs of all layers, and what the largest layer keeps.
+    """
+    unet, side = config.network.config, config.data.size // 8
+    own = {p.untyped_storage()._cdata for p in student.parameters()}
+    kept: Counter[str] = Counter()
+    inputs: Counter[str] = Counter()
+    seen: dict[int, object] = {}  # holds the storages, so that no id comes twice
+    at = [""]
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in seen:
+            seen[storage._cdata] = storage
+            kept[at[0]] += storage.nbytes() // tensor.element_size()
+        return tensor
+
+    handles = []
+    for name, module in student.named_modules():
+        if type(module).__name__ in ("ResnetBlock2D", "Transformer2DModel"):
+            def enter(module, args, kwargs, name=name):
+                h = args[0] if args else kwargs["hidden_states"]
+                inputs[name] += h.numel()
+                at[0] = name
+
+            def leave(module, args, output):
+                at[0] = ""
+
+            handles += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+    student.set_attn_processor(_CountingProcessor())
+    size = config.run.micro_batch
+    arguments = (torch.empty(size, unet.in_channels, side, side, device="meta"), torch.zeros(size, device="meta"),
+                 torch.empty(size, 77, unet.context_dim, device="meta"))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        student(*arguments, return_dict=False)
+    for handle in handles:
+        handle.remove()
+    if not config.run.checkpoint_gradients:
+        return sum(kept.values())
+    return kept[""] + sum(inputs.values()) + max(n for name, n in kept.items() if name)
+
+
+def memory(student: nn.Module, config: Config) -> Memory:
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    needs_teacher = any(getattr(config.loss, name) for name in LOSSES if name != "task")
+    teacher = Architecture.full(config.network.config).params if needs_teacher else 0
+    return Memory(teacher=teacher * BYTES[config.run.precision], student=4 * sum(p.numel() for p in student.parameters()),
+                  gradients=4 * trained, optimiser=8 * trained, average=4 * trained,
+                  activations=activations(student, config) * BYTES[config.run.precision])
+
+
+def report(config: Config, processes: int) -> str:
+    """The whole plan as text. Raises ValueError where the run could not start."""
+    student = meta_student(config)
+    accumulation = config.accumulation(processes)
+    trained, kept, own = Counter(), Counter(), set(stages.trained_units(config))
+    for unit in config.architecture.kept:
+        block = stages.block_of(config, unit.address)
+        # Not unit.params: a transformer may have lost some of its blocks.
+        kept[block] += (count := sum(p.numel() for p in student.get_submodule(unit.diffusers).parameters()))
+        trained[block] += count if unit.address in own else 0
+    lines = [config.to_text(), "", f"{'block':<8}{'M parameters':>14}{'M trained':>12}"]
+    lines += [f"{block:<8}{kept[block] / 1e6:>14.3f}{trained[block] / 1e6:>12.3f}" for block in kept]
+    lines += [f"{'all':<8}{kept.total() / 1e6:>14.3f}{trained.total() / 1e6:>12.3f}", ""]
+    for kind, of in taps.KINDS.items():
+        if getattr(config.loss, kind):
+            lines.append(f"taps of {kind}: {', '.join(tap.name for tap in of(config.architecture))}")
+    need = memory(student, config)
+    lines += ["", "memory of one process, estimated:"]
+    lines += [f"  {name:<12}{_size(value):>12}" for name, value in vars(need).items()]
+    lines += [f"  {'all':<12}{_size(need.total):>12}", "",
+              f"{config.run.steps} steps of {config.run.batch} samples: {processes} x {accumulation} x {config.run.micro_batch} "
+              f"(processes, parts, micro batch)",
+              f"ends in {config.product} ({stages.describe_product(config, {}).kind})"]
+    return "\n".join(lines)
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"

@@ -1,0 +1,132 @@
+"""The networks of a run: teacher, student, what of it is trained, and the file it ends in.
+
+Stage 1 trains a cut copy of the teacher; stage 2 puts units of its product into the teacher again and
+trains those alone. Both are the same code: names are shared, so a stage is an architecture, a start and
+a set of trained units.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from asdm_core.addresses import in_order, unit
+from asdm_core.architecture import Architecture
+from asdm_core.packs import Description, TensorFile, describe, open_pack, open_unet, write_pack, write_unet
+from asdm_core.surgery import ADDRESSED, Form, convert, cut_diffusers, extract, load_units, modules
+
+from .config import Config
+
+OWN_STEM = ("stem.conv_in", "stem.norm_out", "stem.conv_out")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": "int8"}
+
+
+def build(config: Config) -> UNet2DConditionModel:
+    """The unpruned network with fresh weights, on torch's current default device."""
+    return UNet2DConditionModel.from_config(config.network.config.to_diffusers() | {"sample_size": config.data.size // 8})
+
+
+def load_teacher(config: Config) -> UNet2DConditionModel:
+    """The teacher, float32 and frozen. Raises ValueError (BadFile) where the file is not the network the recipe names."""
+    if config.network.teacher == "random":
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(config.seed)
+            return build(config).requires_grad_(False).eval()
+    if not config.network.teacher:
+        raise ValueError("network.teacher: give the file or the diffusers folder of the original UNet")
+    found = open_unet(config.network.teacher)
+    name, wanted = found.path.name, config.network
+    architecture = found.description.architecture
+    if architecture.config != wanted.config or architecture.cut:
+        raise ValueError(f"network.teacher: {name} is a UNet of {architecture.config.family}"
+                         f"{', cut to ' + (architecture.name or 'a part of it') if architecture.cut else ''}; "
+                         f"wanted an unpruned one of {wanted.family}")
+    if found.description.prediction not in (None, wanted.prediction):
+        raise ValueError(f"network.teacher: {name} predicts {found.description.prediction}, the recipe says "
+                         f"network.prediction = {wanted.prediction!r}")
+    teacher = build(config)
+    sd = convert(dict(found.tensors), architecture, ADDRESSED, Form("diffusers", "addressed"))
+    teacher.load_state_dict({k: v.float() for k, v in sd.items()})
+    return teacher.requires_grad_(False).eval()
+
+
+def trained_units(config: Config) -> tuple[str, ...]:
+    """Addresses of the units that are trained, in the order of execution."""
+    architecture = config.architecture
+    if config.student.trained == "all":
+        return tuple(u.address for u in architecture.kept)
+    return in_order(architecture.config, {*architecture.own, *(OWN_STEM if config.student.stem else ())})
+
+
+def make_student(teacher: nn.Module, config: Config) -> nn.Module:
+    """A cut copy of the teacher, with the units of the stage before where the recipe names one; frozen but for the trained units."""
+    architecture = config.architecture
+    student = copy.deepcopy(teacher)
+    cut_diffusers(student, architecture)
+    if config.student.start:
+        load_units(student, "diffusers", architecture, _started(config))
+    freeze(student, config)
+    return student
+
+
+def freeze(student: nn.Module, config: Config) -> None:
+    """Let only the trained units have gradients. The others stay in the graph: what lies before them needs theirs."""
+    student.requires_grad_(False)
+    parts = modules(student, config.architecture, "diffusers")
+    for address in trained_units(config):
+        parts[address].requires_grad_(True)
+
+
+def _started(config: Config) -> dict[str, Tensor]:
+    """The tensors of this stage's own units in the product of the stage before."""
+    path, architecture = config.student.start, config.architecture
+    try:
+        description = describe(TensorFile(path))
+    except ValueError as e:
+        raise ValueError(f"student.start: {e} Train the stage before this one first.") from None
+    opened = open_pack(path) if description is not None and description.kind == "pack" else open_unet(path)
+    if opened.description.family != architecture.config.family:
+        raise ValueError(f"student.start: {opened.path.name} belongs to {opened.description.family}, this recipe to "
+                         f"{architecture.config.family}")
+    own = set(architecture.own) | (set(OWN_STEM) if config.student.stem else set())
+    missing = own - {slot.unit.address for key, slot in architecture.keys().items() if key in opened.tensors}
+    if missing:
+        raise ValueError(f"student.start: {opened.path.name} does not have {in_order(architecture.config, missing)[0]}, "
+                         f"which {config.name} trains")
+    return {k: v.float() for k, v in extract(opened.tensors, architecture, own).items()}
+
+
+def addressed(student: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
+    """The tensors of a live student under addressed LDM names."""
+    live = dict(student.named_parameters())
+    return {slot.unit.key(slot.tensor): live[key] for key, slot in architecture.keys("diffusers").items()}
+
+
+def describe_product(config: Config, training: Mapping) -> Description:
+    """A pack where something is frozen, else a pruned UNet."""
+    architecture, units = config.architecture, trained_units(config)
+    training = dict(training) | {"recipe": config.name, "seed": config.seed}
+    if len(units) == len(architecture.kept):
+        return Description("unet", architecture, prediction=config.network.prediction, training=training)
+    return Description("pack", architecture, units, prediction=config.network.prediction, training=training)
+
+
+def write_product(student: nn.Module, config: Config, training: Mapping) -> None:
+    """Write the pack or the pruned UNet of a finished run."""
+    description = describe_product(config, training)
+    tensors = {k: v.detach().float() for k, v in addressed(student, config.architecture).items()}
+    dtype = DTYPES[config.run.stored]
+    if description.kind == "unet":
+        write_unet(config.product, tensors, description, dtype)
+    else:
+        write_pack(config.product, extract(tensors, config.architecture, description.units), description, dtype)
+
+
+def block_of(config: Config, address: str) -> str:
+    """The block a unit is counted under in reports: `down.0`, `mid`, `stem`."""
+    side = unit(config.network.config, address).side
+    return side if side in ("mid", "stem") else ".".join(address.split(".")[:2])

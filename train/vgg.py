@@ -1,0 +1,56 @@
+"""The frozen network of the perceptual loss: VGG16 (arXiv 1409.1556), trained on ImageNet by torchvision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .losses import resized
+
+FILE = "vgg16-397923af.pth"  # as torchvision names it in its cache
+LEVELS = (3, 8, 15, 22)  # relu1_2, relu2_2, relu3_3, relu4_3
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZE = 224
+
+
+class VGG16(nn.Module):
+    """Pictures (B, 3, H, W) in about [0, 1] -> four levels, (B, 64, 224, 224) to (B, 512, 28, 28)."""
+
+    def __init__(self):
+        super().__init__()
+        from torchvision.models.vgg import cfgs, make_layers
+
+        self.features = make_layers(cfgs["D"])[: LEVELS[-1] + 1]
+        for layer in self.features:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False
+        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        h, levels = (resized(pictures, SIZE) - self.mean) / self.std, []
+        for i, layer in enumerate(self.features):
+            h = layer(h)
+            if i in LEVELS:
+                levels.append(h)
+        return levels
+
+
+def load_vgg(path: str = "") -> VGG16:
+    """VGG16 with weights from a file (.pth or .safetensors), or from torchvision's cache. Raises ValueError where there are none."""
+    file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / FILE
+    if not file.is_file():
+        raise ValueError(f"loss.perceptual needs the weights of VGG16, and {file} does not exist. Give a file of them as "
+                         f"loss.net_weights, fetch them once with torchvision.models.vgg16(weights=\"DEFAULT\"), or set "
+                         "loss.perceptual to 0")
+    sd = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+    net = VGG16()
+    wanted = net.state_dict()
+    for key, value in wanted.items():
+        if key not in sd or sd[key].shape != value.shape:
+            raise ValueError(f"{file.name}: {key} is missing or of another shape; wanted the weights of torchvision's VGG16")
+    net.load_state_dict({k: sd[k] for k in wanted})
+    return net.requires_grad_(False).eval()
