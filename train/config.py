@@ -29,11 +29,10 @@ except ModuleNotFoundError:  # Python 3.10
         raise ModuleNotFoundError("recipes are TOML, which Python 3.10 cannot read by itself: pip install tomli") from None
 
 TRAINED = ("own", "all")
-SOURCES = ("cache", "images", "random")
+SOURCES = ("cache", "random")
 TIMESTEPS = ("uniform", "snr")
 PRECISIONS = ("no", "bf16", "fp16")
 STORED = ("float32", "float16", "bfloat16", "int8")
-NETS = ("vgg16",)
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,12 @@ class Student:
 class Data:
     """Latents and text states to learn from.
 
-    source: "cache": a file of `python -m train.encode`; "images": a folder of pictures with captions, encoded
-    once with the VAE and text encoder of `models` (a diffusers folder); "random": made on the fly, for trying out.
-    size: pixels of the pictures, square. timesteps: "uniform", or "snr": rarely those with little noise in them.
+    source: "cache": the file or folder `path`, made by `python -m train.encode`; "random": made on the fly, for
+    trying things out. size: pixels of the pictures, square. timesteps: "uniform", or "snr": rarely those with little noise in them.
     """
 
     source: str = "cache"
     path: str = ""
-    models: str = ""
     size: int = 512
     caption_dropout: float = 0.1
     timesteps: str = "uniform"
@@ -96,7 +93,7 @@ class Data:
 class Loss:
     """Weights of the losses (train/losses.py); 0 leaves one out.
 
-    net: frozen network of the perceptual loss; net_weights: its file, empty: torchvision's own cache.
+    vgg: file of the weights of the perceptual loss's VGG16; empty: torchvision's own cache.
     perceptual_until: timesteps from which x_0 shows nothing yet. perceptual_warmup: steps over which its weight rises.
     """
 
@@ -107,8 +104,7 @@ class Loss:
     attention: float = 0.0
     mid: float = 0.0
     perceptual: float = 0.0
-    net: str = "vgg16"
-    net_weights: str = ""
+    vgg: str = ""
     perceptual_until: int = 800
     perceptual_warmup: int = 1000
 
@@ -163,7 +159,7 @@ class Config:
 
     def __post_init__(self):
         for key, allowed in (("network.prediction", PREDICTIONS), ("student.trained", TRAINED), ("data.source", SOURCES),
-                             ("data.timesteps", TIMESTEPS), ("loss.net", NETS), ("run.precision", PRECISIONS), ("run.stored", STORED)):
+                             ("data.timesteps", TIMESTEPS), ("run.precision", PRECISIONS), ("run.stored", STORED)):
             section, _, name = key.partition(".")
             _one_of(dict.fromkeys(allowed), getattr(getattr(self, section), name), key)
         for key in ("steps", "batch", "micro_batch", "save_every", "keep", "log_every"):

@@ -148,4 +148,4 @@ def open_source(config: Config) -> Source:
         return Random(config)
     if not config.data.path:
         raise ValueError("data.path: give the latents to learn from, or data.source = random to try things out")
-    return Cache(config.data.path if config.data.source == "cache" else config.folder / "cache", config)
+    return Cache(config.data.path, config)

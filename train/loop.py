@@ -57,7 +57,7 @@ class Criterion:
         self.config = config
         self.taps = {kind: of(config.architecture) for kind, of in taps.KINDS.items() if getattr(config.loss, kind)}
         self.weights = {name: getattr(config.loss, name) for name in LOSSES if getattr(config.loss, name)}
-        self.net = load_vgg(config.loss.net_weights).to(device) if config.loss.perceptual else None
+        self.net = load_vgg(config.loss.vgg).to(device) if config.loss.perceptual else None
 
     @property
     def student_paths(self) -> list[str]:

@@ -44,7 +44,7 @@ def load_vgg(path: str = "") -> VGG16:
     file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / FILE
     if not file.is_file():
         raise ValueError(f"loss.perceptual needs the weights of VGG16, and {file} does not exist. Give a file of them as "
-                         f"loss.net_weights, fetch them once with torchvision.models.vgg16(weights=\"DEFAULT\"), or set "
+                         f"loss.vgg, fetch them once with torchvision.models.vgg16(weights=\"DEFAULT\"), or set "
                          "loss.perceptual to 0")
     sd = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     net = VGG16()

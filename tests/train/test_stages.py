@@ -32,7 +32,8 @@ def test_block_taps_are_those_of_bk_sdm():
 def test_layer_and_attention_taps_of_a_block_share_a_weight_of_one():
     architecture = Architecture.preset("koala-700m")
     found = taps.layers(architecture)
-    assert paths(found)[:4] == ["down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "down_blocks.1.attentions.0", "down_blocks.2.resnets.0"]
+    assert paths(found)[:4] == [
+        "down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "down_blocks.1.attentions.0", "down_blocks.2.resnets.0"]
     for kind in (found, taps.attention(architecture)):
         for block in {tap.name[: tap.name.index(".") + 2] for tap in kind}:
             assert sum(tap.weight for tap in kind if tap.name.startswith(block)) == pytest.approx(1)

@@ -18,7 +18,7 @@ def test_its_levels_are_the_last_relu_of_four_stages():
 
 def test_weights_come_from_a_file_or_an_error_says_how_to_get_them(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(ValueError, match=r"needs the weights of VGG16.*loss.net_weights"):
+    with pytest.raises(ValueError, match=r"needs the weights of VGG16.*loss.vgg"):
         load_vgg()
     save_file({"features.0.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors: features.0.weight is missing or of another shape"):
@@ -37,7 +37,7 @@ def test_pictures_are_normalised_as_imagenet_is():
     net = VGG16()
     seen = []
     net.features[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    picture = torch.tensor([0.485, 0.456, 0.406])[None, :, None, None].expand(1, 3, 8, 8) + torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     net.features = net.features[:1]
-    net(picture)
+    net((mean + std).expand(1, 3, 8, 8))
     torch.testing.assert_close(seen[0], torch.ones(1, 3, SIZE, SIZE))

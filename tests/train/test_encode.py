@@ -1,0 +1,102 @@
+"""Pictures to a cache, with stand-ins for VAE and text encoder; and the real classes with few channels."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tests.train.recipes import NARROW
+from train.config import load
+from train.data import Cache
+from train.encode import captioned, encode, load_encoders, read_picture
+
+
+def to_latents(pictures):
+    return pictures.mean((1, 2, 3), keepdim=True).expand(-1, 4, 8, 8)
+
+
+def to_states(captions):
+    return torch.tensor([len(c) for c in captions]).float()[:, None, None].expand(-1, 3, 32)
+
+
+def paint(path, grey, size=(16, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (grey,) * 3).save(path)
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    for i in range(5):
+        paint(tmp_path / "in" / f"{i}.png", 50 * i)
+    return tmp_path / "in"
+
+
+def test_captions_come_from_tables_or_text_files(folder):
+    with pytest.raises(ValueError, match="no pictures with captions"):
+        captioned(folder)
+    (folder / "0.txt").write_text("a cat\n")
+    assert captioned(folder) == [(folder / "0.png", ["a cat"])]
+    (folder / "metadata.csv").write_text('file_name,text\n1.png,"red, round"\n')
+    assert captioned(folder) == [(folder / "1.png", ["red, round"])]
+    (folder / "metadata.jsonl").write_text('{"file_name": "3.png", "text": ["x", "y"]}\n{"file_name": "2.png", "text": "z"}\n')
+    assert captioned(folder) == [(folder / "2.png", ["z"]), (folder / "3.png", ["x", "y"])]
+    (folder / "metadata.jsonl").write_text('{"file_name": "3.png"}\n')
+    with pytest.raises(ValueError, match="entry 1 of its metadata has no file_name or no text"):
+        captioned(folder)
+
+
+def test_pictures_are_cropped_about_their_centre(tmp_path):
+    picture = Image.new("L", (30, 10), 0)
+    picture.paste(255, (10, 0, 20, 10))
+    picture.save(tmp_path / "a.png")
+    assert torch.equal(read_picture(tmp_path / "a.png", 10), torch.ones(3, 10, 10))
+
+
+def test_the_cache_holds_the_pictures_and_names_the_broken_ones(folder, tmp_path, capsys):
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{i}.png", "text": ["a" * i, "b" * (i + 1)]
+                                                                 if i == 3 else "a" * i or "-"}) for i in range(5)))
+    (folder / "1.png").write_bytes(b"no picture")
+    found, out = captioned(folder), tmp_path / "out"
+    broken = encode(found, out, 8, to_latents, to_states, batch=2, shard=3)
+    assert broken == [folder / "1.png"] and "left out" in capsys.readouterr().out
+    source = Cache(out, load(NARROW))
+    assert len(source) == 4 and len(source.paths) == 2
+    values = [source.sample(i, 0.0) for i in range(4)]
+    wanted = [torch.tensor(grey / 127.5 - 1).half().float() for grey in (0, 100, 150, 200)]
+    assert [float(x.unique()) for x, _ in values] == [float(w) for w in wanted]
+    assert [float(c.unique()) for _, c in values] == [1, 2, 3, 4]
+    assert float(source.sample(2, 0.9)[1].unique()) == 4 and float(source.sample(3, 0.9)[1].unique()) == 4
+    assert not source.empty.any()
+    # Once written a part is not made again.
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    (out / "00001.safetensors").unlink()
+    encode(found, out, 8, to_latents, to_states, batch=2, shard=3)
+    after = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert after.keys() == before.keys() and after["00000.safetensors"] == before["00000.safetensors"]
+
+
+@torch.no_grad()
+def test_encoders_come_from_a_whole_model(tmp_path):
+    with pytest.raises(ValueError, match="has no folder vae; wanted a diffusers folder"):
+        load_encoders(tmp_path, "cpu")
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
+                        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    words = ["a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                        max_position_embeddings=6, bos_token_id=2, eos_token_id=3, pad_token_id=3)).eval()
+    text.save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (tmp_path / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "CLIPTokenizer", "model_max_length": 6, "pad_token": "<|endoftext|>"}))
+    to_latents, to_states = load_encoders(tmp_path, "cpu")
+    picture = torch.rand(2, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(to_latents(picture), 0.5 * vae.encode(picture).latent_dist.mean)
+    wanted = text(torch.tensor([[2, 0, 1, 3, 3, 3], [2, 3, 3, 3, 3, 3]])).last_hidden_state
+    torch.testing.assert_close(to_states(["a b", ""]), wanted)

@@ -1,0 +1,152 @@
+"""Pictures with captions, encoded once into a cache of latents and text states.
+
+    python -m train.encode photos/ data/sd15-latents --models stable-diffusion-v1-5/
+
+Captions come from metadata.jsonl or metadata.csv in the folder (columns file_name and text; in JSON, text may
+be a list of captions), or from a .txt file beside each picture. --models is a diffusers folder with vae,
+text_encoder and tokenizer; nothing is downloaded. The same command goes on where it stopped. A picture that
+cannot be read is named and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from asdm_core.packs import write_file
+
+from .emoji.training import Progress
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SHARD = 4096  # pictures in a file: 130 MB of SD1.5's latents and 480 MB of its text states
+
+Encoder = Callable[[Sequence], Tensor]
+
+
+def captioned(folder: Path) -> list[tuple[Path, list[str]]]:
+    """The pictures of a folder with the captions of each, in a fixed order. Raises ValueError where there are none."""
+    found = dict(_table(folder)) or {
+        path: [path.with_suffix(".txt").read_text(encoding="utf-8").strip()]
+        for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.with_suffix(".txt").is_file()}
+    if not found:
+        raise ValueError(f"{folder}: no pictures with captions; wanted metadata.jsonl or metadata.csv with file_name and text, "
+                         f"or {', '.join(SUFFIXES)} files with .txt files beside them")
+    return sorted(found.items())
+
+
+def _table(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Rows of metadata.jsonl or metadata.csv."""
+    lines, sheet = folder / "metadata.jsonl", folder / "metadata.csv"
+    if lines.is_file():
+        rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif sheet.is_file():
+        with open(sheet, encoding="utf-8", newline="") as f:
+            rows = list(csv.DictReader(f))
+    else:
+        return
+    for number, row in enumerate(rows, 1):
+        if not row.get("file_name") or not row.get("text"):
+            raise ValueError(f"{folder}: entry {number} of its metadata has no file_name or no text, got {row}")
+        yield folder / row["file_name"], row["text"] if isinstance(row["text"], list) else [row["text"]]
+
+
+def read_picture(path: Path, size: int) -> Tensor:
+    """A picture as (3, size, size) in [-1, 1]: bilinear to the shorter side, cropped about its centre, as BK-SDM does."""
+    with Image.open(path) as opened:
+        picture = ImageOps.exif_transpose(opened).convert("RGB")
+    picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def encode(pictures: Sequence[tuple[Path, list[str]]], out: Path, size: int, to_latents: Encoder, to_states: Encoder,
+           batch: int = 8, shard: int = SHARD) -> list[Path]:
+    """Write the cache (train/data.py) into the folder `out`, which may hold a part of it. Returns the pictures that could not be read.
+
+    to_latents: pictures (B, 3, size, size) in [-1, 1] -> latents as the UNet sees them; to_states: B captions -> (B, L, D).
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    progress, broken = Progress("encoding", len(pictures)), []
+    empty = to_states([""])[0].half()
+    for first in range(0, len(pictures), shard):
+        path = out / f"{first // shard:05d}.safetensors"
+        if path.exists():
+            continue
+        latents, captions, texts = [], [], []
+        for at in range(first, min(first + shard, len(pictures)), batch):
+            readable = []
+            for file, given in pictures[at : min(at + batch, first + shard)]:
+                try:
+                    readable.append(read_picture(file, size))
+                except (OSError, ValueError, Image.DecompressionBombError) as e:
+                    broken.append(file)
+                    print(f"left out {file}: {e}", flush=True)
+                    continue
+                captions.append(range(len(texts), len(texts) + len(given)))
+                texts += given
+            if readable:
+                latents.append(to_latents(torch.stack(readable)).half().cpu())
+            progress.show(min(at + batch, len(pictures)))
+        if not latents:
+            continue
+        most = max(map(len, captions))
+        rows = torch.tensor([[row[i * len(row) // most] for i in range(most)] for row in captions])
+        states = torch.cat([to_states(texts[i : i + batch]).half().cpu() for i in range(0, len(texts), batch)])
+        write_file(path, {"latents": torch.cat(latents), "captions": rows, "states": states, "empty": empty.cpu()}, {"format": "pt"})
+    progress.end()
+    return broken
+
+
+def load_encoders(models: Path, device: str) -> tuple[Encoder, Encoder]:
+    """VAE and text encoder of a diffusers folder of the SD1.5 family."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    for part in ("vae", "text_encoder", "tokenizer"):
+        if not (models / part).is_dir():
+            raise ValueError(f"{models} has no folder {part}; wanted a diffusers folder of a whole model")
+    vae = AutoencoderKL.from_pretrained(models / "vae", local_files_only=True).to(device).eval()
+    text = CLIPTextModel.from_pretrained(models / "text_encoder", local_files_only=True).to(device).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(models / "tokenizer", local_files_only=True)
+
+    @torch.no_grad()
+    def to_latents(pictures: Tensor) -> Tensor:
+        # The mean, not a sample: a cache that is made again is the same.
+        return vae.encode(pictures.to(device)).latent_dist.mode() * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def to_states(captions: Sequence[str]) -> Tensor:
+        ids = tokenizer(list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                        return_tensors="pt").input_ids
+        return text(ids.to(device)).last_hidden_state
+
+    return to_latents, to_states
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.encode", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", type=Path, help="folder of pictures with captions")
+    parser.add_argument("cache", type=Path, help="folder to write, the data.path of a recipe")
+    parser.add_argument("--models", type=Path, required=True, help="diffusers folder with the VAE and the text encoder")
+    parser.add_argument("--size", type=int, default=512, help="pixels, square")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    try:
+        found = captioned(args.pictures)
+        broken = encode(found, args.cache, args.size, *load_encoders(args.models, args.device), args.batch)
+    except (ValueError, OSError) as e:
+        raise SystemExit(str(e)) from None
+    print(f"{len(found) - len(broken)} pictures in {args.cache}, {len(broken)} could not be read")
+
+
+if __name__ == "__main__":
+    main()
