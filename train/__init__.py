@@ -1,1 +1,1 @@
-"""Training: the embedded emoji family now, distillation of real checkpoints later. Never imports nodes/."""
+"""Training: packs and pruned UNets by recipe (`python -m train`), and the embedded emoji family. Never imports nodes/."""
