@@ -137,11 +137,15 @@ def step_of(sigma: float, sigmas: Sequence[float], last: int) -> int:
 
 @dataclass
 class Entry:
-    """Features of one chunk: the step they are from, the circumstances they were made under, tensors by address."""
+    """Features of one chunk: the step they are from, the circumstances they were made under, tensors by address.
+
+    shapes: (C, H, W) of what every unit made that is not to compute on inherited steps.
+    """
 
     step: int
     cast: Hashable
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     before: Entry | None = None  # the full step before, for forecasts
 
 
@@ -272,12 +276,12 @@ class Memory:
         if self.mode == REPLAY:
             u = self._units[address]
             if address in self._flow.recalls:
-                return units.player(u, lambda x, shape=None: self.recall(address, _shape(u, x, shape)))
+                return units.player(u, lambda x, shape=None: self.recall(address, self._shape(u, x, shape)))
             if address not in self._flow.computes:
                 # Zeros, not the input: the host writes into some of these, and the input may be somebody's skip.
-                return units.player(u, lambda x, shape=None: x.new_zeros(_shape(u, x, shape)))
+                return units.player(u, lambda x, shape=None: x.new_zeros(self._shape(u, x, shape)))
             if address in self.whole:
-                return units.player(u, lambda x, shape=None: self._fresh(u, current, x) + self.recall(address, _shape(u, x, shape)))
+                return units.player(u, lambda x, shape=None: self._fresh(u, current, x) + self.recall(address, x.shape))
         if address in self._with_parts and isinstance(current, units.attention.SpatialTransformer):
             return self._twin(address, current)
         return current
@@ -289,6 +293,9 @@ class Memory:
                 self._decide(out)
             if self.mode == RECORD:
                 self.store(_PROBE, out.clone())
+        if self.mode == RECORD and address not in self._flow.computes:
+            for entry in self._held:
+                entry.shapes[address] = tuple(out.shape[1:])
         if self.mode != RECORD or address not in self._kept:
             return
         if self.whole.get(address) == "branch":
@@ -327,6 +334,21 @@ class Memory:
             value = torch.lerp(earlier, value, 1 + ahead)
         return value
 
+    def _shape(self, u: Unit, x: Tensor, output_shape: Sequence[int] | None) -> tuple[int, ...]:
+        """Shape (B, C, H, W) of what a unit would make of its input x; output_shape: what the host wants of an upsampler.
+
+        Raises Misfit if it was another one when features were recorded: then everything beneath belongs to another size.
+        """
+        h, w = x.shape[2:]
+        if u.kind == "downsampler":
+            h, w = (h + 1) // 2, (w + 1) // 2
+        elif u.kind == "upsampler":
+            h, w = output_shape[2:] if output_shape is not None else (2 * h, 2 * w)
+        shape = u.channels_out, h, w
+        if any(entry.shapes.get(u.address) != shape for entry in self._held):
+            raise Misfit(u.address)
+        return x.shape[0], *shape
+
     def _twin(self, address: str, layer: nn.Module) -> nn.Module:
         """The same transformer with blocks that can inherit their parts; shares all weights."""
         if id(layer) not in self._twins:
@@ -350,16 +372,6 @@ class Memory:
         self._entries.clear()
         self._twins.clear()
         self._held = []
-
-
-def _shape(u: Unit, x: Tensor, output_shape) -> tuple[int, ...]:
-    """Shape (B, C, H, W) of what a unit makes of its input x; output_shape: what the host wants of an upsampler."""
-    h, w = x.shape[2:]
-    if u.kind == "downsampler":
-        h, w = (h + 1) // 2, (w + 1) // 2
-    elif u.kind == "upsampler":
-        h, w = output_shape[2:] if output_shape is not None else (2 * h, 2 * w)
-    return x.shape[0], u.channels_out, h, w
 
 
 def _is_plain(block: nn.Module) -> bool:

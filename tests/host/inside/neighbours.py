@@ -1,7 +1,5 @@
 """What others do to a UNet still works, at the right places, when units are cut or played by a pack."""
 
-import comfy.cldm.cldm
-import comfy.controlnet
 import comfy.ops
 import pytest
 import small
@@ -149,13 +147,7 @@ def test_residual_at_a_cut_layer_does_not_reach_the_layer_before():
 
 @pytest.fixture(scope="module")
 def control_net():
-    # The host's ControlNet builds its transformers from scalars of these, so they are given whole.
-    config = {k: v for k, v in SD.to_host().items() if k not in ("out_channels", "transformer_depth_output", "use_temporal_resblock")}
-    torch.manual_seed(4)
-    net = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, **config)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    return comfy.controlnet.ControlNet(net.eval(), load_device=torch.device("cpu"))
+    return small.control_net()
 
 
 def test_control_net_on_a_pack(model, m2, combined, control_net):

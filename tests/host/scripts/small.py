@@ -3,7 +3,10 @@
 import functools
 from pathlib import Path
 
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.model_management
+import comfy.ops
 import comfy.sample
 import comfy.samplers
 import comfy.sd
@@ -131,6 +134,17 @@ def add_lora(model, lora, strength=1.0):
     return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
 
 
+def control_net(config=SD, seed=4):
+    """A random ControlNet for a family, as the stock loader would give it."""
+    # The host's ControlNet builds its transformers from scalars of these, so they are given whole.
+    whole = {k: v for k, v in config.to_host().items() if k not in ("out_channels", "transformer_depth_output", "use_temporal_resblock")}
+    torch.manual_seed(seed)
+    net = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, **whole)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return comfy.controlnet.ControlNet(net.eval(), load_device=torch.device("cpu"))
+
+
 def cond(config=SD, seed=0, tokens=7, batch=1, **more):
     generator = torch.Generator().manual_seed(1000 + seed)
     extra = dict(more)
@@ -149,6 +163,11 @@ def sample(model, config=SD, size=(16, 16), batch=1, seed=0, latent=None, **more
 def run(model, noise, latent, config=SD, steps=2, cfg=3.0, sampler="euler", scheduler="normal", positive=None, negative=None, **more):
     return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive or cond(config, 1),
                                negative or cond(config, 2), latent, disable_pbar=True, **more)
+
+
+def sigmas_of(model, steps, scheduler="normal"):
+    """The noise levels of a run of `run`'s."""
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
 
 
 def difference(a, b):

@@ -1,0 +1,538 @@
+"""Feature inheritance beside whatever else acts on a run, against a reference made of forward hooks."""
+
+from dataclasses import replace
+from functools import partial
+
+import comfy.controlnet
+import comfy.hooks
+import comfy.model_base
+import comfy.model_management
+import comfy.samplers
+import comfy.sd
+import nodes
+import pytest
+import small
+import torch
+from comfy.t2i_adapter.adapter import Adapter_light
+from comfy_extras import (
+    nodes_context_windows,
+    nodes_custom_sampler,
+    nodes_easycache,
+    nodes_freelunch,
+    nodes_hooks,
+    nodes_hypertile,
+    nodes_model_advanced,
+    nodes_model_downscale,
+    nodes_pag,
+    nodes_perpneg,
+    nodes_sag,
+    nodes_tomesd,
+)
+from in_host import module
+
+SD, SDXL, host, units = small.SD, small.SDXL, small.host, module("nodes.units")
+inheritance = module("asdm_core.inheritance")
+Schedule, Plan, Rule, Architecture = inheritance.Schedule, inheritance.Plan, inheritance.Rule, small.Architecture
+EVERY_OTHER, ONCE = Schedule(interval=2), Schedule("explicit", steps=(0,))
+PLAN = inheritance.deepcache(SD, 1, EVERY_OTHER)
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return small.model(folder)
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """Conditionings come in forwards of their own, as where memory is short."""
+    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *args, **more: 1e15)
+
+
+class Reference:
+    """Inheritance by forward hooks on the host's modules, with no code of the pack's dispatcher.
+
+    A forward is told from others by its step (from its sigma), its uuids and how often these were seen in
+    the step. full: steps that compute whatever the plan says.
+    """
+
+    def __init__(self, model, config, plan, full=()):
+        self.plan, self.full = plan, full
+        layers = units.layers(model.model.diffusion_model, config)
+        self.held, self.seen, self.step, self.slot = {}, [], None, None
+        self.hooks = [model.model.diffusion_model.register_forward_pre_hook(self.begin, with_kwargs=True)]
+        for address in plan.reuse(config, host.architecture_of(model).cut):
+            layer = layers[address] if address in layers else self.part(layers, address)
+            self.hooks.append(layer.register_forward_hook(partial(self.play, address)))
+
+    @staticmethod
+    def part(layers, address):
+        transformer, block, part = address.rsplit(".", 2)
+        return getattr(layers[transformer].transformer_blocks[int(block)], part)
+
+    def begin(self, unet, args, kwargs):
+        options = kwargs["transformer_options"]
+        nodes_, sigma = options["sample_sigmas"], options["sigmas"][0]
+        step = int((nodes_[:-1] - sigma).abs().argmin())
+        if step != self.step:
+            self.step, self.seen = step, []
+            self.source = self.plan.sources(len(nodes_) - 1)[step]
+        slot = tuple(options["uuids"]), tuple(options["cond_or_uncond"])
+        self.seen.append(slot)
+        self.slot = *slot, self.seen.count(slot)
+
+    def play(self, address, layer, args, out):
+        held = self.held.get((address, self.slot))
+        if self.source < self.step and self.step not in self.full and held and held[0] == self.source:
+            return held[1].clone()
+        if self.source == self.step:
+            self.held[address, self.slot] = self.step, out.clone()
+        return None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def inherited(model):
+    """Steps that the last run of a MODEL inherited."""
+    return [s for s, i in enumerate(host.setup_of(model).inheritance.log.last.inherited()) if i]
+
+
+def seeded(run, model):
+    torch.manual_seed(0)
+    return run(model)
+
+
+def check(apply, model, run=None, plan=PLAN, config=SD, replays=(1, 3, 5), full=()):
+    """A run with the plan and a neighbour equals the reference, twice, whichever node comes first; and inherits at these steps."""
+    run = run or partial(small.sample, config=config, steps=STEPS)
+    with Reference(model, config, plan, full):
+        wanted = seeded(run, apply(model))
+    for m in (apply(host.with_plan(model, plan)), host.with_plan(apply(model), plan)):
+        for _ in range(2):
+            assert torch.equal(seeded(run, m), wanted)
+            assert replays is None or inherited(m) == list(replays)
+    assert wanted.isfinite().all()
+    return wanted
+
+
+def itself(model):
+    return model
+
+
+# Nodes on a MODEL ----------------------------------------------------------------------------------
+
+
+def attn2_replaced(model):
+    """Like an IP-Adapter: cross-attention of single blocks has a second context."""
+    def attend(q, k, v, extra_options):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v) + 0.5 * q.tanh() + extra_options["sigmas"][0] * 0.01
+
+    clone = model.clone()
+    for place in (("input", 1), ("input", 7), ("middle", 0), ("output", 11)):
+        clone.set_model_attn2_replace(attend, *place)
+    return clone
+
+
+def attn2_patched(model):
+    clone = model.clone()
+    clone.set_model_attn2_patch(lambda n, context, value, extra: (n, context * 1.1, value * 0.9))
+    clone.set_model_attn2_output_patch(lambda n, extra: n * 1.2)
+    return clone
+
+
+NODES = {
+    "FreeU": lambda m: nodes_freelunch.FreeU.execute(m, 1.1, 1.2, 0.9, 0.2)[0],
+    "FreeU_V2": lambda m: nodes_freelunch.FreeU_V2.execute(m, 1.3, 1.4, 0.9, 0.2)[0],
+    "PAG": lambda m: nodes_pag.PerturbedAttentionGuidance.execute(m, 3.0)[0],
+    "HyperTile": lambda m: nodes_hypertile.HyperTile.execute(m, 64, 1, 0, False)[0],
+    "ToMe": lambda m: nodes_tomesd.TomePatchModel.execute(m, 0.3)[0],
+    "deep shrink": lambda m: nodes_model_downscale.PatchModelAddDownscale.execute(m, 3, 2.0, 0.0, 1.0, True, "bicubic", "bicubic")[0],
+    "RescaleCFG": lambda m: nodes_model_advanced.RescaleCFG().patch(m, 0.7)[0],
+    "v-prediction, zero terminal SNR": lambda m: nodes_model_advanced.ModelSamplingDiscrete().patch(m, "v_prediction", True)[0],
+    "attn2 replaced": attn2_replaced,
+    "attn2 patched": attn2_patched,
+}
+
+
+@pytest.fixture
+def no_rand(monkeypatch):
+    """ToMe draws numbers for every layer that runs, so a layer less would change all draws after it."""
+    match = nodes_tomesd.bipartite_soft_matching_random2d
+    monkeypatch.setattr(nodes_tomesd, "bipartite_soft_matching_random2d", lambda *args: match(*args[:-1], True))
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_stock_nodes_act_on_inherited_steps(model, no_rand, name):
+    acted = check(NODES[name], model)
+    assert not torch.equal(acted, seeded(partial(small.sample, steps=STEPS), host.with_plan(model, PLAN)))
+
+
+@pytest.mark.parametrize("name", ["FreeU", "FreeU_V2"])
+def test_writers_in_place_damage_nothing_that_several_steps_inherit(model, name):
+    check(NODES[name], model, plan=Plan((Rule("mid, up.0-1"),), ONCE), replays=range(1, STEPS))
+
+
+def test_self_attention_guidance(model):
+    # It reads the attention of the middle block: for the comparison that block must compute on every step.
+    def sag(m):
+        return nodes_sag.SelfAttentionGuidance.execute(m, 0.5, 2.0)[0]
+
+    check(sag, model, plan=Plan((Rule("down.1-2"),), EVERY_OTHER))
+    m = sag(host.with_plan(model, PLAN))
+    first = small.sample(m, steps=STEPS)
+    small.sample(m, steps=STEPS, size=(24, 24))
+    assert torch.equal(small.sample(m, steps=STEPS), first) and inherited(m) == [1, 3, 5]
+
+
+def test_perturbed_guidance_of_inherited_parts_computes_in_full(model):
+    # The perturbed pass replaces attn1 of the middle block: nobody may leave parts out of it. The other pass inherits.
+    plan = inheritance.attention(SD, "attn1", EVERY_OTHER)
+    m = NODES["PAG"](host.with_plan(model, plan))
+    small.sample(m, steps=STEPS)
+    counts = host.setup_of(m).inheritance.log.last.counts
+    assert all(counts[s, "replay"] == counts[s, "compute"] == 1 for s in (1, 3, 5))
+
+
+@pytest.mark.parametrize("part", ["attn1", "attn2", "ff"])
+@pytest.mark.parametrize("name", ["attn2 replaced", "attn2 patched", "HyperTile"])
+def test_parts_of_patched_blocks_compute(model, name, part):
+    apply = NODES[name]
+    inheriting = apply(host.with_plan(model, inheritance.attention(SD, part, EVERY_OTHER)))
+    assert torch.equal(small.sample(inheriting, steps=4), small.sample(apply(model), steps=4))
+    assert inherited(inheriting) == []
+
+
+def test_a_block_with_another_forward_computes(model):
+    # Some packs put a function over the forward of a single block. It must be called, and every time.
+    block = units.layers(model.model.diffusion_model, SD)["mid.0.transformer"].transformer_blocks[0]
+    forward, calls = block.forward, []
+    block.forward = lambda *args, **more: (calls.append(1), forward(*args, **more) * 1.1)[1]
+    try:
+        small.sample(host.with_plan(model, inheritance.attention(SD, "attn1|attn2|ff", EVERY_OTHER)), steps=4)
+    finally:
+        del block.forward
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("schedule", [ONCE, Schedule(interval=3), Schedule("adaptive", threshold=1e9, max_run=10)])
+def test_steps_on_which_maps_change_their_size_compute(model, schedule):
+    def shrink(m):
+        return nodes_model_downscale.PatchModelAddDownscale.execute(m, 3, 2.0, 0.0, 0.5, True, "bicubic", "bicubic")[0]
+
+    plan = Plan(inheritance.deepcache(SD, 1).rules, schedule)
+    m = shrink(host.with_plan(model, plan))
+    first = small.sample(m, steps=STEPS)
+    assert torch.equal(small.sample(m, steps=STEPS), first)
+    big = int(small.sigmas_of(model, STEPS).lt(model.get_model_object("model_sampling").percent_to_sigma(0.5)).nonzero()[0])
+    assert 1 < big < STEPS - 1 and big not in inherited(m) and 1 in inherited(m)
+    if schedule.mode == "adaptive":
+        assert inherited(m) == [s for s in range(1, STEPS) if s != big]
+    else:
+        check(shrink, model, plan=plan, replays=inherited(m), full=set(range(STEPS)) - set(inherited(m)))
+
+
+@pytest.mark.parametrize("node", [nodes_easycache.EasyCacheNode, nodes_easycache.LazyCacheNode])
+@pytest.mark.parametrize("interval", [2, 3])
+def test_other_caches_on_top(model, node, interval):
+    # A step that another cache skipped was never recorded, so nothing inherits from it.
+    def apply(m):
+        return node.execute(m, 0.5, 0.1, 1.0, False)[0]
+
+    run, forwards = partial(small.sample, steps=12), []
+    hook = model.model.diffusion_model.input_blocks[0][0].register_forward_pre_hook(lambda *args: forwards.append(1))
+    try:
+        run(apply(model))
+    finally:
+        hook.remove()
+    assert 3 < len(forwards) < 10  # the other cache does skip
+    check(apply, model, run, inheritance.deepcache(SD, 1, Schedule(interval=interval)), replays=None)
+
+
+# Control ---------------------------------------------------------------------------------------------
+
+
+class Residuals(comfy.controlnet.ControlBase):
+    """Control at chosen places of the UNet, growing as the noise falls, in a window of the run."""
+
+    def __init__(self, kind, places, window=(0.0, 1.0)):
+        super().__init__()
+        self.kind, self.places = kind, places
+        self.set_cond_hint(None, 1.0, window)
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        if t[0] > self.timestep_range[0] or t[0] < self.timestep_range[1]:
+            return None
+        layers = [(32, 1)] * 3 + [(32, 2)] + [(64, 2)] * 2 + [(64, 4)] + [(128, 4)] * 2 + [(128, 8)] * 3
+        if self.kind == "middle":
+            layers = [(128, 8)]
+        made = [torch.full((x_noisy.shape[0], c, *[n // scale for n in x_noisy.shape[2:]]), 0.5 / (1 + float(t[0])))
+                if i in self.places else None for i, (c, scale) in enumerate(layers)]
+        return {self.kind: made[::-1] if self.kind == "input" else made}
+
+    def get_models(self):
+        return []
+
+    def copy(self):
+        copied = Residuals(self.kind, self.places)
+        self.copy_to(copied)
+        return copied
+
+
+def controlled(control, seeds=(1, 2)):
+    """Positive and negative conditioning under a control."""
+    return dict(zip(("positive", "negative"), (small.cond(seed=s, control=control, control_apply_to_uncond=False) for s in seeds), strict=True))
+
+
+@pytest.mark.parametrize("kind, places", [("input", (0,)), ("input", (2, 5, 11)), ("output", (0, 1)), ("output", (4, 7, 10)), ("middle", (0,)),
+                                          ("output", range(12)), ("input", range(12))])
+def test_changing_residuals_at_several_depths(model, kind, places):
+    run = partial(small.sample, steps=STEPS, **controlled(Residuals(kind, places)))
+    acted = check(itself, model, run)
+    assert not torch.equal(acted, small.sample(host.with_plan(model, PLAN), steps=STEPS))
+
+
+def control_steps(model, start, end):
+    sampling = model.get_model_object("model_sampling")
+    return [sampling.percent_to_sigma(end) <= s <= sampling.percent_to_sigma(start) for s in small.sigmas_of(model, STEPS)[:-1].tolist()]
+
+
+@pytest.mark.parametrize("start, end", [(0.0, 0.4), (0.4, 1.0), (0.2, 0.6)])
+def test_control_that_sets_in_or_ends_in_mid_run(model, start, end):
+    acts = control_steps(model, start, end)
+    plan = replace(PLAN, schedule=ONCE)
+    replays = [s for s in range(1, STEPS) if acts[s] == acts[0]]
+    assert 0 < len(replays) < STEPS - 1
+    run = partial(small.sample, steps=STEPS, **controlled(Residuals("output", range(12), (start, end))))
+    # The reference has no idea of it: it is told which steps compute.
+    control = run.keywords["positive"][0][1]["control"]
+    control.set_cond_hint(None, 1.0, (start, end))
+    check(itself, model, run, plan=plan, replays=replays, full=set(range(STEPS)) - set(replays))
+
+
+def test_control_net(model):
+    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(5))
+    positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(small.cond(seed=1), small.cond(seed=2), small.control_net(), hint, 0.8, 0.0, 1.0)
+    run = partial(small.sample, steps=STEPS, positive=positive, negative=negative)
+    assert not torch.equal(check(itself, model, run), small.sample(host.with_plan(model, PLAN), steps=STEPS))
+
+
+def test_t2i_adapter(model):
+    torch.manual_seed(3)
+    adapter = comfy.controlnet.T2IAdapter(Adapter_light([32, 64, 128, 128], 1, 192), 3, 8, "nearest-exact", torch.device("cpu"))
+    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(5))
+    positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(small.cond(seed=1), small.cond(seed=2), adapter, hint, 0.8, 0.0, 1.0)
+    run = partial(small.sample, steps=STEPS, positive=positive, negative=negative)
+    assert not torch.equal(check(itself, model, run), small.sample(host.with_plan(model, PLAN), steps=STEPS))
+
+
+# Conditionings ---------------------------------------------------------------------------------------
+
+
+def areas():
+    """Two prompts on areas that overlap and one on everything, as the stock nodes make them."""
+    left = nodes.ConditioningSetArea().append(small.cond(seed=1), 80, 128, 0, 0, 1.0)[0]
+    right = nodes.ConditioningSetArea().append(small.cond(seed=3), 80, 128, 48, 0, 0.7)[0]
+    return [*left, *right, *small.cond(seed=4)]
+
+
+def in_range(start, end, seed):
+    return nodes.ConditioningSetTimestepRange().set_range(small.cond(seed=seed), start, end)[0]
+
+
+def test_areas(model):
+    check(itself, model, partial(small.sample, steps=STEPS, positive=areas()))
+
+
+def test_areas_apart(model, apart):
+    check(itself, model, partial(small.sample, steps=STEPS, positive=areas()))
+
+
+def test_prompts_that_change_in_mid_run(model, apart):
+    # What a prompt has not seen it cannot inherit; all others go on.
+    for ranges in ([(0.0, 0.5, 1), (0.5, 1.0, 3)], [(0.0, 1.0, 1), (0.3, 0.7, 3)]):
+        run = partial(small.sample, steps=STEPS, positive=[c for r in ranges for c in in_range(*r)])
+        check(itself, model, run, replays=None)
+        check(itself, model, run, replays=None, plan=replace(PLAN, schedule=ONCE))
+
+
+def test_a_prompt_that_enters_makes_the_common_forward_compute(model):
+    sampling = model.get_model_object("model_sampling")
+    late = [s <= sampling.percent_to_sigma(0.5) for s in small.sigmas_of(model, STEPS)[:-1].tolist()]
+    m = host.with_plan(model, replace(PLAN, schedule=ONCE))
+    small.sample(m, steps=STEPS, positive=[*small.cond(seed=1), *in_range(0.5, 1.0, 3)])
+    assert inherited(m) == [s for s in range(1, STEPS) if not late[s]]
+
+
+@pytest.mark.parametrize("schedule, replays", [("standard_static", (1, 3, 5)), ("standard_uniform", None)])
+def test_context_windows(model, schedule, replays):
+    def windows(m):
+        return nodes_context_windows.ContextWindowsManualNode.execute(m, 3, 1, schedule, 1, False, "pyramid", 0, False)[0]
+
+    run = partial(small.sample, steps=STEPS, batch=7)
+    if replays:
+        check(windows, model, run, replays=replays)
+    else:  # other windows at each step: a window plays from its own features or computes
+        m = windows(host.with_plan(model, PLAN))
+        assert torch.equal(run(m), run(m))
+
+
+def hooked(lora, *keyframes, seed=1):
+    hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=0.0)
+    group = None
+    for strength, start in keyframes:
+        (group,) = nodes_hooks.CreateHookKeyframe().create_hook_keyframe(strength, start, prev_hook_kf=group)
+    (hooks,) = nodes_hooks.SetHookKeyframes().set_hook_keyframes(hooks, group)
+    return nodes_hooks.SetModelHooksOnCond().attach_hook(small.cond(seed=seed), hooks)[0]
+
+
+def test_a_hook_lora_that_changes_in_mid_run(model):
+    # Prompts with other hooks come in forwards of their own: the positive one computes when its LoRA changes.
+    lora = small.lora(SD, seed=5)
+    sampling = model.get_model_object("model_sampling")
+    late = {i for i, s in enumerate(small.sigmas_of(model, STEPS)[:-1].tolist()) if s <= sampling.percent_to_sigma(0.5)}
+    m = host.with_plan(model, replace(PLAN, schedule=ONCE))
+    steady = {"positive": hooked(lora, (0.7, 0.0)), "negative": small.cond(seed=2)}
+    check(itself, model, partial(small.sample, steps=STEPS, **steady))
+    small.sample(m, steps=STEPS, positive=hooked(lora, (1.0, 0.0), (0.3, 0.5)))
+    assert 0 < len(late) < STEPS - 1 and set(inherited(m)) == set(range(1, STEPS)) - late
+    assert host.setup_of(m).inheritance.log.last.counts[STEPS - 1, "replay"] == 1
+
+
+# Guiders, schedules, models --------------------------------------------------------------------------
+
+
+def custom(guider, sigmas, sampler="euler", latent=None):
+    """What SamplerCustomAdvanced does."""
+    latent = torch.zeros(1, 4, 16, 16) if latent is None else latent
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+    return guider.sample(noise, latent, comfy.samplers.sampler_object(sampler), sigmas, disable_pbar=True, seed=0)
+
+
+def cfg_guider(model):
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(small.cond(seed=1), small.cond(seed=2))
+    guider.set_cfg(3.0)
+    return guider
+
+
+def test_guidance_that_is_off_in_part_of_the_run(model, apart):
+    for start, end in ((0.0, 0.4), (0.4, 1.0)):
+        check(lambda m, s=start, e=end: nodes_custom_sampler.CFGOverride.execute(m, 1.0, s, e)[0], model, replays=None)
+
+
+def test_perp_neg(model):
+    def run(m):
+        guider = nodes_perpneg.PerpNegGuider.execute(m, small.cond(seed=1), small.cond(seed=2), small.cond(seed=3), 3.0, 1.0)[0]
+        return custom(guider, small.sigmas_of(model, STEPS))
+
+    check(itself, model, run)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_guider_with_a_model_for_each_prompt(model, folder, same):
+    other = model.clone() if same else small.model(folder, seed=7)
+
+    def run(m):
+        guider = nodes_custom_sampler.DualModelGuider.execute(m, small.cond(seed=1), 3.0, other, small.cond(seed=2))[0]
+        return custom(guider, small.sigmas_of(model, STEPS))
+
+    check(itself, model, run)
+
+
+SCHEDULES = {
+    "restart": lambda s: torch.cat([s[:5], s[2:]]),
+    "unsampling": lambda s: nodes_custom_sampler.FlipSigmas.execute(s)[0],
+    "a window": lambda s: s[2:6],
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_unusual_schedules(model, name):
+    sigmas = SCHEDULES[name](small.sigmas_of(model, 8))
+    m = host.with_plan(model, PLAN)
+    result = custom(cfg_guider(m), sigmas)
+    assert inherited(m) == list(range(1, len(sigmas) - 1, 2))
+    assert result.isfinite().all() and torch.equal(custom(cfg_guider(m), sigmas), result)
+    if name != "restart":  # the reference finds steps by the noise level alone
+        with Reference(model, SD, PLAN):
+            assert torch.equal(custom(cfg_guider(model), sigmas), result)
+
+
+def test_a_window_of_steps_and_image_to_image(model):
+    latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(9))
+    for more in ({"start_step": 2, "last_step": 8, "force_full_denoise": True, "steps": 12}, {"denoise": 0.5, "steps": STEPS}):
+        check(itself, model, partial(small.sample, latent=latent, **more))
+
+
+def test_inpainting(folder):
+    config = replace(SD, in_channels=9)
+    model = comfy.sd.load_diffusion_model(small.write_unet(folder / "inpainting.safetensors", config))
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 4:12] = 1
+    latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(9))
+    more = {"concat_latent_image": latent, "concat_mask": mask}
+    run = partial(small.sample, steps=STEPS, latent=latent, noise_mask=mask, positive=small.cond(seed=1, **more), negative=small.cond(seed=2, **more))
+    check(itself, model, run, config=config)
+
+
+def test_v_prediction(folder):
+    check(itself, small.model(folder, prediction="v"))
+
+
+@pytest.mark.parametrize("plan", [PLAN, inheritance.attention(SD, "attn1|attn2|ff", EVERY_OTHER), inheritance.encoder(SD, EVERY_OTHER)],
+                         ids=["deepcache", "parts", "encoder"])
+def test_pruned_unets(model, folder, plan):
+    combined = small.combined(folder)
+    wanted = check(itself, combined, plan=plan)
+    pack = small.with_pack(model, small.write_pack(folder / "m2.safetensors", seed=1))
+    m = host.with_plan(pack, plan)
+    assert torch.equal(small.sample(m, steps=STEPS), wanted) and inherited(m) == [1, 3, 5]
+
+
+def test_transformers_with_fewer_blocks(folder):
+    # Parts of the blocks that are left inherit; the cut ones have none.
+    cut = "mid.0.transformer.2-9, down.2.*.transformer.1-9, up.0.*.transformer.1-9"
+    path = small.write_unet(folder / "fewer.safetensors", SDXL, cut=cut)
+    model = module("nodes.models").load_unet(path)
+    check(itself, model, plan=inheritance.attention(SDXL, "attn1|ff", EVERY_OTHER), config=SDXL)
+
+
+# One MODEL, several runs ----------------------------------------------------------------------------
+
+
+def test_batches_of_several(model):
+    check(itself, model, partial(small.sample, steps=STEPS, batch=3))
+    check(itself, model, partial(small.sample, steps=STEPS, batch=3, positive=small.cond(seed=1, batch=3)))
+
+
+def test_several_samplers_one_after_another(model):
+    runs = [partial(small.sample, steps=8, sampler=s) for s in ("euler", "dpmpp_2m", "heun", "dpm_2", "dpmpp_sde", "ddim")]
+    alone = [run(host.with_plan(model, PLAN)) for run in runs]
+    m = host.with_plan(model, PLAN)
+    for run, wanted in zip(runs * 2, alone * 2, strict=True):
+        assert torch.equal(run(m), wanted)
+
+
+@pytest.mark.parametrize("plan", [PLAN, Plan((Rule("mid, up.0", "forecast"),), EVERY_OTHER)])
+def test_a_rerun_after_an_interrupt(model, plan):
+    m = host.with_plan(model, plan)
+    wanted = small.sample(m, steps=STEPS)
+
+    def interrupt(i, x0, x, n):
+        if i == 2:
+            comfy.model_management.interrupt_current_processing()
+
+    for _ in range(2):
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            small.sample(m, steps=STEPS, callback=interrupt)
+        assert torch.equal(small.sample(m, steps=STEPS), wanted)
