@@ -4,12 +4,14 @@
     python -m asdm_core convert IN OUT ...      rename between the LDM and diffusers layouts
     python -m asdm_core extract-pack IN ...     take some units of a trained UNet out into a pack
     python -m asdm_core assemble CKPT PACK OUT  a checkpoint's UNet with a pack built in
+    python -m asdm_core lora FILE --onto PRESET which modules of a LoRA act on a pruned UNet?
     python -m asdm_core presets                 the pruned UNets asdm knows
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import packs, surgery
+from . import lora, packs, surgery
 from .addresses import LAYOUTS, in_order, select
 from .architecture import NUMBERINGS, PRESETS, Architecture
 from .measure import costs, total
@@ -176,6 +178,25 @@ def assemble(args) -> None:
     print(f"wrote {args.output}: {_headline(facts(combined))}, {combined.params / 1e6:.2f} M parameters")
 
 
+def lora_onto(args) -> None:
+    name = Path(args.file).name
+    result = lora.report(TensorFile(args.file), Architecture.preset(args.onto))
+    lost = sum(map(len, result.dropped.values()))
+    if args.json:
+        print(json.dumps({"file": args.file, "onto": args.onto, **dataclasses.asdict(result)}, indent=1))
+        return
+    total_modules = len(result.kept) + lost
+    print(f"{name} onto {args.onto}: {len(result.kept)} of {total_modules} modules act, each at its own address; {lost} are dropped")
+    print("  modules of the UNet: " + ", ".join(f"{count} {kind}" for kind, count in result.kinds.items()))
+    for address, modules in result.dropped.items():
+        print(f"  {address} is cut: {len(modules)} dropped")
+    if result.text:
+        print(f"  {result.text} modules are for text encoders, which pruning does not touch")
+    if result.unknown:
+        print(f"  {len(result.unknown)} names belong to no layer of this family, as {result.unknown[0]}; "
+              "many of them mean that the LoRA was made for another family")
+
+
 def presets(args) -> None:
     rows = {}
     for name, row in PRESETS.items():
@@ -224,6 +245,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("pack", metavar="PACK")
     p.add_argument("output", metavar="OUT")
     p.add_argument("--dtype", choices=DTYPES, default="fp16")
+
+    p = command("lora", lora_onto, "Say which modules of a LoRA (kohya, diffusers/PEFT, LyCORIS) act on a pruned UNet and which are "
+                "dropped because their unit is cut. Only names are read.")
+    p.add_argument("file", metavar="FILE")
+    p.add_argument("--onto", metavar="PRESET", choices=PRESETS, required=True, help=f"one of {', '.join(PRESETS)}")
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
 
     p = command("presets", presets, "List the pruned UNets asdm knows: source, family, parameters, MACs, cut units.")
     p.add_argument("--json", action="store_true", help="print everything as JSON")
