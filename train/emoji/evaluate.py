@@ -220,6 +220,24 @@ def summary(parts: dict[str, list[dict]]) -> dict:
     return result
 
 
+def table(rows: Sequence[dict]) -> str:
+    """The rows as a Markdown table, for models/README.md."""
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}"
+
+    lines = ["| measured on | pictures | top-1 | top-5 | more |", "|---|---|---|---|---|"]
+    for row in rows:
+        more = []
+        if "psnr" in row:
+            what = "between the two" if "seeds" in row["row"] else "of the codec" if "codec" in row["row"] else "to the whole UNet"
+            more.append(f"PSNR {what} {row['psnr']:.2f} +- {row['psnr_se']:.2f} dB")
+        more += [f"{name} {row[key]:.3f}" for name, key in (("SSIM", "ssim"), ("gap recovered", "gap_recovered")) if key in row]
+        more += [f"v-MSE {row['v_mse']['all']:.4f}"] if "v_mse" in row else []
+        more += [f"background as asked {row['background_obeyed']:.1%}"] if "background_obeyed" in row else []
+        lines.append(f"| {row['row']} | {row.get('pictures', '')} | {percent(row.get('top1'))} | {percent(row.get('top5'))} | {'; '.join(more)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser, training=False)
@@ -255,6 +273,7 @@ def main() -> None:
         "rows": [row for d in done.values() for row in d["rows"]],
     }
     (args.models / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report["rows"]))
     print(json.dumps(report["summary"], indent=1), file=sys.stderr)
 
 
