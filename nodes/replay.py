@@ -218,7 +218,8 @@ class Memory:
     def _planned_mode(self) -> str:
         source = self._sources[self.step]
         if source < self.step:
-            return REPLAY if self._holds(lambda entry: entry.step == source) else COMPUTE
+            # An entry stays empty where another cache kept the network from running on the step that was to record.
+            return REPLAY if self._holds(lambda entry: entry.step == source and entry.tensors) else COMPUTE
         return RECORD if source in self._sources[self.step + 1:] else COMPUTE  # record what somebody will inherit
 
     def _adaptive_mode(self) -> str:
@@ -324,8 +325,6 @@ class Memory:
 
     def _value(self, entry: Entry, address: str, shape: Sequence[int]) -> Tensor:
         value = entry.tensors.get(address)
-        # Missing: another cache kept the network from running when it should have recorded. Another size:
-        # somebody shrinks maps inside the network on some steps.
         if value is None or value.shape[1:] != shape:
             raise Misfit(address)
         earlier = entry.before and entry.before.tensors.get(address)
