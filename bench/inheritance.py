@@ -3,7 +3,8 @@
     python bootstrap.py bench NAME=inheritance [ARGS="--cpu-time --pictures 8"]
 
 Part one: SD1.5 with random weights, 512 x 512, classifier-free guidance, euler. How long an inherited step
-takes, relative to a full one, against the same ratio of multiplications. And a run with interval 1 against
+takes, relative to a full one, against the same ratio of multiplications, and against the time that the units
+it computes take in a full step (shallow layers do fewer multiplications in the same time than deep ones). And a run with interval 1 against
 one without the node, at 128 x 128, where a step is short and any overhead shows more.
 
 Part two: the emoji teacher, 20 steps (and 30 and 50 for one sampler each), CFG 3, paired seeds, against the run in
@@ -67,6 +68,22 @@ def steps_of(model, clock: Callable[[], float], steps: int, size: int = 64) -> l
     return [b - a for a, b in zip(marks, marks[1:], strict=False)]
 
 
+def unit_times(model, config, clock, rounds: int) -> dict[str, float]:
+    """Seconds that each unit takes in a full step; "" is all the rest. Median of the rounds."""
+    host_units = pack_module("nodes.units")
+    times, started, handles = {}, {}, []
+    for address, layer in host_units.layers(model.model.diffusion_model, config).items():
+        handles.append(layer.register_forward_pre_hook(lambda *_, a=address: started.update({a: clock()})))
+        handles.append(layer.register_forward_hook(lambda *_, a=address: times.setdefault(a, []).append(clock() - started[a])))
+    total = []
+    for _ in range(rounds):
+        total += steps_of(model, clock, 2)
+    for handle in handles:
+        handle.remove()
+    found = {a: statistics.median(t[1::2]) for a, t in times.items()}  # every other forward: the first of a run warms up
+    return found | {"": statistics.median(total) - sum(found.values())}
+
+
 def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
     inheritance, host = pack_module("asdm_core.inheritance"), pack_module("nodes.host")
     model = full_size(DTYPES[dtype])
@@ -76,6 +93,7 @@ def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
     plans |= {"shallow-only": inheritance.shallow_only(config, every), "encoder": inheritance.encoder(config, every),
               "attention": inheritance.attention(config, schedule=every),
               "deepcache-1, forecast": inheritance.deepcache(config, 1, every).reusing("forecast")}
+    units = unit_times(model, config, clock, rounds)
     never = inheritance.deepcache(config, 0, inheritance.Schedule(interval=1))
     steps_of(model, clock, 2)
     times = {name: [] for name in ("off", *plans)}
@@ -85,7 +103,7 @@ def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
         times["off"] += steps_of(model, clock, 2)
         for name, plan in plans.items():
             times[name] += steps_of(host.with_plan(model, plan), clock, 2)
-    rows, worst = [], []
+    rows, worst, beyond = [], [], []
     for name, plan in plans.items():
         full, inherited = inheritance.step_macs(plan, architecture)
         over = ratio(times, name, "off")
@@ -93,9 +111,15 @@ def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
                      "macs_over_full": inherited / full, "over_mac_ceiling": over / (inherited / full), "all_seconds": times[name]})
         if name in ("deepcache-0", "deepcache-1", "deepcache-2", "deepcache-3", "encoder"):
             worst.append(over / (inherited / full))
+            # The same step if nothing but its units cost time: what is above that is our own.
+            runs = inheritance.flow(config, plan.reuse(config)).computes
+            alone = units[""] + sum(t for a, t in units.items() if a in runs)
+            rows[-1]["over_unit_times"] = statistics.median(times[name]) / alone
+            beyond.append(rows[-1]["over_unit_times"])
     rows.append({"part": "cost", "dtype": dtype, "plan": "off", "seconds": statistics.median(times["off"]), "all_seconds": times["off"]})
     rows += [{"part": "cost", "dtype": dtype, "plan": f"{name}, 128 x 128", "all_seconds": t} for name, t in short.items()]
-    return {"overhead_interval_1": ratio(short, "interval 1", "off") - 1, "inherited_step_over_mac_ceiling": max(worst)}, rows
+    return {"overhead_interval_1": ratio(short, "interval 1", "off") - 1, "inherited_step_over_mac_ceiling": max(worst),
+            "inherited_step_over_unit_times": max(beyond)}, rows
 
 
 # Part two: quality ----------------------------------------------------------------------------------
