@@ -93,6 +93,7 @@ class Data:
 class Loss:
     """Weights of the losses (train/losses.py); 0 leaves one out.
 
+    relative: features (blocks, layers, attention, mid) in proportion to the teacher's.
     vgg: file of the weights of the perceptual loss's VGG16; empty: torchvision's own cache.
     perceptual_until: timesteps from which x_0 shows nothing yet. perceptual_warmup: steps over which its weight rises.
     """
@@ -104,6 +105,7 @@ class Loss:
     attention: float = 0.0
     mid: float = 0.0
     perceptual: float = 0.0
+    relative: bool = False
     vgg: str = ""
     perceptual_until: int = 800
     perceptual_warmup: int = 1000

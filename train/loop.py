@@ -89,7 +89,7 @@ class Criterion:
                 chosen = self.taps[name]
                 value = losses.features({tap.name: student[1][tap.student] for tap in chosen},
                                         {tap.name: teacher[1][tap.teacher] for tap in chosen},
-                                        {tap.name: tap.weight for tap in chosen})
+                                        {tap.name: tap.weight for tap in chosen}, self.config.loss.relative)
             parts.append(value)
         return torch.stack(parts)
 

@@ -36,6 +36,11 @@ def squared_error(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() - b.float()).square().flatten(1).mean(1)
 
 
+def relative_error(a: Tensor, b: Tensor) -> Tensor:
+    """|| a - b ||^2 / || b ||^2 of each sample, (B,)."""
+    return squared_error(a, b) / squared_error(b, torch.zeros_like(b)).clamp_min(1e-6)
+
+
 def target(x0: Tensor, noise: Tensor, a: Tensor, s: Tensor, prediction: str) -> Tensor:
     """What the network should predict for x_t = a x0 + s noise: the noise, or v = a noise - s x0."""
     return noise if prediction == "eps" else a * noise - s * x0
@@ -51,9 +56,14 @@ def output(student: Tensor, teacher: Tensor) -> Tensor:
     return squared_error(student, teacher)
 
 
-def features(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Feature distillation, (B,): the weighted sum over the taps in `weights`, each (B, ...)."""
-    return torch.stack([w * squared_error(student[tap], teacher[tap]) for tap, w in weights.items()]).sum(0)
+def features(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], weights: Mapping[str, float],
+             relative: bool = False) -> Tensor:
+    """Feature distillation, (B,): the weighted sum over the taps in `weights`, each (B, ...).
+
+    relative: each in proportion to || f_T ||^2, for networks whose features are of very different size.
+    """
+    error = relative_error if relative else squared_error
+    return torch.stack([w * error(student[tap], teacher[tap]) for tap, w in weights.items()]).sum(0)
 
 
 # Semantic-aware supervision -------------------------------------------------------------------------
@@ -81,8 +91,7 @@ def perceptual(student: Tensor, teacher: Tensor, net: Callable[[Tensor], Sequenc
     """
     with torch.no_grad():
         wanted = net(teacher)
-    levels = [squared_error(f, g) / squared_error(g, torch.zeros_like(g)).clamp_min(1e-6)
-              for f, g in zip(net(student), wanted, strict=True)]
+    levels = [relative_error(f, g) for f, g in zip(net(student), wanted, strict=True)]
     return torch.where(counts, torch.stack(levels).mean(0), 0.0)
 
 

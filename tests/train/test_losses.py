@@ -38,6 +38,13 @@ def test_features_are_a_weighted_sum_over_the_taps():
     assert losses.features(student, teacher, {"down.0": 1.0, "mid": 0.5}).tolist() == [3.0, 4.5]
 
 
+def test_relative_features_do_not_depend_on_their_scale():
+    student, teacher = pictures(3.0, 2.0), pictures(2.0, 2.0)
+    for scale in (1, 1000):
+        value = losses.features({"mid": scale * student}, {"mid": scale * teacher}, {"mid": 2.0}, relative=True)
+        torch.testing.assert_close(value, torch.tensor([0.5, 0.0]))  # 2 * (3 - 2)^2 / 2^2
+
+
 def test_denoised_inverts_the_noising():
     x0, noise, (a, s) = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2), HALF
     x = a * x0 + s * noise
