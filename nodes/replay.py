@@ -282,7 +282,7 @@ class Memory:
                 # Zeros, not the input: the host writes into some of these, and the input may be somebody's skip.
                 return units.player(u, lambda x, shape=None: x.new_zeros(self._shape(u, x, shape)))
             if address in self.whole:
-                return units.player(u, lambda x, shape=None: self._fresh(u, current, x) + self.recall(address, x.shape))
+                return units.player(u, lambda x, shape=None: self.onto(self._fresh(u, current, x), address))
         if address in self._with_parts and isinstance(current, units.attention.SpatialTransformer):
             return self._twin(address, current)
         return current
@@ -322,6 +322,10 @@ class Memory:
         if sum(len(v) for v in values) != shape[0]:
             raise Misfit(address)
         return torch.cat(values).to(self._device)
+
+    def onto(self, x: Tensor, address: str) -> Tensor:
+        """A remembered branch on top of a fresh residual path x. Raises Misfit."""
+        return self.recall(address, x.shape) + x
 
     def _value(self, entry: Entry, address: str, shape: Sequence[int]) -> Tensor:
         value = entry.tensors.get(address)
@@ -398,7 +402,7 @@ class _PartsBlock(nn.Module):
             address = f"{self.address}.{part}"
             inherits = address in memory.reuse
             if inherits and memory.mode == REPLAY:
-                x = memory.recall(address, x.shape) + x
+                x = memory.onto(x, address)
                 continue
             if part == "attn1":
                 n = block.attn1(block.norm1(x), context=None, value=None, transformer_options=transformer_options)
