@@ -84,6 +84,8 @@ class _Track(Memory):
 
     def finish(self) -> bool:
         """After the full forward: keep samples, and get ready to play the step before. False if there is none."""
+        if not all(entry.tensors for entry in self._held):  # another cache kept the network from running
+            return False
         for key, entry in zip(self._keys, self._held, strict=True):
             flat = torch.cat([t.flatten()[:: max(1, t.numel() // SAMPLE)] for _, t in sorted(entry.tensors.items())])
             self._samples[key][self.step] = flat.float().cpu()

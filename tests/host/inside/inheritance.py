@@ -328,3 +328,12 @@ def test_a_survey_leaves_nothing_behind_and_control_reaches_every_trial(model):
     measured = small.sample(host.with_survey(with_residual(model, 0.5), survey), steps=4)
     assert torch.equal(measured, small.sample(with_residual(model, 0.5), steps=4))
     assert not any(track.size() for track in survey.tracks)
+
+
+def test_a_survey_beside_another_cache_measures_the_steps_that_run(model):
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    lazy = EasyCacheNode.execute(model, 3.0, 0.2, 0.9, False).args[0]
+    survey = calibrate.Survey(calibrate.plans_for(SD), 2)
+    assert torch.equal(small.sample(host.with_survey(lazy, survey), steps=8), small.sample(lazy, steps=8))
+    assert any(len(track._sensitivity) > 0 for track in survey.tracks)
