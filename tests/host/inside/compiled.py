@@ -6,7 +6,9 @@ import torch
 import torch._dynamo
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras import nodes_torch_compile
+from in_host import module
 
+inheritance = module("asdm_core.inheritance")
 CONFIG = small.TWO_LEVELS
 CHOSEN = small.Architecture.choose(CONFIG, "down.0.1, up.1.1", "down.0, up.1")
 
@@ -93,3 +95,21 @@ def test_pruned_unet_compiled(folder, graphs):
     pruned = small.models.load_unet(small.write_unet(folder / "pruned.safetensors", CONFIG, "down.0.1, up.1.1"))
     assert torch.equal(sample(compiled(pruned)), sample(pruned))
     assert graphs
+
+
+PLANS = {
+    "units": inheritance.Plan((inheritance.Rule("down.1, mid, up.0"),)),
+    "forecast": inheritance.Plan((inheritance.Rule("down.1, mid, up.0", "forecast"),)),
+    "branch": inheritance.Plan((inheritance.Rule("mid, up.0.0", "branch"),)),
+    "parts": inheritance.Plan((inheritance.Rule("down.0.0.transformer.*.attn1|ff"),)),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_inherited_steps_compiled(model, graphs, name):
+    """Right pictures. Graphs are not shared between steps yet: what was remembered is part of what is traced."""
+    m, plain = small.host.with_plan(model, PLANS[name]), sample(model, steps=4)
+    wanted = sample(m, steps=4)
+    assert small.difference(wanted, plain) > 1e-3
+    assert torch.equal(sample(compiled(m), steps=4), wanted) and graphs
+    assert torch.equal(sample(compiled(model), steps=4), plain)
