@@ -69,6 +69,6 @@ def step_seconds(ends: Mapping[int, float]) -> tuple[float, ...]:
     known = sorted(ends)
     return tuple(
         (ends[last] - ends[first]) / (last - first)
-        for first, last in zip(known, known[1:])
+        for first, last in zip(known, known[1:], strict=False)
         for _ in range(first, last)
     )

@@ -234,8 +234,12 @@ class ASDMCalibrateInheritance(io.ComfyNode):
                     ]),
                 io.Int.Input("longest", default=2, min=1, max=6, advanced=True, tooltip="At most so many steps in a row inherit."),
             ],
-            outputs=[io.Model.Output(tooltip="With the plan."), io.String.Output(display_name="plan", tooltip="The plan as JSON, to keep or share."),
-                     io.Image.Output(display_name="picture"), io.Latent.Output(display_name="full_run", tooltip="The result of the measured run, in which every step computed.")],
+            outputs=[
+                io.Model.Output(tooltip="With the plan."),
+                io.String.Output(display_name="plan", tooltip="The plan as JSON, to keep or share."),
+                io.Image.Output(display_name="picture"),
+                io.Latent.Output(display_name="full_run", tooltip="The result of the measured run, in which every step computed."),
+            ],
         )
 
     @classmethod

@@ -2,8 +2,9 @@
 
     python -m train.emoji.classifier --minutes 15
 
-Trained on glyphs of all three styles with jitter, crops, colour changes, blur and codec round trips. It learned from the pictures the teacher learned from, so its accuracy is read beside the
-ceiling: the same classifier on real glyphs after the codec.
+Trained on glyphs of all three styles with jitter, crops, colour changes, blur and codec round trips. It learned
+from the pictures the teacher learned from, so its accuracy is read beside the ceiling: the same classifier on real
+glyphs after the codec.
 """
 
 from __future__ import annotations
