@@ -20,13 +20,13 @@ TEACHER, TEACHER_PACK = "emoji-teacher.safetensors", "emoji-m2.safetensors"
 # In the words of the family's captions: a Unicode name, one of six backgrounds, a style of the teacher.
 EMOJI_PROMPTS = (
     "red apple on white, noto style",
-    "pizza on white, twemoji style",
-    "cat face on white, noto style",
-    "rocket on white, twemoji style",
-    "sunflower on white, noto style",
-    "octopus on white, twemoji style",
+    "rocket on blue, twemoji style",
+    "panda on green, noto style",
+    "sunflower on blue, noto style",
+    "lady beetle on yellow, twemoji style",
     "soccer ball on white, twemoji style",
-    "balloon on white, noto style",
+    "umbrella on pink, twemoji style",
+    "fire engine on grey, noto style",
 )
 SD15_PROMPTS = (
     "portrait of a girl with silver hair, flower field, soft light",
