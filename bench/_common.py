@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -56,6 +60,29 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
             p.copy_(row.to(p.dtype).expand_as(p) * (1 if "proj_out" not in name else 0.1))
         else:
             p.fill_(1.0 if "norm" in name and name.endswith("weight") or name.endswith(("layers.0.weight", "out.0.weight")) else 0.0)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds of this process instead of seconds on the wall, "
+                        "for a machine that has other work; with one thread (OMP_NUM_THREADS=1) and no GPU")
+    parser.add_argument("--notes", default="", help="kept in the record: what else the machine was doing")
+
+
+def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Path, torch.device, Callable[[], float]]:
+    """Read the arguments and start the host: (arguments, ComfyUI's folder, device, clock for `measure.time_alternating`)."""
+    args = parser.parse_args()
+    host = start_host("--use-pytorch-cross-attention")
+    import comfy.model_management
+
+    device = comfy.model_management.get_torch_device()
+    if args.cpu_time and (torch.get_num_threads() > 1 or device.type != "cpu"):
+        parser.error(f"--cpu-time needs one thread on the CPU; this is {torch.get_num_threads()} on {device.type} (set OMP_NUM_THREADS=1)")
+    return args, host, device, time.process_time if args.cpu_time else time.perf_counter
+
+
+def command_line(name: str) -> str:
+    """The command that runs a benchmark as it was run now."""
+    return f"python bootstrap.py bench NAME={name}" + (f" ARGS={shlex.join(sys.argv[1:])!r}" if sys.argv[1:] else "")
 
 
 def machine() -> dict:

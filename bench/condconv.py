@@ -18,10 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import shlex
 import statistics
-import sys
-import time
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +26,7 @@ import torch.nn.functional as F
 from asdm_core.architecture import Architecture
 from asdm_core.condconv import CondConv, CondConv2d, convolution, convolutions, further_experts, start
 from asdm_core.measure import ratio, time_alternating
-from bench._common import pack_module, record, start_host
+from bench._common import add_common_arguments, begin, command_line, pack_module, record
 from bench.unet import DTYPES, SD15, Cutter, build
 
 COUNTS = (2, 4)
@@ -129,17 +126,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds of this process instead of seconds on the wall, "
-                        "for a machine that has other work; with one thread (OMP_NUM_THREADS=1) and no GPU")
-    parser.add_argument("--notes", default="", help="kept in the record: what else the machine was doing")
-    args = parser.parse_args()
-    host = start_host("--use-pytorch-cross-attention")
-    import comfy.model_management
-
-    device = comfy.model_management.get_torch_device()
-    if args.cpu_time and (torch.get_num_threads() > 1 or device.type != "cpu"):
-        parser.error(f"--cpu-time needs one thread on the CPU; this is {torch.get_num_threads()} on {device.type} (set OMP_NUM_THREADS=1)")
-    clock = time.process_time if args.cpu_time else time.perf_counter
+    add_common_arguments(parser)
+    args, host, device, clock = begin(parser)
     summary, rows = bench_unet(args.dtype, args.rounds, device, clock)
     for row in rows:
         print(f"m2 {row['variant']:6} {row['seconds']:8.2f} s  {row['over_plain']:.3f} of plain", flush=True)
@@ -150,7 +138,7 @@ def main() -> None:
             for row in found:
                 print(f"{address} e{count} batch {row['batch']} {row['memory']:17} {row['way']:10} {row['seconds'] * 1000:8.1f} ms  "
                       f"{row['over_plain']:.3f} of plain", flush=True)
-    command = "python bootstrap.py bench NAME=condconv" + (f" ARGS={shlex.join(sys.argv[1:])!r}" if sys.argv[1:] else "")
+    command = command_line("condconv")
     record("condconv", summary, rows, command, host, args.notes)
 
 

@@ -16,16 +16,13 @@ The UNet: SD1.5 with random weights at 1024 x 1024, the node's automatic setting
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
-import time
 
 import torch
 import torch.nn.functional as F
 
 from asdm_core.measure import ratio, time_alternating
-from bench._common import pack_module, record, start_host
+from bench._common import add_common_arguments, begin, command_line, pack_module, record
 from bench.unet import DTYPES, SD15, build
 
 BATCH, HEADS, DIM = 2, 8, 40
@@ -172,17 +169,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--unet-rounds", type=int, default=1)
-    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds of this process instead of seconds on the wall, "
-                        "for a machine that has other work; with one thread (OMP_NUM_THREADS=1) and no GPU")
-    parser.add_argument("--notes", default="", help="kept in the record: what else the machine was doing")
-    args = parser.parse_args()
-    host = start_host("--use-pytorch-cross-attention")
-    import comfy.model_management
-
-    device = comfy.model_management.get_torch_device()
-    if args.cpu_time and (torch.get_num_threads() > 1 or device.type != "cpu"):
-        parser.error(f"--cpu-time needs one thread on the CPU; this is {torch.get_num_threads()} on {device.type} (set OMP_NUM_THREADS=1)")
-    clock, dtype = time.process_time if args.cpu_time else time.perf_counter, DTYPES[args.dtype]
+    add_common_arguments(parser)
+    args, host, device, clock = begin(parser)
+    dtype = DTYPES[args.dtype]
     summary, rows = {}, []
     for pixels, side in SIDES.items():
         found = bench_calls(side, dtype, args.rounds, device, clock)
@@ -199,7 +188,7 @@ def main() -> None:
         rows += found
         summary["unet_speedup_1024"] = found[-1]["speedup"]
         print(*(f"unet {row['unet']:5} {row['seconds']:8.2f} s  x{row['speedup']:.2f}" for row in found), sep="\n", flush=True)
-    command = "python bootstrap.py bench NAME=gri" + (f" ARGS={shlex.join(sys.argv[1:])!r}" if sys.argv[1:] else "")
+    command = command_line("gri")
     record("gri", summary, rows, command, host, args.notes)
 
 

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -28,7 +26,7 @@ from pathlib import Path
 import torch
 
 from asdm_core.measure import psnr, ratio, ssim, time_alternating
-from bench._common import RESULTS, ROOT, pack_module, randomise, record, start_host
+from bench._common import RESULTS, ROOT, add_common_arguments, begin, command_line, pack_module, randomise, record
 
 FAMILY = ROOT / "models" / "emoji"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -277,20 +275,14 @@ def main() -> None:
     parser.add_argument("--cost-rounds", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1, help="of part two")
     parser.add_argument("--pictures", type=int, default=16)
-    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of this process, one thread: for machines with other work to do")
-    parser.add_argument("--notes", default="")
-    args = parser.parse_args()
-    host = start_host()
-    if args.cpu_time:
-        torch.set_num_threads(1)
-    cuda = torch.cuda.is_available()
-
-    def wall() -> float:
-        if cuda:
+    add_common_arguments(parser)
+    args, host, device, clock = begin(parser)
+    cuda = device.type == "cuda"
+    if cuda:
+        def clock() -> float:
             torch.cuda.synchronize()
-        return time.perf_counter()
+            return time.perf_counter()
 
-    clock = time.process_time if args.cpu_time and not cuda else wall
     summary, rows = {}, []
     if "quality" in args.parts:
         found, more = bench_quality(Family(args.pictures), args.rounds, clock)
@@ -299,7 +291,7 @@ def main() -> None:
     if "cost" in args.parts:
         found, more = bench_cost(args.dtype or ("fp16" if cuda else "bf16"), args.cost_rounds, clock)
         summary, rows = summary | found, rows + more
-    command = "python bootstrap.py bench NAME=inheritance" + (f" ARGS={shlex.join(sys.argv[1:])!r}" if sys.argv[1:] else "")
+    command = command_line("inheritance")
     rows = [row | {"command": command, "date": date.today().isoformat()} for row in rows]
     earlier = RESULTS / "inheritance.json"
     if earlier.exists():  # a part that was not run keeps what was recorded of it; each row says when that was

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import resource
-import shlex
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ import torch
 
 from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.measure import costs, ratio, time_alternating, total
-from bench._common import pack_module, randomise, record, start_host
+from bench._common import add_common_arguments, begin, command_line, pack_module, randomise, record
 
 VARIANTS = ("m1", "m2", "m3", "base", "small", "tiny")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -129,17 +128,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds of this process instead of seconds on the wall, "
-                        "for a machine that has other work; with one thread (OMP_NUM_THREADS=1) and no GPU")
-    parser.add_argument("--notes", default="", help="kept in the record: what else the machine was doing")
-    args = parser.parse_args()
-    host = start_host("--use-pytorch-cross-attention")
-    import comfy.model_management
-
-    device = comfy.model_management.get_torch_device()
-    if args.cpu_time and (torch.get_num_threads() > 1 or device.type != "cpu"):
-        parser.error(f"--cpu-time needs one thread on the CPU; this is {torch.get_num_threads()} on {device.type} (set OMP_NUM_THREADS=1)")
-    clock = time.process_time if args.cpu_time else time.perf_counter
+    add_common_arguments(parser)
+    args, host, device, clock = begin(parser)
     summary, rows = bench_pack(device)
     for name in args.dtypes:
         print(f"{name}: SD1.5 and {len(VARIANTS)} variants, {args.rounds} rounds", flush=True)
@@ -150,7 +140,7 @@ def main() -> None:
     peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     summary["peak_memory_gib"] = peak / 1024**3
-    command = "python bootstrap.py bench NAME=unet" + (f" ARGS={shlex.join(sys.argv[1:])!r}" if sys.argv[1:] else "")
+    command = command_line("unet")
     record("unet", summary, rows, command, host, args.notes)
 
 

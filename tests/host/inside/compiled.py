@@ -3,9 +3,6 @@
 import pytest
 import small
 import torch
-import torch._dynamo
-from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_extras import nodes_torch_compile
 from in_host import module
 
 inheritance = module("asdm_core.inheritance")
@@ -33,28 +30,8 @@ def other(folder):
     return small.write_pack(folder / "other.safetensors", CONFIG, seed=2, chosen=CHOSEN)
 
 
-GRAPHS = []
-
-
-def collect(graph, inputs):
-    GRAPHS.append(graph)
-    return graph.forward
-
-
-def compiled(model):
-    """What the stock node makes, but for a backend that only collects the graphs."""
-    clone = model.clone(disable_dynamic=True)
-    set_torch_compile_wrapper(model=clone, backend=collect, options={"guard_filter_fn": nodes_torch_compile.skip_torch_compile_dict})
-    return clone
-
-
-@pytest.fixture
-def graphs():
-    """The graphs made in the course of the test. The compiler forgets those of other tests."""
-    torch._dynamo.reset()
-    GRAPHS.clear()
-    yield GRAPHS
-    torch._dynamo.reset()
+graphs = pytest.fixture(small.fresh_graphs)
+compiled = small.compiled
 
 
 def sample(model, **more):

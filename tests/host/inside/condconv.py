@@ -6,9 +6,7 @@ import comfy.model_patcher
 import pytest
 import small
 import torch
-import torch._dynamo
-from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_extras import nodes_hooks, nodes_torch_compile
+from comfy_extras import nodes_hooks
 from in_host import execute, module
 
 SD, host = small.SD, small.host
@@ -287,27 +285,7 @@ def test_inherited_features_with_experts(model, experts):
 
 
 TWO = small.TWO_LEVELS
-GRAPHS = []
-
-
-def collect(graph, inputs):
-    GRAPHS.append(graph)
-    return graph.forward
-
-
-def compiled(model):
-    """What the stock node makes, but for a backend that only collects the graphs."""
-    clone = model.clone(disable_dynamic=True)
-    set_torch_compile_wrapper(model=clone, backend=collect, options={"guard_filter_fn": nodes_torch_compile.skip_torch_compile_dict})
-    return clone
-
-
-@pytest.fixture
-def graphs():
-    torch._dynamo.reset()
-    GRAPHS.clear()
-    yield GRAPHS
-    torch._dynamo.reset()
+graphs = pytest.fixture(small.fresh_graphs)
 
 
 def test_compiled_experts_have_a_graph_for_each_strength(folder, graphs):
@@ -315,14 +293,14 @@ def test_compiled_experts_have_a_graph_for_each_strength(folder, graphs):
     path = small.write_experts(folder / "two-experts.safetensors", CondConv(dict.fromkeys(small.condconv.convolutions(TWO), 2)), TWO)
     cases = [(m, small.sample(m, TWO)) for m in (two, small.with_pack(two, path), small.with_pack(two, path, strength=0.5))]
     for m, wanted in cases:
-        assert small.difference(small.sample(compiled(m), TWO), wanted) < 1e-5
+        assert small.difference(small.sample(small.compiled(m), TWO), wanted) < 1e-5
     count = len(graphs)
     assert count >= 3
     for m, wanted in cases:  # a new run each: the graphs are found again
-        assert small.difference(small.sample(compiled(m), TWO), wanted) < 1e-5
+        assert small.difference(small.sample(small.compiled(m), TWO), wanted) < 1e-5
     lora = small.lora(TWO)
     with_lora = small.add_lora(cases[1][0], lora)
-    assert small.difference(small.sample(compiled(with_lora), TWO), small.sample(with_lora, TWO)) < 1e-5
+    assert small.difference(small.sample(small.compiled(with_lora), TWO), small.sample(with_lora, TWO)) < 1e-5
     assert len(graphs) == count
     assert small.difference(cases[1][1], cases[0][1]) > 0.01 and small.difference(cases[1][1], cases[2][1]) > 0.001
 

@@ -12,6 +12,9 @@ import comfy.samplers
 import comfy.sd
 import comfy.supported_models
 import torch
+import torch._dynamo
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras import nodes_torch_compile
 from in_host import module
 
 addresses = module("asdm_core.addresses")
@@ -173,3 +176,28 @@ def sigmas_of(model, steps, scheduler="normal"):
 def difference(a, b):
     """Largest difference, relative to the largest value."""
     return float((a - b).abs().max() / b.abs().max())
+
+
+# Compiling ------------------------------------------------------------------------------------------
+
+GRAPHS = []  # made since the compiler was last reset
+
+
+def _collect(graph, inputs):
+    GRAPHS.append(graph)
+    return graph.forward
+
+
+def compiled(model):
+    """What the stock node makes, but for a backend that only collects the graphs."""
+    clone = model.clone(disable_dynamic=True)
+    set_torch_compile_wrapper(model=clone, backend=_collect, options={"guard_filter_fn": nodes_torch_compile.skip_torch_compile_dict})
+    return clone
+
+
+def fresh_graphs():
+    """For a fixture: the graphs made in the course of a test. The compiler forgets those of other tests."""
+    torch._dynamo.reset()
+    GRAPHS.clear()
+    yield GRAPHS
+    torch._dynamo.reset()
