@@ -1,7 +1,8 @@
 """The training loop, its average of the weights and its checkpoints.
 
 Resuming is the same command again. What a step does depends on the seed and the step alone, and a
-checkpoint holds everything else, so on a CPU the resumed run equals the unbroken one bit for bit.
+checkpoint holds everything else, so on a CPU, with the same number of threads, the resumed run equals
+the unbroken one bit for bit.
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ def unbroken(tmp_path_factory):
 def command(folder, *changes, processes=1):
     start = [sys.executable, "-m"] + (["torch.distributed.run", "--nproc-per-node", str(processes), "-m"] if processes > 1 else [])
     sets = [part for change in (f"run.folder={folder}", *changes) for part in ("--set", change)]
-    return subprocess.Popen([*start, "train", str(NARROW), "--cpu", *sets], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    # The order of a sum, and so its last bit, depends on the number of threads: as many as this process has.
+    threads = str(max(1, torch.get_num_threads() // processes))
+    return subprocess.Popen([*start, "train", str(NARROW), "--cpu", *sets], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": threads},
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
