@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import apply_pack, calibrate, files, gri, inherit, inspect_model, load, save_unet
+from . import apply_pack, calibrate, files, gri, inherit, inspect_model, load, save_unet, switch
 
-NODES = [*load.NODES, *apply_pack.NODES, *save_unet.NODES, *inspect_model.NODES, *inherit.NODES, *gri.NODES, *calibrate.NODES]
+NODES = [*load.NODES, *apply_pack.NODES, *save_unet.NODES, *inspect_model.NODES, *inherit.NODES, *gri.NODES, *calibrate.NODES, *switch.NODES]
 
 
 class ASDMExtension(ComfyExtension):

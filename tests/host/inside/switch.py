@@ -1,0 +1,327 @@
+"""Switching within one run: each model plays its stretch as it would alone, and nothing is left behind."""
+
+import comfy.hooks
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import pytest
+import small
+import torch
+from comfy_extras import nodes_model_advanced, nodes_pag
+from in_host import module
+from nodes import ControlNetApplyAdvanced
+
+switch, switching, host, SD = module("nodes.switch"), module("asdm_core.switching"), small.host, small.SD
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return small.model(folder), small.model(folder, seed=1), small.model(folder, seed=2)
+
+
+@pytest.fixture
+def models(loaded):
+    """Three stock MODELs of different weights, which must be the same after the test as before."""
+    before = [(state(m), small.sample(m, steps=1)) for m in loaded]
+    yield loaded
+    for m, (was, sample) in zip(loaded, before, strict=True):
+        assert state(m) == was
+        assert torch.equal(small.sample(m, steps=1), sample)
+
+
+@pytest.fixture
+def first(models):
+    return models[0]
+
+
+@pytest.fixture
+def second(models):
+    return models[1]
+
+
+@pytest.fixture(scope="module")
+def m2(folder):
+    return small.write_pack(folder / "m2.safetensors", seed=3)
+
+
+def state(m):
+    return (id(m.model), repr(m.model_options), dict(m.patches), m.patches_uuid, dict(m.object_patches), repr(m.wrappers), repr(m.callbacks),
+            dict(m.attachments), repr(m.additional_models), m.hook_mode, m.hook_patches_backup, m.model.current_patcher)
+
+
+def at(first, second, where, unit="step", crossfade=0):
+    return switch.with_switch(first, second, switching.SwitchPoint(where, unit), crossfade)
+
+
+def sample(m, **more):
+    return small.sample(m, **{"steps": STEPS, **more})
+
+
+def v_prediction(m):
+    return nodes_model_advanced.ModelSamplingDiscrete().patch(m, "v_prediction", False)[0]
+
+
+def sigmas():
+    return torch.tensor([10.0, 5.0, 2.0, 0.7, 0.0])  # below where the prediction type changes how noise is added
+
+
+def one_evaluation(m, x, timestep, positive=None, negative=None):
+    """What a model alone makes of one noisy latent: the denoised of a run of one Euler step to sigma 0."""
+    found = []
+
+    def function(model, x_, s, extra_args, **_):
+        found.append(model(x, timestep, **extra_args))
+        return x_
+
+    comfy.sample.sample_custom(m, torch.zeros_like(x), 3.0, comfy.samplers.KSAMPLER(function), torch.tensor([1.0, 0.0]),
+                               positive or small.cond(SD, 1), negative or small.cond(SD, 2), torch.zeros_like(x), disable_pbar=True)
+    return found[0]
+
+
+def reference(models, plays, sampler, **more):
+    """The same run by a sampler whose model function swaps whole models, each in a guider of its own."""
+    class Guider(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options={}, seed=None):
+            return one_evaluation(models[plays(float(timestep.flatten()[0]))], x, timestep, **more)
+
+    guider = Guider(models[0])
+    guider.set_conds(more.get("positive") or small.cond(SD, 1), more.get("negative") or small.cond(SD, 2))
+    guider.set_cfg(3.0)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    return guider.sample(noise, torch.zeros(1, 4, 16, 16), comfy.samplers.sampler_object(sampler), sigmas(), seed=0, disable_pbar=True)
+
+
+def run(m, sampler="euler", **more):
+    return sample(m, sigmas=sigmas(), sampler=sampler, **more)
+
+
+# The two ends ---------------------------------------------------------------------------------------
+
+
+def test_at_either_end_one_of_the_models_is_the_result(first, second):
+    assert at(first, second, 0) is at(first, second, 0.0, "percent") is second
+    assert at(first, second, 1.0, "percent") is at(first, second, 0.0, "sigma") is first
+
+
+def test_switched_at_the_first_step_equals_the_second(first, second):
+    switched = at(first, second, 1000.0, "sigma")
+    assert switched is not second
+    assert torch.equal(run(switched), run(second))
+    assert torch.equal(sample(switched), sample(second))
+
+
+@pytest.mark.parametrize("steps", [STEPS, 100])
+def test_switched_after_the_last_step_equals_the_first(first, second, steps):
+    assert torch.equal(sample(at(first, second, steps)), sample(first))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun"])
+def test_a_model_switched_to_its_equal_equals_the_run_without(first, folder, sampler):
+    plain = sample(first, sampler=sampler)
+    assert torch.equal(sample(at(first, first, 2), sampler=sampler), plain)
+    assert torch.equal(sample(at(first, small.model(folder), 2), sampler=sampler), plain)
+
+
+# Between them ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "euler_ancestral", "lms"])
+@pytest.mark.parametrize(("where", "unit"), [(2, "step"), (3.0, "sigma")])
+def test_the_sampler_keeps_its_history(first, second, sampler, where, unit):
+    torch.manual_seed(0)
+    switched = run(at(first, second, where, unit), sampler)
+    torch.manual_seed(0)
+    assert torch.equal(switched, reference((first, second), lambda sigma: int(sigma <= 3), sampler))
+    assert small.difference(switched, run(first, sampler)) > 0.01
+
+
+def test_percent_is_counted_as_the_host_counts(first, second):
+    percent = 0.6
+    sigma = first.get_model_object("model_sampling").percent_to_sigma(percent)
+    assert torch.equal(sample(at(first, second, percent, "percent")), sample(at(first, second, sigma, "sigma")))
+    assert small.difference(sample(at(first, second, percent, "percent")), sample(first)) > 0.01
+
+
+def test_steps_are_those_of_the_run(first, second):
+    # KSamplerAdvanced, from step 2 to the end.
+    more = {"steps": 6, "start_step": 2, "last_step": 6}
+    assert torch.equal(sample(at(first, second, 4), **more), sample(first, **more))
+    assert small.difference(sample(at(first, second, 3), **more), sample(first, **more)) > 0.001
+
+
+def test_three_in_a_chain_either_way(models):
+    a, b, c = models
+    wanted = reference(models, lambda sigma: 0 if sigma > 5 else 1 if sigma > 2 else 2, "dpmpp_2m")
+    assert torch.equal(run(at(at(a, b, 1), c, 2), "dpmpp_2m"), wanted)
+    assert torch.equal(run(at(a, at(b, c, 2), 1), "dpmpp_2m"), wanted)
+    assert torch.equal(run(at(a, at(b, c, 1), 2)), run(at(a, c, 2)))
+
+
+def test_back_to_the_first(first, second):
+    wanted = reference((first, second), lambda sigma: int(2 < sigma <= 5), "dpmpp_2m")
+    assert torch.equal(run(at(at(first, second, 1), first, 2), "dpmpp_2m"), wanted)
+
+
+def test_a_crossfade_mixes_the_predictions(first, second):
+    faded = []
+    switched = at(first, second, 1, crossfade=1)
+    plain = {i: [] for i in (0, 1)}
+
+    def collect(out):
+        def function(model, x, s, extra_args, **_):
+            out.extend(model(torch.ones_like(x), sigma[None], **extra_args) for sigma in s[:-1])
+            return x
+        return comfy.samplers.KSAMPLER(function)
+
+    for m, out in ((switched, faded), (first, plain[0]), (second, plain[1])):
+        comfy.sample.sample_custom(m, torch.zeros(1, 4, 16, 16), 3.0, collect(out), sigmas(), small.cond(SD, 1), small.cond(SD, 2),
+                                   torch.zeros(1, 4, 16, 16), disable_pbar=True)
+    assert torch.equal(faded[0], plain[0][0])
+    assert torch.equal(faded[1], plain[0][1] * 0.5 + plain[1][1] * 0.5)
+    assert torch.equal(faded[2], plain[1][2])
+
+
+def test_cfg_plus_plus_samplers_see_the_guidance_of_both(first, second, folder):
+    assert torch.equal(sample(at(first, small.model(folder), 2), sampler="euler_cfg_pp"), sample(first, sampler="euler_cfg_pp"))
+    assert torch.equal(run(at(first, second, 1000.0, "sigma"), "euler_cfg_pp"), run(second, "euler_cfg_pp"))
+
+
+# What each model brings -----------------------------------------------------------------------------
+
+
+def test_each_keeps_its_own_guidance(first, second):
+    pag = nodes_pag.PerturbedAttentionGuidance.execute(second, 3.0).args[0]
+    assert torch.equal(run(at(first, pag, 1000.0, "sigma")), run(pag))
+    assert torch.equal(run(at(pag, first, 1000.0, "sigma")), run(first))
+    assert torch.equal(run(at(first, pag, 2)), reference((first, pag), lambda sigma: int(sigma <= 2), "euler"))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_v_prediction_with_eps(first, second, shared):
+    v = v_prediction(first if shared else second)
+    assert torch.equal(run(at(first, v, 2)), reference((first, v), lambda sigma: int(sigma <= 2), "euler"))
+    assert torch.equal(run(at(v, first, 2)), reference((v, first), lambda sigma: int(sigma <= 2), "euler"))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_keeps_its_own_lora(first, second, shared):
+    a, b = small.add_lora(first, small.lora(seed=0)), small.add_lora(first if shared else second, small.lora(seed=1))
+    assert (a.model is b.model) == shared
+    assert torch.equal(run(at(a, b, 2)), reference((a, b), lambda sigma: int(sigma <= 2), "euler"))
+    assert torch.equal(run(at(a, b, 1000.0, "sigma")), run(b))
+
+
+def test_pack_on_the_second_shares_the_trunk(first, m2, monkeypatch):
+    packed, listed = small.with_pack(first, m2), []
+    load = comfy.model_management.load_models_gpu
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models, *a, **k: listed.append(list(models)) or load(models, *a, **k))
+    switched = at(first, packed, 2)
+    assert torch.equal(run(switched), reference((first, packed), lambda sigma: int(sigma <= 2), "euler"))
+    pack = next(iter(host.packs_of(packed).values())).model
+    assert [id(m.model) for m in listed[0]] == [id(first.model), id(pack)]
+
+
+def test_packs_and_loras_on_both(first, second, m2, folder):
+    other = small.write_pack(folder / "m1.safetensors", preset="m1", seed=4)
+    a = small.add_lora(small.with_pack(first, m2), small.lora(seed=0))
+    for b in (small.add_lora(small.with_pack(second, m2), small.lora(seed=1)), small.add_lora(small.with_pack(first, m2), small.lora(seed=1)),
+              small.with_pack(a, other)):
+        assert torch.equal(run(at(a, b, 2)), reference((a, b), lambda sigma: int(sigma <= 2), "euler"))
+
+
+def test_a_pack_after_the_switch_plays_in_the_first(first, second, m2):
+    assert torch.equal(run(small.with_pack(at(first, second, 2), m2)), run(at(small.with_pack(first, m2), second, 2)))
+
+
+def test_a_control_net_is_mapped_to_each(first, second):
+    net, v = small.control_net(), v_prediction(second)
+    positive, negative = ControlNetApplyAdvanced().apply_controlnet(
+        small.cond(SD, 1), small.cond(SD, 2), net, torch.rand(1, 128, 128, 3), 0.8, 0.0, 0.9)
+    more = {"positive": positive, "negative": negative}
+    found = run(at(first, v, 2), **more)
+    assert torch.equal(found, reference((first, v), lambda sigma: int(sigma <= 2), "euler", **more))
+    assert small.difference(found, run(at(first, v, 2))) > 0.001
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_hook_loras_act_on_both(first, second, m2, shared):
+    other = small.with_pack(first if shared else second, m2)
+    hooks = comfy.hooks.create_hook_lora(small.lora(), 1.0, 0.0)
+    more = {"positive": small.cond(SD, 1, hooks=hooks)}
+    found = run(at(first, other, 2), **more)
+    # The host marks a MODEL as changed when it registers hooks, so not the original.
+    assert torch.equal(found, reference((first.clone(), other), lambda sigma: int(sigma <= 2), "euler", **more))
+    assert small.difference(found, run(at(first, other, 2))) > 0.001
+
+
+def test_hook_loras_on_a_shared_trunk_in_run_after_run(first, m2):
+    lora = small.add_lora(first, small.lora())
+    switched = at(lora, small.with_pack(lora, m2), 2)
+    hooks = comfy.hooks.create_hook_lora(small.lora(seed=1), 0.5, 0.0)
+    once = run(switched, positive=small.cond(SD, 1, hooks=hooks))
+    assert torch.equal(run(switched, positive=small.cond(SD, 1, hooks=hooks)), once)
+
+
+def test_inpainting_from_a_latent(first, second):
+    generator = torch.Generator().manual_seed(5)
+    more = {"latent": torch.randn(1, 4, 16, 16, generator=generator), "noise_mask": (torch.rand(1, 1, 16, 16, generator=generator) > 0.5).float()}
+    assert torch.equal(run(at(first, second, 1000.0, "sigma"), **more), run(second, **more))
+    found = run(at(first, second, 2), **more)
+    assert small.difference(found, run(first, **more)) > 0.001
+    assert small.difference(found, run(second, **more)) > 0.001
+
+
+# What cannot be, and what is left -------------------------------------------------------------------
+
+
+def test_another_family_is_refused(first, folder):
+    with pytest.raises(ValueError, match="model_first is small-sd, model_second is small-sdxl"):
+        at(first, small.model(folder, small.SDXL), 2)
+
+
+def test_a_lora_after_the_switch_on_a_shared_unet_is_refused(first, m2):
+    switched = small.add_lora(at(first, small.with_pack(first, m2), 2), small.lora())
+    with pytest.raises(ValueError, match="Put the node before Switch UNet"):
+        sample(switched)
+
+
+def test_a_lora_after_the_switch_acts_on_the_first(first, second):
+    lora = small.lora()
+    assert torch.equal(run(small.add_lora(at(first, second, 2), lora)), run(at(small.add_lora(first, lora), second, 2)))
+
+
+def test_a_unet_that_cannot_be_loaded_again_is_refused(first):
+    a, b = small.add_lora(first, small.lora()), first.clone()
+    b.cached_patcher_init = None
+    with pytest.raises(ValueError, match="cannot be loaded a second time"):
+        at(a, b, 2)
+
+
+def test_nothing_is_left_after_a_run_and_after_an_error(first, second, m2, monkeypatch):
+    packed = small.with_pack(second, m2)
+    switched = at(first, packed, 2)
+    wanted, before = sample(switched), [state(m) for m in (switched, *switch.others_of(switched))]
+    closed = []
+    monkeypatch.setattr(host.Run, "close", lambda self, close=host.Run.close: closed.append(self) or close(self))
+    evaluate, calls = switch.Run._evaluate, []
+
+    def fail_at_third(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("in the middle")
+        return evaluate(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(switch.Run, "_evaluate", fail_at_third)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            sample(switched)
+    assert len(closed) == 1
+    assert [state(m) for m in (switched, *switch.others_of(switched))] == before
+    assert torch.equal(sample(switched), wanted)
+    assert torch.equal(sample(packed), sample(at(first, packed, 1000.0, "sigma")))
