@@ -4,7 +4,8 @@
 
 Random weights, 512 x 512 pixels, batch 2 (classifier-free guidance), 77 tokens, the host's fused attention.
 All variants are one SD1.5 skeleton whose units are cut in turn, measured A, B, C, A, B, C, ...; a ratio is
-the median over the rounds of the ratio within a round.
+the median over the rounds of the ratio within a round. Beside them runs the renumbered network of `base` as
+the host itself builds it, without anything of asdm: what cutting in place costs against that.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.measure import costs, ratio, time_alternating, total
 from bench._common import add_common_arguments, begin, command_line, pack_module, randomise, record
 
+CONTROL = "base"
 VARIANTS = ("m1", "m2", "m3", "base", "small", "tiny")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SD15 = FAMILIES["sd15"]
 
 
-def build(dtype: torch.dtype, device: torch.device):
+def build(config, dtype: torch.dtype, device: torch.device):
     from comfy import ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    unet = UNetModel(**SD15.to_host(), dtype=dtype, device=device, operations=ops.disable_weight_init)
+    unet = UNetModel(**config.to_host(), dtype=dtype, device=device, operations=ops.disable_weight_init)
     randomise(unet.requires_grad_(False).eval())
     return unet
 
@@ -53,27 +55,36 @@ class Cutter:
 
 def bench_variants(name: str, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
     dtype = DTYPES[name]
-    cutter = Cutter(build(dtype, device))
+    cutter = Cutter(build(SD15, dtype, device))
+    stock = build(Architecture.preset(CONTROL).renumbered.config, dtype, device)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 64, 64, generator=generator).to(device, dtype)
     context = torch.randn(2, 77, SD15.context_dim, generator=generator).to(device, dtype)
     t = torch.tensor([500.0, 500.0], device=device)
     variants = {"sd15": Architecture.full(SD15), **{v: Architecture.preset(v) for v in VARIANTS}}
 
-    def call(architecture):
-        cutter.become(architecture)
+    def call(unet):
         with torch.inference_mode():
-            out = cutter.unet(x, t, context, transformer_options={})
+            out = unet(x, t, context, transformer_options={})
         assert out.isfinite().all()
 
+    def call_cut(architecture):
+        cutter.become(architecture)
+        call(cutter.unet)
+
     sync = torch.cuda.synchronize if device.type == "cuda" else None
-    call(variants["sd15"])  # warms every layer up for all variants, which have no others
-    times = time_alternating({v: lambda a=a: call(a) for v, a in variants.items()}, rounds, warmup=0, sync=sync, clock=clock)
+    call_cut(variants["sd15"])  # warms every layer up for all variants, which have no others
+    call(stock)
+    control = f"{CONTROL}-renumbered"
+    calls = {v: lambda a=a: call_cut(a) for v, a in variants.items()} | {control: lambda: call(stock)}
+    times = time_alternating(calls, rounds, warmup=0, sync=sync, clock=clock)
+    variants[control] = variants[CONTROL]
     work = {v: total(costs(a)).total for v, a in variants.items()}
     rows = [{"variant": v, "dtype": name, "seconds": statistics.median(times[v]), "all_seconds": times[v],
              "over_sd15": ratio(times, v, "sd15"), "macs_over_sd15": work[v] / work["sd15"],
              "params": variants[v].params} for v in variants]
-    return {f"{v}_over_sd15_{name}": ratio(times, v, "sd15") for v in VARIANTS}, rows
+    summary = {f"{v}_over_sd15_{name}": ratio(times, v, "sd15") for v in VARIANTS}
+    return summary | {f"{CONTROL}_over_renumbered_{name}": ratio(times, CONTROL, control)}, rows
 
 
 def bench_pack(device: torch.device) -> tuple[dict, list[dict]]:
@@ -136,7 +147,7 @@ def main() -> None:
         more, found = bench_variants(name, args.rounds, device, clock)
         summary, rows = {**more, **summary}, [*found, *rows]
         for row in found:
-            print(f"  {row['variant']:6} {row['seconds']:8.2f} s  {row['over_sd15']:.3f} of SD1.5 (MACs {row['macs_over_sd15']:.3f})", flush=True)
+            print(f"  {row['variant']:15} {row['seconds']:8.2f} s  {row['over_sd15']:.3f} of SD1.5 (MACs {row['macs_over_sd15']:.3f})", flush=True)
     peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     summary["peak_memory_gib"] = peak / 1024**3
