@@ -1,11 +1,7 @@
 """Switching: several UNets take turns within one sampling run, as plain frozen data.
 
-After A-SDM (arXiv 2406.00210), section 2.4: the early steps lay out a picture and the late ones draw it, and need
-not be drawn by the same UNet. Its Table 3, on 25 steps:
-
-  S1  small UNet for 10 steps, the large one for the last 15 (the best of the three)
-  S2  SD for 15 steps, BK-SDM Base for the last 10
-  S3  SD for 10 steps, BK-SDM Base for the last 15
+After A-SDM (arXiv 2312.15516), section 2.4: the early steps lay out a picture and the late ones draw it, and need
+not be drawn by the same UNet. What its Table 3 tried is in PRESETS.
 
 Players of a run are numbered: 0 is the first model, i + 1 the one that the i-th switch brings in.
 """
@@ -16,7 +12,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-UNITS = ("percent", "step", "sigma")
+UNITS = ("percent", "share of steps", "step", "sigma")
+_SHARES = ("percent", "share of steps")
 NEVER = -math.inf  # a noise level that no evaluation reaches, not even one at sigma 0
 
 
@@ -24,8 +21,9 @@ NEVER = -math.inf  # a noise level that no evaluation reaches, not even one at s
 class SwitchPoint:
     """Where in a sampling run the next model takes over.
 
-    unit: "percent" of the schedule as the host counts it (0 = first step, 1 = end), "step" of the run, counted
-    from 0, or "sigma", the noise level itself. Raises ValueError.
+    unit: "percent" of the schedule as the host counts it (0 = first step, 1 = end), "share of steps" (0.4 = after 40%
+    of the run's steps, rounded to whole steps), "step" of the run, counted from 0, or "sigma", the noise level itself.
+    Raises ValueError.
     """
 
     at: float
@@ -36,8 +34,8 @@ class SwitchPoint:
             raise ValueError(f"unit must be one of {UNITS}, got {self.unit!r}")
         if self.unit == "step" and self.at != int(self.at):
             raise ValueError(f"switch_at: wanted a whole number of steps, got {self.at:g}. "
-                             "For a share of the run choose the unit percent.")
-        if self.unit == "percent" and not 0 <= self.at <= 1:
+                             "For a share of the run choose the unit share of steps.")
+        if self.unit in _SHARES and not 0 <= self.at <= 1:
             raise ValueError(f"switch_at: wanted a share of the run from 0 to 1, got {self.at:g}. For a number of steps choose the unit step.")
 
     @property
@@ -48,7 +46,7 @@ class SwitchPoint:
     @property
     def after_all(self) -> bool:
         """Whether the next model never plays, whatever the schedule."""
-        return self.at <= 0 if self.unit == "sigma" else self.unit == "percent" and self.at >= 1
+        return self.at <= 0 if self.unit == "sigma" else self.unit in _SHARES and self.at >= 1
 
     def sigma(self, sigmas: Sequence[float], percent_to_sigma: Callable[[float], float]) -> float:
         """The noise level at and below which the next model plays, in a run on `sigmas` (one more than steps)."""
@@ -56,9 +54,30 @@ class SwitchPoint:
             return math.inf
         if self.after_all:
             return NEVER
-        if self.unit == "step":
-            return sigmas[int(self.at)] if self.at < len(sigmas) - 1 else NEVER
+        steps = len(sigmas) - 1
+        if self.unit in ("step", "share of steps"):
+            step = int(self.at) if self.unit == "step" else math.floor(self.at * steps + 0.5)
+            return sigmas[step] if step < steps else NEVER
         return percent_to_sigma(self.at) if self.unit == "percent" else self.at
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published switch between a large UNet and a smaller one. small_first: the small one begins."""
+
+    small_first: bool
+    at: SwitchPoint
+    source: str
+
+
+_TABLE = "A-SDM, arXiv 2312.15516, table 3"
+
+# The paper's numbers of steps are those of runs of 25; here they are shares of any run.
+PRESETS: dict[str, Preset] = {
+    "S1": Preset(True, SwitchPoint(10 / 25, "share of steps"), f"{_TABLE}: BK-SDM Base for 10 steps, SD for 15; the best of the three"),
+    "S2": Preset(False, SwitchPoint(15 / 25, "share of steps"), f"{_TABLE}: SD for 15 steps, BK-SDM Base for 10"),
+    "S3": Preset(False, SwitchPoint(10 / 25, "share of steps"), f"{_TABLE}: SD for 10 steps, BK-SDM Base for 15"),
+}
 
 
 @dataclass(frozen=True)

@@ -371,10 +371,11 @@ class ASDMSwitchUNet(io.ComfyNode):
                 io.Model.Input("model_first"),
                 io.Model.Input("model_second"),
                 io.Float.Input("switch_at", default=0.5, min=0.0, max=10000.0, step=0.01,
-                               tooltip="Where the second model takes over: 0.4 with percent, 10 with step (10 steps of the first), "
-                                       "a noise level with sigma."),
+                               tooltip="Where the second model takes over: 0.4 with percent or share of steps, 10 with step (10 steps of the "
+                                       "first), a noise level with sigma."),
                 io.Combo.Input("unit", options=list(UNITS), default="percent",
-                               tooltip="percent: share of the noise schedule, 0 is its begin, 1 its end, as in other nodes. step: steps of this run. "
+                               tooltip="percent: share of the noise schedule, 0 is its begin, 1 its end, as in other nodes. share of steps: 0.4 is "
+                                       "after 40% of this run's steps. step: steps of this run. "
                                        "sigma: the noise level at and below which the second model plays."),
                 io.Int.Input("crossfade_steps", default=0, min=0, max=1000, advanced=True,
                              tooltip="So many steps from the switch on both models play and their predictions are mixed. Each costs as much "

@@ -105,7 +105,7 @@ def run(m, sampler="euler", **more):
 
 
 def test_at_either_end_one_of_the_models_is_the_result(first, second):
-    assert at(first, second, 0) is at(first, second, 0.0, "percent") is second
+    assert at(first, second, 0) is at(first, second, 0.0, "percent") is at(first, second, 0.0, "share of steps") is second
     assert at(first, second, 1.0, "percent") is at(first, second, 0.0, "sigma") is first
 
 
@@ -153,6 +153,19 @@ def test_steps_are_those_of_the_run(first, second):
     more = {"steps": 6, "start_step": 2, "last_step": 6}
     assert torch.equal(sample(at(first, second, 4), **more), sample(first, **more))
     assert small.difference(sample(at(first, second, 3), **more), sample(first, **more)) > 0.001
+
+
+@pytest.mark.parametrize("more", [{"steps": 5}, {"steps": 7, "start_step": 2, "last_step": 7}], ids=str)
+def test_a_share_of_the_steps_counts_those_of_the_run(first, second, more):
+    # 40% of 5 steps: the first two are the first model's.
+    assert torch.equal(sample(at(first, second, 0.4, "share of steps"), **more), sample(at(first, second, 2), **more))
+    assert torch.equal(sample(at(first, second, 1.0, "share of steps"), **more), sample(first, **more))
+
+
+def test_presets_are_the_papers(first, second):
+    for (name, preset), steps in zip(switching.PRESETS.items(), (2, 3, 2), strict=True):
+        a, b = (second, first) if preset.small_first else (first, second)
+        assert torch.equal(sample(switch.with_switch(a, b, preset.at), steps=5), sample(at(a, b, steps), steps=5)), name
 
 
 def test_three_in_a_chain_either_way(models):
