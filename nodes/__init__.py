@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import apply_pack, calibrate, files, gri, inherit, inspect_model, load, save_unet, switch
+from . import apply_pack, calibrate, files, gri, inherit, inspect_model, load, migrate, save_unet, switch
 
 NODES = [*load.NODES, *apply_pack.NODES, *save_unet.NODES, *inspect_model.NODES, *inherit.NODES, *gri.NODES, *calibrate.NODES, *switch.NODES]
 
@@ -12,6 +12,7 @@ NODES = [*load.NODES, *apply_pack.NODES, *save_unet.NODES, *inspect_model.NODES,
 class ASDMExtension(ComfyExtension):
     async def on_load(self):
         files.register_folders()
+        await migrate.register()
 
     async def get_node_list(self):
         return NODES

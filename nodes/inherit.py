@@ -55,7 +55,8 @@ def chosen_plan(config, settings: dict) -> Plan:
     return custom_plan(config, **settings) if preset == "custom" else inheritance.dial(config, preset)
 
 
-def _custom_inputs() -> list[io.Input]:
+def custom_inputs() -> list[io.Input]:
+    """The settings behind the preset "custom"."""
     return [
         io.Combo.Input("what", options=list(WHAT), default="deepcache",
                        tooltip="What is inherited: everything beneath a skip branch (deepcache), beneath the first layer (shallow-only), "
@@ -97,7 +98,7 @@ class ASDMFeatureInheritance(io.ComfyNode):
                     options=[*(io.DynamicCombo.Option(name, []) for name in DIALS),
                              io.DynamicCombo.Option("plan", [io.String.Input(
                                  "plan", multiline=True, default="", tooltip="A plan as JSON: from Calibrate Inheritance, or one that somebody shared.")]),
-                             io.DynamicCombo.Option("custom", _custom_inputs())],
+                             io.DynamicCombo.Option("custom", custom_inputs())],
                     tooltip="faithful: hardly visible. balanced: small differences. fast: the same motif, details may differ. "
                             "plan: one made by Calibrate Inheritance. custom: all settings."),
                 io.Int.Input("memory_limit_mb", default=0, min=0, max=1_000_000, advanced=True,

@@ -231,6 +231,40 @@ def test_a_wrong_plan_is_one_clear_error(client, family, settings, said):
     assert client.run(graph())
 
 
+OLD = {  # inputs of a DeepCache node of other packs, and the settings of ours that must give the same picture
+    "DeepCache": ({"cache_interval": 3, "cache_depth": 2, "start_step": 0, "end_step": 1000}, {"interval": 3, "branch": 2}),
+    "DeepCacheV2": ({"cache_interval": 3, "cache_depth": 2, "start_step": 0, "end_step": 1000}, {"interval": 3, "branch": 2}),
+    "DeepCache_Fix": (
+        {"cache_interval": 4, "cache_depth": 3, "start_steps": 0, "end_steps": 12, "input_cache": "Yes", "middle_cahce": "Yes", "output_cache": "Yes"},
+        {"interval": 4, "branch": 3, "last_steps": 3}),
+    "ModuleDeepCacheSpeedup": (
+        {"static_mode": "enable", "cache_interval": 3, "cache_layer_id": 0, "cache_block_id": 1, "start_step": 0, "end_step": 1000},
+        {"interval": 3, "branch": 3}),
+}
+
+
+@pytest.mark.parametrize("old", OLD)
+def test_a_graph_with_a_dead_deepcache_node_runs_with_feature_inheritance(client, family, old):
+    inputs, settings = OLD[old]
+    ours, theirs = inheriting("custom", **CUSTOM | settings), inheriting()
+    theirs["8"] = {"class_type": old, "inputs": {"model": ["1", 0], **inputs}, "_meta": {"title": old}}
+    expected, outputs = client.run(ours), client.run(theirs)
+    assert outputs["9"]["text"] and outputs["9"]["text"][0].splitlines()[0] == expected["9"]["text"][0].splitlines()[0]
+    assert image(client, outputs).tobytes() == image(client, expected).tobytes()
+
+
+def test_the_browser_is_told_of_dead_deepcache_nodes(client):
+    told = client.get("/node_replacements")
+    needed = client.object_info("ASDMFeatureInheritance")["input"]["required"]
+    for old, (inputs, _) in OLD.items():
+        (entry,) = told[old]
+        assert entry["new_node_id"] == "ASDMFeatureInheritance"
+        # Workflows keep the values of widgets by position.
+        assert entry["old_widget_ids"] == list(inputs)
+        assert {m["old_id"] for m in entry["input_mapping"] if "old_id" in m} <= {"model", *inputs}
+        assert set(needed) <= {m["new_id"] for m in entry["input_mapping"]}
+
+
 def test_the_plan_of_a_model_without_one_is_a_clear_error(client, family):
     g = inheriting()
     g["9"]["inputs"]["model"] = ["1", 0]
