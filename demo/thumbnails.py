@@ -1,0 +1,115 @@
+"""Thumbnails of the workflows, beside their files: without asdm on the left, with it on the right.
+
+    python -m demo.thumbnails
+
+Runs each workflow's API graph twice in a real ComfyUI, as it is and with asdm's nodes taken out. A checkpoint
+that only its user has is stood in for by the embedded family.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+import bootstrap
+from demo.compare import font
+from demo.server import PACK, Client, Server, device_flags
+
+WORKFLOWS = PACK / "workflows"
+SIDE = 512
+EMBEDDED = {"ckpt_name": "emoji-teacher.safetensors"}
+# In the words of the family; a finetune of its own stands in for a user's.
+STAND_INS = {"speed_up_my_checkpoint": ("sunflower on white", "emoji-teacher"), "anime_finetune": ("star on white", "emoji-openmoji"),
+             "sdxl": ("four leaf clover on white", "emoji-teacher")}
+INPUT = "example.png"
+
+
+def api_graph(workflow: Path) -> dict:
+    """The API graph that belongs to a workflow file."""
+    return json.loads((WORKFLOWS / "api" / f"{workflow.stem.lower().replace(' ', '_')}.json").read_text("utf-8"))
+
+
+def on_embedded_family(graph: Mapping, prompt: str, checkpoint: str) -> dict:
+    """The graph with the embedded family in place of a stock loader's checkpoint, at its size."""
+    graph = json.loads(json.dumps(graph))
+    loaders = [key for key, node in graph.items() if node["class_type"] == "CheckpointLoaderSimple"]
+    for key in loaders:
+        graph[key] |= {"class_type": "ASDMCheckpointLoader", "inputs": {"ckpt_name": f"{checkpoint}.safetensors"}}
+    if loaders:
+        texts = [node for node in graph.values() if node["class_type"] == "CLIPTextEncode"]
+        for node, text in zip(texts, (prompt, ""), strict=True):
+            node["inputs"]["text"] = text
+        for node in graph.values():
+            inputs = node["inputs"]
+            inputs.update({side: 128 for side in ("width", "height") if isinstance(inputs.get(side), int)})
+            inputs.update({"cfg": 3.0} if "cfg" in inputs else {})
+    return graph
+
+
+def needed(graph: Mapping, key: str) -> dict:
+    """The part of a graph that one node needs."""
+    found, open_ = {}, [key]
+    while open_:
+        key = open_.pop()
+        found[key] = graph[key]
+        open_ += [value[0] for value in graph[key]["inputs"].values() if isinstance(value, list) and value[0] not in found]
+    return found
+
+
+def without_asdm(graph: Mapping) -> dict:
+    """The graph with each asdm node that turns a MODEL into a MODEL taken out."""
+    graph = json.loads(json.dumps(graph))
+    source = {key: node["inputs"].get("model", node["inputs"].get("model_second")) for key, node in graph.items()
+              if node["class_type"].startswith("ASDM") and node["class_type"] != "ASDMCheckpointLoader"}
+    for node in graph.values():
+        for name, value in node["inputs"].items():
+            while isinstance(value, list) and value[0] in source and name.startswith("model"):
+                value = source[value[0]]
+            node["inputs"][name] = value
+    return graph
+
+
+def last_picture(client: Client, graph: Mapping) -> Image.Image:
+    """The first image of the graph's first Save Image."""
+    key = next(key for key, node in graph.items() if node["class_type"] == "SaveImage")
+    outputs = client.run(needed(graph, key))
+    return Image.open(io.BytesIO(client.fetch(outputs[key]["images"][0]))).convert("RGB")
+
+
+def split(left: Image.Image, right: Image.Image, labels: tuple[str, str]) -> Image.Image:
+    """One picture made of two halves of the same place, with a handle between them."""
+    left, right = (picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for picture in (left, right))
+    middle = SIDE // 2
+    left.paste(right.crop((middle, 0, SIDE, SIDE)), (middle, 0))
+    draw = ImageDraw.Draw(left)
+    draw.line((middle, 0, middle, SIDE), fill="white", width=5)
+    draw.ellipse((middle - 17, SIDE // 2 - 17, middle + 17, SIDE // 2 + 17), fill="white")
+    draw.text((middle, SIDE // 2), "< >", font=font(18), fill="#404040", anchor="mm")
+    for label, x, anchor in zip(labels, (14, SIDE - 14), ("ls", "rs"), strict=True):
+        box = draw.textbbox((x, SIDE - 20), label, font=font(22), anchor=anchor)
+        draw.rounded_rectangle((box[0] - 8, box[1] - 6, box[2] + 8, box[3] + 6), 8, fill="#202020")
+        draw.text((x, SIDE - 20), label, font=font(22), fill="white", anchor=anchor)
+    return left
+
+
+def main() -> int:
+    host = bootstrap.host_path()
+    with tempfile.TemporaryDirectory() as base, Server(host, Path(base), flags=device_flags()) as server:
+        client = Client(server.url)
+        client.upload(INPUT, (host / "input" / INPUT).read_bytes())
+        for path in sorted(WORKFLOWS.glob("*.json")):
+            graph = on_embedded_family(api_graph(path), *STAND_INS.get(path.stem.lower().replace(" ", "_"), ("", "")))
+            pictures = [last_picture(client, g) for g in (without_asdm(graph), graph)]
+            split(*pictures, ("in full", "asdm")).save(path.with_suffix(".jpg"), quality=88)
+            print(f"thumbnails: {path.with_suffix('.jpg').name}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
