@@ -101,6 +101,7 @@ class Server:
     flags: further arguments of ComfyUI's main.py, such as "--cpu".
     models: further model folders by kind.
     python: interpreter with the host's requirements.
+    pack: folder to link as custom_nodes/asdm; None where base has one already, installed or disabled.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Server:
         models: Mapping[str, Iterable[Path]] | None = None,
         port: int = 0,
         python: str = sys.executable,
+        pack: Path | None = PACK,
     ):
         self.host = Path(host)
         self.base = Path(base).resolve()
@@ -119,6 +121,7 @@ class Server:
         self.models = dict(models or {})
         self.port = port
         self.python = python
+        self.pack = pack
         self.log_file = self.base / "comfyui.log"
         self._process: subprocess.Popen | None = None
 
@@ -150,7 +153,8 @@ class Server:
         """Start the host and wait until it answers."""
         for name in ("input", "output", "models", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
-        link_folder(self.base / "custom_nodes" / "asdm", PACK)
+        if self.pack:
+            link_folder(self.base / "custom_nodes" / "asdm", self.pack)
         if self.models:
             write_model_paths(self.base / "model_paths.yaml", self.models)
         self.port = free_port(self.port)
