@@ -276,6 +276,23 @@ def _widths(conv: Conv) -> str:
     return f"{conv.shape[1]} -> {conv.shape[0]}"
 
 
+def sharing(config: UNetConfig, convs: Iterable[str], form: str = "difference") -> tuple[CondConv, dict[str, str]]:
+    """Settings for those of `convs` that can gather experts, with as many as they have donors, and the others, each with the reason.
+
+    Raises ValueError if none of them can.
+    """
+    counts, alone = {}, {}
+    for address in convs:
+        try:
+            counts[address] = 1 + len(donors(config, address))
+        except ValueError as e:
+            convolution(config, address)  # an address that is none is an error, not a reason
+            alone[address] = str(e)
+    if not counts:
+        raise ValueError("no convolution can share experts: " + "; ".join(alone.values()))
+    return CondConv(counts, form), alone
+
+
 def clme(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], config: UNetConfig, convs: Iterable[str],
          form: str = "difference") -> tuple[CondConv, StateDict, dict[str, str]]:
     """Further experts gathered from a teacher (Cross-Layer Multi-Expert, A-SDM section 2.3).
@@ -285,19 +302,10 @@ def clme(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], config: U
     The gathered experts start almost silent, r = 0.01, and expert 1 of a mixture at r = 0.99.
     Raises ValueError if none of `convs` can share, Mismatch for missing or misshapen weights.
     """
-    sources, alone = {}, {}
-    for address in convs:
-        try:
-            sources[address] = donors(config, address)
-        except ValueError as e:
-            convolution(config, address)  # an address that is none is an error, not a reason
-            alone[address] = str(e)
-    if not sources:
-        raise ValueError("no convolution can share experts: " + "; ".join(alone.values()))
-    settings = CondConv({address: 1 + len(found) for address, found in sources.items()}, form)
+    settings, alone = sharing(config, convs, form)
     tensors = {}
-    for address, found in sources.items():
-        conv = convolution(config, address)
+    for address, conv in settings.convs(config).items():
+        found = donors(config, address)
         for leaf in ("weight", "bias"):
             first = _take(student, conv, leaf, "student")
             experts = [_take(teacher, convolution(config, donor), leaf, "teacher") for donor in found]

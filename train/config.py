@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from asdm_core.addresses import UNetConfig
+from asdm_core import condconv
+from asdm_core.addresses import UNetConfig, select
 from asdm_core.architecture import FAMILIES, Architecture
+from asdm_core.condconv import FORMS, CondConv, convolutions, sharing
 
 from .losses import LATENT_RGB, PREDICTIONS
 
@@ -29,6 +31,7 @@ except ModuleNotFoundError:  # Python 3.10
         raise ModuleNotFoundError("recipes are TOML, which Python 3.10 cannot read by itself: pip install tomli") from None
 
 TRAINED = ("own", "all")
+STARTS = (*condconv.STARTS, "clme")
 SOURCES = ("cache", "random")
 TIMESTEPS = ("uniform", "snr")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -41,11 +44,13 @@ class Network:
 
     shape: the UNet of a family as a table, where it is none of FAMILIES.
     teacher: its weights, any file or folder Load Pruned UNet takes; "random" draws them from the run's seed.
+    outputs: folder of its outputs for the samples of this run (train/outputs.py); empty: they are computed as the run goes.
     """
 
     family: str = "sd15"
     teacher: str = ""
     prediction: str = "eps"
+    outputs: str = ""
     shape: dict | None = None
 
     @property
@@ -59,7 +64,7 @@ class Network:
 class Student:
     """What is cut, what is trained and where it starts.
 
-    preset: a row of asdm_core.architecture.PRESETS; or cut and on: range expressions of Architecture.choose.
+    preset: a row of asdm_core.architecture.PRESETS, or "full" to train the teacher on; or cut and on: range expressions of Architecture.choose.
     start: product of the stage before, whose weights its own units take; empty: the teacher's.
     trained: "own": the units the architecture calls its own, everything else frozen; "all".
     stem: whether a combined UNet's conv_in, norm_out and conv_out are trained too. They belong to the host
@@ -72,6 +77,24 @@ class Student:
     start: str = ""
     trained: str = "own"
     stem: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Further experts of the student's convolutions (asdm_core/condconv.py).
+
+    on: range expression of the units whose 3x3 convolutions get them, where these are kept; empty: none.
+    count: experts of each convolution, its own included.
+    start: "zero" changes nothing at first; "random" is the papers' start; "clme" gathers them from the teacher's other
+    layers of the same block, as many as fit (A-SDM, section 2.3), and then `count` says nothing.
+    form: "difference" or "mixture". router: whether the routers are trained.
+    """
+
+    on: str = ""
+    count: int = 2
+    start: str = "zero"
+    form: str = "difference"
+    router: bool = True
 
 
 @dataclass(frozen=True)
@@ -154,13 +177,15 @@ class Config:
     seed: int = 1234
     network: Network = field(default_factory=Network)
     student: Student = field(default_factory=Student)
+    experts: Experts = field(default_factory=Experts)
     data: Data = field(default_factory=Data)
     loss: Loss = field(default_factory=Loss)
     optimiser: Optimiser = field(default_factory=Optimiser)
     run: Run = field(default_factory=Run)
 
     def __post_init__(self):
-        for key, allowed in (("network.prediction", PREDICTIONS), ("student.trained", TRAINED), ("data.source", SOURCES),
+        for key, allowed in (("network.prediction", PREDICTIONS), ("student.trained", TRAINED), ("experts.start", STARTS),
+                             ("experts.form", FORMS), ("data.source", SOURCES),
                              ("data.timesteps", TIMESTEPS), ("run.precision", PRECISIONS), ("run.stored", STORED)):
             section, _, name = key.partition(".")
             _one_of(dict.fromkeys(allowed), getattr(getattr(self, section), name), key)
@@ -177,14 +202,30 @@ class Config:
         if self.loss.perceptual and self.network.family not in LATENT_RGB:
             raise ValueError(f"loss.perceptual: the latents of {self.network.family!r} have no known way to a picture; "
                              f"possible with {', '.join(LATENT_RGB)}")
-        self.architecture  # noqa: B018 - raises for a choice of units that cannot work
+        self.condconv  # noqa: B018 - raises for a choice of units that cannot work, of the network or of its experts
 
     @property
     def architecture(self) -> Architecture:
         config = self.network.config
+        if self.student.preset == "full":
+            return Architecture.full(config)
         if self.student.preset:
             return Architecture.preset(self.student.preset, config)
         return Architecture.choose(config, self.student.cut, self.student.on)
+
+    @property
+    def condconv(self) -> CondConv | None:
+        """The convolutions with further experts; None where the recipe asks for none."""
+        architecture, unet = self.architecture, self.network.config
+        if not self.experts.on:
+            return None
+        units = set(select(unet, self.experts.on)) - architecture.cut
+        chosen = [address for address, conv in convolutions(unet).items() if conv.unit.address in units]
+        if self.experts.start == "clme":
+            return sharing(unet, chosen, self.experts.form)[0]
+        if not chosen:
+            raise ValueError(f"experts.on: {self.experts.on!r} holds no convolution that {architecture.name or 'the student'} keeps")
+        return CondConv(dict.fromkeys(chosen, self.experts.count), self.experts.form)
 
     @property
     def folder(self) -> Path:

@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from .data import Batch, Batches, open_source
 from .emoji.diffusion import STEPS, coefficients
 from .emoji.training import Progress
 from .emoji.unet import BmmAttention
+from .outputs import Outputs
 from .vgg import load_vgg
 
 BAD_STEPS = 3  # in a row that stop a run
@@ -188,11 +189,11 @@ def _restore(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Paramete
 # The loop -------------------------------------------------------------------------------------------
 
 
-def train(config: Config, accelerator: Accelerator) -> Path:
+def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] = time.perf_counter) -> Path:
     """Train, or go on training, and write the product. Every process calls it. Returns the product's path.
 
     Raises ValueError for files and settings that do not fit, FloatingPointError where the loss is not
-    finite BAD_STEPS times in a row.
+    finite BAD_STEPS times in a row. clock: what a step's time is taken with.
     """
     device, main = accelerator.device, accelerator.is_main_process
     accumulation = config.accumulation(accelerator.num_processes)
@@ -201,7 +202,8 @@ def train(config: Config, accelerator: Accelerator) -> Path:
     original = stages.load_teacher(config)
     student = stages.make_student(original, config).to(device).train()
     half = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[config.run.precision]
-    teacher = taps.Tapped(original, criterion.teacher_paths).to(device, half) if criterion.needs_teacher else None
+    computed = Outputs(config, criterion.teacher_paths) if config.network.outputs and criterion.needs_teacher else None
+    teacher = taps.Tapped(original, criterion.teacher_paths).to(device, half) if criterion.needs_teacher and not computed else None
     if device.type == "cpu":  # fused attention is slow to train through on a CPU
         original.set_attn_processor(BmmAttention()), student.set_attn_processor(BmmAttention())
     if config.run.checkpoint_gradients:
@@ -225,15 +227,16 @@ def train(config: Config, accelerator: Accelerator) -> Path:
     progress = Progress(config.name, config.run.steps)
 
     while state.step < config.run.steps:
-        began = time.perf_counter()
+        began = clock()
 
         # Forward and backward, in as many parts as the batch takes.
         factors, values = torch.tensor(criterion.factors(state.step), device=device), []
         for part in range(accumulation):
-            batch = batches(_numbers(config, accelerator, state.step, part)).to(device)
+            numbers = _numbers(config, accelerator, state.step, part)
+            batch = batches(numbers).to(device)
             a, s = coefficients(batch.t)
             x = a * batch.x0 + s * batch.noise
-            wanted = None
+            wanted = computed(numbers, device) if computed else None
             if teacher is not None:
                 with torch.no_grad():
                     wanted = teacher(x.to(half), batch.t, batch.context.to(half))
@@ -261,7 +264,7 @@ def train(config: Config, accelerator: Accelerator) -> Path:
             state.skipped += 1
             state.in_a_row = [*state.in_a_row, state.step]
         optimiser.zero_grad()
-        state.seconds += time.perf_counter() - began
+        state.seconds += clock() - began
 
         # Status and checkpoint.
         if main:
@@ -321,7 +324,7 @@ class Log:
         bins = (values[:, -1] * T_BINS / STEPS).long()
         by_t = {f"{b * STEPS // T_BINS}-{(b + 1) * STEPS // T_BINS - 1}": self._means(values[bins == b])
                 for b in range(T_BINS) if (bins == b).any()}
-        self.last = {"step": state.step, "seconds": round(state.seconds, 2), "skipped": state.skipped, "lr": lr,
+        self.last = {"step": state.step, "seconds": round(state.seconds, 4), "skipped": state.skipped, "lr": lr,
                      "gradient": norm, **self._means(values), "by_t": by_t}
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(self.last) + "\n")

@@ -56,7 +56,9 @@ def meta_student(config: Config) -> nn.Module:
     """The student of a recipe without weights, with the trained units marked."""
     with torch.device("meta"):
         student = stages.build(config)
+        teacher = stages.build(config) if config.experts.start == "clme" else student
     cut_diffusers(student, config.architecture)
+    stages.give_experts(student, teacher, config)
     stages.freeze(student, config)
     return student
 
@@ -118,12 +120,13 @@ def report(config: Config, processes: int) -> str:
     """The whole plan as text. Raises ValueError where the run could not start."""
     student = meta_student(config)
     accumulation = config.accumulation(processes)
-    trained, kept, own = Counter(), Counter(), set(stages.trained_units(config))
+    trained, kept = Counter(), Counter()
     for unit in config.architecture.kept:
         block = stages.block_of(config, unit.address)
         # Not unit.params: a transformer may have lost some of its blocks.
-        kept[block] += (count := sum(p.numel() for p in student.get_submodule(unit.diffusers).parameters()))
-        trained[block] += count if unit.address in own else 0
+        parameters = list(student.get_submodule(unit.diffusers).parameters())
+        kept[block] += sum(p.numel() for p in parameters)
+        trained[block] += sum(p.numel() for p in parameters if p.requires_grad)
     lines = [config.to_text(), "", f"{'block':<8}{'M parameters':>14}{'M trained':>12}"]
     lines += [f"{block:<8}{kept[block] / 1e6:>14.3f}{trained[block] / 1e6:>12.3f}" for block in kept]
     lines += [f"{'all':<8}{kept.total() / 1e6:>14.3f}{trained.total() / 1e6:>12.3f}", ""]

@@ -8,15 +8,17 @@ a set of trained units.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from asdm_core import condconv
 from asdm_core.addresses import in_order, unit
 from asdm_core.architecture import Architecture
-from asdm_core.packs import Description, TensorFile, describe, open_pack, open_unet, write_pack, write_unet
+from asdm_core.packs import Description, Loaded, TensorFile, describe, open_pack, open_unet, write_pack, write_unet
 from asdm_core.surgery import ADDRESSED, Form, convert, cut_diffusers, extract, load_units, modules
 
 from .config import Config
@@ -69,29 +71,49 @@ def make_student(teacher: nn.Module, config: Config) -> nn.Module:
     cut_diffusers(student, architecture)
     if config.student.start:
         load_units(student, "diffusers", architecture, _started(config))
+    give_experts(student, teacher, config)
     freeze(student, config)
     return student
 
 
+def give_experts(student: nn.Module, teacher: nn.Module, config: Config) -> None:
+    """Give a live student the further experts its recipe asks for, if any, in place."""
+    settings, unet = config.condconv, config.network.config
+    if settings is None:
+        return
+    if config.experts.start == "clme":
+        whole, mine = addressed(teacher, Architecture.full(unet)), addressed(student, config.architecture)
+        _, tensors, _ = condconv.clme(whole, mine, unet, settings.experts, settings.form)
+    else:
+        tensors = condconv.start(unet, settings, config.experts.start, config.seed)
+    condconv.install(student, "diffusers", unet, settings, tensors)
+
+
 def freeze(student: nn.Module, config: Config) -> None:
-    """Let only the trained units have gradients. The others stay in the graph: what lies before them needs theirs."""
+    """Let only the trained units and all further experts have gradients. The others stay in the graph: what lies before them needs theirs."""
     student.requires_grad_(False)
     parts = modules(student, config.architecture, "diffusers")
     for address in trained_units(config):
         parts[address].requires_grad_(True)
+    for layer in student.modules():
+        if isinstance(layer, condconv.CondConv2d):
+            layer.experts.requires_grad_(True)
+            layer.router.requires_grad_(config.experts.router)
 
 
 def _started(config: Config) -> dict[str, Tensor]:
     """The tensors of this stage's own units in the product of the stage before."""
-    path, architecture = config.student.start, config.architecture
+    architecture = config.architecture
     try:
-        description = describe(TensorFile(path))
+        opened = open_product(config.student.start)
     except ValueError as e:
         raise ValueError(f"student.start: {e} Train the stage before this one first.") from None
-    opened = open_pack(path) if description is not None and description.kind == "pack" else open_unet(path)
     if opened.description.family != architecture.config.family:
         raise ValueError(f"student.start: {opened.path.name} belongs to {opened.description.family}, this recipe to "
                          f"{architecture.config.family}")
+    if opened.description.condconv is not None:
+        raise ValueError(f"student.start: {opened.path.name} has further experts, which the next stage would lose; start from a "
+                         "student without")
     own = set(architecture.own) | (set(OWN_STEM) if config.student.stem else set())
     missing = own - {slot.unit.address for key, slot in architecture.keys().items() if key in opened.tensors}
     if missing:
@@ -100,19 +122,43 @@ def _started(config: Config) -> dict[str, Tensor]:
     return {k: v.float() for k, v in extract(opened.tensors, architecture, own).items()}
 
 
+def open_product(path: str | os.PathLike) -> Loaded:
+    """A pack or a whole UNet, whichever the file is. Raises ValueError (BadFile)."""
+    description = describe(TensorFile(path))
+    return open_pack(path) if description is not None and description.kind == "pack" else open_unet(path)
+
+
+def assembled(whole: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """A copy of an unpruned UNet with a product in it: its units cut, those the product has replaced, further experts added."""
+    opened = open_product(path)
+    architecture, settings = opened.description.architecture, opened.description.condconv
+    result, experts = copy.deepcopy(whole), opened.description.expert_keys
+    cut_diffusers(result, architecture)
+    tensors = {k: v.float() for k, v in opened.tensors.items()}
+    load_units(result, "diffusers", architecture, {k: v for k, v in tensors.items() if k not in experts})
+    if settings is not None:
+        condconv.install(result, "diffusers", architecture.config, settings, tensors)
+    return result.eval()
+
+
 def addressed(student: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
-    """The tensors of a live student under addressed LDM names."""
-    live = dict(student.named_parameters())
+    """The tensors of a live student under addressed LDM names, without its further experts."""
+    # A convolution with further experts holds its own weights, expert 1, one level deeper.
+    deeper = {f"{name}.conv.": f"{name}." for name, m in student.named_modules() if isinstance(m, condconv.CondConv2d)}
+    live = {}
+    for key, p in student.named_parameters():
+        path = key[: key.rindex(".") + 1]
+        live[deeper.get(path, path) + key[len(path):]] = p
     return {slot.unit.key(slot.tensor): live[key] for key, slot in architecture.keys("diffusers").items()}
 
 
 def describe_product(config: Config, training: Mapping) -> Description:
-    """A pack where something is frozen, else a pruned UNet."""
-    architecture, units = config.architecture, trained_units(config)
+    """A pack where something is frozen or has further experts, else a pruned UNet."""
+    architecture, units, settings = config.architecture, trained_units(config), config.condconv
     training = dict(training) | {"recipe": config.name, "seed": config.seed}
-    if len(units) == len(architecture.kept):
+    if settings is None and len(units) == len(architecture.kept):
         return Description("unet", architecture, prediction=config.network.prediction, training=training)
-    return Description("pack", architecture, units, prediction=config.network.prediction, training=training)
+    return Description("pack", architecture, units, prediction=config.network.prediction, training=training, condconv=settings)
 
 
 def write_product(student: nn.Module, config: Config, training: Mapping) -> None:
@@ -123,7 +169,10 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
     if description.kind == "unet":
         write_unet(config.product, tensors, description, dtype)
     else:
-        write_pack(config.product, extract(tensors, config.architecture, description.units), description, dtype)
+        tensors = extract(tensors, config.architecture, description.units)
+        if settings := description.condconv:
+            tensors |= {k: v.float() for k, v in condconv.extract(student, "diffusers", config.network.config, settings).items()}
+        write_pack(config.product, tensors, description, dtype)
 
 
 def block_of(config: Config, address: str) -> str:

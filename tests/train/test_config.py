@@ -14,12 +14,26 @@ def test_recipes_are_what_their_names_say(path):
     recipe = load(path)
     assert recipe.name == path.stem and recipe.product == Path("runs", path.stem, f"{path.stem}.safetensors")
     family, _, name = path.stem.partition("-")
+    name, _, experts = name.partition("-")
     if name:
         frozen = {"m4": "m1", "m5": "m2"}
         assert recipe.network.family == family and recipe.architecture.name == frozen.get(name, name)
         assert recipe.student.trained == ("all" if name in frozen else "own")
         # A recipe of stage 2 begins with what the recipe of stage 1 ends in.
-        assert recipe.student.start == (str(load(path.with_name(f"{family}-base.toml")).product) if name[:1] == "m" else "")
+        before = name if experts else "base" if name[:1] == "m" else ""
+        assert recipe.student.start == (str(load(path.with_name(f"{family}-{before}.toml")).product) if before else "")
+        assert (recipe.condconv is not None) == bool(experts)
+        assert {"": not experts, "e2": set(recipe.condconv.experts.values() if experts else ()) == {2},
+                "clme": recipe.experts.start == "clme"}[experts]
+
+
+def test_experts_sit_where_the_recipe_says():
+    e2, clme = (load(SMOKE.with_name(f"sd15-tiny-{name}.toml")).condconv.experts for name in ("e2", "clme"))
+    kept = ["down.0.0", "down.1.0", "up.2.0", "up.2.2", "up.3.0", "up.3.2"]
+    assert list(e2) == [f"{layer}.resnet.{conv}" for layer in kept for conv in ("conv1", "conv2")]
+    # up.3.0's first convolution is wider than all others of its block.
+    assert clme == {"down.0.0.resnet.conv1": 2, "down.0.0.resnet.conv2": 2, "up.3.0.resnet.conv2": 3,
+                    "up.3.2.resnet.conv1": 2, "up.3.2.resnet.conv2": 3}
 
 
 def test_stage_one_has_the_settings_of_bk_sdm():
@@ -58,6 +72,9 @@ def test_the_printed_recipe_is_a_recipe(tmp_path):
     ("optimiser.betas=[0.9]", "betas: wanted a list of 2"),
     ("data.source=cach", "'cach' is none of cache, random; did you mean 'cache'"),
     ("student.preset=m22", "no preset 'm22'"),
+    ("experts.on=moon", "'moon' matches no unit"),
+    ("experts.on=up.3.1", "'up.3.1' holds no convolution that m2 keeps"),
+    ("experts.start=one", "'one' is none of zero, random, clme"),
     ("student.cut=mid", "give either preset or cut"),
     ("loss.mid=-1", "weights must not be negative"),
     ("loss.perceptual=0.1", "no known way to a picture"),

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from train.emoji.classifier import FEATURES, Classifier, augment, load_classifier, save_classifier, top_k
-from train.emoji.evaluate import background_of, gap_recovered, summary
+from train.emoji.evaluate import background_of, summary
 from train.emoji.render import BACKGROUNDS
+from train.metrics import by_bins, frechet, gap_recovered, kid
 
 
 def test_top_k_counts_first_and_first_five():
@@ -62,3 +63,28 @@ def test_the_gate_is_not_met_by_top_5_alone():
     assert summary({"teacher": rows})["gate_met"] is True
     rows[0]["emoji"] = 52  # few emoji are easy
     assert summary({"teacher": rows})["gate_met"] is False
+
+
+def test_distances_of_equal_sets_are_zero_and_of_shifted_ones_the_shift():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(400, 4, generator=g)
+    assert abs(frechet(a, a)) < 1e-9 and abs(frechet(a, a + 3) - 4 * 9) < 1e-4
+    # One dimension: (mu_a - mu_b)^2 + (sigma_a - sigma_b)^2.
+    x, y = a[:, :1], 2 * a[:, :1] + 1
+    wanted = float((x.mean() - y.mean()) ** 2 + (x.std() - y.std()) ** 2)
+    assert frechet(x, y) == pytest.approx(wanted, rel=1e-5)
+    with pytest.raises(ValueError, match="needs more than 4 pictures, got 400 and 4"):
+        frechet(a, a[:4])
+
+
+def test_the_kernel_distance_is_unbiased():
+    g = torch.Generator().manual_seed(0)
+    halves = [torch.randn(40, 4, generator=g).split(20) for _ in range(200)]
+    values = torch.tensor([kid(a, b) for a, b in halves])
+    assert abs(values.mean()) < 3 * values.std() / 200**0.5 and values.min() < 0  # around 0, so also below it
+    assert kid(halves[0][0], halves[0][1] + 2) > 10 * values.abs().max()
+
+
+def test_means_by_bins_of_t():
+    found = by_bins(torch.tensor([1.0, 2.0, 6.0, 7.0]), torch.tensor([0, 499, 500, 999]), bins=2)
+    assert found == {"all": 4.0, "0-499": 1.5, "500-999": 6.5}

@@ -145,6 +145,56 @@ def test_a_wrong_teacher_is_named(base, tmp_path):
         stages.load_teacher(load(NARROW, ["network.teacher="]))
 
 
+# Further experts ------------------------------------------------------------------------------------
+
+E2 = ["student.preset=tiny", "loss.mid=0", "experts.on=down.0.*.resnet, up.3.*.resnet"]
+
+
+@pytest.mark.parametrize(("changes", "tolerance"), [
+    ([], 1e-4), (["experts.start=clme"], 0.05), (["experts.start=clme", "experts.form=mixture"], 0.05), (["student.preset=m2"], 1e-4)])
+@torch.no_grad()
+def test_experts_change_nothing_at_first(changes, tolerance):
+    recipe = load(NARROW, [*E2, *changes])
+    plain = load(NARROW, [*E2[:2], *[c for c in changes if "preset" in c]])
+    teacher = stages.load_teacher(recipe)
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
+    with_experts, without = (stages.make_student(teacher, r)(x, t, context).sample for r in (recipe, plain))
+    assert (with_experts - without).norm() <= tolerance * without.norm()
+
+
+@pytest.mark.parametrize("router", [True, False])
+@pytest.mark.parametrize("preset", ["tiny", "m1"])
+def test_experts_are_trained_wherever_they_are_and_routers_as_asked(preset, router):
+    # Of m1, up.2 belongs to the frozen original.
+    recipe = load(NARROW, [f"student.preset={preset}", "loss.mid=0", "experts.on=up.2-3.*.resnet", f"experts.router={str(router).lower()}"])
+    student = meta_student(recipe)
+    for name, p in student.named_parameters():
+        part = name.split(".")[-2]
+        if part in ("experts", "router"):
+            assert p.requires_grad == (part == "experts" or router), name
+        elif preset == "m1":
+            assert p.requires_grad == name.startswith(("down_blocks.0.", "up_blocks.3.")), name
+    assert sum(".experts." in name for name, _ in student.named_parameters()) == 2 * len(recipe.condconv.experts)
+
+
+@pytest.mark.parametrize("changes", [[], ["experts.start=clme"], ["student.preset=m2", "experts.on=down.0-1.*.resnet"]])
+@torch.no_grad()
+def test_a_product_with_experts_plays_what_was_trained(changes, tmp_path):
+    recipe = load(NARROW, [*E2, *changes, f"run.folder={tmp_path}", "run.stored=float32"])
+    teacher = stages.load_teacher(recipe)
+    student = stages.make_student(teacher, recipe)
+    for p in student.parameters():
+        if p.requires_grad:
+            p.add_(0.05 * torch.randn_like(p))
+    stages.write_product(student, recipe, {})
+    description = open_pack(recipe.product).description
+    assert description.kind == "pack" and description.condconv == recipe.condconv
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
+    assert torch.equal(stages.assembled(teacher, recipe.product)(x, t, context).sample, student.eval()(x, t, context).sample)
+    with pytest.raises(ValueError, match="has further experts, which the next stage would lose"):
+        stages.make_student(teacher, load(NARROW, [*E2[:2], *[c for c in changes if "preset" in c], f"student.start={recipe.product}"]))
+
+
 # Products -------------------------------------------------------------------------------------------
 
 
@@ -176,8 +226,10 @@ def test_products_hold_the_student(changes, kind, stored, tmp_path):
 def test_every_recipe_has_a_plan(path):
     recipe = load(path)
     text = report(recipe, 2 if recipe.run.batch > recipe.run.micro_batch else 1)
-    assert f"ends in {recipe.product} ({'unet' if len(stages.trained_units(recipe)) == len(recipe.architecture.kept) else 'pack'})" in text
-    assert f"{recipe.architecture.params / 1e6:.3f}" in text.split("all", 1)[1]
+    whole = recipe.condconv is None and len(stages.trained_units(recipe)) == len(recipe.architecture.kept)
+    assert f"ends in {recipe.product} ({'unet' if whole else 'pack'})" in text
+    experts = sum(slot.tensor.numel for slot in recipe.condconv.keys(recipe.network.config).values()) if recipe.condconv else 0
+    assert f"{(recipe.architecture.params + experts) / 1e6:.3f}" in text.split("all", 1)[1]
     assert "activations" in text
 
 

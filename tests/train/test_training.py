@@ -7,6 +7,7 @@ from safetensors import safe_open
 
 from asdm_core.architecture import Architecture
 from asdm_core.packs import Description, open_pack, write_file, write_pack
+from train import stages
 from train.emoji import distill, teacher
 from train.emoji import unet as unets
 from train.emoji.data import variants
@@ -177,7 +178,7 @@ def test_only_the_units_of_the_pack_change(tiny, glyphs, data, tokens, encoder, 
     context = encoder(rows).detach()
     with torch.no_grad():
         x = torch.randn(2, 4, 16, 16)
-        torch.testing.assert_close(distill.apply_pack(whole, path)(x, t, context).sample, student.eval()(x, t, context).sample)
+        torch.testing.assert_close(stages.assembled(whole, path)(x, t, context).sample, student.eval()(x, t, context).sample)
     assert set(open_pack(path).tensors) == set(distill.addressed_units(student, architecture))
     assert json.loads(description.to_json())["kind"] == "pack"
 

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from asdm_core.architecture import Architecture
-from asdm_core.packs import Description, open_pack, write_pack
-from asdm_core.surgery import cut_diffusers, extract, load_units, modules
+from asdm_core.packs import Description, write_pack
+from asdm_core.surgery import cut_diffusers, extract, modules
 
+from ..metrics import by_bins
+from ..stages import assembled
 from .data import load_glyphs
 from .diffusion import STEPS, noised
 from .latents import load_latents
@@ -49,16 +51,6 @@ def addressed_units(student: nn.Module, architecture: Architecture) -> dict[str,
     return extract(sd, architecture, architecture.pack_units())
 
 
-def apply_pack(unet: nn.Module, path: Path) -> nn.Module:
-    """A copy of a whole UNet with a pack in it: its cut units cut, the units it plays replaced."""
-    pack = open_pack(path)
-    architecture = pack.description.architecture
-    result = copy.deepcopy(unet)
-    cut_diffusers(result, architecture)
-    load_units(result, "diffusers", architecture, {k: v.float() for k, v in pack.tensors.items()})
-    return result.eval()
-
-
 @torch.no_grad()
 def v_mse(student: nn.Module, teacher: nn.Module, context_of, batches: Batches, count: int = 640, bins: int = 4) -> dict:
     """Squared difference of v between two networks on a fixed set of (picture, caption, noise, t), by bins of t.
@@ -73,10 +65,7 @@ def v_mse(student: nn.Module, teacher: nn.Module, context_of, batches: Batches, 
         context = context_of(rows)
         errors.append((student(x, t, context).sample.float() - teacher(x, t, context).sample.float()).square().mean((1, 2, 3)))
         times.append(t)
-    error, t = torch.cat(errors), torch.cat(times)
-    width = STEPS // bins
-    table = {"all": round(float(error.mean()), 5)}
-    return table | {f"{b * width}-{b * width + width - 1}": round(float(error[t // width == b].mean()), 5) for b in range(bins)}
+    return {name: round(value, 5) for name, value in by_bins(torch.cat(errors), torch.cat(times), STEPS, bins).items()}
 
 
 def main() -> None:
@@ -138,7 +127,7 @@ def main() -> None:
     training = provenance(args, run) | {"from": "emoji-teacher.safetensors", "loss": "output v-MSE", "v_mse_cut": before}
     description = Description("pack", architecture, architecture.pack_units(), prediction="v", licence=LICENCE, training=training)
     write_pack(path, addressed_units(best, architecture), description, "int8")
-    after = v_mse(apply_pack(teacher, path), teacher, encoder, batches)
+    after = v_mse(assembled(teacher, path), teacher, encoder, batches)
     print(f"wrote {path.name}; v-MSE to the teacher {json.dumps(after)}")
 
 

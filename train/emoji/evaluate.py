@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from asdm_core.measure import psnr, ssim
 from asdm_core.packs import open_pack
 
+from ..metrics import gap_recovered, standard_error
+from ..stages import assembled
 from .captions import held_out, prompt
 from .classifier import load_classifier, top_k
 from .codec import load_codec, psnr_of
 from .data import Glyphs, Variant, draw, load_glyphs
-from .distill import apply_pack, student_of, v_mse
+from .distill import student_of, v_mse
 from .latents import load_latents
 from .render import BACKGROUNDS
 from .sources import STYLES
@@ -44,16 +46,6 @@ PAIRED = 48  # prompts of the paired comparisons
 
 
 # Metrics --------------------------------------------------------------------------------------------
-
-
-def spread(values: Tensor) -> float:
-    """Standard error of the mean."""
-    return float(values.float().std() / len(values) ** 0.5)
-
-
-def gap_recovered(teacher: Tensor, cut: Tensor, after: Tensor) -> float:
-    """1 - MSE_after / MSE_cut of paired pictures: 0 = still merely cut, 1 = equal to the teacher."""
-    return float(1 - (after - teacher).square().mean() / (cut - teacher).square().mean())
 
 
 def background_of(images: Tensor) -> list[str]:
@@ -107,7 +99,7 @@ def codec_part(f: Family) -> list[dict]:
             with torch.no_grad():
                 images.append(f.codec.decode(f.codec.encode(x)))
         quality = torch.cat(quality)
-        rows.append({"row": f"codec, {style}", "psnr": round(float(quality.mean()), 2), "psnr_se": round(spread(quality), 2)}
+        rows.append({"row": f"codec, {style}", "psnr": round(float(quality.mean()), 2), "psnr_se": round(standard_error(quality), 2)}
                     | f.recognised(torch.cat(images), [v.concept for v in chosen]))
     return rows
 
@@ -125,7 +117,7 @@ def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list
     rows[0]["never_recognised"] = [f.concepts[i].name for k, i in enumerate(every) if per_concept[k] == 0]
     if seeds > 1:
         pairs = psnr(images[0], images[1])
-        rows.append({"row": f"{name}, two seeds of one prompt", "psnr": round(float(pairs.mean()), 2), "psnr_se": round(spread(pairs), 2)})
+        rows.append({"row": f"{name}, two seeds of one prompt", "psnr": round(float(pairs.mean()), 2), "psnr_se": round(standard_error(pairs), 2)})
     pairs = [(i, s) for s in styles for i in every if held_out(f.concepts[i].code, "style", s)]
     for label, chosen in (("held-out (concept, style)", pairs), ("same styles, trained pairs",
                           [(i, next(t for t in styles if t != s)) for i, s in pairs if len(styles) > 1])):
@@ -153,7 +145,7 @@ def pack_part(f: Family, name: str) -> list[dict]:
         if not (f.models / f"emoji-{host}.safetensors").exists():
             continue
         whole = f.unet(host)
-        packed = apply_pack(whole, path)
+        packed = assembled(whole, path)
         cut = student_of(whole, open_pack(path).description.architecture)
         batches = Batches(f.glyphs, load_latents(f.runs, f.glyphs, styles), f.tokens, 99)
         pictures = {label: f.draw(f"{host}, {label}", unet, prompts, seeds)
@@ -162,7 +154,7 @@ def pack_part(f: Family, name: str) -> list[dict]:
             row = {"row": f"{host}, {label}"} | f.recognised(pictures[label], chosen)
             if label != "whole":
                 pairs = psnr(pictures[label], pictures["whole"])
-                row |= {"psnr": round(float(pairs.mean()), 2), "psnr_se": round(spread(pairs), 2),
+                row |= {"psnr": round(float(pairs.mean()), 2), "psnr_se": round(standard_error(pairs), 2),
                         "ssim": round(float(ssim(pictures[label], pictures["whole"]).mean()), 4),
                         "v_mse": v_mse(unet, whole, f.encoder, batches)}
             rows.append(row)

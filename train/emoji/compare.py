@@ -1,0 +1,174 @@
+"""Networks of the family measured against a teacher: the same inputs, prompts and noises for all.
+
+Two measures need no sampling and a few seconds: the squared difference of v to the teacher's, and to the data's, on
+fixed inputs. The others are of pictures drawn from paired noise: PSNR and SSIM to the teacher's own, recognition
+by the classifier, and the Frechet and kernel distances of its features to those of real glyphs after the codec.
+Distances to the teacher punish a network that is better than it; recognition and the distances to glyphs do not.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from asdm_core.measure import psnr, ssim
+from asdm_core.packs import write_file
+
+from ..metrics import by_bins, frechet, kid, standard_error
+from .captions import prompt
+from .classifier import load_classifier, top_k
+from .codec import load_codec
+from .data import load_glyphs
+from .diffusion import STEPS, noised, schedule
+from .distill import FIXED_STEP
+from .latents import load_latents
+from .teacher import TEACHER_STYLES, Batches, background_share, codec_images, sample_latents
+from .text import Tokens, host_folder, load_text
+from .training import Progress, seeded
+from .unet import load_unet
+
+FIXED = 1024  # inputs of the v-MSE
+REFERENCE = 2048  # real glyphs
+FEWEST = 1000  # pictures below which a Frechet distance says more about their number than about them
+STYLES = {"teacher": TEACHER_STYLES, "openmoji": ("openmoji",)}
+
+
+class Switched(nn.Module):
+    """Two networks that share one sampling run: `first` for the share `at` of its steps, then `second`."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, at: float, steps: int):
+        super().__init__()
+        self.first, self.second = first, second
+        self.last = schedule(steps)[round(at * steps) - 1]  # the last timestep of the first network
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor):
+        return (self.first if int(t[0]) >= self.last else self.second)(x, t, context)
+
+
+class Judge:
+    """What networks of one host ("teacher" or "openmoji") are measured with; folder: for results and what they share.
+
+    prompts: every so many-th concept's plain name is drawn, from noises that depend on the concept and the round alone.
+    """
+
+    def __init__(self, host: str, folder: Path, runs: Path, models: Path, prompts: int, steps: int, cfg: float = 3.0, comfy: str | None = None):
+        self.host, self.folder, self.steps, self.cfg = host, folder, steps, cfg
+        self.models, self.runs = models, runs
+        self.glyphs = load_glyphs(runs)
+        concepts = self.glyphs.concepts
+        self.chosen = [i * len(concepts) // prompts for i in range(min(prompts, len(concepts)))]
+        self.encoder = load_text(models / "emoji-text.safetensors")
+        self.tokens = Tokens(host_folder(comfy), ids=self.encoder.ids.tolist())
+        self.codec, self.classifier = load_codec(models), load_classifier(models, [c.code for c in concepts])
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def whole(self) -> nn.Module:
+        return load_unet(self.models / f"emoji-{self.host}.safetensors")
+
+    # Shared by all networks, made once ---------------------------------------------------------------
+
+    def _made(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            write_file(path, make(), {})
+        return load_file(path)
+
+    @cached_property
+    def fixed(self) -> dict[str, Tensor]:
+        """x, t, context, v (of the data) and wanted (the host's v) of FIXED inputs, t spread evenly."""
+        @torch.no_grad()
+        def make() -> dict[str, Tensor]:
+            batches = Batches(self.glyphs, load_latents(self.runs, self.glyphs, STYLES[self.host]), self.tokens, 99)
+            parts = []
+            for i in range(FIXED // 32):
+                x0, noise, _, rows = batches(FIXED_STEP + i, 32, False)
+                t = (torch.arange(32) * FIXED // 32 + i) * STEPS // FIXED
+                x, v = noised(x0, noise, t)
+                context = nn.functional.pad(self.encoder(rows), (0, 0, 0, 77 - rows.shape[1])) if rows.shape[1] < 77 else self.encoder(rows)
+                parts.append({"x": x, "t": t, "context": context, "v": v})
+            whole = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+            return whole | {"wanted": self._predictions(self.whole, whole)}
+        return self._made(f"fixed-{self.host}", make)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """Features (REFERENCE, 64) of real glyphs after the codec, with the backgrounds the teacher learned from."""
+        @torch.no_grad()
+        def make() -> dict[str, Tensor]:
+            data = load_latents(self.runs, self.glyphs, STYLES[self.host])
+            rows = torch.multinomial(background_share(data.variants), REFERENCE, replacement=True, generator=seeded(99, 8))
+            parts = [self.classifier.features(self.codec.decode(z.float())) for z in data.latents[rows].split(32)]
+            return {"features": torch.cat(parts)}
+        return self._made(f"glyphs-{self.host}", make)["features"]
+
+    # One network -------------------------------------------------------------------------------------
+
+    @staticmethod
+    @torch.no_grad()
+    def _predictions(unet: nn.Module, fixed: dict[str, Tensor]) -> Tensor:
+        return torch.cat([unet(fixed["x"][i : i + 32], fixed["t"][i : i + 32], fixed["context"][i : i + 32]).sample
+                          for i in range(0, len(fixed["t"]), 32)])
+
+    def errors(self, unet: nn.Module) -> dict[str, dict[str, float]]:
+        """v-MSE on the fixed inputs: "teacher", to the host's v, and "data", to the data's; each by bins of t."""
+        predicted, fixed = self._predictions(unet, self.fixed), self.fixed
+        return {what: by_bins((predicted - fixed[key]).square().mean((1, 2, 3)), fixed["t"])
+                for what, key in (("teacher", "wanted"), ("data", "v"))}
+
+    def draw(self, name: str, unet: nn.Module, number: int) -> Tensor:
+        """Latents (N, 4, 16, 16) of all prompts from the noises of one round."""
+        label = f"{name}, round {number}"
+        progress = Progress(label, len(self.chosen))
+        prompts = [prompt(self.glyphs.concepts[i]) for i in self.chosen]
+        # bfloat16 is twice as fast on a CPU; the sampler and the text stay in float32.
+        latents = sample_latents(copy.deepcopy(unet).bfloat16(), self.encoder, self.tokens, prompts,
+                                 [7000 + 1000 * number + i for i in self.chosen], self.steps, self.cfg, progress=progress)
+        progress.end()
+        return latents
+
+    def pictures(self, name: str, unet: Callable[[], nn.Module], number: int) -> dict[str, Tensor]:
+        """Latents, images (N, 3, 128, 128), features (N, 64) and recognition of one round, drawn once and kept as latents."""
+        latents = self._made(f"{self.host}-{name}-{number}", lambda: {"latents": self.draw(name, unet(), number)})["latents"]
+        images = codec_images(self.codec, latents)
+        first, five = top_k(self.classifier, images, torch.tensor(self.chosen))
+        with torch.no_grad():
+            features = torch.cat([self.classifier.features(x) for x in images.split(64)])
+        return {"latents": latents, "images": images, "features": features, "top1": first.float(), "top5": five.float()}
+
+    def measure(self, name: str, unet: Callable[[], nn.Module], rounds: int = 1, fixed: bool = True) -> dict:
+        """All numbers of one network; what is on disk already is not computed again.
+
+        fixed: whether it is one network at all t, so that fixed inputs say something.
+        """
+        path = self.folder / f"{self.host}-{name}.json"
+        done = json.loads(path.read_text()) if path.exists() else {}
+        if done.get("rounds") == rounds:
+            return done
+        found = {"network": name, "host": self.host, "rounds": rounds, "steps": self.steps, "cfg": self.cfg}
+        if fixed:
+            found["v_mse"] = done.get("v_mse") or self.errors(unet())
+        mine = [self.pictures(name, unet, n) for n in range(rounds)]
+        its = [self.pictures("whole", lambda: self.whole, n) for n in range(rounds)]
+        a, b = ({key: torch.cat([r[key] for r in side]) for key in side[0]} for side in (mine, its))
+        found |= {"pictures": len(a["images"]), "top1": float(a["top1"].mean()), "top5": float(a["top5"].mean()),
+                  "top1_se": standard_error(a["top1"]), "kid": kid(a["features"], self.reference)}
+        if len(a["images"]) >= FEWEST:
+            found["fed"] = frechet(a["features"], self.reference)
+        if name != "whole":
+            quality = psnr(a["images"], b["images"])
+            found |= {"mse": float((a["images"] - b["images"]).square().mean()), "psnr": float(quality.mean()), "psnr_se": standard_error(quality),
+                      "latent_mse": float((a["latents"] - b["latents"]).square().mean()),
+                      "ssim": float(ssim(a["images"], b["images"]).mean())}
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+        temporary.replace(path)
+        return found

@@ -1,0 +1,54 @@
+"""Metrics that need no network of their own: distances between pictures, between sets of features, and their spread."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def standard_error(values: Tensor) -> float:
+    """Standard error of the mean of independent values (N,)."""
+    return float(values.float().std() / len(values) ** 0.5)
+
+
+def gap_recovered(teacher: Tensor, cut: Tensor, after: Tensor) -> float:
+    """1 - MSE_after / MSE_cut of paired pictures: 0 = still merely cut, 1 = equal to the teacher."""
+    return float(1 - (after - teacher).square().mean() / (cut - teacher).square().mean())
+
+
+def by_bins(values: Tensor, t: Tensor, steps: int = 1000, bins: int = 4) -> dict[str, float]:
+    """Means of values (N,) over all and by bins of their timesteps t (N,): {"all": .., "0-249": .., ...}."""
+    width = steps // bins
+    return {"all": float(values.mean())} | {
+        f"{b * width}-{(b + 1) * width - 1}": float(values[t // width == b].mean()) for b in range(bins)}
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Frechet distance of two sets of features (N, D) and (M, D), each taken as a normal distribution (Heusel et al. 2017).
+
+    |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); biased upwards for few pictures, so sets are only
+    comparable at the same N. Raises ValueError where N does not exceed D and covariances are singular.
+    """
+    if min(len(a), len(b)) <= a.shape[1]:
+        raise ValueError(f"the Frechet distance of {a.shape[1]} features needs more than {a.shape[1]} pictures, got {len(a)} and {len(b)}")
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # tr (C_a C_b)^(1/2) is the sum of the roots of the eigenvalues of the similar, symmetric C_a^(1/2) C_b C_a^(1/2).
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def kid(a: Tensor, b: Tensor) -> float:
+    """Kernel distance (Binkowski et al. 2018) of features (N, D) and (M, D): unbiased MMD^2 with (x y / D + 1)^3."""
+    a, b = a.double(), b.double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        k = kernel(x, x)
+        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
