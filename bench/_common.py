@@ -75,9 +75,14 @@ def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Path, to
     import comfy.model_management
 
     device = comfy.model_management.get_torch_device()
+    return args, host, device, clock_of(args, parser, device)
+
+
+def clock_of(args: argparse.Namespace, parser: argparse.ArgumentParser, device: torch.device) -> Callable[[], float]:
+    """The clock that the arguments of `add_common_arguments` ask for."""
     if args.cpu_time and (torch.get_num_threads() > 1 or device.type != "cpu"):
         parser.error(f"--cpu-time needs one thread on the CPU; this is {torch.get_num_threads()} on {device.type} (set OMP_NUM_THREADS=1)")
-    return args, host, device, time.process_time if args.cpu_time else time.perf_counter
+    return time.process_time if args.cpu_time else time.perf_counter
 
 
 def command_line(name: str) -> str:

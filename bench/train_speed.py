@@ -1,0 +1,188 @@
+"""What training costs: the loop of stage 1 and stage 2 against a step with nothing but the networks.
+
+    python bootstrap.py bench NAME=train_speed [ARGS="--network middle --rounds 5"]
+
+The reference is the teacher's forward pass and the student's forward and backward pass on the same batch, with the
+task and output losses, the same frozen weights and the same attention: no features, no optimiser, no average, no
+clipping, no log, no reading of data. The loop is `train.loop.train` with the recipe's losses on a cache of random
+latents; its perceptual loss, which stage 2 of SD1.5 has, is left out.
+
+    stage1            emoji-base: BK-SDM's block features, all weights of the student
+    stage2            emoji-m2: A-SDM's mid feature, the original part frozen
+    full_student      the same, with every weight of the combined UNet trained (emoji-m5)
+
+Speeds (samples per second) are compared within each round, everything in turn; the first step of each run, in which
+buffers are made, is left out. Memory is the peak of a process of its own, less what it held before the networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from asdm_core.packs import write_file
+from bench._common import add_common_arguments, clock_of, command_line, record
+from train import losses, loop, stages
+from train.config import Config, load
+from train.data import Batch
+from train.emoji.diffusion import STEPS, coefficients
+from train.emoji.unet import BmmAttention
+
+CONFIGS = Path(loop.__file__).parent / "configs"
+RUNS = {"stage1": "emoji-base", "stage2": "emoji-m2", "full_student": "emoji-m5"}
+# The emoji family as it is trained, and SD1.5's topology with 128 channels on 32 x 32 latents (256 px).
+MIDDLE = {"family": "middle", "model_channels": 128, "channel_mult": [1, 2, 4, 4], "down": [[1, 1], [1, 1], [1, 1], [0, 0]], "mid": 1,
+             "up": [[0, 0, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]], "context_dim": 256, "num_heads": 8}
+NETWORKS = {"emoji": [], "middle": ["network.family=middle", "data.size=256", "run.batch=8", "run.micro_batch=4"]}
+
+
+def recipe(run: str, network: str, folder: Path, steps: int) -> Config:
+    changes = [*NETWORKS[network], "network.teacher=random", "student.start=", f"data.path={folder / 'cache.safetensors'}",
+               f"run.folder={folder / run}", f"run.steps={steps}", "run.log_every=1", f"run.save_every=1_000_000"]
+    if network == "middle":
+        parts = ", ".join(f"{k} = {str(v).replace(chr(39), chr(34))}" for k, v in MIDDLE.items() if k != "family")
+        changes.append(f"network.shape={{{parts}}}")
+    return load(CONFIGS / f"{RUNS[run]}.toml", changes)
+
+
+def write_cache(config: Config, pictures: int = 256, tokens: int = 77) -> None:
+    side, unet = config.data.size // 8, config.network.config
+    g = torch.Generator().manual_seed(0)
+    write_file(config.data.path, {
+        "latents": torch.randn(pictures, unet.in_channels, side, side, generator=g).half(), "captions": torch.arange(pictures)[:, None],
+        "states": torch.randn(pictures, tokens, unet.context_dim, generator=g).half(),
+        "empty": torch.zeros(tokens, unet.context_dim).half()}, {})
+
+
+def run_loop(config: Config, clock: Callable[[], float]) -> float:
+    """Mean seconds of the steps of a run, but for the first. Its folder is gone afterwards."""
+    device = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.run.precision)
+    with redirect_stdout(sys.stderr):
+        loop.train(config, device, clock)
+    times = [json.loads(line)["seconds"] for line in (config.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    shutil.rmtree(config.folder)
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+class Reference:
+    """The plain step of a recipe's networks."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config = config
+        self.teacher = stages.load_teacher(config).to(device)
+        self.student = stages.make_student(self.teacher, config).to(device).train()
+        for net in (self.teacher, self.student) if device.type == "cpu" else ():
+            net.set_attn_processor(BmmAttention())
+        g = torch.Generator().manual_seed(0)
+        size, side, unet = config.run.micro_batch, config.data.size // 8, config.network.config
+        x0, noise = torch.randn(2, size, unet.in_channels, side, side, generator=g)
+        self.batch = Batch(x0, noise, torch.randint(STEPS, (size,), generator=g), torch.randn(size, 77, unet.context_dim, generator=g)).to(device)
+
+    def step(self) -> None:
+        for _ in range(self.config.accumulation(1)):
+            x0, noise, t, context = self.batch[:4]
+            a, s = coefficients(t)
+            x = a * x0 + s * noise
+            with torch.no_grad():
+                wanted = self.teacher(x, t, context, return_dict=False)[0]
+            predicted = self.student(x, t, context, return_dict=False)[0]
+            loss = losses.task(predicted, x0, noise, a, s, self.config.network.prediction) + losses.output(predicted, wanted)
+            loss.mean().backward()
+        self.student.zero_grad()
+
+
+def measure(network: str, rounds: int, steps: int, device: torch.device, clock: Callable[[], float]) -> list[dict]:
+    times: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        recipes = {run: recipe(run, network, Path(folder), steps + 1) for run in RUNS}
+        write_cache(recipes["stage1"])
+        references = {f"{run}_reference": Reference(recipes[run], device) for run in ("stage1", "stage2")}
+        for reference in references.values():
+            reference.step()
+        for _ in range(rounds):
+            for run, config in recipes.items():
+                times.setdefault(run, []).append(run_loop(config, clock))
+                if reference := references.get(f"{run}_reference"):
+                    start = clock()
+                    for _ in range(steps):
+                        reference.step()
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    times.setdefault(f"{run}_reference", []).append((clock() - start) / steps)
+    rows = []
+    for name, found in times.items():
+        done = subprocess.run([sys.executable, "-m", "bench.train_speed", "--network", network, "--memory", name],
+                              capture_output=True, text=True, check=True)
+        batch = recipes["stage1"].run.batch
+        rows.append({"network": network, "run": name, "batch": batch, "seconds_of_a_step": statistics.median(found), "all_seconds": found,
+                     "samples_per_second": batch / statistics.median(found), "peak_bytes": int(done.stdout.split()[-1])})
+    return rows
+
+
+def memory(network: str, name: str, device: torch.device) -> int:
+    """Peak bytes of one run in this process, above what it holds now."""
+    def peak() -> int:
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+
+    before = peak()
+    with tempfile.TemporaryDirectory() as folder:
+        config = recipe(name.removesuffix("_reference"), network, Path(folder), 2)
+        if name.endswith("_reference"):
+            reference = Reference(config, device)
+            reference.step(), reference.step()
+        else:
+            write_cache(config)
+            run_loop(config, lambda: 0.0)
+    return peak() - before
+
+
+def summary(rows: list[dict]) -> dict[str, float]:
+    """Speeds of the loop over those of another run, the median over the rounds."""
+    found = {}
+    for network in dict.fromkeys(row["network"] for row in rows):
+        times = {row["run"]: row["all_seconds"] for row in rows if row["network"] == network}
+        suffix = "" if network == "emoji" else f"_{network}"
+        for name, run, other in (("stage1_over_reference", "stage1", "stage1_reference"), ("stage2_over_reference", "stage2", "stage2_reference"),
+                                 ("stage2_over_full_student", "stage2", "full_student")):
+            found[name + suffix] = statistics.median(b / a for a, b in zip(times[run], times[other], strict=True))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=[*NETWORKS, "all"], default="all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="of a run in one round, one more is left out")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    add_common_arguments(parser)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.memory:
+        print(memory(args.network, args.memory, device))
+        return
+    clock, rows = clock_of(args, parser, device), []
+    for network in NETWORKS if args.network == "all" else [args.network]:
+        rows += measure(network, args.rounds, args.steps, device, clock)
+    for row in rows:
+        print(f"{row['network']:6} {row['run']:17} {row['samples_per_second']:8.2f} samples/s  peak {row['peak_bytes'] / 2**20:7.0f} MiB", flush=True)
+    record("train_speed", summary(rows), rows, command_line("train_speed"), notes=args.notes)
+
+
+if __name__ == "__main__":
+    main()
