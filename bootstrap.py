@@ -40,6 +40,8 @@ HOST_PACKAGE_VERSION = "2.6.0"
 HOST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 HOST_FOLDER_IN_ARCHIVE = "vendor/ComfyUI"
 
+# The second brings ComfyUI-Manager, which the tests start beside the pack.
+HOST_REQUIREMENTS = ("requirements.txt", "manager_requirements.txt")
 PINS = ROOT / "requirements" / "pins.txt"
 EXTRAS = ROOT / "requirements" / "dev.txt"
 STAMP = ".asdm-complete.json"
@@ -523,13 +525,18 @@ def create_environment(folder):
         raise explain(failure, "creating a virtual environment") from None
 
 
+def host_requirements(host):
+    """The requirement files of a host; older ones lack the Manager's."""
+    return [host / name for name in HOST_REQUIREMENTS if (host / name).is_file()]
+
+
 def environment_key(host):
     """What an environment depends on: another key is another environment."""
     return {
         "python": f"{sys.implementation.name} {sys.version_info[0]}.{sys.version_info[1]}",
         "platform": sysconfig.get_platform(),
         "requirements": {
-            "host": (host / "requirements.txt").read_text("utf-8"),
+            "host": [path.read_text("utf-8") for path in host_requirements(host)],
             "pins": PINS.read_text("utf-8"),
             "extras": EXTRAS.read_text("utf-8"),
         },
@@ -586,7 +593,7 @@ def build_environment(folder, host, key):
     try:
         run_logged([*pip, "--upgrade", "pip"], logs() / "pip.log", "updating pip")
         run_logged(
-            [*pip, "-c", PINS, "-r", host / "requirements.txt", "-r", EXTRAS],
+            [*pip, "-c", PINS, *(word for path in [*host_requirements(host), EXTRAS] for word in ("-r", path))],
             logs() / "install.log",
             "installing packages",
         )
@@ -633,7 +640,7 @@ def target_demo(python, settings):
 
 
 def target_test(python, settings):
-    return [[python, "-m", "pytest", *shlex.split(settings.get("ARGS", ""))]]
+    return [[python, "-m", "demo.browser"], [python, "-m", "pytest", *shlex.split(settings.get("ARGS", ""))]]
 
 
 def target_serve(python, settings):

@@ -11,6 +11,7 @@ from PIL import Image
 from asdm_core import packs, surgery
 from asdm_core.architecture import Architecture
 from demo.server import PACK, PromptError
+from demo.thumbnails import INPUT, on_embedded_family
 from tests.core.narrow import SDXL, weights
 
 IDS = sorted({name for path in (PACK / "nodes").glob("*.py") for name in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))})
@@ -70,8 +71,9 @@ def test_there_are_workflows():
 
 
 @pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
-def test_workflow_runs(client, path):
-    outputs = client.run(json.loads(path.read_text("utf-8")))
+def test_workflow_runs(client, path, host):
+    client.upload(INPUT, (host / "input" / INPUT).read_bytes())
+    outputs = client.run(on_embedded_family(json.loads(path.read_text("utf-8")), "red apple", "emoji-teacher"))
     pictures = [Image.open(io.BytesIO(client.fetch(entry))) for output in outputs.values() for entry in output.get("images", [])]
     assert pictures
     for picture in pictures:
