@@ -347,7 +347,9 @@ def test_environment_life(small_host, monkeypatch, capsys):
 
     # Other requirements are another environment; the old one stays for who needs it.
     (small_host / "requirements.txt").write_text("asdm-fake==1.0\n")
-    assert bootstrap.environment_folder(small_host) != folder
+    other = bootstrap.environment_folder(small_host)
+    (small_host / "manager_requirements.txt").write_text("asdm-fake\n")
+    assert len({folder, other, bootstrap.environment_folder(small_host)}) == 3
 
 
 def test_environment_interrupted_in_the_middle_is_made_again(small_host, monkeypatch):
