@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from .addresses import UNetConfig, in_order, unit
 
-ROLES = ("host", "pack", "cut", "experts")
+ROLES = ("host", "pack", "cut", "experts", "gains")
+JOINING = ("experts", "gains")  # they play nothing themselves
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Window:
 class Part:
     """Who plays a unit: role "host", "pack" (then `source` is the pack's id) or "cut".
 
-    "experts" plays nothing itself: the further experts of the pack `source`, scaled by `strength`, join
-    the convolutions of whoever plays the unit.
+    "experts" and "gains" play nothing themselves: what the pack `source` has of them, scaled by `strength`, joins
+    whoever plays the unit: further experts its convolutions, gains its self-attention where GRI plays.
     """
 
     role: str
@@ -102,19 +103,19 @@ class Cast:
         """
         parts: dict[str, Part] = {}
         for line in self._active(active):
-            if line.part.role != "experts":
+            if line.part.role not in JOINING:
                 parts.update(dict.fromkeys(line.units, line.part))
         return {a: parts[a] for a in in_order(self.config, parts) if parts[a] != HOST}
 
-    def experts(self, active: Sequence[Window] | None = None) -> dict[str, Part]:
-        """Unit address -> whose further experts join its convolutions while these windows are active.
+    def joining(self, role: str, active: Sequence[Window] | None = None) -> dict[str, Part]:
+        """Unit address -> whose experts or gains join its player while these windows are active.
 
-        Experts of a unit that their pack has itself were trained for that unit: they join no other player.
+        Those of a unit that their pack has itself were trained for that unit: they join no other player.
         """
         parts, found = self.parts(active), {}
         own = {(line.part.source, a) for line in self.lines if line.part.role == "pack" for a in line.units}
         for line in self._active(active):
-            if line.part.role == "experts":
+            if line.part.role == role:
                 source = line.part.source
                 players = {a: parts.get(a, HOST) for a in line.units}
                 found.update({a: line.part for a, player in players.items()

@@ -12,12 +12,15 @@ cells do not divide the map the last ones are smaller and count for less; nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import addresses
+from .addresses import Slot, UNetConfig, in_order, unit
 
 CELLS = 16  # per side of the map, at most, in the automatic choice: the cost of a token stays the same at any size
 WINDOW = 16  # tokens per side in the automatic choice
@@ -64,6 +67,43 @@ class GRI:
     def covers(self, height: int, width: int) -> bool:
         """Whether a single window holds the whole map, so that this is full attention."""
         return all(len(_spans(size, self)) == 1 and _spans(size, self)[0].count == 1 for size in (height, width))
+
+
+@dataclass(frozen=True)
+class Gains:
+    """The self-attentions that a pack has trained gains for: of these transformers, all blocks.
+
+    A gain is one number per head, added to the logits of the pooled keys; 0 changes nothing. In a pack file it lies at
+    `<transformer>.transformer_blocks.<i>.attn1.gain`, (heads,). Raises ValueError for anything but a list of addresses.
+    """
+
+    units: tuple[str, ...]
+
+    def __post_init__(self):
+        if not self.units or not all(isinstance(a, str) for a in self.units):
+            raise ValueError(f"gri: gains must name at least one transformer, got {self.units!r}")
+
+    def keys(self, config: UNetConfig) -> dict[str, Slot]:
+        """Names and shapes of the gains in a pack file. Raises ValueError for units this UNet has no self-attention in."""
+        slots = {}
+        for u in (unit(config, address) for address in in_order(config, self.units)):
+            if u.kind != "transformer" or u.address not in self.units:
+                raise ValueError(f"gri: gains belong to whole transformers, and {u.address} is none")
+            for i in range(u.depth):
+                name = f"transformer_blocks.{i}.attn1.gain"
+                tensor = addresses.Tensor(name, name, (config.heads(u.channels_out),), "attn1", i)
+                slots[u.key(tensor)] = Slot(u, tensor)
+        return slots
+
+    def to_dict(self) -> dict:
+        return {"gains": list(self.units)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> Gains:
+        """Inverse of `to_dict`, from JSON too. Raises ValueError for anything else."""
+        if not isinstance(data, Mapping) or set(data) != {"gains"} or not isinstance(data["gains"], list):
+            raise ValueError(f"gri must be a JSON object with a list of transformers, gains, got {data!r}")
+        return cls(tuple(data["gains"]))
 
 
 @dataclass(frozen=True)

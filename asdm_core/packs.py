@@ -28,6 +28,7 @@ from torch import Tensor
 from .addresses import in_order
 from .architecture import Architecture
 from .condconv import CondConv, Conv
+from .gri import Gains
 from .recognise import Recognised, Unrecognised, recognise, unet_prefix
 from .surgery import ADDRESSED, Form, Mismatch, StateDict, check, convert, shapes_of
 
@@ -220,10 +221,10 @@ class Description:
     """What a pack or a pruned UNet says about itself.
 
     kind: "pack" (only `units`, to be played inside a host checkpoint) or "unet" (stands for itself).
-    units: addresses a pack plays; none if it only has further experts for convolutions of others.
+    units: addresses a pack plays; none if it only has further experts or gains for units of others.
     prediction: "eps" or "v"; None leaves it to the host checkpoint.
     companions: other files of an embedded checkpoint, by role ("vae", "text_encoder").
-    training: where the weights came from; free form. condconv, gri: settings of those techniques.
+    training: where the weights came from; free form. condconv, gri: what it has of those techniques.
     """
 
     kind: str
@@ -234,7 +235,7 @@ class Description:
     training: Mapping = field(default_factory=dict)
     companions: Mapping[str, str] = field(default_factory=dict)
     condconv: CondConv | None = None
-    gri: Mapping | None = None
+    gri: Gains | None = None
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -244,14 +245,15 @@ class Description:
         units = in_order(self.architecture.config, self.units)
         kept = {u.address for u in self.architecture.kept}
         if self.kind == "pack" and not units:
-            if self.condconv is None:
+            if self.condconv is None and self.gri is None:
                 raise ValueError("a pack must play at least one unit")
             if self.architecture.cut:
-                raise ValueError(f"a pack of experts only cannot cut units, and this one cuts {min(self.architecture.cut)}")
-        if self.condconv is not None and self.kind != "pack":
-            raise ValueError("condconv: further experts come in packs only")
-        if not kept.issuperset([*units, *self.expert_units]):
-            raise ValueError(f"{min({*units, *self.expert_units} - kept)} is cut in this architecture, so no pack can play it")
+                raise ValueError(f"a pack that plays no unit cannot cut units, and this one cuts {min(self.architecture.cut)}")
+        if self.kind != "pack" and (self.condconv or self.gri):
+            raise ValueError("condconv, gri: further experts and gains come in packs only")
+        concerned = {*units, *self.expert_units, *self.gain_units}
+        if not kept.issuperset(concerned):
+            raise ValueError(f"{min(concerned - kept)} is cut in this architecture, so no pack can play it")
         object.__setattr__(self, "units", units)
 
     @property
@@ -279,17 +281,28 @@ class Description:
         """Tensor names of the further experts and their routers, and their slots."""
         return self.condconv.keys(self.architecture.config) if self.condconv else {}
 
+    @property
+    def gain_keys(self):
+        """Tensor names of the gains of GRI attention, and their slots."""
+        return self.gri.keys(self.architecture.config) if self.gri else {}
+
+    @property
+    def gain_units(self) -> tuple[str, ...]:
+        """The transformers they belong to."""
+        return in_order(self.architecture.config, {slot.unit.address for slot in self.gain_keys.values()})
+
     def keys(self):
         """Tensor names of the file and their slots: addressed for a pack, else the standalone form."""
         if self.kind == "pack":
-            return self.unit_keys | self.expert_keys
+            return self.unit_keys | self.expert_keys | self.gain_keys
         return self.architecture.keys(*standalone_form(self.architecture))
 
     def to_json(self) -> str:
         data = {
             "format": FORMAT, "kind": self.kind, "architecture": self.architecture.to_dict(), "units": list(self.units),
             "prediction": self.prediction, "licence": self.licence, "training": dict(self.training),
-            "companions": dict(self.companions), "condconv": self.condconv and self.condconv.to_dict(), "gri": self.gri,
+            "companions": dict(self.companions), "condconv": self.condconv and self.condconv.to_dict(),
+            "gri": self.gri and self.gri.to_dict(),
         }
         return json.dumps({k: v for k, v in data.items() if v not in (None, {}, [], "")}, separators=(",", ":"))
 
@@ -309,14 +322,14 @@ class Description:
         if not isinstance(units, list) or not all(isinstance(a, str) for a in units):
             raise ValueError("units in its description must be a list of addresses")
         tables = {name: data.get(name, {}) for name in ("training", "companions")}
-        tables["gri"] = data.get("gri")
         for name, value in tables.items():
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{name} in its description must be a JSON object, got {value!r}")
         condconv = None if data.get("condconv") is None else CondConv.from_dict(data["condconv"])
+        gri = None if data.get("gri") is None else Gains.from_dict(data["gri"])
         return cls(kind=str(data.get("kind")), architecture=Architecture.from_dict(data.get("architecture")),
                    units=tuple(units), prediction=data.get("prediction"), licence=str(data.get("licence", "")),
-                   condconv=condconv, **tables)
+                   condconv=condconv, gri=gri, **tables)
 
 
 def standalone_form(architecture: Architecture) -> Form:

@@ -1,4 +1,4 @@
-"""A pack on a MODEL: trained stand-ins for some units, further experts for some convolutions, at all steps or within a window."""
+"""A pack on a MODEL: trained stand-ins for some units, further experts for some convolutions, gains for GRI attention."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .load import CATEGORY
 
 
 def lines_of(description: Description, pack_id: str, window: Window, strength: float = 1.0) -> list[Line]:
-    """What a pack says about the cast: its units play, the units its architecture cuts are cut, its experts join."""
-    experts = description.expert_units if strength else ()
+    """What a pack says about the cast: its units play, the units its architecture cuts are cut, its experts and gains join."""
+    experts, gains = (description.expert_units, description.gain_units) if strength else ((), ())
     said = ((description.units, Part("pack", pack_id)), (description.architecture.cut_units, Part("cut")),
-            (experts, Part("experts", pack_id, strength)))
+            (experts, Part("experts", pack_id, strength)), (gains, Part("gains", pack_id, strength)))
     return [Line(units, part, window) for units, part in said if units]
 
 
@@ -44,9 +44,9 @@ def check_fit(model, description: Description, name: str) -> None:
 def check_experts(model, description: Description, name: str, strength: float) -> None:
     """Raise ValueError unless a pack's experts, if it has any, have convolutions to join in this MODEL."""
     if description.condconv is None:
-        if strength != 1:
+        if strength != 1 and description.gri is None:
             raise ValueError(f"strength is {strength:g}, and {name} has nothing that could be played in part: a unit plays or it does not. "
-                             "Set strength to 1; it scales the experts of packs that have them.")
+                             "Set strength to 1; it scales the experts and gains of packs that have them.")
         return
     parts = host.setup_of(model).cast.parts()
     cut = {a for a, part in parts.items() if part.role == "cut"} | {a for a in host.architecture_of(model).cut if a not in parts}
@@ -91,8 +91,8 @@ class ASDMApplyPack(io.ComfyNode):
             category=CATEGORY,
             description="Lets the trained, faster units of a pack play in any checkpoint of the same family, finetunes included. "
                         "Units the pack has no need of are skipped. A pack can also bring further experts for convolutions, "
-                        "whose own weights stay the first expert. LoRAs on the MODEL also act on the pack, whether they come "
-                        "before or after it. Packs live in models/asdm_packs. Saving the MODEL with stock nodes saves it without "
+                        "whose own weights stay the first expert, or gains for GRI Attention. LoRAs on the MODEL also act on the pack, "
+                        "whether they come before or after it. Packs live in models/asdm_packs. Saving the MODEL with stock nodes saves it without "
                         "the pack; use Save UNet (asdm) to keep both.",
             search_aliases=["asdm", "combined unet", "m2", "speed up", "accelerate"],
             inputs=[
@@ -103,7 +103,7 @@ class ASDMApplyPack(io.ComfyNode):
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
                                tooltip="Where in the sampling run the checkpoint's own units take over again; 1 is the end."),
                 io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, advanced=True,
-                               tooltip="For packs with experts: how much they add to the convolutions they join; 0 is nothing at all. "
+                               tooltip="For packs with experts or gains: how much they add to the layers they join; 0 is nothing at all. "
                                        "Other packs play or do not, so leave it at 1 for them."),
             ],
             outputs=[io.Model.Output()],

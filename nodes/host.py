@@ -122,6 +122,18 @@ def with_survey(model, survey):
     return _set_up(model.clone(), replace(setup_of(model), inheritance=survey))
 
 
+def without_setup(model):
+    """A clone of MODEL that carries nothing of this module's: the checkpoint plays everything itself."""
+    clone = model.clone()
+    clone.remove_attachments(KEY)
+    clone.remove_additional_models(KEY)
+    for kind, _ in _WRAPPERS:
+        clone.remove_wrappers_with_key(kind, KEY)
+    for kind, _ in _CALLBACKS:
+        clone.remove_callbacks_with_key(kind, KEY)
+    return clone
+
+
 def cache_bytes(model, shape, conds: int) -> int:
     """Bytes that feature inheritance remembers in a run on latents of a shape (B, C, H, W), with so many conditionings."""
     inheritance = setup_of(model).inheritance
@@ -165,10 +177,11 @@ class Run:
     def set_sigma(self, sigma: float) -> None:
         """Decide who plays at this noise level. Called once per evaluation."""
         active = tuple(w for w, (high, low) in self._sigmas.items() if low < sigma <= high)
-        parts, experts = self.cast.parts(active), self.cast.experts(active)
+        parts, experts = self.cast.parts(active), self.cast.joining("experts", active)
         regional = self._regional is not None and self._regional.when in active
+        gains = self.cast.joining("gains", active) if regional else {}
         for stage in self._stages.values():
-            stage.assign(parts, experts, regional)
+            stage.assign(parts, experts, gains, regional)
             if stage.memory is not None:
                 stage.memory.begin_evaluation(sigma)
         memory = self._memory()
@@ -204,7 +217,7 @@ class Stage:
         self._cut = architecture.cut
         self._packs = {pack_id: patcher.model for pack_id, patcher in packs.items()}
         self._serials = ",".join(str(patcher.model.serial) for patcher in packs.values())
-        self._assigned: tuple[dict[str, Part], dict[str, Part], bool] = {}, {}, False
+        self._assigned: tuple[dict[str, Part], dict[str, Part], dict[str, Part], bool] = {}, {}, {}, False
         self._players: dict[int, torch.nn.Module] = {}
         self._addresses = {id(layer): address for address, layer in self._layers.items()}
         self.memory = inheritance.memory(architecture, sigmas, cache) if inheritance else None
@@ -214,7 +227,7 @@ class Stage:
 
     def enter_attention(self, transformer_options: dict) -> dict:
         """The options of a forward with GRI attention in them, if it plays at the moment."""
-        return self._attention.enter(transformer_options) if self._assigned[2] else transformer_options
+        return self._attention.enter(transformer_options) if self._assigned[-1] else transformer_options
 
     def begin_forward(self, x, control, transformer_options, hooks) -> str:
         """Name of what is about to be played; "" if the checkpoint plays everything itself, unrecorded."""
@@ -234,19 +247,20 @@ class Stage:
         for mode, compare in self.memory.trials() if self.memory else ():
             yield f"{self.name}_{mode}", compare
 
-    def assign(self, parts: dict[str, Part], experts: dict[str, Part], regional: bool) -> None:
-        if (parts, experts, regional) == self._assigned:
+    def assign(self, parts: dict[str, Part], experts: dict[str, Part], gains: dict[str, Part], regional: bool) -> None:
+        if (parts, experts, gains, regional) == self._assigned:
             return
-        self._assigned = parts, experts, regional
+        self._assigned = parts, experts, gains, regional
         experts = {a: part for a, part in experts.items() if a in parts or a not in self._cut}
         players = {address: self._player(address, part) for address, part in parts.items()}
         for address, part in experts.items():
             layer = players.get(address, self._layers[address])
             players[address] = self._packs[part.source].with_experts(address, layer, part.strength)
         self._players = {id(self._layers[address]): player for address, player in players.items()}
-        everybody = parts | {f"{address}.experts": part for address, part in experts.items()}
+        everybody = parts | {f"{a}.{p.role}": p for joining in (experts, gains) for a, p in joining.items()}
         self.name = fingerprint(everybody, self._serials) if everybody else ""
         if regional:
+            self._attention.gains = {address: self._packs[part.source].gains(address, part.strength) for address, part in gains.items()}
             self.name += self._attention.name
 
     def _player(self, address: str, part: Part) -> torch.nn.Module:

@@ -7,7 +7,7 @@ import json
 from comfy_api.latest import io
 
 from ..asdm_core.architecture import Architecture
-from ..asdm_core.cast import HOST, Part
+from ..asdm_core.cast import HOST, JOINING, Part
 from ..asdm_core.measure import costs, total
 from . import host
 from .load import CATEGORY
@@ -16,13 +16,13 @@ from .picture import UnitView, draw_unet, to_image
 PIXELS = 8  # picture pixels per latent pixel, for every family here
 
 
-def parts_at(model, percent: float) -> tuple[dict[str, Part], dict[str, Part]]:
+def parts_at(model, percent: float) -> tuple[dict[str, Part], dict[str, dict[str, Part]]]:
     """Unit address -> who plays it at a point of the run (0..1), for every unit but the host's own; and
-    unit address -> whose further experts join it."""
+    for "experts" and "gains": unit address -> whose join it."""
     cast = host.setup_of(model).cast
     active = [w for w in cast.windows if w.start <= percent < w.end or w.end == percent == 1.0]
     parts = dict.fromkeys(host.architecture_of(model).cut_units, Part("cut"))
-    return parts | cast.parts(active), cast.experts(active)
+    return parts | cast.parts(active), {role: cast.joining(role, active) for role in JOINING}
 
 
 def playing(model, parts: dict[str, Part]) -> Architecture:
@@ -39,7 +39,7 @@ def playing(model, parts: dict[str, Part]) -> Architecture:
 
 def describe(model, width: int, height: int, percent: float) -> tuple[dict, dict[str, UnitView]]:
     """Facts about a MODEL's UNet as a table for JSON, and how to draw each unit."""
-    parts, experts = parts_at(model, percent)
+    parts, joining = parts_at(model, percent)
     now = playing(model, parts)
     full = Architecture.full(now.config)
     cost = costs(now, height // PIXELS, width // PIXELS)
@@ -49,14 +49,15 @@ def describe(model, width: int, height: int, percent: float) -> tuple[dict, dict
         role = parts.get(u.address, HOST)
         share = cost[u.address].total / work.total if u.address in cost else 0.0
         views[u.address] = UnitView(role.role, share)
-        joined = {"experts_of": experts[u.address].source.rpartition("@")[0]} if u.address in experts else {}
+        joined = {f"{kind}_of": found[u.address].source.rpartition("@")[0] for kind, found in joining.items() if u.address in found}
         rows.append({"unit": u.address, "played_by": role.source.rpartition("@")[0] or role.role, **joined,
                      "params": cost[u.address].params if u.address in cost else 0,
                      "macs": cost[u.address].total if u.address in cost else 0, "share": round(share, 5)})
+    everybody = [*parts.values(), *(part for found in joining.values() for part in found.values())]
     facts = {
         "family": now.config.family, "architecture": now.name or "custom", "width": width, "height": height,
         "params": work.params, "macs": work.total, "unpruned_params": whole.params, "unpruned_macs": whole.total,
-        "packs": [p.rpartition("@")[0] for p in dict.fromkeys(p.source for p in (*parts.values(), *experts.values()) if p.source)],
+        "packs": [p.rpartition("@")[0] for p in dict.fromkeys(p.source for p in everybody if p.source)],
         "cut": [a for a in parts if parts[a].role == "cut"], "units": rows,
     }
     return facts, views

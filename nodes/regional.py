@@ -7,6 +7,7 @@ else has entered his own, before or after our node, and keeps what he has. Nobod
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from comfy.ldm.modules import attention
@@ -56,6 +57,7 @@ class Attention:
     def __init__(self, settings: Regional, config: UNetConfig):
         self._settings, self._blocks = settings, settings.blocks(config)
         self._said: set[str] = set()
+        self.gains: dict[str, dict[int, Callable[[Tensor], Tensor]]] = {}  # transformer -> block -> gains of its heads
         self.name = f"gri{settings.window}x{settings.pool}x{settings.stages}{'s' * settings.shifted}"
 
     def enter(self, options: dict) -> dict:
@@ -85,7 +87,8 @@ class Attention:
             return out.unflatten(2, (heads, -1)).transpose(1, 2)
 
         q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))
-        return gri_attention(q, k, v, height, width, gri, attend=attend).flatten(2)
+        gain = self.gains.get(self._blocks.get(options["block"]), {}).get(options["block_index"])
+        return gri_attention(q, k, v, height, width, gri, gain=gain and gain(q), attend=attend).flatten(2)
 
     def _say(self, text: str) -> None:
         if text not in self._said:

@@ -45,26 +45,26 @@ EXPERTS, WEAK = Part("experts", "e"), Part("experts", "e", 0.5)
 
 def test_experts_join_whoever_plays():
     cast = Cast(SD, (Line((RESNET,), EXPERTS), Line((RESNET,), PACK)))
-    assert cast.parts() == {RESNET: PACK} and cast.experts() == {RESNET: EXPERTS}
+    assert cast.parts() == {RESNET: PACK} and cast.joining("experts") == {RESNET: EXPERTS}
     assert Cast(SD, (Line((RESNET,), EXPERTS),)).parts() == {}
 
 
 def test_later_experts_hold_within_their_window():
     cast = Cast(SD, (Line((RESNET,), EXPERTS), Line((RESNET,), WEAK, LATE)))
-    assert cast.experts() == cast.experts((EARLY, Window())) == {RESNET: EXPERTS}
-    assert cast.experts((LATE, Window())) == {RESNET: WEAK}
+    assert cast.joining("experts") == cast.joining("experts", (EARLY, Window())) == {RESNET: EXPERTS}
+    assert cast.joining("experts", (LATE, Window())) == {RESNET: WEAK}
 
 
 def test_cut_units_have_no_convolution_to_join():
     cast = Cast(SD, (Line((RESNET,), EXPERTS), Line((RESNET,), CUT, LATE)))
-    assert cast.experts((EARLY, Window())) == {RESNET: EXPERTS} and cast.experts((LATE, Window())) == {}
+    assert cast.joining("experts", (EARLY, Window())) == {RESNET: EXPERTS} and cast.joining("experts", (LATE, Window())) == {}
 
 
 def test_experts_of_a_packs_own_unit_join_no_other_player():
     own = (Line((RESNET,), PACK), Line((RESNET,), Part("experts", "a")))
-    assert Cast(SD, own).experts() == {RESNET: Part("experts", "a")}
-    assert Cast(SD, (*own, Line((RESNET,), OTHER))).experts() == {}
-    assert Cast(SD, (Line((RESNET,), EXPERTS), *own, Line((RESNET,), OTHER))).experts() == {RESNET: EXPERTS}
+    assert Cast(SD, own).joining("experts") == {RESNET: Part("experts", "a")}
+    assert Cast(SD, (*own, Line((RESNET,), OTHER))).joining("experts") == {}
+    assert Cast(SD, (Line((RESNET,), EXPERTS), *own, Line((RESNET,), OTHER))).joining("experts") == {RESNET: EXPERTS}
 
 
 def test_composition_does_not_alter_what_is_composed():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from asdm_core import packs, surgery
 from asdm_core.architecture import FAMILIES, PRESETS, Architecture
+from asdm_core.gri import Gains
 from asdm_core.packs import BadFile, Description, TensorFile, open_pack, open_unet, parse_header
 from asdm_core.surgery import ADDRESSED, Form, Mismatch
 from tests.core.narrow import CONFIGS, SD, weights
@@ -191,6 +192,45 @@ def test_wrong_int8_scales(tmp_path, scale, message):
     rewritten(path, lambda sd: sd.update({KEY + packs.SCALE: scale}))
     with pytest.raises(BadFile, match=rf"^pack.safetensors: .*{message}"):
         open_pack(path)
+
+
+GAINS = Gains(("down.0.0.transformer", "mid.0.transformer"))
+
+
+def gain_tensors(description):
+    return {k: torch.full(slot.shape, 0.5) for k, slot in description.gain_keys.items()}
+
+
+@pytest.mark.parametrize("units", [(), M2.pack_units()], ids=["alone", "with units"])
+def test_gains_there_and_back(tmp_path, units):
+    description = Description("pack", M2 if units else Architecture.full(SD), units, gri=GAINS)
+    assert list(description.gain_keys) == [f"{at}.1.transformer_blocks.0.attn1.gain" for at in ("input_blocks.1", "middle_block")]
+    assert {slot.shape for slot in description.gain_keys.values()} == {(SD.num_heads,)}
+    tensors = surgery.extract(weights(SD), M2, units) | gain_tensors(description)
+    packs.write_pack(tmp_path / "pack.safetensors", tensors, description, None)
+    found = open_pack(tmp_path / "pack.safetensors")
+    assert found.description == description and equal(found.tensors, tensors)
+
+
+@pytest.mark.parametrize("gains, message", [
+    ({"gains": []}, "at least one transformer"), ({"gains": ["down.0.0.resnet"]}, "down.0.0.resnet is none"), ({"gains": ["moon"]}, "moon"),
+    ({"gains": ["down.0.0.transformer.0"]}, "down.0.0.transformer is none"), ({"gains": "down"}, "list of transformers"),
+    ({"gains": ["down.0.1.transformer"]}, "is cut in this architecture"), ({"gains": [1]}, "at least one transformer"), (3, "JSON object"),
+    ({"gains": ["mid.0.transformer"], "window": 8}, "list of transformers"),
+], ids=str)
+def test_wrong_gains(pack, gains, message):
+    data = json.loads(TensorFile(pack).metadata["asdm"]) | {"gri": gains}
+    rewritten(pack, lambda sd: None, {"asdm": json.dumps(data)})
+    with pytest.raises(BadFile, match=f"^pack.safetensors: .*{re.escape(message)}"):
+        open_pack(pack)
+
+
+def test_gains_come_in_packs_only_and_whole(tmp_path):
+    with pytest.raises(ValueError, match="come in packs only"):
+        Description("unet", Architecture.full(SD), gri=GAINS)
+    description = Description("pack", Architecture.full(SD), gri=GAINS)
+    with pytest.raises(Mismatch, match=r"attn1.gain is missing"):
+        packs.write_pack(tmp_path / "pack.safetensors", dict(list(gain_tensors(description).items())[:1]), description)
 
 
 def test_pack_and_unet_are_told_apart(pack, unet):

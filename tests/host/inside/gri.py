@@ -132,6 +132,71 @@ def test_every_attention_of_the_host_gives_the_same(model, monkeypatch, name, ma
     assert small.difference(played(getattr(attention, name)), played(attention.attention_pytorch)) < 1e-4
 
 
+# Gains ----------------------------------------------------------------------------------------------
+
+TRANSFORMERS = tuple(u.address for u in small.addresses.walk(SD) if u.kind == "transformer")
+
+
+@pytest.fixture(scope="module")
+def gains(folder):
+    return small.write_gains(folder / "gains.safetensors", TRANSFORMERS)
+
+
+def test_gains_of_zero_and_strength_zero_change_no_bit(model, folder, gains):
+    zero = small.write_gains(folder / "zero.safetensors", TRANSFORMERS, scale=0.0)
+    wanted = small.sample(gri(model, **ROUGH))
+    assert torch.equal(small.sample(gri(small.with_pack(model, zero), **ROUGH)), wanted)
+    assert small.with_pack(model, gains, strength=0.0) is model
+    assert small.difference(small.sample(gri(small.with_pack(model, gains), **ROUGH)), wanted) > 1e-4
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_gains_join_the_heads_they_were_trained_for(model, gains, monkeypatch, strength):
+    loaded = small.packs.open_pack(gains)
+    blocks = [loaded.tensors[k] for k, s in loaded.description.keys().items() if s.unit.scale == 1]
+    played, seen = gri(small.with_pack(model, gains, strength=strength), **ROUGH, stages=1), []
+
+    def gri_attention(q, k, v, height, width, gri, gain, **more):
+        seen.append(gain)
+        return core.gri_attention(q, k, v, height, width, gri, gain, **more)
+
+    monkeypatch.setattr(regional, "gri_attention", gri_attention)
+    small.sample(played, steps=1, cfg=1.0)
+    assert len(seen) == len(blocks) == 5
+    assert all(torch.equal(a, strength * b) for a, b in zip(seen, blocks, strict=True))
+
+
+def test_gains_do_nothing_without_gri_and_in_its_limits(model, plain, gains):
+    played = small.with_pack(model, gains)
+    assert torch.equal(small.sample(played), plain)
+    assert torch.equal(small.sample(gri(played, window=16, pool=4)), plain)
+
+
+def test_gains_play_within_their_window_and_in_either_order(model, gains):
+    one, other = gri(small.with_pack(model, gains, 0.3, 0.8), **ROUGH), small.with_pack(gri(model, **ROUGH), gains, 0.3, 0.8)
+    assert torch.equal(small.sample(one, steps=4), small.sample(other, steps=4))
+    assert small.difference(small.sample(one, steps=4), small.sample(gri(small.with_pack(model, gains), **ROUGH), steps=4)) > 1e-5
+
+
+def test_gains_with_units_of_another_pack(model, folder, gains):
+    pack = small.write_pack(folder / "m2-and-gains.safetensors", seed=1)
+    combined = gri(small.with_pack(small.combined(folder), gains), **ROUGH)
+    assert torch.equal(small.sample(gri(small.with_pack(small.with_pack(model, gains), pack), **ROUGH)), small.sample(combined))
+
+
+def test_the_host_moves_and_casts_gains(model, gains):
+    (patcher,) = host.packs_of(small.with_pack(model, gains)).values()
+    movable = {f"{name}.{leaf}" for _, _, name, _, leaves in patcher._load_list() for leaf in leaves}
+    assert movable == set(dict(patcher.model.named_parameters())) and len(movable) == len(TRANSFORMERS)
+    assert {p.dtype for p in patcher.model.parameters()} == {torch.float32}
+
+
+def test_inspect_model_names_the_pack_of_gains(model, gains):
+    facts, _ = module("nodes.inspect_model").describe(small.with_pack(model, gains), 128, 128, 0.0)
+    assert facts["packs"] == ["gains.safetensors"]
+    assert tuple(row["unit"] for row in facts["units"] if row.get("gains_of")) == TRANSFORMERS
+
+
 # Together with others -------------------------------------------------------------------------------
 
 

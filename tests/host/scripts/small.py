@@ -21,6 +21,7 @@ addresses = module("asdm_core.addresses")
 architecture = module("asdm_core.architecture")
 cast = module("asdm_core.cast")
 condconv = module("asdm_core.condconv")
+gri = module("asdm_core.gri")
 packs = module("asdm_core.packs")
 surgery = module("asdm_core.surgery")
 apply_pack = module("nodes.apply_pack")
@@ -108,6 +109,14 @@ def write_experts(path, settings, config=SD, seed=0, how="random", scale=1.0, un
     tensors = {k: t * (scale if ".experts." in k else 1) for k, t in condconv.start(config, settings, how, seed).items()}
     tensors |= surgery.extract(weights(config, student), chosen, units)
     packs.write_pack(path, tensors, packs.Description("pack", chosen, units, condconv=settings), None)
+    return Path(path)
+
+
+def write_gains(path, units, config=SD, seed=0, scale=1.0):
+    """A pack of gains for GRI attention in these transformers."""
+    generator = torch.Generator().manual_seed(seed)
+    description = packs.Description("pack", Architecture.full(config), gri=gri.Gains(tuple(units)))
+    packs.write_pack(path, {k: torch.randn(s.shape, generator=generator) * scale for k, s in description.keys().items()}, description, None)
     return Path(path)
 
 
