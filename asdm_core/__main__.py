@@ -2,6 +2,7 @@
 
     python -m asdm_core inspect FILE            what is in this file?
     python -m asdm_core convert IN OUT ...      rename between the LDM and diffusers layouts
+    python -m asdm_core match STUDENT ORIGINAL  which layers of the original has a pruned UNet kept?
     python -m asdm_core extract-pack IN ...     take some units of a trained UNet out into a pack
     python -m asdm_core assemble CKPT PACK OUT  a checkpoint's UNet with a pack built in
     python -m asdm_core lora FILE --onto PRESET which modules of a LoRA act on a pruned UNet?
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import lora, packs, surgery
+from . import lora, match, packs, surgery
 from .addresses import LAYOUTS, in_order, select
 from .architecture import NUMBERINGS, PRESETS, Architecture
 from .measure import costs, total
@@ -128,8 +129,12 @@ def _print_numbers(f: dict) -> None:
 
 def convert(args) -> None:
     loaded = _open_unet(args.input)
+    if args.keep:
+        loaded = _readdressed(loaded, loaded.description.architecture.keeping(args.keep))
     architecture = loaded.description.architecture
     form = surgery.Form(args.layout, args.numbering or packs.standalone_form(architecture).numbering)
+    if args.keep and form != packs.standalone_form(architecture):
+        raise ValueError("--keep is written into a file's description, which only the ldm layout has; give --layout ldm and no --numbering")
     tensors, dtype = _Progress(loaded.tensors, "convert"), DTYPES[args.dtype]
     if form == packs.standalone_form(architecture):
         packs.write_unet(args.output, tensors, loaded.description, dtype, packs.ZERO_SNR_MARKER in loaded.markers)
@@ -137,6 +142,46 @@ def convert(args) -> None:
         renamed = surgery.convert(tensors, architecture, surgery.ADDRESSED, form)
         packs.write_file(args.output, packs.stored(renamed, dtype), {"format": "pt"})
     print(f"wrote {args.output}: {len(tensors)} tensors, {form.layout} layout, {form.numbering}")
+
+
+def _readdressed(loaded: packs.Loaded, architecture: Architecture) -> packs.Loaded:
+    """A student that keeps other layers of the original than its file or the convention says."""
+    names = surgery.readdressed(loaded.description.architecture, architecture)
+    description = dataclasses.replace(loaded.description, architecture=architecture)
+    return dataclasses.replace(loaded, tensors=packs.Renamed(loaded.tensors, names), description=description)
+
+
+def match_original(args) -> None:
+    student, original = _open_unet(args.student), _open_unet(args.original)
+    ours, whole = (loaded.description.architecture for loaded in (student, original))
+    if ours.config != whole.config:
+        raise ValueError(f"{student.path.name} is a {ours.config.family} UNet and {original.path.name} a {whole.config.family} one; "
+                         "give the original that the student was pruned from")
+    if whole.cut:
+        raise ValueError(f"{original.path.name} is pruned itself ({whole.name or 'a choice of its own'}); give the unpruned original")
+    found = match.match(student.tensors, ours, original.tensors, _telling("compare"))
+    if args.json:
+        print(json.dumps({"file": args.student, "original": args.original, "architecture": found.architecture.to_dict(),
+                          "pairs": [dataclasses.asdict(pair) for pair in found.pairs]}, indent=1))
+    else:
+        print(f"{student.path.name}: {_headline(facts(found.architecture))}")
+        for pair in found.pairs:
+            near = "" if pair.next is None else f", next nearest {pair.next:.3f}"
+            note = "; resembles none, placed by its order" if pair.distance >= match.UNRELATED else ""
+            print(f"  {pair.student:25} is {pair.original:25} distance {pair.distance:.3f}{near}{note}")
+        print("  cut: " + (", ".join(in_order(ours.config, found.architecture.cut)) or "nothing"))
+    if args.output:
+        result = _readdressed(student, found.architecture)
+        packs.write_unet(args.output, result.tensors, result.description, None, packs.ZERO_SNR_MARKER in student.markers)
+        print(f"wrote {args.output}: the same weights, which now say where they belong", file=sys.stderr if args.json else sys.stdout)
+
+
+def _telling(what: str):
+    """Tells a person who waits how far a search has come."""
+    def tell(place: str) -> None:
+        if sys.stderr.isatty():
+            print(f"{what}: {place}", file=sys.stderr)
+    return tell
 
 
 def extract_pack(args) -> None:
@@ -234,6 +279,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--numbering", choices=NUMBERINGS, help="renumbered (default where it exists): the small network others load; "
                    "addressed: the unpruned network's names, with holes")
     p.add_argument("--dtype", choices=[d for d in DTYPES if d != "int8"], default="keep")
+    p.add_argument("--keep", metavar="BLOCKS", help="which transformer blocks of the original these are, where it is known and the file "
+                   "does not say: as 'down.2.*.transformer.0|3|6|9'. Without it, the first ones. `match` finds them by their weights")
+
+    p = command("match", match_original, "Find which layers and transformer blocks of the original a pruned UNet has kept (SSD-1B, Vega, "
+                "KOALA and the like), by nearest weights. LoRAs made for the original then act on the right ones.")
+    p.add_argument("student", metavar="STUDENT")
+    p.add_argument("original", metavar="ORIGINAL", help="the checkpoint the student was pruned from, or a finetune of the same base model")
+    p.add_argument("output", metavar="OUT", nargs="?", help="a new .safetensors file of the student that says where its layers belong")
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
 
     p = command("extract-pack", extract_pack, "Take some units of a trained UNet out into a pack, which then plays in any checkpoint "
                 "of the family. Layers that were cut among these units are cut by the pack.")
@@ -263,7 +317,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        if hasattr(args, "output"):
+        if getattr(args, "output", None):
             packs.check_output(args.output)
         args.run(args)
     except (BadFile, ValueError, OSError) as e:

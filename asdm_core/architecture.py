@@ -154,6 +154,24 @@ class Architecture:
         cut = frozenset(a for a in self.cut if _covers(where, a))
         return Architecture(self.config, cut, tuple(a for a in self.own if a in where)).named()
 
+    def keeping(self, blocks: str) -> Architecture:
+        """The same network, said to have kept exactly `blocks` of the transformers that these lie in.
+
+        For students of which it is known which transformer blocks of the original they kept; a file only shows how many.
+        blocks: a range expression of transformer blocks. Raises ValueError unless each transformer keeps as many as before.
+        """
+        chosen, cut = select(self.config, blocks), set(self.cut)
+        for u in dict.fromkeys(unit(self.config, a) for a in in_order(self.config, chosen)):
+            kept = chosen.intersection(u.blocks)
+            count = 0 if u.address in self.cut else len(self.kept_blocks(u))
+            if not count:
+                raise ValueError(f"{u.address} has no transformer blocks in this UNet, so none can be kept")
+            if u.address in chosen or len(kept) != count:
+                raise ValueError(f"{u.address} has {count} transformer blocks in this UNet, and the list names "
+                                 f"{'it as a whole' if u.address in chosen else len(kept)}; name {count} of its blocks, as {u.address}.0")
+            cut = cut - set(u.blocks) | set(u.blocks) - kept
+        return Architecture(self.config, frozenset(cut), self.own).named()
+
     def named(self) -> Architecture:
         """The same architecture under the name of the preset it equals, if there is one."""
         for name in PRESETS:

@@ -63,6 +63,18 @@ def convert(sd: Mapping[str, Tensor], architecture: Architecture, source: Form, 
     return {names[slot.unit.key(slot.tensor)]: sd[key] for key, slot in wanted.items()}
 
 
+def readdressed(source: Architecture, target: Architecture) -> dict[str, str]:
+    """Addressed name in `target` -> addressed name in `source`, where both are one renumbered network.
+
+    They differ only in which layers of the original the student's are said to be. Raises ValueError for different networks.
+    """
+    if source.renumbered.config != target.renumbered.config:
+        raise ValueError(f"{target.name or 'the wanted UNet'} is another network than {source.name or 'the given one'}: it keeps other "
+                         "numbers of layers or transformer blocks")
+    old, new = (architecture.keys("ldm", "renumbered") for architecture in (source, target))
+    return {new[key].unit.key(new[key].tensor): slot.unit.key(slot.tensor) for key, slot in old.items()}
+
+
 def cut(sd: Mapping[str, Tensor], architecture: Architecture) -> tuple[StateDict, tuple[str, ...]]:
     """Cut a full UNet down to `architecture`. Returns the new state dict and the names that were dropped."""
     full = Architecture.full(architecture.config)

@@ -205,6 +205,62 @@ def test_how_a_checkpoint_was_trained_goes_with_it(run, folder, tmp_path):
         assert packs.open_unet(path).description.prediction == "v"
 
 
+# match ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pruned(folder, tmp_path):
+    """A student of xl.safetensors with transformer blocks cut, as its authors would release it, and its true architecture."""
+    chosen = owning(Architecture.choose(NARROW_XL, "down.1.0.transformer.0, mid.0.transformer.1, up.0.1.transformer.0-1"))
+    sd, _ = surgery.cut(packs.open_unet(folder / "xl.safetensors").tensors, chosen)
+    noise = torch.Generator().manual_seed(1)
+    sd = {k: (t.float() + 0.05 * torch.randn(t.shape, generator=noise)).half() for k, t in sd.items()}
+    save_file(surgery.convert(sd, chosen, surgery.ADDRESSED, RENUMBERED), tmp_path / "student.safetensors")
+    return tmp_path / "student.safetensors", chosen
+
+
+def test_match_finds_the_blocks_and_writes_where_they_belong(run, folder, tmp_path, pruned):
+    student, chosen = pruned
+    assert packs.open_unet(student).description.architecture.cut != chosen.cut
+    code, out, _ = run("match", student, folder / "xl.safetensors", tmp_path / "matched.safetensors")
+    assert code == 0
+    assert "  up.0.1.transformer.0      is up.0.1.transformer.2 " in out and "  cut: down.1.0.transformer.0, mid.0" in out
+    assert "resembles none" not in out
+    assert packs.open_unet(tmp_path / "matched.safetensors").description.architecture == chosen
+    assert same(tensors_of(tmp_path / "matched.safetensors"), load_file(student)), "only the description is new"
+
+
+def test_match_in_json(run, folder, pruned):
+    code, out, _ = run("match", pruned[0], folder / "xl.safetensors", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert Architecture.from_dict(found["architecture"]) == pruned[1]
+    homes = {pair["student"]: pair["original"] for pair in found["pairs"]}
+    assert homes["up.0.1.transformer.0"] == "up.0.1.transformer.2"
+    assert all(pair["distance"] < 0.01 for pair in found["pairs"])
+
+
+def test_match_refuses_what_is_no_original_in_one_line(run, folder, tmp_path, pruned):
+    full = owning(Architecture.full(NARROW_XL))
+    other = described(tmp_path / "other.safetensors", full, weights(full, 8))
+    for original, message in ((other, "resemble none of the original's. Give the checkpoint"),
+                              (pruned[0], "student.safetensors is pruned itself"),
+                              (folder / "full.safetensors", "student.safetensors is a narrow-xl UNet and full.safetensors a narrow one")):
+        code, out, err = run("match", pruned[0], original, tmp_path / "matched.safetensors")
+        assert (code, out) == (2, "")
+        assert err.startswith("asdm: ") and message in err and err.count("\n") == 1
+        assert not (tmp_path / "matched.safetensors").exists()
+
+
+def test_convert_takes_a_list_of_kept_blocks(run, tmp_path, pruned):
+    student, chosen = pruned
+    keep = ", ".join(b for u in chosen.kept for b in u.blocks if b not in chosen.cut)
+    code, _, _ = run("convert", student, tmp_path / "kept.safetensors", "--layout", "ldm", "--keep", keep)
+    assert code == 0
+    assert packs.open_unet(tmp_path / "kept.safetensors").description.architecture == chosen
+    assert same(tensors_of(tmp_path / "kept.safetensors"), load_file(student)), "only the description is new"
+
+
 # extract-pack and assemble --------------------------------------------------------------------------
 
 
@@ -341,6 +397,10 @@ def bad(tmp_path_factory):
     ("convert B/odd.safetensors OUT --layout ldm", "odd.safetensors: architecture: family ['sd15'] is none of"),
     ("convert G/m2.safetensors OUT --layout ldm", "m2.safetensors: this is a pack, not a whole UNet"),
     ("convert B/lopsided.safetensors OUT --layout ldm --numbering renumbered", "no renumbered form"),
+    ("convert G/xl.safetensors OUT --layout ldm --keep mid.0.transformer.0", "mid.0.transformer has 3 transformer blocks in this UNet"),
+    ("convert G/xl.safetensors OUT --layout diffusers --keep mid.0.transformer.0-2", "give --layout ldm"),
+    ("match G/none.safetensors G/xl.safetensors OUT", "none.safetensors: there is no such file"),
+    ("match G/xl.safetensors G/m2.safetensors OUT", "m2.safetensors: this is a pack, not a whole UNet"),
     ("extract-pack G/none.safetensors OUT --units mid", "none.safetensors: there is no such file"),
     ("extract-pack G/m2.safetensors OUT --units mid", "m2.safetensors: this is a pack"),
     ("extract-pack G/base.safetensors OUT --units down.9", "'down.9' matches no unit of this narrow UNet"),
