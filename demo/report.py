@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import statistics
@@ -16,11 +15,12 @@ from PIL import Image
 
 from asdm_core import measure, packs
 from asdm_core.architecture import Architecture
-from demo.compare import Row, grid
+from asdm_core.pictures import HEAT_HEAD, Row, finite, grid, heat_map, likeness
 from demo.job import SIDES, Job, by_title
 from demo.timing import TimedRun
 
 Runs = Mapping[str, Sequence[TimedRun]]
+GROUPS = 2  # prompts side by side on the sheet
 
 
 def image_name(side: str, index: int) -> str:
@@ -56,7 +56,7 @@ def write_results(job: Job, architectures: Mapping[str, Architecture], runs: Run
     images = {side: [_open(output / image_name(side, i)) for i in range(len(job.prompts))] for side in SIDES}
     psnr, ssim = [], []
     for a, b in zip(images["a"], images["b"], strict=True):
-        psnr.append(_finite(float(measure.psnr(_tensor(a), _tensor(b)))))
+        psnr.append(finite(float(measure.psnr(_tensor(a), _tensor(b)))))
         ssim.append(float(measure.ssim(_tensor(a), _tensor(b))))
     sampler = by_title(job.graph("a", 0))["Sampler"]["inputs"]
     report = {
@@ -111,16 +111,7 @@ def _tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)[None]
 
 
-def _finite(psnr: float) -> float | None:
-    """None for identical images, whose PSNR is infinite: JSON has no word for that."""
-    return None if math.isinf(psnr) else psnr
-
-
 # texts ------------------------------------------------------------------------------------------
-
-
-def likeness(psnr: float | None, ssim: float) -> str:
-    return "identical" if psnr is None else f"PSNR {psnr:.1f} dB, SSIM {ssim:.2f}"
 
 
 def headline(report: Mapping) -> str:
@@ -136,15 +127,16 @@ def draw_comparison(report: Mapping, images: Mapping[str, Sequence[Image.Image]]
     for i, prompt in enumerate(report["prompts"]):
         a, b = (1000 * median_step([runs[side][i]]) for side in SIDES)
         like = likeness(report["psnr_values"][i], report["ssim_values"][i])
-        rows.append(Row(prompt, images["a"][i], images["b"][i], f"{a:.0f} to {b:.0f} ms per step, {like}"))
+        pair = images["a"][i], images["b"][i]
+        rows.append(Row((*pair, heat_map(*pair)), prompt, f"{a:.0f} to {b:.0f} ms per step, {like}"))
     host = report["host"]
     subtitle = (
         f"{report['steps']} steps, CFG {report['cfg']:g}, {report['sampler_name']}, {report['width']} x {report['height']}, "
         f"same seeds; B against A: {likeness(report['psnr'], report['ssim'])}; "
         f"ComfyUI {host['comfyui']}, torch {host['torch']}, {host['device']}"
     )
-    labels = [Path(report["checkpoint"]).stem, f"with {Path(report['pack']).stem}"]
-    return grid(headline(report), subtitle, labels, rows)
+    heads = [f"A  {Path(report['checkpoint']).stem}", f"B  with {Path(report['pack']).stem}", HEAT_HEAD]
+    return grid(headline(report), subtitle, heads, rows, groups=GROUPS)
 
 
 def summary(report: Mapping, output: Path) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import bootstrap
-from demo.compare import font
+from asdm_core.pictures import font
 from demo.server import PACK, Client, Server, device_flags
 
 WORKFLOWS = PACK / "workflows"

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from asdm_core.architecture import Architecture
-from demo import compare, job, report
+from asdm_core import pictures
+from demo import job, report
 from demo.server import PromptError, PromptInterrupted, outputs_of
 from demo.timing import TimedRun, step_seconds
 
@@ -146,30 +147,18 @@ def test_texts_are_honest_in_both_directions(results):
     assert report.headline({**written, "speedup": 0.8}).startswith("B is 1.25 times slower per step")
     text = report.summary(written, output)
     assert "2.00 times faster" in text and str(output / "compare.png") in text
-    assert report.likeness(None, 1.0) == "identical"
+    assert pictures.likeness(None, 1.0) == "identical"
 
 
 def test_grid_shows_every_pair_with_its_difference(results):
     _, output = results
     sheet = Image.open(output / "compare.png")
-    group = 3 * compare.CELL + 2 * compare.GAP
-    assert sheet.width == 2 * group + 3 * compare.MARGIN
-    top = compare.HEADER + compare.CAPTION + 10
-    left = 2 * compare.MARGIN + group + 10  # the second pair: B is one brighter in red
-    colours = [sheet.getpixel((left + i * (compare.CELL + compare.GAP), top)) for i in range(3)]
-    assert colours == [(100, 100, 100), (101, 100, 100), (compare.GAIN, 0, 0)]
-
-
-def test_difference_is_symmetric_and_saturates():
-    a, b = Image.new("RGB", (4, 4), (0, 200, 10)), Image.new("RGB", (4, 4), (10, 0, 0))
-    assert compare.difference(a, b).getpixel((0, 0)) == (30, 255, 30)
-    assert compare.difference(a, b).tobytes() == compare.difference(b, a).tobytes()
-
-
-def test_long_prompts_are_shortened_not_painted_over():
-    rows = [compare.Row("a very long prompt " * 20, *[Image.new("RGB", (512, 512))] * 2, "note")]
-    sheet = compare.grid("title " * 60, "subtitle " * 60, ["A" * 90, "B" * 90], rows)
-    assert sheet.getpixel((sheet.width - 5, 90)) == (255, 255, 255)
+    group = 3 * pictures.CELL + 2 * pictures.GAP
+    assert sheet.width == report.GROUPS * group + (report.GROUPS + 1) * pictures.MARGIN
+    top = sheet.height - pictures.MARGIN - 10
+    left = 2 * pictures.MARGIN + group + 10  # the eighth pair: B is seven brighter in red
+    colours = [sheet.getpixel((left + i * (pictures.CELL + pictures.GAP), top)) for i in range(3)]
+    assert colours == [(100, 100, 100), (107, 100, 100), tuple(pictures.HEAT[3 * 7])]
 
 
 def test_results_of_an_earlier_run_do_not_mix_with_new_ones(tmp_path):

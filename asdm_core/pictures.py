@@ -1,0 +1,112 @@
+"""Sheets of pictures for comparing them: labelled grids, and heat-maps of what differs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+CELL = 256
+GAP = 8
+MARGIN = 32
+CAPTION, NOTE = 44, 30  # heights of the texts above and below pictures
+FULL_HEAT = 1 / 3  # a difference from here on is drawn in the brightest colour
+
+INK, QUIET, PAPER = "#16181d", "#5c626e", "#ffffff"
+
+# Dark to bright, so that it reads in print too; equal pictures are black.
+_HEAT = ((0.0, (0, 0, 0)), (0.25, (66, 10, 104)), (0.5, (187, 55, 84)), (0.75, (249, 142, 9)), (1.0, (252, 255, 200)))
+HEAT = np.stack([np.interp(np.linspace(0, 1, 256), [at for at, _ in _HEAT], [colour[i] for _, colour in _HEAT]) for i in range(3)], 1)
+HEAT = HEAT.round().astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Pictures side by side, a caption and a note above them, and a note below each."""
+
+    images: Sequence[Image.Image]
+    caption: str = ""
+    note: str = ""
+    notes: Sequence[str] = ()
+
+
+def heat_map(a: Image.Image, b: Image.Image) -> Image.Image:
+    """Where two pictures of one size differ: the largest difference of the channels, by colour, on a scale that never changes."""
+    off = np.abs(np.asarray(a.convert("RGB"), np.float32) - np.asarray(b.convert("RGB"), np.float32)).max(2) / 255
+    return Image.fromarray(HEAT[(255 * np.minimum(off / FULL_HEAT, 1)).round().astype(np.uint8)])
+
+
+HEAT_HEAD = f"difference (brightest: {FULL_HEAT:.0%})"
+
+
+def likeness(psnr: float | None, ssim: float) -> str:
+    """Both numbers in words; psnr None or inf: identical pictures."""
+    return "identical" if psnr is None or math.isinf(psnr) else f"PSNR {psnr:.1f} dB, SSIM {ssim:.2f}"
+
+
+def finite(psnr: float) -> float | None:
+    """None for identical pictures, whose PSNR is infinite: JSON has no word for that."""
+    return None if math.isinf(psnr) else psnr
+
+
+def font(size: int) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def fitted(draw: ImageDraw.ImageDraw, text: str, size: int, width: float) -> str:
+    """The text, shortened to a width."""
+    if draw.textlength(text, font(size)) <= width:
+        return text
+    while text and draw.textlength(text + "...", font(size)) > width:
+        text = text[:-1]
+    return text.rstrip() + "..."
+
+
+def shown(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture in a cell of a size, its proportions kept."""
+    scale = min(size[0] / image.width, size[1] / image.height)
+    # Small pictures are shown with their own pixels, not blurred up.
+    way = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    fitting = image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), way)
+    if fitting.size == size:
+        return fitting
+    cell = Image.new("RGB", size, "#eef0f3")
+    cell.paste(fitting, ((size[0] - fitting.width) // 2, (size[1] - fitting.height) // 2))
+    return cell
+
+
+def grid(title: str, subtitle: str, heads: Sequence[str], rows: Sequence[Row], cell: tuple[int, int] = (CELL, CELL),
+         groups: int = 1) -> Image.Image:
+    """The labelled grid: one column for each of `heads`, one line of pictures for each row, `groups` rows side by side.
+
+    title: may be empty. subtitle: any number of lines.
+    """
+    lines, below = -(-len(rows) // groups), NOTE if any(row.notes for row in rows) else 0
+    above = CAPTION if any(row.caption or row.note for row in rows) else GAP
+    small = subtitle.split("\n") if subtitle else []
+    over = 72 if title else 14
+    header = over + 28 * len(small) + 50
+    group, tall = len(heads) * (cell[0] + GAP) - GAP, above + cell[1] + below
+    width = groups * group + (groups + 1) * MARGIN
+    sheet = Image.new("RGB", (width, header + lines * tall + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, 22), fitted(draw, title, 38, width - 2 * MARGIN), INK, font(38))
+    for i, line in enumerate(small):
+        draw.text((MARGIN, over + 28 * i), fitted(draw, line, 22, width - 2 * MARGIN), QUIET, font(22))
+    for index in range(min(groups, len(rows))):
+        left = MARGIN + index * (group + MARGIN)
+        for i, head in enumerate(heads):
+            draw.text((left + i * (cell[0] + GAP), header - 30), fitted(draw, head, 20, cell[0]), INK, font(20))
+    for index, row in enumerate(rows):
+        left, top = MARGIN + (index % groups) * (group + MARGIN), header + (index // groups) * tall
+        note = draw.textlength(row.note, font(18))
+        draw.text((left, top + 12), fitted(draw, row.caption, 22, group - note - 20), INK, font(22))
+        draw.text((left + group - note, top + 15), row.note, QUIET, font(18))
+        for i, image in enumerate(row.images):
+            sheet.paste(shown(image, cell), (left + i * (cell[0] + GAP), top + above))
+        for i, text in enumerate(row.notes):
+            draw.text((left + i * (cell[0] + GAP), top + above + cell[1] + 5), fitted(draw, text, 17, cell[0]), QUIET, font(17))
+    return sheet
