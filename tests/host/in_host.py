@@ -33,7 +33,7 @@ def node_classes():
 
     async def load():
         extension = await pack().comfy_entrypoint()
-        await extension.on_load()
+        module("nodes.files").register_folders()  # of on_load; the rest is for the server, which is not here
         return {node.GET_SCHEMA().node_id: node for node in await extension.get_node_list()}
 
     return asyncio.run(load())
