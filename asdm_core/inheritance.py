@@ -46,6 +46,9 @@ class Schedule:
       adaptive      a step inherits while the relative change of the first computed layer since the last
                     full step stays below `threshold`, at most `max_run` times in a row.
     first, last: so many steps at the ends of the run always compute.
+    repeats: samplers with several evaluations a step (heun, dpm_2, dpmpp_sde) come back to each step; whether these
+             further evaluations inherit from the first. A full step then costs half, so once a sampler has come
+             back, the interval is halved (rounded up). Not for explicit and adaptive, nor where a step must compute.
     """
 
     mode: str = "uniform"
@@ -59,6 +62,7 @@ class Schedule:
     max_run: int = 4
     first: int = 1
     last: int = 0
+    repeats: bool = True
 
     def __post_init__(self):
         def wrong(what: str):
@@ -83,6 +87,19 @@ class Schedule:
                 raise wrong(f"a window is (start, end, interval) with 0 <= start < end <= 1, got {(start, end, interval)}")
         if any(s < 0 for s in self.steps):
             raise wrong(f"steps count from 0, got {min(self.steps)}")
+
+    def returning(self) -> Schedule:
+        """The schedule in a run whose sampler comes back to each step."""
+        if not self.repeats:
+            return self
+        return replace(self, interval=-(-self.interval // 2), windows=tuple((a, b, -(-n // 2)) for a, b, n in self.windows))
+
+    def repeating(self, n: int) -> tuple[bool, ...]:
+        """For each of n steps, whether its further evaluations inherit from its first. A schedule that inherits nothing repeats nothing."""
+        if not self.repeats or self.mode in ("explicit", "adaptive") or all(self.computed(n)):
+            return (False,) * n
+        within = set(range(n)) if self.mode != "windows" else {s for s in range(n) if any(a <= s / n < b for a, b, _ in self.windows)}
+        return tuple(s in within and self.first <= s < n - self.last for s in range(n))
 
     def computed(self, n: int) -> tuple[bool, ...]:
         """For each of n steps, whether it computes in full. Adaptive: the steps that must, whatever happens."""
@@ -211,10 +228,14 @@ class Plan:
         name = self.name if what == "output" or not self.name else f"{self.name}, {what}"
         return replace(self, rules=tuple(replace(r, reuse=what) for r in self.rules), name=name)
 
-    def sources(self, n: int) -> tuple[int, ...]:
-        """For each step, the step its inherited features come from; its own number where it computes."""
+    def sources(self, n: int, returns: bool = False) -> tuple[int, ...]:
+        """For each step, the step its inherited features come from; its own number where it computes.
+
+        returns: for a sampler that comes back to each step.
+        """
         result, last = [], 0
-        for step, full in enumerate(self.schedule.computed(n)):
+        schedule = self.schedule.returning() if returns else self.schedule
+        for step, full in enumerate(schedule.computed(n)):
             last = step if full else last
             result.append(last)
         return tuple(result)

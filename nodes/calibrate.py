@@ -144,7 +144,7 @@ class _SurveyMemory(Memory):
         self._survey, self._tracks, self._sigmas = survey, survey.tracks, list(sigmas)
         self._active: _Track | None = None
         self.steps, self.step, self.peak, self.mode = self._tracks[0].steps, 0, 0, RECORD
-        self.counts = self._tracks[0].counts
+        self.counts, self.evaluations = self._tracks[0].counts, self._tracks[0].evaluations
 
     def begin_evaluation(self, sigma):
         for track in self._tracks:

@@ -134,10 +134,9 @@ def describe(model, steps: int, width: int, height: int, batch: int) -> dict:
         "cache_mb": round(host.cache_bytes(model, (batch, 4, *size), 2) / 2**20, 1),
     }
     if report is not None:
-        inherited = report.inherited()
         measured = report.saving()
         facts["last_run"] = {
-            "steps": report.steps, "computed": [s for s, i in enumerate(inherited) if not i],
+            "steps": report.steps, "roles": report.roles(), "evaluations": len(report.replayed), "inherited": sum(report.replayed),
             "measured_saving": None if measured is None else round(measured, 4),
             "seconds": [[step, round(t, 4)] for step, t in report.seconds], "cache_mb": round(report.peak / 2**20, 1)}
     return facts
@@ -151,7 +150,8 @@ def summary(facts: dict) -> str:
             f"remembers {facts['cache_mb']:g} MB with a negative prompt"]
     run = facts.get("last_run")
     if run:
-        text.append(f"last run: {run['steps'] - len(run['computed'])} of {run['steps']} steps inherited"
+        what = "steps" if run["evaluations"] == run["steps"] else f"evaluations in {run['steps']} steps"
+        text.append(f"last run: {run['inherited']} of {run['evaluations']} {what} inherited"
                     + ("" if run["measured_saving"] is None else f", {run['measured_saving']:.0%} less time")
                     + f", {run['cache_mb']:g} MB remembered")
     return "\n".join(text)

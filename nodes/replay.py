@@ -42,17 +42,22 @@ FEW_STEPS = 8  # with fewer, each step changes too much for the next one to inhe
 
 @dataclass
 class Report:
-    """What one run did: so many steps, forwards by (step, mode), seconds of each evaluation with its step, bytes remembered at most."""
+    """What one run did.
+
+    counts: forwards by (step, mode). replayed: for each evaluation, whether all its forwards played from memory.
+    seconds: (step, time) of each evaluation but the last. peak: bytes remembered at most.
+    """
 
     steps: int
     counts: Counter
+    replayed: list[bool]
     seconds: list[tuple[int, float]]
     peak: int
 
-    def inherited(self) -> tuple[bool, ...]:
-        """For each step, whether all its forwards played from memory."""
-        modes = [{mode for step, mode in self.counts if step == s} for s in range(self.steps)]
-        return tuple(m == {REPLAY} for m in modes)
+    def roles(self) -> tuple[str, ...]:
+        """For each step, whether its forwards "computed", "inherited", or did so "partly"."""
+        modes = [{mode for (step, mode), n in self.counts.items() if step == s and n} for s in range(self.steps)]
+        return tuple("computed" if REPLAY not in m else "inherited" if m == {REPLAY} else "partly" for m in modes)
 
     def saving(self) -> float | None:
         """Measured share of time that was saved, against all evaluations taking as long as the median full one.
@@ -60,11 +65,11 @@ class Report:
         None where nothing was inherited, or nothing else was measured. The first evaluation, in which the
         host still moves weights, is left out.
         """
-        inherited = self.inherited()
-        full = sorted(t for step, t in self.seconds[1:] if not inherited[step])
-        if not full or not any(inherited):
+        timed = list(zip(self.seconds, self.replayed, strict=False))[1:]
+        full = sorted(t for (_, t), replayed in timed if not replayed)
+        if len(full) in (0, len(timed)):
             return None
-        return 1 - sum(t for _, t in self.seconds[1:]) / (full[len(full) // 2] * (len(self.seconds) - 1))
+        return 1 - sum(t for (_, t), _ in timed) / (full[len(full) // 2] * len(timed))
 
 
 @dataclass
@@ -135,14 +140,23 @@ def step_of(sigma: float, sigmas: Sequence[float], last: int) -> int:
     return last
 
 
+def position_of(sigma: float, sigmas: Sequence[float], step: int) -> float | None:
+    """Where within the run `sigma` lies, in steps, if it belongs to `step` (1.5: halfway between steps 1 and 2); else None."""
+    high, low = sigmas[step], sigmas[step + 1] if step + 1 < len(sigmas) else sigmas[step]
+    if abs(high - sigma) <= 1e-4 * max(abs(high), 1e-8):
+        return float(step)
+    return step + (high - sigma) / (high - low) if min(high, low) < sigma < max(high, low) else None
+
+
 @dataclass
 class Entry:
-    """Features of one chunk: the step they are from, the circumstances they were made under, tensors by address.
+    """Features of one chunk: the step they are from (and where within it), the circumstances they were made under, tensors by address.
 
     shapes: (C, H, W) of what every unit made that is not to compute on inherited steps.
     """
 
     step: int
+    position: float
     cast: Hashable
     tensors: dict[str, Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -169,11 +183,15 @@ class Memory:
         # Adaptive plans look at the first layer's output, before anything could have been inherited.
         adaptive = plan.schedule.mode == "adaptive"
         self._probe = next(u.address for u in walk(config) if u.kind == "resnet" and u.address not in cut) if adaptive else None
-        self.step = 0
+        self.step, self.position = 0, 0.0
+        self._repeating = plan.schedule.repeating(self.steps)
+        self._begun = self._repeats = self._returns = False
         self._held: list[Entry] = []  # of the chunks of the running forward
         self._device = None  # of the running forward
         self._ordinals: Counter = Counter()
-        self.counts: Counter = Counter()  # (step, mode) -> forwards, for the report
+        # For the report: (step, mode) -> forwards, and the modes of each evaluation.
+        self.counts: Counter = Counter()
+        self.evaluations: list[Counter] = []
         self.peak = 0
         self.mode = COMPUTE
 
@@ -181,8 +199,15 @@ class Memory:
 
     def begin_evaluation(self, sigma: float) -> None:
         """An evaluation of the network at a noise level begins; it may come in several forwards."""
-        self.step = step_of(sigma, self._sigmas, self.step)
+        step = step_of(sigma, self._sigmas, self.step)
+        position = position_of(sigma, self._sigmas, step)
+        self._repeats = self._begun and step == self.step and position is not None and self._repeating[step]
+        if self._repeats and not self._returns:
+            self._returns = True
+            self._sources = self.plan.sources(self.steps, returns=True)
+        self.step, self.position, self._begun = step, step if position is None else position, True
         self._ordinals.clear()
+        self.evaluations.append(Counter())
         self.peak = max(self.peak, self.size())
 
     def begin_forward(self, x: Tensor, options: Mapping, cast: Hashable) -> str:
@@ -200,27 +225,34 @@ class Memory:
             if self.mode == RECORD:
                 self._start_recording()
         if self.mode != PROBE:
-            self.counts[self.step, self.mode] += 1
+            self._count()
         return self.mode
+
+    def _count(self, forwards: int = 1) -> None:
+        self.counts[self.step, self.mode] += forwards
+        self.evaluations[-1][self.mode] += forwards
 
     def begin_again(self) -> str:
         """The running forward ended in a `Misfit`: its features are of no use, and it is to compute in full."""
-        self.counts[self.step, self.mode] -= 1
+        self._count(-1)
         for key in self._keys:
             self._entries.pop(key, None)
         self._held = [None] * len(self._keys)
         self.mode = COMPUTE
         if self._probe:
             self._start_recording()
-        self.counts[self.step, self.mode] += 1
+        self._count()
         return self.mode
 
     def _planned_mode(self) -> str:
         source = self._sources[self.step]
+        if self._repeats and self._holds(lambda entry: entry.step == self.step and entry.tensors):
+            return REPLAY  # the sampler has come back to a step that computed
         if source < self.step:
             # An entry stays empty where another cache kept the network from running on the step that was to record.
             return REPLAY if self._holds(lambda entry: entry.step == source and entry.tensors) else COMPUTE
-        return RECORD if source in self._sources[self.step + 1:] else COMPUTE  # record what somebody will inherit
+        # Record what somebody will inherit.
+        return RECORD if self._returns or source in self._sources[self.step + 1:] else COMPUTE
 
     def _adaptive_mode(self) -> str:
         pinned = self.plan.schedule.computed(self.steps)[self.step]
@@ -232,7 +264,7 @@ class Memory:
 
     def _start_recording(self) -> None:
         self.mode = RECORD
-        entries = [Entry(self.step, self._cast, before=self._earlier(e)) for e in self._held]
+        entries = [Entry(self.step, self.position, self._cast, before=self._earlier(e)) for e in self._held]
         self._entries.update(zip(self._keys, entries, strict=True))
         self._held = entries
 
@@ -246,7 +278,7 @@ class Memory:
             self.mode = REPLAY
         else:
             self._start_recording()
-        self.counts[self.step, self.mode] += 1
+        self._count()
 
     def _key(self, uuid, cond, x: Tensor, chunks: int) -> tuple:
         # A uuid alone is not unique: area prompts copy it, extra guidance passes and tiles reuse it. The
@@ -256,8 +288,10 @@ class Memory:
         return (*base, self._ordinals[base])
 
     def _earlier(self, entry: Entry | None) -> Entry | None:
-        if entry is None or not self._forecasts or entry.step >= self.step:
+        if entry is None or not self._forecasts or entry.step > self.step:
             return None
+        if entry.step == self.step:  # the step was evaluated before; two points so close give no direction
+            return entry.before
         entry.before = None
         return entry
 
@@ -333,7 +367,7 @@ class Memory:
             raise Misfit(address)
         earlier = entry.before and entry.before.tensors.get(address)
         if self.reuse.get(address) == "forecast" and earlier is not None and earlier.shape == value.shape:
-            ahead = (self.step - entry.step) / (entry.step - entry.before.step)
+            ahead = (self.position - entry.position) / (entry.position - entry.before.position)
             value = torch.lerp(earlier, value, 1 + ahead)
         return value
 
@@ -364,6 +398,10 @@ class Memory:
         return self._twins[id(layer)]
 
     # the sheet ---------------------------------------------------------------------------------------
+
+    def replayed(self) -> list[bool]:
+        """For each evaluation, whether all its forwards played from memory."""
+        return [set(+modes) == {REPLAY} for modes in self.evaluations]
 
     def size(self) -> int:
         """Bytes held at the moment."""

@@ -60,6 +60,14 @@ def test_every_step_inherits_from_an_earlier_full_step(mode, n, interval, power,
         assert computed[source] and source <= step and (source == step) == computed[step]
 
 
+def test_a_sampler_that_comes_back_inherits_but_where_a_step_must_compute():
+    assert Schedule(interval=3, first=2, last=1).repeating(6) == (False, False, True, True, True, False)
+    assert Schedule("windows", windows=((0.2, 0.6, 2),)).repeating(10) == tuple(2 <= s < 6 for s in range(10))
+    for never in (Schedule(interval=1), Schedule(repeats=False), Schedule("explicit", steps=(0, 3)), Schedule("adaptive")):
+        assert not any(never.repeating(6)) and never.returning().computed(6) == never.computed(6)
+    assert [Schedule(interval=n).returning().interval for n in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
+
+
 def test_adaptive_inherits_below_the_threshold_and_not_for_too_long():
     schedule = Schedule("adaptive", threshold=0.1, max_run=2, last=1)
     assert schedule.inherits(20, 5, 4, 0.05)

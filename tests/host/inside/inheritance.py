@@ -4,6 +4,8 @@ import gc
 import weakref
 
 import comfy.model_base
+import comfy.sample
+import comfy.samplers
 import pytest
 import small
 import torch
@@ -97,7 +99,8 @@ def test_sdxl_parts_and_blocks_equal_the_reference(folder):
 
 def test_interval_one_is_bit_identical_to_none(model):
     plan = inheritance.shallow_only(SD, Schedule(interval=1))
-    assert torch.equal(small.sample(host.with_plan(model, plan), steps=4), small.sample(model, steps=4))
+    for sampler in ("euler", "heun"):
+        assert torch.equal(small.sample(host.with_plan(model, plan), steps=4, sampler=sampler), small.sample(model, steps=4, sampler=sampler))
 
 
 def test_recording_changes_nothing(model):
@@ -123,9 +126,38 @@ def test_a_forecast_on_a_straight_line_is_exact(model):
             assert torch.equal(memory.recall("mid.1.resnet", value.shape), value)
 
 
+def test_a_forecast_reaches_into_a_step(model):
+    memory = replay.Memory(Plan((Rule("mid", "forecast"),), EVERY_OTHER), SD, frozenset(), range(6, 0, -1))
+    x, options, values = torch.zeros(1, 4, 8, 8), {"uuids": ["a"], "cond_or_uncond": [0]}, []
+    for position in (0, 2, 2.5, 3, 3.5):
+        memory.begin_evaluation(6 - position)
+        value = torch.full((1, 2), 10.0 + 3 * position)
+        if memory.begin_forward(x, options, "") == replay.RECORD:
+            memory.after("mid.1.resnet", None, x, value)
+        else:
+            values.append((position, torch.equal(memory.recall("mid.1.resnet", value.shape), value)))
+    assert values == [(2.5, True), (3.5, True)]  # coming back at 2.5 halves the interval, so step 3 computes
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_a_second_look_at_one_latent_costs_no_full_evaluation(model, repeats):
+    m = host.with_plan(model, inheritance.deepcache(SD, 1, Schedule(interval=4, repeats=repeats)))
+    seen = []
+
+    def twice(network, x, sigmas, extra_args, **_):
+        seen.extend(network(x, s[None], **extra_args) for s in sigmas[:-1] for _ in (1, 2))
+        return x
+
+    comfy.sample.sample_custom(m, torch.randn(1, 4, 16, 16), 3.0, comfy.samplers.KSAMPLER(twice), torch.tensor([9.0, 5.0, 2.0, 1.0, 0.5, 0.0]),
+                               small.cond(SD, 1), small.cond(SD, 2), torch.zeros(1, 4, 16, 16), disable_pbar=True)
+    C, R = False, True
+    assert kept(m).replayed == ([C, C, R, R, C, R, R, R, C, R] if repeats else [C, C, R, R, R, R, R, R, C, C])
+    assert all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2], strict=True))
+
+
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_sde", "uni_pc"])
 def test_steps_are_found_for_every_sampler(model, sampler, monkeypatch):
-    plan = inheritance.deepcache(SD, 1, EVERY_OTHER)
+    plan = inheritance.deepcache(SD, 1, Schedule(interval=2, repeats=False))
     counts = []
     close = replay.Memory.close
     monkeypatch.setattr(replay.Memory, "close", lambda self: (counts.append(self.counts), close(self)))
@@ -258,17 +290,19 @@ def test_the_report_says_what_was_inherited(model):
     m = host.with_plan(model, PLANS["deepcache-0"])
     assert kept(m) is None
     small.sample(m, steps=5)
-    assert kept(m).inherited() == (False, True, False, True, False) and kept(m.clone()) is kept(m)
+    assert kept(m).replayed == [False, True, False, True, False] and kept(m.clone()) is kept(m)
+    assert kept(m).roles() == ("computed", "inherited", "computed", "inherited", "computed")
     assert [step for step, _ in kept(m).seconds] == [0, 1, 2, 3] and all(t > 0 for _, t in kept(m).seconds)
-    small.sample(m, steps=4, sampler="heun")
-    assert kept(m).inherited() == (False, True, False, True)
+    small.sample(m, steps=4, sampler="heun")  # evaluates steps 0 1, 1 2, 2 3, 3
+    assert kept(m).replayed == [False, True, False, False, True, False, True]
+    assert kept(m).roles() == ("computed", "partly", "partly", "partly")
 
 
 def test_the_measured_saving_compares_with_full_steps():
     report = replay.Report(4, replay.Counter({(0, "record"): 1, (1, "replay"): 1, (2, "record"): 1, (3, "replay"): 1}),
-                           [(0, 9.0), (1, 1.0), (2, 2.0), (3, 1.0)], 0)
+                           [False, True, False, True], [(0, 9.0), (1, 1.0), (2, 2.0), (3, 1.0)], 0)
     assert report.saving() == pytest.approx(1 - 4 / 6)
-    assert replay.Report(1, replay.Counter({(0, "compute"): 1}), [(0, 1.0)], 0).saving() is None
+    assert replay.Report(1, replay.Counter({(0, "compute"): 1}), [False], [(0, 1.0)], 0).saving() is None
 
 
 def test_the_host_leaves_room_for_the_cache(model, monkeypatch):
@@ -309,7 +343,7 @@ def test_the_most_faithful_plan_for_a_saving_saves_it(model, calibrated):
         best = calibration.choose(calibrated[0], saving=saving)
         m = host.with_plan(model, best.plan)
         small.sample(m, steps=8)
-        assert kept(m).inherited().count(False) == len(best.plan.schedule.steps) and best.saving >= saving
+        assert kept(m).replayed.count(False) == len(best.plan.schedule.steps) and best.saving >= saving
         assert best.saving == pytest.approx(inheritance.saving(best.plan, host.architecture_of(model), 8, 16, 16))
 
 

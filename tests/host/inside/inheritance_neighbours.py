@@ -104,7 +104,7 @@ class Reference:
 
 def inherited(model):
     """Steps that the last run of a MODEL inherited."""
-    return [s for s, i in enumerate(host.setup_of(model).inheritance.log.last.inherited()) if i]
+    return [s for s, role in enumerate(host.setup_of(model).inheritance.log.last.roles()) if role == "inherited"]
 
 
 def seeded(run, model):
