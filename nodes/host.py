@@ -186,7 +186,7 @@ class Run:
     def close(self) -> None:
         memory = self._memory()
         if memory is not None:
-            self._inheritance.log.last = Report(memory.steps, memory.counts, self._clock.seconds(), memory.peak)
+            self._inheritance.log.last = Report(memory.steps, memory.counts, memory.replayed(), self._clock.seconds(), memory.peak)
         for stage in self._stages.values():
             if stage.memory is not None:
                 stage.memory.close()

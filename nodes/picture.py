@@ -165,7 +165,7 @@ def _draw_run(sheet: _Sheet, run: Mapping, left: float, top: float, cell: float)
     """What happened: a strip of steps, and the time of each as a bar (the sum of its evaluations)."""
     sheet.text(left - 8, top + 8, "last run", 12, INK, "rm")
     for step in range(run["steps"]):
-        sheet.cell(left + step * cell, top, cell, 16, PLAN_COLOURS["computed" if step in run["computed"] else "inherited"])
+        sheet.cell(left + step * cell, top, cell, 16, PLAN_COLOURS[run["roles"][step]])
     seconds = dict.fromkeys(range(run["steps"]), 0.0)
     for step, t in run["seconds"]:
         seconds[step] += t
@@ -179,7 +179,7 @@ def _draw_run(sheet: _Sheet, run: Mapping, left: float, top: float, cell: float)
     for step, t in seconds.items():
         tall = 64 * min(t / highest, 1)
         if tall:
-            sheet.cell(left + step * cell, base - tall, cell, tall, PLAN_COLOURS["computed" if step in run["computed"] else "inherited"])
+            sheet.cell(left + step * cell, base - tall, cell, tall, PLAN_COLOURS[run["roles"][step]])
 
 
 def to_image(picture: Image.Image) -> torch.Tensor:
