@@ -50,7 +50,7 @@ NETWORKS = {"emoji": [], "middle": ["network.family=middle", "data.size=256", "r
 
 def recipe(run: str, network: str, folder: Path, steps: int) -> Config:
     changes = [*NETWORKS[network], "network.teacher=random", "student.start=", f"data.path={folder / 'cache.safetensors'}",
-               f"run.folder={folder / run}", f"run.steps={steps}", "run.log_every=1", f"run.save_every=1_000_000"]
+               f"run.folder={folder / run}", f"run.steps={steps}", "run.log_every=1", "run.save_every=1_000_000"]
     if network == "middle":
         parts = ", ".join(f"{k} = {str(v).replace(chr(39), chr(34))}" for k, v in MIDDLE.items() if k != "family")
         changes.append(f"network.shape={{{parts}}}")
@@ -88,7 +88,8 @@ class Reference:
         g = torch.Generator().manual_seed(0)
         size, side, unet = config.run.micro_batch, config.data.size // 8, config.network.config
         x0, noise = torch.randn(2, size, unet.in_channels, side, side, generator=g)
-        self.batch = Batch(x0, noise, torch.randint(STEPS, (size,), generator=g), torch.randn(size, 77, unet.context_dim, generator=g)).to(device)
+        t, context = torch.randint(STEPS, (size,), generator=g), torch.randn(size, 77, unet.context_dim, generator=g)
+        self.batch = Batch(x0, noise, t, context).to(device)
 
     def step(self) -> None:
         for _ in range(self.config.accumulation(1)):
@@ -158,8 +159,8 @@ def summary(rows: list[dict]) -> dict[str, float]:
     for network in dict.fromkeys(row["network"] for row in rows):
         times = {row["run"]: row["all_seconds"] for row in rows if row["network"] == network}
         suffix = "" if network == "emoji" else f"_{network}"
-        for name, run, other in (("stage1_over_reference", "stage1", "stage1_reference"), ("stage2_over_reference", "stage2", "stage2_reference"),
-                                 ("stage2_over_full_student", "stage2", "full_student")):
+        for run, other in (("stage1", "stage1_reference"), ("stage2", "stage2_reference"), ("stage2", "full_student")):
+            name = f"{run}_over_{'reference' if 'reference' in other else other}"
             found[name + suffix] = statistics.median(b / a for a, b in zip(times[run], times[other], strict=True))
     return found
 
@@ -180,7 +181,8 @@ def main() -> None:
     for network in NETWORKS if args.network == "all" else [args.network]:
         rows += measure(network, args.rounds, args.steps, device, clock)
     for row in rows:
-        print(f"{row['network']:6} {row['run']:17} {row['samples_per_second']:8.2f} samples/s  peak {row['peak_bytes'] / 2**20:7.0f} MiB", flush=True)
+        print(f"{row['network']:6} {row['run']:17} {row['samples_per_second']:8.2f} samples/s  "
+              f"peak {row['peak_bytes'] / 2**20:7.0f} MiB", flush=True)
     record("train_speed", summary(rows), rows, command_line("train_speed"), notes=args.notes)
 
 

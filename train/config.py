@@ -32,7 +32,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 TRAINED = ("own", "all")
 STARTS = (*condconv.STARTS, "clme")
-SOURCES = ("cache", "random")
+SOURCES = ("cache", "folder", "shards", "hub", "prompts", "random")
 TIMESTEPS = ("uniform", "snr")
 PRECISIONS = ("no", "bf16", "fp16")
 STORED = ("float32", "float16", "bfloat16", "int8")
@@ -101,8 +101,13 @@ class Experts:
 class Data:
     """Latents and text states to learn from.
 
-    source: "cache": the file or folder `path`, made by `python -m train.encode`; "random": made on the fly, for
-    trying things out. size: pixels of the pictures, square. timesteps: "uniform", or "snr": rarely those with little noise in them.
+    source, and what `path` is then (train/sources.py):
+        "cache"    file or folder made by `python -m train.encode`
+        "folder"   pictures with captions, encoded as the run goes; "shards": the same in webdataset tars, file, folder or pattern
+        "hub"      dataset of the Hugging Face datasets library, streamed: its name, or a local folder
+        "prompts"  text file, a prompt a line: the teacher draws the pictures itself (section [samples])
+        "random"   nothing; for trying things out
+    size: pixels of the pictures, square. timesteps: "uniform", or "snr": rarely those with little noise in them.
     """
 
     source: str = "cache"
@@ -110,6 +115,31 @@ class Data:
     size: int = 512
     caption_dropout: float = 0.1
     timesteps: str = "uniform"
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """VAE and text encoder, for all sources but "cache" and "random".
+
+    models: diffusers folder; for "prompts" also an SD1.x checkpoint; empty: network.teacher.
+    tokenizer: folder of CLIP's vocabulary, where models has none; empty: that of the ComfyUI this pack lies in.
+    """
+
+    models: str = ""
+    tokenizer: str = ""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The teacher's own pictures, for the source "prompts".
+
+    count: pictures made before training and kept in the run's folder; 0: new ones for every step.
+    steps, guidance: of DDIM, from the prompt and the empty prompt.
+    """
+
+    count: int = 2000
+    steps: int = 25
+    guidance: float = 7.5
 
 
 @dataclass(frozen=True)
@@ -154,7 +184,8 @@ class Run:
     batch: samples of one update, over all processes; micro_batch: of one forward pass of one process. The
     rest is gradient accumulation, so a run is the same run on any number of processes.
     precision: of the forward passes; weights are float32. folder: for checkpoints, the log and the product.
-    stored: dtype of the product.
+    stored: dtype of the product. picture_every: steps between two pictures of teacher and student, 0 for none.
+    tensorboard: whether the log goes to TensorBoard as well.
     """
 
     steps: int = 50_000
@@ -165,6 +196,8 @@ class Run:
     save_every: int = 1000
     keep: int = 2
     log_every: int = 50
+    picture_every: int = 1000
+    tensorboard: bool = False
     folder: str = ""
     stored: str = "float16"
 
@@ -179,6 +212,8 @@ class Config:
     student: Student = field(default_factory=Student)
     experts: Experts = field(default_factory=Experts)
     data: Data = field(default_factory=Data)
+    encoders: Encoders = field(default_factory=Encoders)
+    samples: Samples = field(default_factory=Samples)
     loss: Loss = field(default_factory=Loss)
     optimiser: Optimiser = field(default_factory=Optimiser)
     run: Run = field(default_factory=Run)
@@ -189,9 +224,11 @@ class Config:
                              ("data.timesteps", TIMESTEPS), ("run.precision", PRECISIONS), ("run.stored", STORED)):
             section, _, name = key.partition(".")
             _one_of(dict.fromkeys(allowed), getattr(getattr(self, section), name), key)
-        for key in ("steps", "batch", "micro_batch", "save_every", "keep", "log_every"):
-            if getattr(self.run, key) < 1:
-                raise ValueError(f"run.{key} must be at least 1, got {getattr(self.run, key)}")
+        least = {f"run.{key}": 1 for key in ("steps", "batch", "micro_batch", "save_every", "keep", "log_every")}
+        for key, low in (least | {"run.picture_every": 0, "samples.count": 0, "samples.steps": 1}).items():
+            section, _, name = key.partition(".")
+            if (value := getattr(getattr(self, section), name)) < low:
+                raise ValueError(f"{key} must be at least {low}, got {value}")
         weights = {name: getattr(self.loss, name) for name in LOSSES}
         if min(weights.values()) < 0 or not any(weights.values()):
             raise ValueError(f"loss: weights must not be negative and one must be above 0, got {weights}")

@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -24,11 +25,11 @@ from torch import Tensor
 from asdm_core.packs import write_file
 
 from .emoji.training import Progress
+from .encoders import ToLatents, ToText, latents_of, load_text, load_vae
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what a broken picture raises
 SHARD = 4096  # pictures in a file: 130 MB of SD1.5's latents and 480 MB of its text states
-
-Encoder = Callable[[Sequence], Tensor]
 
 
 def captioned(folder: Path) -> list[tuple[Path, list[str]]]:
@@ -58,76 +59,62 @@ def _table(folder: Path) -> Iterator[tuple[Path, list[str]]]:
         yield folder / row["file_name"], row["text"] if isinstance(row["text"], list) else [row["text"]]
 
 
-def read_picture(path: Path, size: int) -> Tensor:
-    """A picture as (3, size, size) in [-1, 1]: bilinear to the shorter side, cropped about its centre, as BK-SDM does."""
-    with Image.open(path) as opened:
+def read_picture(file: Path | BinaryIO, size: int) -> tuple[Tensor, Tensor]:
+    """A picture as (3, size, size) in [-1, 1]: bilinear to the shorter side, cropped about its centre, as BK-SDM does.
+
+    And SDXL's sizes of it, (6,): height and width as it was, top and left of the crop, `size` twice. Raises one of BROKEN.
+    """
+    with Image.open(file) as opened:
         picture = ImageOps.exif_transpose(opened).convert("RGB")
+    width, height = picture.size
+    crop = [max(0, round(size * side / min(width, height)) - size) // 2 for side in (height, width)]
     picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    return (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1,
+            torch.tensor([height, width, *crop, size, size], dtype=torch.float32))
 
 
-def encode(pictures: Sequence[tuple[Path, list[str]]], out: Path, size: int, to_latents: Encoder, to_states: Encoder,
+def encode(pictures: Sequence[tuple[Path, list[str]]], out: Path, size: int, to_latents: ToLatents, to_text: ToText,
            batch: int = 8, shard: int = SHARD) -> list[Path]:
     """Write the cache (train/data.py) into the folder `out`, which may hold a part of it. Returns the pictures that could not be read.
 
-    to_latents: pictures (B, 3, size, size) in [-1, 1] -> latents as the UNet sees them; to_states: B captions -> (B, L, D).
+    to_latents: pictures (B, 3, size, size) in [-1, 1] -> latents as the UNet sees them; to_text: B captions -> their states.
     """
     out.mkdir(parents=True, exist_ok=True)
     progress, broken = Progress("encoding", len(pictures)), []
-    empty = to_states([""])[0].half()
+    empty = to_text([""])
     for first in range(0, len(pictures), shard):
         path = out / f"{first // shard:05d}.safetensors"
         if path.exists():
             continue
-        latents, captions, texts = [], [], []
+        latents, captions, texts, sizes = [], [], [], []
         for at in range(first, min(first + shard, len(pictures)), batch):
             readable = []
             for file, given in pictures[at : min(at + batch, first + shard)]:
                 try:
                     readable.append(read_picture(file, size))
-                except (OSError, ValueError, Image.DecompressionBombError) as e:
+                except BROKEN as e:
                     broken.append(file)
                     print(f"left out {file}: {e}", flush=True)
                     continue
                 captions.append(range(len(texts), len(texts) + len(given)))
                 texts += given
             if readable:
-                latents.append(to_latents(torch.stack(readable)).half().cpu())
+                latents.append(to_latents(torch.stack([picture for picture, _ in readable])).half().cpu())
+                sizes += [shape for _, shape in readable]
             progress.show(min(at + batch, len(pictures)))
         if not latents:
             continue
         most = max(map(len, captions))
         rows = torch.tensor([[row[i * len(row) // most] for i in range(most)] for row in captions])
-        states = torch.cat([to_states(texts[i : i + batch]).half().cpu() for i in range(0, len(texts), batch)])
-        write_file(path, {"latents": torch.cat(latents), "captions": rows, "states": states, "empty": empty.cpu()}, {"format": "pt"})
+        found = [to_text(texts[i : i + batch]) for i in range(0, len(texts), batch)]
+        tensors = {"latents": torch.cat(latents), "captions": rows, "states": torch.cat([f.states.half().cpu() for f in found]),
+                   "empty": empty.states[0].half().cpu()}
+        if empty.pooled is not None:
+            tensors |= {"pooled": torch.cat([f.pooled.half().cpu() for f in found]), "empty_pooled": empty.pooled[0].half().cpu(),
+                        "sizes": torch.stack(sizes)}
+        write_file(path, tensors, {"format": "pt"})
     progress.end()
     return broken
-
-
-def load_encoders(models: Path, device: str) -> tuple[Encoder, Encoder]:
-    """VAE and text encoder of a diffusers folder of the SD1.5 family."""
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    for part in ("vae", "text_encoder", "tokenizer"):
-        if not (models / part).is_dir():
-            raise ValueError(f"{models} has no folder {part}; wanted a diffusers folder of a whole model")
-    vae = AutoencoderKL.from_pretrained(models / "vae", local_files_only=True).to(device).eval()
-    text = CLIPTextModel.from_pretrained(models / "text_encoder", local_files_only=True).to(device).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(models / "tokenizer", local_files_only=True)
-
-    @torch.no_grad()
-    def to_latents(pictures: Tensor) -> Tensor:
-        # The mean, not a sample: a cache that is made again is the same.
-        return vae.encode(pictures.to(device)).latent_dist.mode() * vae.config.scaling_factor
-
-    @torch.no_grad()
-    def to_states(captions: Sequence[str]) -> Tensor:
-        ids = tokenizer(list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                        return_tensors="pt").input_ids
-        return text(ids.to(device)).last_hidden_state
-
-    return to_latents, to_states
 
 
 def main() -> None:
@@ -142,7 +129,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         found = captioned(args.pictures)
-        broken = encode(found, args.cache, args.size, *load_encoders(args.models, args.device), args.batch)
+        broken = encode(found, args.cache, args.size, latents_of(load_vae(args.models, args.device)),
+                        load_text(args.models, device=args.device), args.batch)
     except (ValueError, OSError) as e:
         raise SystemExit(str(e)) from None
     print(f"{len(found) - len(broken)} pictures in {args.cache}, {len(broken)} could not be read")

@@ -12,9 +12,9 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -26,27 +26,35 @@ from asdm_core.packs import write_file
 
 from . import losses, stages, taps
 from .config import LOSSES, Config
-from .data import Batch, Batches, open_source
+from .data import Batch, Batches, Source
 from .emoji.diffusion import STEPS, coefficients
 from .emoji.training import Progress
 from .emoji.unet import BmmAttention
 from .outputs import Outputs
+from .show import Show, decoder, predictor, write_card
+from .sources import open_source
 from .vgg import load_vgg
 
 BAD_STEPS = 3  # in a row that stop a run
 T_BINS = 4
 # Settings that may change between the sessions of one run.
-FREE = ("steps", "micro_batch", "checkpoint_gradients", "save_every", "keep", "log_every", "folder", "stored")
+FREE = ("steps", "micro_batch", "checkpoint_gradients", "save_every", "keep", "log_every", "picture_every", "tensorboard", "folder",
+        "stored")
 
 
 @dataclass
 class State:
-    """Where a run stands. skipped: steps whose loss or gradient was not finite; in_a_row: of these, the latest."""
+    """Where a run stands. skipped: steps whose loss or gradient was not finite; in_a_row: of these, the latest.
+
+    left_out: pictures that could not be read. source: where the data stand (data.Source.state).
+    """
 
     step: int = 0
     seconds: float = 0.0
     skipped: int = 0
     in_a_row: list[int] = field(default_factory=list)
+    left_out: int = 0
+    source: dict = field(default_factory=dict)
 
 
 # Losses of a batch ----------------------------------------------------------------------------------
@@ -126,7 +134,12 @@ class Checkpoints:
 
     def save(self, state: State, tensors: Mapping[str, Tensor]) -> None:
         path = self.folder / f"checkpoint-{state.step:08d}.safetensors"
-        write_file(path, tensors, {"state": json.dumps(asdict(state)), "config": json.dumps(self.fixed)})
+        try:
+            write_file(path, tensors, {"state": json.dumps(asdict(state)), "config": json.dumps(self.fixed)})
+        except OSError as e:
+            last = self.paths()
+            raise OSError(f"{path} cannot be written ({e.strerror or e}). {f'{last[-1].name} is whole' if last else 'There is none before it'}; "
+                          "make room, or see to the disk, and give the same command again") from None
         for old in self.paths()[: -self.config.run.keep]:
             old.unlink()
 
@@ -137,11 +150,17 @@ class Checkpoints:
         path = self.paths()[-1]
         with safe_open(path, framework="pt") as f:
             saved = json.loads(f.metadata()["config"])
-            changed = _difference(saved, self.fixed)
+            changed = _difference(_completed(saved), self.fixed)
             if changed:
                 raise ValueError(f"{self.folder} holds a run with other settings ({changed}). Choose another name or "
                                  "run.folder, or delete its checkpoints to start anew")
             return State(**json.loads(f.metadata()["state"])), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+
+
+def _completed(saved: dict) -> dict:
+    """The settings of a run, with those added since it began at their defaults."""
+    defaults = {f.name: asdict(f.default_factory()) for f in fields(Config) if f.default_factory is not MISSING and f.name != "run"}
+    return saved | {name: values | saved.get(name, {}) for name, values in defaults.items()}
 
 
 def _difference(old: Mapping, new: Mapping, prefix: str = "") -> str:
@@ -167,6 +186,22 @@ class Average:
     def update(self, parameters: Mapping[str, nn.Parameter], updates: int) -> None:
         weight = 1 - min(self.ema, (1 + updates) / (10 + updates))
         torch._foreach_lerp_(list(self.weights.values()), [parameters[k].detach() for k in self.weights], weight)
+
+
+@contextmanager
+@torch.no_grad()
+def averaged(parameters: Mapping[str, nn.Parameter], average: Average) -> Iterator[None]:
+    """The average in the place of the weights, which are put back exactly."""
+    def exchange() -> None:
+        for key, p in parameters.items():
+            held = p.clone()
+            p.copy_(average.weights[key]), average.weights[key].copy_(held)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
 
 
 def _tensors(parameters: Mapping[str, nn.Parameter], adamw: torch.optim.Optimizer, average: Average) -> dict[str, Tensor]:
@@ -197,33 +232,41 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
     """
     device, main = accelerator.device, accelerator.is_main_process
     accumulation = config.accumulation(accelerator.num_processes)
-    batches = Batches(open_source(config), config)
     criterion = Criterion(config, device)
     original = stages.load_teacher(config)
     student = stages.make_student(original, config).to(device).train()
     half = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[config.run.precision]
     computed = Outputs(config, criterion.teacher_paths) if config.network.outputs and criterion.needs_teacher else None
-    teacher = taps.Tapped(original, criterion.teacher_paths).to(device, half) if criterion.needs_teacher and not computed else None
+    teacher = taps.Tapped(original, criterion.teacher_paths) if criterion.needs_teacher and not computed else None
     if device.type == "cpu":  # fused attention is slow to train through on a CPU
         original.set_attn_processor(BmmAttention()), student.set_attn_processor(BmmAttention())
     if config.run.checkpoint_gradients:
         student.enable_gradient_checkpointing()
 
+    if teacher is not None or config.data.source == "prompts":
+        original.to(device, half)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    source = open_source(config, predictor(original, half), device, accelerator.process_index, accelerator.num_processes,
+                         accelerator.wait_for_everyone)
+    batches = Batches(source, config)
+
     parameters = {k: p for k, p in student.named_parameters() if p.requires_grad}
     adamw = torch.optim.AdamW(parameters.values(), config.optimiser.lr, config.optimiser.betas,
                               weight_decay=config.optimiser.weight_decay, fused=True)
     average = Average(parameters, config.optimiser.ema)
-    config.folder.mkdir(parents=True, exist_ok=True)
     checkpoints, state = Checkpoints(config), State()
     if loaded := checkpoints.load():
         state, tensors = loaded
         _restore(tensors, parameters, adamw, average)
+        if state.source:
+            source.restore(state.source)
         accelerator.print(f"going on at step {state.step}")
     if main:
         for part in config.folder.glob(".checkpoint-*.part"):  # left behind where a run was killed while it saved
             part.unlink()
     log = Log(config, state, list(criterion.weights)) if main else None
     model, optimiser = accelerator.prepare(taps.Tapped(student, criterion.student_paths), adamw)
+    show = _show(config, source, original, half, device) if main and config.run.picture_every else None
     progress = Progress(config.name, config.run.steps)
 
     while state.step < config.run.steps:
@@ -239,13 +282,15 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
             wanted = computed(numbers, device) if computed else None
             if teacher is not None:
                 with torch.no_grad():
-                    wanted = teacher(x.to(half), batch.t, batch.context.to(half))
+                    wanted = teacher(x.to(half), batch.t, batch.context.to(half), _as(batch.added, half))
             with nullcontext() if part == accumulation - 1 else accelerator.no_sync(model):
-                value = criterion(batch, x, model(x, batch.t, batch.context), wanted)
+                value = criterion(batch, x, model(x, batch.t, batch.context, batch.added), wanted)
                 accelerator.backward((factors @ value).mean() / accumulation)
-            values.append(torch.cat([value.detach(), batch.t[None].float()]))
+            values.append(torch.cat([value.detach(), batch.t[None].float(), batch.left_out[None].float()]))
         norm = float(accelerator.clip_grad_norm_(parameters.values(), config.optimiser.clip))
-        value = accelerator.gather(torch.cat(values, 1).T.contiguous()).cpu()  # (B, losses + 1), the last column t
+        value = accelerator.gather(torch.cat(values, 1).T.contiguous()).cpu()  # (B, losses + 2)
+        state.left_out += int(value[:, -1].sum())
+        value = value[:, :-1]  # the last column is t
 
         # Update. All processes see the same values, so all decide alike.
         lr = learning_rate(config, state.step)
@@ -270,6 +315,9 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
         if main:
             log.add(state, value, lr, norm)
             progress.show(state.step, log.status(state))
+            if show and (state.step % config.run.picture_every == 0 or state.step == config.run.steps):
+                with averaged(parameters, average), accelerator.autocast():
+                    log.picture(state.step, show.save(state.step, predictor(student, torch.float32)))
         if len(state.in_a_row) == BAD_STEPS:
             saved = checkpoints.paths()
             raise FloatingPointError(
@@ -277,6 +325,7 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
                 f"stops. {f'The last good state is {saved[-1].name}. ' if saved else ''}Lower optimiser.lr, use bf16 instead of "
                 f"fp16, or look at the data of these steps")
         if not state.in_a_row and (state.step % config.run.save_every == 0 or state.step == config.run.steps) and main:
+            state.source = source.state(state.step * config.run.batch)
             checkpoints.save(state, _tensors(parameters, adamw, average))
 
     if main:
@@ -284,9 +333,26 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
         with torch.no_grad():
             for key, p in parameters.items():
                 p.copy_(average.weights[key])
-        stages.write_product(student, config, provenance(config, state, log))
+        training = provenance(config, state, log) | {"trained": sum(p.numel() for p in parameters.values())}
+        stages.write_product(student, config, training)
+        write_card(config, training)
     accelerator.wait_for_everyone()
     return config.product
+
+
+def _show(config: Config, source: Source, teacher: nn.Module, dtype: torch.dtype, device: torch.device) -> Show | None:
+    """What draws the pictures on the way; None where nothing can decode the latents."""
+    if not (found := decoder(config, device)):
+        return None
+    at = next(teacher.parameters())
+    here, kept = at.device, at.dtype
+    show = Show(config, source, predictor(teacher.to(device, dtype), dtype), *found, device)
+    teacher.to(here, kept)
+    return show
+
+
+def _as(added: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    return None if added is None else {k: v.to(dtype) for k, v in added.items()}
 
 
 def _numbers(config: Config, accelerator: Accelerator, step: int, part: int) -> range:
@@ -308,6 +374,7 @@ class Log:
         # After a kill the log may be ahead of the checkpoint, and its last line incomplete.
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.step]
         self.last: dict = json.loads(kept[-1]) if kept else {}
+        self.board = tensorboard(config.folder, state.step) if config.run.tensorboard else None
         temporary = self.path.with_suffix(".part")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
@@ -324,11 +391,20 @@ class Log:
         bins = (values[:, -1] * T_BINS / STEPS).long()
         by_t = {f"{b * STEPS // T_BINS}-{(b + 1) * STEPS // T_BINS - 1}": self._means(values[bins == b])
                 for b in range(T_BINS) if (bins == b).any()}
-        self.last = {"step": state.step, "seconds": round(state.seconds, 4), "skipped": state.skipped, "lr": lr,
-                     "gradient": norm, **self._means(values), "by_t": by_t}
+        self.last = {"step": state.step, "seconds": round(state.seconds, 4), "skipped": state.skipped,
+                     "left_out": state.left_out, "lr": lr, "gradient": norm, **self._means(values), "by_t": by_t}
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(self.last) + "\n")
         self.recent = []
+        if self.board:
+            for name in ("lr", "gradient", *self.names):
+                self.board.add_scalar(name if name not in self.names else f"loss/{name}", self.last[name], state.step)
+            self.board.flush()
+
+    def picture(self, step: int, rows: Tensor) -> None:
+        """rows: teacher's and student's pictures, (2, B, 3, H, W)."""
+        if self.board:
+            self.board.add_image("teacher above student", torch.cat([torch.cat(list(row), -1) for row in rows], -2), step)
 
     def _means(self, values: Tensor) -> dict[str, float]:
         return {name: float(f"{m:.6g}") for name, m in zip(self.names, values[:, :-1].mean(0).tolist(), strict=True)}
@@ -340,10 +416,19 @@ class Log:
         return f"{parts} {rate:.1f}/s, {left / 60:.1f} min left"
 
 
+def tensorboard(folder: Path, step: int):
+    """A writer into the run's folder; what an earlier session logged after `step` is dropped."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("run.tensorboard needs TensorBoard: pip install tensorboard") from None
+    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+
 def provenance(config: Config, state: State, log: Log) -> dict:
     """What a product's metadata say of its training."""
     return {"teacher": Path(config.network.teacher).name, "start": Path(config.student.start).name or "teacher",
             "losses": {name: getattr(config.loss, name) for name in LOSSES if getattr(config.loss, name)},
             "steps": state.step, "samples": state.step * config.run.batch, "skipped": state.skipped,
-            "minutes": round(state.seconds / 60, 1), "torch": torch.__version__, "machine": platform.machine(),
+            "left_out": state.left_out, "minutes": round(state.seconds / 60, 1), "torch": torch.__version__, "machine": platform.machine(),
             "final": {k: log.last[k] for k in log.names if k in log.last}}

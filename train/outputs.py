@@ -21,9 +21,11 @@ from torch import Tensor
 from asdm_core.packs import write_file
 
 from .config import Config
-from .data import Batches, open_source
+from .data import Batches
 from .emoji.diffusion import coefficients
 from .emoji.training import Progress
+from .emoji.unet import BmmAttention
+from .sources import open_source
 from .stages import load_teacher
 from .taps import Tapped
 
@@ -37,7 +39,7 @@ def stream_of(config: Config) -> dict:
 
 
 @torch.no_grad()
-def write_outputs(folder: Path, config: Config, paths: Iterable[str], count: int, batch: int = 32) -> None:
+def write_outputs(folder: Path, config: Config, paths: Iterable[str], count: int, device: torch.device, batch: int = 32) -> None:
     """Compute the outputs for the first `count` samples of a recipe's stream, or what is missing of them.
 
     paths: modules of the teacher whose outputs (features) are kept as well. Raises ValueError for features too large for float16.
@@ -46,12 +48,15 @@ def write_outputs(folder: Path, config: Config, paths: Iterable[str], count: int
     first = [n for n in range(0, count, SHARD) if not (folder / f"{n // SHARD:05d}.safetensors").exists()]
     if not first:
         return
-    teacher, batches = Tapped(load_teacher(config), sorted(set(paths))), Batches(open_source(config), config)
+    original, batches = load_teacher(config).to(device), Batches(open_source(config), config)
+    if device.type == "cpu":
+        original.set_attn_processor(BmmAttention())
+    teacher = Tapped(original, sorted(set(paths)))
     progress = Progress("teacher's outputs", count)
     for start in first:
         parts: list[dict[str, Tensor]] = []
         for at in range(start, start + SHARD, batch):
-            part = batches(range(at, at + batch))
+            part = batches(range(at, at + batch)).to(device)
             a, s = coefficients(part.t)
             predicted, features = teacher(a * part.x0 + s * part.noise, part.t, part.context)
             parts.append({"predicted": predicted} | {path: feature.half() for path, feature in features.items()})

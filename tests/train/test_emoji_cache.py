@@ -16,10 +16,10 @@ def test_the_familys_data_becomes_a_cache_of_its_recipes(glyphs, data, tmp_path)
     write_cache(path, glyphs, data, to_states, captions=3, seed=0)
     config = load(CONFIGS / "emoji-m2.toml", [f"data.path={path}"])
     source = Cache(path, config)
-    assert len(source) == len(data.variants) and not source.empty.any()
+    assert len(source) == len(data.variants) and not source.empty.states.any()
     names = [glyphs.concepts[v.concept] for v in data.variants]
     for i in (0, 7, len(source) - 1):
-        latents, _ = source.sample(i, 0.0)
+        latents = source.examples([i], [0.0]).latents[0]
         assert torch.equal(latents, data.latents[i].float())
         for row in source.captions[0][i].tolist():
             assert seen[row] and any(word in seen[row] for word in (names[i].name, *names[i].tags))

@@ -11,15 +11,16 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from tests.train.recipes import NARROW
 from train.config import load
 from train.data import Cache
-from train.encode import captioned, encode, load_encoders, read_picture
+from train.encode import captioned, encode, read_picture
+from train.encoders import Text, latents_of, load_text, load_vae
 
 
 def to_latents(pictures):
     return pictures.mean((1, 2, 3), keepdim=True).expand(-1, 4, 8, 8)
 
 
-def to_states(captions):
-    return torch.tensor([len(c) for c in captions]).float()[:, None, None].expand(-1, 3, 32)
+def to_text(captions):
+    return Text(torch.tensor([len(c) for c in captions]).float()[:, None, None].expand(-1, 3, 32))
 
 
 def paint(path, grey, size=(16, 8)):
@@ -52,7 +53,9 @@ def test_pictures_are_cropped_about_their_centre(tmp_path):
     picture = Image.new("L", (30, 10), 0)
     picture.paste(255, (10, 0, 20, 10))
     picture.save(tmp_path / "a.png")
-    assert torch.equal(read_picture(tmp_path / "a.png", 10), torch.ones(3, 10, 10))
+    cropped, sizes = read_picture(tmp_path / "a.png", 10)
+    assert torch.equal(cropped, torch.ones(3, 10, 10))
+    assert sizes.tolist() == [10, 30, 0, 10, 10, 10]
 
 
 def test_the_cache_holds_the_pictures_and_names_the_broken_ones(folder, tmp_path, capsys):
@@ -60,20 +63,20 @@ def test_the_cache_holds_the_pictures_and_names_the_broken_ones(folder, tmp_path
                                                                  if i == 3 else "a" * i or "-"}) for i in range(5)))
     (folder / "1.png").write_bytes(b"no picture")
     found, out = captioned(folder), tmp_path / "out"
-    broken = encode(found, out, 8, to_latents, to_states, batch=2, shard=3)
+    broken = encode(found, out, 8, to_latents, to_text, batch=2, shard=3)
     assert broken == [folder / "1.png"] and "left out" in capsys.readouterr().out
     source = Cache(out, load(NARROW))
     assert len(source) == 4 and len(source.paths) == 2
-    values = [source.sample(i, 0.0) for i in range(4)]
+    first = source.examples(range(4), [0.0] * 4)
     wanted = [torch.tensor(grey / 127.5 - 1).half().float() for grey in (0, 100, 150, 200)]
-    assert [float(x.unique()) for x, _ in values] == [float(w) for w in wanted]
-    assert [float(c.unique()) for _, c in values] == [1, 2, 3, 4]
-    assert float(source.sample(2, 0.9)[1].unique()) == 4 and float(source.sample(3, 0.9)[1].unique()) == 4
-    assert not source.empty.any()
+    assert [float(x.unique()) for x in first.latents] == [float(w) for w in wanted]
+    assert [float(c.unique()) for c in first.text.states] == [1, 2, 3, 4]
+    assert [float(c.unique()) for c in source.examples([2, 3], [0.9, 0.9]).text.states] == [4, 4]
+    assert not source.empty.states.any()
     # Once written a part is not made again.
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     (out / "00001.safetensors").unlink()
-    encode(found, out, 8, to_latents, to_states, batch=2, shard=3)
+    encode(found, out, 8, to_latents, to_text, batch=2, shard=3)
     after = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     assert after.keys() == before.keys() and after["00000.safetensors"] == before["00000.safetensors"]
 
@@ -81,7 +84,9 @@ def test_the_cache_holds_the_pictures_and_names_the_broken_ones(folder, tmp_path
 @torch.no_grad()
 def test_encoders_come_from_a_whole_model(tmp_path):
     with pytest.raises(ValueError, match="has no folder vae; wanted a diffusers folder"):
-        load_encoders(tmp_path, "cpu")
+        load_vae(tmp_path)
+    with pytest.raises(ValueError, match="has no folder text_encoder; wanted a diffusers folder"):
+        load_text(tmp_path)
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2).eval()
@@ -95,7 +100,7 @@ def test_encoders_come_from_a_whole_model(tmp_path):
     (tmp_path / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "CLIPTokenizer", "model_max_length": 6, "pad_token": "<|endoftext|>"}))
-    to_latents, to_states = load_encoders(tmp_path, "cpu")
+    to_latents, to_states = latents_of(load_vae(tmp_path)), lambda captions: load_text(tmp_path)(captions).states
     picture = torch.rand(2, 3, 16, 16) * 2 - 1
     torch.testing.assert_close(to_latents(picture), 0.5 * vae.encode(picture).latent_dist.mean)
     wanted = text(torch.tensor([[2, 0, 1, 3, 3, 3], [2, 3, 3, 3, 3, 3]])).last_hidden_state

@@ -120,7 +120,7 @@ def test_a_run_stopped_between_checkpoints_loses_only_what_came_after(unbroken, 
 
 def test_old_checkpoints_go_and_other_settings_are_refused(unbroken):
     assert sorted(p.name for p in unbroken.iterdir()) == [
-        "checkpoint-00000004.safetensors", "checkpoint-00000006.safetensors", "log.jsonl", "narrow.safetensors"]
+        "checkpoint-00000004.safetensors", "checkpoint-00000006.safetensors", "log.jsonl", "narrow.md", "narrow.safetensors"]
     with pytest.raises(ValueError, match=r"other settings \(optimiser.lr was 0.001 and is 0.1\)"):
         run(unbroken, "optimiser.lr=0.1")
     run(unbroken, "run.keep=5", "run.log_every=1")

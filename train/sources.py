@@ -1,0 +1,376 @@
+"""Pictures that are encoded as the run goes, the teacher's own pictures, and the choice of a source.
+
+A picture that cannot be read is left out: the next one takes its place, the run counts it and says which it was.
+A run whose pictures or captions are drawn often is faster on a cache (`python -m train.encode`).
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import tarfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from asdm_core.packs import write_file
+
+from .config import Config
+from .data import Cache, Examples, Numbered, Random, Source, pooled_width, whole
+from .emoji.diffusion import coefficients, ddim
+from .emoji.training import Progress, seeded
+from .encode import BROKEN, SUFFIXES, captioned, read_picture
+from .encoders import Text, ToLatents, ToText, latents_of, load_text, load_vae
+
+SHUFFLED = 1000  # pictures of shards and streams that are shuffled together: reading stays within few files
+TRIES = 100  # pictures in a row that may be broken
+THREADS = 8  # that decode pictures
+ENDLESS = 2**62  # the length of a stream
+
+Predict = Callable[[Tensor, Tensor, Tensor, dict | None], Tensor]  # x, t, context, SDXL's conditions -> the teacher's output
+
+
+# Pictures -------------------------------------------------------------------------------------------
+
+
+class Pictures(Numbered):
+    """Pictures with captions, encoded when they are drawn. What is left to others: how many there are, and `open`."""
+
+    def __init__(self, config: Config, to_latents: ToLatents, to_text: ToText):
+        self.size, self.to_latents, self.to_text = config.data.size, to_latents, to_text
+        self.wide = bool(pooled_width(config.network.config))
+        self.empty = _on_cpu(to_text([""]))
+        self.named: set[str] = set()
+
+    def open(self, i: int) -> tuple[str, object, list[str]]:
+        """Picture i: its name, a path or a file to read it from, its captions."""
+        raise NotImplementedError
+
+    def after(self, i: int) -> int:
+        """The picture that takes the place of a broken one."""
+        return (i + 1) % len(self)
+
+    def read(self, i: int, draw: float) -> tuple[Tensor, Tensor, str, int]:
+        """Picture (3, S, S), sizes (6,), caption, and how many before it were broken."""
+        for tries in range(TRIES):
+            name = f"picture {i}"
+            try:
+                name, file, captions = self.open(i)
+                picture, sizes = read_picture(file, self.size)
+                return picture, sizes, captions[int(draw * len(captions))], tries
+            except BROKEN as e:
+                if name not in self.named:
+                    self.named.add(name)
+                    print(f"left out {name}: {e}", flush=True)
+                i = self.after(i)
+        raise ValueError(f"data.path: none of {TRIES} pictures in a row could be read, the last was {name}; is the disk still there?")
+
+    def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
+        with ThreadPoolExecutor(THREADS) as pool:
+            pictures, sizes, captions, left_out = zip(*pool.map(self.read, numbers, draws), strict=True)
+        return Examples(self.to_latents(torch.stack(pictures)).float().cpu(), _on_cpu(self.to_text(captions)),
+                        torch.stack(sizes) if self.wide else None, torch.tensor(left_out))
+
+
+class Folder(Pictures):
+    """A folder of pictures with captions (train/encode.py)."""
+
+    def __init__(self, config: Config, to_latents: ToLatents, to_text: ToText):
+        super().__init__(config, to_latents, to_text)
+        self.pictures = captioned(Path(config.data.path))
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def open(self, i: int) -> tuple[str, object, list[str]]:
+        path, captions = self.pictures[i]
+        return str(path), path, captions
+
+
+def _texts(caption: object) -> list[str]:
+    """The captions of a picture, from a text, a list, or an entry of JSON with `caption` or `text`."""
+    if isinstance(caption, dict):
+        caption = caption.get("caption") or caption.get("text")
+    return list(map(str, caption)) if isinstance(caption, list) and caption else [str(caption or "")]
+
+
+# Webdataset shards ----------------------------------------------------------------------------------
+
+
+def index_shard(path: Path) -> list[tuple[str, int, int, int, int, bool]]:
+    """Pictures of a tar: name, offset and length of the picture, the same of its caption, whether that is JSON.
+
+    Members belong together where they share the name up to the first dot (webdataset). Raises ValueError for a file that is no tar.
+    """
+    found: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, kind = name.partition(".")
+                if member.isfile():
+                    found.setdefault(f"{folder}/{stem}", {})[kind.lower()] = member
+    except tarfile.TarError as e:
+        raise ValueError(f"{path}: cannot be read as an uncompressed tar ({e})") from None
+    rows = []
+    for name, members in found.items():
+        picture = next((members[k] for k in (s[1:] for s in SUFFIXES) if k in members), None)
+        text = members.get("txt") or members.get("json")
+        if picture and text:
+            rows.append((name, picture.offset_data, picture.size, text.offset_data, text.size, "txt" not in members))
+    return rows
+
+
+class Shards(Pictures):
+    """Webdataset shards on a disk or a mount: tars of NAME.jpg (png, webp) with NAME.txt, or NAME.json with `caption` or `text`.
+
+    The shards are shuffled, and the pictures within each SHUFFLED, so that reading moves from file to file.
+    """
+
+    def __init__(self, config: Config, to_latents: ToLatents, to_text: ToText):
+        super().__init__(config, to_latents, to_text)
+        path = Path(config.data.path)
+        self.paths = [Path(p) for p in sorted(glob.glob(str(path / "*.tar") if path.is_dir() else str(path)))]
+        if not self.paths:
+            raise ValueError(f"data.path: {path} names no .tar file; wanted a file, a folder, or a pattern such as data/*.tar")
+        with ThreadPoolExecutor(THREADS) as pool:
+            self.rows = list(pool.map(index_shard, self.paths))
+        self.ends = list(accumulate(map(len, self.rows)))
+        if not self.ends[-1]:
+            raise ValueError(f"data.path: {path}: its tars hold no pictures with captions; wanted NAME.jpg with NAME.txt or NAME.json")
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def order(self, generator: torch.Generator) -> Sequence[int]:
+        shards = torch.randperm(len(self.paths), generator=generator).tolist()
+        rows = torch.cat([torch.arange(self.ends[n] - len(self.rows[n]), self.ends[n]) for n in shards])
+        return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in rows.split(SHUFFLED)]).tolist()
+
+    def open(self, i: int) -> tuple[str, object, list[str]]:
+        n = bisect_right(self.ends, i)
+        name, at, size, text_at, text_size, is_json = self.rows[n][i - (self.ends[n] - len(self.rows[n]))]
+        with open(self.paths[n], "rb") as f:
+            f.seek(at)
+            picture = f.read(size)
+            f.seek(text_at)
+            text = f.read(text_size).decode("utf-8", "replace").strip()
+        if is_json:
+            text = json.loads(text)
+        return f"{self.paths[n].name}:{name.removeprefix('/')}", io.BytesIO(picture), _texts(text)
+
+
+# Hugging Face datasets ------------------------------------------------------------------------------
+
+
+class Hub(Pictures):
+    """A dataset of the Hugging Face datasets library, streamed: columns image (jpg, png, webp) and text (caption, txt).
+
+    Pictures are shuffled within each SHUFFLED of the stream. Every process reads the whole stream and decodes its own samples.
+    """
+
+    def __init__(self, config: Config, to_latents: ToLatents, to_text: ToText):
+        super().__init__(config, to_latents, to_text)
+        try:
+            import datasets
+        except ModuleNotFoundError:
+            raise ValueError('data.source = "hub" needs the datasets library: pip install datasets') from None
+        self.seed = config.seed
+        self.stream = datasets.load_dataset(config.data.path, split="train", streaming=True)
+        first = list(self.stream.take(4))
+        columns = first[0].keys() if first else ()
+        self.image, self.caption = (next((c for c in wanted if c in columns), None)
+                                    for wanted in (("image", "jpg", "png", "webp"), ("text", "caption", "txt", "json")))
+        if self.image is None or self.caption is None:
+            raise ValueError(f"data.path: {config.data.path} has the columns {', '.join(columns) or 'none'}; wanted image and text")
+        self.captions = [_texts(row[self.caption])[0] for row in first]
+        self.stream = self.stream.cast_column(self.image, datasets.Image(decode=False))  # whoever takes a picture decodes it
+        self.restore({"window": 0, "stream": None})
+
+    def restore(self, state: dict) -> None:
+        if state["stream"] is not None:
+            self.stream.load_state_dict(state["stream"])
+        self.examples_left = self._read(state["stream"])
+        self.windows: dict[int, list[dict]] = {}
+        self.starts = {state["window"]: state["stream"]}
+
+    def _read(self, state: dict | None) -> Iterator[dict]:
+        epoch = state["epoch"] if state else 0
+        while True:
+            # A state belongs to its epoch; the next begins anew.
+            self.stream.set_epoch(epoch)
+            yield from self.stream
+            epoch += 1
+
+    def state(self, n: int) -> dict:
+        window = max(w for w in self.starts if w <= n // SHUFFLED)
+        return {"window": window, "stream": self.starts[window]}
+
+    def _window(self, w: int) -> list[dict]:
+        while w not in self.windows:
+            reached = max(self.starts)
+            part = [next(self.examples_left) for _ in range(SHUFFLED)]
+            order = torch.randperm(SHUFFLED, generator=seeded(self.seed, 9, reached)).tolist()
+            self.windows[reached] = [part[i] for i in order]
+            self.starts[reached + 1] = json.loads(json.dumps(self.stream.state_dict()))
+            for old in [k for k in self.windows if k < reached - 1]:
+                del self.windows[old], self.starts[old]
+        return self.windows[w]
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def order(self, generator: torch.Generator) -> Sequence[int]:
+        return range(ENDLESS)
+
+    def after(self, i: int) -> int:
+        return i - i % SHUFFLED + (i + 1) % SHUFFLED
+
+    def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
+        for w in sorted({n // SHUFFLED for n in numbers}):
+            self._window(w)
+        return super().examples(numbers, draws)
+
+    def open(self, i: int) -> tuple[str, object, list[str]]:
+        row = self.windows[i // SHUFFLED][i % SHUFFLED]
+        picture = row[self.image]
+        return picture["path"] or f"picture {i}", io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"], _texts(row[self.caption])
+
+    def text(self, count: int) -> Text:
+        return _on_cpu(self.to_text(self.captions[:count]))
+
+
+# The teacher's own pictures -------------------------------------------------------------------------
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a text file that hold something. Raises ValueError where there are none."""
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as e:
+        raise ValueError(f"data.path: {path}: cannot be read ({e.strerror}); wanted a text file with a prompt in each line") from None
+    if not prompts:
+        raise ValueError(f"data.path: {path} holds no prompts; wanted one in each line")
+    return prompts
+
+
+class Prompts(Numbered):
+    """Pictures the teacher draws from prompts, in latents, new ones for every sample of the run: an epoch never ends."""
+
+    def __init__(self, config: Config, predict: Predict, to_text: ToText, device: torch.device):
+        self.config, self.predict, self.device = config, predict, device
+        self.prompts, self.to_text = read_prompts(config.data.path), to_text
+        self.wide = bool(pooled_width(config.network.config))
+        self.empty = _on_cpu(to_text([""]))
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def order(self, generator: torch.Generator) -> Sequence[int]:
+        return range(ENDLESS)
+
+    def text(self, count: int) -> Text:
+        return _on_cpu(self.to_text(self.prompts[:count]))
+
+    def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
+        text = _on_cpu(self.to_text([self.prompts[n % len(self.prompts)] for n in numbers]))
+        side, channels = self.config.data.size // 8, self.config.network.config.in_channels
+        noise = torch.stack([torch.randn(channels, side, side, generator=seeded(self.config.seed, 8, n)) for n in numbers])
+        sizes = whole(self.config.data.size).expand(len(noise), -1) if self.wide else None
+        return Examples(draw(self.config, self.predict, noise.to(self.device), text, self.empty).cpu(), text, sizes)
+
+
+@torch.no_grad()
+def draw(config: Config, predict: Predict, noise: Tensor, text: Text, empty: Text) -> Tensor:
+    """Latents a network draws from noise (B, C, h, w) by DDIM with the recipe's steps and guidance. Returns (B, C, h, w), float32."""
+    device, count = noise.device, len(noise)
+    conditions = None
+    if text.pooled is not None:
+        guided = 2 if config.samples.guidance != 1 else 1
+        pooled = torch.cat([text.pooled, empty.pooled.expand_as(text.pooled)])[: guided * count]
+        conditions = {"text_embeds": pooled.to(device), "time_ids": whole(config.data.size).expand(guided * count, -1).to(device)}
+
+    def predict_v(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        out = predict(x, t, context, conditions).float()
+        a, s = coefficients(t)
+        return out if config.network.prediction == "v" else (out - s * x) / a
+
+    return ddim(predict_v, noise, text.states.to(device), empty.states.to(device), config.samples.steps, config.samples.guidance)
+
+
+def write_samples(folder: Path, source: Prompts, count: int, batch: int, process: int = 0, processes: int = 1) -> None:
+    """Draw `count` pictures into a cache in `folder`, or what is missing of them; each process makes its share of the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shard = -(-min(count, 64) // batch) * batch
+    files = [n for n in range(0, count, shard) if not (folder / f"{n // shard:05d}.safetensors").exists()][process::processes]
+    progress = Progress("the teacher draws", len(files) * shard)
+    for done, first in enumerate(files):
+        numbers = range(first, min(first + shard, count))
+        parts = []
+        for at in range(0, len(numbers), batch):
+            parts.append(source.examples(numbers[at : at + batch], []))
+            progress.show(done * shard + at + batch)
+        tensors = {"latents": torch.cat([p.latents for p in parts]).half(), "captions": torch.arange(len(numbers))[:, None],
+                   "states": torch.cat([p.text.states for p in parts]).half(), "empty": source.empty.states[0].half()}
+        if source.wide:
+            tensors |= {"pooled": torch.cat([p.text.pooled for p in parts]).half(), "empty_pooled": source.empty.pooled[0].half(),
+                        "sizes": torch.cat([p.sizes for p in parts])}
+        if not tensors["latents"].isfinite().all():
+            raise ValueError("the teacher draws pictures that are not finite; is network.prediction right, and samples.guidance not too high?")
+        write_file(folder / f"{first // shard:05d}.safetensors", tensors, {"format": "pt"})
+    if files:
+        progress.end()
+
+
+# The choice -----------------------------------------------------------------------------------------
+
+PICTURES = {"folder": Folder, "shards": Shards, "hub": Hub}
+
+
+def encoders(config: Config) -> str:
+    """Where VAE and text encoder come from."""
+    return config.encoders.models or config.network.teacher
+
+
+def open_source(config: Config, predict: Predict | None = None, device: torch.device | str = "cpu", process: int = 0,
+                processes: int = 1, wait: Callable[[], None] = lambda: None) -> Source:
+    """The data a recipe names. Raises ValueError.
+
+    predict: the teacher, for the source "prompts". wait: until all processes are there.
+    """
+    data = config.data
+    if data.source == "random":
+        return Random(config)
+    if not data.path:
+        raise ValueError("data.path: give the data to learn from, or data.source = random to try things out")
+    if data.source == "cache":
+        return Cache(data.path, config)
+    to_text = load_text(encoders(config), config.encoders.tokenizer, device)
+    if data.source in PICTURES:
+        source = PICTURES[data.source](config, latents_of(load_vae(encoders(config), device)), to_text)
+        _check_width(source.empty, config)
+        return source
+    source = Prompts(config, predict, to_text, torch.device(device))
+    _check_width(source.empty, config)
+    if not config.samples.count:
+        return source
+    folder = config.folder / "samples"
+    write_samples(folder, source, config.samples.count, config.run.micro_batch, process, processes)
+    wait()
+    return Cache(folder, config)
+
+
+def _check_width(text: Text, config: Config) -> None:
+    if text.states.shape[-1] != config.network.config.context_dim:
+        raise ValueError(f"encoders.models: {encoders(config)} has text states {text.states.shape[-1]} wide, a UNet of "
+                         f"{config.network.family} takes {config.network.config.context_dim}")
+
+
+def _on_cpu(text: Text) -> Text:
+    return Text(*(part if part is None else part.float().cpu() for part in text))
