@@ -36,7 +36,7 @@ from train.stages import assembled
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "train" / "configs"
 BATCH = 16  # small batches learn more per sample
-WARMUP, COOLDOWN, EMA = 20, 0.4, 0.99  # steps; share of a run; short runs want a short memory
+LR, WARMUP, COOLDOWN, EMA = 1e-3, 20, 0.4, 0.99  # WARMUP in steps, COOLDOWN as a share of the run; short runs want a short memory
 
 
 # What is run ----------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Settings:
             f"network.teacher={self.models / 'emoji-teacher.safetensors'}", f"network.outputs={self.outputs(seed)}",
             f"run.folder={self.folder / self.seeded(run.name, seed)}", f"run.steps={steps}", f"run.batch={BATCH}",
             f"run.micro_batch={BATCH}", "run.precision=bf16", "run.save_every=50", "run.keep=1", "run.log_every=10",
-            f"optimiser.warmup={WARMUP}", f"optimiser.cooldown={round(COOLDOWN * steps)}", f"optimiser.ema={EMA}", *run.changes])
+            f"optimiser.lr={LR}", f"optimiser.warmup={WARMUP}", f"optimiser.cooldown={round(COOLDOWN * steps)}", f"optimiser.ema={EMA}", *run.changes])
 
     def outputs(self, seed: int) -> Path:
         return self.folder / f"outputs-s{seed}"
@@ -143,7 +143,8 @@ def compute_outputs(settings: Settings, seed: int) -> None:
     """The teacher's outputs for the longest run, with every feature any run compares."""
     recipes = [settings.recipe(run, seed) for run in RUNS if not run.seconds_of]
     paths = {path for recipe in recipes for path in Criterion(recipe, torch.device("cpu")).teacher_paths}
-    write_outputs(settings.outputs(seed), recipes[0], paths, max(r.run.steps * r.run.batch for r in recipes))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    write_outputs(settings.outputs(seed), recipes[0], paths, max(r.run.steps * r.run.batch for r in recipes), device)
 
 
 def make(run: Run, settings: Settings, seed: int) -> None:

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -69,6 +68,14 @@ class Judge:
         self.tokens = Tokens(host_folder(comfy), ids=self.encoder.ids.tolist())
         self.codec, self.classifier = load_codec(models), load_classifier(models, [c.code for c in concepts])
         folder.mkdir(parents=True, exist_ok=True)
+        self._same_settings()
+
+    def _same_settings(self) -> None:
+        path, mine = self.folder / "settings.json", {"prompts": len(self.chosen), "steps": self.steps, "cfg": self.cfg}
+        if not path.exists():
+            path.write_text(json.dumps(mine) + "\n")
+        elif (its := json.loads(path.read_text())) != mine:
+            raise ValueError(f"{self.folder} holds measurements made with {its}, wanted {mine}; choose another folder")
 
     @cached_property
     def whole(self) -> nn.Module:

@@ -1,0 +1,174 @@
+"""The emoji comparison on stand-ins, and BK-SDM's protocol with its libraries replaced."""
+
+import copy
+import csv
+import json
+import types
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from asdm_core.architecture import Architecture
+from asdm_core.surgery import cut_diffusers
+from train import coco, evaluate
+from train.emoji import compare, unet
+from train.emoji.classifier import Classifier, save_classifier
+from train.emoji.compare import Judge, Switched
+from train.emoji.diffusion import schedule
+from train.emoji.text import TextEncoder
+
+# The emoji family ------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def judge(settings, tiny, glyphs, data, tokens, concepts, monkeypatch):
+    torch.manual_seed(0)
+    encoder = TextEncoder(tokens.ids, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    save_classifier(settings.models / "emoji-classifier.safetensors", Classifier(len(concepts)).eval(), [c.code for c in concepts], {})
+    for name, value in (("load_glyphs", lambda runs: glyphs), ("load_latents", lambda *a: data), ("load_text", lambda path: encoder.eval()),
+                        ("Tokens", lambda *a, **k: tokens), ("host_folder", lambda given: None), ("FIXED", 32), ("REFERENCE", 4)):
+        monkeypatch.setattr(compare, name, value)
+    monkeypatch.setattr(Judge, "whole", unet.build(tiny).eval())
+    return lambda prompts=3: Judge("teacher", settings.runs / "measured", settings.runs, settings.models, prompts, steps=2)
+
+
+def cut(judge, preset, config):
+    network = copy.deepcopy(judge.whole)
+    cut_diffusers(network, Architecture.preset(preset, config))
+    return network
+
+
+def test_networks_are_measured_against_the_teacher_and_only_once(judge, tiny):
+    j = judge()
+    same, other = j.measure("same", lambda: j.whole), j.measure("cut", lambda: cut(j, "base", tiny), rounds=2)
+    assert same["mse"] == same["latent_mse"] == 0 and same["ssim"] == pytest.approx(1) and same["v_mse"]["teacher"]["all"] == 0
+    assert other["mse"] > 0 and other["v_mse"]["teacher"]["all"] > 0 and (same["pictures"], other["pictures"]) == (3, 6)
+    assert "mse" not in j.measure("whole", lambda: j.whole)
+    assert "fed" not in other  # six pictures say nothing about a distribution
+    assert set(other["v_mse"]["data"]) == {"all", "0-249", "250-499", "500-749", "750-999"}
+
+    def never():
+        raise AssertionError
+
+    assert judge().measure("cut", never, rounds=2) == other
+    # The pictures of the first round are there; only their numbers are put together anew.
+    assert judge().measure("cut", never)["pictures"] == 3
+    with pytest.raises(ValueError, match=r"measurements made with .*'prompts': 3.*wanted .*'prompts': 2"):
+        judge(2)
+
+
+def test_a_switched_run_is_drawn_by_one_and_then_the_other():
+    class Named(torch.nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def forward(self, x, t, context):
+            return self.name
+
+    for at, wanted in ((0.4, 2), (0.6, 3), (1.0, 5)):
+        network = Switched(Named("first"), Named("second"), at, steps=5)
+        drawn = [network(None, torch.tensor([t, t]), None) for t in schedule(5)]
+        assert drawn == ["first"] * wanted + ["second"] * (5 - wanted)
+
+
+# MS-COCO ---------------------------------------------------------------------------------------------
+
+
+class Pipeline:
+    """Draws pictures of one colour: that of the first number its generator gives."""
+
+    drawn = 0
+
+    def __call__(self, prompts, num_inference_steps, guidance_scale, generator):
+        assert (num_inference_steps, guidance_scale) == (25, 7.5)
+        Pipeline.drawn += len(prompts)
+        colours = [(torch.rand(3, generator=g) * 255).int().tolist() for g in generator]
+        return types.SimpleNamespace(images=[Image.new("RGB", (512, 512), tuple(c)) for c in colours])
+
+
+@pytest.fixture()
+def prompts(tmp_path):
+    with open(tmp_path / "metadata.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, ["file_name", "text"])
+        writer.writeheader()
+        writer.writerows({"file_name": f"{i}.jpg", "text": f"prompt {i}"} for i in range(5))
+    return tmp_path / "metadata.csv"
+
+
+class Share:
+    """An accelerator of one of several processes."""
+
+    device, num_processes = torch.device("cpu"), 2
+
+    def __init__(self, index):
+        self.process_index = index
+        self.is_main_process = index == 0
+
+    def wait_for_everyone(self):
+        pass
+
+
+def test_processes_share_the_pictures_and_what_is_there_stays(prompts, tmp_path):
+    texts = coco.read_prompts(prompts)
+    assert texts == [f"prompt {i}" for i in range(5)] and coco.read_prompts(prompts, 2) == texts[:2]
+    Pipeline.drawn = 0
+    for index in (0, 1):
+        coco.generate(Pipeline(), texts, tmp_path / "shared", Share(index), 2, 25, 7.5)
+    assert Pipeline.drawn == 5
+    (tmp_path / "shared" / "000003.jpg").unlink()
+    coco.generate(Pipeline(), texts, tmp_path / "shared", Accelerator(cpu=True), 2, 25, 7.5)
+    assert Pipeline.drawn == 6
+    coco.generate(Pipeline(), texts, tmp_path / "alone", Accelerator(cpu=True), 1, 25, 7.5)
+    for i in range(5):
+        shared, alone = (Image.open(tmp_path / f / f"{i:06d}.jpg") for f in ("shared", "alone"))
+        assert shared.size == (256, 256) and shared.tobytes() == alone.tobytes()
+
+
+def test_scores_come_from_the_libraries_as_the_protocol_has_them(prompts, tmp_path, monkeypatch):
+    asked = {}
+
+    class Clip(torch.nn.Module):
+        def encode_image(self, x):
+            return torch.tensor([[3.0, 4.0]]).expand(len(x), 2)
+
+        def encode_text(self, tokens):
+            return torch.tensor([[2.0, 0.0]]).expand(len(tokens), 2)
+
+    fid = types.SimpleNamespace(compute_fid=lambda mine, real, **given: asked.update(mine=mine, real=real, **given) or 12.5)
+    fidelity = types.SimpleNamespace(calculate_metrics=lambda **given: {"inception_score_mean": 30.0, "inception_score_std": 0.5})
+    clip = types.SimpleNamespace(create_model_and_transforms=lambda name, pretrained: (Clip(), None, lambda picture: torch.zeros(3, 4, 4)),
+                                 get_tokenizer=lambda name: lambda texts: torch.zeros(len(texts), 1))
+    monkeypatch.setattr(coco, "libraries", lambda: (fid, fidelity, clip))
+    texts = coco.read_prompts(prompts)
+    coco.generate(Pipeline(), texts, tmp_path / "mine", Accelerator(cpu=True), 1, 25, 7.5)
+    with pytest.raises(ValueError, match="real is no folder"):
+        coco.scores(texts, tmp_path / "mine", tmp_path / "real", Accelerator(cpu=True))
+    (tmp_path / "real").mkdir()
+    found = coco.scores(texts, tmp_path / "mine", tmp_path / "real", Accelerator(cpu=True))
+    assert found == {"pictures": 5, "clip": pytest.approx(0.6), "fid": 12.5, "is": 30.0, "is_std": 0.5}
+    assert asked["mode"] == "legacy_pytorch"
+
+    # The whole command, twice: the second time it has nothing to draw.
+    monkeypatch.setattr(coco, "load_pipeline", lambda models, product, device: Pipeline())
+    command = ["sd", "--models", "x", "--prompts", str(prompts), "--real", str(tmp_path / "real"), "--out", str(tmp_path / "out"), "--cpu"]
+    for drawn in (5, 0):
+        Pipeline.drawn = 0
+        evaluate.main(command)
+        assert Pipeline.drawn == drawn
+    assert json.loads((tmp_path / "out" / "whole.json").read_text())["fid"] == 12.5 and (tmp_path / "out" / "whole.png").exists()
+
+
+def test_missing_libraries_and_prompts_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco.importlib.util, "find_spec", lambda name: None if name != "open_clip" else object())
+    with pytest.raises(ValueError, match="need clean-fid, torch-fidelity: pip install clean-fid torch-fidelity"):
+        coco.libraries()
+    with pytest.raises(SystemExit, match="need clean-fid"):
+        evaluate.main(["sd", "--models", "x", "--prompts", "x", "--real", "x", "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="none.csv: cannot be read"):
+        coco.read_prompts(tmp_path / "none.csv")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="needs a prompt in the column text"):
+        coco.read_prompts(tmp_path / "other.csv")
