@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import apply_pack, calibrate, files, gri, inherit, inspect_model, load, migrate, save_unet, switch
+from . import apply_pack, calibrate, compare, files, gri, inherit, inspect_model, load, migrate, save_unet, switch
 
-NODES = [*load.NODES, *apply_pack.NODES, *save_unet.NODES, *inspect_model.NODES, *inherit.NODES, *gri.NODES, *calibrate.NODES, *switch.NODES]
+NODES = [*load.NODES, *apply_pack.NODES, *save_unet.NODES, *inspect_model.NODES, *inherit.NODES, *gri.NODES, *calibrate.NODES, *switch.NODES,
+         *compare.NODES]
 
 
 class ASDMExtension(ComfyExtension):

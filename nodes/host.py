@@ -122,6 +122,18 @@ def with_survey(model, survey):
     return _set_up(model.clone(), replace(setup_of(model), inheritance=survey))
 
 
+def without_setup(model):
+    """A clone of MODEL that carries nothing of this module's: the checkpoint plays everything itself."""
+    clone = model.clone()
+    clone.remove_attachments(KEY)
+    clone.remove_additional_models(KEY)
+    for kind, _ in _WRAPPERS:
+        clone.remove_wrappers_with_key(kind, KEY)
+    for kind, _ in _CALLBACKS:
+        clone.remove_callbacks_with_key(kind, KEY)
+    return clone
+
+
 def cache_bytes(model, shape, conds: int) -> int:
     """Bytes that feature inheritance remembers in a run on latents of a shape (B, C, H, W), with so many conditionings."""
     inheritance = setup_of(model).inheritance

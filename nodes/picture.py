@@ -185,3 +185,8 @@ def _draw_run(sheet: _Sheet, run: Mapping, left: float, top: float, cell: float)
 def to_image(picture: Image.Image) -> torch.Tensor:
     """A picture as the host's IMAGE: (1, H, W, 3) in 0..1."""
     return torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32) / 255)[None]
+
+
+def from_image(image: torch.Tensor) -> Image.Image:
+    """One picture (H, W, 3 or 4) of an IMAGE; transparency is left out."""
+    return Image.fromarray((255 * image[..., :3].cpu().float().clamp(0, 1)).to(torch.uint8).numpy())

@@ -56,6 +56,11 @@ def with_switch(first, second, point: SwitchPoint, crossfade: int = 0):
     return _set_up(clone, switches, present[1:])
 
 
+def without_switches(model):
+    """A clone of MODEL that samples alone, with what it carries besides."""
+    return _set_up(model.clone(), (), [])
+
+
 def _set_up(model, switches: tuple[Switch, ...], others: list):
     """Make a MODEL carry these switches and no others; the MODEL itself is changed and returned."""
     model.remove_attachments(KEY)

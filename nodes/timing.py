@@ -1,0 +1,145 @@
+"""Sampling runs that are measured: the sampler's time apart from loading and compiling, and peak memory."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import comfy.model_management
+import psutil
+import torch
+from comfy.patcher_extension import WrappersMP
+
+KEY = "asdm_timing"
+
+
+class PeakMemory:
+    """Peak memory while a block runs, in bytes: what torch holds on a CUDA device, elsewhere the process's resident memory."""
+
+    INTERVAL = 0.02  # seconds between looks at the resident memory; the system tells no peak of a stretch
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda" and device
+        self.bytes = 0
+
+    def __enter__(self):
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+        else:
+            self._done, self._process = threading.Event(), psutil.Process()
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
+            self._watcher.start()
+        return self
+
+    def _watch(self):
+        while True:
+            self.bytes = max(self.bytes, self._process.memory_info().rss)
+            if self._done.wait(self.INTERVAL):
+                return
+
+    def __exit__(self, *_):
+        if self._cuda:
+            self.bytes = torch.cuda.max_memory_allocated(self._cuda)
+        else:
+            self._done.set()
+            self._watcher.join()
+
+
+class Stopwatch:
+    """Times the sampler of a run, from its start to its end on the device. Holds no MODEL, so that it may be its wrapper.
+
+    settling: evaluate the network once instead of sampling, so that weights are loaded and patched when the next run begins.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.settling, self.seconds, self.peak = False, 0.0, 0
+
+    def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
+        if self.settling:
+            options = {name: extra_args[name] for name in ("model_options", "seed")}
+            guider(noise * sigmas[0], sigmas[0] * noise.new_ones(len(noise)), **options)
+            comfy.model_management.synchronize()
+            return noise
+        with PeakMemory(self._device) as memory:
+            comfy.model_management.synchronize()
+            start = time.perf_counter()
+            out = executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+            comfy.model_management.synchronize()
+            self.seconds = time.perf_counter() - start
+        self.peak = memory.bytes
+        return out
+
+
+@dataclass
+class Side:
+    """One MODEL under measurement, and what was measured.
+
+    sample: makes a LATENT with a MODEL. seconds: of the sampler, one number a run. loading: seconds that the first run
+    took longer than later ones (loading, patching, compiling). repeats: whether every run gave the same latent.
+    """
+
+    label: str
+    model: object
+    sample: Callable
+    seconds: list[float] = field(default_factory=list)
+    loading: float = 0.0
+    peak: int = 0
+    repeats: bool = True
+    latent: dict | None = None
+
+    def __post_init__(self):
+        self._watch = Stopwatch(self.model.load_device)
+        self._timed = self.model.clone()
+        self._timed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self._watch.sampler_sample)
+
+    def warm_up(self) -> None:
+        """The first run, whose time tells what is paid only once."""
+        start = time.perf_counter()
+        self._settle()
+        self.sample(self._timed)
+        self.loading = time.perf_counter() - start
+
+    def run(self) -> None:
+        """One more run."""
+        # The other side may have had its LoRAs on the same UNet, or its weights in the place of ours.
+        self._settle()
+        latent = self.sample(self._timed)
+        self.repeats &= self.latent is None or torch.equal(latent["samples"], self.latent["samples"])
+        self.latent = latent
+        self.seconds.append(self._watch.seconds)
+        self.peak = max(self.peak, self._watch.peak)
+
+    def _settle(self) -> None:
+        self._watch.settling = True
+        try:
+            self.sample(self._timed)
+        finally:
+            self._watch.settling = False
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def paid_once(self) -> float:
+        """Seconds that only the first run takes."""
+        return max(0.0, self.loading - self.median)
+
+    def facts(self, steps: int) -> dict:
+        """What was measured, for JSON."""
+        return {"label": self.label, "seconds": [round(s, 4) for s in self.seconds], "median_seconds": round(self.median, 4),
+                "seconds_per_step": round(self.median / steps, 5), "load_and_compile_seconds": round(self.paid_once, 3),
+                "peak_memory_mb": round(self.peak / 2**20, 1), "every_run_alike": self.repeats}
+
+
+def alternate(sides, rounds: int) -> None:
+    """A warm-up of each side, then so many rounds in which they take turns, so that noise hits all alike."""
+    for side in sides:
+        side.warm_up()
+    for _ in range(rounds):
+        for side in sides:
+            side.run()

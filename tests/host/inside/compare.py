@@ -1,0 +1,296 @@
+"""A/B Compare and Compare Images: what is sampled and measured is what KSampler makes, and nothing is left behind."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import comfy.model_management
+import comfy.samplers
+import folder_paths
+import nodes
+import pytest
+import small
+import torch
+from in_host import execute, module, node_classes
+from PIL import Image
+
+SD, host, cast = small.SD, small.host, small.cast
+compare, timing, switch, regional = (module(f"nodes.{name}") for name in ("compare", "timing", "switch", "regional"))
+inheritance, measure, switching = (module(f"asdm_core.{name}") for name in ("inheritance", "measure", "switching"))
+
+
+class VAE:
+    """Draws a latent as it is, eight times as large; what is compared here is the sampling."""
+
+    def decode(self, samples):
+        rgb = samples[:, :3].movedim(1, -1) / 8 + 0.5
+        return rgb.clamp(0, 1).repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+    def vae_encode_crop_pixels(self, pixels):
+        return pixels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return small.model(folder)
+
+
+@pytest.fixture(scope="module")
+def m2(folder):
+    return small.write_pack(folder / "m2.safetensors", seed=1)
+
+
+@pytest.fixture
+def model(loaded):
+    """A stock MODEL, which must be the same after the test as before."""
+    before = state(loaded)
+    yield loaded
+    assert state(loaded) == before
+
+
+def state(model):
+    return {"options": repr(model.model_options), "patches": len(model.patches), "uuid": model.patches_uuid, "wrappers": repr(model.wrappers),
+            "callbacks": repr(model.callbacks), "attachments": dict(model.attachments), "additional": repr(model.additional_models)}
+
+
+INPUTS = {"seed": 5, "steps": 3, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+
+
+def inputs(batch=1, latent=None, **changes):
+    given = {"positive": small.cond(SD, 1), "negative": small.cond(SD, 2),
+             "latent_image": {"samples": torch.zeros(batch, 4, 16, 16) if latent is None else latent}}
+    return given | INPUTS | changes
+
+
+def ksampler(model, **given):
+    order = ("seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image", "denoise")
+    return nodes.KSampler().sample(model, *(given[name] for name in order))[0]["samples"]
+
+
+def ab(model, original=None, rounds=1, **given):
+    outputs = execute("ASDMABCompare", model=model, original=original, vae=VAE(), rounds=rounds, **given)
+    return dict(zip(("comparison", "images_a", "images_b", "latent_a", "latent_b"), outputs, strict=False)) | {"report": json.loads(outputs[5])}
+
+
+# What is sampled --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", [{}, {"batch": 2}, {"sampler_name": "heun"}, {"sampler_name": "euler_ancestral"}, {"cfg": 1.0},
+                                 {"denoise": 0.5, "latent": torch.ones(1, 4, 16, 16)}], ids=str)
+def test_both_sides_are_what_ksampler_gives(model, m2, run):
+    given = inputs(**run)
+    packed = small.with_pack(model, m2)
+    out = ab(packed, **given)
+    assert torch.equal(out["latent_a"]["samples"], ksampler(model, **given))
+    assert torch.equal(out["latent_b"]["samples"], ksampler(packed, **given))
+    assert torch.equal(out["images_b"], VAE().decode(out["latent_b"]["samples"]))
+
+
+def test_latents_keep_what_came_with_them(model, m2):
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., 64:] = 1
+    given = inputs(latent=torch.randn(1, 4, 16, 16))
+    given["latent_image"] |= {"noise_mask": mask}
+    out = ab(small.with_pack(model, m2), **given)
+    assert out["latent_a"]["noise_mask"] is mask
+    assert torch.equal(out["latent_b"]["samples"], ksampler(small.with_pack(model, m2), **given))
+
+
+def with_everything(model, folder, m2):
+    played = small.with_pack(model, m2)
+    played = host.with_plan(played, inheritance.dial(SD, "balanced"))
+    played = host.with_regional(played, regional.Regional(window=8, pool=4))
+    return switch.with_switch(played, small.model(folder, seed=3), switching.SwitchPoint(0.5, "percent"))
+
+
+def test_original_is_the_model_without_anything_of_asdm(model, folder, m2):
+    full = with_everything(model, folder, m2)
+    before = state(full)
+    plain = compare.original_of(full)
+    given = inputs()
+    assert torch.equal(ksampler(plain, **given), ksampler(model, **given))
+    assert not torch.equal(ksampler(full, **given), ksampler(model, **given))
+    assert not any(key.startswith("asdm") for kinds in (plain.wrappers, plain.callbacks) for keys in kinds.values() for key in keys)
+    assert not any(key.startswith("asdm") for things in (plain.attachments, plain.additional_models) for key in things)
+    assert state(full) == before
+
+
+def test_original_keeps_what_others_put_on_the_model(model, m2):
+    lora = small.lora()
+    with_lora = small.add_lora(model, lora)
+    given = inputs()
+    plain = compare.original_of(small.add_lora(small.with_pack(model, m2), lora))
+    assert torch.equal(ksampler(plain, **given), ksampler(with_lora, **given))
+
+
+def test_models_with_different_loras_on_one_unet_do_not_mix(model):
+    a, b = (small.add_lora(model, small.lora(seed=i)) for i in range(2))
+    given = inputs()
+    out = ab(b, a, rounds=2, **given)
+    assert torch.equal(out["latent_a"]["samples"], ksampler(a, **given))
+    assert torch.equal(out["latent_b"]["samples"], ksampler(b, **given))
+    assert out["report"]["a"]["every_run_alike"] and out["report"]["b"]["every_run_alike"]
+
+
+def test_inheritance_is_measured_as_it_runs_alone(model):
+    inheriting = host.with_plan(model, inheritance.dial(SD, "fast"))
+    given = inputs(steps=9)
+    out = ab(inheriting, **given)
+    assert torch.equal(out["latent_b"]["samples"], ksampler(inheriting, **given))
+    assert not torch.equal(out["latent_a"]["samples"], out["latent_b"]["samples"])
+
+
+def test_techniques_are_named(model, folder, m2):
+    assert compare.techniques(model) == "original"
+    assert compare.techniques(with_everything(model, folder, m2)) == "m2 + balanced inheritance + GRI attention + switched"
+
+
+# What is reported -------------------------------------------------------------------------------------
+
+
+def test_a_model_against_itself_is_identical(model):
+    for original in (model, None):
+        out = ab(model, original, rounds=2, **inputs())
+        report = out["report"]
+        assert torch.equal(out["images_a"], out["images_b"])
+        assert report["identical"] and report["psnr"] == [None] and report["ssim"] == [pytest.approx(1.0)]
+        assert report["a"]["every_run_alike"] and report["b"]["every_run_alike"]
+        assert len(report["a"]["seconds"]) == len(report["b"]["seconds"]) == 2
+        heat = out["comparison"][0, -40:, -(compare.CELL + 32):-40]  # bottom right: the difference
+        assert float(heat[:-32].max()) == 0
+
+
+def test_report_is_about_what_was_made(model, m2):
+    out = ab(small.with_pack(model, m2), **inputs(batch=2))
+    report = out["report"]
+    a, b = (out[name].movedim(-1, 1) for name in ("images_a", "images_b"))
+    assert report["psnr"] == pytest.approx(measure.psnr(a, b).tolist())
+    assert report["ssim"] == pytest.approx(measure.ssim(a, b).tolist())
+    assert report["speedup"] == pytest.approx(report["a"]["median_seconds"] / report["b"]["median_seconds"], rel=0.05)
+    assert (report["width"], report["height"], report["batch_size"]) == (128, 128, 2)
+    assert report["a"]["label"] == "original" and report["b"]["label"] == "m2"
+    assert report["a"]["peak_memory_mb"] > 10
+
+
+def test_time_is_the_samplers_alone(model, monkeypatch):
+    """By a clock on which a load takes 100 seconds, one evaluation of the network 1 second, and all else nothing."""
+    now, load, evaluate = [0.0], comfy.model_management.load_models_gpu, comfy.samplers.sampling_function
+
+    def taking(seconds, call):
+        def slow(*args, **kwargs):
+            now[0] += seconds
+            return call(*args, **kwargs)
+        return slow
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", taking(100, load))
+    monkeypatch.setattr(comfy.samplers, "sampling_function", taking(1, evaluate))
+    report = ab(model, rounds=3, **inputs(steps=4))["report"]
+    for side in (report["a"], report["b"]):
+        assert side["seconds"] == [4, 4, 4] and side["seconds_per_step"] == 1
+        assert side["load_and_compile_seconds"] == 100 + 1 + 100  # a load before each of the two runs of the warm-up
+    assert report["speedup"] == 1
+
+
+def test_sides_take_turns(model):
+    order = []
+
+    def sample(name):
+        def run(m):
+            order.append(name)
+            return {"samples": ksampler(m, **inputs(steps=1))}
+        return run
+
+    timing.alternate([timing.Side(name, model, sample(name)) for name in "ab"], 2)
+    assert "".join(order) == "aabb" + "aabb" * 2  # a look before each run, to load; the first pair is the warm-up
+
+
+# What is left behind ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_an_interrupt_leaves_nothing_behind(model, m2, monkeypatch, after):
+    packed = small.with_pack(model, m2)
+    before, plain = state(packed), small.sample(packed)
+    calls = []
+    run = comfy.samplers.sampling_function
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > after:
+            raise comfy.model_management.InterruptProcessingException
+        return run(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.samplers, "sampling_function", interrupted)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            ab(packed, **inputs())
+    assert state(packed) == before
+    assert torch.equal(small.sample(packed), plain)
+
+
+def test_watched_memory_is_let_go():
+    with timing.PeakMemory(torch.device("cpu")) as memory:
+        held = torch.ones(64 * 2**20 // 4)
+        timing.time.sleep(0.1)
+    assert memory.bytes >= held.numel() * 4
+    assert not memory._watcher.is_alive()
+
+
+# Compare Images -----------------------------------------------------------------------------------------
+
+
+def pictures(count, value, size=(64, 48)):
+    return torch.full((count, *size, 3), value)
+
+
+def shown(**given):
+    output = node_classes()["ASDMCompareImages"].execute(**({"labels": "", "title": ""} | given))
+    return output.args[0], output.ui["asdm_compare"][0]
+
+
+def test_batches_are_paired_and_the_last_stands_for_what_is_missing():
+    a = torch.cat([pictures(1, v) for v in (0.1, 0.2, 0.3)])
+    _, payload = shown(images={"a": a, "b": pictures(1, 0.2)})
+    assert [len(batch) for batch in payload["batches"]] == [3, 1]
+    assert payload["likeness"]["01"][1] == "identical"
+    assert all(payload["likeness"]["01"][i].startswith("PSNR 20.0 dB") for i in (0, 2))
+
+
+def test_pictures_are_shown_bit_by_bit():
+    torch.manual_seed(0)
+    a, b = torch.rand(1, 64, 48, 3), torch.rand(1, 64, 48, 3)
+    _, payload = shown(images={"a": a, "b": b})
+    for batch, image in zip(payload["batches"], (a, b), strict=True):
+        entry = batch[0]
+        file = Image.open(f"{folder_paths.get_temp_directory()}/{entry['filename']}")
+        assert file.tobytes() == compare.from_image(image[0]).tobytes()
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_any_number_is_drawn_with_labels(count):
+    images = {name.lower(): pictures(2, i / 10) for i, name in enumerate(compare.NAMES[:count])}
+    drawn, payload = shown(images=images, labels="first\nsecond", title="A title")
+    assert len(payload["batches"]) == count and payload["labels"] == ["first", "second", *[""] * (count - 2)]
+    assert set(payload["likeness"]) == {f"{i}{j}" for i in range(count) for j in range(i + 1, count)}
+    columns = 3 if count == 2 else count
+    assert drawn.shape[2] == columns * (192 + 8) - 8 + 64  # cells of 192 x 256: pictures keep their proportions
+
+
+def test_pictures_of_other_sizes_are_shown_without_a_difference():
+    drawn, payload = shown(images={"a": pictures(1, 0.5), "b": pictures(1, 0.5, (32, 96))})
+    assert payload["likeness"]["01"] == ["sizes differ"]
+    assert drawn.shape[2] == 2 * (192 + 8) - 8 + 64
+
+
+def test_likeness_is_infinite_only_for_equal_pictures():
+    a = torch.rand(1, 32, 32, 3)
+    ((psnr, ssim),) = compare.alike(a, a)
+    assert math.isinf(psnr) and ssim == pytest.approx(1.0)
+    ((psnr, _),) = compare.alike(a, (a + 1e-3).clamp(0, 1))
+    assert not math.isinf(psnr)
