@@ -1,9 +1,12 @@
 """GRI attention: global-regional interactive self-attention, in time and memory linear in the tokens of a map.
 
 After A-SDM (arXiv 2406.00210), in the form defined here: queries are grouped in windows; each window attends, in
-one softmax, to its own tokens and to average-pooled keys and values of all cells outside of it. A pooled key stands
-for as many tokens as its cell has, so its logit gets the logarithm of that number. A window that covers the map,
-cells of one token, or a constant map give exactly full attention.
+one softmax, to its own tokens and to pooled keys and values of all cells outside of it. Within a cell the tokens are
+weighted by the attention that the mean query of the map (of each head) pays them: w = softmax(q k / sqrt(dim)), key and
+value are the means under w, and the logit of the key gets the entropy of w. That is what makes the cell exact, to first
+order, for queries near the mean one. For equal tokens the entropy is the logarithm of their number: the key stands for
+that many. A window that covers the map, cells of one token, or a constant map give exactly full attention.
+docs/gri.md has what else was tried.
 
 Windows consist of whole cells, so that a cell lies inside a window or outside, never across its border. Where
 cells do not divide the map the last ones are smaller and count for less; nothing is padded.
@@ -26,8 +29,8 @@ CELLS = 16  # per side of the map, at most, in the automatic choice: the cost of
 WINDOW = 16  # tokens per side in the automatic choice
 PAYS_FROM = 64 * 64  # tokens; with fewer, full attention is a small part of the network's time
 
-# Kernels that take no mask get the bias as further channels of q and k: so many, because they want head sizes that 8
-# divides. The channels of q are a power of two, so that they are exact in every dtype.
+# The bias of a pooled key comes as further channels of q and k: so many, because kernels want head sizes that 8 divides.
+# The channels of q are a power of two, so that they are exact in every dtype.
 _FURTHER = 8
 _UNIT = 8.0
 
@@ -134,57 +137,62 @@ def _spans(length: int, gri: GRI) -> list[_Span]:
     return spans
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """torch's fused attention on (B, heads, N, dim)."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 def gri_attention(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, gri: GRI, gain: Tensor | None = None,
-                  attend: Callable[..., Tensor] = sdpa, masks: bool | None = None) -> Tensor:
+                  attend: Callable[..., Tensor] = sdpa) -> Tensor:
     """Self-attention of a map of height x width tokens, row by row.
 
     q, k, v: (B, N, heads, dim) with N = height * width, the result too.
     gain: (heads,), added to the logits of the pooled keys; trainable, None is 0.
-    attend: fused attention (q, k, v, scale, mask) on (B', heads, N', dim'), returning the same shape; the mask is None
-            or added to the logits, (B', heads or 1, 1, keys).
-    masks: whether the counts come in a mask. Without, they come as channels of q and k, for kernels that are fast only
-           without a mask. None: a mask on the CPU, whose kernels are faster with one than with more channels.
+    attend: fused attention (q, k, v, scale) on (B', heads, N', dim'), returning the shape of q. There is no mask: many
+            kernels take none, and torch's on the CPU writes it out for every query.
     Raises ValueError where N is not height * width or q, k and v differ in shape.
     """
     if q.shape[1] != height * width or not q.shape == k.shape == v.shape:
         raise ValueError(f"q, k and v must be (B, {height} * {width}, heads, dim) alike, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    scale = q.shape[-1] ** -0.5
     if gri.covers(height, width):
-        return attend(*(t.transpose(1, 2) for t in (q, k, v)), q.shape[-1] ** -0.5).transpose(1, 2)
-    masks = q.device.type == "cpu" if masks is None else masks
+        return attend(*(t.transpose(1, 2) for t in (q, k, v)), scale).transpose(1, 2)
     q, k, v = (t.unflatten(1, (height, width)) for t in (q, k, v))
-    bias = _counts(height, width, gri.pool, q.device).log()[..., None] + (0 if gain is None else gain.float())
-    cells = torch.arange(bias[..., 0].numel(), device=q.device).view(bias.shape[:2])
-    pooled = _pool(k, gri.pool).flatten(1, 2), _pool(v, gri.pool).flatten(1, 2), bias.flatten(0, 1)
+    keys, values, bias = (t.flatten(1, 2) for t in _pool(q, k, v, gri.pool))
+    cells = torch.arange(keys.shape[1], device=q.device).view(-(-height // gri.pool), -1)
+    bias = (bias if gain is None else bias + gain.float()) / (scale * _UNIT)
+    keys = torch.cat([keys, torch.stack(_halves(bias, keys.dtype), -1), keys.new_zeros(*keys.shape[:-1], _FURTHER - 2)], -1)
+    values = F.pad(values, (0, _FURTHER))
     rows = []
     for r in _spans(height, gri):
-        row = [_windows(q, k, v, pooled, _outside(cells, r, c, gri.pool), r, c, attend, masks) for c in _spans(width, gri)]
+        row = []
+        for c in _spans(width, gri):
+            outside = _outside(cells, r, c, gri.pool)
+            queries = _windows(q, r, c)
+            queries[..., -_FURTHER:2 - _FURTHER] = _UNIT
+            out = attend(*(t.flatten(0, 1).transpose(1, 2) for t in (
+                queries, _windows(k, r, c, keys[:, outside]), _windows(v, r, c, values[:, outside]))), scale)
+            row.append(_unfold(out[..., :-_FURTHER].transpose(1, 2), len(q), r, c))
         rows.append(torch.cat(row, 2) if len(row) > 1 else row[0])
     return (torch.cat(rows, 1) if len(rows) > 1 else rows[0]).flatten(1, 2)
 
 
-def _windows(q, k, v, pooled, outside: Tensor, r: _Span, c: _Span, attend, masks: bool) -> Tensor:
-    """Output of equal windows side by side, (B, height, width, heads, dim). outside: (windows, cells)."""
-    batch, dim, scale = q.shape[0], q.shape[-1], q.shape[-1] ** -0.5
-    q, k, v = (_fold(t[:, r.start:r.end, c.start:c.end], r, c) for t in (q, k, v))  # (B, windows, tokens, heads, dim)
-    k, v = (torch.cat([own, cells[:, outside]], 2) for own, cells in zip((k, v), pooled[:2], strict=True))
-    bias = F.pad(pooled[2][outside], (0, 0, q.shape[2], 0))  # (windows, keys, heads or 1); own tokens have none
-    if masks:
-        mask = bias.to(q.dtype).transpose(1, 2)[:, :, None].repeat(batch, 1, 1, 1)
-    else:
-        mask = None
-        q, k, v = _further(q, _UNIT, _UNIT), _further(k, *_halves(bias / (scale * _UNIT), k.dtype)), F.pad(v, (0, _FURTHER))
-    out = attend(*(t.flatten(0, 1).transpose(1, 2) for t in (q, k, v)), scale, mask)  # (B * windows, heads, tokens, dim)
-    out = out[..., :dim].transpose(1, 2).reshape(batch, r.count, c.count, r.size, c.size, *q.shape[3:4], dim)
-    return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+def _windows(x: Tensor, r: _Span, c: _Span, cells: Tensor | None = None) -> Tensor:
+    """Tokens of windows side by side, of a map (B, height, width, heads, dim), then their cells (B, windows, cells, heads,
+    dim + _FURTHER), all in one tensor like that of the cells. Tokens have zeros for further channels."""
+    tokens, (heads, dim) = r.size * c.size, x.shape[3:]
+    out = x.new_zeros(len(x), r.count * c.count, tokens + (0 if cells is None else cells.shape[2]), heads, dim + _FURTHER)
+    own = out[:, :, :tokens, :, :dim].unflatten(2, (r.size, c.size)).unflatten(1, (r.count, c.count))
+    x = x[:, r.start:r.end, c.start:c.end].unflatten(2, (c.count, c.size)).unflatten(1, (r.count, r.size))
+    own.copy_(x.transpose(2, 3))
+    if cells is not None:
+        out[:, :, tokens:] = cells
+    return out
 
 
-def _fold(x: Tensor, r: _Span, c: _Span) -> Tensor:
-    x = x.unflatten(2, (c.count, c.size)).unflatten(1, (r.count, r.size))
+def _unfold(x: Tensor, batch: int, r: _Span, c: _Span) -> Tensor:
+    """(B * windows, tokens, heads, dim) -> (B, height, width, heads, dim)"""
+    x = x.unflatten(1, (r.size, c.size)).unflatten(0, (batch, r.count, c.count))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
@@ -199,29 +207,31 @@ def _outside(cells: Tensor, r: _Span, c: _Span, pool: int) -> Tensor:
     return torch.stack(outside)
 
 
-def _pool(x: Tensor, pool: int) -> Tensor:
-    """Means of cells: (B, height, width, heads, dim) -> (B, rows, columns, heads, dim)."""
-    # in ceil_mode, with no padding, the mean is over the tokens that are there
-    means = F.avg_pool2d(x.flatten(3).movedim(3, 1), pool, ceil_mode=True, count_include_pad=False)
-    return means.movedim(1, 3).unflatten(3, x.shape[3:])
+def _pool(q: Tensor, k: Tensor, v: Tensor, pool: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of cells, (B, rows, columns, heads, dim), and the entropies of their weights, (B, rows, columns, heads) float32."""
+    height, width, heads = q.shape[1:4]
+    mean = q.mean((1, 2), dtype=torch.float32) * q.shape[-1] ** -0.5
+    logits = torch.einsum("bhd,byxhd->bhyx", mean.to(k.dtype), k).float()
+    # in ceil_mode, with no padding, a pool is over the tokens that are there
+    logits = logits - _spread(F.max_pool2d(logits.detach(), pool, ceil_mode=True), pool, height, width)
+
+    def sums(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, pool, ceil_mode=True, divisor_override=1)
+
+    total = sums(logits.exp())
+    weights = logits.exp() / _spread(total, pool, height, width)  # (B, heads, height, width)
+    entropy = total.log() - sums(weights * logits)
+    weights = weights.movedim(1, 3)[..., None].to(k.dtype)
+    keys, values = (sums((x * weights).flatten(3).movedim(3, 1)).movedim(1, 3).unflatten(3, (heads, -1)) for x in (k, v))
+    return keys, values, entropy.movedim(1, 3)
 
 
-def _counts(height: int, width: int, pool: int, device) -> Tensor:
-    """Tokens in each cell, (rows, columns), float32."""
-    rows, columns = (torch.tensor([min(pool, size - i) for i in range(0, size, pool)], device=device, dtype=torch.float32)
-                     for size in (height, width))
-    return rows[:, None] * columns
+def _spread(x: Tensor, pool: int, height: int, width: int) -> Tensor:
+    """Numbers of cells (..., rows, columns) to each of their tokens (..., height, width)."""
+    return x.repeat_interleave(pool, -2)[..., :height, :].repeat_interleave(pool, -1)[..., :width]
 
 
 def _halves(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two tensors of a dtype whose sum is x, more precisely than one alone could be."""
     high = x.to(dtype)
     return high, (x - high).to(dtype)
-
-
-def _further(x: Tensor, *channels: Tensor | float) -> Tensor:
-    """x with further channels, filled up with zeros."""
-    further = x.new_zeros(*x.shape[:-1], _FURTHER)
-    for i, channel in enumerate(channels):
-        further[..., i] = channel
-    return torch.cat([x, further], -1)

@@ -1,6 +1,5 @@
 """GRI attention: the limits in which it is exactly full attention, at any size."""
 
-import functools
 import itertools
 
 import pytest
@@ -27,18 +26,18 @@ def by_definition(q, k, v, height, width, gri, gain=None):
     gain = torch.zeros(q.shape[2]) if gain is None else gain
     borders = [sorted(cut(size, gri)) for size in (height, width)]
     grid = torch.arange(height * width).view(height, width)
-    out = torch.empty_like(q)
+    out, mean = torch.empty_like(q), q.mean(1) * q.shape[-1] ** -0.5
     for (top, bottom), (left, right) in itertools.product(*(itertools.pairwise(b) for b in borders)):
         own = grid[top:bottom, left:right].flatten()
-        keys, values, counts = [k[:, i] for i in own], [v[:, i] for i in own], [0.0] * len(own)
+        keys, values, bias = [k[:, i] for i in own], [v[:, i] for i in own], [torch.zeros_like(q[:, 0, :, 0])] * len(own)
         for y, x in itertools.product(range(0, height, gri.pool), range(0, width, gri.pool)):
             if not (top <= y < bottom and left <= x < right):
                 cell = grid[y:y + gri.pool, x:x + gri.pool].flatten()
-                keys.append(k[:, cell].mean(1))
-                values.append(v[:, cell].mean(1))
-                counts.append(float(torch.tensor(len(cell), dtype=q.dtype).log()))
-        bias = torch.tensor(counts, dtype=q.dtype) + gain[:, None] * (torch.arange(len(keys)) >= len(own))  # (heads, keys)
-        logits = torch.einsum("bnhd,mbhd->bhnm", q[:, own], torch.stack(keys)) * q.shape[-1] ** -0.5 + bias[:, None]
+                w = torch.einsum("bhd,bchd->bch", mean, k[:, cell]).softmax(1)
+                keys.append(torch.einsum("bch,bchd->bhd", w, k[:, cell]))
+                values.append(torch.einsum("bch,bchd->bhd", w, v[:, cell]))
+                bias.append(torch.special.entr(w).sum(1) + gain)
+        logits = torch.einsum("bnhd,mbhd->bhnm", q[:, own], torch.stack(keys)) * q.shape[-1] ** -0.5 + torch.stack(bias, -1)[:, :, None]
         out[:, own] = torch.einsum("bhnm,mbhd->bnhd", logits.softmax(-1), torch.stack(values))
     return out
 
@@ -83,12 +82,21 @@ def test_constant_keys_give_every_token_the_same_weight(size):
     assert torch.allclose(out, v.mean(1, keepdim=True).expand_as(out), atol=1e-6)  # log(count) is a float32
 
 
-@given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 2**20), st.booleans())
-def test_any_size_equals_the_definition(height, width, pool, cells, shift, seed, masks):
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("strength", [1, 300])
+def test_equal_queries_are_full_attention(size, strength):
+    # Cells are exact for the mean query, however unequal their tokens are to it.
+    q, k, v = qkv(*size)
+    q = strength * q[:, :1].expand_as(q)
+    assert torch.allclose(gri_attention(q, k, v, *size, GRI(8, 4)), full(q, k, v), atol=1e-4 if strength > 1 else 1e-6)
+
+
+@given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 2**20))
+def test_any_size_equals_the_definition(height, width, pool, cells, shift, seed):
     gri = GRI(pool * cells, pool, pool * min(shift, cells - 1))
     q, k, v = qkv(height, width, batch=1, heads=2, dim=4, seed=seed)
     gain = torch.randn(2, generator=torch.Generator().manual_seed(seed))
-    out = gri_attention(q, k, v, height, width, gri, gain, masks=masks)
+    out = gri_attention(q, k, v, height, width, gri, gain)
     assert torch.allclose(out, by_definition(q, k, v, height, width, gri, gain.double()), atol=1e-6)
 
 
@@ -100,12 +108,11 @@ def test_the_approximation_is_one_and_a_better_one_with_smaller_cells():
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("masks", [True, False])
-def test_half_precision_keeps_the_counts(dtype, tolerance, masks):
+def test_half_precision_keeps_the_counts(dtype, tolerance):
     q, k, v = qkv(24, 24, dtype=dtype)
     k = k[:, :1].expand_as(k)
     gri = GRI(8, 8)
-    out, wanted = gri_attention(q, k, v, 24, 24, gri, masks=masks), gri_attention(q.double(), k.double(), v.double(), 24, 24, gri)
+    out, wanted = gri_attention(q, k, v, 24, 24, gri), gri_attention(q.double(), k.double(), v.double(), 24, 24, gri)
     assert out.dtype == dtype
     assert (out.double() - wanted).norm() / wanted.norm() < tolerance
 
@@ -120,10 +127,9 @@ def test_gain_of_zero_changes_nothing_and_learns():
         assert t.grad.isfinite().all() and t.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("masks", [True, False])
-def test_gradients_are_those_of_the_definition(masks):
+def test_gradients_are_those_of_the_definition():
     grads = []
-    for attention in (functools.partial(gri_attention, masks=masks), by_definition):
+    for attention in (gri_attention, by_definition):
         inputs = [t.requires_grad_() for t in qkv(9, 14, batch=1)]
         grads.append(torch.autograd.grad(attention(*inputs, 9, 14, GRI(4, 2, 2)).square().sum(), inputs))
     for a, b in zip(*grads, strict=True):
@@ -133,9 +139,9 @@ def test_gradients_are_those_of_the_definition(masks):
 def test_nothing_grows_with_the_square_of_the_tokens():
     sizes = []
 
-    def attend(q, k, v, scale, mask):
+    def attend(q, k, v, scale):
         sizes.append(q.shape[0] * q.shape[2] * k.shape[2])
-        return sdpa(q, k, v, scale, mask)
+        return sdpa(q, k, v, scale)
 
     for side in (64, 128, 256):
         gri_attention(*qkv(side, side, batch=1, heads=1, dtype=torch.float32), side, side, GRI.choose(side, side), attend=attend)
