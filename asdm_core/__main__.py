@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import lora, match, packs, surgery
+from . import condconv, lora, match, packs, surgery
 from .addresses import LAYOUTS, in_order, select
 from .architecture import NUMBERINGS, PRESETS, Architecture
 from .measure import costs, total
@@ -185,6 +185,8 @@ def _telling(what: str):
 
 
 def extract_pack(args) -> None:
+    if args.experts_only:
+        return extract_experts(args)
     loaded = _open_unet(args.student)
     architecture = loaded.description.architecture
     blocks = select(architecture.config, args.units)
@@ -195,13 +197,52 @@ def extract_pack(args) -> None:
     chosen = Architecture(architecture.config, cut, units).named()
     tensors = surgery.extract(loaded.tensors, architecture, units)
     training = {"extracted_from": Path(args.student).name}
-    description = Description("pack", chosen, units, licence=args.licence, training=training)
+    experts, further = _gathered(args, loaded, units) if args.experts_from else (None, {})
+    tensors |= further
+    description = Description("pack", chosen, units, licence=args.licence, training=training, condconv=experts)
     packs.write_pack(args.output, _Progress(tensors, "extract"), description, DTYPES[args.dtype])
     print(f"wrote {args.output}: {len(units)} units, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters"
           + (f" ({chosen.name})" if chosen.name else ""))
     if any(a.startswith("stem.") for a in units):
         print("it has units of the stem, which `assemble` can build into a file but Apply Pack cannot play; "
               "leave them out with --units '..., !stem'")
+
+
+def extract_experts(args) -> None:
+    """A pack of nothing but experts: of a pack that has some, or gathered from a teacher."""
+    path = Path(args.student)
+    description = packs.describe(TensorFile(path)) if path.is_file() else None
+    if args.experts_from:
+        loaded = _open_unet(args.student)
+        config = loaded.description.architecture.config
+        experts, tensors = _gathered(args, loaded, select(config, args.units))
+    elif description is not None and description.condconv:
+        loaded, config = packs.open_pack(path), description.architecture.config
+        units, every = set(select(config, args.units)), description.condconv
+        mine = {a: count for a, count in every.experts.items() if condconv.convolution(config, a).unit.address in units}
+        if not mine:
+            raise ValueError(f"{path.name} has no experts in {args.units!r}; it has them in {', '.join(description.expert_units)}")
+        experts = condconv.CondConv(mine, every.form)
+        tensors = {key: loaded.tensors[key] for key in experts.keys(config)}
+    else:
+        raise ValueError(f"{path.name} has no further experts; give a pack that has some, or gather them with --experts-from")
+    result = Description("pack", Architecture.full(config), licence=args.licence, training={"extracted_from": path.name}, condconv=experts)
+    packs.write_pack(args.output, _Progress(tensors, "extract"), result, DTYPES[args.dtype])
+    print(f"wrote {args.output}: experts for {len(experts.experts)} convolutions, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters")
+
+
+def _gathered(args, student: packs.Loaded, units) -> tuple[condconv.CondConv, dict[str, Tensor]]:
+    """Experts for the 3x3 convolutions of units that the student keeps, from the other layers of a teacher's blocks (CLME)."""
+    teacher, config = _open_unet(args.experts_from), student.description.architecture.config
+    whole = teacher.description.architecture
+    if whole.config != config or whole.cut:
+        raise ValueError(f"{teacher.path.name} is {_headline(facts(whole))}; experts come from an unpruned {config.family} UNet")
+    kept = {u.address for u in student.description.architecture.kept}.intersection(units)
+    convs = [a for a, conv in condconv.convolutions(config).items() if conv.unit.address in kept]
+    experts, tensors, alone = condconv.clme(teacher.tensors, student.tensors, config, convs)
+    for reason in alone.values():
+        print(f"without further experts: {reason}")
+    return experts, tensors
 
 
 def assemble(args) -> None:
@@ -294,6 +335,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("student", metavar="STUDENT")
     p.add_argument("output", metavar="OUT")
     p.add_argument("--units", required=True, help="a range expression, as 'down.0-1, up.2-3' (the units of M2)")
+    p.add_argument("--experts-from", metavar="TEACHER", help="give their 3x3 convolutions further experts (CondConv), gathered from the other "
+                   "layers of the same block of this unpruned UNet (CLME); those that have no layer of their shape there are named")
+    p.add_argument("--experts-only", action="store_true", help="a pack of experts that join whatever plays these units. STUDENT is a "
+                   "pack with experts, as training makes them, or with --experts-from any UNet")
     p.add_argument("--licence", default="", help="licence of the weights, kept in the file")
     p.add_argument("--dtype", choices=DTYPES, default="fp16")
 

@@ -17,7 +17,7 @@ from asdm_core.addresses import keys, walk
 from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.condconv import CondConv, CondConv2d
 from asdm_core.packs import BadFile, Description, TensorFile, open_pack
-from asdm_core.surgery import Mismatch, extract
+from asdm_core.surgery import Mismatch, cut, extract
 from tests.core.narrow import SD, weights
 
 CONV1, CONV2 = "up.3.2.resnet.conv1", "up.3.2.resnet.conv2"
@@ -385,6 +385,43 @@ def test_wrong_descriptions(pack, change, message):
 def test_wrong_tensors_are_not_written(tmp_path):
     with pytest.raises(Mismatch, match="experts.weight is missing"):
         packs.write_pack(tmp_path / "pack.safetensors", {}, Description("pack", Architecture.full(SD), condconv=EXPERTS))
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A teacher, a base student of it, and where a pack goes."""
+    monkeypatch.setitem(FAMILIES, SD.family, SD)
+    base = Architecture.preset("base", SD)
+    packs.write_unet(tmp_path / "teacher.safetensors", weights(SD), Description("unet", Architecture.full(SD)))
+    packs.write_unet(tmp_path / "base.safetensors", cut(weights(SD, 1), base)[0], Description("unet", base))
+    return tmp_path / "teacher.safetensors", tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+
+
+@pytest.mark.parametrize("only", [[], ["--experts-only"]], ids=["with units", "alone"])
+def test_the_command_line_gathers_experts(files, capsys, only):
+    teacher, base, out = files
+    assert main(["extract-pack", str(base), str(out), "--units", "down.0, up.3", "--experts-from", str(teacher), "--dtype", "keep", *only]) == 0
+    assert "up.3.0.resnet.conv1" in capsys.readouterr().out, "which convolution could not share"
+    found = open_pack(out)
+    settings, wanted, _ = condconv.clme(weights(SD), weights(SD, 1), SD, found.description.condconv.experts)
+    assert found.description.condconv == settings and bool(found.description.units) != bool(only)
+    assert all(torch.equal(found.tensors[key], tensor) for key, tensor in wanted.items())
+
+
+def test_the_command_line_takes_experts_out_of_a_pack(files, capsys):
+    teacher, base, out = files
+    both = out.with_name("both.safetensors")
+    assert main(["extract-pack", str(base), str(both), "--units", "down.0, up.3", "--experts-from", str(teacher), "--dtype", "keep"]) == 0
+    assert main(["extract-pack", str(both), str(out), "--units", "up.3", "--experts-only", "--dtype", "keep"]) == 0
+    source, found = open_pack(both), open_pack(out)
+    mine = {a: n for a, n in source.description.condconv.experts.items() if a.startswith("up.3")}
+    assert found.description.condconv == CondConv(mine) and not found.description.units
+    assert set(found.tensors) < set(source.tensors) and all(torch.equal(t, source.tensors[k]) for k, t in found.tensors.items())
+    for source, units, message in ((both, "mid", "no experts in 'mid'"), (base, "up.3", "has no further experts")):
+        assert main(["extract-pack", str(source), str(out), "--units", units, "--experts-only"]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["extract-pack", str(teacher), str(out), "--units", "up.3", "--experts-from", str(base)]) == 2
+    assert "come from an unpruned" in capsys.readouterr().err
 
 
 def test_the_command_line_knows_packs_of_experts(pack, tmp_path, capsys, monkeypatch):
