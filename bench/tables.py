@@ -16,7 +16,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Iterator, Sequence
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +36,9 @@ from train.loop import Criterion, train
 from train.outputs import write_outputs
 from train.stages import assembled
 
+from . import evidence
+from ._common import record
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "train" / "configs"
 BATCH = 16  # small batches learn more per sample
@@ -46,12 +52,15 @@ LR, WARMUP, COOLDOWN, EMA = 1e-3, 20, 0.4, 0.99  # WARMUP in steps, COOLDOWN as 
 class Run:
     """One training run.
 
-    recipe: of train/configs/. start: the run whose product it begins with; empty: the teacher. share: how many times
-    --samples it learns from. changes: of the recipe's settings. seconds_of: instead of `share`, as many samples as
-    this one takes in the time the other took, (other, this kind of run at full length).
+    what: it is, for the tables. cut: the preset its gap is measured from. recipe: of train/configs/. start: the run
+    whose product it begins with; empty: the teacher. share: how many times --samples it learns from. changes: of the
+    recipe's settings. seconds_of: instead of `share`, as many samples as this one takes in the time the other took,
+    (other, this kind of run at full length).
     """
 
     name: str
+    what: str
+    cut: str
     recipe: str
     start: str = ""
     share: float = 1.0
@@ -60,37 +69,36 @@ class Run:
 
 
 ALONE = ("loss.output=0", "loss.blocks=0", "loss.mid=0")  # the denoising loss alone: no distillation
-SHALLOW = "down.0-1.*.resnet, up.2-3.*.resnet"
 
 # In order of importance: what is not finished is said to be not run.
 RUNS = (
-    Run("base", "emoji-base"),
-    Run("m2", "emoji-m2", "base"),
-    Run("m2-direct", "emoji-m2", share=2),
-    Run("m2-alone", "emoji-m2", share=2, changes=ALONE),
-    Run("m5", "emoji-m5", "base"),
-    Run("teacher-on", "emoji-m5", changes=("student.preset=full", *ALONE)),
-    Run("m1", "emoji-m1", "base"),
-    Run("m3", "emoji-m3", "base"),
-    Run("tiny", "emoji-tiny"),
-    Run("tiny-on", "emoji-tiny", "tiny"),
-    Run("tiny-e2", "emoji-tiny-e2", "tiny"),
-    Run("base-alone", "emoji-base", changes=ALONE),
-    Run("small", "emoji-small"),
-    Run("small-on", "emoji-small", "small"),
-    Run("small-e2", "emoji-small-e2", "small"),
-    Run("tiny-e2-fixed", "emoji-tiny-e2", "tiny", changes=("experts.router=false",)),
-    Run("small-e2-fixed", "emoji-small-e2", "small", changes=("experts.router=false",)),
-    Run("tiny-clme", "emoji-tiny-clme", "tiny"),
-    Run("small-clme", "emoji-small-clme", "small"),
-    Run("m5-seconds", "emoji-m5", "base", seconds_of=("m2", "m5")),
-    Run("m2-none", "emoji-m2", "base", changes=("loss.mid=0",)),
-    Run("base-on", "emoji-base", "base"),
-    Run("base-e2", "emoji-base-e2", "base"),
-    Run("base-clme", "emoji-base-clme", "base"),
-    Run("m4", "emoji-m4", "base"),
-    Run("tiny-alone", "emoji-tiny", changes=ALONE),
-    Run("small-alone", "emoji-small", changes=ALONE),
+    Run("base", "stage 1, Base", "base", "emoji-base"),
+    Run("m2", "M2: stage 1, then stage 2 with the original frozen", "m2", "emoji-m2", "base"),
+    Run("m2-direct", "M2 without stage 1, stage 2 for as many samples as both", "m2", "emoji-m2", share=2),
+    Run("m2-alone", "M2 without stage 1 and without distillation, as many samples as both", "m2", "emoji-m2", share=2, changes=ALONE),
+    Run("m5", "M5: as M2, nothing frozen", "m2", "emoji-m5", "base"),
+    Run("teacher-on", "the teacher trained on, no distillation", "", "emoji-m5", changes=("student.preset=full", *ALONE)),
+    Run("m1", "M1: stage 1, then stage 2 with the original frozen", "m1", "emoji-m1", "base"),
+    Run("m3", "M3: stage 1, then stage 2 with the original frozen", "m3", "emoji-m3", "base"),
+    Run("tiny", "stage 1, Tiny", "tiny", "emoji-tiny"),
+    Run("tiny-on", "Tiny trained on", "tiny", "emoji-tiny", "tiny"),
+    Run("tiny-e2", "Tiny trained on with two experts", "tiny", "emoji-tiny-e2", "tiny"),
+    Run("base-alone", "Base without distillation", "base", "emoji-base", changes=ALONE),
+    Run("small", "stage 1, Small", "small", "emoji-small"),
+    Run("small-on", "Small trained on", "small", "emoji-small", "small"),
+    Run("small-e2", "Small trained on with two experts", "small", "emoji-small-e2", "small"),
+    Run("tiny-e2-fixed", "Tiny trained on with two experts, router frozen", "tiny", "emoji-tiny-e2", "tiny", changes=("experts.router=false",)),
+    Run("small-e2-fixed", "Small trained on with two experts, router frozen", "small", "emoji-small-e2", "small", changes=("experts.router=false",)),
+    Run("tiny-clme", "Tiny trained on with experts of the original's layers (CLME)", "tiny", "emoji-tiny-clme", "tiny"),
+    Run("small-clme", "Small trained on with experts of the original's layers (CLME)", "small", "emoji-small-clme", "small"),
+    Run("m5-seconds", "M5 for as many seconds as M2", "m2", "emoji-m5", "base", seconds_of=("m2", "m5")),
+    Run("m2-none", "M2 without the mid-block loss", "m2", "emoji-m2", "base", changes=("loss.mid=0",)),
+    Run("base-on", "Base trained on", "base", "emoji-base", "base"),
+    Run("base-e2", "Base trained on with two experts", "base", "emoji-base-e2", "base"),
+    Run("base-clme", "Base trained on with experts of the original's layers (CLME)", "base", "emoji-base-clme", "base"),
+    Run("m4", "M4: as M1, nothing frozen", "m1", "emoji-m4", "base"),
+    Run("tiny-alone", "Tiny without distillation", "tiny", "emoji-tiny", changes=ALONE),
+    Run("small-alone", "Small without distillation", "small", "emoji-small", changes=ALONE),
 )
 CUT = ("base", "m2", "tiny", "small", "m1", "m3")  # merely cut
 # Table 3, first and second network and the share of the first: the paper switches after 10 or 15 of 25 steps.
@@ -176,11 +184,11 @@ def switched(judge: Judge, settings: Settings, switch: tuple[str, str, float], s
     return Switched(trained(judge, settings, first, seed), trained(judge, settings, second, seed), at, settings.steps)
 
 
-def jobs(settings: Settings, seeds: Sequence[int]) -> Iterator[tuple[str, callable]]:
+def jobs(settings: Settings, seeds: Sequence[int]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Everything there is to do, in order: (name, what to call)."""
     judges = {host: Judge(host, settings.folder / "measured", settings.family, settings.models, settings.prompts, settings.steps)
               for host in ("teacher", "openmoji")}
-    teacher, finetune = judges.values()
+    teacher = judges["teacher"]
     measure = partial(teacher.measure, rounds=settings.rounds)
     yield "teacher", lambda: measure("whole", lambda: teacher.whole)
     for seed in seeds:
@@ -193,10 +201,9 @@ def jobs(settings: Settings, seeds: Sequence[int]) -> Iterator[tuple[str, callab
                 yield f"measure cut {CUT[i]}", partial(measure, f"cut-{CUT[i]}", partial(cut_teacher, teacher, CUT[i]))
             if run.name == "tiny-e2":  # before the less important runs
                 yield from rest(settings, seed, measure, judges)
-    yield "finetune", lambda: finetune
 
 
-def rest(settings: Settings, seed: int, measure, judges: dict[str, Judge]) -> Iterator[tuple[str, callable]]:
+def rest(settings: Settings, seed: int, measure: Callable, judges: dict[str, Judge]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Table 3 and the transfer."""
     teacher, finetune = judges["teacher"], judges["openmoji"]
     for switch in SWITCHES:
@@ -211,6 +218,141 @@ def rest(settings: Settings, seed: int, measure, judges: dict[str, Judge]) -> It
 def switch_name(switch: tuple[str, str, float]) -> str:
     first, second, at = switch
     return f"{first}-{second}-{at:g}"
+
+
+def command() -> str:
+    """The command that made what is there."""
+    return f"python -m bench.tables {shlex.join(a for a in sys.argv[1:] if a != '--report')}"
+
+
+# What comes out -------------------------------------------------------------------------------------
+
+
+def gathered(settings: Settings, seeds: Sequence[int]) -> dict[str, dict[str, dict]]:
+    """The rows that are finished, by host and name."""
+    folder, found = settings.folder / "measured", {"teacher": {}, "openmoji": {}}
+
+    def put(host: str, name: str, seeds: Sequence[int] | None, cut: str = "") -> None:
+        if measured := evidence.read(folder, host, name, seeds):
+            gap_from = evidence.read(folder, host, f"cut-{cut}", None) if cut else None
+            found[host][name] = evidence.row(measured, gap_from and gap_from[0])
+
+    for host in found:
+        put(host, "whole", None)
+        for preset in CUT:
+            put(host, f"cut-{preset}", None)
+        for run in RUNS:
+            put(host, run.name, seeds, run.cut)
+    for switch in SWITCHES:
+        put("teacher", switch_name(switch), seeds)
+    for run in RUNS:
+        if run.name in found["teacher"]:
+            done = [seed for seed in seeds if settings.product(run.name, seed).exists()]
+            found["teacher"][run.name] |= {
+                "samples": statistics.mean(learned(settings, run, seed) for seed in done),
+                "seconds": statistics.mean(spent(settings, run, seed) for seed in done)}
+    return found
+
+
+def before(run: Run) -> Run | None:
+    """The run whose product this one begins with."""
+    return next((r for r in RUNS if r.name == run.start), None)
+
+
+def learned(settings: Settings, run: Run, seed: int) -> int:
+    """Samples of a run and of those before it."""
+    mine, first = settings.recipe(run, seed).run, before(run)
+    return mine.steps * mine.batch + (learned(settings, first, seed) if first else 0)
+
+
+def spent(settings: Settings, run: Run, seed: int) -> float:
+    """Seconds of training of a run and of those before it, the teacher's outputs not counted."""
+    first = before(run)
+    return settings.seconds(run.name, seed) + (spent(settings, first, seed) if first else 0)
+
+
+def write(settings: Settings, seeds: Sequence[int]) -> None:
+    """bench/results/tables.json, docs/evidence.md and its plots, from what is finished."""
+    rows = gathered(settings, seeds)
+    mine, its = rows["teacher"], rows["openmoji"]
+    if len(mine) < 2:
+        return
+    presets = {name: Architecture.preset(name, CONFIG) for name in CUT}
+    macs = {name: evidence.macs_share(a) for name, a in presets.items()} | {"whole": 1.0}
+    macs |= {switch_name((a, b, at)): at * macs[a] + (1 - at) * macs[b] for a, b, at in SWITCHES}
+    verdicts = [evidence.verdict(claim, mine) for claim in evidence.CLAIMS]
+    summary = {}
+    for name, found in mine.items():
+        key = name.replace("-", "_")
+        summary |= {f"{metric}_{key}": found[metric] for metric in ("gap_recovered", "psnr", "ssim", "fed", "kid", "accuracy", "v_mse_teacher",
+                                                                   "v_mse_data") if metric in found}
+    summary |= {f"transfer_{metric}_{name.replace('-', '_')}": found[metric] for name, found in its.items()
+                for metric in ("gap_recovered", "psnr", "ssim", "accuracy") if metric in found}
+    records = [{"host": host, "row": name, **found} for host, part in rows.items() for name, found in part.items()]
+    record("tables", summary, records + verdicts, command())
+    docs = ROOT / "docs"
+    docs.mkdir(exist_ok=True)
+    evidence.plot_rows(docs / "evidence-rows.png", mine)
+    evidence.plot_switching(docs / "evidence-switching.png", mine, macs)
+    bins = {name: measured[0]["v_mse"]["teacher"] for name in ("cut-m2", "base", "m2", "m2-direct", "m5", "teacher-on")
+            if (measured := evidence.read(settings.folder / "measured", "teacher", name, None if name.startswith("cut") else seeds))}
+    evidence.plot_timesteps(docs / "evidence-timesteps.png", bins)
+    (docs / "evidence.md").write_text("\n".join(text(settings, seeds, rows, macs, verdicts)) + "\n", encoding="utf-8")
+
+
+TABLES = {
+    "Table 1: students of stage 1, with further experts": ("base", "base-on", "base-e2", "base-clme", "small", "small-on", "small-e2", "small-e2-fixed", "small-clme",
+                                                          "tiny", "tiny-on", "tiny-e2", "tiny-e2-fixed", "tiny-clme"),
+    "Table 2: combined UNets": ("base", "m1", "m2", "m3", "m4", "m5", "m5-seconds", "m2-none"),
+    "Controls": ("teacher-on", "m2-direct", "m2-alone", "base-alone", "small-alone", "tiny-alone"),
+}
+
+
+def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdicts: Sequence[dict]) -> list[str]:
+    """docs/evidence.md."""
+    mine, its = rows["teacher"], rows["openmoji"]
+    what = {run.name: run.what for run in RUNS} | {"whole": "the original"} | {f"cut-{p}": f"{p.capitalize()}, merely cut" for p in CUT}
+    most = max(found["seeds"] for name, found in mine.items() if "samples" in found)
+    spread = f"the standard deviation over {most} training seeds is in brackets" if most > 1 else (
+        "every row is **one** training run, so nothing here knows the spread over training seeds; small differences may be chance")
+    done = [run.name for run in RUNS if run.name in mine]
+    lines = [
+        "# What the papers claim, tried at emoji scale", "",
+        "Written by `bench/tables.py` from its measurements (`bench/results/tables.json`); nothing is typed in by hand. The numbers compare "
+        "techniques with each other on the small [emoji family](../models/README.md). **They say nothing absolute about SD1.5.**", "",
+        f"- Each run of one stage learned from {settings.samples:,} samples, equal for all: the same samples in the same order, batch {BATCH}, "
+        f"learning rate {LR:g}. That is very little (the shipped M2 pack saw several times as many): all rows are far from converged, and a "
+        "claim about long training is not refuted by them.",
+        f"- {len(done)} of {len(RUNS)} runs are finished; {spread}. Pictures are not counted as n.",
+        f"- Measured on {mine['whole']['pictures']} pictures of each row ({settings.prompts} plain prompts, {settings.steps} DDIM steps, CFG 3), drawn from the same noises "
+        "in every row, and on 1,024 fixed inputs (v-MSE). PSNR and SSIM are to the original's picture from the same noise. Accuracy is the "
+        "emoji classifier's top-1. KID is the unbiased kernel distance of its features to real glyphs"
+        + ("." if any("fed" in r for r in mine.values()) else "; a Frechet distance is not given below 1,000 pictures, where its bias is larger than the differences."),
+        "- Distances to the teacher punish a network that is better than it; accuracy, KID and the v-MSE to the data do not.",
+        "- A verdict needs a difference above a margin: " + ", ".join(f"{evidence.NAMES[m]} {v:g}" + {"psnr": " dB", "accuracy": " standard errors"}.get(m, " of the value")
+                                                                      for m, v in evidence.MARGINS.items()) + ".",
+        "- \"samples\" and \"s\" (seconds of training) include the stage before. The teacher's outputs were computed once and are not counted.", "",
+        "## Claims", "", *evidence.claims_text(verdicts), "", "![v-MSE to the teacher of all rows](evidence-rows.png)", ""]
+    lines += ["## The original and what is merely cut", "", *evidence.table(mine, [(n, what[n]) for n in ("whole", *(f"cut-{p}" for p in CUT))]), ""]
+    for title, names in TABLES.items():
+        lines += [f"## {title}", "", *evidence.table(mine, [(n, what[n]) for n in names]), ""]
+    lines += ["![v-MSE to the teacher by timestep](evidence-timesteps.png)", "",
+              "## Table 3: two UNets in one sampling run", "",
+              "Rows differ in MACs, so they are drawn against them and not ranked alone. The paper's S1 is Base for 10 of 25 steps, then the original; S2 "
+              "the original for 15, then Base; S3 the original for 10, then Base.", "",
+              *evidence.table(mine, [(switch_name(s), f"{s[0].replace('whole', 'the original')} for {s[2]:.0%}, then {s[1].replace('whole', 'the original')}"
+                                                      + {("base", 0.4): " (S1)", ("whole", 0.6): " (S2)", ("whole", 0.4): " (S3)"}.get((s[0], s[2]), ""))
+                                     for s in sorted(SWITCHES)], macs), "",
+              "![PSNR against MACs](evidence-switching.png)", "",
+              "## Transfer: packs in the OpenMoji finetune they never saw", "",
+              "PSNR, SSIM and the gap are to the finetune's own pictures.", "",
+              *evidence.table(its, [(n, what[n]) for n in ("whole", "cut-m2", *TRANSFER)]), "",
+              "## Not tried here", "",
+              "- Perceptual supervision (A-SDM, section 2.5) with features of a frozen network; the loss at the mid block is in the tables.",
+              "- Held-out pairs of emoji and style or background; see [models/README.md](../models/README.md) for the shipped pack.", "",
+              "## Doing it again", "", "```", command(), "```", "",
+              "The same command goes on where it stopped; more `--seeds` add training seeds, more `--rounds` add pictures (from 1,000 on with a Frechet distance)."]
+    return lines
 
 
 def main() -> None:
@@ -228,9 +370,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings = Settings(args.samples, args.prompts, args.steps, args.rounds, args.folder, args.runs, args.models)
-    for name, do in jobs(settings, range(1, args.seeds + 1)):
+    seeds = range(1, args.seeds + 1)
+    for name, do in () if args.report else jobs(settings, seeds):
         print(f"-- {name}", flush=True)
         do()
+        write(settings, seeds)
+    if args.report:
+        write(settings, seeds)
 
 
 if __name__ == "__main__":
