@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
