@@ -1,6 +1,6 @@
 """What further experts cost: M2 at full size with and without them, and the ways to compute one such convolution.
 
-    python bootstrap.py bench NAME=condconv [ARGS="--dtype fp32 --rounds 5"]
+    python bootstrap.py bench NAME=condconv [ARGS="--dtypes bf16 fp32 --rounds 5"]
 
 Random weights, 512 x 512 pixels. The UNet: batch 2 (classifier-free guidance), 77 tokens, the host's fused
 attention; e2 and e4 have 2 and 4 experts on every 3 x 3 convolution of M2's own layers, played by the modules
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import statistics
 
 import torch
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from asdm_core.architecture import Architecture
 from asdm_core.condconv import CondConv, CondConv2d, convolution, convolutions, further_experts, start
 from asdm_core.measure import ratio, time_alternating
-from bench._common import add_common_arguments, begin, command_line, pack_module, record
+from bench._common import RESULTS, add_common_arguments, begin, command_line, pack_module, record
 from bench.unet import DTYPES, SD15, Cutter, build
 
 COUNTS = (2, 4)
@@ -124,21 +125,29 @@ def sync_of(device: torch.device):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="rows of others stay as they were recorded")
     parser.add_argument("--rounds", type=int, default=3)
     add_common_arguments(parser)
     args, host, device, clock = begin(parser)
-    summary, rows = bench_unet(args.dtype, args.rounds, device, clock)
-    for row in rows:
-        print(f"m2 {row['variant']:6} {row['seconds']:8.2f} s  {row['over_plain']:.3f} of plain", flush=True)
-    for address in LAYERS:
-        for count in COUNTS:
-            found = bench_layer(address, count, args.dtype, args.rounds, device, clock)
-            rows += found
-            for row in found:
-                print(f"{address} e{count} batch {row['batch']} {row['memory']:17} {row['way']:10} {row['seconds'] * 1000:8.1f} ms  "
-                      f"{row['over_plain']:.3f} of plain", flush=True)
-    command = command_line("condconv")
+    summary, rows, command = {}, [], command_line("condconv")
+    for dtype in args.dtypes:
+        ratios, found = bench_unet(dtype, args.rounds, device, clock)
+        summary |= ratios if dtype == "bf16" else {f"{name}_{dtype}": value for name, value in ratios.items()}
+        for row in found:
+            print(f"m2 {row['variant']:6} {dtype} {row['seconds']:8.2f} s  {row['over_plain']:.3f} of plain", flush=True)
+        for address in LAYERS:
+            for count in COUNTS:
+                layers = bench_layer(address, count, dtype, args.rounds, device, clock)
+                found += layers
+                for row in layers:
+                    print(f"{address} e{count} batch {row['batch']} {row['memory']:17} {row['way']:10} {row['seconds'] * 1000:8.1f} ms  "
+                          f"{row['over_plain']:.3f} of plain", flush=True)
+        rows += [row | {"command": command} for row in found]
+    earlier = RESULTS / "condconv.json"
+    if earlier.exists():
+        old = json.loads(earlier.read_text())
+        rows += [{"command": old["command"]} | row for row in old["rows"] if row["dtype"] not in args.dtypes]
+        summary = old["summary"] | summary
     record("condconv", summary, rows, command, host, args.notes)
 
 

@@ -4,7 +4,7 @@ import pytest
 import small
 import torch
 from comfy.ldm.modules import attention
-from comfy_extras import nodes_hypertile, nodes_pag, nodes_tomesd
+from comfy_extras import nodes_hypertile, nodes_pag, nodes_sag, nodes_tomesd
 from in_host import execute, module
 
 SD, SD2, SDXL, host = small.SD, small.SD2, small.SDXL, small.host
@@ -236,12 +236,49 @@ def test_where_another_node_changes_the_queries_gri_is_off(model, calls, caplog,
     assert len([r for r in caplog.records if "GRI is off" in r.message]) == 1, "said once per run"
 
 
-def test_perturbed_attention_guidance_keeps_its_own_pass(model, calls):
-    def pag(m):
-        return nodes_pag.PerturbedAttentionGuidance.execute(m, 3.0).args[0]
+@pytest.mark.parametrize("node, scale", [(nodes_pag.PerturbedAttentionGuidance, (3.0,)), (nodes_sag.SelfAttentionGuidance, (0.5, 2.0))],
+                         ids=["PAG", "SAG"])
+def test_guidance_by_attention_keeps_its_own_pass_in_either_order(model, plain, calls, node, scale):
+    def guided(m):
+        return node.execute(m, *scale).args[0]
 
-    assert small.difference(small.sample(pag(gri(model, **EXACT))), small.sample(pag(model))) < 1e-4
-    assert small.difference(small.sample(pag(model)), small.sample(model)) > 1e-4
+    # They replace attention in the mid block, PAG for an evaluation of its own: four levels of GRI reach it too.
+    settings = {"window": 1, "pool": 1, "stages": 4}
+    before, after = small.sample(guided(gri(model, **settings))), small.sample(gri(guided(model), **settings))
+    assert torch.equal(before, after) and calls
+    assert small.difference(before, small.sample(guided(model))) < 1e-4
+    assert small.difference(before, plain) > 1e-4
+
+
+def test_where_keys_come_from_a_reference_gri_is_off(model, calls, caplog):
+    def beside(n, context, value, options):  # as reference-only nodes do
+        return n, context.repeat(1, 2, 1), torch.cat([value, value.flip(1)], 1)
+
+    def patched(m):
+        m = m.clone()
+        m.set_model_attn1_patch(beside)
+        return m
+
+    wanted = small.sample(patched(model), steps=1)
+    assert torch.equal(small.sample(patched(gri(model, **ROUGH)), steps=1), wanted)
+    assert torch.equal(small.sample(gri(patched(model), **ROUGH), steps=1), wanted)
+    assert calls == [] and "there GRI is off" in caplog.text
+
+
+def test_replaced_cross_attention_plays_beside_gri(model, calls):
+    def doubled(q, k, v, options):  # as IP-Adapter nodes do: their own keys and values, added to the host's
+        heads = options["n_heads"]
+        return attention.optimized_attention(q, k, v, heads) + 0.5 * attention.optimized_attention(q, v, k, heads)
+
+    def patched(m):
+        m = m.clone()
+        m.set_model_attn2_replace(doubled, "input", 1)
+        return m
+
+    both = [small.sample(m) for m in (patched(gri(model, **EXACT)), gri(patched(model), **EXACT))]
+    assert torch.equal(*both) and calls
+    assert small.difference(both[0], small.sample(patched(model))) < 1e-4
+    assert small.difference(both[0], small.sample(model)) > 1e-4
 
 
 def test_whole_layers_inherit_under_gri(model, calls):
