@@ -15,7 +15,7 @@ MARGIN = 32
 CAPTION, NOTE = 44, 30  # heights of the texts above and below pictures
 FULL_HEAT = 1 / 3  # a difference from here on is drawn in the brightest colour
 
-INK, QUIET, PAPER = "#16181d", "#5c626e", "#ffffff"
+INK, QUIET, EDGE, PAPER = "#16181d", "#5c626e", "#d5d9e0", "#ffffff"
 
 # Dark to bright, so that it reads in print too; equal pictures are black.
 _HEAT = ((0.0, (0, 0, 0)), (0.25, (66, 10, 104)), (0.5, (187, 55, 84)), (0.75, (249, 142, 9)), (1.0, (252, 255, 200)))
@@ -106,7 +106,9 @@ def grid(title: str, subtitle: str, heads: Sequence[str], rows: Sequence[Row], c
         draw.text((left, top + 12), fitted(draw, row.caption, 22, group - note - 20), INK, font(22))
         draw.text((left + group - note, top + 15), row.note, QUIET, font(18))
         for i, image in enumerate(row.images):
-            sheet.paste(shown(image, cell), (left + i * (cell[0] + GAP), top + above))
+            x, y = left + i * (cell[0] + GAP), top + above
+            draw.rectangle((x - 1, y - 1, x + cell[0], y + cell[1]), outline=EDGE)  # white pictures end somewhere too
+            sheet.paste(shown(image, cell), (x, y))
         for i, text in enumerate(row.notes):
             draw.text((left + i * (cell[0] + GAP), top + above + cell[1] + 5), fitted(draw, text, 17, cell[0]), QUIET, font(17))
     return sheet

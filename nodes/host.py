@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import comfy.hooks
@@ -26,7 +26,8 @@ from ..asdm_core.cast import Cast, Line, Part, fingerprint
 from ..asdm_core.inheritance import Plan
 from . import units
 from .regional import Attention, Regional
-from .replay import COMPUTE, Clock, Inheritance, Misfit, Report
+from .replay import COMPUTE, REPLAY, Clock, Inheritance, Log, Misfit, Report, step_of
+from .timing import Record, Recorder
 
 KEY = "asdm"
 DOOR = "forward_timestep_embed_patch"  # the host's hook for single layers
@@ -71,12 +72,13 @@ def same_skeleton(a: UNetConfig, b: UNetConfig) -> bool:
 @dataclass(frozen=True)
 class Setup:
     """The data asdm keeps on a MODEL: its cast, the ids of its packs in the order of their patchers, its feature
-    inheritance, its GRI attention."""
+    inheritance, its GRI attention, and where the times of its runs go if they are measured."""
 
     cast: Cast
     packs: tuple[str, ...] = ()
     inheritance: Inheritance | None = None
     regional: Regional | None = None
+    speed: Log | None = None
 
 
 def setup_of(model) -> Setup:
@@ -122,6 +124,11 @@ def with_survey(model, survey):
     return _set_up(model.clone(), replace(setup_of(model), inheritance=survey))
 
 
+def with_speed(model):
+    """A clone of MODEL whose runs are timed, layer by layer. The MODEL that came in is not altered."""
+    return _set_up(model.clone(), replace(setup_of(model), speed=Log()))
+
+
 def without_setup(model):
     """A clone of MODEL that carries nothing of this module's: the checkpoint plays everything itself."""
     clone = model.clone()
@@ -163,16 +170,18 @@ class Run:
     Holds modules, never a ModelPatcher, and is dropped when the run ends.
     """
 
-    def __init__(self, model, sigmas=(), cache: int = 0):
+    def __init__(self, model, sigmas=(), cache: int = 0, shape=()):
         setup = setup_of(model)
         self.cast, self._inheritance, self._regional = setup.cast, setup.inheritance, setup.regional
+        self._speed, self._recorder = setup.speed, Recorder(model.load_device) if setup.speed else None
+        self._nodes, self._step, self._shape = sigmas, 0, shape
         self._clock = Clock(model.load_device) if self._inheritance else None
         sampling = model.get_model_object("model_sampling")
         # The last window also holds sigma 0, where some samplers ask once more.
         self._sigmas = {w: (sampling.percent_to_sigma(w.start), sampling.percent_to_sigma(w.end) if w.end < 1 else -1.0)
                         for w in (*self.cast.windows, *([self._regional.when] if self._regional else []))}
         # One stage per UNet object: multi-GPU clones have their own modules and their own packs.
-        self._stages = {id(m.model): Stage(m, sigmas, cache) for m in (model, *model.get_additional_models_with_key("multigpu"))}
+        self._stages = {id(m.model): Stage(m, sigmas, cache, self._recorder) for m in (model, *model.get_additional_models_with_key("multigpu"))}
 
     def set_sigma(self, sigma: float) -> None:
         """Decide who plays at this noise level. Called once per evaluation."""
@@ -188,6 +197,13 @@ class Run:
         if memory is not None:
             self._clock.mark(memory.step)
 
+    def timed(self, sigma: float):
+        """A context for one evaluation at this noise level, which is timed if that was asked for."""
+        if self._recorder is None:
+            return nullcontext()
+        self._step = step_of(sigma, self._nodes, self._step)
+        return self._recorder.evaluation(self._step)
+
     def _memory(self):
         return next((stage.memory for stage in self._stages.values() if stage.memory is not None), None)
 
@@ -199,6 +215,8 @@ class Run:
         memory = self._memory()
         if memory is not None:
             self._inheritance.log.last = Report(memory.steps, memory.counts, memory.replayed(), self._clock.seconds(), memory.peak)
+        if self._recorder is not None:
+            self._speed.last = Record(self._shape, self._recorder.evaluations(), memory.replayed() if memory else [], self._recorder.layers())
         for stage in self._stages.values():
             if stage.memory is not None:
                 stage.memory.close()
@@ -208,7 +226,7 @@ class Run:
 class Stage:
     """The layers of one UNet object, the packs that stand beside it, and who plays at the moment."""
 
-    def __init__(self, model, sigmas, cache: int):
+    def __init__(self, model, sigmas, cache: int, recorder: Recorder | None):
         setup = setup_of(model)
         architecture, inheritance = architecture_of(model), setup.inheritance
         self._config = architecture.config
@@ -222,6 +240,7 @@ class Stage:
         self._addresses = {id(layer): address for address, layer in self._layers.items()}
         self.memory = inheritance.memory(architecture, sigmas, cache) if inheritance else None
         self._attention = Attention(setup.regional, self._config) if setup.regional else None
+        self._recorder = recorder
         self.name = ""
         self.entry = (units.LAYER_CLASSES, self._dispatch)
 
@@ -232,7 +251,7 @@ class Stage:
     def begin_forward(self, x, control, transformer_options, hooks) -> str:
         """Name of what is about to be played; "" if the checkpoint plays everything itself, unrecorded."""
         if self.memory is None:
-            return self.name
+            return self._named(COMPUTE)
         return self._named(self.memory.begin_forward(x, transformer_options, (self.name, _circumstances(control, transformer_options, hooks))))
 
     def begin_again(self) -> str:
@@ -240,7 +259,15 @@ class Stage:
         return self._named(self.memory.begin_again())
 
     def _named(self, mode: str) -> str:
-        return self.name if mode == COMPUTE else f"{self.name}_{mode}"
+        name = self.name if mode == COMPUTE else f"{self.name}_{mode}"
+        return f"{name}_timed" if self._recorder else name  # layers are seen by the dispatcher alone
+
+    def _timed(self, address: str | None, inherits: bool):
+        if self._recorder is None or address is None or torch.compiler.is_compiling():  # a compiled graph has no layers
+            return nullcontext()
+        parts = self._assigned[0]
+        cut = parts[address].role == "cut" if address in parts else address in self._cut
+        return self._recorder.layer(address, "inherited" if inherits else "cut" if cut else "played")
 
     def trials(self):
         """What a survey wants played again in this forward: (name, what to call with both outputs)."""
@@ -283,9 +310,11 @@ class Stage:
         # counters in transformer_options, so it must get this very dict, not a copy.
         ours = transformer_options["patches"]
         transformer_options["patches"] = transformer_options[OTHERS]
+        inherits = remembers and self.memory.mode == REPLAY and player is not current
         try:
-            out = forward_timestep_embed([player], x, emb, context, transformer_options, output_shape,
-                                         time_context, num_video_frames, image_only_indicator)
+            with self._timed(address, inherits):
+                out = forward_timestep_embed([player], x, emb, context, transformer_options, output_shape,
+                                             time_context, num_video_frames, image_only_indicator)
         finally:
             transformer_options["patches"] = ours
         if remembers:
@@ -308,7 +337,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     # The host's own next step: a pack that was applied after the work was split has no units there yet.
     guider.model_patcher.match_multigpu_clones()
     cache = cache_bytes(guider.model_patcher, noise.shape, sum(map(len, guider.conds.values())))
-    run = Run(guider.model_patcher, sigmas.tolist(), cache)
+    run = Run(guider.model_patcher, sigmas.tolist(), cache, tuple(noise.shape))
     guider.model_options["transformer_options"][KEY] = run  # the run's own copy; the guider restores the original
     try:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -318,9 +347,12 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
 
 def _predict_noise(executor, x, timestep, model_options={}, seed=None):
     run = model_options.get("transformer_options", {}).get(KEY)
-    if run is not None:
-        run.set_sigma(float(timestep.flatten()[0]))
-    return executor(x, timestep, model_options, seed)
+    if run is None:
+        return executor(x, timestep, model_options, seed)
+    sigma = float(timestep.flatten()[0])
+    run.set_sigma(sigma)
+    with run.timed(sigma):
+        return executor(x, timestep, model_options, seed)
 
 
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -180,6 +180,78 @@ def _draw_run(sheet: _Sheet, run: Mapping, left: float, top: float, cell: float)
         tall = 64 * min(t / highest, 1)
         if tall:
             sheet.cell(left + step * cell, base - tall, cell, tall, PLAN_COLOURS[run["roles"][step]])
+
+
+KIND_COLOURS = {"resnet": COLOURS["host"], "transformer": "#7fb691", "sampler": "#d9c7a3", "outside": "#ccd2db"}
+KIND_NAMES = {"resnet": "resnets", "transformer": "attention", "sampler": "samplers", "outside": "outside the layers"}
+BARS = (390, 24)  # width of the longest bar and height of a line
+
+
+def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
+    """The times of one run: a bar for each step, one for each block of the UNet, one for what each technique saved.
+
+    facts: see `nodes.speed.describe`.
+    """
+    steps, inherited = facts["step_seconds"], set(facts["inherited_steps"])
+    lines = [(block, kinds) for block, kinds in facts["groups"].items()]
+    if lines:
+        lines.append(("the rest", {"outside": facts["outside_layers"]}))
+    saved, width, left = facts["saved"], 700, MARGIN + 110
+    top_blocks = 84 + 110 + 52
+    top_saved = top_blocks + len(lines) * BARS[1] + (56 if lines else 0)
+    height = top_saved + (len(saved) * BARS[1] + 34 if saved else 0) + 10
+    sheet = _Sheet(width, height)
+    sheet.text(MARGIN, 18, title, 21)
+    sheet.text(MARGIN, 48, subtitle, 14, FAINT)
+    _draw_steps(sheet, steps, inherited, width)
+    total = facts["seconds"]
+    longest = max([sum(kinds.values()) for _, kinds in lines] + [entry["seconds"] for entry in saved], default=0.0) or 1.0
+    for row, (block, kinds) in enumerate(lines):
+        y, x = top_blocks + row * BARS[1], left
+        sheet.text(left - 10, y + 9, block, 13, INK, "rm")
+        for kind in KIND_COLOURS:
+            wide = BARS[0] * kinds.get(kind, 0.0) / longest
+            if wide >= 0.5:
+                sheet.cell(x, y, wide + 1, 18, KIND_COLOURS[kind])
+            x += wide
+        spent = sum(kinds.values())
+        sheet.text(x + 10, y + 9, f"{spent / total:.0%}   {1000 * spent:.0f} ms", 12, INK, "lm")
+    if lines:
+        x, y = left, top_blocks + len(lines) * BARS[1] + 8
+        for kind, name in KIND_NAMES.items():
+            sheet.cell(x, y, 16, 12, KIND_COLOURS[kind])
+            sheet.text(x + 22, y + 6, name, 12, FAINT, "lm")
+            x += 110
+    for row, entry in enumerate(saved):
+        y = top_saved + 28 + row * BARS[1]
+        wide = max(2, BARS[0] * entry["seconds"] / longest)
+        sheet.cell(left, y, wide + 1, 18, PLAN_COLOURS["inherited"])
+        sheet.text(left + wide + 10, y + 9, f"{entry['technique']}: {1000 * entry['seconds']:.0f} ms, {entry['how']}", 12, INK, "lm")
+    if saved:
+        sheet.text(MARGIN, top_saved, "saved", 13, INK)
+    return sheet.done()
+
+
+def _draw_steps(sheet: _Sheet, steps: Sequence, inherited: set[int], width: int) -> None:
+    """A bar for each step; one that is much longer than the others (the first, while weights move) ends at the top."""
+    base, tall = 84 + 96, 84
+    times = sorted(t for _, t in steps)
+    highest = min(times[-1], 2 * times[len(times) // 2]) or 1.0
+    cell = min(40.0, (width - 2 * MARGIN - 110) / len(steps))
+    left = MARGIN + 110
+    sheet.text(left - 10, base - tall + 6, f"{1000 * highest:.0f} ms", 11, FAINT, "rm")
+    sheet.text(left - 10, base - tall / 2, "each step", 13, INK, "rm")
+    for i, (step, t) in enumerate(steps):
+        bar = tall * min(t / highest, 1)
+        sheet.cell(left + i * cell, base - bar, max(cell - 1, 1), bar, PLAN_COLOURS["inherited" if step in inherited else "computed"])
+        if i % max(1, round(40 / cell)) == 0:
+            sheet.text(left + (i + 0.5) * cell, base + 4, str(step), 10, FAINT, "ma")
+    if inherited:
+        x = left
+        for role in ("computed", "inherited"):
+            sheet.cell(x, base + 24, 16, 12, PLAN_COLOURS[role])
+            sheet.text(x + 22, base + 30, MEANINGS[role], 12, FAINT, "lm")
+            x += 110
 
 
 def to_image(picture: Image.Image) -> torch.Tensor:

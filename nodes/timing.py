@@ -6,6 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import comfy.model_management
@@ -72,6 +73,65 @@ class Stopwatch:
             self.seconds = time.perf_counter() - start
         self.peak = memory.bytes
         return out
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured of one run. Numbers only, so that it may outlive the run.
+
+    shape: of the latents, (B, C, H, W). evaluations: (step, seconds) of each. replayed: for each, whether all of it was
+    inherited; empty without feature inheritance. layers: (address, role) -> seconds in all and calls; role: "played", "cut" or "inherited".
+    """
+
+    shape: tuple[int, ...]
+    evaluations: list[tuple[int, float]]
+    replayed: list[bool]
+    layers: dict[tuple[str, str], tuple[float, int]]
+
+
+class Recorder:
+    """Times of one run: each evaluation by its step, each layer by its address and role. On CUDA by events, so that nobody waits."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._evaluations: list[tuple[int, object, object]] = []
+        self._layers: list[tuple[tuple[str, str], object, object]] = []
+
+    def _now(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def evaluation(self, step: int):
+        return self._during(self._evaluations, step)
+
+    def layer(self, address: str, role: str):
+        return self._during(self._layers, (address, role))
+
+    @contextmanager
+    def _during(self, to: list, what):
+        start = self._now()
+        yield
+        to.append((what, start, self._now()))  # not of what an interrupt or an error ended
+
+    def evaluations(self) -> list[tuple[int, float]]:
+        """(step, seconds) of each evaluation, in order."""
+        return self._seconds(self._evaluations)
+
+    def layers(self) -> dict[tuple[str, str], tuple[float, int]]:
+        """(address, role) -> seconds in all, and how many times it ran."""
+        found: dict[tuple[str, str], tuple[float, int]] = {}
+        for what, t in self._seconds(self._layers):
+            seconds, calls = found.get(what, (0.0, 0))
+            found[what] = seconds + t, calls + 1
+        return found
+
+    def _seconds(self, marks: list) -> list[tuple]:
+        if self._cuda and marks:
+            torch.cuda.synchronize()
+        return [(what, a.elapsed_time(b) / 1000 if self._cuda else b - a) for what, a, b in marks]
 
 
 @dataclass

@@ -1,7 +1,8 @@
-"""A/B Compare and Compare Images: what is sampled and measured is what KSampler makes, and nothing is left behind."""
+"""Comparing and measuring: what is sampled and timed is what KSampler makes, and nothing is left behind."""
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -15,7 +16,7 @@ from in_host import execute, module, node_classes
 from PIL import Image
 
 SD, host, cast = small.SD, small.host, small.cast
-compare, timing, switch, regional = (module(f"nodes.{name}") for name in ("compare", "timing", "switch", "regional"))
+compare, timing, switch, regional, speed = (module(f"nodes.{name}") for name in ("compare", "timing", "switch", "regional", "speed"))
 inheritance, measure, switching = (module(f"asdm_core.{name}") for name in ("inheritance", "measure", "switching"))
 
 
@@ -294,3 +295,157 @@ def test_likeness_is_infinite_only_for_equal_pictures():
     assert math.isinf(psnr) and ssim == pytest.approx(1.0)
     ((psnr, _),) = compare.alike(a, (a + 1e-3).clamp(0, 1))
     assert not math.isinf(psnr)
+
+
+# XY Plot --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def known_pack():
+    """A pack where the host looks for packs."""
+    node_classes()  # registers the folder
+    path = Path(folder_paths.models_dir) / "asdm_packs" / "known.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    return small.write_pack(path, seed=1)
+
+
+def xy(model, x, y, **given):
+    given = inputs(**given)
+    plot, images, report = execute("ASDMXYPlot", model=model, vae=VAE(), rounds=1, x={"x": x[0], **x[1]}, y={"y": y[0], **y[1]}, **given)
+    return plot, images, json.loads(report), given
+
+
+NOTHING = ("nothing", {})
+
+
+def test_cells_are_what_the_nodes_give(model, known_pack):
+    packs = ("pack", {"values": "off, known.safetensors"})
+    plans = ("inheritance", {"values": "off\n1/2\n" + inheritance.dial(SD, "fast").to_json()})
+    _, images, report, given = xy(model, plans, packs, steps=4)
+    expected = []
+    for base in (model, small.with_pack(model, known_pack)):
+        branch = inheritance.deepcache(SD, 1, inheritance.Schedule(interval=2)).reusing("forecast")
+        for changed in (base, host.with_plan(base, branch), host.with_plan(base, inheritance.dial(SD, "fast"))):
+            expected.append(VAE().decode(ksampler(changed, **given)))
+    assert torch.equal(images, torch.cat(expected))
+    labels = [cell["label"] for cell in report["cells"]]
+    assert labels[:2] == ["inheritance: off, pack: off", "inheritance: 1/2, pack: off"] and labels[5] == "inheritance: fast, pack: known"
+    assert report["cells"][0]["psnr"] == [None] and report["cells"][4]["psnr"] != [None]
+    for cell in report["cells"]:
+        assert cell["speedup"] == pytest.approx(report["plain"]["median_seconds"] / cell["median_seconds"], rel=0.05)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_switch_comes_after_everything_else(model, folder, swapped):
+    second = small.model(folder, seed=3)
+    axes = [("inheritance", {"values": "balanced"}), ("switch at", {"values": "0.5", "model_second": second, "unit": "percent"})]
+    _, images, _, given = xy(model, *(axes[::-1] if swapped else axes), steps=4)
+    played = switch.with_switch(host.with_plan(model, inheritance.dial(SD, "balanced")), second, switching.SwitchPoint(0.5, "percent"))
+    assert torch.equal(images, VAE().decode(ksampler(played, **given)))
+
+
+def test_windows_and_strengths_of_packs(model, known_pack):
+    window = ("pack window", {"pack_name": "known.safetensors", "values": "0-1, 0.5-1"})
+    _, images, _, given = xy(model, window, NOTHING, steps=2)
+    expected = [VAE().decode(ksampler(small.with_pack(model, known_pack, *w), **given)) for w in ((0, 1), (0.5, 1))]
+    assert torch.equal(images, torch.cat(expected))
+    with pytest.raises(ValueError, match="nothing that could be played in part"):
+        xy(model, ("pack strength", {"pack_name": "known.safetensors", "values": "0.5"}), NOTHING)
+
+
+@pytest.mark.parametrize("kind, values, said", [
+    ("inheritance", "slow", "wanted off, faithful, balanced, fast, a skip branch and an interval"),
+    ("pack", "no-such.safetensors", "there is no pack 'no-such.safetensors'. There are"),
+    ("GRI window", "large", "GRI window: wanted a number, got 'large'"),
+    ("inheritance", " , ", "needs at least one value"),
+])
+def test_a_wrong_value_is_one_clear_error(model, kind, values, said):
+    with pytest.raises(ValueError, match=said):
+        xy(model, (kind, {"values": values}), NOTHING)
+
+
+# Measure Speed and Speed Readout ----------------------------------------------------------------------------
+
+
+def measured(model, **given):
+    timed = host.with_speed(model)
+    result = ksampler(timed, **inputs(**given))
+    return result, timed
+
+
+@pytest.mark.parametrize("plan", [None, "balanced"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_measuring_changes_no_bit(model, m2, plan, packed):
+    played = small.with_pack(model, m2) if packed else model
+    played = host.with_plan(played, inheritance.dial(SD, plan)) if plan else played
+    result, timed = measured(played, steps=4)
+    assert torch.equal(result, ksampler(played, **inputs(steps=4)))
+    facts = speed.describe(timed)
+    assert facts["steps"] == 4 and len(facts["step_seconds"]) == 4
+    assert facts["inherited_steps"] == ([1, 3] if plan else [])
+    units = [u for u in small.addresses.walk(SD) if u.side in ("down", "mid", "up")]
+    assert {a for a, _ in host.setup_of(timed).speed.last.layers} == {u.address for u in units}
+    inside = sum(sum(kinds.values()) for kinds in facts["groups"].values())
+    assert inside + facts["outside_layers"] == pytest.approx(facts["seconds"], rel=0.01)
+
+
+def test_nothing_is_measured_when_off(model, monkeypatch):
+    made = []
+    monkeypatch.setattr(host, "Recorder", lambda *_: made.append(1))
+    small.sample(host.with_plan(model, inheritance.dial(SD, "balanced")))
+    assert not made and host.setup_of(model).speed is None
+
+
+def record(replayed=(), **layers):
+    """Ten evaluations of a second each, a tenth where inherited; layers: see Record."""
+    times = [0.1 if replayed and replayed[i] else 1.0 for i in range(10)]
+    return timing.Record((1, 4, 64, 64), list(enumerate(times)), list(replayed), layers)
+
+
+def test_inheritance_saves_what_its_steps_are_shorter(model):
+    saved = speed.savings(model, record([i % 2 == 1 for i in range(10)]))
+    assert saved == [("feature inheritance", pytest.approx(5 * 0.9), "measured")]
+    assert speed.savings(model, record([False] * 10)) == []
+
+
+def test_cut_layers_save_what_their_kind_would_have_taken(model, m2):
+    macs = {a: c.total for a, c in measure.costs(small.Architecture.full(SD), 64, 64).items()}
+    resnets = [u.address for u in small.addresses.walk(SD) if u.kind == "resnet"]
+    cut, played = resnets[0], resnets[1:]
+    layers = {(a, "played"): (macs[a] * 1e-9 * 10, 10) for a in played} | {(cut, "cut"): (0.0, 10)}
+    found = speed.savings(small.with_pack(model, m2), timing.Record((1, 4, 64, 64), record().evaluations, [], layers))
+    assert found == [("layers cut (m2)", pytest.approx(macs[cut] * 1e-8), "estimated")]
+
+
+def test_gri_leaves_out_what_lies_outside_windows_and_cells():
+    whole = small.Architecture.full(SD)
+    shares = {window: sum(speed.attention_left_out(regional.Regional(window=window, pool=4), whole, 64, 64).values()) for window in (8, 16, 64)}
+    assert shares[8] > shares[16] > 0
+    left = speed.attention_left_out(regional.Regional(window=16, pool=4, stages=1), whole, 64, 64)
+    product = measure.costs(whole, 64, 64)["down.0.0.transformer"].attention["attn1"]
+    assert left["down.0.0.transformer"] == pytest.approx(product * (1 - (256 + (4096 - 256) / 16) / 4096))
+
+
+def test_a_readout_is_drawn_and_says_what_is_missing(model, m2):
+    with pytest.raises(ValueError, match="Put Measure Speed between it and the sampler"):
+        execute("ASDMSpeedReadout", model=model)
+    with pytest.raises(ValueError, match="Connect the sampler's LATENT to `after`"):
+        execute("ASDMSpeedReadout", model=host.with_speed(model))
+    _, timed = measured(host.with_plan(small.with_pack(model, m2), inheritance.dial(SD, "balanced")), steps=8)
+    picture, text = execute("ASDMSpeedReadout", model=timed)
+    assert picture.shape[2] == 700 and float(picture.min()) < 0.3
+    assert [entry["technique"] for entry in json.loads(text)["saved"]] == ["feature inheritance", "layers cut (m2)"]
+
+
+def test_a_run_that_was_interrupted_leaves_no_half_record(model, monkeypatch):
+    timed = host.with_speed(model)
+
+    def stop(*_, **__):
+        raise comfy.model_management.InterruptProcessingException
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.samplers, "sampling_function", stop)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            small.sample(timed)
+    with pytest.raises(ValueError, match="no finished run"):
+        speed.describe(timed)

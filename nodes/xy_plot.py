@@ -1,0 +1,226 @@
+"""A grid of runs over asdm's own settings, with time and likeness in each cell."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..asdm_core import inheritance
+from ..asdm_core.cast import Window
+from ..asdm_core.inheritance import DIALS, Plan, Schedule
+from ..asdm_core.pictures import Row, finite, grid
+from ..asdm_core.switching import UNITS, SwitchPoint
+from . import files, host
+from .apply_pack import apply_pack
+from .compare import alike, cell_of, decode, sampler, sampling_inputs, seconds
+from .load import CATEGORY
+from .picture import from_image, to_image
+from .regional import Regional
+from .switch import with_switch
+from .timing import Side
+
+OFF = "off"
+WHOLE = Window()
+
+
+# What one value of an axis does to a MODEL: (model, value, the axis' other settings) -> model ----------
+
+
+def _inherit(model, value: str):
+    if value == OFF:
+        return host.with_plan(model, None)
+    config = host.architecture_of(model).config
+    branch, slash, interval = value.partition("/")
+    if value in DIALS:
+        plan = inheritance.dial(config, value)
+    elif value.startswith("{"):
+        plan = Plan.from_json(value)
+    elif slash and branch.strip().isdigit() and interval.strip().isdigit():
+        plan = inheritance.deepcache(config, int(branch), Schedule(interval=int(interval))).reusing("forecast")
+    else:
+        raise ValueError(f"XY Plot, inheritance: wanted {OFF}, {', '.join(DIALS)}, a skip branch and an interval (0/3), or a plan as JSON; got {value!r}.")
+    return host.with_plan(model, plan)
+
+
+def _pack(model, value: str):
+    return model if value == OFF else _with_pack(model, value, WHOLE)
+
+
+def _strength(model, value: str, pack_name: str):
+    return _with_pack(model, pack_name, WHOLE, _number(value, "pack strength"))
+
+
+def _window(model, value: str, pack_name: str):
+    start, dash, end = value.partition("-")
+    if not dash:
+        raise ValueError(f"XY Plot, pack window: wanted where it begins and ends in the run (0-0.5), got {value!r}.")
+    return _with_pack(model, pack_name, Window(_number(start, "pack window"), _number(end, "pack window")))
+
+
+def _with_pack(model, name: str, window: Window, strength: float = 1.0):
+    if name not in files.packs():
+        raise ValueError(f"XY Plot: there is no pack {name!r}. There are {', '.join(files.packs()) or 'none'}.")
+    return apply_pack(model, files.pack_path(name), name, window, strength)
+
+
+def _regional(model, value: str):
+    return host.with_regional(model, None if value == OFF else Regional(0 if value == "auto" else int(_number(value, "GRI window"))))
+
+
+def _switch(model, value: str, model_second, unit: str):
+    return with_switch(model, model_second, SwitchPoint(_number(value, "switch at"), unit))
+
+
+def _number(text: str, name: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"XY Plot, {name}: wanted a number, got {text.strip()!r}.") from None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis can vary: how, its values to begin with, its other inputs, and its place in the order of nodes."""
+
+    apply: Callable
+    default: str
+    help: str
+    inputs: Callable[[], list[io.Input]] = list
+    place: int = 0
+
+
+def _pack_input() -> list[io.Input]:
+    return [io.Combo.Input("pack_name", options=files.packs(), tooltip="The pack that plays.")]
+
+
+def _second_inputs() -> list[io.Input]:
+    return [io.Model.Input("model_second", tooltip="The model that takes over."),
+            io.Combo.Input("unit", options=list(UNITS), default="percent", tooltip="What the values count; see Switch UNet.")]
+
+
+# Nodes stand in this order: a pack is on the model before anything looks at its layers, and a switch comes last.
+AXES = {
+    "inheritance": Axis(_inherit, f"{OFF}, {', '.join(DIALS)}", f"{OFF}, {', '.join(DIALS)}, skip branch/interval (0/3), or plans as JSON, one a line", place=1),
+    "pack": Axis(_pack, OFF, f"{OFF} and names of packs"),
+    "pack strength": Axis(_strength, "0, 0.5, 1", "of the experts and gains of a pack", _pack_input),
+    "pack window": Axis(_window, "0-1, 0-0.5, 0.5-1", "where in the run the pack begins and ends to play", _pack_input),
+    "GRI window": Axis(_regional, f"{OFF}, auto", f"{OFF}, auto, or sides of the regions in tokens", place=1),
+    "switch at": Axis(_switch, "0.25, 0.5, 0.75", "where the second model takes over", _second_inputs, place=2),
+}
+
+
+def axis_input(name: str, tooltip: str, first: str) -> io.DynamicCombo.Input:
+    """The input of one axis; `first` is the choice to begin with."""
+    options = {"nothing": []} | {
+        key: [io.String.Input("values", default=axis.default, multiline=True, tooltip=f"{axis.help}. Separated by commas, or one a line."),
+              *axis.inputs()] for key, axis in AXES.items()}
+    ordered = [first, *(key for key in options if key != first)]
+    return io.DynamicCombo.Input(name, tooltip=tooltip, options=[io.DynamicCombo.Option(key, options[key]) for key in ordered])
+
+
+def values(text: str) -> list[str]:
+    """The values in a text: one a line, or separated by commas where there is one line without a plan. Raises ValueError."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    if len(lines) == 1 and "{" not in text:
+        lines = [part.strip() for part in text.split(",") if part.strip()]
+    if not lines:
+        raise ValueError("XY Plot: an axis needs at least one value; choose nothing for an axis that varies nothing.")
+    return lines
+
+
+def points(name: str, settings: dict) -> list[tuple[str, int, Callable]]:
+    """(label, place in the order of nodes, MODEL -> MODEL) of each value of an axis."""
+    settings = dict(settings)
+    kind = settings.pop(name)
+    if kind == "nothing":
+        return [("", 0, lambda model: model)]
+    axis, found = AXES[kind], []
+    for value in values(settings.pop("values")):
+        shown = Plan.from_json(value).name or "plan" if value.startswith("{") else value.removesuffix(".safetensors")
+        found.append((f"{kind}: {shown}", axis.place, lambda model, value=value: axis.apply(model, value, **settings)))
+    return found
+
+
+class ASDMXYPlot(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ASDMXYPlot",
+            display_name="XY Plot (asdm)",
+            category=CATEGORY,
+            description="Samples with every combination of two of asdm's settings (inheritance, packs, their windows and strength, GRI, switch "
+                        "points) and draws all pictures in a grid, each with its time, the speed-up, and its PSNR and SSIM against the "
+                        "model as it came in.",
+            search_aliases=["xy plot", "xyz plot", "grid", "parameter sweep", "benchmark", "compare settings"],
+            inputs=[
+                io.Model.Input("model", tooltip="Cells are compared with this model as it is."),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent_image"),
+                io.Vae.Input("vae"),
+                axis_input("x", "What differs from left to right.", "inheritance"),
+                axis_input("y", "What differs from top to bottom.", "nothing"),
+                *sampling_inputs(),
+                io.Int.Input("rounds", default=1, min=1, max=50, advanced=True, tooltip="Timed runs of each cell; the median is shown."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="plot", tooltip="The labelled grid."),
+                io.Image.Output(display_name="images", tooltip="The pictures of all cells, row by row."),
+                io.String.Output(display_name="report", tooltip="All numbers, as JSON."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent_image, vae, x, y, seed, steps, cfg, sampler_name, scheduler, denoise, rounds):
+        columns, lines = points("x", x), points("y", y)
+        sample = sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
+        cells = []
+        for row, y_place, set_y in lines:
+            for column, x_place, set_x in columns:
+                changed = model
+                for _, change in sorted(((x_place, set_x), (y_place, set_y)), key=lambda both: both[0]):
+                    changed = change(changed)
+                cells.append(Side(", ".join(filter(None, (column, row))), changed, sample))
+        plain = Side("as it came in", model, sample)
+        plain.warm_up()
+        for side in (plain, *cells):
+            for _ in range(rounds):
+                side.run()
+        reference = decode(vae, plain.latent)
+        images = [decode(vae, cell.latent) for cell in cells]
+        likenesses = [alike(reference, picture) for picture in images]
+        notes = [note(plain, cell, pairs) for cell, pairs in zip(cells, likenesses, strict=True)]
+        rows = []
+        for i, (row, *_) in enumerate(lines):
+            here = slice(i * len(columns), (i + 1) * len(columns))
+            rows.append(Row([from_image(picture[0]) for picture in images[here]], row, notes=notes[here]))
+        heads = [column or "as it came in" for column, *_ in columns]
+        height, width = reference.shape[1:3]
+        subtitle = (f"{steps} steps, CFG {cfg:g}, {sampler_name}, {scheduler}, {width} x {height}, seed {seed}\n"
+                    "in each cell: speed-up and time, PSNR and SSIM against the model as it came in")
+        plot = to_image(grid(f"The model as it came in: {seconds(plain.median)}", subtitle, heads, rows, cell_of(reference)))
+        report = {"plain": plain.facts(steps), "cells": [
+            {**cell.facts(steps), "speedup": round(plain.median / cell.median, 4),
+             "psnr": [finite(psnr) for psnr, _ in pairs], "ssim": [ssim for _, ssim in pairs]}
+            for cell, pairs in zip(cells, likenesses, strict=True)],
+            "seed": seed, "steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler, "denoise": denoise,
+            "width": width, "height": height, "rounds": rounds, "device": str(model.load_device), "torch": torch.__version__}
+        return io.NodeOutput(plot, torch.cat(images), json.dumps(report, indent=1),
+                             ui=ui.PreviewImage(plot, cls=cls).as_dict() | {"text": ("\n".join(
+                                 f"{cell.label}: {text}" for cell, text in zip(cells, notes, strict=True)),)})
+
+
+def note(plain: Side, cell: Side, pairs: list[tuple[float, float]]) -> str:
+    """What stands below a cell: 1.62x  1.9 s   31.2 dB  0.94; over a batch, the means."""
+    psnr, ssim = (statistics.mean(of) for of in zip(*pairs, strict=True))
+    like = "identical" if finite(psnr) is None and all(finite(p) is None for p, _ in pairs) else f"{psnr:.1f} dB  {ssim:.3f}"
+    return f"{plain.median / cell.median:.2f}x  {seconds(cell.median)}   {like}"
+
+
+NODES = [ASDMXYPlot]
