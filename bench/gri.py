@@ -1,28 +1,45 @@
-"""GRI attention against full attention, HyperTile and Token Merging: time of a call, error at equal time, a whole UNet.
+"""GRI attention against full attention, HyperTile and Token Merging: time, error, pictures, a whole UNet.
 
-    python bootstrap.py bench NAME=gri [ARGS="--rounds 3"]
+    python bootstrap.py bench NAME=gri [ARGS="--parts calls activations --rounds 3"]
 
-A call is the shallow self-attention of SD1.5, 8 heads of 40, batch 2 (classifier-free guidance), on 64 x 64 and
-128 x 128 tokens (512 and 1024 pixels), with the host's attention function. The maps are random but smooth, as maps of
-pictures are: noise at an eighth of the resolution, interpolated, with finer noise on it. Errors are relative (L2), against
-full attention; on such maps attention is diffuse, which is hard on tiles. HyperTile and Token Merging are measured as
-published, with keys and values tiled or merged as well, and as the host's own nodes do it ("node": HyperTile's queries
-of a tile see a stripe of rows, Token Merging leaves the keys whole). The summary has the least error at the time of GRI
-in its automatic settings at 1024, or that of the quickest setting where none is as quick.
+calls: the shallow self-attention of SD1.5, 8 heads of 40, batch 2 (classifier-free guidance), on 64 x 64 and 128 x 128
+tokens (512 and 1024 pixels), with the host's attention function. The maps are random but smooth: noise at an eighth of the
+resolution, interpolated, with finer noise on it.
 
-The UNet: SD1.5 with random weights at 1024 x 1024, the node's automatic settings. Everything is measured in turn.
+activations: queries, keys and values that networks make. The emoji teacher's, in image-to-image runs on maps larger than it
+was trained for: sheets of many emoji, and one emoji enlarged; every self-attention of its first level. And those of a network
+of one level of SD1.5's width with random weights. With gains: fitted on other pictures.
+
+Errors are relative (L2), against full attention. HyperTile and Token Merging are measured as published, with keys and values
+tiled or merged as well, and as the host's own nodes do it ("node": HyperTile's queries of a tile see a stripe of rows, Token
+Merging leaves the keys whole). error_... in the summary is the mean over the emoji activations at 64 x 64: of GRI in its
+automatic settings, and the least of the settings of each other method that take no longer, or that of its quickest where none
+is as quick; error_..._random is the same for random weights, error_..._1024 for the smooth maps of 128 x 128.
+
+pictures: the emoji teacher with GRI against itself without, before and after a fit of the gains, which come from a pack:
+PSNR, recognition, and the Frechet distance of the classifier's features, at 16 x 16 latents, where it was trained, and on
+sheets of 32 x 32. A gain is fitted head by head, to the least error against full attention in other runs.
+
+unet: SD1.5 with random weights at 1024 x 1024, the node's automatic settings. Everything is measured in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import statistics
+import tempfile
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from asdm_core.measure import ratio, time_alternating
-from bench._common import add_common_arguments, begin, command_line, pack_module, record
+from asdm_core.measure import psnr, ratio, time_alternating
+from bench._common import RESULTS, ROOT, add_common_arguments, begin, command_line, pack_module, record
+from bench.inheritance import Family
 from bench.unet import DTYPES, SD15, build
 
 BATCH, HEADS, DIM = 2, 8, 40
@@ -30,6 +47,27 @@ SIDES = {512: 64, 1024: 128}
 GRI = ((16, 8), (16, 4), (8, 8), (32, 8))
 TILES = (8, 16, 32)  # tokens per side; the node's default is 32
 MERGES = (0.5, 0.75)  # 0.75 is the most that its cells of 2 x 2 allow
+GAINS = torch.arange(-3, 1.01, 0.25)  # that a fit tries
+DENOISE, CFG = 0.5, 3.0
+
+
+@dataclass(frozen=True)
+class Map:
+    """Queries, keys and values (B, N, heads * dim) of one self-attention, at `block` of the host's network."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    heads: int
+    block: tuple = ("input", 1)
+
+    @property
+    def side(self) -> int:
+        return int(self.q.shape[1] ** 0.5)
+
+    @functools.cached_property
+    def wanted(self) -> torch.Tensor:
+        return full(self)
 
 
 def smooth(side: int, channels: int, seed: int) -> torch.Tensor:
@@ -44,22 +82,25 @@ def error(out: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((out - wanted).float().norm() / wanted.float().norm())
 
 
-# Ways to attend: (q, k, v) of shape (B, N, heads * dim), the side of the map -> the same shape ----------
+# Ways to attend: a Map -> (B, N, heads * dim) --------------------------------------------------------
 
 
-def full(q, k, v, side):
+def full(m: Map):
     from comfy.ldm.modules.attention import optimized_attention
 
-    return optimized_attention(q, k, v, HEADS)
+    return optimized_attention(m.q, m.k, m.v, m.heads)
 
 
-def gri(window: int, pool: int):
-    settings = pack_module("nodes.regional").Regional(window, pool)
-    played = pack_module("nodes.regional").Attention(settings, pack_module("asdm_core.architecture").FAMILIES["sd15"])
+def gri(window: int, pool: int, gains: dict | None = None):
+    """gains: block -> (heads,)"""
+    regional = pack_module("nodes.regional")
+    played = regional.Attention(regional.Regional(window, pool), pack_module("asdm_core.architecture").FAMILIES["sd15"])
+    names = regional.Regional(stages=4).blocks(SD15)
+    played.gains = {names[block]: {0: lambda q, g=g: g} for block, g in (gains or {}).items()}
 
-    def attend(q, k, v, side):
-        return played.play(q, k, v, {"n_heads": HEADS, "attn_precision": None, "activations_shape": [BATCH, HEADS * DIM, side, side],
-                                     "transformer_index": 0})
+    def attend(m):
+        return played.play(m.q, m.k, m.v, {"n_heads": m.heads, "attn_precision": None, "block": m.block, "block_index": 0,
+                                           "activations_shape": [len(m.q), m.q.shape[2], m.side, m.side], "transformer_index": 0})
 
     return attend
 
@@ -67,14 +108,14 @@ def gri(window: int, pool: int):
 def hypertile(tile: int):
     """As published (tfernd/HyperTile): tiles attend to themselves alone."""
 
-    def attend(q, k, v, side):
-        n = side // tile
+    def attend(m):
+        b, n = len(m.q), m.side // tile
 
         def fold(t):
-            return t.view(BATCH, n, tile, n, tile, -1).transpose(2, 3).reshape(BATCH * n * n, tile * tile, -1)
+            return t.view(b, n, tile, n, tile, -1).transpose(2, 3).reshape(b * n * n, tile * tile, -1)
 
-        out = full(*map(fold, (q, k, v)), tile)
-        return out.view(BATCH, n, n, tile, tile, -1).transpose(2, 3).reshape(q.shape)
+        out = full(Map(*map(fold, (m.q, m.k, m.v)), m.heads))
+        return out.view(b, n, n, tile, tile, -1).transpose(2, 3).reshape(m.q.shape)
 
     return attend
 
@@ -82,11 +123,11 @@ def hypertile(tile: int):
 def tome(ratio: float):
     """As published (dbolya/tomesd), by the host's own matching."""
 
-    def attend(q, k, v, side):
+    def attend(m):
         from comfy_extras.nodes_tomesd import get_functions
 
-        merge, unmerge = get_functions(q, ratio, (BATCH, 4, side, side))
-        return unmerge(full(merge(q), merge(k), merge(v), side))
+        merge, unmerge = get_functions(m.q, ratio, (len(m.q), 4, m.side, m.side))
+        return unmerge(full(Map(merge(m.q), merge(m.k), merge(m.v), m.heads)))
 
     return attend
 
@@ -109,9 +150,9 @@ def by_node(node, *inputs):
     patches = Patches()
     node.execute(patches, *inputs)
 
-    def attend(q, k, v, side):
-        options = {"original_shape": [BATCH, 4, side, side]}
-        return patches.after(full(*patches.before(q, k, v, options), side), options)
+    def attend(m):
+        options = {"original_shape": [len(m.q), 4, m.side, m.side]}
+        return patches.after(full(Map(*patches.before(m.q, m.k, m.v, options), m.heads)), options)
 
     return attend
 
@@ -126,18 +167,236 @@ def ways() -> dict:
             **{f"tome {r:g}": tome(r) for r in MERGES}, **{f"tome {r:g}, node": by_node(TomePatchModel, r) for r in MERGES}}
 
 
-def bench_calls(side: int, dtype: torch.dtype, rounds: int, device: torch.device, clock) -> list[dict]:
-    q, k, v = (smooth(side, HEADS * DIM, seed).to(device, dtype) for seed in range(3))
-    attend = ways()
+def compare(maps: list[Map], attend: dict, rounds: int, device: torch.device, clock, **more) -> list[dict]:
+    """Time of each way on the first map, error on each map."""
     with torch.inference_mode():
-        outputs = {name: way(q, k, v, side) for name, way in attend.items()}
-        times = time_alternating({name: lambda way=way: way(q, k, v, side) for name, way in attend.items()}, rounds, 0,
+        torch.manual_seed(0)  # of Token Merging
+        errors = {name: [error(way(m), m.wanted) for m in maps] for name, way in attend.items()}
+        times = time_alternating({name: lambda way=way: way(maps[0]) for name, way in attend.items()}, rounds, 0,
                                  torch.cuda.synchronize if device.type == "cuda" else None, clock)
-    return [{"way": name, "tokens": side * side, "dtype": str(dtype).removeprefix("torch."), "seconds": statistics.median(times[name]),
-             "speedup": ratio(times, "full", name), "error": error(outputs[name], outputs["full"])} for name in attend]
+    return [{**more, "way": name, "tokens": maps[0].q.shape[1], "dtype": str(maps[0].q.dtype).removeprefix("torch."),
+             "seconds": statistics.median(times[name]), "speedup": ratio(times, "full", name), "error": statistics.mean(errors[name]),
+             **({"errors": errors[name]} if len(maps) > 1 else {})} for name in attend]
 
 
-def bench_unet(dtype: torch.dtype, rounds: int, device: torch.device, clock) -> list[dict]:
+def automatic(side: int) -> str:
+    settings = pack_module("asdm_core.gri").GRI.choose(side, side)
+    return f"gri {settings.window}/{settings.pool}"
+
+
+def at_equal_time(rows: list[dict], kind: str, reference: dict) -> float:
+    """The least error of a kind among its settings that take no longer than the reference; else that of its fastest."""
+    of_kind = [row for row in rows if row["way"].startswith(kind)]
+    quick = [row for row in of_kind if row["seconds"] <= 1.05 * reference["seconds"]]
+    return min(row["error"] for row in quick) if quick else min(of_kind, key=lambda row: row["seconds"])["error"]
+
+
+def errors(rows: list[dict], side: int, suffix: str = "") -> dict[str, float]:
+    chosen = next(row for row in rows if row["way"] == automatic(side))
+    return {f"error_gri{suffix}": chosen["error"], **{f"error_{kind}{suffix}": at_equal_time(rows, kind, chosen) for kind in ("hypertile", "tome")}}
+
+
+def bench_calls(dtype: torch.dtype, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
+    summary, rows = {}, []
+    for pixels, side in SIDES.items():
+        m = Map(*(smooth(side, HEADS * DIM, seed).to(device, dtype) for seed in range(3)), HEADS)
+        found = compare([m], ways(), rounds, device, clock, part="calls")
+        show(found, f"calls {pixels}")
+        summary[f"attention_speedup_{pixels}"] = next(row["speedup"] for row in found if row["way"] == automatic(side))
+        rows += found
+    return summary | errors(found, side, "_1024"), rows
+
+
+def show(rows: list[dict], what: str) -> None:
+    for row in rows:
+        print(f"{what:22} {row['way']:26} {row['seconds'] * 1000:9.1f} ms  x{row['speedup']:6.2f}  error {row['error']:.4f}", flush=True)
+
+
+# What networks attend to ----------------------------------------------------------------------------
+
+
+def recorded(model, run) -> list[Map]:
+    """The self-attentions of the first level in a run of a MODEL, of the prompted half of each batch."""
+    found, regional = [], pack_module("nodes.regional")
+    config = pack_module("nodes.host").architecture_of(model).config
+    clone = model.clone()
+
+    def remember(q, k, v, options):
+        half = len(q) // 2
+        prompted = slice(half) if options["cond_or_uncond"][0] == 0 else slice(half, None)
+        found.append(Map(*(t[prompted].clone() for t in (q, k, v)), options["n_heads"], options["block"]))
+        return full(replace(found[-1], q=q, k=k, v=v))
+
+    for block in regional.Regional(stages=1).blocks(config):
+        clone.set_model_attn1_replace(remember, *block)
+    run(clone)
+    return found
+
+
+def random_weights(side: int, device: torch.device, dtype: torch.dtype) -> list[Map]:
+    """The self-attentions of a network of one level of SD1.5's width, with random weights."""
+    config = replace(SD15, family="", channel_mult=(1,), down=((1, 1),), mid=1, up=((1, 1, 1),))
+    unet, found = build(config, dtype, device), []
+    torch.manual_seed(0)
+    for p in unet.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+
+    def remember(q, k, v, options):
+        found.append(Map(q, k, v, options["n_heads"], options["block"]))
+        return full(found[-1])
+
+    blocks = [("input", 1), ("input", 2), ("output", 0), ("output", 1), ("output", 2)]
+    x = smooth(side, 4, 0)[:1].transpose(1, 2).unflatten(2, (side, side)).to(device, dtype)
+    with torch.inference_mode():
+        unet(x, torch.tensor([500.0], device=device), torch.randn(1, 77, SD15.context_dim, device=device, dtype=dtype),
+             transformer_options={"patches_replace": {"attn1": dict.fromkeys(blocks, remember)}})
+    return found
+
+
+class Larger(Family):
+    """The emoji family on maps larger than it was trained for."""
+
+    def sample(self, model, noise, cond, steps: int = 6, latent=None):
+        """Latents of a run from noise, or from noised latents."""
+        import comfy.samplers
+
+        sampler = comfy.samplers.KSampler(model, steps, noise.device, "euler", "normal", 1.0 if latent is None else DENOISE, model.model_options)
+        uncond = [[self.uncond[0][0][:1].repeat(len(noise), 1, 1), {}]]
+        with torch.inference_mode():
+            return sampler.sample(noise, cond, uncond, CFG, latent_image=torch.zeros_like(noise) if latent is None else latent,
+                                  disable_pbar=True, seed=1)
+
+    @functools.cached_property
+    def originals(self) -> torch.Tensor:
+        """An emoji of each concept chosen, as latents (N, 4, 16, 16)."""
+        return torch.cat([self.sample(self.model, noise, [[context, {}]]) for noise, context in
+                          zip(self.noise.split(16), self.cond[0][0].split(16), strict=True)])
+
+    def sheets(self, side: int) -> torch.Tensor:
+        """The originals side by side, (sheets, 4, side, side), moved so that no border of a tile is one of an emoji."""
+        n = side // 16
+        sheets = self.originals[:len(self.originals) // n**2 * n**2].unflatten(0, (-1, n, n))
+        return sheets.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3).roll((5, 7), (2, 3))
+
+    def cut_out(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The emoji of sheets (S, 3, 8 side, 8 side), one by one."""
+        n = pictures.shape[-1] // 128
+        parts = pictures.roll((-40, -56), (2, 3)).unflatten(3, (n, 128)).unflatten(2, (n, 128))
+        return parts.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+    def again(self, model, latents: torch.Tensor, seed: int = 5, steps: int = 4) -> torch.Tensor:
+        """Image to image: each sheet with the prompt of nothing in particular."""
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+        cond = [[self.uncond[0][0][:1].repeat(len(latents), 1, 1), {}]]
+        return self.sample(model, noise, cond, steps, latents)
+
+    def maps(self, side: int, number: int) -> list[Map]:
+        """What the first level attends to in runs on a sheet and on an enlarged emoji, at their first and third step."""
+        large = F.interpolate(self.pictures(self.originals[number : number + 1]), 8 * side, mode="bicubic").clamp(0, 1)
+        found = []
+        for latents in (self.sheets(side)[number : number + 1], self.vae.encode(large.movedim(1, -1))):
+            of_run = recorded(self.model, lambda model, latents=latents: self.again(model, latents, number))
+            of_step = len(of_run) // 4
+            found += of_run[:of_step] + of_run[2 * of_step:3 * of_step]
+        return found
+
+
+def fit_gains(maps: list[Map], window: int, pool: int) -> dict:
+    """For each block, the gains (heads,) that bring GRI nearest to full attention, each head by itself."""
+    found = {}
+    with torch.inference_mode():
+        for block in dict.fromkeys(m.block for m in maps):
+            tried = []
+            for gain in GAINS:
+                attend, total = gri(window, pool, {block: gain.expand(maps[0].heads)}), 0
+                for m in (m for m in maps if m.block == block):
+                    wanted = m.wanted.unflatten(2, (m.heads, -1))
+                    total = total + (attend(m).unflatten(2, (m.heads, -1)) - wanted).square().sum((0, 1, 3)) / wanted.square().sum((0, 1, 3))
+                tried.append(total)
+            found[block] = GAINS[torch.stack(tried).argmin(0)]
+    return found
+
+
+def bench_activations(family: Larger, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
+    maps = family.maps(64, 0)
+    window, pool = map(int, automatic(64).removeprefix("gri ").split("/"))
+    gains = fit_gains(family.maps(64, 1), window, pool)
+    attend = ways() | {f"gri {window}/{pool}, gains": gri(window, pool, gains)}
+    rows = compare(maps, attend, rounds, device, clock, part="activations", of="emoji")
+    show(rows, "emoji")
+    summary = errors(rows, 64) | {"error_gri_gains": rows[-1]["error"]}
+    more = compare(random_weights(64, device, torch.float32), ways(), rounds, device, clock, part="activations", of="random weights")
+    show(more, "random weights")
+    return summary | errors(more, 64, "_random"), rows + more
+
+
+# Pictures -------------------------------------------------------------------------------------------
+
+
+def with_gains(model, config, gains: dict, folder: Path):
+    """A clone of MODEL with gains from a pack, as Apply Pack would give it."""
+    packs, architecture, cast = (pack_module(f"asdm_core.{name}") for name in ("packs", "architecture", "cast"))
+    names = pack_module("nodes.regional").Regional(stages=4).blocks(config)
+    description = packs.Description("pack", architecture.Architecture.full(config),
+                                    gri=pack_module("asdm_core.gri").Gains(tuple(names[block] for block in gains)))
+    by_unit = {names[block]: gain for block, gain in gains.items()}
+    path = folder / "gains.safetensors"
+    packs.write_pack(path, {key: by_unit[slot.unit.address] for key, slot in description.keys().items()}, description, None)
+    return pack_module("nodes.apply_pack").apply_pack(model, path, path.name, cast.Window())
+
+
+def bench_pictures(family: Larger, clock) -> tuple[dict, list[dict]]:
+    from train.metrics import frechet
+
+    host, regional = pack_module("nodes.host"), pack_module("nodes.regional")
+    config = host.architecture_of(family.model).config
+    summary, rows = {}, []
+    for side in (16, 32):
+        window, pool = (16, 4) if side > 16 else (8, 4)
+        if side == 16:
+            maps = recorded(family.model, lambda model: family.sample(model, family.noise[:8].flip(0), [[family.cond[0][0][:8], {}]]))
+        else:
+            maps = family.maps(side, 1)
+        gains = fit_gains(maps, window, pool)
+
+        def draw(model, side=side):
+            before = clock()
+            if side > 16:
+                latents = torch.cat([family.again(model, sheet) for sheet in family.sheets(side).split(2)])
+            else:
+                latents = torch.cat([family.sample(model, noise, [[context, {}]]) for noise, context in
+                                     zip(family.noise.split(16), family.cond[0][0].split(16), strict=True)])
+            with torch.inference_mode():
+                pictures = family.pictures(latents)
+                return pictures, family.cut_out(pictures) if side > 16 else pictures, clock() - before
+
+        def features(emoji):
+            with torch.inference_mode():
+                return torch.cat([family.classifier.features(part) for part in emoji.split(32)])
+
+        with tempfile.TemporaryDirectory() as folder:
+            played = host.with_regional(family.model, regional.Regional(window, pool, 1))
+            models = {"full": family.model, "gri": played, "gri, gains": with_gains(played, config, gains, Path(folder))}
+            made = {name: draw(model) for name, model in models.items()}
+        sheets, emoji, _ = made["full"]
+        for name, (pictures, parts, seconds) in made.items():
+            row = {"part": "pictures", "latents": side, "way": name if name == "full" else name.replace("gri", f"gri {window}/{pool}"),
+                   "emoji": len(parts), "seconds": seconds, "top1": family.top1(parts)}
+            if name != "full":
+                row |= {"psnr": float(psnr(pictures, sheets).mean()), "fed": frechet(features(parts), features(emoji)),
+                        "gains": {"/".join(map(str, block)): gain.tolist() for block, gain in gains.items()} if "gains" in name else None}
+                summary[f"psnr_{name.replace(', ', '_')}_{side}"] = row["psnr"]
+            rows.append(row)
+            print(*(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items() if key != "gains"), flush=True)
+    return summary, rows
+
+
+# The whole UNet -------------------------------------------------------------------------------------
+
+
+def bench_unet(name: str, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
+    dtype = DTYPES[name]
     regional = pack_module("nodes.regional")
     unet, played = build(dtype, device), regional.Attention(regional.Regional(), pack_module("asdm_core.architecture").FAMILIES["sd15"])
     generator = torch.Generator().manual_seed(0)
@@ -153,42 +412,74 @@ def bench_unet(dtype: torch.dtype, rounds: int, device: torch.device, clock) -> 
         unet(x[..., :64, :64], t, context)  # warms every layer up, at a quarter of the size
     times = time_alternating({"full": lambda: call({}), "gri": lambda: call(played.enter({}))}, rounds, 0,
                              torch.cuda.synchronize if device.type == "cuda" else None, clock)
-    return [{"unet": name, "pixels": 1024, "dtype": str(dtype).removeprefix("torch."), "seconds": statistics.median(times[name]),
-             "speedup": ratio(times, "full", name)} for name in times]
+    rows = [{"part": "unet", "unet": way, "pixels": 1024, "dtype": str(dtype).removeprefix("torch."), "seconds": statistics.median(times[way]),
+             "speedup": ratio(times, "full", way)} for way in times]
+    print(*(f"unet {row['unet']:5} {row['seconds']:8.2f} s  x{row['speedup']:.2f}" for row in rows), sep="\n", flush=True)
+    return {f"unet_speedup_1024{'' if dtype == torch.float32 else '_' + name}": rows[-1]["speedup"]}, rows
 
 
-def at_equal_time(rows: list[dict], kind: str, reference: dict) -> float:
-    """The least error of a kind among its settings that take no longer than the reference; else that of its fastest."""
-    of_kind = [row for row in rows if row["way"].startswith(kind)]
-    quick = [row for row in of_kind if row["seconds"] <= 1.05 * reference["seconds"]]
-    return min(row["error"] for row in quick) if quick else min(of_kind, key=lambda row: row["seconds"])["error"]
+def draw(rows: list[dict], path: Path) -> None:
+    """Error against time, one plot for each kind of map."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colours = {"gri": "#d1495b", "hypertile": "#2b59c3", "tome": "#3a9d5d"}
+    plots = {"emoji teacher, 64 x 64 tokens": [r for r in rows if r.get("of") == "emoji"],
+             "random weights, 64 x 64 tokens": [r for r in rows if r.get("of") == "random weights"],
+             "smooth random maps, 128 x 128 tokens": [r for r in rows if r["part"] == "calls" and r["tokens"] == 128**2]}
+    plots = {title: found for title, found in plots.items() if found}
+    figure, axes = plt.subplots(1, len(plots), figsize=(4.6 * len(plots), 4.2), squeeze=False)
+    for ax, (title, found) in zip(axes.flat, plots.items(), strict=True):
+        for kind, colour in colours.items():
+            for node, marker in ((False, "o"), (True, "^")):
+                points = [(r["seconds"] * 1000, r["error"], r["way"]) for r in found if r["way"].startswith(kind) and r["way"].endswith("node") == node]
+                ax.scatter(*list(zip(*points, strict=True))[:2], color=colour, marker=marker, s=34, zorder=3,
+                           label={"gri": "GRI", "hypertile": "HyperTile", "tome": "Token Merging"}[kind] + ", the host's node" * node) if points else None
+                for x, y, way in points:
+                    ax.annotate(way.removesuffix(", node").split(" ", 1)[1], (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7, color=colour)
+        whole = next(r["seconds"] for r in found if r["way"] == "full") * 1000
+        ax.axvline(whole, color="#8a94a6", lw=1, zorder=0, label="full attention (error 0)")
+        ax.set(xscale="log", yscale="log", title=title, xlabel="time of a call (ms)", ylabel="error against full attention (relative)")
+        ax.grid(True, which="both", alpha=0.2)
+    axes.flat[-1].legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+PARTS = ("calls", "activations", "pictures", "unet")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the others keep what was recorded of them")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of calls and unet")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--unet-rounds", type=int, default=1)
+    parser.add_argument("--emoji", type=int, default=80, help="pictures of the parts on the emoji family")
     add_common_arguments(parser)
     args, host, device, clock = begin(parser)
-    dtype = DTYPES[args.dtype]
-    summary, rows = {}, []
-    for pixels, side in SIDES.items():
-        found = bench_calls(side, dtype, args.rounds, device, clock)
-        rows += found
-        for row in found:
-            print(f"{pixels} {row['way']:26} {row['seconds'] * 1000:9.1f} ms  x{row['speedup']:6.2f}  error {row['error']:.4f}", flush=True)
-        settings = pack_module("asdm_core.gri").GRI.choose(side, side)
-        chosen = next(row for row in found if row["way"] == f"gri {settings.window}/{settings.pool}")
-        summary[f"attention_speedup_{pixels}"] = chosen["speedup"]
-    summary |= {"error_gri": chosen["error"], "error_hypertile": at_equal_time(found, "hypertile", chosen),
-                "error_tome": at_equal_time(found, "tome", chosen)}
-    if args.unet_rounds:
-        found = bench_unet(dtype, args.unet_rounds, device, clock)
-        rows += found
-        summary["unet_speedup_1024"] = found[-1]["speedup"]
-        print(*(f"unet {row['unet']:5} {row['seconds']:8.2f} s  x{row['speedup']:.2f}" for row in found), sep="\n", flush=True)
+    dtype, summary, rows = DTYPES[args.dtype], {}, []
+    family = Larger(args.emoji) if {"activations", "pictures"} & set(args.parts) else None
+    calls = {"calls": lambda: bench_calls(dtype, args.rounds, device, clock),
+             "activations": lambda: bench_activations(family, args.rounds, device, clock),
+             "pictures": lambda: bench_pictures(family, clock),
+             "unet": lambda: bench_unet(args.dtype, args.unet_rounds, device, clock)}
     command = command_line("gri")
+    for part in args.parts:
+        found, more = calls[part]()
+        summary |= found
+        rows += [row | {"command": command, "date": date.today().isoformat()} for row in more]
+    earlier = RESULTS / "gri.json"
+    if earlier.exists():
+        made = {(row["part"], row.get("dtype") if row["part"] == "unet" else None) for row in rows}
+        old = json.loads(earlier.read_text())
+        rows += [row for row in old["rows"] if (row["part"], row.get("dtype") if row["part"] == "unet" else None) not in made]
+        summary = old["summary"] | summary
+    draw(rows, ROOT / "docs" / "gri.png")
     record("gri", summary, rows, command, host, args.notes)
 
 
