@@ -75,11 +75,27 @@ def without_asdm(graph: Mapping) -> dict:
     return graph
 
 
-def last_picture(client: Client, graph: Mapping) -> Image.Image:
-    """The first image of the graph's first Save Image."""
-    key = next(key for key, node in graph.items() if node["class_type"] == "SaveImage")
+def first_of(graph: Mapping, kind: str) -> str | None:
+    """Id of the first node of a class."""
+    return next((key for key, node in graph.items() if node["class_type"] == kind), None)
+
+
+def saved_picture(client: Client, graph: Mapping, key: str) -> Image.Image:
+    """The first image that a Save Image of the graph saves."""
     outputs = client.run(needed(graph, key))
     return Image.open(io.BytesIO(client.fetch(outputs[key]["images"][0]))).convert("RGB")
+
+
+def thumbnail(client: Client, graph: Mapping) -> Image.Image:
+    """A and B of the graph's comparison, or without asdm and with it."""
+    comparison = first_of(graph, "ASDMABCompare")
+    if comparison:
+        sides = [graph | {"side": {"class_type": "SaveImage", "inputs": {"images": [comparison, output], "filename_prefix": "side"}}}
+                 for output in (1, 2)]
+        inputs = graph[comparison]["inputs"]
+        return split(*(saved_picture(client, side, "side") for side in sides), (inputs["label_a"], inputs["label_b"]))
+    key = first_of(graph, "SaveImage")
+    return split(*(saved_picture(client, g, key) for g in (without_asdm(graph), graph)), ("in full", "asdm"))
 
 
 def split(left: Image.Image, right: Image.Image, labels: tuple[str, str]) -> Image.Image:
@@ -105,8 +121,7 @@ def main() -> int:
         client.upload(INPUT, (host / "input" / INPUT).read_bytes())
         for path in sorted(WORKFLOWS.glob("*.json")):
             graph = on_embedded_family(api_graph(path), *STAND_INS.get(path.stem.lower().replace(" ", "_"), ("", "")))
-            pictures = [last_picture(client, g) for g in (without_asdm(graph), graph)]
-            split(*pictures, ("in full", "asdm")).save(path.with_suffix(".jpg"), quality=88)
+            thumbnail(client, graph).save(path.with_suffix(".jpg"), quality=88)
             print(f"thumbnails: {path.with_suffix('.jpg').name}", flush=True)
     return 0
 

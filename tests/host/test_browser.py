@@ -119,10 +119,11 @@ def test_workflow_drops_onto_the_canvas(page, path):
     assert not overlaps
 
 
-def test_quick_start_runs_to_a_picture(page):
-    drop(page, PACK / "workflows" / "Combined UNet from a pack.json")
+def test_quick_start_runs_to_a_comparison(page):
+    drop(page, PACK / "workflows" / "Quick start.json")
     run(page)
     wait_for_picture(page)
+    select(page, "ASDMCompareImages")
 
 
 def test_help_opens_beside_the_graph(page):
