@@ -205,7 +205,7 @@ class ASDMCompareImages(io.ComfyNode):
             search_aliases=["image compare", "slider", "before after", "difference", "grid", "side by side", "psnr", "ssim"],
             inputs=[
                 io.Autogrow.Input("images", template=slots, tooltip="Two to eight pictures or batches; the first of one batch meets the first of the others."),
-                io.String.Input("labels", default="", multiline=True, tooltip="Names of the pictures on the drawing, one a line. Empty: only A, B, ..."),
+                io.String.Input("labels", default="", tooltip="Names of the pictures, separated by commas. Empty: only A, B, ..."),
                 io.String.Input("title", default="", tooltip="Headline of the drawing."),
             ],
             outputs=[io.Image.Output(display_name="comparison", tooltip="All of them side by side, labelled, two with their difference.")],
@@ -215,7 +215,7 @@ class ASDMCompareImages(io.ComfyNode):
     @classmethod
     def execute(cls, images, labels, title):
         batches = [images[name.lower()] for name in NAMES if images.get(name.lower()) is not None]
-        names = [line.strip() for line in labels.splitlines()][:len(batches)]
+        names = [name.strip() for name in labels.split(",")][:len(batches)]
         names += [""] * (len(batches) - len(names))
         picture = to_image(draw(title, "", names, batches))
         return io.NodeOutput(picture, ui=view(cls, title, names, batches))

@@ -21,7 +21,8 @@ const STYLE = `
 .asdm-compare button[aria-pressed=true] { background: #f4a261; border-color: #f4a261; color: #1c2330; }
 .asdm-compare .asdm-title { font-weight: bold; color: #fff; }
 .asdm-compare .asdm-fill { flex: 1; }
-.asdm-compare .asdm-stage { position: relative; flex: 1; min-height: 0; display: flex; gap: 4px; touch-action: none; user-select: none; }
+.asdm-compare .asdm-stage { position: relative; flex: 1; min-height: 0; display: flex; gap: 4px; touch-action: none; user-select: none; outline: none; }
+.asdm-compare .asdm-stage:focus { box-shadow: 0 0 0 1px #f4a261; border-radius: 4px; }
 .asdm-compare .asdm-pane { position: relative; flex: 1; overflow: hidden; background: #1a1a1a; border-radius: 4px; isolation: isolate; }
 .asdm-compare img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain; transform-origin: 0 0; -webkit-user-drag: none; }
 .asdm-compare .asdm-pixels img { image-rendering: pixelated; }
@@ -45,7 +46,8 @@ class CompareView {
     this.flipped = false
     this.reset()
     this.bar = element('div', { className: 'asdm-bar' })
-    this.stage = element('div', { className: 'asdm-stage' })
+    this.stage = element('div', { className: 'asdm-stage', tabIndex: -1 })
+    this.stage.dataset.captureWheel = true // the new front end leaves the wheel to a focused element marked so
     this.root = element('div', { className: 'asdm-compare' }, element('style', { textContent: STYLE }), this.bar, this.stage)
     this.stage.append(element('span', { className: 'asdm-empty', textContent: 'Run the workflow to compare' }))
     this.listen()
@@ -136,7 +138,7 @@ class CompareView {
     for (const image of this.images) image.style.transform = `translate(${this.x}px, ${this.y}px) scale(${this.zoom})`
     const scale = (this.zoom * width) / (a.naturalWidth || width)
     this.stage.classList.toggle('asdm-pixels', scale * (window.devicePixelRatio || 1) > 2)
-    b.style.clipPath = b.style.mixBlendMode = b.style.visibility = this.panes[0].style.filter = ''
+    b.style.clipPath = b.style.mixBlendMode = b.style.visibility = this.panes[0].style.filter = this.panes[0].style.background = ''
     if (this.mode === 'slider') {
       const from = (this.split * width - this.x) / this.zoom
       b.style.clipPath = `inset(0 0 0 ${from}px)`
@@ -148,6 +150,7 @@ class CompareView {
     } else if (this.mode === 'difference') {
       b.style.mixBlendMode = 'difference'
       this.panes[0].style.filter = 'brightness(4)'
+      this.panes[0].style.background = '#000'
       for (const tag of this.tags) tag.hidden = true
     }
   }
@@ -163,7 +166,7 @@ class CompareView {
     let drag = null
     stage.addEventListener('wheel', (event) => {
       const box = pane(event)
-      if (!box) return
+      if (!box || document.activeElement !== stage) return // else the canvas zooms
       event.preventDefault()
       event.stopPropagation()
       const [x, y] = at(event, box)
@@ -178,6 +181,7 @@ class CompareView {
       const box = pane(event)
       if (!box || event.button) return
       event.stopPropagation()
+      stage.focus({ preventScroll: true })
       stage.setPointerCapture(event.pointerId)
       drag = { box, from: at(event, box), x: this.x, y: this.y, moved: false }
     })

@@ -276,7 +276,7 @@ def test_pictures_are_shown_bit_by_bit():
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_any_number_is_drawn_with_labels(count):
     images = {name.lower(): pictures(2, i / 10) for i, name in enumerate(compare.NAMES[:count])}
-    drawn, payload = shown(images=images, labels="first\nsecond", title="A title")
+    drawn, payload = shown(images=images, labels="first, second", title="A title")
     assert len(payload["batches"]) == count and payload["labels"] == ["first", "second", *[""] * (count - 2)]
     assert set(payload["likeness"]) == {f"{i}{j}" for i in range(count) for j in range(i + 1, count)}
     columns = 3 if count == 2 else count
