@@ -283,9 +283,11 @@ class Stage:
         for address, part in experts.items():
             layer = players.get(address, self._layers[address])
             players[address] = self._packs[part.source].with_experts(address, layer, part.strength)
-        self._players = {id(self._layers[address]): player for address, player in players.items()}
+        bypassed = {address: units.with_bypass(player, self._layers[address]) for address, player in players.items()}
+        self._players = {id(self._layers[address]): player for address, (player, _) in bypassed.items()}
+        bypass = ";".join(f"{id(hook.adapter)}*{hook.multiplier}" for _, hooks in bypassed.values() for hook in hooks)
         everybody = parts | {f"{a}.{p.role}": p for joining in (experts, gains) for a, p in joining.items()}
-        self.name = fingerprint(everybody, self._serials) if everybody else ""
+        self.name = fingerprint(everybody, self._serials + bypass) if everybody else ""
         if regional:
             self._attention.gains = {address: self._packs[part.source].gains(address, part.strength) for address, part in gains.items()}
             self.name += self._attention.name

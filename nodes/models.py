@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 
+import comfy.controlnet
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
@@ -16,6 +17,7 @@ import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..asdm_core import packs
@@ -114,7 +116,22 @@ def load_unet(path: str, weight_dtype: str = "default", prediction: str | None =
         model.to(patcher.offload_device)
     model.load_model_weights(weights, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_unet, (path, weight_dtype, prediction))
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "asdm_pruned", _refuse_control_lora)
     return patcher
+
+
+def _refuse_control_lora(executor, *args, **kwargs):
+    """A Control-LoRA takes all of its network from the UNet but a low-rank difference; without these units it cannot."""
+    model = executor.class_obj.model_patcher
+    cut = [a for a in model.model.model_config.asdm_architecture.cut_units if not a.startswith("up.")]
+    for cond in (cond for conds in executor.class_obj.conds.values() for cond in conds) if cut else ():
+        control = cond.get("control")
+        while control is not None:
+            if isinstance(control, comfy.controlnet.ControlLora):
+                raise ValueError(f"A Control-LoRA is built from the UNet's own encoder, and of this UNet's {', '.join(cut)} are cut. "
+                                 "Use an ordinary ControlNet, or a pack on the unpruned checkpoint.")
+            control = control.previous_controlnet
+    return executor(*args, **kwargs)
 
 
 # Checkpoints ----------------------------------------------------------------------------------------

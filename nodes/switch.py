@@ -8,6 +8,8 @@ The sampler sees one model function and keeps its history.
 
 from __future__ import annotations
 
+import inspect
+import operator
 from contextlib import ExitStack, contextmanager
 
 import comfy.hooks
@@ -15,6 +17,7 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP, get_all_wrappers
+from comfy.weight_adapter import BypassInjectionManager
 from comfy_api.latest import io
 
 from ..asdm_core.switching import UNITS, Switch, SwitchPoint, shares
@@ -95,8 +98,9 @@ def _same_weights(a, b) -> bool:
     # Not by patches_uuid: the host gives a new one in each run with hook LoRAs.
     patched_alike = a.patches.keys() == b.patches.keys() and all(
         len(v) == len(b.patches[k]) and all(x is y for x, y in zip(v, b.patches[k], strict=True)) for k, v in a.patches.items())
-    return patched_alike and all(x.keys() == y.keys() and all(x[k] is y[k] for k in x) for x, y in (
-        (a.object_patches, b.object_patches), (a.injections, b.injections), (a.weight_wrapper_patches, b.weight_wrapper_patches)))
+    injections = ({k: tuple(map(id, v)) for k, v in m.injections.items()} for m in (a, b))  # a clone has the same, in lists of its own
+    return patched_alike and operator.eq(*injections) and all(x.keys() == y.keys() and all(x[k] is y[k] for k in x) for x, y in (
+        (a.object_patches, b.object_patches), (a.weight_wrapper_patches, b.weight_wrapper_patches)))
 
 
 def _parts(model) -> list[tuple]:
@@ -117,10 +121,22 @@ def _apart(model, others):
     try:
         copy = model.clone(force_deepcopy=True)
         copy.set_additional_models(host.KEY, [pack.clone(force_deepcopy=True) for pack in model.get_additional_models_with_key(host.KEY)])
+        copy.is_injected = False  # as the original may be at the moment
+        copy.injections = {k: [_bound_to(copy, injection) for injection in v] for k, v in copy.injections.items()}
     except RuntimeError as error:
         raise ValueError("Switch UNet: both models are one UNet with different LoRAs or patches, and this UNet cannot be loaded a second "
                          "time because its loader does not say how. Load it with a stock loader or one of asdm's.") from error
     return copy
+
+
+def _bound_to(model, injection):
+    """An injection as it is; of a bypass LoRA, which holds the modules of the UNet it was made for, one for the UNet of MODEL."""
+    manager = inspect.getclosurevars(injection.inject).nonlocals.get("self")
+    if not isinstance(manager, BypassInjectionManager):
+        return injection
+    anew = BypassInjectionManager()
+    anew.adapters = manager.adapters
+    return anew.create_injections(model.model)[0]
 
 
 @contextmanager

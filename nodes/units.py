@@ -16,6 +16,7 @@ import comfy.ops
 import torch
 from comfy.ldm.modules import attention
 from comfy.ldm.modules.diffusionmodules import openaimodel
+from comfy.weight_adapter import BypassForwardHook
 from torch import Tensor, nn
 
 from ..asdm_core.addresses import Slot, Unit, UNetConfig, walk
@@ -152,6 +153,33 @@ def host_weights(module: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]
     weight, bias, stream = comfy.ops.cast_bias_weight(module, x, offloadable=True)
     yield weight, bias
     comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
+# Bypass LoRAs ---------------------------------------------------------------------------------------
+
+
+class Bypassed(nn.Module):
+    """A module under a LoRA of the host's bypass mode, which wraps the forwards of single modules instead of patching weights."""
+
+    def __init__(self, module: nn.Module, hook: BypassForwardHook):
+        super().__init__()
+        self.module, twin = module, copy.copy(hook)
+        twin.original_forward = module
+        self.play = twin._bypass_forward
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return self.play(x, *args, **kwargs)
+
+
+def with_bypass(player: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[BypassForwardHook]]:
+    """The player of a unit under the bypass LoRAs that act on the layer it stands in for, and these."""
+    own, hooks = dict(player.named_modules()), {}
+    for path, module in layer.named_modules():
+        hook = getattr(vars(module).get("forward"), "__self__", None)
+        # A player may share modules with the layer: those are wrapped already.
+        if isinstance(hook, BypassForwardHook) and own.get(path, module) is not module:
+            hooks[path] = hook
+    return with_submodules(player, {path: Bypassed(own[path], hook) for path, hook in hooks.items()}), list(hooks.values())
 
 
 # Packs ----------------------------------------------------------------------------------------------
