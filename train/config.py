@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from asdm_core import condconv
-from asdm_core.addresses import UNetConfig, select
+from asdm_core.addresses import UNetConfig, in_order, select
 from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.condconv import FORMS, CondConv, convolutions, sharing
+from asdm_core.gri import GRI, Gains
 
 from .losses import LATENT_RGB, PREDICTIONS
 
@@ -95,6 +96,23 @@ class Experts:
     start: str = "zero"
     form: str = "difference"
     router: bool = True
+
+
+@dataclass(frozen=True)
+class Regional:
+    """GRI attention (asdm_core/gri.py) in the student, whose gains, one for each head, are trained.
+
+    on: range expression of the units whose self-attention it replaces; empty: none.
+    window, pool: in tokens, as GRI.choose takes them; 0 leaves the choice to it.
+    """
+
+    on: str = ""
+    window: int = 0
+    pool: int = 0
+
+    def sized(self, side: int) -> GRI:
+        """The settings for a square map."""
+        return GRI.choose(side, side, self.window, self.pool)
 
 
 @dataclass(frozen=True)
@@ -211,6 +229,7 @@ class Config:
     network: Network = field(default_factory=Network)
     student: Student = field(default_factory=Student)
     experts: Experts = field(default_factory=Experts)
+    gri: Regional = field(default_factory=Regional)
     data: Data = field(default_factory=Data)
     encoders: Encoders = field(default_factory=Encoders)
     samples: Samples = field(default_factory=Samples)
@@ -239,7 +258,12 @@ class Config:
         if self.loss.perceptual and self.network.family not in LATENT_RGB:
             raise ValueError(f"loss.perceptual: the latents of {self.network.family!r} have no known way to a picture; "
                              f"possible with {', '.join(LATENT_RGB)}")
-        self.condconv  # noqa: B018 - raises for a choice of units that cannot work, of the network or of its experts
+        if self.gri.window and self.gri.pool:
+            GRI(self.gri.window, self.gri.pool)
+        # Raises for a choice of units that cannot work, of the network, its experts or its gains.
+        if not (self.condconv or self.gains or self.architecture.own or self.student.trained == "all"):
+            raise ValueError(f"{self.name} trains nothing: student.preset = {self.student.preset!r} leaves the original as it is; set "
+                             "student.trained = all, experts.on or gri.on")
 
     @property
     def architecture(self) -> Architecture:
@@ -263,6 +287,18 @@ class Config:
         if not chosen:
             raise ValueError(f"experts.on: {self.experts.on!r} holds no convolution that {architecture.name or 'the student'} keeps")
         return CondConv(dict.fromkeys(chosen, self.experts.count), self.experts.form)
+
+    @property
+    def gains(self) -> Gains | None:
+        """The transformers with GRI attention; None where the recipe asks for none."""
+        architecture = self.architecture
+        if not self.gri.on:
+            return None
+        units = set(select(self.network.config, self.gri.on))
+        chosen = [u.address for u in architecture.kept if u.kind == "transformer" and u.address in units]
+        if not chosen:
+            raise ValueError(f"gri.on: {self.gri.on!r} holds no transformer that {architecture.name or 'the student'} keeps")
+        return Gains(in_order(self.network.config, chosen))
 
     @property
     def folder(self) -> Path:

@@ -239,7 +239,7 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
     computed = Outputs(config, criterion.teacher_paths) if config.network.outputs and criterion.needs_teacher else None
     teacher = taps.Tapped(original, criterion.teacher_paths) if criterion.needs_teacher and not computed else None
     if device.type == "cpu":  # fused attention is slow to train through on a CPU
-        original.set_attn_processor(BmmAttention()), student.set_attn_processor(BmmAttention())
+        stages.set_attention(original, BmmAttention()), stages.set_attention(student, BmmAttention())
     if config.run.checkpoint_gradients:
         student.enable_gradient_checkpointing()
 

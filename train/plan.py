@@ -16,6 +16,7 @@ from asdm_core.surgery import cut_diffusers
 
 from . import stages, taps
 from .config import LOSSES, Config
+from .data import pooled_width
 
 BYTES = {"no": 4, "bf16": 2, "fp16": 2}  # of an activation and of a teacher's weight
 
@@ -59,6 +60,7 @@ def meta_student(config: Config) -> nn.Module:
         teacher = stages.build(config) if config.experts.start == "clme" else student
     cut_diffusers(student, config.architecture)
     stages.give_experts(student, teacher, config)
+    stages.give_gains(student, config.network.config, config.gains, config.gri)
     stages.freeze(student, config)
     return student
 
@@ -96,10 +98,14 @@ def activations(student: nn.Module, config: Config) -> int:
             handles += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
     student.set_attn_processor(_CountingProcessor())
     size = config.run.micro_batch
-    arguments = (torch.empty(size, unet.in_channels, side, side, device="meta"), torch.zeros(size, device="meta"),
+    # Gains are not seen here, because attention is only counted: with them everything keeps what its input's gradient needs.
+    x = torch.empty(size, unet.in_channels, side, side, device="meta", requires_grad=config.gains is not None)
+    arguments = (x, torch.zeros(size, device="meta"),
                  torch.empty(size, 77, unet.context_dim, device="meta"))
+    pooled = pooled_width(unet)
+    added = {"text_embeds": torch.empty(size, pooled, device="meta"), "time_ids": torch.empty(size, 6, device="meta")} if pooled else None
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        student(*arguments, return_dict=False)
+        student(*arguments, added_cond_kwargs=added, return_dict=False)
     for handle in handles:
         handle.remove()
     if not config.run.checkpoint_gradients:

@@ -8,6 +8,7 @@ a set of trained units.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 
@@ -16,12 +17,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from asdm_core import condconv
-from asdm_core.addresses import in_order, unit
+from asdm_core.addresses import UNetConfig, in_order, unit
 from asdm_core.architecture import Architecture
+from asdm_core.gri import Gains, gri_attention
 from asdm_core.packs import Description, Loaded, TensorFile, describe, open_pack, open_unet, write_pack, write_unet
 from asdm_core.surgery import ADDRESSED, Form, convert, cut_diffusers, extract, load_units, modules
 
-from .config import Config
+from .config import Config, Regional
 
 OWN_STEM = ("stem.conv_in", "stem.norm_out", "stem.conv_out")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": "int8"}
@@ -72,6 +74,7 @@ def make_student(teacher: nn.Module, config: Config) -> nn.Module:
     if config.student.start:
         load_units(student, "diffusers", architecture, _started(config))
     give_experts(student, teacher, config)
+    give_gains(student, config.network.config, config.gains, config.gri)
     freeze(student, config)
     return student
 
@@ -89,8 +92,39 @@ def give_experts(student: nn.Module, teacher: nn.Module, config: Config) -> None
     condconv.install(student, "diffusers", unet, settings, tensors)
 
 
+class RegionalAttention(nn.Module):
+    """GRI self-attention for a diffusers UNet on square maps, with a trainable gain for each head, (heads,)."""
+
+    def __init__(self, heads: int, settings: Regional, device: torch.device | None = None):
+        super().__init__()
+        self.gain, self.settings = nn.Parameter(torch.zeros(heads, device=device)), settings
+
+    def forward(self, attn: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        """hidden_states: (B, N, C)."""
+        side = math.isqrt(hidden_states.shape[1])
+        q, k, v = (to(hidden_states).unflatten(-1, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
+        return attn.to_out[0](gri_attention(q, k, v, side, side, self.settings.sized(side), self.gain).flatten(2))
+
+
+def give_gains(student: nn.Module, config: UNetConfig, gains: Gains | None, settings: Regional) -> None:
+    """Let self-attentions of a live student be GRI with gains of 0, in place."""
+    for attn in regional(student, config, gains).values():
+        attn.set_processor(RegionalAttention(attn.heads, settings, attn.to_q.weight.device))
+
+
+def regional(student: nn.Module, config: UNetConfig, gains: Gains | None) -> dict[str, nn.Module]:
+    """The self-attentions that gains are for, by the gain's name in a pack file."""
+    slots = gains.keys(config) if gains else {}
+    return {key: student.get_submodule(slot.unit.key(slot.tensor, "diffusers").removesuffix(".gain")) for key, slot in slots.items()}
+
+
+def set_attention(unet: nn.Module, processor: object) -> None:
+    """Let a diffusers UNet compute its attention with a processor, but where it is GRI."""
+    unet.set_attn_processor({name: p if isinstance(p, RegionalAttention) else processor for name, p in unet.attn_processors.items()})
+
+
 def freeze(student: nn.Module, config: Config) -> None:
-    """Let only the trained units and all further experts have gradients. The others stay in the graph: what lies before them needs theirs."""
+    """Let only the trained units, all further experts and all gains have gradients. The others stay in the graph: what lies before them needs theirs."""
     student.requires_grad_(False)
     parts = modules(student, config.architecture, "diffusers")
     for address in trained_units(config):
@@ -99,6 +133,8 @@ def freeze(student: nn.Module, config: Config) -> None:
         if isinstance(layer, condconv.CondConv2d):
             layer.experts.requires_grad_(True)
             layer.router.requires_grad_(config.experts.router)
+        elif isinstance(layer, RegionalAttention):
+            layer.gain.requires_grad_(True)
 
 
 def _started(config: Config) -> dict[str, Tensor]:
@@ -111,9 +147,9 @@ def _started(config: Config) -> dict[str, Tensor]:
     if opened.description.family != architecture.config.family:
         raise ValueError(f"student.start: {opened.path.name} belongs to {opened.description.family}, this recipe to "
                          f"{architecture.config.family}")
-    if opened.description.condconv is not None:
-        raise ValueError(f"student.start: {opened.path.name} has further experts, which the next stage would lose; start from a "
-                         "student without")
+    if opened.description.condconv is not None or opened.description.gri is not None:
+        raise ValueError(f"student.start: {opened.path.name} has further experts or gains, which the next stage would lose; start "
+                         "from a student without")
     own = set(architecture.own) | (set(OWN_STEM) if config.student.stem else set())
     missing = own - {slot.unit.address for key, slot in architecture.keys().items() if key in opened.tensors}
     if missing:
@@ -132,12 +168,16 @@ def assembled(whole: nn.Module, path: str | os.PathLike) -> nn.Module:
     """A copy of an unpruned UNet with a product in it: its units cut, those the product has replaced, further experts added."""
     opened = open_product(path)
     architecture, settings = opened.description.architecture, opened.description.condconv
-    result, experts = copy.deepcopy(whole), opened.description.expert_keys
+    result, gains = copy.deepcopy(whole), opened.description.gri
     cut_diffusers(result, architecture)
     tensors = {k: v.float() for k, v in opened.tensors.items()}
-    load_units(result, "diffusers", architecture, {k: v for k, v in tensors.items() if k not in experts})
+    load_units(result, "diffusers", architecture, {k: tensors[k] for k in tensors if k in architecture.keys()})
     if settings is not None:
         condconv.install(result, "diffusers", architecture.config, settings, tensors)
+    if gains is not None:
+        give_gains(result, architecture.config, gains, Regional(**opened.description.training.get("gri", {})))
+        for key, attn in regional(result, architecture.config, gains).items():
+            attn.processor.gain.data.copy_(tensors[key])
     return result.eval()
 
 
@@ -153,12 +193,15 @@ def addressed(student: nn.Module, architecture: Architecture) -> dict[str, Tenso
 
 
 def describe_product(config: Config, training: Mapping) -> Description:
-    """A pack where something is frozen or has further experts, else a pruned UNet."""
-    architecture, units, settings = config.architecture, trained_units(config), config.condconv
+    """A pack where something is frozen, or has further experts or gains, else a pruned UNet."""
+    architecture, units, settings, gains = config.architecture, trained_units(config), config.condconv, config.gains
     training = dict(training) | {"recipe": config.name, "seed": config.seed}
-    if settings is None and len(units) == len(architecture.kept):
+    if gains:
+        training["gri"] = {"window": config.gri.window, "pool": config.gri.pool}
+    if settings is gains is None and len(units) == len(architecture.kept):
         return Description("unet", architecture, prediction=config.network.prediction, training=training)
-    return Description("pack", architecture, units, prediction=config.network.prediction, training=training, condconv=settings)
+    return Description("pack", architecture, units, prediction=config.network.prediction, training=training, condconv=settings,
+                       gri=gains)
 
 
 def write_product(student: nn.Module, config: Config, training: Mapping) -> None:
@@ -172,6 +215,7 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
         tensors = extract(tensors, config.architecture, description.units)
         if settings := description.condconv:
             tensors |= {k: v.float() for k, v in condconv.extract(student, "diffusers", config.network.config, settings).items()}
+        tensors |= {k: attn.processor.gain.float() for k, attn in regional(student, config.network.config, description.gri).items()}
         write_pack(config.product, tensors, description, dtype)
 
 

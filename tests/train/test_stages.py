@@ -7,7 +7,8 @@ from asdm_core.architecture import Architecture
 from asdm_core.packs import Description, open_pack, open_unet, write_unet
 from tests.train.recipes import CONFIGS, NARROW, RECIPES
 from train import stages, taps
-from train.config import load
+from train.config import Regional, load
+from train.emoji.unet import BmmAttention
 from train.plan import activations, meta_student, report
 from train.taps import Tap, Tapped, caught
 
@@ -191,8 +192,54 @@ def test_a_product_with_experts_plays_what_was_trained(changes, tmp_path):
     assert description.kind == "pack" and description.condconv == recipe.condconv
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
     assert torch.equal(stages.assembled(teacher, recipe.product)(x, t, context).sample, student.eval()(x, t, context).sample)
-    with pytest.raises(ValueError, match="has further experts, which the next stage would lose"):
+    with pytest.raises(ValueError, match="has further experts or gains, which the next stage would lose"):
         stages.make_student(teacher, load(NARROW, [*E2[:2], *[c for c in changes if "preset" in c], f"student.start={recipe.product}"]))
+
+
+# GRI -------------------------------------------------------------------------------------------------
+
+GAINS = ["student.preset=full", "loss.mid=0", "loss.blocks=0", "gri.on=down.0, up.3", "gri.window=4", "gri.pool=2"]
+
+
+def test_of_gri_only_the_gains_are_trained():
+    student = meta_student(load(NARROW, GAINS))
+    trained = {name: p.shape for name, p in student.named_parameters() if p.requires_grad}
+    assert list(trained.values()) == [(4,)] * 5 and all(name.endswith(".attn1.processor.gain") for name in trained)
+    with pytest.raises(ValueError, match=r"narrow trains nothing: student.preset = 'full'"):
+        load(NARROW, GAINS[:3])
+    with pytest.raises(ValueError, match="'down.3' holds no transformer"):
+        load(NARROW, [*GAINS, "gri.on=down.3"])
+    with pytest.raises(ValueError, match="window and shift must be multiples of pool"):
+        load(NARROW, [*GAINS, "gri.pool=3"])
+
+
+@torch.no_grad()
+def test_a_window_over_the_whole_map_is_the_teacher_whatever_the_gains(tmp_path):
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
+    recipe = load(NARROW, [*GAINS, f"run.folder={tmp_path}", "run.stored=float32"])
+    teacher = stages.load_teacher(recipe)
+    wanted = teacher(x, t, context).sample
+    student = stages.make_student(teacher, recipe)
+    for p in student.parameters():
+        if p.requires_grad:
+            p.add_(1.0)
+    for same in (False, True):
+        stages.set_attention(student, BmmAttention())  # leaves GRI where it is
+        assert sum(isinstance(p, stages.RegionalAttention) for p in student.attn_processors.values()) == 5
+        for p in student.attn_processors.values():
+            if same and isinstance(p, stages.RegionalAttention):
+                p.settings = Regional(window=8, pool=4)
+        assert torch.allclose(student(x, t, context).sample, wanted, atol=1e-4) == same
+
+    # A product plays the same gains in the same windows.
+    again = stages.make_student(teacher, recipe)
+    for name, p in again.named_parameters():
+        if p.requires_grad:
+            p.copy_(torch.randn(p.shape))
+    stages.write_product(again, recipe, {})
+    opened = open_pack(recipe.product)
+    assert opened.description.units == () and set(opened.tensors) == set(recipe.gains.keys(recipe.network.config))
+    assert torch.equal(stages.assembled(teacher, recipe.product)(x, t, context).sample, again.eval()(x, t, context).sample)
 
 
 # Products -------------------------------------------------------------------------------------------
@@ -226,10 +273,10 @@ def test_products_hold_the_student(changes, kind, stored, tmp_path):
 def test_every_recipe_has_a_plan(path):
     recipe = load(path)
     text = report(recipe, 2 if recipe.run.batch > recipe.run.micro_batch else 1)
-    whole = recipe.condconv is None and len(stages.trained_units(recipe)) == len(recipe.architecture.kept)
+    whole = recipe.condconv is recipe.gains is None and len(stages.trained_units(recipe)) == len(recipe.architecture.kept)
     assert f"ends in {recipe.product} ({'unet' if whole else 'pack'})" in text
-    experts = sum(slot.tensor.numel for slot in recipe.condconv.keys(recipe.network.config).values()) if recipe.condconv else 0
-    assert f"{(recipe.architecture.params + experts) / 1e6:.3f}" in text.split("all", 1)[1]
+    further = sum(slot.tensor.numel for extra in (recipe.condconv, recipe.gains) if extra for slot in extra.keys(recipe.network.config).values())
+    assert f"{(recipe.architecture.params + further) / 1e6:.3f}" in text.split("all", 1)[1]
     assert "activations" in text
 
 
