@@ -31,6 +31,7 @@ from .encoders import Text, ToLatents, ToText, latents_of, load_text, load_vae
 SHUFFLED = 1000  # pictures of shards and streams that are shuffled together: reading stays within few files
 TRIES = 100  # pictures in a row that may be broken
 THREADS = 8  # that decode pictures
+SAMPLES_IN_FILE = 64  # of the teacher's own pictures
 ENDLESS = 2**62  # the length of a stream
 
 Predict = Callable[[Tensor, Tensor, Tensor, dict | None], Tensor]  # x, t, context, SDXL's conditions -> the teacher's output
@@ -74,8 +75,9 @@ class Pictures(Numbered):
     def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
         with ThreadPoolExecutor(THREADS) as pool:
             pictures, sizes, captions, left_out = zip(*pool.map(self.read, numbers, draws), strict=True)
-        return Examples(self.to_latents(torch.stack(pictures)).float().cpu(), _on_cpu(self.to_text(captions)),
-                        torch.stack(sizes) if self.wide else None, torch.tensor(left_out))
+        # A VAE on the CPU may put out channels last, in which torch 2.11 crashes in the UNet's backward pass.
+        latents = self.to_latents(torch.stack(pictures)).float().cpu().contiguous()
+        return Examples(latents, _on_cpu(self.to_text(captions)), torch.stack(sizes) if self.wide else None, torch.tensor(left_out))
 
 
 class Folder(Pictures):
@@ -212,16 +214,14 @@ class Hub(Pictures):
         window = max(w for w in self.starts if w <= n // SHUFFLED)
         return {"window": window, "stream": self.starts[window]}
 
-    def _window(self, w: int) -> list[dict]:
+    def _reach(self, w: int) -> None:
+        """Read on to window w."""
         while w not in self.windows:
             reached = max(self.starts)
             part = [next(self.examples_left) for _ in range(SHUFFLED)]
             order = torch.randperm(SHUFFLED, generator=seeded(self.seed, 9, reached)).tolist()
             self.windows[reached] = [part[i] for i in order]
             self.starts[reached + 1] = json.loads(json.dumps(self.stream.state_dict()))
-            for old in [k for k in self.windows if k < reached - 1]:
-                del self.windows[old], self.starts[old]
-        return self.windows[w]
 
     def __len__(self) -> int:
         return ENDLESS
@@ -233,8 +233,9 @@ class Hub(Pictures):
         return i - i % SHUFFLED + (i + 1) % SHUFFLED
 
     def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
-        for w in sorted({n // SHUFFLED for n in numbers}):
-            self._window(w)
+        self._reach(max(numbers) // SHUFFLED)
+        for old in [w for w in self.windows if w < min(numbers) // SHUFFLED]:  # a process never goes back
+            del self.windows[old], self.starts[old]
         return super().examples(numbers, draws)
 
     def open(self, i: int) -> tuple[str, object, list[str]]:
@@ -307,7 +308,7 @@ def draw(config: Config, predict: Predict, noise: Tensor, text: Text, empty: Tex
 def write_samples(folder: Path, source: Prompts, count: int, batch: int, process: int = 0, processes: int = 1) -> None:
     """Draw `count` pictures into a cache in `folder`, or what is missing of them; each process makes its share of the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    shard = -(-min(count, 64) // batch) * batch
+    shard = -(-min(count, SAMPLES_IN_FILE) // batch) * batch
     files = [n for n in range(0, count, shard) if not (folder / f"{n // shard:05d}.safetensors").exists()][process::processes]
     progress = Progress("the teacher draws", len(files) * shard)
     for done, first in enumerate(files):

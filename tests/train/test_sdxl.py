@@ -1,0 +1,82 @@
+"""The recipes of the SDXL family, and a narrow network of its kind through two stages of progressive removal."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from asdm_core.packs import open_unet, write_file
+from tests.train.recipes import CONFIGS
+from train import taps
+from train.config import load
+from train.data import Batches, Cache, Random
+from train.loop import train
+
+# A chain of stages each: from the recipe that starts at the teacher to the published shape.
+CHAINS = {"ssd-1b": ["sdxl-ssd-1b-1", "sdxl-ssd-1b-2", "sdxl-ssd-1b"],
+          "vega": ["sdxl-ssd-1b-1", "sdxl-ssd-1b-2", "sdxl-vega-1", "sdxl-vega"],
+          "koala-1b": ["sdxl-koala-1b"], "koala-700m": ["sdxl-koala-700m"]}
+NARROW = ['network.shape={model_channels = 32, channel_mult = [1, 1, 2], down = [[0, 0], [2, 2], [2, 2]], mid = 2, '
+          'up = [[2, 2, 2], [2, 2, 2], [0, 0, 0]], context_dim = 32, head_channels = 8, use_linear = true, adm_channels = 1568}',
+          "network.teacher=random", "data.size=64", "run.steps=2", "run.batch=2", "run.micro_batch=2", "run.precision=no", "run.log_every=1",
+          "run.picture_every=2", "samples.steps=2"]
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_stages_remove_more_and_more_and_each_starts_from_the_one_before(name):
+    recipes = [load(CONFIGS / f"{stem}.toml") for stem in CHAINS[name]]
+    starts = ["", *(str(r.product) for r in recipes[:-1])]
+    assert [r.student.start for r in recipes] == starts and recipes[-1].architecture.name == name
+    for one, two in zip(recipes, recipes[1:], strict=False):
+        gone = {a for a in one.architecture.cut if not any(a.startswith(f"{b}.") for b in two.architecture.cut)}
+        assert gone <= two.architecture.cut and two.architecture.params < one.architecture.params
+    kinds = {kind for r in recipes for kind in taps.KINDS if getattr(r.loss, kind)}
+    assert kinds == ({"attention"} if name.startswith("koala") else {"layers"})
+
+
+def test_every_sdxl_recipe_belongs_to_a_chain():
+    assert {p.stem for p in CONFIGS.glob("sdxl-*.toml")} == {stem for chain in CHAINS.values() for stem in chain}
+
+
+def narrow(recipe, folder, *changes):
+    return load(CONFIGS / f"{recipe}.toml", [*NARROW, f"run.folder={folder}", f"data.path={folder / 'cache.safetensors'}", *changes])
+
+
+def write_cache(config):
+    config.folder.mkdir()
+    g = torch.Generator().manual_seed(0)
+    write_file(config.data.path, {
+        "latents": torch.randn(3, 4, 8, 8, generator=g).half(), "captions": torch.arange(3)[:, None],
+        "states": torch.randn(3, 5, 32, generator=g).half(), "empty": torch.zeros(5, 32).half(), "pooled": torch.randn(3, 32, generator=g).half(),
+        "empty_pooled": torch.full((32,), -1.0).half(), "sizes": torch.tensor([[64.0, 96.0, 0, 16, 64, 64]]).repeat(3, 1)}, {})
+
+
+def test_pooled_states_and_sizes_come_with_the_cache(tmp_path):
+    config = narrow("sdxl-ssd-1b-1", tmp_path / "run", "data.caption_dropout=0.5")
+    write_cache(config)
+    batch = Batches(Cache(config.data.path, config), config)(range(40))
+    dropped = (batch.pooled == -1).all(1)
+    assert batch.pooled.shape == (40, 32) and torch.equal(dropped, (batch.context == 0).flatten(1).all(1)) and 5 < int(dropped.sum()) < 35
+    assert batch.sizes.unique(dim=0).tolist() == [[64, 96, 0, 16, 64, 64]]
+    assert Batches(Random(config), config)(range(2)).added["text_embeds"].shape == (2, 32)
+    write_file(config.data.path, {k: v for k, v in _tensors(config).items() if k != "pooled"}, {})
+    with pytest.raises(ValueError, match="lacks the pooled states and sizes that a UNet of sdxl takes"):
+        Cache(config.data.path, config)
+
+
+def _tensors(config):
+    from safetensors.torch import load_file
+
+    return load_file(config.data.path)
+
+
+def test_two_stages_of_removal_and_their_pictures(tmp_path):
+    one = narrow("sdxl-ssd-1b-1", tmp_path / "one")
+    write_cache(one)
+    train(one, Accelerator(cpu=True))
+    two = narrow("sdxl-ssd-1b-2", tmp_path / "two", f"data.path={one.data.path}", f"student.start={one.product}",
+                 "student.cut=mid.0.transformer, mid.1, down.2.*.transformer.1", "loss.attention=1")
+    train(two, Accelerator(cpu=True))
+    found = open_unet(two.product).description
+    assert found.architecture == two.architecture and found.training["start"] == "sdxl-ssd-1b-1.safetensors"
+    assert set(found.training["final"]) == {"task", "output", "layers", "attention"}
+    assert (two.folder / "pictures" / "00000002.png").exists() and "free choice of units" in two.product.with_suffix(".md").read_text()
