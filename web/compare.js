@@ -138,7 +138,8 @@ class CompareView {
     for (const image of this.images) image.style.transform = `translate(${this.x}px, ${this.y}px) scale(${this.zoom})`
     const scale = (this.zoom * width) / (a.naturalWidth || width)
     this.stage.classList.toggle('asdm-pixels', scale * (window.devicePixelRatio || 1) > 2)
-    b.style.clipPath = b.style.mixBlendMode = b.style.visibility = this.panes[0].style.filter = this.panes[0].style.background = ''
+    b.style.clipPath = b.style.mixBlendMode = b.style.visibility = ''
+    Object.assign(this.panes[0].style, { filter: '', background: '', clipPath: '' })
     if (this.mode === 'slider') {
       const from = (this.split * width - this.x) / this.zoom
       b.style.clipPath = `inset(0 0 0 ${from}px)`
@@ -149,8 +150,8 @@ class CompareView {
       this.tags[1].hidden = !this.flipped
     } else if (this.mode === 'difference') {
       b.style.mixBlendMode = 'difference'
-      this.panes[0].style.filter = 'brightness(4)'
-      this.panes[0].style.background = '#000'
+      // At the very edge one picture can show by a fraction of a pixel.
+      Object.assign(this.panes[0].style, { filter: 'brightness(4)', background: '#000', clipPath: 'inset(1px)' })
       for (const tag of this.tags) tag.hidden = true
     }
   }
@@ -227,6 +228,8 @@ app.registerExtension({
     const view = new CompareView()
     const widget = node.addDOMWidget('asdm_compare', 'asdm_compare', view.root, { serialize: false, hideOnZoom: false, getMinHeight: () => 260 })
     widget.serializeValue = () => undefined
+    // The properties panel writes its own width into the widgets it lists, and leaves it there.
+    Object.defineProperty(widget, 'width', { get: () => undefined, set: () => {} })
     const [width, height] = node.size
     node.setSize([Math.max(width, 420), Math.max(height, 460)])
     const executed = node.onExecuted

@@ -11,7 +11,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from demo.browser import WANTED, find_browser
 from demo.server import PACK
-from demo.thumbnails import api_graph
+from demo.thumbnails import SIDE, api_graph
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 SHOTS = PACK / "output" / "browser"
@@ -99,8 +99,7 @@ def test_templates_are_listed_with_pictures(page):
         title = dialog.get_by_text(path.stem, exact=True).first
         title.scroll_into_view_if_needed()
         expect(title).to_be_visible()
-        page.wait_for_function("name => [...document.images].some(i => decodeURIComponent(i.src).endsWith(name) && i.naturalWidth > 100)",
-                               arg=f"/asdm/{path.stem}.jpg")
+        page.wait_for_function("([name, side]) => [...document.images].some(i => i.alt === name && i.naturalWidth === side)", arg=[path.stem, SIDE])
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -121,9 +120,30 @@ def test_workflow_drops_onto_the_canvas(page, path):
 
 def test_quick_start_runs_to_a_comparison(page):
     drop(page, PACK / "workflows" / "Quick start.json")
+    for name, value in (("steps", 6), ("rounds", 1)):
+        set_widget(page, "ASDMABCompare", name, value)
     run(page)
     wait_for_picture(page)
     select(page, "ASDMCompareImages")
+    stage = page.locator(".asdm-compare .asdm-stage").last
+    box = stage.bounding_box()
+    assert box["width"] > 400  # the whole node, whatever the properties panel thinks
+    second = stage.locator("img").nth(1)
+    clips = []
+    for share in (0.25, 0.75):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
+        clips.append(second.evaluate("image => parseFloat(image.style.clipPath.split(' ').pop())"))
+    assert clips == pytest.approx([0.25 * box["width"], 0.75 * box["width"]], abs=3)
+    view = page.locator(".asdm-compare").last
+    view.get_by_role("button", name="Flip").click()
+    shown = []
+    for _ in range(2):
+        shown.append(second.evaluate("image => image.style.visibility"))
+        stage.click()
+    assert shown == ["hidden", "visible"]
+    page.screenshot(path=SHOTS / "flipped.png")
+    view.get_by_role("button", name="Difference").click()
+    assert second.evaluate("image => image.style.mixBlendMode") == "difference"
 
 
 def test_help_opens_beside_the_graph(page):
@@ -131,7 +151,7 @@ def test_help_opens_beside_the_graph(page):
     select(page, "ASDMApplyPack")
     page.get_by_test_id("info-button").click()
     expect(page.get_by_role("heading", name="Apply Pack")).to_be_visible()
-    expect(page.get_by_text("models/asdm_packs")).to_be_visible()
+    expect(page.get_by_test_id("properties-panel").get_by_text("models/asdm_packs")).to_be_visible()
 
 
 def test_a_broken_pack_is_a_clear_error_and_the_graph_can_be_mended(page, server):
