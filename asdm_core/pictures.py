@@ -47,6 +47,11 @@ def likeness(psnr: float | None, ssim: float) -> str:
     return "identical" if psnr is None or math.isinf(psnr) else f"PSNR {psnr:.1f} dB, SSIM {ssim:.2f}"
 
 
+def duration(seconds: float) -> str:
+    """A time for people: 31 ms, 0.31 s, 3.1 s."""
+    return f"{1000 * seconds:.0f} ms" if seconds < 0.1 else f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+
+
 def finite(psnr: float) -> float | None:
     """None for identical pictures, whose PSNR is infinite: JSON has no word for that."""
     return None if math.isinf(psnr) else psnr

@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..asdm_core import measure
-from ..asdm_core.pictures import CELL, HEAT_HEAD, Row, finite, grid, heat_map, likeness
+from ..asdm_core.pictures import CELL, HEAT_HEAD, Row, duration, finite, grid, heat_map, likeness
 from . import host, switch
 from .load import CATEGORY
 from .picture import from_image, to_image
@@ -86,11 +86,7 @@ def in_words(pair: tuple[float, float] | None) -> str:
 
 def faster(before: float, after: float) -> str:
     """Two times in words: "1.62x, 3.1 s to 1.9 s"."""
-    return f"{before / after:.2f}x, {seconds(before)} to {seconds(after)}"
-
-
-def seconds(t: float) -> str:
-    return f"{1000 * t:.0f} ms" if t < 0.1 else f"{t:.2f} s" if t < 1 else f"{t:.1f} s"
+    return f"{before / after:.2f}x, {duration(before)} to {duration(after)}"
 
 
 def cell_of(images: torch.Tensor) -> tuple[int, int]:
@@ -185,7 +181,7 @@ class ASDMABCompare(io.ComfyNode):
         lines = [f"{steps} steps, CFG {cfg:g}, {sampler_name}, {scheduler}, {size[1]} x {size[0]}"
                  + (f", batch of {len(batches[0])}" if len(batches[0]) > 1 else "") + f"; seed {seed}; median of {rounds}",
                  f"peak memory {a.peak / 2**20:.0f} MB and {b.peak / 2**20:.0f} MB",
-                 f"loading and compiling, paid once: {seconds(a.paid_once)} and {seconds(b.paid_once)}"]
+                 f"loading and compiling, paid once: {duration(a.paid_once)} and {duration(b.paid_once)}"]
         picture = to_image(draw(title, "\n".join(lines), [a.label, b.label], batches))
         text = "\n".join([f"{title}; {', '.join(map(in_words, pairs[:4]))}{' ...' if len(pairs) > 4 else ''}", *lines])
         return io.NodeOutput(picture, *batches, a.latent, b.latent, json.dumps(report, indent=1),

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..asdm_core.addresses import Unit, UNetConfig, walk
 from ..asdm_core.architecture import Architecture
 from ..asdm_core.inheritance import flow
+from ..asdm_core.pictures import duration
 
 BACKGROUND, INK, FAINT = "#ffffff", "#1c2330", "#8a94a6"
 COLOURS = {"host": "#a9bfdc", "pack": "#f4a261", "cut": "#f1f3f6"}
@@ -184,7 +185,7 @@ def _draw_run(sheet: _Sheet, run: Mapping, left: float, top: float, cell: float)
 
 KIND_COLOURS = {"resnet": COLOURS["host"], "transformer": "#7fb691", "sampler": "#d9c7a3", "outside": "#ccd2db"}
 KIND_NAMES = {"resnet": "resnets", "transformer": "attention", "sampler": "samplers", "outside": "outside the layers"}
-BARS = (390, 24)  # width of the longest bar and height of a line
+BARS = (320, 24)  # width of the longest bar and height of a line
 
 
 def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
@@ -196,10 +197,10 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
     lines = [(block, kinds) for block, kinds in facts["groups"].items()]
     if lines:
         lines.append(("the rest", {"outside": facts["outside_layers"]}))
-    saved, width, left = facts["saved"], 700, MARGIN + 110
+    saved, width, left = facts["saved"], 780, MARGIN + 110
     top_blocks = 84 + 110 + 52
     top_saved = top_blocks + len(lines) * BARS[1] + (56 if lines else 0)
-    height = top_saved + (len(saved) * BARS[1] + 34 if saved else 0) + 10
+    height = top_saved + len(saved) * BARS[1] + 20
     sheet = _Sheet(width, height)
     sheet.text(MARGIN, 18, title, 21)
     sheet.text(MARGIN, 48, subtitle, 14, FAINT)
@@ -215,7 +216,7 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
                 sheet.cell(x, y, wide + 1, 18, KIND_COLOURS[kind])
             x += wide
         spent = sum(kinds.values())
-        sheet.text(x + 10, y + 9, f"{spent / total:.0%}   {1000 * spent:.0f} ms", 12, INK, "lm")
+        sheet.text(x + 10, y + 9, f"{spent / total:.0%}   {duration(spent)}", 12, INK, "lm")
     if lines:
         x, y = left, top_blocks + len(lines) * BARS[1] + 8
         for kind, name in KIND_NAMES.items():
@@ -223,23 +224,22 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
             sheet.text(x + 22, y + 6, name, 12, FAINT, "lm")
             x += 110
     for row, entry in enumerate(saved):
-        y = top_saved + 28 + row * BARS[1]
+        y = top_saved + row * BARS[1]
         wide = max(2, BARS[0] * entry["seconds"] / longest)
         sheet.cell(left, y, wide + 1, 18, PLAN_COLOURS["inherited"])
-        sheet.text(left + wide + 10, y + 9, f"{entry['technique']}: {1000 * entry['seconds']:.0f} ms, {entry['how']}", 12, INK, "lm")
+        sheet.text(left + wide + 10, y + 9, f"{entry['technique']}: {duration(entry['seconds'])}, {entry['how']}", 12, INK, "lm")
     if saved:
-        sheet.text(MARGIN, top_saved, "saved", 13, INK)
+        sheet.text(left - 10, top_saved + 9, "saved", 13, INK, "rm")
     return sheet.done()
 
 
 def _draw_steps(sheet: _Sheet, steps: Sequence, inherited: set[int], width: int) -> None:
-    """A bar for each step; one that is much longer than the others (the first, while weights move) ends at the top."""
+    """A bar for each step. The first is often slow because weights still move; it must not make all others look alike."""
     base, tall = 84 + 96, 84
-    times = sorted(t for _, t in steps)
-    highest = min(times[-1], 2 * times[len(times) // 2]) or 1.0
+    highest = max(t for _, t in steps[1:] or steps) or 1.0
     cell = min(40.0, (width - 2 * MARGIN - 110) / len(steps))
     left = MARGIN + 110
-    sheet.text(left - 10, base - tall + 6, f"{1000 * highest:.0f} ms", 11, FAINT, "rm")
+    sheet.text(left - 10, base - tall + 6, duration(highest), 11, FAINT, "rm")
     sheet.text(left - 10, base - tall / 2, "each step", 13, INK, "rm")
     for i, (step, t) in enumerate(steps):
         bar = tall * min(t / highest, 1)

@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..asdm_core.addresses import unit
 from ..asdm_core.architecture import Architecture
 from ..asdm_core.measure import costs, sizes
+from ..asdm_core.pictures import duration
 from . import host
 from .load import CATEGORY
 from .picture import draw_speed, to_image
@@ -104,11 +105,10 @@ def attention_left_out(regional, architecture: Architecture, height: int, width:
 
 def summary(facts: dict) -> list[str]:
     """A headline and a line for people."""
-    each = facts["seconds_per_step"]
     saved = sum(entry["seconds"] for entry in facts["saved"])
-    head = f"{facts['steps']} steps in {facts['seconds']:.2f} s, {1000 * each:.0f} ms each"
+    head = f"{facts['steps']} steps in {duration(facts['seconds'])}, {duration(facts['seconds_per_step'])} each"
     share = saved / (saved + facts["seconds"])
-    return [head, f"about {saved:.2f} s saved, {share:.0%} of what it would have been" if facts["saved"] else "no technique of asdm saved time in this run"]
+    return [head, f"about {duration(saved)} saved, {share:.0%} of what it would have been" if facts["saved"] else "no technique of asdm saved time in this run"]
 
 
 class ASDMMeasureSpeed(io.ComfyNode):

@@ -13,11 +13,11 @@ from comfy_api.latest import io, ui
 from ..asdm_core import inheritance
 from ..asdm_core.cast import Window
 from ..asdm_core.inheritance import DIALS, Plan, Schedule
-from ..asdm_core.pictures import Row, finite, grid
+from ..asdm_core.pictures import Row, duration, finite, grid
 from ..asdm_core.switching import UNITS, SwitchPoint
 from . import files, host
 from .apply_pack import apply_pack
-from .compare import alike, cell_of, decode, sampler, sampling_inputs, seconds
+from .compare import alike, cell_of, decode, sampler, sampling_inputs
 from .load import CATEGORY
 from .picture import from_image, to_image
 from .regional import Regional
@@ -204,7 +204,7 @@ class ASDMXYPlot(io.ComfyNode):
         height, width = reference.shape[1:3]
         subtitle = (f"{steps} steps, CFG {cfg:g}, {sampler_name}, {scheduler}, {width} x {height}, seed {seed}\n"
                     "in each cell: speed-up and time, PSNR and SSIM against the model as it came in")
-        plot = to_image(grid(f"The model as it came in: {seconds(plain.median)}", subtitle, heads, rows, cell_of(reference)))
+        plot = to_image(grid(f"The model as it came in: {duration(plain.median)}", subtitle, heads, rows, cell_of(reference)))
         report = {"plain": plain.facts(steps), "cells": [
             {**cell.facts(steps), "speedup": round(plain.median / cell.median, 4),
              "psnr": [finite(psnr) for psnr, _ in pairs], "ssim": [ssim for _, ssim in pairs]}
@@ -220,7 +220,7 @@ def note(plain: Side, cell: Side, pairs: list[tuple[float, float]]) -> str:
     """What stands below a cell: 1.62x  1.9 s   31.2 dB  0.94; over a batch, the means."""
     psnr, ssim = (statistics.mean(of) for of in zip(*pairs, strict=True))
     like = "identical" if finite(psnr) is None and all(finite(p) is None for p, _ in pairs) else f"{psnr:.1f} dB  {ssim:.3f}"
-    return f"{plain.median / cell.median:.2f}x  {seconds(cell.median)}   {like}"
+    return f"{plain.median / cell.median:.2f}x  {duration(cell.median)}   {like}"
 
 
 NODES = [ASDMXYPlot]

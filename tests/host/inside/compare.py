@@ -433,7 +433,7 @@ def test_a_readout_is_drawn_and_says_what_is_missing(model, m2):
         execute("ASDMSpeedReadout", model=host.with_speed(model))
     _, timed = measured(host.with_plan(small.with_pack(model, m2), inheritance.dial(SD, "balanced")), steps=8)
     picture, text = execute("ASDMSpeedReadout", model=timed)
-    assert picture.shape[2] == 700 and float(picture.min()) < 0.3
+    assert picture.shape[2] == 780 and float(picture.min()) < 0.3
     assert [entry["technique"] for entry in json.loads(text)["saved"]] == ["feature inheritance", "layers cut (m2)"]
 
 
