@@ -249,7 +249,7 @@ def test_drawing_follows_the_probability_flow(prompts, models):
         drawn = open_source(config, exact(kind)).examples(range(3), []).latents
         noise = torch.stack([torch.randn(4, 8, 8, generator=seeded(config.seed, 8, n)) for n in range(3)])
         a, _ = coefficients(torch.tensor([STEPS - 1]))
-        torch.testing.assert_close(drawn, noise + 3 * (1 - a), atol=0.06, rtol=0)
+        torch.testing.assert_close(drawn, noise + 3 * (1 - a), atol=0.08, rtol=0)
 
 
 # Runs -----------------------------------------------------------------------------------------------
