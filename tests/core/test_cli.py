@@ -252,6 +252,19 @@ def test_match_refuses_what_is_no_original_in_one_line(run, folder, tmp_path, pr
         assert not (tmp_path / "matched.safetensors").exists()
 
 
+def test_some_stages_of_a_matched_student_become_a_pack(run, folder, tmp_path, pruned):
+    student, chosen = pruned
+    matched, pack, combined = (tmp_path / f"{name}.safetensors" for name in ("matched", "stages", "combined"))
+    for command in (("match", student, folder / "xl.safetensors", matched), ("extract-pack", matched, pack, "--units", "up.0"),
+                    ("assemble", folder / "xl.safetensors", pack, combined)):
+        assert run(*command)[0] == 0
+    stages = chosen.over("up.0")
+    assert stages.cut == {"up.0.1.transformer.0", "up.0.1.transformer.1"}
+    assert packs.open_pack(pack).description.architecture == stages
+    wanted = surgery.combine(packs.open_unet(folder / "xl.safetensors").tensors, packs.open_unet(matched).tensors, stages)
+    assert same(dict(packs.open_unet(combined).tensors), wanted)
+
+
 def test_convert_takes_a_list_of_kept_blocks(run, tmp_path, pruned):
     student, chosen = pruned
     keep = ", ".join(b for u in chosen.kept for b in u.blocks if b not in chosen.cut)
