@@ -12,6 +12,7 @@ from . import host
 from .inspect_model import PIXELS
 from .load import CATEGORY
 from .picture import draw_plan, to_image
+from .replay import FEW_STEPS
 
 WHAT = ("deepcache", "shallow-only", "encoder", "attention", "attn1", "attn2", "targets")
 
@@ -148,6 +149,8 @@ def summary(facts: dict) -> str:
     text = [f"{facts['plan']}: " + ("as many steps inherit as the threshold allows" if predicted is None else
                                     f"{facts['steps'] - len(facts['computed'])} of {facts['steps']} steps inherit, {predicted:.0%} fewer multiplications"),
             f"remembers {facts['cache_mb']:g} MB with a negative prompt"]
+    if facts["steps"] < FEW_STEPS:
+        text.append(f"with fewer than {FEW_STEPS} steps neighbours differ so much that the picture suffers")
     run = facts.get("last_run")
     if run:
         what = "steps" if run["evaluations"] == run["steps"] else f"evaluations in {run['steps']} steps"

@@ -298,6 +298,13 @@ def test_the_report_says_what_was_inherited(model):
     assert kept(m).roles() == ("computed", "partly", "partly", "partly")
 
 
+def test_the_plan_says_where_steps_are_too_few(model):
+    inherit = module("nodes.inherit")
+    m = host.with_plan(model, PLANS["deepcache-0"])
+    texts = [inherit.summary(inherit.describe(m, steps, 128, 128, 1)) for steps in (7, 8)]
+    assert ["suffers" in text for text in texts] == [True, False]
+
+
 def test_the_measured_saving_compares_with_full_steps():
     report = replay.Report(4, replay.Counter({(0, "record"): 1, (1, "replay"): 1, (2, "record"): 1, (3, "replay"): 1}),
                            [False, True, False, True], [(0, 9.0), (1, 1.0), (2, 2.0), (3, 1.0)], 0)
