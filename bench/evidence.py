@@ -51,6 +51,8 @@ CLAIMS = (
     Claim("M1 with the original frozen is better than unfrozen (M4), equal samples", "A-SDM, Table 2", "m1", "m4"),
     Claim("stage 1 helps M2: better than stage 2 alone for as many samples in all", "A-SDM, section 2.2", "m2", "m2-direct"),
     Claim("the loss at the mid block helps M2", "A-SDM, section 2.5", "m2", "m2-none"),
+    Claim("features of a frozen network (here the classifier's) help M2", "A-SDM, section 2.5", "m2-features", "m2-none"),
+    Claim("both together are better than the mid block alone", "A-SDM, section 2.5", "m2-both", "m2"),
     Claim("distillation helps M2: better than without, as many samples", "BK-SDM", "m2-direct", "m2-alone"),
     Claim("distillation helps Base", "BK-SDM", "base", "base-alone"),
     Claim("distillation helps Small", "BK-SDM", "small", "small-alone"),

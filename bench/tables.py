@@ -70,6 +70,9 @@ class Run:
 
 ALONE = ("loss.output=0", "loss.blocks=0", "loss.mid=0")  # the denoising loss alone: no distillation
 
+# Semantic-aware supervision: the family's classifier is what VGG is to SD1.5.
+SEEN = ("loss.perceptual=0.1", "loss.perceptual_warmup=1")
+
 # In order of importance: what is not finished is said to be not run.
 RUNS = (
     Run("base", "stage 1, Base", "base", "emoji-base"),
@@ -78,11 +81,11 @@ RUNS = (
     Run("m2-alone", "M2 without stage 1 and without distillation, as many samples as both", "m2", "emoji-m2", share=2, changes=ALONE),
     Run("m5", "M5: as M2, nothing frozen", "m2", "emoji-m5", "base"),
     Run("teacher-on", "the teacher trained on, no distillation", "", "emoji-m5", changes=("student.preset=full", *ALONE)),
-    Run("m1", "M1: stage 1, then stage 2 with the original frozen", "m1", "emoji-m1", "base"),
-    Run("m3", "M3: stage 1, then stage 2 with the original frozen", "m3", "emoji-m3", "base"),
     Run("tiny", "stage 1, Tiny", "tiny", "emoji-tiny"),
     Run("tiny-on", "Tiny trained on", "tiny", "emoji-tiny", "tiny"),
     Run("tiny-e2", "Tiny trained on with two experts", "tiny", "emoji-tiny-e2", "tiny"),
+    Run("m1", "M1: stage 1, then stage 2 with the original frozen", "m1", "emoji-m1", "base"),
+    Run("m3", "M3: stage 1, then stage 2 with the original frozen", "m3", "emoji-m3", "base"),
     Run("base-alone", "Base without distillation", "base", "emoji-base", changes=ALONE),
     Run("small", "stage 1, Small", "small", "emoji-small"),
     Run("small-on", "Small trained on", "small", "emoji-small", "small"),
@@ -99,10 +102,13 @@ RUNS = (
     Run("m4", "M4: as M1, nothing frozen", "m1", "emoji-m4", "base"),
     Run("tiny-alone", "Tiny without distillation", "tiny", "emoji-tiny", changes=ALONE),
     Run("small-alone", "Small without distillation", "small", "emoji-small", changes=ALONE),
+    Run("m2-features", "M2 with the classifier's features in place of the mid-block loss", "m2", "emoji-m2", "base", changes=(*SEEN, "loss.mid=0")),
+    Run("m2-both", "M2 with the mid-block loss and the classifier's features", "m2", "emoji-m2", "base", changes=SEEN),
 )
 CUT = ("base", "m2", "tiny", "small", "m1", "m3")  # merely cut
 # Table 3, first and second network and the share of the first: the paper switches after 10 or 15 of 25 steps.
-SWITCHES = tuple((first, second, at) for at in (0.4, 0.6, 0.2, 0.8) for first, second in (("base", "whole"), ("whole", "base")))
+SWITCHES = (("base", "whole", 0.4), ("whole", "base", 0.6), ("whole", "base", 0.4), ("base", "whole", 0.6), ("base", "whole", 0.2), ("whole", "base", 0.8),
+            ("base", "whole", 0.8), ("whole", "base", 0.2))  # S1, S2, S3 and what lies around them
 TRANSFER = ("m2", "m1", "m3", "m2-alone", "base")  # played in the finetune they never saw; "cut-m2" for comparison
 
 
@@ -139,8 +145,8 @@ class Settings:
         return load(RECIPES / f"{run.recipe}.toml", [
             f"name={run.name}", f"seed={seed}", f"student.start={start}", f"data.path={self.family / 'cache.safetensors'}",
             f"network.teacher={self.models / 'emoji-teacher.safetensors'}", f"network.outputs={self.outputs(seed)}",
-            f"run.folder={self.folder / self.seeded(run.name, seed)}", f"run.steps={steps}", f"run.batch={BATCH}",
-            f"run.micro_batch={BATCH}", "run.precision=bf16", "run.save_every=50", "run.keep=1", "run.log_every=10",
+            f"loss.classifier={self.models}", f"run.folder={self.folder / self.seeded(run.name, seed)}", f"run.steps={steps}", f"run.batch={BATCH}",
+            f"run.micro_batch={BATCH}", "run.precision=bf16", "run.save_every=50", "run.keep=1", "run.log_every=10", "run.picture_every=0",
             f"optimiser.lr={LR}", f"optimiser.warmup={WARMUP}", f"optimiser.cooldown={round(COOLDOWN * steps)}", f"optimiser.ema={EMA}", *run.changes])
 
     def outputs(self, seed: int) -> Path:
@@ -179,39 +185,48 @@ def trained(judge: Judge, settings: Settings, run: str, seed: int) -> torch.nn.M
     return judge.whole if run == "whole" else assembled(judge.whole, settings.product(run, seed))
 
 
+Job = tuple[str, Callable[[], object]]  # name, what to call
+
+
 def switched(judge: Judge, settings: Settings, switch: tuple[str, str, float], seed: int) -> torch.nn.Module:
     first, second, at = switch
     return Switched(trained(judge, settings, first, seed), trained(judge, settings, second, seed), at, settings.steps)
 
 
-def jobs(settings: Settings, seeds: Sequence[int]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Everything there is to do, in order: (name, what to call)."""
+def jobs(settings: Settings, seeds: Sequence[int]) -> Iterator[Job]:
+    """Everything there is to do, in order of importance; what is done already takes no time."""
     judges = {host: Judge(host, settings.folder / "measured", settings.family, settings.models, settings.prompts, settings.steps)
               for host in ("teacher", "openmoji")}
-    teacher = judges["teacher"]
+    teacher, finetune = judges["teacher"], judges["openmoji"]
     measure = partial(teacher.measure, rounds=settings.rounds)
     yield "teacher", lambda: measure("whole", lambda: teacher.whole)
     for seed in seeds:
         yield f"outputs of the teacher, seed {seed}", partial(compute_outputs, settings, seed)
-        for i, run in enumerate(RUNS):
+        for run in RUNS:
             yield f"train {run.name}, seed {seed}", partial(make, run, settings, seed)
             yield f"measure {run.name}, seed {seed}", partial(
                 measure, settings.seeded(run.name, seed), partial(trained, teacher, settings, run.name, seed))
-            if i < len(CUT):
-                yield f"measure cut {CUT[i]}", partial(measure, f"cut-{CUT[i]}", partial(cut_teacher, teacher, CUT[i]))
-            if run.name == "tiny-e2":  # before the less important runs
-                yield from rest(settings, seed, measure, judges)
+            if run.cut:
+                yield f"measure cut {run.cut}", partial(measure, f"cut-{run.cut}", partial(cut_teacher, teacher, run.cut))
+            if run.name == "teacher-on":
+                yield from switching(settings, seed, measure, teacher, SWITCHES[:3])
+                yield from transfer(settings, seed, finetune, ("m2", "m2-alone", "base"))
+        yield from switching(settings, seed, measure, teacher, SWITCHES)
+        yield from transfer(settings, seed, finetune, TRANSFER)
 
 
-def rest(settings: Settings, seed: int, measure: Callable, judges: dict[str, Judge]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Table 3 and the transfer."""
-    teacher, finetune = judges["teacher"], judges["openmoji"]
-    for switch in SWITCHES:
+def switching(settings: Settings, seed: int, measure: Callable, teacher: Judge, switches: Sequence[tuple[str, str, float]]) -> Iterator[Job]:
+    """Table 3."""
+    for switch in switches:
         name = settings.seeded(switch_name(switch), seed)
         yield f"measure {name}", partial(measure, name, partial(switched, teacher, settings, switch, seed), fixed=False)
+
+
+def transfer(settings: Settings, seed: int, finetune: Judge, runs: Sequence[str]) -> Iterator[Job]:
+    """Packs in the finetune they never saw."""
     yield "measure openmoji", partial(finetune.measure, "whole", lambda: finetune.whole)
     yield "measure openmoji cut-m2", partial(finetune.measure, "cut-m2", partial(cut_teacher, finetune, "m2"))
-    for run in TRANSFER:
+    for run in runs:
         yield f"measure openmoji {run}", partial(finetune.measure, settings.seeded(run, seed), partial(trained, finetune, settings, run, seed))
 
 
@@ -303,7 +318,7 @@ def write(settings: Settings, seeds: Sequence[int]) -> None:
 TABLES = {
     "Table 1: students of stage 1, with further experts": ("base", "base-on", "base-e2", "base-clme", "small", "small-on", "small-e2", "small-e2-fixed", "small-clme",
                                                           "tiny", "tiny-on", "tiny-e2", "tiny-e2-fixed", "tiny-clme"),
-    "Table 2: combined UNets": ("base", "m1", "m2", "m3", "m4", "m5", "m5-seconds", "m2-none"),
+    "Table 2: combined UNets": ("base", "m1", "m2", "m3", "m4", "m5", "m5-seconds", "m2-none", "m2-features", "m2-both"),
     "Controls": ("teacher-on", "m2-direct", "m2-alone", "base-alone", "small-alone", "tiny-alone"),
 }
 
@@ -348,7 +363,7 @@ def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdi
               "PSNR, SSIM and the gap are to the finetune's own pictures.", "",
               *evidence.table(its, [(n, what[n]) for n in ("whole", "cut-m2", *TRANSFER)]), "",
               "## Not tried here", "",
-              "- Perceptual supervision (A-SDM, section 2.5) with features of a frozen network; the loss at the mid block is in the tables.",
+              "- VGG: A-SDM's perceptual supervision is tried with the family's own classifier in its place, at one weight.",
               "- Held-out pairs of emoji and style or background; see [models/README.md](../models/README.md) for the shipped pack.", "",
               "## Doing it again", "", "```", command(), "```", "",
               "The same command goes on where it stopped; more `--seeds` add training seeds, more `--rounds` add pictures (from 1,000 on with a Frechet distance)."]
@@ -371,12 +386,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     settings = Settings(args.samples, args.prompts, args.steps, args.rounds, args.folder, args.runs, args.models)
     seeds = range(1, args.seeds + 1)
-    for name, do in () if args.report else jobs(settings, seeds):
-        print(f"-- {name}", flush=True)
-        do()
-        write(settings, seeds)
     if args.report:
         write(settings, seeds)
+        return
+    known: set[Path] = set()
+    for name, do in jobs(settings, seeds):
+        print(f"-- {name}", flush=True)
+        do()
+        if (there := set((settings.folder / "measured").glob("*.json"))) != known:
+            write(settings, seeds)
+            known = there
 
 
 if __name__ == "__main__":

@@ -166,6 +166,7 @@ class Loss:
 
     relative: features (blocks, layers, attention, mid) in proportion to the teacher's.
     vgg: file of the weights of the perceptual loss's VGG16; empty: torchvision's own cache.
+    classifier: folder of the emoji family's weights, whose classifier then takes the place of VGG; for that family alone.
     perceptual_until: timesteps from which x_0 shows nothing yet. perceptual_warmup: steps over which its weight rises.
     """
 
@@ -178,6 +179,7 @@ class Loss:
     perceptual: float = 0.0
     relative: bool = False
     vgg: str = ""
+    classifier: str = ""
     perceptual_until: int = 800
     perceptual_warmup: int = 1000
 
@@ -255,9 +257,11 @@ class Config:
             raise ValueError(f"data.caption_dropout must lie between 0 and 1, got {self.data.caption_dropout}")
         if bool(self.student.preset) == bool(self.student.cut):
             raise ValueError("student: give either preset or cut")
-        if self.loss.perceptual and self.network.family not in LATENT_RGB:
+        if self.loss.classifier and self.network.family != "emoji":
+            raise ValueError(f"loss.classifier: it knows the pictures of the emoji family alone, not of {self.network.family!r}")
+        if self.loss.perceptual and not self.loss.classifier and self.network.family not in LATENT_RGB:
             raise ValueError(f"loss.perceptual: the latents of {self.network.family!r} have no known way to a picture; "
-                             f"possible with {', '.join(LATENT_RGB)}")
+                             f"possible with {', '.join(LATENT_RGB)}, or for emoji with loss.classifier")
         if self.gri.window and self.gri.pool:
             GRI(self.gri.window, self.gri.pool)
         # Raises for a choice of units that cannot work, of the network, its experts or its gains.

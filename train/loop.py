@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from . import losses, stages, taps
 from .config import LOSSES, Config
 from .data import Batch, Batches, Source
 from .emoji.diffusion import STEPS, coefficients
+from .emoji.features import ClassifierFeatures
 from .emoji.training import Progress
 from .emoji.unet import BmmAttention
 from .outputs import Outputs
@@ -67,7 +69,12 @@ class Criterion:
         self.config = config
         self.taps = {kind: of(config.architecture) for kind, of in taps.KINDS.items() if getattr(config.loss, kind)}
         self.weights = {name: getattr(config.loss, name) for name in LOSSES if getattr(config.loss, name)}
-        self.net = load_vgg(config.loss.vgg).to(device) if config.loss.perceptual else None
+        self.net, self.picture = None, partial(losses.latent_rgb, family=config.network.family)
+        if config.loss.perceptual and config.loss.classifier:
+            self.net = ClassifierFeatures(Path(config.loss.classifier)).to(device)
+            self.picture = self.net.pictures
+        elif config.loss.perceptual:
+            self.net = load_vgg(config.loss.vgg).to(device)
 
     @property
     def student_paths(self) -> list[str]:
@@ -92,8 +99,7 @@ class Criterion:
             elif name == "output":
                 value = losses.output(student[0], teacher[0])
             elif name == "perceptual":
-                family = self.config.network.family
-                pictures = [losses.latent_rgb(losses.denoised(x, p[0], a, s, prediction), family) for p in (student, teacher)]
+                pictures = [self.picture(losses.denoised(x, p[0], a, s, prediction)) for p in (student, teacher)]
                 value = losses.perceptual(*pictures, self.net, batch.t < self.config.loss.perceptual_until)
             else:
                 chosen = self.taps[name]
