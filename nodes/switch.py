@@ -240,10 +240,14 @@ class Run:
         return onward(*args, **kwargs)
 
     def _within(self, player: Player, onward):
+        def inside(*args, **kwargs):
+            player.options = self._guider.model_options  # a wrapper may have put a copy of its own there, as EasyCache does
+            return onward(*args, **kwargs)
+
         def call(*args, **kwargs):
             with player.acting(self._guider):
                 return WrapperExecutor.new_class_executor(
-                    onward, self._guider, player.wrappers(WrappersMP.OUTER_SAMPLE)).execute(*args, **kwargs)
+                    inside, self._guider, player.wrappers(WrappersMP.OUTER_SAMPLE)).execute(*args, **kwargs)
         return call
 
     def load(self, executor, model, noise_shape, conds, model_options, **kwargs):
