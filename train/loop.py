@@ -250,7 +250,7 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
         student.enable_gradient_checkpointing()
 
     if teacher is not None or config.data.source == "prompts":
-        original.to(device, half)
+        nn.Module.to(original, device, half)  # diffusers' own `to` warns about dtypes, without need here
     config.folder.mkdir(parents=True, exist_ok=True)
     source = open_source(config, predictor(original, half), device, accelerator.process_index, accelerator.num_processes,
                          accelerator.wait_for_everyone)
@@ -352,8 +352,8 @@ def _show(config: Config, source: Source, teacher: nn.Module, dtype: torch.dtype
         return None
     at = next(teacher.parameters())
     here, kept = at.device, at.dtype
-    show = Show(config, source, predictor(teacher.to(device, dtype), dtype), *found, device)
-    teacher.to(here, kept)
+    show = Show(config, source, predictor(nn.Module.to(teacher, device, dtype), dtype), *found, device)
+    nn.Module.to(teacher, here, kept)
     return show
 
 

@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from asdm_core.architecture import Architecture
 from asdm_core.packs import open_pack
-from tests.train.recipes import NARROW
-from train import loop, sources
+from tests.train.recipes import CONFIGS, NARROW
+from train import loop, sources, stages
 from train.config import load
 from train.data import Batches, Cache
 from train.emoji.diffusion import STEPS, coefficients
@@ -195,6 +196,18 @@ def test_a_checkpoint_brings_its_own_text_encoder(classic, models, tmp_path):
         load_text(tmp_path / "unet.safetensors", models / "tokenizer")
     with pytest.raises(ValueError, match="encoders.tokenizer: .*wanted a folder with CLIP's vocab.json"):
         load_text(tmp_path / "checkpoint.safetensors", tmp_path)
+
+
+def test_the_teacher_lies_in_a_whole_checkpoint(models, tmp_path):
+    config = load(CONFIGS / "emoji-base.toml", ["network.teacher=random"])
+    teacher = stages.load_teacher(config)
+    sd = {f"model.diffusion_model.{k}": v.half() for k, v in stages.addressed(teacher, Architecture.full(config.network.config)).items()}
+    text = {f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v.half()
+            for k, v in load_file(models / "text_encoder" / "model.safetensors").items()}
+    save_file({k: v.contiguous() for k, v in (sd | text | {"first_stage_model.x": torch.zeros(1)}).items()}, tmp_path / "finetune.safetensors")
+    found = stages.load_teacher(load(CONFIGS / "emoji-base.toml", [f"network.teacher={tmp_path / 'finetune.safetensors'}"])).state_dict()
+    assert all(torch.equal(found[k], v.half().float()) for k, v in teacher.state_dict().items())
+    assert load_text(tmp_path / "finetune.safetensors", models / "tokenizer")(["red"]).states.shape == (1, 8, 32)
 
 
 # The teacher's own pictures -------------------------------------------------------------------------
