@@ -30,9 +30,12 @@ from bench._common import RESULTS, ROOT, add_common_arguments, begin, command_li
 
 FAMILY = ROOT / "models" / "emoji"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-RUNS = (("euler", "normal", 20), ("dpmpp_2m", "karras", 20), ("dpmpp_sde", "karras", 20), ("heun", "normal", 20),
-        ("euler", "normal", 50), ("dpmpp_2m", "karras", 30))
+RUNS = {f"{sampler}-{steps}": (sampler, scheduler, steps) for sampler, scheduler, steps in (
+    ("euler", "normal", 20), ("dpmpp_2m", "karras", 20), ("dpmpp_sde", "karras", 20), ("heun", "normal", 20),
+    ("euler", "normal", 50), ("dpmpp_2m", "karras", 30))}
+METHODS = ("ours", "deepcache", "easycache", "lazycache")
 SAVED = 0.4
+AT = f"at {SAVED:.0%} less time"
 EASY, LAZY = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8), (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
 
 
@@ -212,11 +215,11 @@ def at_saving(points: list[tuple[float, float]], wanted: float) -> float | None:
     return None
 
 
-def bench_quality(family: Family, rounds: int, clock) -> tuple[dict, list[dict]]:
-    """Time and quality of every method in every run. A time is the median of the rounds; pictures are the same in each."""
-    rows, at = [], {m: [] for m in ("ours", "deepcache", "easycache", "lazycache")}
+def bench_quality(family: Family, rounds: int, clock, names: list[str]) -> list[dict]:
+    """Time and quality of every method in the runs named. A time is the median of the rounds; pictures are the same in each."""
+    rows = []
     settings = methods(family.model)
-    for sampler, scheduler, steps in RUNS:
+    for sampler, scheduler, steps in (RUNS[name] for name in names):
         full, _ = family.run(family.model, sampler, scheduler, steps, clock)
         run = {"part": "quality", "sampler": sampler, "scheduler": scheduler, "steps": steps}
         made = {}
@@ -227,7 +230,7 @@ def bench_quality(family: Family, rounds: int, clock) -> tuple[dict, list[dict]]
         calls = {"full": lambda: call("full", family.model)} | {k: lambda k=k, m=m: call(k, m) for k, (_, m) in settings.items()}
         times = time_alternating(calls, rounds, warmup=0, clock=clock)
         rows.append(run | {"setting": "full", "method": "full", "seconds": statistics.median(times["full"]), "top1": family.top1(full)})
-        points = {m: [] for m in at}
+        points = {m: [] for m in METHODS}
         for label, (method, _) in settings.items():
             pictures = made[label]
             saving, quality = 1 - ratio(times, label, "full"), psnr(pictures, full).clamp(max=80)
@@ -235,14 +238,16 @@ def bench_quality(family: Family, rounds: int, clock) -> tuple[dict, list[dict]]
             rows.append(run | {"setting": label, "method": method, "time_saved": round(saving, 4), "psnr": round(float(quality.mean()), 3),
                                "psnr_se": round(float(quality.std() / len(quality) ** 0.5), 3),
                                "ssim": round(float(ssim(pictures, full).mean()), 4), "top1": family.top1(pictures)})
-        for method, found in points.items():
-            value = at_saving(found, SAVED)
-            at[method].append(value)
-            rows.append(run | {"setting": f"at {SAVED:.0%} less time", "method": method, "psnr": value})
-        print(f"{sampler} {steps}: " + ", ".join(f"{m} {v[-1] if v[-1] is None else round(v[-1], 2)}" for m, v in at.items()), flush=True)
-    # A mean over the runs in which the method gets as far as that.
-    reached = {m: [v for v in values if v is not None] for m, values in at.items()}
-    return {f"psnr_{m}_at_40pct": statistics.mean(v) for m, v in reached.items() if v}, rows
+        at = {method: at_saving(found, SAVED) for method, found in points.items()}
+        rows += [run | {"setting": AT, "method": method, "psnr": value} for method, value in at.items()]
+        print(f"{sampler} {steps}: " + ", ".join(f"{m} {v if v is None else round(v, 2)}" for m, v in at.items()), flush=True)
+    return rows
+
+
+def quality_summary(rows: list[dict]) -> dict[str, float]:
+    """Quality at 40% less time: a mean over the runs in which the method gets as far as that."""
+    reached = {m: [r["psnr"] for r in rows if r.get("setting") == AT and r["method"] == m and r["psnr"] is not None] for m in METHODS}
+    return {f"psnr_{m}_at_40pct": statistics.mean(values) for m, values in reached.items() if values}
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -254,9 +259,9 @@ def draw(rows: list[dict], path: Path) -> None:
 
     colours = {"ours": "#d1495b", "deepcache": "#2b59c3", "easycache": "#3a9d5d", "lazycache": "#8a94a6"}
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), sharex=True)
-    for ax, (sampler, scheduler, steps) in zip(axes.flat, RUNS, strict=True):
+    for ax, (sampler, scheduler, steps) in zip(axes.flat, RUNS.values(), strict=True):
         mine = [r for r in rows if r.get("time_saved") is not None and (r["sampler"], r["steps"]) == (sampler, steps)]
-        for method, colour in colours.items():
+        for method, colour in colours.items() if mine else ():
             points = [(r["time_saved"], r["psnr"]) for r in mine if r["method"] == method]
             edge = upper_edge(points)
             ax.plot(*zip(*edge, strict=True), color=colour, lw=1.6, label={"ours": "asdm, forecasts"}.get(method, method))
@@ -264,8 +269,9 @@ def draw(rows: list[dict], path: Path) -> None:
         ax.axvline(SAVED, color="#c0c6d0", lw=1, zorder=0)
         ax.set(title=f"{sampler}, {scheduler}, {steps} steps", ylabel="PSNR to the full run (dB)", xlabel="time saved", xlim=(0, 0.8), ylim=(15, 65))
         ax.grid(True, alpha=0.25)
-    axes.flat[0].legend(frameon=False)
-    figure.suptitle("Emoji teacher, 128 x 128 pixels: quality against time saved")
+    shown = max((ax.get_legend_handles_labels() for ax in axes.flat), key=lambda found: len(found[0]))
+    figure.legend(*shown, frameon=False, loc="upper right", ncol=4)
+    figure.suptitle("Emoji teacher, 128 x 128 pixels: quality against time saved", x=0.02, ha="left")
     figure.tight_layout()
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=90)
@@ -279,6 +285,7 @@ def main() -> None:
     parser.add_argument("--cost-rounds", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1, help="of part two")
     parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="of part two")
     add_common_arguments(parser)
     args, host, device, clock = begin(parser)
     cuda = device.type == "cuda"
@@ -289,19 +296,20 @@ def main() -> None:
 
     summary, rows = {}, []
     if "quality" in args.parts:
-        found, more = bench_quality(Family(args.pictures), args.rounds, clock)
-        summary, rows = summary | found, rows + more
-        draw(rows, ROOT / "docs" / "inheritance.png")
+        rows += bench_quality(Family(args.pictures), args.rounds, clock, args.runs)
     if "cost" in args.parts:
         found, more = bench_cost(args.dtype or ("fp16" if cuda else "bf16"), args.cost_rounds, clock)
         summary, rows = summary | found, rows + more
     command = command_line("inheritance")
     rows = [row | {"command": command, "date": date.today().isoformat()} for row in rows]
     earlier = RESULTS / "inheritance.json"
-    if earlier.exists():  # a part that was not run keeps what was recorded of it; each row says when that was
+    if earlier.exists():  # what was not run keeps what was recorded of it; each row says when that was
         old = json.loads(earlier.read_text())
-        rows += [row for row in old["rows"] if row["part"] not in args.parts]
+        measured = {(row["part"], row.get("sampler"), row.get("steps")) for row in rows}
+        rows += [row for row in old["rows"] if (row["part"], row.get("sampler"), row.get("steps")) not in measured]
         summary = old["summary"] | summary
+    summary |= quality_summary(rows)
+    draw([row for row in rows if row["part"] == "quality"], ROOT / "docs" / "inheritance.png")
     record("inheritance", summary, rows, command, host, args.notes)
 
 
