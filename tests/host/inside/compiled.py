@@ -5,7 +5,7 @@ import small
 import torch
 from in_host import module
 
-inheritance = module("asdm_core.inheritance")
+inheritance, host = module("asdm_core.inheritance"), module("nodes.host")
 CONFIG = small.TWO_LEVELS
 CHOSEN = small.Architecture.choose(CONFIG, "down.0.1, up.1.1", "down.0, up.1")
 
@@ -66,6 +66,15 @@ def test_lora_on_a_compiled_pack(model, pack, graphs):
 def test_pack_applied_after_the_compile_node(model, pack, graphs):
     assert torch.equal(sample(small.with_pack(compiled(model), pack)), sample(small.with_pack(model, pack)))
     assert graphs
+
+
+def test_a_measured_model_compiled_has_steps_and_no_layers(model, pack, graphs):
+    packed = small.with_pack(model, pack)
+    measured = host.with_speed(packed)
+    assert torch.equal(sample(compiled(measured)), sample(packed))
+    record = host.setup_of(measured).speed.last
+    assert [step for step, _ in record.evaluations] == [0, 1] and not record.layers
+    assert len(graphs) == 1
 
 
 def test_pruned_unet_compiled(folder, graphs):
