@@ -33,8 +33,9 @@ def main() -> None:
             return
         accelerator = Accelerator(cpu=args.cpu, mixed_precision=config.run.precision)
         if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("FSDP would split the weights, which the average and the checkpoints need whole. The networks here fit on one GPU: "
-                             "use DDP (accelerate launch --multi_gpu), with run.micro_batch=1 and run.checkpoint_gradients=true if need be")
+            raise ValueError("FSDP would split the weights, which the average and the checkpoints need whole. The networks here fit on one "
+                             "GPU: use DDP (accelerate launch --multi_gpu), with a smaller run.micro_batch and "
+                             "run.checkpoint_gradients=true if need be")
         product = train(config, accelerator)
         accelerator.print(f"wrote {product}")
     except (ValueError, FloatingPointError, OSError) as e:

@@ -102,8 +102,8 @@ def _tokenizer(folder: str | Path):
     else:  # custom_nodes/NAME/train/encoders.py
         folder = next((p / TOKENIZER for p in Path(__file__).resolve().parents if (p / TOKENIZER).is_dir()), None)
     if folder is None or not (folder / "vocab.json").is_file():
-        raise ValueError(f"encoders.tokenizer: {folder or 'nothing given, and this pack does not lie in a ComfyUI, which has one'}; wanted a "
-                         "folder with CLIP's vocab.json and merges.txt, such as ComfyUI/comfy/sd1_tokenizer")
+        raise ValueError(f"encoders.tokenizer: {folder or 'nothing given, and this pack does not lie in a ComfyUI, which has one'}; "
+                         "wanted a folder with CLIP's vocab.json and merges.txt, such as ComfyUI/comfy/sd1_tokenizer")
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 

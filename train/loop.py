@@ -144,8 +144,9 @@ class Checkpoints:
             write_file(path, tensors, {"state": json.dumps(asdict(state)), "config": json.dumps(self.fixed)})
         except OSError as e:
             last = self.paths()
-            raise OSError(f"{path} cannot be written ({e.strerror or e}). {f'{last[-1].name} is whole' if last else 'There is none before it'}; "
-                          "make room, or see to the disk, and give the same command again") from None
+            before = f"{last[-1].name} is whole" if last else "There is none before it"
+            raise OSError(f"{path} cannot be written ({e.strerror or e}). {before}; make room, or see to the disk, and give the same "
+                          "command again") from None
         for old in self.paths()[: -self.config.run.keep]:
             old.unlink()
 

@@ -82,14 +82,17 @@ def write_card(config: Config, training: Mapping) -> Path:
     architecture = config.architecture
     kind = "A pack" if description.kind == "pack" else "A pruned UNet"
     node = "Apply Pack on any checkpoint of its family" if description.kind == "pack" else "Load Pruned UNet"
-    settings = {"teacher": training["teacher"], "start": training["start"], "data": config.data.source, "resolution": f"{config.data.size} px",
-                "steps": training["steps"], "samples": training["samples"], "learning rate": config.optimiser.lr,
+    if further := description.training.get("pack"):
+        node += f", with the pack of its experts and gains, {further}, applied to it (Apply Pack)"
+    settings = {"teacher": training["teacher"], "start": training["start"], "data": config.data.source,
+                "resolution": f"{config.data.size} px", "steps": training["steps"], "samples": training["samples"],
+                "learning rate": config.optimiser.lr,
                 "steps skipped (not finite)": training["skipped"], "pictures left out (unreadable)": training["left_out"],
                 "minutes": training["minutes"], "machine": f"{training['machine']}, torch {training['torch']}", "seed": config.seed}
     lines = [f"# {config.name}", "",
              f"{kind} of the {config.network.family} family ({architecture.name or 'free choice of units'}), for the node {node}.",
-             f"{architecture.params / 1e6:.1f} of {Architecture.full(config.network.config).params / 1e6:.1f} M parameters, {training['trained'] / 1e6:.1f} M of them trained; "
-             f"predicts {config.network.prediction}; stored as {config.run.stored}.", "",
+             f"{architecture.params / 1e6:.1f} of {Architecture.full(config.network.config).params / 1e6:.1f} M parameters, "
+             f"{training['trained'] / 1e6:.1f} M of them trained; predicts {config.network.prediction}; stored as {config.run.stored}.", "",
              "| training | |", "|---|---|", *(f"| {k} | {v} |" for k, v in settings.items()), "",
              "| loss | weight | at the end (mean since the line of the log before) |", "|---|---|---|",
              *(f"| {name} | {weight} | {training['final'].get(name, '')} |" for name, weight in training["losses"].items()), "",

@@ -241,7 +241,8 @@ class Hub(Pictures):
     def open(self, i: int) -> tuple[str, object, list[str]]:
         row = self.windows[i // SHUFFLED][i % SHUFFLED]
         picture = row[self.image]
-        return picture["path"] or f"picture {i}", io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"], _texts(row[self.caption])
+        file = io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"]
+        return picture["path"] or f"picture {i}", file, _texts(row[self.caption])
 
     def text(self, count: int) -> Text:
         return _on_cpu(self.to_text(self.captions[:count]))
@@ -323,7 +324,8 @@ def write_samples(folder: Path, source: Prompts, count: int, batch: int, process
             tensors |= {"pooled": torch.cat([p.text.pooled for p in parts]).half(), "empty_pooled": source.empty.pooled[0].half(),
                         "sizes": torch.cat([p.sizes for p in parts])}
         if not tensors["latents"].isfinite().all():
-            raise ValueError("the teacher draws pictures that are not finite; is network.prediction right, and samples.guidance not too high?")
+            raise ValueError("the teacher draws pictures that are not finite; is network.prediction right, and samples.guidance not "
+                             "too high?")
         write_file(folder / f"{first // shard:05d}.safetensors", tensors, {"format": "pt"})
     if files:
         progress.end()

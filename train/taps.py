@@ -121,7 +121,10 @@ class Tapped(nn.Module):
         self.unet, self.paths = unet, tuple(paths)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, added: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """x: (B, C, H, W); t: (B,); context: (B, N, D); added: SDXL's further conditions. Returns the prediction and the features by path."""
+        """x: (B, C, H, W); t: (B,); context: (B, N, D); added: SDXL's further conditions.
+
+        Returns the prediction and the features by path.
+        """
         with caught(self.unet, self.paths) as features:
             predicted = self.unet(x, t, context, added_cond_kwargs=added, return_dict=False)[0]
         return predicted, features

@@ -17,8 +17,8 @@ CHAINS = {"ssd-1b": ["sdxl-ssd-1b-1", "sdxl-ssd-1b-2", "sdxl-ssd-1b"],
           "koala-1b": ["sdxl-koala-1b"], "koala-700m": ["sdxl-koala-700m"]}
 NARROW = ['network.shape={model_channels = 32, channel_mult = [1, 1, 2], down = [[0, 0], [2, 2], [2, 2]], mid = 2, '
           'up = [[2, 2, 2], [2, 2, 2], [0, 0, 0]], context_dim = 32, head_channels = 8, use_linear = true, adm_channels = 1568}',
-          "network.teacher=random", "data.size=64", "run.steps=2", "run.batch=2", "run.micro_batch=2", "run.precision=no", "run.log_every=1",
-          "run.picture_every=2", "samples.steps=2"]
+          "network.teacher=random", "data.size=64", "run.steps=2", "run.batch=2", "run.micro_batch=2", "run.precision=no",
+          "run.log_every=1", "run.picture_every=2", "samples.steps=2"]
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -46,8 +46,9 @@ def write_cache(config):
     g = torch.Generator().manual_seed(0)
     write_file(config.data.path, {
         "latents": torch.randn(3, 4, 8, 8, generator=g).half(), "captions": torch.arange(3)[:, None],
-        "states": torch.randn(3, 5, 32, generator=g).half(), "empty": torch.zeros(5, 32).half(), "pooled": torch.randn(3, 32, generator=g).half(),
-        "empty_pooled": torch.full((32,), -1.0).half(), "sizes": torch.tensor([[64.0, 96.0, 0, 16, 64, 64]]).repeat(3, 1)}, {})
+        "states": torch.randn(3, 5, 32, generator=g).half(), "empty": torch.zeros(5, 32).half(),
+        "pooled": torch.randn(3, 32, generator=g).half(), "empty_pooled": torch.full((32,), -1.0).half(),
+        "sizes": torch.tensor([[64.0, 96.0, 0, 16, 64, 64]]).repeat(3, 1)}, {})
 
 
 def test_pooled_states_and_sizes_come_with_the_cache(tmp_path):

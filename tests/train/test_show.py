@@ -30,10 +30,9 @@ def run(*arguments):
 
 
 def test_pictures_show_teacher_above_student_and_change_nothing(tmp_path):
-    shown = run(tmp_path / "a", *SD15, "run.picture_every=1", "run.tensorboard=true", "student.preset=full", "student.trained=all", "loss.mid=0",
-                "optimiser.lr=1e-30", "loss.blocks=0")
-    plain = run(tmp_path / "b", *SD15, "run.picture_every=0", "student.preset=full", "student.trained=all", "loss.mid=0",
-                "optimiser.lr=1e-30", "loss.blocks=0")
+    changes = (*SD15, "student.preset=full", "student.trained=all", "loss.mid=0", "loss.blocks=0", "optimiser.lr=1e-30")
+    shown = run(tmp_path / "a", *changes, "run.picture_every=1", "run.tensorboard=true")
+    plain = run(tmp_path / "b", *changes, "run.picture_every=0")
     a, b = (load_file(max(r.folder.glob("checkpoint-*.safetensors"))) for r in (shown, plain))
     assert all(torch.equal(a[k], b[k]) for k in b) and not (plain.folder / "pictures").exists()
     files = sorted((shown.folder / "pictures").iterdir())

@@ -98,7 +98,12 @@ def recipe(source, path, models, *changes):
 def greys(source, numbers):
     """Which pictures these are, by what the VAE is given."""
     seen = []
-    source.to_latents = lambda pictures: seen.extend(round(float(p.mean() + 1) * 12.75) for p in pictures) or torch.zeros(len(pictures), 4, 8, 8)
+
+    def to_latents(pictures):
+        seen.extend(round(float(p.mean() + 1) * 12.75) for p in pictures)
+        return torch.zeros(len(pictures), 4, 8, 8)
+
+    source.to_latents = to_latents
     source.examples(numbers, [0.0] * len(numbers))
     return seen
 
@@ -204,7 +209,8 @@ def test_the_teacher_lies_in_a_whole_checkpoint(models, tmp_path):
     sd = {f"model.diffusion_model.{k}": v.half() for k, v in stages.addressed(teacher, Architecture.full(config.network.config)).items()}
     text = {f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v.half()
             for k, v in load_file(models / "text_encoder" / "model.safetensors").items()}
-    save_file({k: v.contiguous() for k, v in (sd | text | {"first_stage_model.x": torch.zeros(1)}).items()}, tmp_path / "finetune.safetensors")
+    whole = sd | text | {"first_stage_model.x": torch.zeros(1)}
+    save_file({k: v.contiguous() for k, v in whole.items()}, tmp_path / "finetune.safetensors")
     found = stages.load_teacher(load(CONFIGS / "emoji-base.toml", [f"network.teacher={tmp_path / 'finetune.safetensors'}"])).state_dict()
     assert all(torch.equal(found[k], v.half().float()) for k, v in teacher.state_dict().items())
     assert load_text(tmp_path / "finetune.safetensors", models / "tokenizer")(["red"]).states.shape == (1, 8, 32)
@@ -258,7 +264,8 @@ def test_drawing_follows_the_probability_flow(prompts, models):
         return predict
 
     for kind in ("eps", "v"):
-        config = recipe("prompts", prompts, models, "samples.steps=100", "samples.guidance=1", "samples.count=0", f"network.prediction={kind}")
+        config = recipe("prompts", prompts, models, "samples.steps=100", "samples.guidance=1", "samples.count=0",
+                        f"network.prediction={kind}")
         drawn = open_source(config, exact(kind)).examples(range(3), []).latents
         noise = torch.stack([torch.randn(4, 8, 8, generator=seeded(config.seed, 8, n)) for n in range(3)])
         a, _ = coefficients(torch.tensor([STEPS - 1]))
