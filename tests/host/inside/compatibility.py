@@ -557,7 +557,8 @@ def test_switch_unet(bench):
     same(bench.picture(at(first, second, 1e9, "sigma")), alone)
     to_itself = at(first, bench(bench.of.plain), 1)
     if bench.name in ("EasyCache", "LazyCache"):  # the second cache begins empty
-        assert not torch.equal(bench.picture(to_itself), bench.alone)
+        again = (at(first, bench(bench.of.plain), step) for step in (2, 3, 4))
+        assert not all(torch.equal(bench.picture(m), bench.alone) for m in again)
     else:
         same(bench.picture(to_itself), bench.alone)
     found = bench.picture(at(first, second, 1))

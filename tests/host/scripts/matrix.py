@@ -106,7 +106,7 @@ GRAPHS = {
     "CondConv pack": (1, 0),
     "Feature Inheritance": (MANY, 0),
     "GRI Attention": (1, 0),
-    "Switch UNet": (2, 0),
+    "Switch UNet": (1, 0),
 }
 
 
