@@ -139,13 +139,13 @@ def report(config: Config, processes: int) -> str:
     for kind, of in taps.KINDS.items():
         if getattr(config.loss, kind):
             lines.append(f"taps of {kind}: {', '.join(tap.name for tap in of(config.architecture))}")
-    need = memory(student, config)
+    need, product = memory(student, config), stages.describe_product(config, {})
     lines += ["", "memory of one process, estimated:"]
     lines += [f"  {name:<12}{_size(value):>12}" for name, value in vars(need).items()]
     lines += [f"  {'all':<12}{_size(need.total):>12}", "",
               f"{config.run.steps} steps of {config.run.batch} samples: {processes} x {accumulation} x {config.run.micro_batch} "
               f"(processes, parts, micro batch)",
-              f"ends in {config.product} ({stages.describe_product(config, {}).kind})"]
+              f"ends in {config.product} ({product.kind})" + (f" and {product.training['pack']}" if "pack" in product.training else "")]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ import copy
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -103,7 +104,7 @@ class RegionalAttention(nn.Module):
         """hidden_states: (B, N, C)."""
         side = math.isqrt(hidden_states.shape[1])
         q, k, v = (to(hidden_states).unflatten(-1, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
-        return attn.to_out[0](gri_attention(q, k, v, side, side, self.settings.sized(side), self.gain).flatten(2))
+        return attn.to_out[0](gri_attention(q, k, v, side, side, self.settings.sized(side), gain=self.gain).flatten(2))
 
 
 def give_gains(student: nn.Module, config: UNetConfig, gains: Gains | None, settings: Regional) -> None:
@@ -147,7 +148,7 @@ def _started(config: Config) -> dict[str, Tensor]:
     if opened.description.family != architecture.config.family:
         raise ValueError(f"student.start: {opened.path.name} belongs to {opened.description.family}, this recipe to "
                          f"{architecture.config.family}")
-    if opened.description.condconv is not None or opened.description.gri is not None:
+    if opened.description.condconv or opened.description.gri or "pack" in opened.description.training:
         raise ValueError(f"student.start: {opened.path.name} has further experts or gains, which the next stage would lose; start "
                          "from a student without")
     own = set(architecture.own) | (set(OWN_STEM) if config.student.stem else set())
@@ -167,18 +168,21 @@ def open_product(path: str | os.PathLike) -> Loaded:
 def assembled(whole: nn.Module, path: str | os.PathLike) -> nn.Module:
     """A copy of an unpruned UNet with a product in it: its units cut, those the product has replaced, further experts added."""
     opened = open_product(path)
-    architecture, settings = opened.description.architecture, opened.description.condconv
-    result, gains = copy.deepcopy(whole), opened.description.gri
+    architecture, result = opened.description.architecture, copy.deepcopy(whole)
     cut_diffusers(result, architecture)
-    tensors = {k: v.float() for k, v in opened.tensors.items()}
-    load_units(result, "diffusers", architecture, {k: tensors[k] for k in tensors if k in architecture.keys()})
-    if settings is not None:
-        condconv.install(result, "diffusers", architecture.config, settings, tensors)
-    if gains is not None:
-        give_gains(result, architecture.config, gains, Regional(**opened.description.training.get("gri", {})))
-        for key, attn in regional(result, architecture.config, gains).items():
-            attn.processor.gain.data.copy_(tensors[key])
+    load_units(result, "diffusers", architecture, {k: opened.tensors[k].float() for k in opened.tensors if k in architecture.keys()})
+    _join(result, open_pack(joining(opened.path)) if "pack" in opened.description.training else opened)
     return result.eval()
+
+
+def _join(unet: nn.Module, opened: Loaded) -> None:
+    """Give a live UNet the further experts and the gains of a pack, in place."""
+    description, config = opened.description, opened.description.architecture.config
+    if description.condconv is not None:
+        condconv.install(unet, "diffusers", config, description.condconv, {k: opened.tensors[k].float() for k in description.expert_keys})
+    give_gains(unet, config, description.gri, Regional(**description.training.get("gri", {})))
+    for key, attn in regional(unet, config, description.gri).items():
+        attn.processor.gain.data.copy_(opened.tensors[key])
 
 
 def addressed(student: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
@@ -193,30 +197,39 @@ def addressed(student: nn.Module, architecture: Architecture) -> dict[str, Tenso
 
 
 def describe_product(config: Config, training: Mapping) -> Description:
-    """A pack where something is frozen, or has further experts or gains, else a pruned UNet."""
-    architecture, units, settings, gains = config.architecture, trained_units(config), config.condconv, config.gains
+    """A pack where something is frozen, else a pruned UNet. Only a pack can hold further experts and gains itself."""
+    architecture, units = config.architecture, trained_units(config)
     training = dict(training) | {"recipe": config.name, "seed": config.seed}
-    if gains:
+    if config.gains:
         training["gri"] = {"window": config.gri.window, "pool": config.gri.pool}
-    if settings is gains is None and len(units) == len(architecture.kept):
-        return Description("unet", architecture, prediction=config.network.prediction, training=training)
-    return Description("pack", architecture, units, prediction=config.network.prediction, training=training, condconv=settings,
-                       gri=gains)
+    if len(units) < len(architecture.kept):
+        return Description("pack", architecture, units, prediction=config.network.prediction, training=training, condconv=config.condconv,
+                           gri=config.gains)
+    if config.condconv or config.gains:
+        training["pack"] = joining(config.product).name
+    return Description("unet", architecture, prediction=config.network.prediction, training=training)
+
+
+def joining(product: Path) -> Path:
+    """The pack of experts and gains that belongs to a pruned UNet."""
+    return product.with_name(f"{product.stem}-pack.safetensors")
 
 
 def write_product(student: nn.Module, config: Config, training: Mapping) -> None:
-    """Write the pack or the pruned UNet of a finished run."""
-    description = describe_product(config, training)
+    """Write the pack, or the pruned UNet and the pack of its experts and gains, of a finished run."""
+    unet, description, dtype = config.network.config, describe_product(config, training), DTYPES[config.run.stored]
     tensors = {k: v.detach().float() for k, v in addressed(student, config.architecture).items()}
-    dtype = DTYPES[config.run.stored]
-    if description.kind == "unet":
-        write_unet(config.product, tensors, description, dtype)
-    else:
-        tensors = extract(tensors, config.architecture, description.units)
-        if settings := description.condconv:
-            tensors |= {k: v.float() for k, v in condconv.extract(student, "diffusers", config.network.config, settings).items()}
-        tensors |= {k: attn.processor.gain.float() for k, attn in regional(student, config.network.config, description.gri).items()}
-        write_pack(config.product, tensors, description, dtype)
+    further = {k: attn.processor.gain.float() for k, attn in regional(student, unet, config.gains).items()}
+    if config.condconv:
+        further |= {k: v.float() for k, v in condconv.extract(student, "diffusers", unet, config.condconv).items()}
+    if description.kind == "pack":
+        write_pack(config.product, extract(tensors, config.architecture, description.units) | further, description, dtype)
+        return
+    if further:
+        joined = Description("pack", Architecture.full(unet), prediction=description.prediction, training=description.training,
+                             condconv=config.condconv, gri=config.gains)
+        write_pack(joining(config.product), further, joined, dtype)
+    write_unet(config.product, tensors, description, dtype)
 
 
 def block_of(config: Config, address: str) -> str:
