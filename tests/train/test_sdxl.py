@@ -1,14 +1,19 @@
 """The recipes of the SDXL family, and a narrow network of its kind through two stages of progressive removal."""
 
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from asdm_core.packs import open_unet, write_file
 from tests.train.recipes import CONFIGS
 from train import taps
 from train.config import load
 from train.data import Batches, Cache, Random
+from train.encoders import load_text
 from train.loop import train
 
 # A chain of stages each: from the recipe that starts at the teacher to the published shape.
@@ -59,15 +64,32 @@ def test_pooled_states_and_sizes_come_with_the_cache(tmp_path):
     assert batch.pooled.shape == (40, 32) and torch.equal(dropped, (batch.context == 0).flatten(1).all(1)) and 5 < int(dropped.sum()) < 35
     assert batch.sizes.unique(dim=0).tolist() == [[64, 96, 0, 16, 64, 64]]
     assert Batches(Random(config), config)(range(2)).added["text_embeds"].shape == (2, 32)
-    write_file(config.data.path, {k: v for k, v in _tensors(config).items() if k != "pooled"}, {})
+    write_file(config.data.path, {k: v for k, v in load_file(config.data.path).items() if k != "pooled"}, {})
     with pytest.raises(ValueError, match="lacks the pooled states and sizes that a UNet of sdxl takes"):
         Cache(config.data.path, config)
 
 
-def _tensors(config):
-    from safetensors.torch import load_file
-
-    return load_file(config.data.path)
+@torch.no_grad()
+def test_both_text_encoders_speak(tmp_path):
+    torch.manual_seed(0)
+    words = {"a</w>": 0, "b</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
+    found = []
+    for number, kind, width in (("", CLIPTextModel, 8), ("_2", CLIPTextModelWithProjection, 24)):
+        found.append(kind(CLIPTextConfig(
+            vocab_size=4, hidden_size=width, intermediate_size=8, num_hidden_layers=3, num_attention_heads=1, max_position_embeddings=6,
+            projection_dim=16, bos_token_id=2, eos_token_id=3, pad_token_id=3)).eval())
+        found[-1].save_pretrained(tmp_path / f"text_encoder{number}")
+        (tmp_path / f"tokenizer{number}").mkdir()
+        (tmp_path / f"tokenizer{number}" / "vocab.json").write_text(json.dumps(words))
+        (tmp_path / f"tokenizer{number}" / "merges.txt").write_text("#version: 0.2\n")
+        (tmp_path / f"tokenizer{number}" / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "CLIPTokenizer", "pad_token": "<|endoftext|>"}))
+    text = load_text(tmp_path)(["a b", ""])
+    ids = torch.tensor([[2, 0, 1, 3, 3, 3], [2, 3, 3, 3, 3, 3]])
+    one, two = (model(ids, output_hidden_states=True) for model in found)
+    torch.testing.assert_close(text.states, torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1))  # SDXL, section 2.1
+    torch.testing.assert_close(text.pooled, two.text_embeds)
+    assert text.states.shape == (2, 6, 32) and text.pooled.shape == (2, 16)
 
 
 def test_two_stages_of_removal_and_their_pictures(tmp_path):
