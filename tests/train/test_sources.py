@@ -281,8 +281,8 @@ def newest(folder):
 
 @pytest.mark.parametrize("source", [*WRITERS, "prompts", "fresh"])
 def test_a_resumed_run_equals_an_unbroken_one(source, models, prompts, tmp_path, monkeypatch):
-    path = prompts if source in ("prompts", "fresh") else WRITERS[source](tmp_path / "data", broken=(3,))
-    changes = [*DRAWN, "samples.count=0" if source == "fresh" else "samples.count=6", "run.steps=6"]
+    path = prompts if source in ("prompts", "fresh") else WRITERS[source](tmp_path / "data", 6, broken=(3,))
+    changes = [*DRAWN, "samples.count=0" if source == "fresh" else "samples.count=6", "run.steps=4"]
     name = "prompts" if source == "fresh" else source
 
     def run(folder):
@@ -298,13 +298,13 @@ def test_a_resumed_run_equals_an_unbroken_one(source, models, prompts, tmp_path,
     original = loop._numbers
     with monkeypatch.context() as m, pytest.raises(Stop):
         def until(config, accelerator, step, part):
-            if step == 5:
+            if step == 3:
                 raise Stop
             return original(config, accelerator, step, part)
 
         m.setattr(loop, "_numbers", until)
         run("broken")
-    assert newest(tmp_path / "broken").stem == "checkpoint-00000004"
+    assert newest(tmp_path / "broken").stem == "checkpoint-00000002"
     run("broken")
     a, b = load_file(newest(tmp_path / "whole")), load_file(newest(tmp_path / "broken"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
