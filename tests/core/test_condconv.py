@@ -370,8 +370,8 @@ def test_wrong_tensors(pack, change, message):
 
 @pytest.mark.parametrize("change, message", [
     ({"condconv": {"experts": {"moon": 2}}}, "no convolution 'moon'"), ({"condconv": {"experts": {CONV1: 1}}}, "2 to 64 experts"),
-    ({"condconv": []}, "condconv must be a JSON object"), ({"condconv": None}, "at least one unit"), ({"kind": "unet"}, "experts come in packs only"),
-    ({"architecture": M2.to_dict()}, "a pack of experts only cannot cut units, and this one cuts down.0.1.resnet"),
+    ({"condconv": []}, "condconv must be a JSON object"), ({"condconv": None}, "at least one unit"), ({"kind": "unet"}, "further experts and gains come in packs only"),
+    ({"architecture": M2.to_dict()}, "a pack that plays no unit cannot cut units, and this one cuts down.0.1.resnet"),
     ({"architecture": M2.to_dict(), "units": list(M2.pack_units()), "condconv": {"experts": {"down.0.1.resnet.conv1": 2}}},
      "down.0.1.resnet is cut in this architecture"),
 ], ids=str)
