@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from asdm_core.architecture import Architecture
 from asdm_core.surgery import cut_diffusers
 from train.config import Config, load
-from train.emoji.compare import Judge, Switched
+from train.emoji.compare import FIXED, Judge, Switched
 from train.emoji.unet import CONFIG
 from train.loop import Criterion, train
 from train.outputs import write_outputs
@@ -340,7 +340,7 @@ def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdi
         "claim about long training is not refuted by them.",
         f"- {len(done)} of {len(RUNS)} runs are finished; {spread}. Pictures are not counted as n.",
         f"- Measured on {mine['whole']['pictures']} pictures of each row ({settings.prompts} plain prompts, {settings.steps} DDIM steps, CFG 3), drawn from the same noises "
-        "in every row, and on 1,024 fixed inputs (v-MSE). PSNR and SSIM are to the original's picture from the same noise. Accuracy is the "
+        f"in every row, and on {FIXED} fixed inputs (v-MSE). PSNR and SSIM are to the original's picture from the same noise. Accuracy is the "
         "emoji classifier's top-1. KID is the unbiased kernel distance of its features to real glyphs"
         + ("." if any("fed" in r for r in mine.values()) else "; a Frechet distance is not given below 1,000 pictures, where its bias is larger than the differences."),
         "- Distances to the teacher punish a network that is better than it; accuracy, KID and the v-MSE to the data do not.",

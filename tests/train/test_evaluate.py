@@ -28,7 +28,7 @@ def judge(settings, tiny, glyphs, data, tokens, concepts, monkeypatch):
     encoder = TextEncoder(tokens.ids, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     save_classifier(settings.models / "emoji-classifier.safetensors", Classifier(len(concepts)).eval(), [c.code for c in concepts], {})
     for name, value in (("load_glyphs", lambda runs: glyphs), ("load_latents", lambda *a: data), ("load_text", lambda path: encoder.eval()),
-                        ("Tokens", lambda *a, **k: tokens), ("host_folder", lambda given: None), ("FIXED", 32), ("REFERENCE", 4)):
+                        ("Tokens", lambda *a, **k: tokens), ("host_folder", lambda given: None), ("FIXED", 32), ("LENGTH", 16), ("REFERENCE", 4)):
         monkeypatch.setattr(compare, name, value)
     monkeypatch.setattr(Judge, "whole", unet.build(tiny).eval())
     return lambda prompts=3: Judge("teacher", settings.runs / "measured", settings.runs, settings.models, prompts, steps=2)
