@@ -209,6 +209,7 @@ def jobs(settings: Settings, seeds: Sequence[int]) -> Iterator[Job]:
             if run.cut:
                 yield f"measure cut {run.cut}", partial(measure, f"cut-{run.cut}", partial(cut_teacher, teacher, run.cut))
             if run.name == "teacher-on":
+                yield "measure the pack in models/", partial(measure, "shipped-m2", lambda: assembled(teacher.whole, settings.models / "emoji-m2.safetensors"))
                 yield from switching(settings, seed, measure, teacher, SWITCHES[:3])
                 yield from transfer(settings, seed, finetune, ("m2", "m2-alone", "base"))
         yield from switching(settings, seed, measure, teacher, SWITCHES)
@@ -254,6 +255,7 @@ def gathered(settings: Settings, seeds: Sequence[int]) -> dict[str, dict[str, di
 
     for host in found:
         put(host, "whole", None)
+        put(host, "shipped-m2", None, "m2")
         for preset in CUT:
             put(host, f"cut-{preset}", None)
         for run in RUNS:
@@ -318,7 +320,7 @@ def write(settings: Settings, seeds: Sequence[int]) -> None:
 TABLES = {
     "Table 1: students of stage 1, with further experts": ("base", "base-on", "base-e2", "base-clme", "small", "small-on", "small-e2", "small-e2-fixed", "small-clme",
                                                           "tiny", "tiny-on", "tiny-e2", "tiny-e2-fixed", "tiny-clme"),
-    "Table 2: combined UNets": ("base", "m1", "m2", "m3", "m4", "m5", "m5-seconds", "m2-none", "m2-features", "m2-both"),
+    "Table 2: combined UNets": ("shipped-m2", "base", "m1", "m2", "m3", "m4", "m5", "m5-seconds", "m2-none", "m2-features", "m2-both"),
     "Controls": ("teacher-on", "m2-direct", "m2-alone", "base-alone", "small-alone", "tiny-alone"),
 }
 
@@ -326,7 +328,8 @@ TABLES = {
 def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdicts: Sequence[dict]) -> list[str]:
     """docs/evidence.md."""
     mine, its = rows["teacher"], rows["openmoji"]
-    what = {run.name: run.what for run in RUNS} | {"whole": "the original"} | {f"cut-{p}": f"{p.capitalize()}, merely cut" for p in CUT}
+    what = {run.name: run.what for run in RUNS} | {f"cut-{p}": f"{p.capitalize()}, merely cut" for p in CUT}
+    what |= {"whole": "the original", "shipped-m2": "the M2 pack in models/, trained apart"}
     most = max(found["seeds"] for name, found in mine.items() if "samples" in found)
     spread = f"the standard deviation over {most} training seeds is in brackets" if most > 1 else (
         "every row is **one** training run, so nothing here knows the spread over training seeds; small differences may be chance")
