@@ -16,6 +16,7 @@ from demo.thumbnails import SIDE, api_graph
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 SHOTS = PACK / "output" / "browser"
 READY = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.ASDMApplyPack"
+expect.set_options(timeout=60_000)  # a busy machine
 DROP = """([name, text]) => {
   const data = new DataTransfer()
   data.items.add(new File([text], name, {type: "application/json"}))
