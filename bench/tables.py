@@ -28,6 +28,7 @@ import torch
 from accelerate import Accelerator
 
 from asdm_core.architecture import Architecture
+from asdm_core.packs import open_pack
 from asdm_core.surgery import cut_diffusers
 from train.config import Config, load
 from train.emoji.compare import FIXED, Judge, Switched
@@ -238,7 +239,13 @@ def switch_name(switch: tuple[str, str, float]) -> str:
 
 def command() -> str:
     """The command that made what is there."""
-    return f"python -m bench.tables {shlex.join(a for a in sys.argv[1:] if a != '--report')}"
+    kept, skipped = [], iter(sys.argv[1:])
+    for word in skipped:
+        if word == "--notes":
+            next(skipped, None)
+        elif word != "--report":
+            kept.append(word)
+    return f"python -m bench.tables {shlex.join(kept)}"
 
 
 # What comes out -------------------------------------------------------------------------------------
@@ -288,7 +295,7 @@ def spent(settings: Settings, run: Run, seed: int) -> float:
     return settings.seconds(run.name, seed) + (spent(settings, first, seed) if first else 0)
 
 
-def write(settings: Settings, seeds: Sequence[int]) -> None:
+def write(settings: Settings, seeds: Sequence[int], notes: str = "") -> None:
     """bench/results/tables.json, docs/evidence.md and its plots, from what is finished."""
     rows = gathered(settings, seeds)
     mine, its = rows["teacher"], rows["openmoji"]
@@ -306,7 +313,7 @@ def write(settings: Settings, seeds: Sequence[int]) -> None:
     summary |= {f"transfer_{metric}_{name.replace('-', '_')}": found[metric] for name, found in its.items()
                 for metric in ("gap_recovered", "psnr", "ssim", "accuracy") if metric in found}
     records = [{"host": host, "row": name, **found} for host, part in rows.items() for name, found in part.items()]
-    record("tables", summary, records + verdicts, command())
+    record("tables", summary, records + verdicts, command(), notes=notes)
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
     evidence.plot_rows(docs / "evidence-rows.png", mine)
@@ -314,7 +321,7 @@ def write(settings: Settings, seeds: Sequence[int]) -> None:
     bins = {name: measured[0]["v_mse"]["teacher"] for name in ("cut-m2", "base", "m2", "m2-direct", "m5", "teacher-on")
             if (measured := evidence.read(settings.folder / "measured", "teacher", name, None if name.startswith("cut") else seeds))}
     evidence.plot_timesteps(docs / "evidence-timesteps.png", bins)
-    (docs / "evidence.md").write_text("\n".join(text(settings, seeds, rows, macs, verdicts)) + "\n", encoding="utf-8")
+    (docs / "evidence.md").write_text("\n".join(text(settings, seeds, rows, macs, verdicts, notes)) + "\n", encoding="utf-8")
 
 
 TABLES = {
@@ -325,7 +332,7 @@ TABLES = {
 }
 
 
-def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdicts: Sequence[dict]) -> list[str]:
+def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdicts: Sequence[dict], notes: str) -> list[str]:
     """docs/evidence.md."""
     mine, its = rows["teacher"], rows["openmoji"]
     what = {run.name: run.what for run in RUNS} | {f"cut-{p}": f"{p.capitalize()}, merely cut" for p in CUT}
@@ -334,13 +341,14 @@ def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdi
     spread = f"the standard deviation over {most} training seeds is in brackets" if most > 1 else (
         "every row is **one** training run, so nothing here knows the spread over training seeds; small differences may be chance")
     done = [run.name for run in RUNS if run.name in mine]
+    pack = settings.models / "emoji-m2.safetensors"
+    shipped = f" (the M2 pack in models/ saw {open_pack(pack).description.training['samples']:,})" if pack.exists() else ""
     lines = [
         "# What the papers claim, tried at emoji scale", "",
         "Written by `bench/tables.py` from its measurements (`bench/results/tables.json`); nothing is typed in by hand. The numbers compare "
         "techniques with each other on the small [emoji family](../models/README.md). **They say nothing absolute about SD1.5.**", "",
         f"- Each run of one stage learned from {settings.samples:,} samples, equal for all: the same samples in the same order, batch {BATCH}, "
-        f"learning rate {LR:g}. That is very little (the shipped M2 pack saw several times as many): all rows are far from converged, and a "
-        "claim about long training is not refuted by them.",
+        f"learning rate {LR:g}. That is very little{shipped}: all rows are far from converged, and a claim about long training is not refuted by them.",
         f"- {len(done)} of {len(RUNS)} runs are finished; {spread}. Pictures are not counted as n.",
         f"- Measured on {mine['whole']['pictures']} pictures of each row ({settings.prompts} plain prompts, {settings.steps} DDIM steps, CFG 3), drawn from the same noises "
         f"in every row, and on {FIXED} fixed inputs (v-MSE). PSNR and SSIM are to the original's picture from the same noise. Accuracy is the "
@@ -348,8 +356,13 @@ def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdi
         + ("." if any("fed" in r for r in mine.values()) else "; a Frechet distance is not given below 1,000 pictures, where its bias is larger than the differences."),
         "- Distances to the teacher punish a network that is better than it; accuracy, KID and the v-MSE to the data do not.",
         "- A verdict needs a difference above a margin: " + ", ".join(f"{evidence.NAMES[m]} {v:g}" + {"psnr": " dB", "accuracy": " standard errors"}.get(m, " of the value")
-                                                                      for m, v in evidence.MARGINS.items()) + ".",
-        "- \"samples\" and \"s\" (seconds of training) include the stage before. The teacher's outputs were computed once and are not counted.", "",
+                                                                      for m, v in evidence.MARGINS.items())
+        + (". With one training seed nobody knows what chance can do; these are guesses." if most == 1 else ", and above the spread over training seeds."),
+        "- \"samples\" and \"s\" (seconds of training) include the stage before. The teacher's outputs were computed once and are not counted."
+        + (f" Notes: {notes}." if notes else ""),
+        *([f"- The original trained on went from {mine['whole']['v_mse_data']:.4f} to {mine['teacher-on']['v_mse_data']:.4f} in v-MSE to the data: at this "
+           "learning rate so few samples make a finished network worse before they could make it better."]
+          if "teacher-on" in mine and mine["teacher-on"]["v_mse_data"] > mine["whole"]["v_mse_data"] else []), "",
         "## Claims", "", *evidence.claims_text(verdicts), "", "![v-MSE to the teacher of all rows](evidence-rows.png)", ""]
     lines += ["## The original and what is merely cut", "", *evidence.table(mine, [(n, what[n]) for n in ("whole", *(f"cut-{p}" for p in CUT))]), ""]
     for title, names in TABLES.items():
@@ -366,7 +379,7 @@ def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdi
               "PSNR, SSIM and the gap are to the finetune's own pictures.", "",
               *evidence.table(its, [(n, what[n]) for n in ("whole", "cut-m2", *TRANSFER)]), "",
               "## Not tried here", "",
-              "- VGG: A-SDM's perceptual supervision is tried with the family's own classifier in its place, at one weight.",
+              "- VGG: where A-SDM has it, the rows with features of a frozen network have the family's own classifier, at one weight.",
               "- Held-out pairs of emoji and style or background; see [models/README.md](../models/README.md) for the shipped pack.", "",
               "## Doing it again", "", "```", command(), "```", "",
               "The same command goes on where it stopped; more `--seeds` add training seeds, more `--rounds` add pictures (from 1,000 on with a Frechet distance)."]
@@ -384,20 +397,21 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models/emoji"))
     parser.add_argument("--folder", type=Path, default=Path("runs/tables"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--notes", default="", help="kept in the results and the text: what else the machine was doing")
     parser.add_argument("--report", action="store_true", help="only write the results and the text from what is there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings = Settings(args.samples, args.prompts, args.steps, args.rounds, args.folder, args.runs, args.models)
     seeds = range(1, args.seeds + 1)
     if args.report:
-        write(settings, seeds)
+        write(settings, seeds, args.notes)
         return
     known: set[Path] = set()
     for name, do in jobs(settings, seeds):
         print(f"-- {name}", flush=True)
         do()
         if (there := set((settings.folder / "measured").glob("*.json"))) != known:
-            write(settings, seeds)
+            write(settings, seeds, args.notes)
             known = there
 
 
