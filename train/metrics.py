@@ -32,7 +32,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     if min(len(a), len(b)) <= a.shape[1]:
         raise ValueError(f"the Frechet distance of {a.shape[1]} features needs more than {a.shape[1]} pictures, got {len(a)} and {len(b)}")
     a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    cov_a, cov_b = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
     # tr (C_a C_b)^(1/2) is the sum of the roots of the eigenvalues of the similar, symmetric C_a^(1/2) C_b C_a^(1/2).
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
