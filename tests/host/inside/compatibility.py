@@ -528,7 +528,7 @@ def test_feature_inheritance(bench, caplog):
         wanted = bench.picture(bench(bench.of.plain))
     for model in (bench(technique(bench.of.plain)), technique(bench(bench.of.plain))):
         same(bench.picture(model), wanted)
-        assert any(host.setup_of(model).inheritance.log.last.inherited())
+        assert any(host.setup_of(model).inheritance.log.last.replayed)
     assert bench.name != "LCM" or "with fewer than 8" in caplog.text
     bench.check_that_it_acts(wanted, INHERITANCE, technique(bench.stock.plain))
 
