@@ -57,7 +57,8 @@ def vega_pack(folder):
 DIALECTS = {
     "kohya": lambda ldm, diffusers: f"lora_unet_{diffusers.replace('.', '_')}",
     "kohya, LDM names": lambda ldm, diffusers: f"lora_unet_{ldm.replace('.', '_')}",
-    "PEFT": lambda ldm, diffusers: f"unet.{diffusers}",
+    # As the host knows diffusers' names: attention by its processor. It has no name for PEFT's plain `to_q.lora_A`.
+    "diffusers": lambda ldm, diffusers: f"unet.{diffusers}".replace(".to_", ".processor.to_").replace(".to_out.0", ".to_out"),
 }
 
 
@@ -67,9 +68,9 @@ def in_dialect(lora, dialect):
     for slot in addresses.keys(SDXL).values():
         ldm, diffusers = (slot.unit.key(slot.tensor, layout).removesuffix(".weight") for layout in ("ldm", "diffusers"))
         modules[DIALECTS["kohya"](ldm, diffusers)] = DIALECTS[dialect](ldm, diffusers)
-    ends = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"} if dialect == "PEFT" else {}
+    ends = {"lora_down.weight": "_lora.down.weight", "lora_up.weight": "_lora.up.weight"} if dialect == "diffusers" else {}
     split = ((*name.partition(".")[::2], tensor) for name, tensor in lora.items())
-    return {f"{modules[name]}.{ends.get(end, end)}": tensor for name, end, tensor in split}
+    return {f"{modules[name]}{ends.get(end, f'.{end}')}": tensor for name, end, tensor in split}
 
 
 def merged(lora):

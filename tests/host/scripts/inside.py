@@ -23,7 +23,8 @@ class Outcomes:
         if report.skipped:
             found.append(f"{report.nodeid} was skipped; nothing may be skipped")
         if report.failed:
-            found.append(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n{report.capstdout}{report.caplog}"[-6000:])
+            # The report first: a long log must not push it out.
+            found.append(f"{report.nodeid} ({report.when})\n{report.longreprtext[-6000:]}\n{(report.capstdout + report.caplog)[-2000:]}")
 
     def pytest_collectreport(self, report):
         if report.failed:
