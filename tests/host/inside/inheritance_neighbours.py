@@ -13,7 +13,6 @@ import nodes
 import pytest
 import small
 import torch
-from comfy.t2i_adapter.adapter import Adapter_light
 from comfy_extras import (
     nodes_context_windows,
     nodes_custom_sampler,
@@ -21,12 +20,9 @@ from comfy_extras import (
     nodes_freelunch,
     nodes_hooks,
     nodes_hypertile,
-    nodes_model_advanced,
     nodes_model_downscale,
     nodes_pag,
-    nodes_perpneg,
     nodes_sag,
-    nodes_tomesd,
 )
 from in_host import module
 
@@ -155,24 +151,15 @@ NODES = {
     "FreeU_V2": lambda m: nodes_freelunch.FreeU_V2.execute(m, 1.3, 1.4, 0.9, 0.2)[0],
     "PAG": lambda m: nodes_pag.PerturbedAttentionGuidance.execute(m, 3.0)[0],
     "HyperTile": lambda m: nodes_hypertile.HyperTile.execute(m, 64, 1, 0, False)[0],
-    "ToMe": lambda m: nodes_tomesd.TomePatchModel.execute(m, 0.3)[0],
     "deep shrink": lambda m: nodes_model_downscale.PatchModelAddDownscale.execute(m, 3, 2.0, 0.0, 1.0, True, "bicubic", "bicubic")[0],
-    "RescaleCFG": lambda m: nodes_model_advanced.RescaleCFG().patch(m, 0.7)[0],
-    "v-prediction, zero terminal SNR": lambda m: nodes_model_advanced.ModelSamplingDiscrete().patch(m, "v_prediction", True)[0],
     "attn2 replaced": attn2_replaced,
     "attn2 patched": attn2_patched,
 }
 
 
-@pytest.fixture
-def no_rand(monkeypatch):
-    """ToMe draws numbers for every layer that runs, so a layer less would change all draws after it."""
-    match = nodes_tomesd.bipartite_soft_matching_random2d
-    monkeypatch.setattr(nodes_tomesd, "bipartite_soft_matching_random2d", lambda *args: match(*args[:-1], True))
-
-
-@pytest.mark.parametrize("name", NODES)
-def test_stock_nodes_act_on_inherited_steps(model, no_rand, name):
+# Others, one at a time, in compatibility.py.
+@pytest.mark.parametrize("name", ["FreeU", "FreeU_V2", "deep shrink", "attn2 patched"])
+def test_stock_nodes_act_on_inherited_steps(model, name):
     acted = check(NODES[name], model)
     assert not torch.equal(acted, seeded(partial(small.sample, steps=STEPS), host.with_plan(model, PLAN)))
 
@@ -319,20 +306,6 @@ def test_control_that_sets_in_or_ends_in_mid_run(model, start, end):
     check(itself, model, run, plan=plan, replays=replays, full=set(range(STEPS)) - set(replays))
 
 
-def test_control_net(model):
-    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(5))
-    positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(small.cond(seed=1), small.cond(seed=2), small.control_net(), hint, 0.8, 0.0, 1.0)
-    run = partial(small.sample, steps=STEPS, positive=positive, negative=negative)
-    assert not torch.equal(check(itself, model, run), small.sample(host.with_plan(model, PLAN), steps=STEPS))
-
-
-def test_t2i_adapter(model):
-    torch.manual_seed(3)
-    adapter = comfy.controlnet.T2IAdapter(Adapter_light([32, 64, 128, 128], 1, 192), 3, 8, "nearest-exact", torch.device("cpu"))
-    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(5))
-    positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(small.cond(seed=1), small.cond(seed=2), adapter, hint, 0.8, 0.0, 1.0)
-    run = partial(small.sample, steps=STEPS, positive=positive, negative=negative)
-    assert not torch.equal(check(itself, model, run), small.sample(host.with_plan(model, PLAN), steps=STEPS))
 
 
 # Conditionings ---------------------------------------------------------------------------------------
@@ -430,13 +403,6 @@ def test_guidance_that_is_off_in_part_of_the_run(model, apart):
         check(lambda m, s=start, e=end: nodes_custom_sampler.CFGOverride.execute(m, 1.0, s, e)[0], model, replays=None)
 
 
-def test_perp_neg(model):
-    def run(m):
-        guider = nodes_perpneg.PerpNegGuider.execute(m, small.cond(seed=1), small.cond(seed=2), small.cond(seed=3), 3.0, 1.0)[0]
-        return custom(guider, small.sigmas_of(model, STEPS))
-
-    check(itself, model, run)
-
 
 @pytest.mark.parametrize("same", [False, True])
 def test_a_guider_with_a_model_for_each_prompt(model, folder, same):
@@ -474,19 +440,6 @@ def test_a_window_of_steps_and_image_to_image(model):
         check(itself, model, partial(small.sample, latent=latent, **more))
 
 
-def test_inpainting(folder):
-    config = replace(SD, in_channels=9)
-    model = comfy.sd.load_diffusion_model(small.write_unet(folder / "inpainting.safetensors", config))
-    mask = torch.zeros(1, 1, 16, 16)
-    mask[..., 4:12] = 1
-    latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(9))
-    more = {"concat_latent_image": latent, "concat_mask": mask}
-    run = partial(small.sample, steps=STEPS, latent=latent, noise_mask=mask, positive=small.cond(seed=1, **more), negative=small.cond(seed=2, **more))
-    check(itself, model, run, config=config)
-
-
-def test_v_prediction(folder):
-    check(itself, small.model(folder, prediction="v"))
 
 
 @pytest.mark.parametrize("plan", [PLAN, inheritance.attention(SD, "attn1|attn2|ff", EVERY_OTHER), inheritance.encoder(SD, EVERY_OTHER)],
