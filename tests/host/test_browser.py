@@ -151,7 +151,7 @@ def test_help_opens_beside_the_graph(page):
     drop(page, PACK / "workflows" / "Combined UNet from a pack.json")
     select(page, "ASDMApplyPack")
     page.get_by_test_id("info-button").click()
-    expect(page.get_by_role("heading", name="Apply Pack")).to_be_visible()
+    expect(page.get_by_role("heading", name="Apply Pack", exact=True)).to_be_visible()
     expect(page.get_by_test_id("properties-panel").get_by_text("models/asdm_packs")).to_be_visible()
 
 
