@@ -33,9 +33,8 @@ def main() -> None:
             return
         accelerator = Accelerator(cpu=args.cpu, mixed_precision=config.run.precision)
         if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("FSDP would split the weights, which the average and the checkpoints need whole. The networks here fit on one "
-                             "GPU: use DDP (accelerate launch --multi_gpu), with a smaller run.micro_batch and "
-                             "run.checkpoint_gradients=true if need be")
+            raise ValueError("The loop shares the network out by itself: start with accelerate launch --multi_gpu, without --use_fsdp, and "
+                             "give --set run.shard=true")
         product = train(config, accelerator)
         accelerator.print(f"wrote {product}")
     except (ValueError, FloatingPointError, OSError) as e:

@@ -203,6 +203,7 @@ class Run:
 
     batch: samples of one update, over all processes; micro_batch: of one forward pass of one process. The
     rest is gradient accumulation, so a run is the same run on any number of processes.
+    shard: share weights, gradients, optimiser and average out among the processes (FSDP2) instead of copying them (DDP).
     precision: of the forward passes; weights are float32. folder: for checkpoints, the log and the product.
     stored: dtype of the product. picture_every: steps between two pictures of teacher and student, 0 for none.
     tensorboard: whether the log goes to TensorBoard as well.
@@ -211,6 +212,7 @@ class Run:
     steps: int = 50_000
     batch: int = 256
     micro_batch: int = 8
+    shard: bool = False
     precision: str = "no"
     checkpoint_gradients: bool = False
     save_every: int = 1000
@@ -255,6 +257,8 @@ class Config:
             raise ValueError(f"loss: weights must not be negative and one must be above 0, got {weights}")
         if not 0 <= self.data.caption_dropout <= 1:
             raise ValueError(f"data.caption_dropout must lie between 0 and 1, got {self.data.caption_dropout}")
+        if self.run.shard and self.run.precision == "fp16":
+            raise ValueError("run.shard does not go with fp16, whose gradient scaler needs gradients whole; use bf16")
         if bool(self.student.preset) == bool(self.student.cut):
             raise ValueError("student: give either preset or cut")
         if self.loss.classifier and self.network.family != "emoji":

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from asdm_core.packs import write_file
 
-from . import losses, stages, taps
+from . import losses, sharding, stages, taps
 from .config import LOSSES, Config
 from .data import Batch, Batches, Source
 from .emoji.diffusion import STEPS, coefficients
@@ -40,8 +40,8 @@ from .vgg import load_vgg
 BAD_STEPS = 3  # in a row that stop a run
 T_BINS = 4
 # Settings that may change between the sessions of one run.
-FREE = ("steps", "micro_batch", "checkpoint_gradients", "save_every", "keep", "log_every", "picture_every", "tensorboard", "folder",
-        "stored")
+FREE = ("steps", "micro_batch", "shard", "checkpoint_gradients", "save_every", "keep", "log_every", "picture_every", "tensorboard",
+        "folder", "stored")
 
 
 @dataclass
@@ -221,11 +221,11 @@ def _tensors(parameters: Mapping[str, nn.Parameter], adamw: torch.optim.Optimize
 @torch.no_grad()
 def _restore(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], adamw: torch.optim.Optimizer, average: Average) -> None:
     for key, p in parameters.items():
-        p.copy_(tensors[f"weights.{key}"])
-        average.weights[key].copy_(tensors[f"average.{key}"])
+        p.copy_(sharding.like(tensors[f"weights.{key}"], p))
+        average.weights[key].copy_(sharding.like(tensors[f"average.{key}"], p))
         if f"exp_avg.{key}" in tensors:
-            adamw.state[p] = {name: tensors[f"{name}.{key}"].clone().to("cpu" if name == "step" else p.device)
-                              for name in ("step", "exp_avg", "exp_avg_sq")}
+            moments = {name: sharding.like(tensors[f"{name}.{key}"].clone().to(p.device), p) for name in ("exp_avg", "exp_avg_sq")}
+            adamw.state[p] = {"step": tensors[f"step.{key}"].clone(), **moments}
 
 
 # The loop -------------------------------------------------------------------------------------------
@@ -242,6 +242,8 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
     criterion = Criterion(config, device)
     original = stages.load_teacher(config)
     student = stages.make_student(original, config).to(device).train()
+    if config.run.shard:
+        sharding.shard(student, device)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[config.run.precision]
     computed = Outputs(config, criterion.teacher_paths) if config.network.outputs and criterion.needs_teacher else None
     teacher = taps.Tapped(original, criterion.teacher_paths) if criterion.needs_teacher and not computed else None
@@ -272,8 +274,10 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
         for part in config.folder.glob(".checkpoint-*.part"):  # left behind where a run was killed while it saved
             part.unlink()
     log = Log(config, state, list(criterion.weights)) if main else None
-    model, optimiser = accelerator.prepare(taps.Tapped(student, criterion.student_paths), adamw)
-    show = _show(config, source, original, half, device) if main and config.run.picture_every else None
+    model = accelerator.prepare_model(taps.Tapped(student, criterion.student_paths), evaluation_mode=config.run.shard)  # else: DDP
+    optimiser = accelerator.prepare_optimizer(adamw)
+    # A sharded student draws with all processes.
+    show = _show(config, source, original, half, device) if config.run.picture_every and (main or config.run.shard) else None
     progress = Progress(config.name, config.run.steps)
 
     while state.step < config.run.steps:
@@ -290,11 +294,15 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
             if teacher is not None:
                 with torch.no_grad():
                     wanted = teacher(x.to(half), batch.t, batch.context.to(half), _as(batch.added, half))
-            with nullcontext() if part == accumulation - 1 else accelerator.no_sync(model):
+            last = part == accumulation - 1
+            if config.run.shard:
+                student.set_requires_gradient_sync(last)
+            with nullcontext() if last or config.run.shard else accelerator.no_sync(model):
                 value = criterion(batch, x, model(x, batch.t, batch.context, batch.added), wanted)
                 accelerator.backward((factors @ value).mean() / accumulation)
             values.append(torch.cat([value.detach(), batch.t[None].float(), batch.left_out[None].float()]))
-        norm = float(accelerator.clip_grad_norm_(parameters.values(), config.optimiser.clip))
+        norm = accelerator.clip_grad_norm_(parameters.values(), config.optimiser.clip)
+        norm = float(sharding.gathered({"norm": norm}, keep=True)["norm"])
         value = accelerator.gather(torch.cat(values, 1).T.contiguous()).cpu()  # (B, losses + 2)
         state.left_out += int(value[:, -1].sum())
         value = value[:, :-1]  # the last column is t
@@ -322,27 +330,33 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
         if main:
             log.add(state, value, lr, norm)
             progress.show(state.step, log.status(state))
-            if show and (state.step % config.run.picture_every == 0 or state.step == config.run.steps):
-                with averaged(parameters, average), accelerator.autocast():
-                    log.picture(state.step, show.save(state.step, predictor(student, torch.float32)))
+        if show and (state.step % config.run.picture_every == 0 or state.step == config.run.steps):
+            with averaged(parameters, average), accelerator.autocast():
+                rows = show.rows(predictor(student, torch.float32))
+            if main:
+                show.save(state.step, rows)
+                log.picture(state.step, rows)
         if len(state.in_a_row) == BAD_STEPS:
             saved = checkpoints.paths()
             raise FloatingPointError(
                 f"{config.name}: the loss or its gradient was not finite in steps {', '.join(map(str, state.in_a_row))}, so the run "
                 f"stops. {f'The last good state is {saved[-1].name}. ' if saved else ''}Lower optimiser.lr, use bf16 instead of "
                 f"fp16, or look at the data of these steps")
-        if not state.in_a_row and (state.step % config.run.save_every == 0 or state.step == config.run.steps) and main:
-            state.source = source.state(state.step * config.run.batch)
-            checkpoints.save(state, _tensors(parameters, adamw, average))
+        if not state.in_a_row and (state.step % config.run.save_every == 0 or state.step == config.run.steps) and (main or config.run.shard):
+            tensors = sharding.gathered(_tensors(parameters, adamw, average), keep=main)
+            if main:
+                state.source = source.state(state.step * config.run.batch)
+                checkpoints.save(state, tensors)
 
-    if main:
-        progress.end()
-        with torch.no_grad():
-            for key, p in parameters.items():
-                p.copy_(average.weights[key])
-        training = provenance(config, state, log) | {"trained": sum(p.numel() for p in parameters.values())}
-        stages.write_product(student, config, training)
-        write_card(config, training)
+    with torch.no_grad():
+        for key, p in parameters.items():
+            p.copy_(average.weights[key])
+    with sharding.put_together(student):
+        if main:
+            progress.end()
+            training = provenance(config, state, log) | {"trained": sum(p.numel() for p in parameters.values())}
+            stages.write_product(student, config, training)
+            write_card(config, training)
     accelerator.wait_for_everyone()
     return config.product
 

@@ -23,7 +23,7 @@ BYTES = {"no": 4, "bf16": 2, "fp16": 2}  # of an activation and of a teacher's w
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. Not counted: buffers of the libraries, the perceptual network."""
+    """Bytes of one process. Not counted: buffers of the libraries, the perceptual network, a sharded run's layer at work."""
 
     teacher: int
     student: int
@@ -113,12 +113,13 @@ def activations(student: nn.Module, config: Config) -> int:
     return kept[""] + sum(inputs.values()) + max(n for name, n in kept.items() if name)
 
 
-def memory(student: nn.Module, config: Config) -> Memory:
+def memory(student: nn.Module, config: Config, processes: int) -> Memory:
+    shared = processes if config.run.shard else 1
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     needs_teacher = any(getattr(config.loss, name) for name in LOSSES if name != "task")
     teacher = Architecture.full(config.network.config).params if needs_teacher else 0
-    return Memory(teacher=teacher * BYTES[config.run.precision], student=4 * sum(p.numel() for p in student.parameters()),
-                  gradients=4 * trained, optimiser=8 * trained, average=4 * trained,
+    return Memory(teacher=teacher * BYTES[config.run.precision], student=4 * sum(p.numel() for p in student.parameters()) // shared,
+                  gradients=4 * trained // shared, optimiser=8 * trained // shared, average=4 * trained // shared,
                   activations=activations(student, config) * BYTES[config.run.precision])
 
 
@@ -139,7 +140,7 @@ def report(config: Config, processes: int) -> str:
     for kind, of in taps.KINDS.items():
         if getattr(config.loss, kind):
             lines.append(f"taps of {kind}: {', '.join(tap.name for tap in of(config.architecture))}")
-    need, product = memory(student, config), stages.describe_product(config, {})
+    need, product = memory(student, config, processes), stages.describe_product(config, {})
     lines += ["", "memory of one process, estimated:"]
     lines += [f"  {name:<12}{_size(value):>12}" for name, value in vars(need).items()]
     lines += [f"  {'all':<12}{_size(need.total):>12}", "",

@@ -67,13 +67,15 @@ class Show:
     def _pictures(self, predict: Predict) -> Tensor:
         return self.decode(draw(self.config, predict, self.noise, self.text, self.empty)).float().clamp(0, 1).cpu()
 
-    def save(self, step: int, student: Predict) -> Tensor:
-        """Write pictures/STEP.png. Returns its rows, (2, B, 3, H, W)."""
-        rows = torch.stack([self.teacher, self._pictures(student)])
+    def rows(self, student: Predict) -> Tensor:
+        """Teacher's and student's pictures, (2, B, 3, H, W)."""
+        return torch.stack([self.teacher, self._pictures(student)])
+
+    def save(self, step: int, rows: Tensor) -> None:
+        """Write pictures/STEP.png."""
         path = self.config.folder / "pictures" / f"{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         save_grid(path, rows.flatten(0, 1), len(self.teacher), self.scale)
-        return rows
 
 
 def write_card(config: Config, training: Mapping) -> Path:
