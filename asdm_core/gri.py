@@ -1,15 +1,17 @@
 """GRI attention: global-regional interactive self-attention, in time and memory linear in the tokens of a map.
 
 After A-SDM (arXiv 2406.00210), in the form defined here: queries are grouped in windows; each window attends, in
-one softmax, to its own tokens and to pooled keys and values of all cells outside of it. Within a cell the tokens are
-weighted by the attention that the mean query of the map (of each head) pays them: w = softmax(q k / sqrt(dim)), key and
-value are the means under w, and the logit of the key gets the entropy of w. That is what makes the cell exact, to first
-order, for queries near the mean one. For equal tokens the entropy is the logarithm of their number: the key stands for
-that many. A window that covers the map, cells of one token, or a constant map give exactly full attention.
+one softmax, to its own tokens and to the cells of all other windows, each with one key, one value and a bias on its logit.
+
+The cells of a window begin as squares of tokens. Tokens then move, twice, to the cell of the window whose mean key is nearest
+(k-means, for each head by itself), because a cell is as good as its keys are alike: for equal keys it is exact, whatever
+their values are. Within a cell the tokens are weighted by the attention that the mean query of the map pays them:
+w = softmax(q k / sqrt(dim)), key and value are the means under w, and the bias is the entropy of w. That makes the cell
+exact, to first order, for queries near the mean one. For equal tokens the entropy is the logarithm of their number: the
+key stands for that many. A window that covers the map, cells of one token, or a constant map give exactly full attention.
 docs/gri.md has what else was tried.
 
-Windows consist of whole cells, so that a cell lies inside a window or outside, never across its border. Where
-cells do not divide the map the last ones are smaller and count for less; nothing is padded.
+Where cells do not divide the map the last ones begin smaller and count for less; nothing is padded.
 """
 
 from __future__ import annotations
@@ -29,15 +31,20 @@ CELLS = 16  # per side of the map, at most, in the automatic choice: the cost of
 WINDOW = 16  # tokens per side in the automatic choice
 PAYS_FROM = 64 * 64  # tokens; with fewer, full attention is a small part of the network's time
 
-# The bias of a pooled key comes as further channels of q and k: so many, because kernels want head sizes that 8 divides.
-# The channels of q are a power of two, so that they are exact in every dtype.
+STEPS = 2  # of k-means
+_LEAST = -40.0  # logit of a token, relative to the highest: exp(-40) is nothing in float32
+_NEVER = -1e4  # bias of an empty cell
+
+# The bias of a cell is a mask on the CPU, where one row for all queries costs nothing. Elsewhere the fastest kernels take no mask,
+# and it comes as further channels of q and k: so many, because kernels want head sizes that 8 divides. The channels of q
+# are a power of two, so that they are exact in every dtype.
 _FURTHER = 8
 _UNIT = 8.0
 
 
 @dataclass(frozen=True)
 class GRI:
-    """Settings of GRI attention: windows of `window` x `window` tokens, cells of `pool` x `pool`.
+    """Settings of GRI attention: windows of `window` x `window` tokens, cells that begin as squares of `pool` x `pool`.
 
     shift: the first window of each row and column is only so many tokens long. Raises ValueError for sizes below 1
     and for a window or a shift that does not consist of whole cells.
@@ -137,9 +144,9 @@ def _spans(length: int, gri: GRI) -> list[_Span]:
     return spans
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """torch's fused attention on (B, heads, N, dim)."""
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 
 
 def gri_attention(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, gri: GRI, gain: Tensor | None = None,
@@ -147,90 +154,88 @@ def gri_attention(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, gri:
     """Self-attention of a map of height x width tokens, row by row.
 
     q, k, v: (B, N, heads, dim) with N = height * width, the result too.
-    gain: (heads,), added to the logits of the pooled keys; trainable, None is 0.
-    attend: fused attention (q, k, v, scale) on (B', heads, N', dim'), returning the shape of q. There is no mask: many
-            kernels take none, and torch's on the CPU writes it out for every query.
+    gain: (heads,), added to the logits of the cells; trainable, None is 0.
+    attend: fused attention (q, k, v, scale, bias) on (B', heads, N', dim'), returning the shape of q. bias is None or
+            (B', heads, 1, N'') in float32, for all queries alike; it is only given on the CPU.
     Raises ValueError where N is not height * width or q, k and v differ in shape.
     """
     if q.shape[1] != height * width or not q.shape == k.shape == v.shape:
         raise ValueError(f"q, k and v must be (B, {height} * {width}, heads, dim) alike, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     scale = q.shape[-1] ** -0.5
     if gri.covers(height, width):
-        return attend(*(t.transpose(1, 2) for t in (q, k, v)), scale).transpose(1, 2)
-    q, k, v = (t.unflatten(1, (height, width)) for t in (q, k, v))
-    keys, values, bias = (t.flatten(1, 2) for t in _pool(q, k, v, gri.pool))
-    cells = torch.arange(keys.shape[1], device=q.device).view(-(-height // gri.pool), -1)
-    bias = (bias if gain is None else bias + gain.float()) / (scale * _UNIT)
-    keys = torch.cat([keys, torch.stack(_halves(bias, keys.dtype), -1), keys.new_zeros(*keys.shape[:-1], _FURTHER - 2)], -1)
-    values = F.pad(values, (0, _FURTHER))
-    rows = []
-    for r in _spans(height, gri):
-        row = []
-        for c in _spans(width, gri):
-            outside = _outside(cells, r, c, gri.pool)
-            queries = _windows(q, r, c)
-            queries[..., -_FURTHER:2 - _FURTHER] = _UNIT
-            out = attend(*(t.flatten(0, 1).transpose(1, 2) for t in (
-                queries, _windows(k, r, c, keys[:, outside]), _windows(v, r, c, values[:, outside]))), scale)
-            row.append(_unfold(out[..., :-_FURTHER].transpose(1, 2), len(q), r, c))
-        rows.append(torch.cat(row, 2) if len(row) > 1 else row[0])
-    return (torch.cat(rows, 1) if len(rows) > 1 else rows[0]).flatten(1, 2)
+        return attend(*(t.transpose(1, 2) for t in (q, k, v)), scale, None).transpose(1, 2)
+    mean = q.mean(1, dtype=torch.promote_types(q.dtype, torch.float32)) * scale
+    maps = [t.unflatten(1, (height, width)) for t in (q, k, v)]
+    places = [(r, c) for r in _spans(height, gri) for c in _spans(width, gri)]
+    own = [[_windows(t, r, c) for t in maps] for r, c in places]
+    cells = [_cells(mean, k, v, r.size, c.size, gri.pool) for (r, c), (_, k, v) in zip(places, own, strict=True)]
+    counts = [of_windows[0].shape[3] for of_windows in cells]
+    # (B, heads, cells of the map, ...), twice, so that the cells outside of a window are one stretch, from its end round to its start
+    keys, values, bias = (torch.cat(2 * [x.transpose(1, 2).flatten(2, 3) for x in kind], 2) for kind in zip(*cells, strict=True))
+    if gain is not None:
+        bias = bias + gain.to(bias.dtype)[:, None, None]
+    total, start, out = keys.shape[2] // 2, 0, torch.empty_like(maps[0])
+    for (r, c), (queries, *tokens), count in zip(places, own, counts, strict=True):
+        windows = r.count * c.count
+        outside = [x[:, :, start + count:].unfold(2, total - count, count)[:, :, :windows].permute(0, 2, 1, 4, 3)
+                   for x in (keys, values, bias)]
+        found = _biased(queries, *(torch.cat(pair, 3) for pair in zip(tokens, outside[:2], strict=True)), scale,
+                        F.pad(outside[2][..., 0], (r.size * c.size, 0)), attend)
+        out[:, r.start:r.end, c.start:c.end] = _unfold(found, r, c)
+        start += windows * count
+    return out.flatten(1, 2)
 
 
-def _windows(x: Tensor, r: _Span, c: _Span, cells: Tensor | None = None) -> Tensor:
-    """Tokens of windows side by side, of a map (B, height, width, heads, dim), then their cells (B, windows, cells, heads,
-    dim + _FURTHER), all in one tensor like that of the cells. Tokens have zeros for further channels."""
-    tokens, (heads, dim) = r.size * c.size, x.shape[3:]
-    out = x.new_zeros(len(x), r.count * c.count, tokens + (0 if cells is None else cells.shape[2]), heads, dim + _FURTHER)
-    own = out[:, :, :tokens, :, :dim].unflatten(2, (r.size, c.size)).unflatten(1, (r.count, c.count))
+def _windows(x: Tensor, r: _Span, c: _Span) -> Tensor:
+    """Windows side by side of a map: (B, height, width, heads, dim) -> (B, windows, heads, tokens, dim)"""
     x = x[:, r.start:r.end, c.start:c.end].unflatten(2, (c.count, c.size)).unflatten(1, (r.count, r.size))
-    own.copy_(x.transpose(2, 3))
-    if cells is not None:
-        out[:, :, tokens:] = cells
-    return out
+    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(1, 2)
 
 
-def _unfold(x: Tensor, batch: int, r: _Span, c: _Span) -> Tensor:
-    """(B * windows, tokens, heads, dim) -> (B, height, width, heads, dim)"""
-    x = x.unflatten(1, (r.size, c.size)).unflatten(0, (batch, r.count, c.count))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+def _unfold(x: Tensor, r: _Span, c: _Span) -> Tensor:
+    """(B, windows, heads, tokens, dim) -> (B, height, width, heads, dim)"""
+    x = x.unflatten(3, (r.size, c.size)).unflatten(1, (r.count, c.count))
+    return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
 
 
-def _outside(cells: Tensor, r: _Span, c: _Span, pool: int) -> Tensor:
-    """For each window, the numbers of the cells outside of it; equal windows have equally many."""
-    inside = []
-    for top in range(r.start, r.end, r.size):
-        for left in range(c.start, c.end, c.size):
-            mask = torch.zeros_like(cells)
-            own = mask[top // pool:-(-(top + r.size) // pool), left // pool:-(-(left + c.size) // pool)]
-            own.fill_(1)
-            inside.append(mask.flatten())
-    # Sorted, not selected: a number that only the tensor knows makes a graphics card wait and cuts compiled graphs.
-    return torch.stack(inside).argsort(dim=1, stable=True)[:, :cells.numel() - own.numel()]
+def _cells(mean: Tensor, k: Tensor, v: Tensor, height: int, width: int, pool: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of the cells of windows of height x width tokens, (B, windows, heads, cells, dim), and their biases,
+    (B, windows, heads, cells, 1) in the dtype of the mean query.
+
+    mean: (B, heads, dim), the mean query, scaled. k, v: (B, windows, heads, tokens, dim).
+    """
+    dtype, mean = k.dtype, mean[:, None, :, :, None]
+    if pool == 1:
+        return k, v, mean.new_zeros(*k.shape[:-1], 1)
+    k, v = k.to(mean.dtype), v.to(mean.dtype)
+    rows, columns = (torch.eye(-(-size // pool), device=k.device, dtype=k.dtype).repeat_interleave(pool, 1)[:, :size] for size in (height, width))
+    members = torch.kron(rows, columns)  # (..., cells, tokens)
+    with torch.no_grad():
+        for _ in range(STEPS):
+            count = members.sum(-1, keepdim=True)
+            centres = members @ k / count.clamp(min=1)
+            nearness = centres @ k.transpose(-1, -2) - torch.where(count > 0, centres.square().sum(-1, keepdim=True) / 2, math.inf)
+            # Not argmax, which is slow. A token as near to several cells is shared among them.
+            members = (nearness == nearness.amax(-2, keepdim=True)).to(k.dtype)
+        members = members / members.sum(-2, keepdim=True)
+    logits = k @ mean
+    logits = (logits - logits.detach().amax(-2, keepdim=True)).clamp(min=_LEAST)
+    sums = members * logits.exp().transpose(-1, -2) @ torch.cat([k, v, logits, torch.ones_like(logits)], -1)
+    total = sums[..., -1:].clamp(min=math.exp(2 * _LEAST))
+    keys, values, inner, one = (sums / total).split([k.shape[-1], v.shape[-1], 1, 1], -1)
+    return keys.to(dtype), values.to(dtype), torch.where(one > 0, total.log() - inner, _NEVER)
 
 
-def _pool(q: Tensor, k: Tensor, v: Tensor, pool: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of cells, (B, rows, columns, heads, dim), and the entropies of their weights, (B, rows, columns, heads) float32."""
-    height, width, heads = q.shape[1:4]
-    mean = q.mean((1, 2), dtype=torch.float32) * q.shape[-1] ** -0.5
-    logits = torch.einsum("bhd,byxhd->bhyx", mean.to(k.dtype), k).float()
-    # in ceil_mode, with no padding, a pool is over the tokens that are there
-    logits = logits - _spread(F.max_pool2d(logits.detach(), pool, ceil_mode=True), pool, height, width)
-
-    def sums(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, pool, ceil_mode=True, divisor_override=1)
-
-    total = sums(logits.exp())
-    weights = logits.exp() / _spread(total, pool, height, width)  # (B, heads, height, width)
-    entropy = total.log() - sums(weights * logits)
-    weights = weights.movedim(1, 3)[..., None].to(k.dtype)
-    keys, values = (sums((x * weights).flatten(3).movedim(3, 1)).movedim(1, 3).unflatten(3, (heads, -1)) for x in (k, v))
-    return keys, values, entropy.movedim(1, 3)
-
-
-def _spread(x: Tensor, pool: int, height: int, width: int) -> Tensor:
-    """Numbers of cells (..., rows, columns) to each of their tokens (..., height, width)."""
-    return x.repeat_interleave(pool, -2)[..., :height, :].repeat_interleave(pool, -1)[..., :width]
+def _biased(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    """Attention of (B, windows, heads, tokens, dim) with a bias (B, windows, heads, keys) for each key."""
+    shape, dim = q.shape[:2], q.shape[-1]
+    q, k, v, bias = (t.flatten(0, 1) for t in (q, k, v, bias))
+    if q.device.type == "cpu" and not bias.requires_grad:
+        return attend(q, k, v, scale, bias[:, :, None]).unflatten(0, shape)
+    further = F.pad(torch.stack(_halves(bias / (scale * _UNIT), k.dtype), -1), (0, _FURTHER - 2))
+    units = q.new_tensor([_UNIT, _UNIT] + [0] * (_FURTHER - 2)).expand(*q.shape[:-1], -1)
+    out = attend(torch.cat([q, units], -1), torch.cat([k, further], -1), F.pad(v, (0, _FURTHER)), scale, None)
+    return out[..., :dim].unflatten(0, shape)
 
 
 def _halves(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -81,8 +81,8 @@ class Attention:
         if gri is None:
             return attention.optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=options)
 
-        def attend(q, k, v, scale):
-            out = attention.optimized_attention(q, k, v, heads, attn_precision=precision, skip_reshape=True, scale=scale,
+        def attend(q, k, v, scale, bias):
+            out = attention.optimized_attention(q, k, v, heads, mask=bias, attn_precision=precision, skip_reshape=True, scale=scale,
                                                 transformer_options=options)
             return out.unflatten(2, (heads, -1)).transpose(1, 2)
 

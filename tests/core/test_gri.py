@@ -22,24 +22,46 @@ def full(q, k, v):
 
 
 def by_definition(q, k, v, height, width, gri, gain=None):
-    """Window by window and cell by cell, in loops."""
-    gain = torch.zeros(q.shape[2]) if gain is None else gain
-    borders = [sorted(cut(size, gri)) for size in (height, width)]
-    grid = torch.arange(height * width).view(height, width)
-    out, mean = torch.empty_like(q), q.mean(1) * q.shape[-1] ** -0.5
-    for (top, bottom), (left, right) in itertools.product(*(itertools.pairwise(b) for b in borders)):
-        own = grid[top:bottom, left:right].flatten()
-        keys, values, bias = [k[:, i] for i in own], [v[:, i] for i in own], [torch.zeros_like(q[:, 0, :, 0])] * len(own)
-        for y, x in itertools.product(range(0, height, gri.pool), range(0, width, gri.pool)):
-            if not (top <= y < bottom and left <= x < right):
-                cell = grid[y:y + gri.pool, x:x + gri.pool].flatten()
-                w = torch.einsum("bhd,bchd->bch", mean, k[:, cell]).softmax(1)
-                keys.append(torch.einsum("bch,bchd->bhd", w, k[:, cell]))
-                values.append(torch.einsum("bch,bchd->bhd", w, v[:, cell]))
-                bias.append(torch.special.entr(w).sum(1) + gain)
-        logits = torch.einsum("bnhd,mbhd->bhnm", q[:, own], torch.stack(keys)) * q.shape[-1] ** -0.5 + torch.stack(bias, -1)[:, :, None]
-        out[:, own] = torch.einsum("bhnm,mbhd->bnhd", logits.softmax(-1), torch.stack(values))
+    """Window by window and cell by cell, in loops; for each sample and head by itself."""
+    gain = torch.zeros(q.shape[2], dtype=q.dtype) if gain is None else gain
+    out = torch.empty_like(q)
+    for b, h in itertools.product(range(q.shape[0]), range(q.shape[2])):
+        out[b, :, h] = of_head(q[b, :, h], k[b, :, h], v[b, :, h], height, width, gri, gain[h])
     return out
+
+
+def of_head(q, k, v, height, width, gri, gain):
+    """q, k, v: (N, dim)"""
+    scale = q.shape[1] ** -0.5
+    grid = torch.arange(height * width).view(height, width)
+    borders = [itertools.pairwise(sorted(cut(size, gri))) for size in (height, width)]
+    windows = [grid[top:bottom, left:right] for (top, bottom), (left, right) in itertools.product(*map(list, borders))]
+    cells = []
+    for window in windows:
+        found = []
+        for tokens in cells_of(window, k, gri.pool):
+            w = (k[tokens] @ q.mean(0) * scale).softmax(0)
+            found.append((w @ k[tokens], w @ v[tokens], torch.special.entr(w).sum() + gain))
+        cells.append(found)
+    out = torch.empty_like(q)
+    for i, window in enumerate(windows):
+        own = window.flatten()
+        keys, values, bias = zip(*[cell for j, found in enumerate(cells) if j != i for cell in found], strict=True) if len(windows) > 1 else ((),) * 3
+        keys, values = (torch.cat([x[own], *(row[None] for row in more)]) for x, more in ((k, keys), (v, values)))
+        logits = q[own] @ keys.T * scale + torch.cat([q.new_zeros(len(own)), *(b[None] for b in bias)])
+        out[own] = logits.softmax(-1) @ values
+    return out
+
+
+def cells_of(window, k, pool, steps=2):
+    """The tokens of each cell of a window: k-means on the keys, which starts at squares."""
+    squares = [part for row in window.split(pool) for part in row.split(pool, 1)]
+    cells = [square.flatten() for square in squares]
+    for _ in range(steps if pool > 1 else 0):
+        centres = torch.stack([k[tokens].mean(0) for tokens in cells])
+        nearest = torch.cdist(k[window.flatten()], centres).argmin(1)
+        cells = [tokens for i in range(len(centres)) if len(tokens := window.flatten()[nearest == i])]
+    return cells
 
 
 def cut(size, gri):
@@ -97,7 +119,7 @@ def test_any_size_equals_the_definition(height, width, pool, cells, shift, seed)
     q, k, v = qkv(height, width, batch=1, heads=2, dim=4, seed=seed)
     gain = torch.randn(2, generator=torch.Generator().manual_seed(seed))
     out = gri_attention(q, k, v, height, width, gri, gain)
-    assert torch.allclose(out, by_definition(q, k, v, height, width, gri, gain.double()), atol=1e-6)
+    assert torch.allclose(out, by_definition(q, k, v, height, width, gri, gain.double()), atol=1e-12)
 
 
 def test_the_approximation_is_one_and_a_better_one_with_smaller_cells():
@@ -107,14 +129,27 @@ def test_the_approximation_is_one_and_a_better_one_with_smaller_cells():
     assert errors == sorted(errors, reverse=True) and errors[0] > 0.05 and errors[-1] < 1e-5
 
 
+@pytest.mark.parametrize("learns", [False, True], ids=["bias as mask", "bias as channels"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-def test_half_precision_keeps_the_counts(dtype, tolerance):
+def test_half_precision_keeps_the_counts(dtype, tolerance, learns):
     q, k, v = qkv(24, 24, dtype=dtype)
     k = k[:, :1].expand_as(k)
     gri = GRI(8, 8)
-    out, wanted = gri_attention(q, k, v, 24, 24, gri), gri_attention(q.double(), k.double(), v.double(), 24, 24, gri)
+    gain = torch.zeros(3, requires_grad=learns)
+    out, wanted = gri_attention(q, k, v, 24, 24, gri, gain), gri_attention(q.double(), k.double(), v.double(), 24, 24, gri)
     assert out.dtype == dtype
     assert (out.double() - wanted).norm() / wanted.norm() < tolerance
+
+
+def test_equal_keys_share_a_cell_wherever_they_are():
+    # Four kinds of keys, strewn over windows of four cells: each cell takes one kind, so nothing is lost.
+    q, _, v = qkv(24, 24)
+    generator = torch.Generator().manual_seed(1)
+    kinds = torch.randn(4, 3, 8, generator=generator).double()
+    squares = torch.arange(4).view(2, 2).repeat_interleave(4, 0).repeat_interleave(4, 1).repeat(3, 3)
+    strewn = torch.where(torch.rand(24, 24, generator=generator) < 0.3, torch.randint(4, (24, 24), generator=generator), squares)
+    k = kinds[strewn.flatten()].expand(2, -1, -1, -1)
+    assert torch.allclose(gri_attention(q, k, v, 24, 24, GRI(8, 4)), full(q, k, v), atol=1e-12)
 
 
 def test_gain_of_zero_changes_nothing_and_learns():
@@ -139,9 +174,10 @@ def test_gradients_are_those_of_the_definition():
 def test_nothing_grows_with_the_square_of_the_tokens():
     sizes = []
 
-    def attend(q, k, v, scale):
+    def attend(q, k, v, scale, bias):
         sizes.append(q.shape[0] * q.shape[2] * k.shape[2])
-        return sdpa(q, k, v, scale)
+        assert bias.shape[2] == 1
+        return sdpa(q, k, v, scale, bias)
 
     for side in (64, 128, 256):
         gri_attention(*qkv(side, side, batch=1, heads=1, dtype=torch.float32), side, side, GRI.choose(side, side), attend=attend)
