@@ -31,21 +31,6 @@ class VAE:
         return pixels
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return small.model(folder)
-
-
-@pytest.fixture(scope="module")
-def m2(folder):
-    return small.write_pack(folder / "m2.safetensors", seed=1)
-
-
 @pytest.fixture
 def model(loaded):
     """A stock MODEL, which must be the same after the test as before."""
@@ -175,7 +160,7 @@ def test_report_is_about_what_was_made(model, m2):
     assert report["speedup"] == pytest.approx(report["a"]["median_seconds"] / report["b"]["median_seconds"], rel=0.05)
     assert (report["width"], report["height"], report["batch_size"]) == (128, 128, 2)
     assert report["a"]["label"] == "original" and report["b"]["label"] == "m2"
-    assert report["a"]["peak_memory_mb"] > 10
+    assert report["a"]["peak_memory_mb"] is None  # on a CPU nobody can tell the two models' memory apart
 
 
 def test_time_is_the_samplers_alone(model, monkeypatch):
@@ -233,14 +218,6 @@ def test_an_interrupt_leaves_nothing_behind(model, m2, monkeypatch, after):
             ab(packed, **inputs())
     assert state(packed) == before
     assert torch.equal(small.sample(packed), plain)
-
-
-def test_watched_memory_is_let_go():
-    with timing.PeakMemory(torch.device("cpu")) as memory:
-        held = torch.ones(64 * 2**20 // 4)
-        timing.time.sleep(0.1)
-    assert memory.bytes >= held.numel() * 4
-    assert not memory._watcher.is_alive()
 
 
 # Compare Images -----------------------------------------------------------------------------------------
@@ -435,6 +412,19 @@ def test_a_readout_is_drawn_and_says_what_is_missing(model, m2):
     picture, text = execute("ASDMSpeedReadout", model=timed)
     assert picture.shape[2] == 780 and float(picture.min()) < 0.3
     assert [entry["technique"] for entry in json.loads(text)["saved"]] == ["feature inheritance", "layers cut (m2)"]
+
+
+def test_both_models_of_a_switched_run_are_measured(model, m2):
+    second = host.with_plan(small.with_pack(model, m2), inheritance.dial(SD, "balanced"))
+    switched = switch.with_switch(model, second, switch.SwitchPoint(4, "step"))
+    (timed,) = execute("ASDMMeasureSpeed", model=switched)
+    assert torch.equal(ksampler(timed, **inputs(steps=12)), ksampler(switched, **inputs(steps=12)))
+    facts = speed.describe(timed)
+    assert facts["played"] == [1] * 4 + [2] * 8 and facts["steps"] == facts["evaluations"] == 12
+    assert facts["inherited_steps"] and min(facts["inherited_steps"]) > 4
+    assert [entry["technique"] for entry in facts["saved"]] == ["model 2: feature inheritance", "model 2: layers cut (m2)"]
+    assert execute("ASDMSpeedReadout", model=timed)[0].shape[2] == 780
+    assert host.setup_of(second).speed is None
 
 
 def test_a_run_that_was_interrupted_leaves_no_half_record(model, monkeypatch):

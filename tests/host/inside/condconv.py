@@ -17,31 +17,11 @@ M2 = small.Architecture.preset("m2", SD)
 SHALLOW = tuple(a for a, conv in small.condconv.convolutions(SD).items() if conv.unit.address in M2.own)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return small.model(folder)
-
-
-@pytest.fixture(scope="module")
-def plain_samples(loaded):
-    return small.sample(loaded)
-
-
 @pytest.fixture
 def model(loaded, plain_samples):
     """A stock MODEL, which must play the same after the test as before."""
     yield loaded
     assert torch.equal(small.sample(loaded), plain_samples)
-
-
-@pytest.fixture(scope="module")
-def m2(folder):
-    return small.write_pack(folder / "m2.safetensors", seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,6 @@ Architecture, Form, surgery, packs, models = small.Architecture, small.surgery.F
 Type = comfy.model_base.ModelType
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
 def chosen_for(preset, config=SD):
     return Architecture.preset(preset, config) if preset else Architecture.full(config)
 

@@ -15,16 +15,6 @@ LARGE = (64, 64)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return small.model(folder)
-
-
-@pytest.fixture(scope="module")
 def plain(model):
     return small.sample(model)
 

@@ -12,26 +12,6 @@ SD, host = small.SD, small.host
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return small.model(folder)
-
-
-@pytest.fixture(scope="module")
-def m2(folder):
-    return small.write_pack(folder / "m2.safetensors", seed=1)
-
-
-@pytest.fixture(scope="module")
-def combined(folder):
-    return small.combined(folder)
-
-
-@pytest.fixture(scope="module")
 def lora():
     return small.lora()
 

@@ -14,26 +14,6 @@ units = module("nodes.units")
 addresses, surgery, Architecture, SD = small.addresses, small.surgery, small.Architecture, small.SD
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return small.model(folder)
-
-
-@pytest.fixture(scope="module")
-def m2(folder):
-    return small.write_pack(folder / "m2.safetensors", seed=1)
-
-
-@pytest.fixture(scope="module")
-def combined(folder):
-    return small.combined(folder)
-
-
 @pytest.fixture(params=["pack", "file"])
 def pruned(request, folder):
     """M2 as a pack on a stock MODEL, and as a MODEL of its own."""

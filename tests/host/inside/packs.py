@@ -15,21 +15,6 @@ from in_host import execute
 SD, SDXL, host = small.SD, small.SDXL, small.host
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return small.model(folder)
-
-
-@pytest.fixture(scope="module")
-def plain_samples(loaded):
-    return small.sample(loaded)
-
-
 @pytest.fixture
 def model(loaded, plain_samples):
     """A stock MODEL, which must be the same after the test as before."""
@@ -37,11 +22,6 @@ def model(loaded, plain_samples):
     yield loaded
     assert state(loaded) == before
     assert torch.equal(small.sample(loaded), plain_samples)
-
-
-@pytest.fixture(scope="module")
-def m2(folder):
-    return small.write_pack(folder / "m2.safetensors", seed=1)
 
 
 @pytest.fixture(scope="module")

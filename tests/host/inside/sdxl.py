@@ -15,11 +15,6 @@ STAGES = [("ssd-1b", "down.2, up.0"), ("vega", "down.1, up.1"), ("koala-1b", "do
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
 def model(folder):
     return small.model(folder, SDXL)
 

@@ -16,11 +16,6 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
 def loaded(folder):
     return small.model(folder), small.model(folder, seed=1), small.model(folder, seed=2)
 

@@ -7,7 +7,7 @@ import pytest
 
 import comfy.model_management
 
-sys.path.append(str(Path(__file__).parent))  # for small.py
+sys.path.append(str(Path(__file__).parent))  # for small.py and shared.py
 SETTINGS = Path(__file__).with_name("inside.ini")
 
 
@@ -42,5 +42,5 @@ def main(path, names, base):
     # The pack's own pytest settings would put its folder on sys.path, where its nodes/ hides the host's nodes.py.
     options = ["-c", str(SETTINGS), "--rootdir", str(Path(path).parent), "--noconftest", "-p", "no:cacheprovider",
                "-p", "no:randomly", "--basetemp", base, "--import-mode=importlib", "-q", "--durations=15", "--durations-min=0.5"]
-    pytest.main([*options, *tests], plugins=[outcomes])
+    pytest.main([*options, *tests, "-p", "shared"], plugins=[outcomes])
     return outcomes.failures
