@@ -82,7 +82,16 @@ def clock_of(args: argparse.Namespace, parser: argparse.ArgumentParser, device: 
     """The clock that the arguments of `add_common_arguments` ask for."""
     if args.cpu_time and (torch.get_num_threads() > 1 or device.type != "cpu"):
         parser.error(f"--cpu-time needs one thread on the CPU; this is {torch.get_num_threads()} on {device.type} (set OMP_NUM_THREADS=1)")
-    return time.process_time if args.cpu_time else time.perf_counter
+    if args.cpu_time:
+        return time.process_time
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return clock
 
 
 def command_line(name: str) -> str:
@@ -111,6 +120,19 @@ def versions(host: Path | None = None) -> dict:
     if done.returncode == 0:
         found["asdm"] = done.stdout.strip()
     return found
+
+
+def beside_earlier(name: str, summary: dict, rows: list[dict], command: str, part: Callable[[dict], object]) -> tuple[dict, list[dict]]:
+    """Summary and rows of a run, beside what bench/results/NAME.json has of parts that were not run now.
+
+    part: row -> the part it belongs to. Each row says by which command it was made, and when.
+    """
+    rows = [row | {"command": command, "date": date.today().isoformat()} for row in rows]
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return summary, rows
+    old, made = json.loads(path.read_text()), {part(row) for row in rows}
+    return old["summary"] | summary, rows + [{"command": old["command"]} | row for row in old["rows"] if part(row) not in made]
 
 
 def record(name: str, summary: dict[str, float], rows: list[dict], command: str, host: Path | None = None, notes: str = "") -> Path:

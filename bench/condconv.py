@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 
 import torch
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from asdm_core.architecture import Architecture
 from asdm_core.condconv import CondConv, CondConv2d, convolution, convolutions, further_experts, start
 from asdm_core.measure import ratio, time_alternating
-from bench._common import RESULTS, add_common_arguments, begin, command_line, pack_module, record
+from bench._common import add_common_arguments, begin, beside_earlier, command_line, pack_module, record
 from bench.unet import DTYPES, SD15, Cutter, build
 
 COUNTS = (2, 4)
@@ -142,12 +141,8 @@ def main() -> None:
                 for row in layers:
                     print(f"{address} e{count} batch {row['batch']} {row['memory']:17} {row['way']:10} {row['seconds'] * 1000:8.1f} ms  "
                           f"{row['over_plain']:.3f} of plain", flush=True)
-        rows += [row | {"command": command} for row in found]
-    earlier = RESULTS / "condconv.json"
-    if earlier.exists():
-        old = json.loads(earlier.read_text())
-        rows += [{"command": old["command"]} | row for row in old["rows"] if row["dtype"] not in args.dtypes]
-        summary = old["summary"] | summary
+        rows += found
+    summary, rows = beside_earlier("condconv", summary, rows, command, lambda row: row["dtype"])
     record("condconv", summary, rows, command, host, args.notes)
 
 

@@ -27,18 +27,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import tempfile
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from asdm_core.measure import psnr, ratio, time_alternating
-from bench._common import RESULTS, ROOT, add_common_arguments, begin, command_line, pack_module, record
+from bench._common import ROOT, add_common_arguments, begin, beside_earlier, command_line, pack_module, record
 from bench.inheritance import Family
 from bench.unet import DTYPES, SD15, build
 
@@ -472,13 +470,8 @@ def main() -> None:
     for part in args.parts:
         found, more = calls[part]()
         summary |= found
-        rows += [row | {"command": command, "date": date.today().isoformat()} for row in more]
-    earlier = RESULTS / "gri.json"
-    if earlier.exists():
-        made = {(row["part"], row.get("dtype") if row["part"] == "unet" else None) for row in rows}
-        old = json.loads(earlier.read_text())
-        rows += [row for row in old["rows"] if (row["part"], row.get("dtype") if row["part"] == "unet" else None) not in made]
-        summary = old["summary"] | summary
+        rows += more
+    summary, rows = beside_earlier("gri", summary, rows, command, lambda row: (row["part"], row.get("dtype") if row["part"] == "unet" else None))
     draw(rows, ROOT / "docs" / "gri.png")
     record("gri", summary, rows, command, host, args.notes)
 

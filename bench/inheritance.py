@@ -18,15 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
 
 from asdm_core.measure import psnr, ratio, ssim, time_alternating
-from bench._common import RESULTS, ROOT, add_common_arguments, begin, command_line, pack_module, randomise, record
+from bench._common import ROOT, add_common_arguments, begin, beside_earlier, command_line, pack_module, randomise, record
 
 FAMILY = ROOT / "models" / "emoji"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -288,26 +286,14 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="of part two")
     add_common_arguments(parser)
     args, host, device, clock = begin(parser)
-    cuda = device.type == "cuda"
-    if cuda:
-        def clock() -> float:
-            torch.cuda.synchronize()
-            return time.perf_counter()
-
     summary, rows = {}, []
     if "quality" in args.parts:
         rows += bench_quality(Family(args.pictures), args.rounds, clock, args.runs)
     if "cost" in args.parts:
-        found, more = bench_cost(args.dtype or ("fp16" if cuda else "bf16"), args.cost_rounds, clock)
+        found, more = bench_cost(args.dtype or ("fp16" if device.type == "cuda" else "bf16"), args.cost_rounds, clock)
         summary, rows = summary | found, rows + more
     command = command_line("inheritance")
-    rows = [row | {"command": command, "date": date.today().isoformat()} for row in rows]
-    earlier = RESULTS / "inheritance.json"
-    if earlier.exists():  # what was not run keeps what was recorded of it; each row says when that was
-        old = json.loads(earlier.read_text())
-        measured = {(row["part"], row.get("sampler"), row.get("steps")) for row in rows}
-        rows += [row for row in old["rows"] if (row["part"], row.get("sampler"), row.get("steps")) not in measured]
-        summary = old["summary"] | summary
+    summary, rows = beside_earlier("inheritance", summary, rows, command, lambda row: (row["part"], row.get("sampler"), row.get("steps")))
     summary |= quality_summary(rows)
     draw([row for row in rows if row["part"] == "quality"], ROOT / "docs" / "inheritance.png")
     record("inheritance", summary, rows, command, host, args.notes)

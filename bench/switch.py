@@ -20,19 +20,17 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import math
 import statistics
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import psutil
 import torch
 
 from asdm_core.measure import psnr, ratio, ssim, time_alternating
-from bench._common import RESULTS, ROOT, add_common_arguments, begin, command_line, pack_module, randomise, record
+from bench._common import ROOT, add_common_arguments, begin, beside_earlier, command_line, pack_module, randomise, record
 from bench.inheritance import DTYPES, FAMILY, Family, full_size
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
@@ -222,26 +220,15 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=32)
     add_common_arguments(parser)
     args, host, device, clock = begin(parser)
-    cuda = device.type == "cuda"
-    if cuda:
-        def clock(wall=clock) -> float:
-            torch.cuda.synchronize()
-            return wall()
-
     summary, rows = {}, []
     if "cost" in args.parts:
-        summary, rows = bench_full_size(args.dtype or ("fp16" if cuda else "bf16"), args.steps, args.cost_rounds, device, clock)
+        summary, rows = bench_full_size(args.dtype or ("fp16" if device.type == "cuda" else "bf16"), args.steps, args.cost_rounds, device, clock)
     if "quality" in args.parts:
         found, more = bench_quality(args.pictures, args.rounds, clock)
         draw(more, ROOT / "docs" / "switch.png")
         summary, rows = summary | found, rows + more
     command = command_line("switch")
-    rows = [row | {"command": command, "date": date.today().isoformat()} for row in rows]
-    earlier = RESULTS / "switch.json"
-    if earlier.exists():  # a part that was not run keeps what was recorded of it; each row says when that was
-        old = json.loads(earlier.read_text())
-        rows += [row for row in old["rows"] if (row["part"] == "quality") != ("quality" in args.parts)] if len(args.parts) == 1 else []
-        summary = old["summary"] | summary
+    summary, rows = beside_earlier("switch", summary, rows, command, lambda row: row["part"] == "quality")
     record("switch", summary, rows, command, host, args.notes)
 
 
