@@ -180,7 +180,7 @@ class ASDMABCompare(io.ComfyNode):
         title = faster(a.median, b.median)
         lines = [f"{steps} steps, CFG {cfg:g}, {sampler_name}, {scheduler}, {size[1]} x {size[0]}"
                  + (f", batch of {len(batches[0])}" if len(batches[0]) > 1 else "") + f"; seed {seed}; median of {rounds}",
-                 f"peak memory {a.peak / 2**20:.0f} MB and {b.peak / 2**20:.0f} MB",
+                 *([f"peak memory {a.peak / 2**20:.0f} MB and {b.peak / 2**20:.0f} MB"] if a.peak and b.peak else []),
                  f"loading and compiling, paid once: {duration(a.paid_once)} and {duration(b.paid_once)}"]
         picture = to_image(draw(title, "\n".join(lines), [a.label, b.label], batches))
         text = "\n".join([f"{title}; {', '.join(map(in_words, pairs[:4]))}{' ...' if len(pairs) > 4 else ''}", *lines])

@@ -195,7 +195,12 @@ class Run:
                 stage.memory.begin_evaluation(sigma)
         memory = self._memory()
         if memory is not None:
-            self._clock.mark(memory.step)
+            self._clock.begin(memory.step)
+
+    def evaluated(self) -> None:
+        """The evaluation that set_sigma began is over."""
+        if self._memory() is not None:
+            self._clock.end()
 
     def timed(self, sigma: float):
         """A context for one evaluation at this noise level, which is timed if that was asked for."""
@@ -354,7 +359,9 @@ def _predict_noise(executor, x, timestep, model_options={}, seed=None):
     sigma = float(timestep.flatten()[0])
     run.set_sigma(sigma)
     with run.timed(sigma):
-        return executor(x, timestep, model_options, seed)
+        out = executor(x, timestep, model_options, seed)
+    run.evaluated()
+    return out
 
 
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):

@@ -204,7 +204,7 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
     sheet = _Sheet(width, height)
     sheet.text(MARGIN, 18, title, 21)
     sheet.text(MARGIN, 48, subtitle, 14, FAINT)
-    _draw_steps(sheet, steps, inherited, width)
+    _draw_steps(sheet, steps, inherited, facts["played"], width)
     total = facts["seconds"]
     longest = max([sum(kinds.values()) for _, kinds in lines] + [entry["seconds"] for entry in saved], default=0.0) or 1.0
     for row, (block, kinds) in enumerate(lines):
@@ -233,8 +233,9 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
     return sheet.done()
 
 
-def _draw_steps(sheet: _Sheet, steps: Sequence, inherited: set[int], width: int) -> None:
-    """A bar for each step. The first is often slow because weights still move; it must not make all others look alike."""
+def _draw_steps(sheet: _Sheet, steps: Sequence, inherited: set[int], played: Sequence[int], width: int) -> None:
+    """A bar for each step, and a mark where another model begins. The first step is often slow because weights still move; it must
+    not make all others look alike."""
     base, tall = 84 + 96, 84
     highest = max(t for _, t in steps[1:] or steps) or 1.0
     cell = min(40.0, (width - 2 * MARGIN - 110) / len(steps))
@@ -246,6 +247,9 @@ def _draw_steps(sheet: _Sheet, steps: Sequence, inherited: set[int], width: int)
         sheet.cell(left + i * cell, base - bar, max(cell - 1, 1), bar, PLAN_COLOURS["inherited" if step in inherited else "computed"])
         if i % max(1, round(40 / cell)) == 0:
             sheet.text(left + (i + 0.5) * cell, base + 4, str(step), 10, FAINT, "ma")
+        if i and played[i] != played[i - 1]:
+            sheet.line((left + i * cell - 1, base - tall - 14, left + i * cell - 1, base), INK)
+            sheet.text(left + i * cell + 5, base - tall - 16, f"model {played[i]}", 11, INK, "la")
     if inherited:
         x = left
         for role in ("computed", "inherited"):

@@ -45,7 +45,7 @@ class Report:
     """What one run did.
 
     counts: forwards by (step, mode). replayed: for each evaluation, whether all its forwards played from memory.
-    seconds: (step, time) of each evaluation but the last. peak: bytes remembered at most.
+    seconds: (step, time) of each evaluation, with what the sampler does until the next. peak: bytes remembered at most.
     """
 
     steps: int
@@ -105,27 +105,36 @@ class Inheritance:
 
 
 class Clock:
-    """Times between the evaluations of a run. On CUDA by events, so that nobody has to wait."""
+    """Times from one evaluation of a run to the next. On CUDA by events, so that nobody has to wait."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[int, object]] = []
+        self._end = None
 
-    def mark(self, step: int) -> None:
+    def _now(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def begin(self, step: int) -> None:
         """An evaluation of a step begins."""
-        if self._cuda:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        else:
-            now = time.perf_counter()
-        self._marks.append((step, now))
+        self._marks.append((step, self._now()))
+        self._end = None
+
+    def end(self) -> None:
+        """It is over; perhaps it was the last."""
+        self._end = self._now()
 
     def seconds(self) -> list[tuple[int, float]]:
-        """(step, seconds) of each evaluation but the last, whose end nobody marked."""
-        if self._cuda and self._marks:
-            self._marks[-1][1].synchronize()
+        """(step, seconds) of each evaluation until the next one begins, of the last until it ends; not of one that was broken off."""
+        times = [now for _, now in self._marks] + [self._end] * (self._end is not None)
+        if self._cuda and times:
+            times[-1].synchronize()
         return [(step, a.elapsed_time(b) / 1000 if self._cuda else b - a)
-                for (step, a), (_, b) in zip(self._marks, self._marks[1:], strict=False)]
+                for (step, _), a, b in zip(self._marks, times, times[1:], strict=False)]
 
 
 def step_of(sigma: float, sigmas: Sequence[float], last: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
+from itertools import chain, repeat
 
 from comfy_api.latest import io, ui
 
@@ -15,31 +16,41 @@ from ..asdm_core.pictures import duration
 from . import host
 from .load import CATEGORY
 from .picture import draw_speed, to_image
+from .switch import on_each, others_of
 from .timing import Record
 
 
 def describe(model) -> dict:
-    """What was measured of the last run of a MODEL from Measure Speed, as a table for JSON. Raises ValueError without one."""
-    log = host.setup_of(model).speed
-    if log is None:
+    """What was measured of the last run of a MODEL from Measure Speed, as a table for JSON. Raises ValueError without one.
+
+    Of a switched MODEL, all models together; in `played` by which of them each step began.
+    """
+    models = [model, *others_of(model)]
+    logs = [host.setup_of(m).speed for m in models]
+    if logs[0] is None:
         raise ValueError("this MODEL is not measured. Put Measure Speed between it and the sampler, and connect its MODEL here too.")
-    record = log.last
-    if record is None or not record.evaluations:
+    records = [(number, log.last) for number, log in enumerate(logs) if log is not None and log.last is not None and log.last.evaluations]
+    if not records:
         raise ValueError("there is no finished run of this MODEL. Connect the sampler's LATENT to `after`, so that this node waits for it.")
-    config = host.architecture_of(model).config
-    total = sum(t for _, t in record.evaluations)
+    evaluations = sorted((step, number, t, replayed) for number, record in records
+                         for (step, t), replayed in zip(record.evaluations, chain(record.replayed, repeat(False)), strict=False))
     groups: dict[str, Counter] = {}
-    for (address, _), (seconds, _) in record.layers.items():
-        u = unit(config, address)
-        block = "mid" if u.side == "mid" else ".".join(address.split(".")[:2])
-        groups.setdefault(block, Counter())[u.kind if u.kind in ("resnet", "transformer") else "sampler"] += seconds
+    for number, record in records:
+        config = host.architecture_of(models[number]).config
+        for (address, _), (seconds, _) in record.layers.items():
+            u = unit(config, address)
+            block = "mid" if u.side == "mid" else ".".join(address.split(".")[:2])
+            groups.setdefault(block, Counter())[u.kind if u.kind in ("resnet", "transformer") else "sampler"] += seconds
+    total = sum(t for _, _, t, _ in evaluations)
     layers = sum(sum(kinds.values()) for kinds in groups.values())
-    saved = savings(model, record)
-    steps = sorted({step for step, _ in record.evaluations})
+    saved = [(f"model {number + 1}: {name}" if len(models) > 1 else name, t, how)
+             for number, record in records for name, t, how in savings(models[number], record)]
+    steps = sorted({step for step, *_ in evaluations})
     return {
-        "steps": len(steps), "evaluations": len(record.evaluations), "seconds": round(total, 4), "seconds_per_step": round(total / len(steps), 5),
-        "step_seconds": [[s, round(sum(t for step, t in record.evaluations if step == s), 5)] for s in steps],
-        "inherited_steps": sorted({step for (step, _), r in zip(record.evaluations, record.replayed, strict=False) if r}),
+        "steps": len(steps), "evaluations": len(evaluations), "seconds": round(total, 4), "seconds_per_step": round(total / len(steps), 5),
+        "step_seconds": [[s, round(sum(t for step, _, t, _ in evaluations if step == s), 5)] for s in steps],
+        "inherited_steps": sorted({step for step, _, _, replayed in evaluations if replayed}),
+        "played": [min(number for step, number, *_ in evaluations if step == s) + 1 for s in steps],
         "groups": {block: {kind: round(t, 5) for kind, t in kinds.items()} for block, kinds in groups.items()},
         "outside_layers": round(max(0.0, total - layers), 5) if groups else None,
         "saved": [{"technique": name, "seconds": round(t, 4), "how": how} for name, t, how in saved],
@@ -127,7 +138,7 @@ class ASDMMeasureSpeed(io.ComfyNode):
 
     @classmethod
     def execute(cls, model):
-        return io.NodeOutput(host.with_speed(model))
+        return io.NodeOutput(on_each(model, host.with_speed))
 
 
 class ASDMSpeedReadout(io.ComfyNode):

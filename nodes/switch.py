@@ -59,6 +59,15 @@ def with_switch(first, second, point: SwitchPoint, crossfade: int = 0):
     return _set_up(clone, switches, present[1:])
 
 
+def on_each(model, change):
+    """A clone of MODEL with `change` (MODEL -> a changed clone) made to it and to every model that it switches to."""
+    clone = change(model)
+    others = others_of(clone)
+    if others:
+        clone.set_additional_models(KEY, [change(other) for other in others])
+    return clone
+
+
 def without_switches(model):
     """A clone of MODEL that samples alone, with what it carries besides."""
     return _set_up(model.clone(), (), [])

@@ -3,61 +3,30 @@
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import comfy.model_management
-import psutil
 import torch
 from comfy.patcher_extension import WrappersMP
 
 KEY = "asdm_timing"
 
 
-class PeakMemory:
-    """Peak memory while a block runs, in bytes: what torch holds on a CUDA device, elsewhere the process's resident memory."""
-
-    INTERVAL = 0.02  # seconds between looks at the resident memory; the system tells no peak of a stretch
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda" and device
-        self.bytes = 0
-
-    def __enter__(self):
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats(self._cuda)
-        else:
-            self._done, self._process = threading.Event(), psutil.Process()
-            self._watcher = threading.Thread(target=self._watch, daemon=True)
-            self._watcher.start()
-        return self
-
-    def _watch(self):
-        while True:
-            self.bytes = max(self.bytes, self._process.memory_info().rss)
-            if self._done.wait(self.INTERVAL):
-                return
-
-    def __exit__(self, *_):
-        if self._cuda:
-            self.bytes = torch.cuda.max_memory_allocated(self._cuda)
-        else:
-            self._done.set()
-            self._watcher.join()
-
-
 class Stopwatch:
     """Times the sampler of a run, from its start to its end on the device. Holds no MODEL, so that it may be its wrapper.
+
+    peak: bytes that torch held at most during the run; None but on a CUDA device: what a process holds in main memory says
+    nothing about one of two models that lie there together.
 
     settling: evaluate the network once instead of sampling, so that weights are loaded and patched when the next run begins.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
-        self.settling, self.seconds, self.peak = False, 0.0, 0
+        self.settling, self.seconds, self.peak = False, 0.0, None
 
     def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
         if self.settling:
@@ -65,13 +34,15 @@ class Stopwatch:
             guider(noise * sigmas[0], sigmas[0] * noise.new_ones(len(noise)), **options)
             comfy.model_management.synchronize()
             return noise
-        with PeakMemory(self._device) as memory:
-            comfy.model_management.synchronize()
-            start = time.perf_counter()
-            out = executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
-            comfy.model_management.synchronize()
-            self.seconds = time.perf_counter() - start
-        self.peak = memory.bytes
+        cuda = self._device.type == "cuda"
+        comfy.model_management.synchronize()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        start = time.perf_counter()
+        out = executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+        comfy.model_management.synchronize()
+        self.seconds = time.perf_counter() - start
+        self.peak = torch.cuda.max_memory_allocated(self._device) if cuda else None
         return out
 
 
@@ -139,7 +110,7 @@ class Side:
     """One MODEL under measurement, and what was measured.
 
     sample: makes a LATENT with a MODEL. seconds: of the sampler, one number a run. loading: seconds that the first run
-    took longer than later ones (loading, patching, compiling). repeats: whether every run gave the same latent.
+    took longer than later ones (loading, patching, compiling). peak: see Stopwatch. repeats: whether every run gave the same latent.
     """
 
     label: str
@@ -147,7 +118,7 @@ class Side:
     sample: Callable
     seconds: list[float] = field(default_factory=list)
     loading: float = 0.0
-    peak: int = 0
+    peak: int | None = None
     repeats: bool = True
     latent: dict | None = None
 
@@ -171,7 +142,7 @@ class Side:
         self.repeats &= self.latent is None or torch.equal(latent["samples"], self.latent["samples"])
         self.latent = latent
         self.seconds.append(self._watch.seconds)
-        self.peak = max(self.peak, self._watch.peak)
+        self.peak = self._watch.peak and max(self.peak or 0, self._watch.peak)
 
     def _settle(self) -> None:
         self._watch.settling = True
@@ -193,12 +164,12 @@ class Side:
         """What was measured, for JSON."""
         return {"label": self.label, "seconds": [round(s, 4) for s in self.seconds], "median_seconds": round(self.median, 4),
                 "seconds_per_step": round(self.median / steps, 5), "load_and_compile_seconds": round(self.paid_once, 3),
-                "peak_memory_mb": round(self.peak / 2**20, 1), "every_run_alike": self.repeats}
+                "peak_memory_mb": self.peak and round(self.peak / 2**20, 1), "every_run_alike": self.repeats}
 
 
-def alternate(sides, rounds: int) -> None:
-    """A warm-up of each side, then so many rounds in which they take turns, so that noise hits all alike."""
-    for side in sides:
+def alternate(sides, rounds: int, warm=None) -> None:
+    """A warm-up of each side (or of those in `warm`), then so many rounds in which they take turns, so that noise hits all alike."""
+    for side in sides if warm is None else warm:
         side.warm_up()
     for _ in range(rounds):
         for side in sides:

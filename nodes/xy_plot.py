@@ -22,7 +22,7 @@ from .load import CATEGORY
 from .picture import from_image, to_image
 from .regional import Regional
 from .switch import with_switch
-from .timing import Side
+from .timing import Side, alternate
 
 OFF = "off"
 WHOLE = Window()
@@ -188,10 +188,7 @@ class ASDMXYPlot(io.ComfyNode):
                     changed = change(changed)
                 cells.append(Side(", ".join(filter(None, (column, row))), changed, sample))
         plain = Side("as it came in", model, sample)
-        plain.warm_up()
-        for side in (plain, *cells):
-            for _ in range(rounds):
-                side.run()
+        alternate((plain, *cells), rounds, warm=[plain])
         reference = decode(vae, plain.latent)
         images = [decode(vae, cell.latent) for cell in cells]
         likenesses = [alike(reference, picture) for picture in images]
