@@ -12,9 +12,11 @@ of one level of SD1.5's width with random weights. With gains: fitted on other p
 
 Errors are relative (L2), against full attention. HyperTile and Token Merging are measured as published, with keys and values
 tiled or merged as well, and as the host's own nodes do it ("node": HyperTile's queries of a tile see a stripe of rows, Token
-Merging leaves the keys whole). error_... in the summary is the mean over the emoji activations at 64 x 64: of GRI in its
-automatic settings, and the least of the settings of each other method that take no longer, or that of its quickest where none
-is as quick; error_..._random is the same for random weights, error_..._1024 for the smooth maps of 128 x 128.
+Merging leaves the keys whole). The time of Token Merging includes its matching. error_... in the summary is the mean over the
+emoji activations at 64 x 64, at equal time: of GRI in its automatic settings, and of the others at the time that GRI takes there,
+read off the line through those of their settings that no other one beats in both time and error, on logarithmic axes. Where
+none is as quick it is that of the quickest. error_..._random is the same for random weights, error_..._1024 for the smooth
+maps of 128 x 128.
 
 pictures: the emoji teacher with GRI against itself without, before and after a fit of the gains, which come from a pack:
 PSNR, recognition, and the Frechet distance of the classifier's features, at 16 x 16 latents, where it was trained, and on
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import statistics
 import tempfile
 from dataclasses import dataclass, replace
@@ -37,14 +40,14 @@ import torch.nn.functional as F
 
 from asdm_core.measure import psnr, ratio, time_alternating
 from bench._common import ROOT, add_common_arguments, begin, beside_earlier, command_line, pack_module, record
-from bench.inheritance import Family
+from bench.inheritance import Family, at_saving, upper_edge
 from bench.unet import DTYPES, SD15, build
 
 BATCH, HEADS, DIM = 2, 8, 40
 SIDES = {512: 64, 1024: 128}
-GRI = ((16, 8), (16, 4), (8, 8), (32, 8))
-TILES = (8, 16, 32)  # tokens per side; the node's default is 32
-MERGES = (0.5, 0.75)  # 0.75 is the most that its cells of 2 x 2 allow
+GRI = ((8, 8), (16, 8), (8, 4), (16, 4), (32, 8), (32, 4))  # windows, cells
+TILES = ((8, 8), (8, 16), (16, 16), (16, 32), (32, 32))  # rows, columns of tokens; the node's default is 32
+MERGES = ((0.9, 4), (0.75, 4), (0.75, 2), (0.65, 2), (0.5, 2), (0.3, 2))  # ratio, side of its cells: 2 allows at most 0.75
 GAINS = torch.arange(-3, 1.01, 0.25)  # that a fit tries
 DENOISE, CFG = 0.5, 3.0
 
@@ -103,28 +106,28 @@ def gri(window: int, pool: int, gains: dict | None = None):
     return attend
 
 
-def hypertile(tile: int):
+def hypertile(rows: int, columns: int):
     """As published (tfernd/HyperTile): tiles attend to themselves alone."""
 
     def attend(m):
-        b, n = len(m.q), m.side // tile
+        b, high, wide = len(m.q), m.side // rows, m.side // columns
 
         def fold(t):
-            return t.view(b, n, tile, n, tile, -1).transpose(2, 3).reshape(b * n * n, tile * tile, -1)
+            return t.view(b, high, rows, wide, columns, -1).transpose(2, 3).reshape(b * high * wide, rows * columns, -1)
 
         out = full(Map(*map(fold, (m.q, m.k, m.v)), m.heads))
-        return out.view(b, n, n, tile, tile, -1).transpose(2, 3).reshape(m.q.shape)
+        return out.view(b, high, wide, rows, columns, -1).transpose(2, 3).reshape(m.q.shape)
 
     return attend
 
 
-def tome(ratio: float):
+def tome(ratio: float, cell: int):
     """As published (dbolya/tomesd), by the host's own matching."""
 
     def attend(m):
-        from comfy_extras.nodes_tomesd import get_functions
+        from comfy_extras.nodes_tomesd import bipartite_soft_matching_random2d
 
-        merge, unmerge = get_functions(m.q, ratio, (len(m.q), 4, m.side, m.side))
+        merge, unmerge = bipartite_soft_matching_random2d(m.q, m.side, m.side, cell, cell, int(ratio * m.q.shape[1]))
         return unmerge(full(Map(merge(m.q), merge(m.k), merge(m.v), m.heads)))
 
     return attend
@@ -160,9 +163,10 @@ def ways() -> dict:
     from comfy_extras.nodes_tomesd import TomePatchModel
 
     return {"full": full, **{f"gri {w}/{p}": gri(w, p) for w, p in GRI},
-            **{f"hypertile {tile}": hypertile(tile) for tile in TILES},
-            **{f"hypertile {tile}, node": by_node(HyperTile, 8 * tile, 1, 0, False) for tile in TILES},
-            **{f"tome {r:g}": tome(r) for r in MERGES}, **{f"tome {r:g}, node": by_node(TomePatchModel, r) for r in MERGES}}
+            **{f"hypertile {rows} x {columns}": hypertile(rows, columns) for rows, columns in TILES},
+            **{f"hypertile {rows}, node": by_node(HyperTile, 8 * rows, 1, 0, False) for rows, columns in TILES if rows == columns},
+            **{f"tome {r:g} of {cell} x {cell}": tome(r, cell) for r, cell in MERGES},
+            **{f"tome {r:g}, node": by_node(TomePatchModel, r) for r, cell in MERGES if cell == 2}}
 
 
 def compare(maps: list[Map], attend: dict, rounds: int, device: torch.device, clock, **more) -> list[dict]:
@@ -182,16 +186,23 @@ def automatic(side: int) -> str:
     return f"gri {settings.window}/{settings.pool}"
 
 
-def at_equal_time(rows: list[dict], kind: str, reference: dict) -> float:
-    """The least error of a kind among its settings that take no longer than the reference; else that of its fastest."""
-    of_kind = [row for row in rows if row["way"].startswith(kind)]
-    quick = [row for row in of_kind if row["seconds"] <= 1.05 * reference["seconds"]]
-    return min(row["error"] for row in quick) if quick else min(of_kind, key=lambda row: row["seconds"])["error"]
+def edge(rows: list[dict], kind: str) -> list[tuple[float, float]]:
+    """(seconds, error) of those settings of a kind that no other one beats in both, the quickest last."""
+    points = [(-math.log(row["seconds"]), -math.log(row["error"])) for row in rows if row["way"].startswith(kind) and "gains" not in row["way"]]
+    return [(math.exp(-time), math.exp(-quality)) for time, quality in upper_edge(points)]
+
+
+def at_equal_time(rows: list[dict], kind: str, seconds: float) -> float:
+    """Error of a kind at a time: on the line through `edge` (both axes logarithmic), or its quickest setting's where none is as quick."""
+    points = edge(rows, kind)
+    found = at_saving([(-math.log(time), -math.log(error)) for time, error in points], -math.log(seconds))
+    return points[-1][1] if found is None else math.exp(-found)
 
 
 def errors(rows: list[dict], side: int, suffix: str = "") -> dict[str, float]:
     chosen = next(row for row in rows if row["way"] == automatic(side))
-    return {f"error_gri{suffix}": chosen["error"], **{f"error_{kind}{suffix}": at_equal_time(rows, kind, chosen) for kind in ("hypertile", "tome")}}
+    return {f"error_gri{suffix}": chosen["error"],
+            **{f"error_{kind}{suffix}": at_equal_time(rows, kind, chosen["seconds"]) for kind in ("hypertile", "tome")}}
 
 
 def bench_calls(dtype: torch.dtype, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
@@ -431,6 +442,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(plots), figsize=(4.6 * len(plots), 4.2), squeeze=False)
     for ax, (title, found) in zip(axes.flat, plots.items(), strict=True):
         for kind, colour in colours.items():
+            ax.plot(*zip(*((1000 * seconds, error) for seconds, error in edge(found, kind)), strict=True), color=colour, lw=1.2, alpha=0.7)
             for node, marker in ((False, "o"), (True, "^")):
                 points = [(r["seconds"] * 1000, r["error"], r["way"]) for r in found if r["way"].startswith(kind) and r["way"].endswith("node") == node]
                 ax.scatter(*list(zip(*points, strict=True))[:2], color=colour, marker=marker, s=34, zorder=3,
