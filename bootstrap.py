@@ -67,7 +67,7 @@ TARGETS = {
 SETTINGS = {
     "demo": {
         "CHECKPOINT": "an SD1.5 checkpoint of yours, instead of the embedded family",
-        "PACK": "the pack file for B",
+        "PACK": "the pack file for B; without one a checkpoint of yours gets Feature Inheritance",
         "STEPS": "sampling steps, 20 if not given",
     },
     "test": {"ARGS": "further arguments for pytest, such as ARGS='-k switching'"},

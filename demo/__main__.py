@@ -1,4 +1,4 @@
-"""make demo: A (the checkpoint) against B (the same with a pack) in a real headless ComfyUI.
+"""make demo: A (the checkpoint) against B (the same, made faster) in a real headless ComfyUI.
 
 Writes output/demo/: compare.png, every image with its workflow in it, and report.json.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import bootstrap
 from asdm_core.packs import BadFile
-from demo.job import SIDES, DemoError, Job, find_job, node_id
-from demo.report import clear_results, image_name, median_step, summary, unet_architectures, write_results
+from demo.job import SIDES, DemoError, Job, find_job, node_id, work
+from demo.report import clear_results, image_name, seconds_per_step, summary, write_results
 from demo.server import PACK, Client, PromptError, Server, ServerError, device_flags
 from demo.timing import TimedRun, timed_run
 
@@ -25,7 +25,8 @@ WARM_UP_STEPS = 2
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="an SD1.5 .safetensors file: a path, or a name in ComfyUI's models")
-    parser.add_argument("--pack", help="the pack for B: a path, or a name in ComfyUI's models/asdm_packs")
+    parser.add_argument("--pack", help="the pack for B: a path, or a name in ComfyUI's models/asdm_packs; without one "
+                                       "B is a checkpoint of yours with Feature Inheritance, which needs no weights")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default %(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the results (default %(default)s)")
     options = parser.parse_args(arguments)
@@ -50,15 +51,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+
+
 def say(text: str) -> None:
     print(f"demo: {text}", flush=True)
 
 
 def run(job: Job, host: Path, output: Path) -> dict:
     """Run the whole comparison; writes the output folder and returns the report."""
-    say(f"A is {job.checkpoint.name}, B is the same with {job.pack.name}")
+    sides = work(job)
+    say(f"A is {job.checkpoint.name}, B is the same with {job.addition}")
     say(f"{len(job.prompts)} prompts, {job.size} x {job.size}, {job.steps} steps, CFG {job.cfg:g}")
-    architectures = unet_architectures(job)
     clear_results(output)
     with tempfile.TemporaryDirectory(prefix="asdm-demo-") as base:
         started = time.monotonic()
@@ -68,17 +73,19 @@ def run(job: Job, host: Path, output: Path) -> dict:
             check(client, job)
             system = client.get("/system_stats")
             say(f"ComfyUI {system['system']['comfyui_version']} answers after {time.monotonic() - started:.0f} s; warming up")
-            for side in SIDES:
-                client.run(job.graph(side, 0, WARM_UP_STEPS), timeout=1800)
+            first, _ = (timed(client, job, side, 0, WARM_UP_STEPS) for side in SIDES)
+            pictures = 2 * len(job.prompts)
+            say(f"sampling {pictures} pictures takes up to {duration(pictures * job.steps * first.step_seconds[-1])}")
             runs = {side: [] for side in SIDES}
             for index, prompt in enumerate(job.prompts):
                 # A and B in turn, so that whatever else the machine does hits both alike.
                 for side in SIDES:
                     runs[side].append(run_one(client, job, side, index, output))
-                times = "  ".join(f"{side.upper()} {1000 * median_step(runs[side][-1:]):7.1f} ms/step" for side in SIDES)
-                say(f"{index + 1}/{len(job.prompts)}  {times}  {prompt}")
+                times = {side: seconds_per_step(runs[side][-1:], sides[side].full_steps(job.steps)) for side in SIDES}
+                shown = "  ".join(f"{side.upper()} {1000 * seconds:7.1f} ms/step" for side, seconds in times.items())
+                say(f"{index + 1}/{len(job.prompts)}  {shown}  {prompt}")
     say("ComfyUI is stopped; comparing")
-    return write_results(job, architectures, runs, system, output)
+    return write_results(job, sides, runs, system, output)
 
 
 def check(client: Client, job: Job) -> None:
@@ -88,15 +95,20 @@ def check(client: Client, job: Job) -> None:
     if missing:
         raise DemoError(f"this ComfyUI lacks the nodes {', '.join(missing)}; the pack did not load in it")
     for node, name, file in ((job.loader, "ckpt_name", job.checkpoint), ("ASDMApplyPack", "pack_name", job.pack)):
-        if file.name not in client.choices(node, name):
+        if file and file.name not in client.choices(node, name):
             raise DemoError(f"ComfyUI does not offer {file} in {node}: the file is not of the kind this node loads")
+
+
+def timed(client: Client, job: Job, side: str, index: int, steps: int | None = None) -> TimedRun:
+    """One image of one side."""
+    graph = job.graph(side, index, steps)
+    return timed_run(client.url, graph, node_id(graph, "Sampler"))
 
 
 def run_one(client: Client, job: Job, side: str, index: int, output: Path) -> TimedRun:
     """One image of one side, saved as the host wrote it, metadata included."""
-    graph = job.graph(side, index)
-    done = timed_run(client.url, graph, node_id(graph, "Sampler"))
-    png = client.fetch(done.outputs[node_id(graph, "Save")]["images"][0])
+    done = timed(client, job, side, index)
+    png = client.fetch(done.outputs[node_id(job.graph(side, index), "Save")]["images"][0])
     (output / image_name(side, index)).write_bytes(png)
     return done
 

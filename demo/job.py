@@ -1,20 +1,28 @@
-"""What the demo runs: the checkpoint for A, the pack for B, the prompts, and the graphs made of them."""
+"""What the demo runs: the checkpoint for A, what makes B of it, the prompts, and the graphs made of them."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from asdm_core import inheritance, packs
+from asdm_core.architecture import Architecture
+from asdm_core.inheritance import Plan
+from asdm_core.packs import TensorFile
 from demo.server import PACK
 
 EMBEDDED = PACK / "models" / "emoji"
 WORKFLOWS = PACK / "workflows" / "api"
 SIDES = ("a", "b")
-GRAPHS = {"a": "text_to_image.json", "b": "text_to_image_pack.json"}
+PLAIN, WITH_PACK, INHERITING = "text_to_image.json", "text_to_image_pack.json", "feature_inheritance.json"
+DIAL = "balanced"  # of Feature Inheritance, where there is no pack
+SD15 = "sd15"
+# The prefixes under which the host finds the other parts of an SD1.5 checkpoint.
+PARTS = {"text encoder": "cond_stage_model.", "VAE": "first_stage_model."}
 
+EMBEDDED_LOADER = "ASDMCheckpointLoader"
 TEACHER, TEACHER_PACK = "emoji-teacher.safetensors", "emoji-m2.safetensors"
 
 # In the words of the family's captions: a Unicode name, one of six backgrounds, a style of the teacher.
@@ -47,11 +55,14 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One comparison. ``models`` are further model folders for the host, by kind."""
+    """One comparison. ``models`` are further model folders for the host, by kind.
+
+    pack: what B is the checkpoint with; None for Feature Inheritance, which needs no weights.
+    """
 
     loader: str
     checkpoint: Path
-    pack: Path
+    pack: Path | None
     prompts: Sequence[str]
     negative: str
     size: int
@@ -59,9 +70,15 @@ class Job:
     steps: int = 20
     models: Mapping[str, Sequence[Path]] = field(default_factory=dict)
 
+    @property
+    def addition(self) -> str:
+        """What B has and A has not, for people."""
+        return f"Feature Inheritance ({DIAL})" if self.pack is None else self.pack.stem
+
     def graph(self, side: str, index: int, steps: int | None = None) -> dict:
         """The API graph of one image: side "a" or "b", prompt and seed by index."""
-        graph = copy.deepcopy(load_graph(side))
+        graph = load_graph(PLAIN if side == "a" else WITH_PACK if self.pack else INHERITING)
+        graph = needed(graph, node_id(graph, "Save"))
         nodes = by_title(graph)
         nodes["Checkpoint"].update(class_type=self.loader)
         nodes["Checkpoint"]["inputs"] = {"ckpt_name": self.checkpoint.name}
@@ -70,14 +87,64 @@ class Job:
         nodes["Size"]["inputs"].update(width=self.size, height=self.size)
         nodes["Sampler"]["inputs"].update(seed=index + 1, steps=steps or self.steps, cfg=self.cfg)
         nodes["Save"]["inputs"]["filename_prefix"] = f"{index + 1:02}-{side}"
-        if side == "b":
+        if side == "b" and self.pack:
             nodes["Pack"]["inputs"]["pack_name"] = self.pack.name
+        elif side == "b":
+            nodes["Faster"]["inputs"]["preset"] = DIAL
         return graph
 
 
-def load_graph(side: str) -> dict:
-    """The workflow file of a side."""
-    return json.loads((WORKFLOWS / GRAPHS[side]).read_text("utf-8"))
+@dataclass(frozen=True)
+class Work:
+    """What one side computes: its network, and the plan by which some steps of a run inherit."""
+
+    architecture: Architecture
+    plan: Plan | None = None
+
+    def full_steps(self, steps: int) -> tuple[bool, ...]:
+        """For each step of a run, whether all of the network computes."""
+        return self.plan.schedule.computed(steps) if self.plan else (True,) * steps
+
+
+def work(job: Job) -> dict[str, Work]:
+    """What each side of a job computes, from the headers of its files.
+
+    Raises packs.BadFile where a file cannot be used, DemoError where it is of another kind than the job needs.
+    """
+    file = TensorFile(job.checkpoint)
+    whole = packs.identify_unet(file)[0].architecture
+    config, name = whole.config, job.checkpoint.name
+    if job.loader != EMBEDDED_LOADER:
+        if config.family != SD15:
+            raise DemoError(f"{name} is of the family {config.family}; the demo compares SD1.5 checkpoints. For SD2 and SDXL run "
+                            "`make serve` and take Templates, asdm, A against B: it works on them as well.")
+        if whole.cut:
+            raise DemoError(f"the UNet of {name} is pruned already; the demo makes an unpruned SD1.5 checkpoint faster.")
+        missing = [part for part, prefix in PARTS.items() if not any(key.startswith(prefix) for key in file)]
+        if missing:
+            raise DemoError(f"{name} holds no {' and no '.join(missing)}; wanted a whole checkpoint, as it lies in ComfyUI's "
+                            "models/checkpoints.")
+    if job.pack is None:
+        return {"a": Work(whole), "b": Work(whole, inheritance.dial(config, DIAL))}
+    described = packs.open_pack(job.pack).description
+    if described.family != config.family:
+        raise DemoError(f"{job.pack.name} is a pack for the family {described.family}, {name} is of {config.family}.")
+    return {"a": Work(whole), "b": Work(described.architecture)}
+
+
+def load_graph(name: str) -> dict:
+    """A workflow file of workflows/api."""
+    return json.loads((WORKFLOWS / name).read_text("utf-8"))
+
+
+def needed(graph: Mapping, key: str) -> dict:
+    """The part of a graph that one node needs."""
+    found, open_ = {}, [key]
+    while open_:
+        key = open_.pop()
+        found[key] = graph[key]
+        open_ += [value[0] for value in graph[key]["inputs"].values() if isinstance(value, list) and value[0] not in found]
+    return found
 
 
 def by_title(graph: Mapping) -> dict[str, dict]:
@@ -94,20 +161,16 @@ def find_job(checkpoint: str | None, pack: str | None, steps: int, model_roots: 
     """The job for what a person asked for; DemoError when a file for it is missing.
 
     Files are given by path, or by the name they have in the pack or in one of the model folders
-    ``model_roots`` of a ComfyUI.
+    ``model_roots`` of a ComfyUI. The embedded family has a pack; any other checkpoint without one gets
+    Feature Inheritance.
     """
     file = find_file(checkpoint or TEACHER, "checkpoint", [EMBEDDED, *(root / "checkpoints" for root in model_roots)])
     embedded = file.parent == EMBEDDED
-    if not pack and not embedded:
-        raise DemoError(
-            f"a pack for {file.name} is needed: PACK=my-pack.safetensors. The packs that come with asdm are trained for "
-            "the embedded emoji family, and a pack that was not trained gives noise. One pack fits every SD1.5 "
-            "checkpoint; train/ makes it (see train/README.md)."
-        )
-    pack_file = find_file(pack or TEACHER_PACK, "pack", [EMBEDDED, *(root / "asdm_packs" for root in model_roots)])
-    models = {kind: [f.parent] for kind, f in (("checkpoints", file), ("asdm_packs", pack_file)) if f.parent != EMBEDDED}
+    pack = pack or (TEACHER_PACK if embedded else None)
+    pack_file = find_file(pack, "pack", [EMBEDDED, *(root / "asdm_packs" for root in model_roots)]) if pack else None
+    models = {kind: [f.parent] for kind, f in (("checkpoints", file), ("asdm_packs", pack_file)) if f and f.parent != EMBEDDED}
     if embedded:
-        return Job("ASDMCheckpointLoader", file, pack_file, EMOJI_PROMPTS, "", 128, 3.0, steps, models)
+        return Job(EMBEDDED_LOADER, file, pack_file, EMOJI_PROMPTS, "", 128, 3.0, steps, models)
     return Job("CheckpointLoaderSimple", file, pack_file, SD15_PROMPTS, SD15_NEGATIVE, 512, 7.0, steps, models)
 
 

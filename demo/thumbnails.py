@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 import bootstrap
 from asdm_core.pictures import font
+from demo.job import needed
 from demo.server import PACK, Client, Server, device_flags
 
 WORKFLOWS = PACK / "workflows"
@@ -50,16 +51,6 @@ def on_embedded_family(graph: Mapping, prompt: str, checkpoint: str) -> dict:
             inputs.update({side: 128 for side in ("width", "height") if isinstance(inputs.get(side), int)})
             inputs.update({"cfg": 3.0} if "cfg" in inputs else {})
     return graph
-
-
-def needed(graph: Mapping, key: str) -> dict:
-    """The part of a graph that one node needs."""
-    found, open_ = {}, [key]
-    while open_:
-        key = open_.pop()
-        found[key] = graph[key]
-        open_ += [value[0] for value in graph[key]["inputs"].values() if isinstance(value, list) and value[0] not in found]
-    return found
 
 
 def without_asdm(graph: Mapping) -> dict:

@@ -2,13 +2,15 @@
 
 import json
 import math
+import shutil
+import struct
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from asdm_core.architecture import Architecture
-from asdm_core import pictures
+from asdm_core import inheritance, measure, packs, pictures
+from asdm_core.architecture import FAMILIES, Architecture
 from demo import job, report
 from demo.server import PromptError, PromptInterrupted, outputs_of
 from demo.timing import TimedRun, step_seconds
@@ -47,9 +49,16 @@ def test_own_checkpoint_by_name_and_by_path(roots, tmp_path):
     assert found.models == {"checkpoints": [tmp_path / "elsewhere"], "asdm_packs": [tmp_path / "models/asdm_packs"]}
 
 
-def test_own_checkpoint_without_a_pack_says_how_to_get_one(roots):
-    with pytest.raises(job.DemoError, match="a pack for anime.safetensors is needed: PACK="):
-        job.find_job("anime.safetensors", None, 20, roots)
+def test_own_checkpoint_without_a_pack_inherits_features(roots):
+    found = job.find_job("anime.safetensors", None, 20, roots)
+    assert (found.pack, found.addition, list(found.models)) == (None, "Feature Inheritance (balanced)", ["checkpoints"])
+    a, b = (found.graph(side, 0) for side in job.SIDES)
+    (faster,) = b.keys() - a.keys()
+    assert b[faster]["class_type"] == "ASDMFeatureInheritance"
+    assert (b[faster]["inputs"]["preset"], b[faster]["inputs"]["model"]) == ("balanced", [job.node_id(b, "Checkpoint"), 0])
+    job.by_title(b)["Sampler"]["inputs"]["model"] = b.pop(faster)["inputs"]["model"]
+    job.by_title(b)["Save"]["inputs"]["filename_prefix"] = job.by_title(a)["Save"]["inputs"]["filename_prefix"]
+    assert a == b
 
 
 def test_missing_file_lists_where_it_was_looked_for(roots, tmp_path):
@@ -61,6 +70,69 @@ def test_missing_file_lists_where_it_was_looked_for(roots, tmp_path):
 def test_pickles_are_refused(roots, tmp_path):
     with pytest.raises(job.DemoError, match="is no .safetensors file"):
         job.find_job(str(tmp_path / "elsewhere/old.ckpt"), None, 20, roots)
+
+
+def sparse_file(path, shapes, metadata=None):
+    """A safetensors file with a header and no content, which takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape)
+        header[name] = {"dtype": "F8_E4M3", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps({"__metadata__": metadata or {}, **header}).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def checkpoint_shapes(architecture, prefix="model.diffusion_model.", parts=("cond_stage_model.w", "first_stage_model.w")):
+    keys = architecture.keys(*packs.standalone_form(architecture))
+    return {prefix + key: slot.shape for key, slot in keys.items()} | {part: (1,) for part in parts}
+
+
+@pytest.fixture
+def checkpoint(roots):
+    """checkpoint(shapes): the job of an own checkpoint with these tensors."""
+    def make(shapes, pack=None):
+        sparse_file(roots[0] / "checkpoints/anime.safetensors", shapes)
+        return job.find_job("anime.safetensors", pack, 20, roots)
+    return make
+
+
+def test_inheritance_counts_the_steps_of_its_plan(checkpoint):
+    full = Architecture.full(FAMILIES["sd15"])
+    sides = job.work(checkpoint(checkpoint_shapes(full)))
+    assert all((side.architecture.config, side.architecture.cut) == (full.config, frozenset()) for side in sides.values())
+    assert (sides["a"].plan, sides["b"].plan) == (None, inheritance.dial(full.config, "balanced"))
+    assert (sides["a"].full_steps(4), sides["b"].full_steps(4)) == ((True,) * 4, (True, False, True, False))
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd21", "emoji"])
+def test_checkpoint_of_another_family_is_refused(checkpoint, family):
+    with pytest.raises(job.DemoError, match=f"anime.safetensors is of the family {family}; the demo compares SD1.5 checkpoints"):
+        job.work(checkpoint(checkpoint_shapes(Architecture.full(FAMILIES[family]))))
+
+
+def test_pruned_checkpoint_and_unet_alone_are_refused(checkpoint):
+    with pytest.raises(job.DemoError, match="pruned already"):
+        job.work(checkpoint(checkpoint_shapes(Architecture.preset("base"))))
+    with pytest.raises(job.DemoError, match="holds no text encoder and no VAE"):
+        job.work(checkpoint(checkpoint_shapes(Architecture.full(FAMILIES["sd15"]), prefix="", parts=())))
+
+
+def test_broken_files_are_refused_before_anything_starts(checkpoint, roots):
+    found = checkpoint(checkpoint_shapes(Architecture.full(FAMILIES["sd15"])))
+    with open(found.checkpoint, "r+b") as file:
+        file.truncate(found.checkpoint.stat().st_size // 2)
+    with pytest.raises(packs.BadFile, match="it is cut short"):
+        job.work(found)
+    with pytest.raises(packs.BadFile, match="no Stable Diffusion UNet in this file"):
+        job.work(checkpoint({"lora_unet_x.lora_up.weight": (4, 4)}))
+
+
+def test_pack_of_another_family_is_refused(checkpoint, roots):
+    shutil.copy(job.PACK / "models/emoji/emoji-m2.safetensors", roots[0] / "asdm_packs/sd15-m2.safetensors")
+    with pytest.raises(job.DemoError, match="a pack for the family emoji, anime.safetensors is of sd15"):
+        job.work(checkpoint(checkpoint_shapes(Architecture.full(FAMILIES["sd15"])), pack="sd15-m2.safetensors"))
 
 
 def test_graphs_of_a_and_b_differ_by_the_pack_alone(roots):
@@ -114,16 +186,16 @@ SYSTEM = {"system": {"comfyui_version": "0.30.0", "pytorch_version": "2.11.0"}, 
 @pytest.fixture
 def results(roots, tmp_path):
     """A comparison of grey images, A 10 ms and B 5 ms a step; the first pair is identical."""
-    found = job.find_job(None, None, 20, roots)
+    found = job.find_job(None, None, 4, roots)
     output = tmp_path / "results"
     report.clear_results(output)
     for i in range(8):
         Image.new("RGB", (128, 128), (100, 100, 100)).save(output / report.image_name("a", i))
         Image.new("RGB", (128, 128), (100 + i, 100, 100)).save(output / report.image_name("b", i))
     runs = {side: [TimedRun({}, (seconds, seconds, 9.0)) for _ in range(8)] for side, seconds in (("a", 0.01), ("b", 0.005))}
-    full = Architecture.preset("m2").config
-    architectures = {"a": Architecture.full(full), "b": Architecture.preset("m2")}
-    return report.write_results(found, architectures, runs, SYSTEM, output), output
+    m2 = Architecture.preset("m2")
+    work = {"a": job.Work(Architecture.full(m2.config)), "b": job.Work(m2)}
+    return report.write_results(found, work, runs, SYSTEM, output), output
 
 
 def test_report_holds_what_was_measured(results):
@@ -139,6 +211,24 @@ def test_report_holds_what_was_measured(results):
     assert written["psnr_values"][1] == pytest.approx(-10 * math.log10(error), abs=0.01)
     assert written["host"]["comfyui"] == "0.30.0"
     assert all((output / name).is_file() for side in job.SIDES for name in written[side]["images"])
+
+
+def test_inherited_steps_count_by_their_share_of_the_run(results, roots):
+    _, output = results
+    found = job.find_job("anime.safetensors", None, 4, roots)
+    full = Architecture.full(FAMILIES["sd15"])
+    plan = inheritance.dial(full.config, "balanced")
+    runs = {"a": [TimedRun({}, (1.0, 1.0, 1.0))] * 8, "b": [TimedRun({}, (0.5, 1.0, 0.5))] * 8}
+    written = report.write_results(found, {"a": job.Work(full), "b": job.Work(full, plan)}, runs, SYSTEM, output)
+    assert written["b"]["seconds_per_step"]["median"] == 0.5  # two of the three that were timed inherit, but two of all four do not
+    assert written["b"]["seconds_per_step"]["whole_run"] == 0.75 and written["speedup"] == pytest.approx(1 / 0.75)
+    assert written["b"]["unet_params"] == written["a"]["unet_params"]
+    assert (written["a"]["full_steps"], written["b"]["full_steps"]) == (4, 2)
+    latent = found.size // 8
+    saved = inheritance.saving(plan, full, 4, latent, latent)
+    assert written["a"]["unet_macs"] == measure.total(measure.costs(full, latent, latent)).total
+    assert written["b"]["unet_macs"] == pytest.approx((1 - saved) * written["a"]["unet_macs"])
+    assert written["pack"] is None and "anime.safetensors + Feature Inheritance (balanced)" in report.summary(written, output)
 
 
 def test_texts_are_honest_in_both_directions(results):

@@ -11,12 +11,13 @@ from demo import __main__ as demo
 from demo.job import EMBEDDED, SIDES, Job
 
 
-@pytest.fixture(scope="module")
-def job(random_family):
+@pytest.fixture(scope="module", params=["pack", "inheritance"])
+def job(random_family, request):
     """Two prompts with the random family, one step more than needed to time any."""
     models = random_family
     return Job(
-        "ASDMCheckpointLoader", models / "checkpoints/random.safetensors", models / "asdm_packs/random-m2.safetensors",
+        "ASDMCheckpointLoader", models / "checkpoints/random.safetensors",
+        models / "asdm_packs/random-m2.safetensors" if request.param == "pack" else None,
         ("red apple", "a blue cat"), "", 128, 3.0, 3,
         {"checkpoints": [models / "checkpoints"], "asdm_packs": [models / "asdm_packs"]},
     )
@@ -36,8 +37,10 @@ def test_demo_compares_and_leaves_no_server(job, host, tmp_path, capsys, monkeyp
 
     assert json.loads((tmp_path / "report.json").read_text("utf-8")) == report
     assert report["host"]["comfyui"] and report["host"]["torch"]
-    assert report["speedup"] == pytest.approx(
-        report["a"]["seconds_per_step"]["median"] / report["b"]["seconds_per_step"]["median"])
+    times = {side: report[side]["seconds_per_step"] for side in SIDES}
+    assert report["speedup"] == pytest.approx(times["a"]["whole_run"] / times["b"]["whole_run"])
+    assert times["a"]["whole_run"] == times["a"]["median"]
+    assert (report["a"]["full_steps"], report["b"]["full_steps"]) == (3, 3 if job.pack else 2)
     for side in SIDES:
         values = report[side]["seconds_per_step"]["values"]
         assert len(values) == 2 * (job.steps - 1) and min(values) > 0
@@ -46,7 +49,7 @@ def test_demo_compares_and_leaves_no_server(job, host, tmp_path, capsys, monkeyp
             assert image.size == (128, 128)
             assert json.loads(image.text["prompt"]) == job.graph(side, index)  # drag it in, and it runs again
             assert len(image.convert("RGB").getcolors(128 * 128)) > 100  # a picture, not a plain colour
-    # The pack plays: its images are others. The prompts play: theirs are others again.
+    # B is not A: its images are others. The prompts play: theirs are others again.
     assert all(value is not None for value in report["psnr_values"])
     assert (tmp_path / "01-a.png").read_bytes() != (tmp_path / "02-a.png").read_bytes()
     assert Image.open(tmp_path / "compare.png").width > 1000
