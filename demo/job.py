@@ -117,7 +117,7 @@ def work(job: Job) -> dict[str, Work]:
     if job.loader != EMBEDDED_LOADER:
         if config.family != SD15:
             raise DemoError(f"{name} is of the family {config.family}; the demo compares SD1.5 checkpoints. For SD2 and SDXL run "
-                            "`make serve` and take Templates, asdm, A against B: it works on them as well.")
+                            "`make serve` and take Templates, asdm, Speed up my checkpoint.")
         if whole.cut:
             raise DemoError(f"the UNet of {name} is pruned already; the demo makes an unpruned SD1.5 checkpoint faster.")
         missing = [part for part, prefix in PARTS.items() if not any(key.startswith(prefix) for key in file)]
@@ -176,11 +176,14 @@ def find_job(checkpoint: str | None, pack: str | None, steps: int, model_roots: 
 
 def find_file(name: str, what: str, folders: Sequence[Path]) -> Path:
     """A model file by path or by name in one of the folders."""
-    candidates = [Path(name).expanduser().absolute(), *(folder / name for folder in folders)]
+    given = Path(name).expanduser()
+    candidates = [given] if given.is_absolute() else [given.absolute(), *(folder / name for folder in folders)]
     for path in candidates:
+        if path.is_dir():
+            raise DemoError(f"the {what} {path} is a folder; wanted one .safetensors file")
         if path.is_file():
             if path.suffix != ".safetensors":
-                raise DemoError(f"the {what} {path} is no .safetensors file; other formats are not read")
+                raise DemoError(f"the {what} {path} is no .safetensors file; other formats are not read. Convert it first.")
             return path
     places = "\n  ".join(str(path) for path in candidates)
     raise DemoError(f"there is no {what} {name}; it was looked for as\n  {places}")

@@ -67,6 +67,11 @@ def test_missing_file_lists_where_it_was_looked_for(roots, tmp_path):
     assert str(tmp_path / "models/checkpoints/nope.safetensors") in str(error.value)
 
 
+def test_folders_are_refused(roots, tmp_path):
+    with pytest.raises(job.DemoError, match="elsewhere is a folder; wanted one .safetensors file"):
+        job.find_job(str(tmp_path / "elsewhere"), None, 20, roots)
+
+
 def test_pickles_are_refused(roots, tmp_path):
     with pytest.raises(job.DemoError, match="is no .safetensors file"):
         job.find_job(str(tmp_path / "elsewhere/old.ckpt"), None, 20, roots)
