@@ -442,13 +442,16 @@ def draw(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(plots), figsize=(4.6 * len(plots), 4.2), squeeze=False)
     for ax, (title, found) in zip(axes.flat, plots.items(), strict=True):
         for kind, colour in colours.items():
-            ax.plot(*zip(*((1000 * seconds, error) for seconds, error in edge(found, kind)), strict=True), color=colour, lw=1.2, alpha=0.7)
+            best = edge(found, kind)
+            ax.plot(*zip(*((1000 * seconds, error) for seconds, error in best), strict=True), color=colour, lw=1.2, alpha=0.7)
             for node, marker in ((False, "o"), (True, "^")):
                 points = [(r["seconds"] * 1000, r["error"], r["way"]) for r in found if r["way"].startswith(kind) and r["way"].endswith("node") == node]
                 ax.scatter(*list(zip(*points, strict=True))[:2], color=colour, marker=marker, s=34, zorder=3,
                            label={"gri": "GRI", "hypertile": "HyperTile", "tome": "Token Merging"}[kind] + ", the host's node" * node) if points else None
                 for x, y, way in points:
-                    ax.annotate(way.removesuffix(", node").split(" ", 1)[1], (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7, color=colour)
+                    if any(math.isclose(y, error) for _, error in best):
+                        ax.annotate(way.removesuffix(", node").split(" ", 1)[1], (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7,
+                                    color=colour)
         whole = next(r["seconds"] for r in found if r["way"] == "full") * 1000
         ax.axvline(whole, color="#8a94a6", lw=1, zorder=0, label="full attention (error 0)")
         ax.set(xscale="log", yscale="log", title=title, xlabel="time of a call (ms)", ylabel="error against full attention (relative)")

@@ -4,17 +4,19 @@
 
 The maps are those of bench/gri.py (part activations), at 32 x 32 and 64 x 64 tokens: a sheet of emoji and one enlarged, each
 self-attention of the first level. Each form is computed as it is written, without regard to time; what it would cost is the
-number of keys a query sees, and what is said of it in docs/gri.md. Forms of a cell:
+number of keys a query sees, and what is said of it in docs/gri.md. Forms of a cell, a square of tokens:
 
     sum           mean key and value, no bias: a cell counts as one token
     mean          mean key and value, bias log(count)
     isotropic     the same, and the second-order term |q|^2 s^2 / (2 dim), s^2 the mean variance of the keys of the cell
     diagonal      the same with the variance of each channel
     exact         mean key and value, the exact sum of the exponentials as bias: no better bias exists for each query
-    mean query    weighted by the attention of the mean query of the map, bias the entropy of the weights (asdm_core/gri.py)
+    mean query    weighted by the attention of the mean query of the map, bias the entropy of the weights
     window query  the same with the mean query of each window, whose cost grows with the square of the tokens
 
-halo: a window also sees so many tokens around it in full. shapes: half of the heads have windows twice as wide, half as high.
+gathered n: mean query, but tokens change cells within their window n times, to the nearest mean key (asdm_core/gri.py).
+seen: so many cells, to which the mean query of the window attends most, are seen in full instead. halo: a window also sees so
+many tokens around it in full. shapes: half of the heads have windows twice as wide, half as high.
 """
 
 from __future__ import annotations
@@ -27,12 +29,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from asdm_core import gri
 from bench._common import add_common_arguments, begin, command_line, record
 from bench.gri import Larger, Map, error
 
 FORMS = ("sum", "mean", "isotropic", "diagonal", "exact", "mean query", "window query")
-SETTINGS = {32: ((8, 8, 4, 0, FORMS), (16, 16, 4, 0, FORMS), (8, 8, 4, 4, ("mean", "mean query"))),
-            64: ((16, 16, 4, 0, ("mean", "mean query", "window query")), (8, 8, 4, 4, ("mean", "mean query")))}
+# side of the map: window, pool, halo, seen, forms
+SETTINGS = {32: ((8, 4, 0, 0, FORMS), (16, 4, 0, 0, FORMS), (8, 4, 4, 0, ("mean", "mean query"))),
+            64: ((16, 4, 0, 0, ("mean", "mean query", "window query")), (8, 4, 4, 0, ("mean", "mean query")),
+                 (16, 4, 0, 16, ("mean query",)), (16, 8, 0, 4, ("mean query",)))}
+GATHERED = {32: ((8, 4), (16, 4)), 64: ((16, 4), (16, 8), (8, 4), (16, 2))}
+STEPS = (0, 1, 2, 3, 5)
 
 
 def pooled(form: str, q: Tensor, k: Tensor, v: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +61,7 @@ def pooled(form: str, q: Tensor, k: Tensor, v: Tensor, mean: Tensor) -> tuple[Te
     return keys, values, bias
 
 
-def attend(m: Map, height: int, width: int, pool: int, halo: int, form: str) -> tuple[Tensor, int]:
+def attend(m: Map, height: int, width: int, pool: int, form: str, halo: int = 0, seen: int = 0) -> tuple[Tensor, int]:
     """(B, N, heads * dim), and the number of keys of the window that sees most."""
     q, k, v = (t.unflatten(2, (m.heads, -1)).unflatten(1, (m.side, m.side)).permute(0, 3, 1, 2, 4) for t in (m.q, m.k, m.v))
     cells = [t.unflatten(3, (-1, pool)).unflatten(2, (-1, pool)).transpose(3, 4).flatten(4, 5).flatten(2, 3) for t in (k, v)]
@@ -67,19 +74,33 @@ def attend(m: Map, height: int, width: int, pool: int, halo: int, form: str) -> 
             outside[rows.start // pool:rows.stop // pool, columns.start // pool:columns.stop // pool] = False
             queries = q[:, :, y:y + height, x:x + width].flatten(2, 3)
             own = [t[:, :, rows, columns].flatten(2, 3) for t in (k, v)]
-            keys, values, bias = pooled(form, queries, *(t[:, :, outside.flatten()] for t in cells), mean)
-            bias = F.pad(bias.expand(-1, -1, queries.shape[2], -1), (own[0].shape[2], 0))
+            others = [t[:, :, outside.flatten()] for t in cells]
+            keys, values, bias = pooled(form, queries, *others, mean)
+            bias = bias.expand(-1, -1, queries.shape[2], -1)
+            if seen:
+                logits = queries.mean(2, keepdim=True) @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
+                best = (logits + bias[:, :, :1]).topk(seen).indices
+                bias = bias.scatter(3, best.expand(-1, -1, queries.shape[2], -1), -math.inf)
+                best = best.transpose(2, 3)[..., None].expand(-1, -1, -1, *others[0].shape[3:])
+                own = [torch.cat([x, t.gather(2, best).flatten(2, 3)], 2) for x, t in zip(own, others, strict=True)]
+            bias = F.pad(bias, (own[0].shape[2], 0))
             found = F.scaled_dot_product_attention(queries, torch.cat([own[0], keys], 2), torch.cat([own[1], values], 2), bias)
             out[:, :, y:y + height, x:x + width] = found.unflatten(2, (height, width))
-            most = max(most, bias.shape[-1])
+            most = max(most, bias.shape[-1] - seen)
     return out.permute(0, 2, 3, 1, 4).flatten(3, 4).flatten(1, 2), most
+
+
+def gathered(m: Map, window: int, pool: int, steps: int) -> Tensor:
+    gri.STEPS = steps
+    q, k, v = (t.unflatten(2, (m.heads, -1)) for t in (m.q, m.k, m.v))
+    return gri.gri_attention(q, k, v, m.side, m.side, gri.GRI(window, pool)).flatten(2)
 
 
 def shapes(m: Map, pool: int, form: str) -> Tensor:
     """Windows of 8 x 32 for the first half of the heads, 32 x 8 for the second."""
     half = m.q.shape[2] // 2
     parts = [Map(*(t[..., part] for t in (m.q, m.k, m.v)), m.heads // 2) for part in (slice(half), slice(half, None))]
-    return torch.cat([attend(part, *size, pool, 0, form)[0] for part, size in zip(parts, ((8, 32), (32, 8)), strict=True)], 2)
+    return torch.cat([attend(part, *size, pool, form)[0] for part, size in zip(parts, ((8, 32), (32, 8)), strict=True)], 2)
 
 
 def main() -> None:
@@ -87,21 +108,27 @@ def main() -> None:
     add_common_arguments(parser)
     args, host, _, _ = begin(parser)
     family, rows = Larger(32), []
+
+    def add(maps, outs, **more):
+        errors = [error(out, m.wanted) for out, m in zip(outs, maps, strict=True)]
+        rows.append({"tokens": maps[0].q.shape[1], **more, "error": statistics.mean(errors), "errors": errors})
+        print(*(f"{key} {value}" for key, value in rows[-1].items() if key != "errors"), flush=True)
+
     with torch.inference_mode():
         for side, settings in SETTINGS.items():
             maps = family.maps(side, 0)
-            for height, width, pool, halo, forms in settings:
+            for window, pool, halo, seen, forms in settings:
                 for form in forms:
-                    found = [attend(m, height, width, pool, halo, form) for m in maps]
-                    errors = [error(out, m.wanted) for (out, _), m in zip(found, maps, strict=True)]
-                    rows.append({"tokens": side**2, "window": height, "pool": pool, "halo": halo, "form": form, "keys": found[0][1],
-                                 "error": statistics.mean(errors), "errors": errors})
-                    print(*(f"{key} {value}" for key, value in rows[-1].items() if key != "errors"), flush=True)
-            errors = [error(shapes(m, 4, "mean query"), m.wanted) for m in maps]
-            rows.append({"tokens": side**2, "window": "8 x 32, 32 x 8", "pool": 4, "halo": 0, "form": "mean query", "error": statistics.mean(errors)})
-            print(rows[-1], flush=True)
+                    found = [attend(m, window, window, pool, form, halo, seen) for m in maps]
+                    add(maps, [out for out, _ in found], window=window, pool=pool, halo=halo, seen=seen, form=form, keys=found[0][1])
+            for window, pool in GATHERED[side]:
+                for steps in STEPS:
+                    add(maps, [gathered(m, window, pool, steps) for m in maps], window=window, pool=pool, halo=0, seen=0, form=f"gathered {steps}",
+                        keys=window**2 + (side**2 - window**2) // pool**2)
+            add(maps, [shapes(m, 4, "mean query") for m in maps], window="8 x 32, 32 x 8", pool=4, halo=0, seen=0, form="mean query",
+                keys=256 + (side**2 - 256) // 16)
     summary = {f"error_{row['form'].replace(' ', '_')}": row["error"] for row in rows
-               if (row["tokens"], row["window"], row["halo"]) == (32 * 32, 16, 0)}
+               if (row["tokens"], row["window"], row["pool"], row["halo"], row["seen"]) == (64 * 64, 16, 4, 0, 0)}
     record("gri_forms", summary, rows, command_line("gri_forms"), host, args.notes)
 
 
