@@ -134,6 +134,15 @@ def test_old_pythons_get_as_far_as_the_message():
     ast.parse((ROOT / "bootstrap.py").read_text("utf-8"), feature_version=(3, 7))
 
 
+@pytest.mark.parametrize("folder", ["asdm_core", "nodes", "demo", "train", "bench", "tools", "tests"])
+def test_no_syntax_is_newer_than_the_oldest_supported_python(folder):
+    assert f'requires-python = ">={".".join(map(str, bootstrap.PYTHON_MIN))}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        ast.parse(path.read_text("utf-8"), str(path), feature_version=bootstrap.PYTHON_MIN)
+
+
 def test_full_disk_is_noticed_before_anything_is_made(cache, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**12, 10**12 - 10**9, 10**9))
