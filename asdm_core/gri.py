@@ -34,6 +34,7 @@ PAYS_FROM = 64 * 64  # tokens; with fewer, full attention is a small part of the
 STEPS = 2  # of k-means
 _LEAST = -40.0  # logit of a token, relative to the highest: exp(-40) is nothing in float32
 _NEVER = -1e4  # bias of an empty cell
+_MOST = 2**26  # pairs of a token and a cell at once, for large windows of small cells
 
 # The bias of a cell is a mask on the CPU, where one row for all queries costs nothing. Elsewhere the fastest kernels take no mask,
 # and it comes as further channels of q and k: so many, because kernels want head sizes that 8 divides. The channels of q
@@ -204,12 +205,20 @@ def _cells(mean: Tensor, k: Tensor, v: Tensor, height: int, width: int, pool: in
 
     mean: (B, heads, dim), the mean query, scaled. k, v: (B, windows, heads, tokens, dim).
     """
-    dtype, mean = k.dtype, mean[:, None, :, :, None]
     if pool == 1:
         return k, v, mean.new_zeros(*k.shape[:-1], 1)
+    rows, columns = (torch.eye(-(-size // pool), device=k.device, dtype=mean.dtype).repeat_interleave(pool, 1)[:, :size] for size in (height, width))
+    squares = torch.kron(rows, columns)  # (cells, tokens)
+    at_once = max(1, _MOST // (k.shape[2] * squares.numel()))
+    windows = (t.flatten(0, 1).split(at_once) for t in (mean[:, None].expand(-1, k.shape[1], -1, -1), k, v))
+    found = [_gathered(squares, *of_windows) for of_windows in zip(*windows, strict=True)]
+    return tuple(torch.cat(kind).unflatten(0, k.shape[:2]) for kind in zip(*found, strict=True))
+
+
+def _gathered(members: Tensor, mean: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells of windows (B, heads, tokens, dim) that begin with the members (cells, tokens), 0 or 1."""
+    dtype, mean = k.dtype, mean[..., None]
     k, v = k.to(mean.dtype), v.to(mean.dtype)
-    rows, columns = (torch.eye(-(-size // pool), device=k.device, dtype=k.dtype).repeat_interleave(pool, 1)[:, :size] for size in (height, width))
-    members = torch.kron(rows, columns)  # (..., cells, tokens)
     with torch.no_grad():
         for _ in range(STEPS):
             count = members.sum(-1, keepdim=True)

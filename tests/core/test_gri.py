@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+
 from asdm_core.gri import GRI, PAYS_FROM, gri_attention, sdpa
 
 SIZES = ((16, 16), (13, 19), (1, 40), (33, 8), (24, 40))
@@ -150,6 +151,13 @@ def test_equal_keys_share_a_cell_wherever_they_are():
     strewn = torch.where(torch.rand(24, 24, generator=generator) < 0.3, torch.randint(4, (24, 24), generator=generator), squares)
     k = kinds[strewn.flatten()].expand(2, -1, -1, -1)
     assert torch.allclose(gri_attention(q, k, v, 24, 24, GRI(8, 4)), full(q, k, v), atol=1e-12)
+
+
+def test_windows_are_gathered_in_as_many_turns_as_the_memory_asks_for(monkeypatch):
+    q, k, v = qkv(13, 19)
+    wanted = gri_attention(q, k, v, 13, 19, GRI(8, 4))
+    monkeypatch.setattr("asdm_core.gri._MOST", 3 * 64 * 4 * 5)  # five windows of four cells
+    assert torch.allclose(gri_attention(q, k, v, 13, 19, GRI(8, 4)), wanted, atol=1e-12)
 
 
 def test_gain_of_zero_changes_nothing_and_learns():
