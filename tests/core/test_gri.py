@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-
 from asdm_core.gri import GRI, PAYS_FROM, gri_attention, sdpa
 
 SIZES = ((16, 16), (13, 19), (1, 40), (33, 8), (24, 40))
