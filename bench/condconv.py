@@ -51,7 +51,7 @@ def expert_players(cutter: Cutter, count: int, dtype: torch.dtype, device: torch
 
 def bench_unet(name: str, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
     dtype = DTYPES[name]
-    cutter = Cutter(build(dtype, device))
+    cutter = Cutter(build(SD15, dtype, device))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 64, 64, generator=generator).to(device, dtype)
     context = torch.randn(2, 77, SD15.context_dim, generator=generator).to(device, dtype)

@@ -407,7 +407,7 @@ def bench_pictures(family: Larger, clock) -> tuple[dict, list[dict]]:
 def bench_unet(name: str, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
     dtype = DTYPES[name]
     regional = pack_module("nodes.regional")
-    unet, played = build(dtype, device), regional.Attention(regional.Regional(), pack_module("asdm_core.architecture").FAMILIES["sd15"])
+    unet, played = build(SD15, dtype, device), regional.Attention(regional.Regional(), pack_module("asdm_core.architecture").FAMILIES["sd15"])
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, 4, 128, 128, generator=generator).to(device, dtype)
     context = torch.randn(BATCH, 77, SD15.context_dim, generator=generator).to(device, dtype)
