@@ -355,6 +355,14 @@ def with_gains(model, config, gains: dict, folder: Path):
     return pack_module("nodes.apply_pack").apply_pack(model, path, path.name, cast.Window())
 
 
+def show_pictures(columns: list[torch.Tensor], path: Path) -> None:
+    """Pictures (N, 3, H, W), a column for each way."""
+    from PIL import Image
+
+    shown = torch.cat([torch.cat([*pictures], 1) for pictures in columns], 2)
+    Image.fromarray((shown.movedim(0, -1) * 255).round().clamp(0, 255).byte().cpu().numpy()).save(path, quality=88)
+
+
 def bench_pictures(family: Larger, clock) -> tuple[dict, list[dict]]:
     from train.metrics import frechet
 
@@ -389,6 +397,8 @@ def bench_pictures(family: Larger, clock) -> tuple[dict, list[dict]]:
             models = {"full": family.model, "gri": played, "gri, gains": with_gains(played, config, gains, Path(folder))}
             made = {name: draw(model) for name, model in models.items()}
         sheets, emoji, _ = made["full"]
+        if side > 16:
+            show_pictures([pictures[:2] for pictures, _, _ in made.values()], ROOT / "docs" / "gri-pictures.jpg")
         for name, (pictures, parts, seconds) in made.items():
             row = {"part": "pictures", "latents": side, "way": name if name == "full" else name.replace("gri", f"gri {window}/{pool}"),
                    "emoji": len(parts), "seconds": seconds, "top1": family.top1(parts)}
