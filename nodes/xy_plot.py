@@ -200,7 +200,7 @@ class ASDMXYPlot(io.ComfyNode):
         heads = [column or "as it came in" for column, *_ in columns]
         height, width = reference.shape[1:3]
         subtitle = (f"{steps} steps, CFG {cfg:g}, {sampler_name}, {scheduler}, {width} x {height}, seed {seed}\n"
-                    "in each cell: speed-up and time, PSNR and SSIM against the model as it came in")
+                    "each cell: speed-up, time, PSNR and SSIM against it")
         plot = to_image(grid(f"The model as it came in: {duration(plain.median)}", subtitle, heads, rows, cell_of(reference)))
         report = {"plain": plain.facts(steps), "cells": [
             {**cell.facts(steps), "speedup": round(plain.median / cell.median, 4),

@@ -11,7 +11,7 @@ from tools.registry import node_ids
 IDS = sorted(node_ids())
 LANGUAGES = {"zh": r"[\u4e00-\u9fff]", "ja": r"[\u3040-\u30ff]"}
 SYNTAX = re.compile(r"[{}@|$]")  # means something to the front end in names and descriptions (vue-i18n), not in tooltips
-KEPT = re.compile(r"`[^`]+`|arXiv|\d+(?:\.\d+)+")  # what a translation of a help page keeps: code, versions, numbers of papers
+KEPT = re.compile(r"`[^`]+`|arXiv|\d+(?:\.\d+)+|\(pictures/.+\)")  # what a translation of a help page keeps: code, versions, numbers of papers, pictures
 
 
 @pytest.fixture(scope="module")

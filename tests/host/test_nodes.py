@@ -64,6 +64,8 @@ def test_every_setting_has_a_tooltip(client, node):
 def test_every_node_has_a_help_page(client, node):
     page = client.request(f"/extensions/asdm/docs/{node}.md").decode()
     assert page.startswith("# ") and len(page) > 200
+    for name in re.findall(r"!\[.+\]\((.+)\)", page):
+        assert Image.open(io.BytesIO(client.request(f"/extensions/asdm/docs/{name}"))).width > 200
 
 
 def test_there_are_workflows():
