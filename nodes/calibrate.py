@@ -74,7 +74,7 @@ class _Track(Memory):
         return RECORD
 
     def _start_recording(self) -> None:
-        for key, entry in zip(self._keys, self._held, strict=True):
+        for key, entry in zip(self._keys, self.held, strict=True):
             if entry is not None and entry.step < self.step:
                 self._past[key] = [entry, *self._past[key][: 1 if self._forecasts else 0]]
         super()._start_recording()
@@ -84,16 +84,17 @@ class _Track(Memory):
 
     def finish(self) -> bool:
         """After the full forward: keep samples, and get ready to play the step before. False if there is none."""
-        if not all(entry.tensors for entry in self._held):  # another cache kept the network from running
+        if not all(entry.tensors for entry in self.held):  # another cache kept the network from running
             return False
-        for key, entry in zip(self._keys, self._held, strict=True):
+        for key, entry in zip(self._keys, self.held, strict=True):
             flat = torch.cat([t.flatten()[:: max(1, t.numel() // SAMPLE)] for _, t in sorted(entry.tensors.items())])
             self._samples[key][self.step] = flat.float().cpu()
         past = [self._past[k] for k in self._keys]
         self._distance = 2 if self._forecasts else 1
         if not all(len(p) == self._distance and all(e.cast == self._cast and e.step == self.step - 1 - i for i, e in enumerate(p)) for p in past):
             return False
-        self.mode, self._held = REPLAY, [replace(p[0], before=p[1] if self._forecasts else None) for p in past]
+        self.mode, self.held = REPLAY, tuple(replace(p[0], before=p[1] if self._forecasts else None) for p in past)
+        self._aim()
         return True
 
     def compare(self, out: Tensor, again: Tensor) -> None:
@@ -146,15 +147,28 @@ class _SurveyMemory(Memory):
         self.steps, self.step, self.peak, self.mode = self._tracks[0].steps, 0, 0, RECORD
         self.counts, self.evaluations = self._tracks[0].counts, self._tracks[0].evaluations
 
+    @property
+    def name(self):
+        return self._active.name if self._active else "_".join(track.name for track in self._tracks)
+
+    @property
+    def held(self):
+        return self._active.held if self._active else tuple(track.held for track in self._tracks)
+
+    @held.setter
+    def held(self, held):
+        for track, entries in [(self._active, held)] if self._active else zip(self._tracks, held, strict=True):
+            track.held = entries
+
     def begin_evaluation(self, sigma):
         for track in self._tracks:
             track.begin_evaluation(sigma)
         self.step = self._tracks[0].step
         self.peak = max(self.peak, self.size())
 
-    def begin_forward(self, x, options, cast):
+    def begin_forward(self, x, options, cast, playing):
         self._active = None
-        self.mode = {track.begin_forward(x, options, cast) for track in self._tracks}.pop()
+        self.mode = {track.begin_forward(x, options, cast, playing) for track in self._tracks}.pop()
         return self.mode
 
     def trials(self):
@@ -163,7 +177,7 @@ class _SurveyMemory(Memory):
         for track in self._tracks:
             if track.finish():
                 self._active = track
-                yield f"{REPLAY}_{track.plan.name}", self._compare
+                yield self._compare
         self._active = None
 
     def _compare(self, out, again):

@@ -26,12 +26,13 @@ from ..asdm_core.cast import Cast, Line, Part, fingerprint
 from ..asdm_core.inheritance import Plan
 from . import units
 from .regional import Attention, Regional
-from .replay import COMPUTE, REPLAY, Clock, Inheritance, Log, Misfit, Report, step_of
+from .replay import COMPUTE, PROBE, REPLAY, Clock, Inheritance, Log, Misfit, Report, step_of
 from .timing import Record, Recorder
 
 KEY = "asdm"
 DOOR = "forward_timestep_embed_patch"  # the host's hook for single layers
 OTHERS = f"{KEY}_others"  # in transformer_options during a forward: the patches without our entry
+MEMORY, HELD = f"{KEY}_memory", f"{KEY}_held"  # there, and among the network's arguments: see `_diffusion_model`
 
 
 # What a MODEL is ------------------------------------------------------------------------------------
@@ -242,12 +243,23 @@ class Stage:
         self._serials = ",".join(str(patcher.model.serial) for patcher in packs.values())
         self._assigned: tuple[dict[str, Part], dict[str, Part], dict[str, Part], bool] = {}, {}, {}, False
         self._players: dict[int, torch.nn.Module] = {}
+        self._playing = self._layers
         self._addresses = {id(layer): address for address, layer in self._layers.items()}
         self.memory = inheritance.memory(architecture, sigmas, cache) if inheritance else None
         self._attention = Attention(setup.regional, self._config) if setup.regional else None
         self._recorder = recorder
         self.name = ""
         self.entry = (units.LAYER_CLASSES, self._dispatch)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the running forward has to do with memory."""
+        return self.memory is not None and self.memory.mode != COMPUTE
+
+    @property
+    def probes(self) -> bool:
+        """Whether the running forward decides on its way what it inherits. No graph can do that."""
+        return self.memory is not None and self.memory.mode == PROBE
 
     def enter_attention(self, transformer_options: dict) -> dict:
         """The options of a forward with GRI attention in them, if it plays at the moment."""
@@ -257,14 +269,15 @@ class Stage:
         """Name of what is about to be played; "" if the checkpoint plays everything itself, unrecorded."""
         if self.memory is None:
             return self._named(COMPUTE)
-        return self._named(self.memory.begin_forward(x, transformer_options, (self.name, _circumstances(control, transformer_options, hooks))))
+        cast = self.name, _circumstances(control, transformer_options, hooks)
+        return self._named(self.memory.begin_forward(x, transformer_options, cast, self._playing))
 
     def begin_again(self) -> str:
         """The same for a forward that inherited what did not fit."""
         return self._named(self.memory.begin_again())
 
     def _named(self, mode: str) -> str:
-        name = self.name if mode == COMPUTE else f"{self.name}_{mode}"
+        name = self.name if mode == COMPUTE else f"{self.name}_{mode}_{self.memory.name}"
         return f"{name}_timed" if self._recorder else name  # layers are seen by the dispatcher alone
 
     def _timed(self, address: str | None, inherits: bool):
@@ -276,8 +289,8 @@ class Stage:
 
     def trials(self):
         """What a survey wants played again in this forward: (name, what to call with both outputs)."""
-        for mode, compare in self.memory.trials() if self.memory else ():
-            yield f"{self.name}_{mode}", compare
+        for compare in self.memory.trials() if self.memory else ():
+            yield self._named(REPLAY), compare
 
     def assign(self, parts: dict[str, Part], experts: dict[str, Part], gains: dict[str, Part], regional: bool) -> None:
         if (parts, experts, gains, regional) == self._assigned:
@@ -290,6 +303,7 @@ class Stage:
             players[address] = self._packs[part.source].with_experts(address, layer, part.strength)
         bypassed = {address: units.with_bypass(player, self._layers[address]) for address, player in players.items()}
         self._players = {id(self._layers[address]): player for address, (player, _) in bypassed.items()}
+        self._playing = {address: self._players.get(id(layer), layer) for address, layer in self._layers.items()}
         bypass = ";".join(f"{id(hook.adapter)}*{hook.multiplier}" for _, hooks in bypassed.values() for hook in hooks)
         everybody = parts | {f"{a}.{p.role}": p for joining in (experts, gains) for a, p in joining.items()}
         self.name = fingerprint(everybody, self._serials + bypass) if everybody else ""
@@ -310,7 +324,7 @@ class Stage:
         """
         current = player = self._players.get(id(layer), layer)
         address = self._addresses.get(id(layer))
-        remembers = self.memory is not None and address is not None
+        remembers = self.remembers and address is not None
         if remembers:
             player = self.memory.player(address, current)
         # With our entry in place the host's function would come straight back to us. It also advances
@@ -380,9 +394,12 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
             # on playing the cast of its first trace. It does guard the names of keyword arguments, which the
             # UNet ignores: one name per assignment makes one graph per assignment.
             named[f"{KEY}_{name}"] = None
+            if stage.remembers and not stage.probes:
+                options[MEMORY], named[HELD] = stage.memory, stage.memory.held
         # The UNet pops residuals off these lists, and a survey goes through it more than once.
         residuals = control and {k: list(v) for k, v in control.items()}
-        return executor(x, t, c_concat, c_crossattn, residuals, options, **kwargs, **named)
+        with torch.compiler.set_stance("force_eager") if name and stage.probes else nullcontext():
+            return executor(x, t, c_concat, c_crossattn, residuals, options, **kwargs, **named)
 
     if stage is None:
         return forward("")
@@ -394,6 +411,14 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
         with suppress(Misfit):
             compare(out, forward(name))
     return out
+
+
+def _diffusion_model(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):
+    # This is inside of what gets compiled. Taken from its arguments, remembered tensors are inputs of a graph, and the compiler
+    # guards their form as that of x; what it finds by way of transformer_options it takes to be for ever as it first was.
+    if HELD in kwargs:
+        transformer_options[MEMORY].held = kwargs.pop(HELD)
+    return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
 
 def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
@@ -461,6 +486,7 @@ _WRAPPERS = (
     (WrappersMP.OUTER_SAMPLE, _outer_sample),
     (WrappersMP.PREDICT_NOISE, _predict_noise),
     (WrappersMP.APPLY_MODEL, _apply_model),
+    (WrappersMP.DIFFUSION_MODEL, _diffusion_model),
     (WrappersMP.PREPARE_SAMPLING, _prepare_sampling),
 )
 _CALLBACKS = (

@@ -9,7 +9,7 @@ while layers already run, `Misfit` ends that forward and the host's side compute
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import logging
 import math
 import time
@@ -162,6 +162,7 @@ class Entry:
     """Features of one chunk: the step they are from (and where within it), the circumstances they were made under, tensors by address.
 
     shapes: (C, H, W) of what every unit made that is not to compute on inherited steps.
+    weight: where on the line through the step before (0) and this one (1) the running forward lies, for compiled forecasts.
     """
 
     step: int
@@ -170,6 +171,7 @@ class Entry:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     before: Entry | None = None  # the full step before, for forecasts
+    weight: Tensor | None = None
 
 
 class Memory:
@@ -188,14 +190,18 @@ class Memory:
         self._with_parts = {a.rsplit(".", 2)[0] for a in self.reuse if a not in self._units}
         self._forecasts = "forecast" in self.reuse.values()
         self._entries: dict[tuple, Entry] = {}
-        self._twins: dict[int, nn.Module] = {}
+        self._playing: Mapping[str, nn.Module] = {}
+        self._stand_ins: dict[str, nn.Module] = {}
+        self._twins: dict[str, nn.Module] = {}
         # Adaptive plans look at the first layer's output, before anything could have been inherited.
         adaptive = plan.schedule.mode == "adaptive"
         self._probe = next(u.address for u in walk(config) if u.kind == "resnet" and u.address not in cut) if adaptive else None
+        # For compiled graphs: tells what layers do in each mode from what they do under other plans.
+        self.name = hashlib.sha256(repr((sorted(self.reuse.items()), self._probe, on_cpu)).encode()).hexdigest()[:12]
         self.step, self.position = 0, 0.0
         self._repeating = plan.schedule.repeating(self.steps)
         self._begun = self._repeats = self._returns = False
-        self._held: list[Entry] = []  # of the chunks of the running forward
+        self.held: tuple[Entry, ...] = ()  # of the chunks of the running forward
         self._device = None  # of the running forward
         self._ordinals: Counter = Counter()
         # For the report: (step, mode) -> forwards, and the modes of each evaluation.
@@ -219,20 +225,25 @@ class Memory:
         self.evaluations.append(Counter())
         self.peak = max(self.peak, self.size())
 
-    def begin_forward(self, x: Tensor, options: Mapping, cast: Hashable) -> str:
+    def begin_forward(self, x: Tensor, options: Mapping, cast: Hashable, playing: Mapping[str, nn.Module]) -> str:
         """Decide the mode of the forward that is about to run, and return it.
 
         cast: who plays, and whatever else must be as it was for features to be inherited.
+        playing: the module that plays each unit; always the same mapping while they are the same.
         """
         uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
         self.mode = COMPUTE
         patched = self._with_parts and self._blocks_patched(options)
         if uuids and conds and x.shape[0] % len(conds) == 0 and not patched:
             self._keys = [self._key(u, c, x, len(conds)) for u, c in zip(uuids, conds, strict=True)]
-            self._held, self._cast, self._device = [self._entries.get(k) for k in self._keys], cast, x.device
+            self.held, self._cast, self._device = tuple(self._entries.get(k) for k in self._keys), cast, x.device
             self.mode = self._adaptive_mode() if self._probe else self._planned_mode()
+            if self.mode != COMPUTE:
+                self._make_players(playing)
             if self.mode == RECORD:
                 self._start_recording()
+            if self.mode == REPLAY:
+                self._aim()
         if self.mode != PROBE:
             self._count()
         return self.mode
@@ -246,7 +257,7 @@ class Memory:
         self._count(-1)
         for key in self._keys:
             self._entries.pop(key, None)
-        self._held = [None] * len(self._keys)
+        self.held = (None,) * len(self._keys)
         self.mode = COMPUTE
         if self._probe:
             self._start_recording()
@@ -269,25 +280,33 @@ class Memory:
 
     def _holds(self, fits: Callable[[Entry], bool]) -> bool:
         """Whether for every chunk something fitting is remembered, made under the circumstances of now."""
-        return all(e is not None and e.cast == self._cast and fits(e) for e in self._held)
+        return all(e is not None and e.cast == self._cast and fits(e) for e in self.held)
 
     def _start_recording(self) -> None:
         self.mode = RECORD
-        entries = [Entry(self.step, self.position, self._cast, before=self._earlier(e)) for e in self._held]
+        entries = tuple(Entry(self.step, self.position, self._cast, before=self._earlier(e)) for e in self.held)
         self._entries.update(zip(self._keys, entries, strict=True))
-        self._held = entries
+        self.held = entries
 
     def _decide(self, probe: Tensor) -> None:
         """Adaptive: compare the first layer's output with the one of the last full step."""
-        chunks = probe.chunk(len(self._held))
+        chunks = probe.chunk(len(self.held))
         changes = [(now - e.tensors[_PROBE]).abs().mean() / e.tensors[_PROBE].abs().mean()
-                   for now, e in zip(chunks, self._held, strict=True)]
+                   for now, e in zip(chunks, self.held, strict=True)]
         change = float(torch.stack(changes).max())
-        if self.plan.schedule.inherits(self.steps, self.step, min(e.step for e in self._held), change):
+        if self.plan.schedule.inherits(self.steps, self.step, min(e.step for e in self.held), change):
             self.mode = REPLAY
         else:
             self._start_recording()
         self._count()
+
+    def _aim(self) -> None:
+        for entry in self.held:
+            if entry.before is not None:
+                entry.weight = torch.full((), self._weight(entry), device=self._device)
+
+    def _weight(self, entry: Entry) -> float:
+        return 1 + (self.position - entry.position) / (entry.position - entry.before.position)
 
     def _key(self, uuid, cond, x: Tensor, chunks: int) -> tuple:
         # A uuid alone is not unique: area prompts copy it, extra guidance passes and tiles reuse it. The
@@ -317,18 +336,29 @@ class Memory:
 
     def player(self, address: str, current: nn.Module) -> nn.Module:
         """Who plays this unit in the running forward: `current`, or a stand-in that plays from memory."""
-        if self.mode == REPLAY:
-            u = self._units[address]
-            if address in self._flow.recalls:
-                return units.player(u, lambda x, shape=None: self.recall(address, self._shape(u, x, shape)))
-            if address not in self._flow.computes:
-                # Zeros, not the input: the host writes into some of these, and the input may be somebody's skip.
-                return units.player(u, lambda x, shape=None: x.new_zeros(self._shape(u, x, shape)))
-            if address in self.whole:
-                return units.player(u, lambda x, shape=None: self.onto(self._fresh(u, current, x), address))
-        if address in self._with_parts and isinstance(current, units.attention.SpatialTransformer):
-            return self._twin(address, current)
-        return current
+        if self.mode == REPLAY and address in self._stand_ins:
+            return self._stand_ins[address]
+        return self._twins.get(address, current)
+
+    def _make_players(self, playing: Mapping[str, nn.Module]) -> None:
+        # Before layers run: compiled code makes no modules.
+        if playing is not self._playing:
+            self._playing = playing
+            plays = {a: self._play(self._units[a], layer) for a, layer in playing.items()}
+            self._stand_ins = {a: units.player(self._units[a], play) for a, play in plays.items() if play}
+            self._twins = {a: self._twin(a, layer) for a, layer in playing.items()
+                           if a in self._with_parts and isinstance(layer, units.attention.SpatialTransformer)}
+
+    def _play(self, u: Unit, layer: nn.Module) -> Callable | None:
+        """How a unit plays from memory; None if it computes."""
+        if u.address in self._flow.recalls:
+            return lambda x, shape=None: self.recall(u.address, self._shape(u, x, shape))
+        if u.address not in self._flow.computes:
+            # Zeros, not the input: the host writes into some of these, and the input may be somebody's skip.
+            return lambda x, shape=None: x.new_zeros(self._shape(u, x, shape))
+        if u.address in self.whole:
+            return lambda x, shape=None: self.onto(self._fresh(u, layer, x), u.address)
+        return None
 
     def after(self, address: str, current: nn.Module, x: Tensor, out: Tensor) -> None:
         """Record what a unit made of its input x, if somebody will need it."""
@@ -338,7 +368,7 @@ class Memory:
             if self.mode == RECORD:
                 self.store(_PROBE, out.clone())
         if self.mode == RECORD and address not in self._flow.computes:
-            for entry in self._held:
+            for entry in self.held:
                 entry.shapes[address] = tuple(out.shape[1:])
         if self.mode != RECORD or address not in self._kept:
             return
@@ -356,12 +386,12 @@ class Memory:
     def store(self, address: str, value: Tensor) -> None:
         if self._on_cpu and address != _PROBE:
             value = value.cpu()
-        for entry, chunk in zip(self._held, value.chunk(len(self._held)), strict=True):
+        for entry, chunk in zip(self.held, value.chunk(len(self.held)), strict=True):
             entry.tensors[address] = chunk
 
     def recall(self, address: str, shape: Sequence[int]) -> Tensor:
         """The remembered feature for the whole batch, in memory of its own. Raises Misfit if it has another shape than wanted."""
-        values = [self._value(entry, address, shape[1:]) for entry in self._held]
+        values = [self._value(entry, address, shape[1:]) for entry in self.held]
         if sum(len(v) for v in values) != shape[0]:
             raise Misfit(address)
         return torch.cat(values).to(self._device)
@@ -376,8 +406,8 @@ class Memory:
             raise Misfit(address)
         earlier = entry.before and entry.before.tensors.get(address)
         if self.reuse.get(address) == "forecast" and earlier is not None and earlier.shape == value.shape:
-            ahead = (self.position - entry.position) / (entry.position - entry.before.position)
-            value = torch.lerp(earlier, value, 1 + ahead)
+            # A number of Python's would become part of a compiled graph.
+            value = torch.lerp(earlier, value, entry.weight.to(value) if torch.compiler.is_compiling() else self._weight(entry))
         return value
 
     def _shape(self, u: Unit, x: Tensor, output_shape: Sequence[int] | None) -> tuple[int, ...]:
@@ -391,20 +421,16 @@ class Memory:
         elif u.kind == "upsampler":
             h, w = output_shape[2:] if output_shape is not None else (2 * h, 2 * w)
         shape = u.channels_out, h, w
-        if any(entry.shapes.get(u.address) != shape for entry in self._held):
+        if any(entry.shapes.get(u.address) != shape for entry in self.held):
             raise Misfit(u.address)
         return x.shape[0], *shape
 
     def _twin(self, address: str, layer: nn.Module) -> nn.Module:
         """The same transformer with blocks that can inherit their parts; shares all weights."""
-        if id(layer) not in self._twins:
-            twin = copy.copy(layer)
-            # Only the host's own blocks: cut ones have no parts, and a patched one may do anything.
-            blocks = [_PartsBlock(block, f"{address}.{i}", self) if _is_plain(block) else block
-                      for i, block in enumerate(layer.transformer_blocks)]
-            twin._modules = {**layer._modules, "transformer_blocks": nn.ModuleList(blocks)}
-            self._twins[id(layer)] = twin
-        return self._twins[id(layer)]
+        # Only the host's own blocks: cut ones have no parts, and a patched one may do anything.
+        blocks = [_PartsBlock(block, f"{address}.{i}", self) if _is_plain(block) else block
+                  for i, block in enumerate(layer.transformer_blocks)]
+        return units.with_submodules(layer, {"transformer_blocks": nn.ModuleList(blocks)})
 
     # the sheet ---------------------------------------------------------------------------------------
 
@@ -420,8 +446,7 @@ class Memory:
 
     def close(self) -> None:
         self._entries.clear()
-        self._twins.clear()
-        self._held = []
+        self.held, self._playing, self._stand_ins, self._twins = (), {}, {}, {}
 
 
 def _is_plain(block: nn.Module) -> bool:
@@ -443,8 +468,6 @@ class _PartsBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, transformer_options={}) -> Tensor:
         memory, block = self._memory[0], self.block
-        if memory.mode == COMPUTE:
-            return block(x, context=context, transformer_options=transformer_options)
         for part in ("attn1", "attn2", "ff"):
             address = f"{self.address}.{part}"
             inherits = address in memory.reuse

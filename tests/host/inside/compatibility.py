@@ -616,38 +616,3 @@ def test_dynamic_memory(checkpoints, on_a_card, technique):
         patch.setattr(small.models, "load_pack", lambda path, modified, *more: small.models.new_pack_patcher(path, *more))
         same(wanted, small.sample(apply(stock), steps=2))
     assert technique == PRUNED or small.difference(wanted, small.sample(stock, steps=2)) > 1e-4
-
-
-TWO = small.TWO_LEVELS
-graphs = pytest.fixture(small.fresh_graphs)
-
-
-@pytest.mark.parametrize("technique", (matrix.ALONE, *matrix.TECHNIQUES))
-def test_compiled(tmp_path, graphs, technique):
-    """Right pictures, and so many graphs in a first and a second run."""
-    chosen = small.Architecture.choose(TWO, "down.0.1, up.1.1", "down.0, up.1")
-    model, second = (small.models.load_unet(small.write_unet(tmp_path / f"{seed}.safetensors", TWO, seed=seed)) for seed in (0, 2))
-    plan = inheritance.Plan((inheritance.Rule("down.1, mid, up.0"),), inheritance.Schedule(interval=2))
-    make = {
-        matrix.ALONE: lambda: model,
-        PRUNED: lambda: small.models.load_unet(small.write_unet(tmp_path / "pruned.safetensors", TWO, "down.0.1, up.1.1")),
-        PACK: lambda: small.with_pack(model, small.write_pack(tmp_path / "pack.safetensors", TWO, seed=1, chosen=chosen)),
-        EXPERTS: lambda: small.with_pack(model, small.write_experts(
-            tmp_path / "experts.safetensors", small.condconv.CondConv(dict.fromkeys(small.condconv.convolutions(TWO), 2)), TWO)),
-        INHERITANCE: lambda: host.with_plan(model, plan),
-        GRI: lambda: host.with_regional(model, regional.Regional(8, 8)),
-        SWITCH: lambda: at(model, second, 2),
-    }[technique]
-    made = make()
-    wanted = small.sample(made, TWO, steps=4)
-    if technique == SWITCH:
-        made = at(small.compiled(model), small.compiled(second), 2)
-    else:
-        made = small.compiled(made)
-    counts = []
-    for _ in range(2):
-        same(small.sample(made, TWO, steps=4), wanted, 1e-5)
-        counts.append(len(graphs) - sum(counts))
-    first_run, second_run = matrix.GRAPHS[technique]
-    assert counts[1] == second_run and (counts[0] > 8 if first_run == matrix.MANY else counts[0] == first_run)
-    assert torch.equal(small.sample(make(), TWO, steps=4), wanted)

@@ -1,11 +1,15 @@
-"""The host's TorchCompileModel on MODELs with a pack: right images, one graph per cast."""
+"""The host's TorchCompileModel: right images with every technique, one graph per cast and role of a step."""
 
+import matrix
 import pytest
 import small
 import torch
 from in_host import module
+from torch._dynamo.utils import counters
 
-inheritance, host = module("asdm_core.inheritance"), module("nodes.host")
+inheritance, switching, host = module("asdm_core.inheritance"), module("asdm_core.switching"), module("nodes.host")
+calibrate, regional, switch = module("nodes.calibrate"), module("nodes.regional"), module("nodes.switch")
+Plan, Rule, Schedule = inheritance.Plan, inheritance.Rule, inheritance.Schedule
 CONFIG = small.TWO_LEVELS
 CHOSEN = small.Architecture.choose(CONFIG, "down.0.1, up.1.1", "down.0, up.1")
 
@@ -77,25 +81,96 @@ def test_a_measured_model_compiled_has_steps_and_no_layers(model, pack, graphs):
     assert len(graphs) == 1
 
 
-def test_pruned_unet_compiled(folder, graphs):
-    pruned = small.models.load_unet(small.write_unet(folder / "pruned.safetensors", CONFIG, "down.0.1, up.1.1"))
-    assert torch.equal(sample(compiled(pruned)), sample(pruned))
-    assert graphs
+# Feature inheritance --------------------------------------------------------------------------------
 
-
+DEEP = "down.1, mid, up.0"
 PLANS = {
-    "units": inheritance.Plan((inheritance.Rule("down.1, mid, up.0"),)),
-    "forecast": inheritance.Plan((inheritance.Rule("down.1, mid, up.0", "forecast"),)),
-    "branch": inheritance.Plan((inheritance.Rule("mid, up.0.0", "branch"),)),
-    "parts": inheritance.Plan((inheritance.Rule("down.0.0.transformer.*.attn1|ff"),)),
+    "output": Plan((Rule(DEEP),)),
+    "forecast": Plan((Rule(DEEP, "forecast"),)),
+    "branch": Plan((Rule("mid, up.0.0", "branch"),)),
+    "parts": Plan((Rule("down.0.0.transformer.*.attn1|ff"),)),
 }
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_inherited_steps_compiled(model, graphs, name):
-    """Right pictures. Graphs are not shared between steps yet: what was remembered is part of what is traced."""
-    m, plain = small.host.with_plan(model, PLANS[name]), sample(model, steps=4)
-    wanted = sample(m, steps=4)
-    assert small.difference(wanted, plain) > 1e-3
-    assert torch.equal(sample(compiled(m), steps=4), wanted) and graphs
-    assert torch.equal(sample(compiled(model), steps=4), plain)
+# One graph remembers and one inherits; the first forecast has one step to draw on, the next have two; the last of an odd number of
+# steps is as in the network alone.
+@pytest.mark.parametrize("name, steps, count", [("output", 5, 3), ("forecast", 6, 3), ("branch", 4, 2), ("parts", 4, 2)])
+def test_every_role_of_a_step_has_one_graph(model, graphs, name, steps, count):
+    m = host.with_plan(model, PLANS[name])
+    wanted = sample(m, steps=steps)
+    assert small.difference(wanted, sample(model, steps=steps)) > 1e-3
+    for _ in range(2):
+        assert torch.equal(sample(compiled(m), steps=steps), wanted)
+        assert len(graphs) == count
+    assert not counters["graph_break"]
+
+
+def test_other_sizes_and_batches_inherit_with_as_many_graphs_as_the_network_needs(model, graphs):
+    m = host.with_plan(model, PLANS["output"])
+    for more, count in (({}, 2), ({"size": (24, 20)}, 4), ({"size": (32, 40)}, 4), ({}, 4), ({"batch": 2}, 6)):
+        assert torch.equal(sample(compiled(m), **more), sample(m, **more))
+        assert len(graphs) == count
+    assert not counters["graph_break"]
+
+
+def test_plans_on_one_unet_do_not_share_graphs(model, pack, graphs):
+    plan, branches = PLANS["output"], PLANS["branch"]
+    cases = [host.with_plan(model, plan), host.with_plan(small.with_pack(model, pack), plan), host.with_plan(model, branches),
+             host.with_plan(model, plan, on_cpu=True)]
+    wanted = [sample(m) for m in cases]
+    for _ in range(2):
+        for m, samples in zip(cases, wanted, strict=True):
+            assert torch.equal(sample(compiled(m)), samples)
+    assert len(graphs) == 8 and not counters["graph_break"]
+
+
+def test_a_step_that_looks_first_runs_uncompiled(model, graphs):
+    m = host.with_plan(model, Plan((Rule(DEEP),), Schedule("adaptive", threshold=0.3, max_run=2)))
+    wanted = sample(m, steps=6)
+    roles = host.setup_of(m).inheritance.log.last.roles()
+    assert {"computed", "inherited"} == set(roles)
+    assert torch.equal(sample(compiled(m), steps=6), wanted)
+    assert host.setup_of(m).inheritance.log.last.roles() == roles
+    assert len(graphs) == 1 and not counters["graph_break"]
+
+
+def test_calibration_of_a_compiled_model(model, graphs):
+    tables = []
+    for m in (model, compiled(model)):
+        survey = calibrate.Survey([Plan((Rule(DEEP, reuse),), name=reuse) for reuse in ("output", "forecast")], 2)
+        sample(host.with_survey(m, survey), steps=4)
+        tables.append([c.errors for c in survey.candidates(host.architecture_of(model), 16, 16)])
+    assert all((a == b).all() for a, b in zip(*tables, strict=True))
+    assert len(graphs) == 3 and not counters["graph_break"]
+
+
+# The table ------------------------------------------------------------------------------------------
+
+
+def at(first, second, step):
+    return switch.with_switch(first, second, switching.SwitchPoint(step, "step"))
+
+
+@pytest.mark.parametrize("technique", matrix.GRAPHS)
+def test_every_technique_has_so_many_graphs(folder, model, pack, graphs, technique):
+    """Right pictures, and the graphs that docs/compatibility.md names for a first and a second run."""
+    if technique == matrix.SWITCH:
+        second = small.models.load_unet(small.write_unet(folder / "second.safetensors", CONFIG, seed=2))
+        made, plain = at(compiled(model), compiled(second), 2), at(model, second, 2)
+    else:
+        plain = {
+            matrix.ALONE: lambda: model,
+            matrix.PRUNED: lambda: small.models.load_unet(small.write_unet(folder / "pruned.safetensors", CONFIG, "down.0.1, up.1.1")),
+            matrix.PACK: lambda: small.with_pack(model, pack),
+            matrix.EXPERTS: lambda: small.with_pack(model, small.write_experts(
+                folder / "experts.safetensors", small.condconv.CondConv(dict.fromkeys(small.condconv.convolutions(CONFIG), 2)), CONFIG)),
+            matrix.INHERITANCE: lambda: host.with_plan(model, PLANS["output"]),
+            matrix.GRI: lambda: host.with_regional(model, regional.Regional(8, 8)),
+        }[technique]()
+        made = compiled(plain)
+    wanted, counts = sample(plain, steps=4), []
+    for _ in range(2):
+        assert small.difference(sample(made, steps=4), wanted) <= 1e-5
+        counts.append(len(graphs) - sum(counts))
+    assert tuple(counts) == matrix.GRAPHS[technique] and not counters["graph_break"]
+    assert torch.equal(sample(plain, steps=4), wanted)

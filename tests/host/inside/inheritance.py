@@ -7,53 +7,16 @@ import comfy.model_base
 import comfy.sample
 import comfy.samplers
 import pytest
+import reference
 import small
 import torch
 from in_host import module
 
-SD, SDXL, host, units = small.SD, small.SDXL, small.host, module("nodes.units")
+SD, SDXL, host = small.SD, small.SDXL, small.host
 inheritance, replay = module("asdm_core.inheritance"), module("nodes.replay")
 calibration, calibrate = module("asdm_core.calibration"), module("nodes.calibrate")
 Schedule, Plan, Rule = inheritance.Schedule, inheritance.Plan, inheritance.Rule
 EVERY_OTHER = Schedule(interval=2)
-
-
-class Reference:
-    """Inheritance on every other forward by forward hooks on the host's modules, with no code of the pack's dispatcher."""
-
-    def __init__(self, model, config, plan):
-        reuse = plan.reuse(config)
-        layers = units.layers(model.model.diffusion_model, config)
-        self.calls, self.held, self.hooks = 0, {}, []
-        self.hooks.append(model.model.diffusion_model.register_forward_pre_hook(self.count))
-        for address, what in reuse.items():
-            layer = layers[address] if address in layers else self.part(layers, address)
-            self.hooks.append(layer.register_forward_hook(self.hook(address, what if address in layers else "output")))
-
-    @staticmethod
-    def part(layers, address):
-        transformer, block, part = address.rsplit(".", 2)
-        return getattr(layers[transformer].transformer_blocks[int(block)], part)
-
-    def count(self, unet, args):
-        self.calls += 1
-
-    def hook(self, address, what):
-        def play(layer, args, out):
-            x = args[0]
-            fresh = 0 if what == "output" else layer.skip_connection(x) if hasattr(layer, "skip_connection") else x
-            if self.calls % 2:
-                self.held[address] = (out - fresh).clone() if what == "branch" else out.clone()
-                return None
-            return fresh + self.held[address] if what == "branch" else self.held[address].clone()
-        return play
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
 
 
 PLANS = {
@@ -73,7 +36,7 @@ PLANS = {
 def test_a_run_equals_the_reference_by_hooks(model, name):
     plan = PLANS[name]
     inherited = small.sample(host.with_plan(model, plan), steps=4)
-    with Reference(model, SD, plan):
+    with reference.Inheriting(model, SD, plan):
         wanted = small.sample(model, steps=4)
     assert torch.equal(inherited, wanted)
     assert not torch.equal(wanted, small.sample(model, steps=4))
@@ -83,7 +46,7 @@ def test_sdxl_parts_and_blocks_equal_the_reference(folder):
     model = small.model(folder, SDXL)
     for plan in (inheritance.deepcache(SDXL, 2, EVERY_OTHER), inheritance.attention(SDXL, "attn2", EVERY_OTHER)):
         inherited = small.sample(host.with_plan(model, plan), SDXL)
-        with Reference(model, SDXL, plan):
+        with reference.Inheriting(model, SDXL, plan):
             assert torch.equal(inherited, small.sample(model, SDXL))
 
 
@@ -108,7 +71,7 @@ def test_a_forecast_on_a_straight_line_is_exact(model):
     x, options = torch.zeros(1, 4, 8, 8), {"uuids": ["a"], "cond_or_uncond": [0]}
     for step, wanted in ((0, replay.RECORD), (2, replay.RECORD), (4, replay.REPLAY)):
         memory.begin_evaluation(6 - step)
-        assert memory.begin_forward(x, options, "") == wanted
+        assert memory.begin_forward(x, options, "", {}) == wanted
         value = torch.full((1, 2), 10.0 + 3 * step)
         if wanted == replay.RECORD:
             memory.after("mid.1.resnet", None, x, value)
@@ -122,7 +85,7 @@ def test_a_forecast_reaches_into_a_step(model):
     for position in (0, 2, 2.5, 3, 3.5):
         memory.begin_evaluation(6 - position)
         value = torch.full((1, 2), 10.0 + 3 * position)
-        if memory.begin_forward(x, options, "") == replay.RECORD:
+        if memory.begin_forward(x, options, "", {}) == replay.RECORD:
             memory.after("mid.1.resnet", None, x, value)
         else:
             values.append((position, torch.equal(memory.recall("mid.1.resnet", value.shape), value)))
@@ -230,7 +193,7 @@ def test_control_residuals_act_on_inherited_steps(model):
     plan = inheritance.deepcache(SD, 0, EVERY_OTHER)
     controlled = small.sample(host.with_plan(with_residual(model, 0.5), plan))
     assert not torch.equal(controlled, small.sample(host.with_plan(model, plan)))
-    with Reference(model, SD, plan):
+    with reference.Inheriting(model, SD, plan):
         wanted = small.sample(with_residual(model, 0.5))
     assert torch.equal(controlled, wanted)
 

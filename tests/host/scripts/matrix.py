@@ -1,12 +1,13 @@
 """What asdm's techniques are promised to do beside what others do to a UNet: plain data, without the host.
 
-tests/host/inside/compatibility.py tests every cell in the real host, and docs/compatibility.md shows this very table
-(tests/core/test_compatibility.py).
+tests/host/inside/compatibility.py and compiled.py test every cell in the real host, and docs/compatibility.md shows this very
+table (tests/core/test_compatibility.py).
 """
 
 from dataclasses import dataclass
 
-TECHNIQUES = ("Pruned UNet", "Pack", "CondConv pack", "Feature Inheritance", "GRI Attention", "Switch UNet")
+TECHNIQUES = PRUNED, PACK, EXPERTS, INHERITANCE, GRI, SWITCH = (
+    "Pruned UNet", "Pack", "CondConv pack", "Feature Inheritance", "GRI Attention", "Switch UNet")
 
 # Feature -> how the page names it.
 FEATURES = {
@@ -73,8 +74,6 @@ _OTHERS_STEPS = Note(WORKS, "The two work on different steps: what the other cac
 _FEW_STEPS = Note(WORKS, "Works, but with so few steps each differs so much from the last that inheriting hurts the picture; the log says so.")
 _BY_LEVEL = Note(WORKS, "On flipped sigmas, too, each model plays its own noise levels: the second one those below the switch, which come "
                         "first. So sampling from there meets the same models again.")
-_RETRACED = Note(WORKS, "Right pictures, but torch cuts the network into many small graphs that do not fit the next step and soon gives up "
-                        "compiling (see below): not worth it.")
 
 NOTES = {
     ("Control-LoRA", "Pruned UNet"): _CONTROL_LORA,
@@ -86,7 +85,6 @@ NOTES = {
     ("LazyCache", "Switch UNet"): _OWN_CACHE,
     ("unsampling", "Switch UNet"): _BY_LEVEL,
     ("LCM", "Feature Inheritance"): _FEW_STEPS,
-    ("compile", "Feature Inheritance"): _RETRACED,
 }
 
 
@@ -98,15 +96,14 @@ def status(feature: str, technique: str) -> str:
 
 # Under TorchCompileModel: graphs that a first run of four steps traces, and how many more a second one with the same settings.
 ALONE = "the checkpoint alone"
-MANY = "many"  # more than torch keeps
 GRAPHS = {
     ALONE: (1, 0),
-    "Pruned UNet": (1, 0),
-    "Pack": (1, 0),
-    "CondConv pack": (1, 0),
-    "Feature Inheritance": (MANY, 0),
-    "GRI Attention": (1, 0),
-    "Switch UNet": (1, 0),
+    PRUNED: (1, 0),
+    PACK: (1, 0),
+    EXPERTS: (1, 0),
+    INHERITANCE: (2, 0),
+    GRI: (1, 0),
+    SWITCH: (1, 0),
 }
 
 

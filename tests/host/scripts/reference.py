@@ -16,7 +16,7 @@ class Inheriting:
     """Feature inheritance by forward hooks on the host's modules.
 
     A chunk of a batch is told from others by the step (from its sigma), its uuid, its kind of conditioning and how often
-    these were seen in the step. full: steps that compute whatever the plan says.
+    these were seen in the step. full: steps that compute whatever the plan says. Forecasts are beyond it.
     """
 
     def __init__(self, model, config, plan, full=()):
@@ -24,9 +24,10 @@ class Inheriting:
         layers = units.layers(model.model.diffusion_model, config)
         self.held, self.seen, self.step, self.chunks = {}, [], None, []
         self.hooks = [model.model.diffusion_model.register_forward_pre_hook(self.begin, with_kwargs=True)]
-        for address in plan.reuse(config, host.architecture_of(model).cut):
+        for address, what in plan.reuse(config, host.architecture_of(model).cut).items():
             layer = layers[address] if address in layers else self.part(layers, address)
-            self.hooks.append(layer.register_forward_hook(partial(self.play, address)))
+            onto = what == "branch" and address in layers  # what a part makes is a branch already
+            self.hooks.append(layer.register_forward_hook(partial(self.play, address, onto)))
 
     @staticmethod
     def part(layers, address):
@@ -48,12 +49,14 @@ class Inheriting:
             self.seen.append(chunk)
             self.chunks.append((*chunk, self.seen.count(chunk)))
 
-    def play(self, address, layer, args, out):
+    def play(self, address, onto, layer, args, out):
+        x = args[0]
+        fresh = 0 if not onto else layer.skip_connection(x) if hasattr(layer, "skip_connection") else x
         held = [self.held.get((address, chunk), (None, None)) for chunk in self.chunks]
         if self.source < self.step and self.step not in self.full and all(step == self.source for step, _ in held):
-            return torch.cat([value for _, value in held])
+            return fresh + torch.cat([value for _, value in held])
         if self.source == self.step:
-            values = out.clone().chunk(len(self.chunks))
+            values = (out - fresh).chunk(len(self.chunks))
             self.held.update({(address, chunk): (self.step, value) for chunk, value in zip(self.chunks, values, strict=True)})
         return None
 

@@ -207,6 +207,7 @@ def compiled(model):
 def fresh_graphs():
     """For a fixture: the graphs made in the course of a test. The compiler forgets those of other tests."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     GRAPHS.clear()
     yield GRAPHS
     torch._dynamo.reset()
