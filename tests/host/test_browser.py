@@ -4,26 +4,36 @@ Screenshots are written to output/browser/, to be looked at.
 """
 
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from demo.browser import WANTED, find_browser
-from demo.server import PACK
+from demo.server import PACK, Client
 from demo.thumbnails import SIDE, api_graph
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 SHOTS = PACK / "output" / "browser"
-READY = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.ASDMApplyPack"
-expect.set_options(timeout=60_000)  # a busy machine
+# The page takes a dropped file when it has its nodes and has opened its first workflow.
+READY = "() => window.LiteGraph?.registered_node_types?.ASDMApplyPack && window.app?.extensionManager?.workflow?.activeWorkflow"
+PATIENCE = 120_000  # ms; a busy machine. Nothing here waits for a fixed time.
+expect.set_options(timeout=PATIENCE)
 DROP = """([name, text]) => {
   const data = new DataTransfer()
   data.items.add(new File([text], name, {type: "application/json"}))
   const at = {bubbles: true, cancelable: true, clientX: 700, clientY: 500, dataTransfer: data}
   for (const kind of ["dragover", "drop"]) document.querySelector("#graph-canvas, .litegraph").dispatchEvent(new DragEvent(kind, at))
 }"""
-DROPPED = "n => app.graph._nodes.length === n"
+# A tab of its own, all nodes, and all of them in view, as the front end fits a graph without a saved view.
+DROPPED = """([tabs, nodes]) => {
+  const workflows = app.extensionManager.workflow
+  const [x, y, w, h] = app.canvas.visible_area
+  return workflows.openWorkflows.length > tabs && workflows.activeWorkflow === workflows.openWorkflows.at(-1) && app.graph._nodes.length === nodes
+    && app.graph._nodes.every(n => n.pos[0] >= x && n.pos[1] - 30 >= y && n.pos[0] + n.size[0] <= x + w && n.pos[1] + n.size[1] <= y + h)
+}"""
 NODE = "const node = app.graph._nodes.find(n => n.type === type)"
 
 
@@ -41,12 +51,13 @@ def browser():
 @pytest.fixture(scope="module")
 def opened(browser, server):
     """ComfyUI's page, loaded once: loading takes longer than most of the tests."""
+    Client(server.url).request("/settings", {"Comfy.TutorialCompleted": True})  # a new user's page opens with the templates over it
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    page.set_default_timeout(PATIENCE)
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.goto(server.url)
-    page.wait_for_function(READY, timeout=120_000)
-    page.wait_for_timeout(1000)
+    page.wait_for_function(READY)
     return page
 
 
@@ -57,23 +68,32 @@ def page(opened, request):
     opened.screenshot(path=SHOTS / f"{request.node.name}.png")
     for _ in range(3):
         opened.keyboard.press("Escape")
+    if opened.get_by_test_id("error-overlay-dismiss").is_visible():
+        opened.get_by_test_id("error-overlay-dismiss").click()
     assert not opened.errors
 
 
-def drop(page, path: Path) -> dict:
-    """Drop a workflow file onto the canvas; returns its JSON."""
-    text = path.read_text("utf-8")
+def drop(page, path: Path, change=lambda text: text, name="") -> dict:
+    """Drop a workflow file onto the canvas, changed and renamed if so wished; returns its JSON."""
+    text = change(path.read_text("utf-8"))
     workflow = json.loads(text)
-    page.evaluate("() => app.graph.clear()")
-    page.evaluate(DROP, [path.name, text])
-    page.wait_for_function(DROPPED, arg=len(workflow["nodes"]))
-    page.wait_for_timeout(500)
+    tabs = page.evaluate("() => app.extensionManager.workflow.openWorkflows.length")
+    page.evaluate(DROP, [name or path.name, text])
+    page.wait_for_function(DROPPED, arg=[tabs, len(workflow["nodes"])])
     return workflow
 
 
 def select(page, type: str) -> None:
-    page.evaluate(f"type => {{ {NODE}; app.canvas.centerOnNode(node); app.canvas.selectNode(node); app.canvas.setDirty(true, true) }}", type)
-    page.wait_for_timeout(500)
+    page.evaluate(f"type => {{ {NODE}; app.canvas.ds.scale = 1; app.canvas.centerOnNode(node); app.canvas.selectNode(node); "
+                  "app.canvas.setDirty(true, true) }", type)
+
+
+def until(check) -> None:
+    """Wait until check() is true."""
+    end = time.monotonic() + PATIENCE / 1000
+    while not check():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
 
 
 def set_widget(page, type: str, name: str, value) -> None:
@@ -86,18 +106,18 @@ def run(page) -> None:
 
 
 def wait_for_picture(page, type="SaveImage") -> None:
-    page.wait_for_function(f"type => {{ {NODE}; return node.imgs?.length && node.imgs[0].naturalWidth }}", arg=type, timeout=120_000)
+    page.wait_for_function(f"type => {{ {NODE}; return node.imgs?.length && node.imgs[0].naturalWidth }}", arg=type, timeout=2 * PATIENCE)
 
 
 # The tests ------------------------------------------------------------------------------------------
 
 
 def test_templates_are_listed_with_pictures(page):
-    page.get_by_role("button", name="Templates").first.click()
-    dialog = page.get_by_role("dialog")
+    page.get_by_test_id("side-toolbar").get_by_role("button", name="Templates").click()
+    dialog = page.get_by_role("dialog").filter(has_text="asdm")
     dialog.get_by_text("asdm", exact=True).click()
     for path in WORKFLOWS:
-        title = dialog.get_by_text(path.stem, exact=True).first
+        title = dialog.get_by_text(path.stem, exact=True).first  # the card's title; its description below is the same
         title.scroll_into_view_if_needed()
         expect(title).to_be_visible()
         page.wait_for_function("([name, side]) => [...document.images].some(i => i.alt === name && i.naturalWidth === side)", arg=[path.stem, SIDE])
@@ -110,8 +130,6 @@ def test_workflow_drops_onto_the_canvas(page, path):
     assert not unknown
     # The graph that a Run would send is the one that test_nodes.py runs.
     assert page.evaluate("async () => (await app.graphToPrompt()).output") == api_graph(path)
-    page.keyboard.press(".")  # fit view
-    page.wait_for_timeout(300)
     overlaps = page.evaluate("""() => {
       const boxes = app.graph._nodes.map(n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])
       return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a[1] < b[3] && b[1] < a[3] && a[2] < b[4] && b[2] < a[4]).map(b => [a[0], b[0]]))
@@ -119,40 +137,78 @@ def test_workflow_drops_onto_the_canvas(page, path):
     assert not overlaps
 
 
-def test_quick_start_runs_to_a_comparison(page):
+@pytest.fixture(params=["canvas", "vue"])
+def front_end(page, request):
+    """Both of the host's front ends for nodes: the one that draws them on the canvas, and the one of Vue components."""
+    choose = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+    page.evaluate(choose, request.param == "vue")
+    yield request.param
+    page.evaluate(choose, False)
+
+
+def test_quick_start_runs_to_a_comparison(page, front_end):
     drop(page, PACK / "workflows" / "Quick start.json")
     for name, value in (("steps", 6), ("rounds", 1)):
         set_widget(page, "ASDMABCompare", name, value)
     run(page)
     wait_for_picture(page)
     select(page, "ASDMCompareImages")
-    stage = page.locator(".asdm-compare .asdm-stage").last
+    page.evaluate(f"type => {{ {NODE}; node.widgets.find(w => w.name === 'asdm_compare').element.id = 'compared' }}", "ASDMCompareImages")
+    view = page.locator("#compared")
+    stage, second = view.locator(".asdm-stage"), view.locator("img").nth(1)
+    until(lambda: second.evaluate("image => image.complete && image.naturalWidth > 0"))
+
+    def at_rest():
+        before = stage.bounding_box()
+        time.sleep(0.2)
+        return before == stage.bounding_box() and before["width"] > 400  # the whole node, whatever the properties panel thinks
+
+    until(at_rest)
     box = stage.bounding_box()
-    assert box["width"] > 400  # the whole node, whatever the properties panel thinks
-    second = stage.locator("img").nth(1)
-    clips = []
     for share in (0.25, 0.75):
         page.mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
-        clips.append(second.evaluate("image => parseFloat(image.style.clipPath.split(' ').pop())"))
-    assert clips == pytest.approx([0.25 * box["width"], 0.75 * box["width"]], abs=3)
-    view = page.locator(".asdm-compare").last
+        until(lambda share=share: second.evaluate("image => parseFloat(image.style.clipPath.split(' ').pop())")
+              == pytest.approx(share * stage.evaluate("stage => stage.clientWidth"), abs=3))
     view.get_by_role("button", name="Flip").click()
-    shown = []
-    for _ in range(2):
-        shown.append(second.evaluate("image => image.style.visibility"))
-        stage.click()
-    assert shown == ["hidden", "visible"]
-    page.screenshot(path=SHOTS / "flipped.png")
+    expect(second).to_be_hidden()
+    stage.click()
+    expect(second).to_be_visible()
+    page.screenshot(path=SHOTS / f"flipped-{front_end}.png")
     view.get_by_role("button", name="Difference").click()
-    assert second.evaluate("image => image.style.mixBlendMode") == "difference"
+    expect(second).to_have_css("mix-blend-mode", "difference")
 
 
 def test_help_opens_beside_the_graph(page):
     drop(page, PACK / "workflows" / "Combined UNet from a pack.json")
     select(page, "ASDMApplyPack")
     page.get_by_test_id("info-button").click()
-    expect(page.get_by_role("heading", name="Apply Pack", exact=True)).to_be_visible()
-    expect(page.get_by_test_id("properties-panel").get_by_text("models/asdm_packs")).to_be_visible()
+    panel = page.get_by_test_id("properties-panel")
+    expect(panel.get_by_role("heading", name="Apply Pack", exact=True)).to_be_visible()
+    expect(panel.get_by_role("code").filter(has_text="models/asdm_packs").first).to_be_visible()
+    picture = panel.get_by_role("img", name="Apply Pack", exact=True)
+    picture.scroll_into_view_if_needed()
+    until(lambda: picture.evaluate("image => image.naturalWidth > 200 && image.clientWidth > 200"))
+
+
+def test_a_workflow_with_a_dead_deepcache_node_is_mended_with_a_click(page):
+    def older(text):
+        workflow = json.loads(text)
+        node = next(n for n in workflow["nodes"] if n["type"] == "ASDMApplyPack")
+        node |= {"type": "DeepCache", "widgets_values": [3, 0, 0, 1000], "inputs": [i for i in node["inputs"] if "widget" not in i]}
+        return json.dumps(workflow)
+
+    drop(page, PACK / "workflows" / "Combined UNet from a pack.json", older, "With DeepCache.json")
+    page.get_by_test_id("error-overlay-see-errors").click()
+    expect(page.get_by_role("button", name="Replace Node")).to_be_visible()
+    page.screenshot(path=SHOTS / "deepcache.png")
+    page.get_by_role("button", name="Replace Node").click()
+    page.wait_for_function("() => app.graph._nodes.some(n => n.type === 'ASDMFeatureInheritance') && app.graph._nodes.every(n => n.type !== 'DeepCache')")
+    graph = page.evaluate("async () => (await app.graphToPrompt()).output")
+    key, node = next((key, node) for key, node in graph.items() if node["class_type"] == "ASDMFeatureInheritance")
+    assert node["inputs"]["preset"] == "custom" and graph[node["inputs"]["model"][0]]["class_type"] == "ASDMCheckpointLoader"
+    assert next(n for n in graph.values() if n["class_type"] == "KSampler")["inputs"]["model"] == [key, 0]
+    run(page)
+    wait_for_picture(page)
 
 
 def test_a_broken_pack_is_a_clear_error_and_the_graph_can_be_mended(page, server):
@@ -162,8 +218,8 @@ def test_a_broken_pack_is_a_clear_error_and_the_graph_can_be_mended(page, server
     drop(page, PACK / "workflows" / "Combined UNet from a pack.json")
     set_widget(page, "ASDMApplyPack", "pack_name", "cut off.safetensors")
     run(page)
-    page.get_by_role("button", name="View details").click(timeout=60_000)
-    expect(page.get_by_text("cut off.safetensors").first).to_be_visible()
+    page.get_by_test_id("error-overlay-see-errors").click()
+    expect(page.get_by_test_id("properties-panel")).to_contain_text(re.compile("cut off.safetensors.*cut short", re.DOTALL))
     page.screenshot(path=SHOTS / "broken_pack.png")
     set_widget(page, "ASDMApplyPack", "pack_name", "emoji-m2.safetensors")
     run(page)
