@@ -20,6 +20,7 @@ const STYLE = `
 .asdm-compare button, .asdm-compare select { background: #353535; color: #ddd; border: 1px solid #555; border-radius: 4px; padding: 2px 7px; font: inherit; cursor: pointer; }
 .asdm-compare button[aria-pressed=true] { background: #f4a261; border-color: #f4a261; color: #1c2330; }
 .asdm-compare .asdm-title { font-weight: bold; color: #fff; }
+.asdm-compare .asdm-turn { display: flex; gap: 4px; align-items: center; white-space: nowrap; }
 .asdm-compare .asdm-fill { flex: 1; }
 .asdm-compare .asdm-stage { position: relative; flex: 1; min-height: 0; display: flex; gap: 4px; touch-action: none; user-select: none; outline: none; }
 .asdm-compare .asdm-stage:focus { box-shadow: 0 0 0 1px #f4a261; border-radius: 4px; }
@@ -98,11 +99,11 @@ class CompareView {
     const count = this.count()
     if (count > 1) {
       const turn = (by) => () => this.change({ index: (this.index + by + count) % count })
-      this.bar.append(
+      this.bar.append(element('span', { className: 'asdm-turn' },
         element('button', { type: 'button', textContent: '\u2039', title: 'The pair before', onclick: turn(-1) }),
         element('span', { className: 'asdm-index', textContent: `${this.index + 1} of ${count}` }),
         element('button', { type: 'button', textContent: '\u203a', title: 'The next pair', onclick: turn(1) })
-      )
+      ))
     }
     const [low, high] = [...this.pair].sort()
     const words = low === high ? ['identical'] : likeness[`${low}${high}`]
