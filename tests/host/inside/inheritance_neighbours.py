@@ -11,6 +11,7 @@ import comfy.samplers
 import comfy.sd
 import nodes
 import pytest
+import reference
 import small
 import torch
 from comfy_extras import (
@@ -50,54 +51,6 @@ def apart(monkeypatch):
     monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *args, **more: 1e15)
 
 
-class Reference:
-    """Inheritance by forward hooks on the host's modules, with no code of the pack's dispatcher.
-
-    A forward is told from others by its step (from its sigma), its uuids and how often these were seen in
-    the step. full: steps that compute whatever the plan says.
-    """
-
-    def __init__(self, model, config, plan, full=()):
-        self.plan, self.full = plan, full
-        layers = units.layers(model.model.diffusion_model, config)
-        self.held, self.seen, self.step, self.slot = {}, [], None, None
-        self.hooks = [model.model.diffusion_model.register_forward_pre_hook(self.begin, with_kwargs=True)]
-        for address in plan.reuse(config, host.architecture_of(model).cut):
-            layer = layers[address] if address in layers else self.part(layers, address)
-            self.hooks.append(layer.register_forward_hook(partial(self.play, address)))
-
-    @staticmethod
-    def part(layers, address):
-        transformer, block, part = address.rsplit(".", 2)
-        return getattr(layers[transformer].transformer_blocks[int(block)], part)
-
-    def begin(self, unet, args, kwargs):
-        options = kwargs["transformer_options"]
-        nodes_, sigma = options["sample_sigmas"], options["sigmas"][0]
-        step = int((nodes_[:-1] - sigma).abs().argmin())
-        if step != self.step:
-            self.step, self.seen = step, []
-            self.source = self.plan.sources(len(nodes_) - 1)[step]
-        slot = tuple(options["uuids"]), tuple(options["cond_or_uncond"])
-        self.seen.append(slot)
-        self.slot = *slot, self.seen.count(slot)
-
-    def play(self, address, layer, args, out):
-        held = self.held.get((address, self.slot))
-        if self.source < self.step and self.step not in self.full and held and held[0] == self.source:
-            return held[1].clone()
-        if self.source == self.step:
-            self.held[address, self.slot] = self.step, out.clone()
-        return None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
-
-
 def inherited(model):
     """Steps that the last run of a MODEL inherited."""
     return [s for s, role in enumerate(host.setup_of(model).inheritance.log.last.roles()) if role == "inherited"]
@@ -111,7 +64,7 @@ def seeded(run, model):
 def check(apply, model, run=None, plan=PLAN, config=SD, replays=(1, 3, 5), full=()):
     """A run with the plan and a neighbour equals the reference, twice, whichever node comes first; and inherits at these steps."""
     run = run or partial(small.sample, config=config, steps=STEPS)
-    with Reference(model, config, plan, full):
+    with reference.Inheriting(model, config, plan, full):
         wanted = seeded(run, apply(model))
     for m in (apply(host.with_plan(model, plan)), host.with_plan(apply(model), plan)):
         for _ in range(2):
@@ -430,7 +383,7 @@ def test_unusual_schedules(model, name):
     assert inherited(m) == list(range(1, len(sigmas) - 1, 2))
     assert result.isfinite().all() and torch.equal(custom(cfg_guider(m), sigmas), result)
     if name != "restart":  # the reference finds steps by the noise level alone
-        with Reference(model, SD, PLAN):
+        with reference.Inheriting(model, SD, PLAN):
             assert torch.equal(custom(cfg_guider(model), sigmas), result)
 
 
