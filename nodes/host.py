@@ -261,6 +261,11 @@ class Stage:
         """Whether the running forward decides on its way what it inherits. No graph can do that."""
         return self.memory is not None and self.memory.mode == PROBE
 
+    def defies_graphs(self, patches: dict) -> bool:
+        """Whether the running forward cannot be one compiled graph. Deep shrink reads the noise level at the end of a block, which breaks a
+        graph there, and TorchCompileModel leaves out the guards by which the second piece would notice whether it is to inherit."""
+        return self.probes or self.remembers and any(patches.get(name) for name in ("input_block_patch", "input_block_patch_after_skip"))
+
     def enter_attention(self, transformer_options: dict) -> dict:
         """The options of a forward with GRI attention in them, if it plays at the moment."""
         return self._attention.enter(transformer_options) if self._assigned[-1] else transformer_options
@@ -398,7 +403,7 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
                 options[MEMORY], named[HELD] = stage.memory, stage.memory.held
         # The UNet pops residuals off these lists, and a survey goes through it more than once.
         residuals = control and {k: list(v) for k, v in control.items()}
-        with torch.compiler.set_stance("force_eager") if name and stage.probes else nullcontext():
+        with torch.compiler.set_stance("force_eager") if name and stage.defies_graphs(options["patches"]) else nullcontext():
             return executor(x, t, c_concat, c_crossattn, residuals, options, **kwargs, **named)
 
     if stage is None:

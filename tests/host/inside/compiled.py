@@ -4,6 +4,7 @@ import matrix
 import pytest
 import small
 import torch
+from comfy_extras import nodes_model_downscale
 from in_host import module
 from torch._dynamo.utils import counters
 
@@ -131,6 +132,18 @@ def test_a_step_that_looks_first_runs_uncompiled(model, graphs):
     assert torch.equal(sample(compiled(m), steps=6), wanted)
     assert host.setup_of(m).inheritance.log.last.roles() == roles
     assert len(graphs) == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("after_skip", [True, False])
+def test_inheriting_beside_deep_shrink_runs_uncompiled(model, graphs, after_skip):
+    """It breaks the graph within, and the second piece would not notice that the step is another kind of step."""
+    def shrunk(m):
+        return nodes_model_downscale.PatchModelAddDownscale.execute(m, 1, 2.0, 0.0, 0.5, after_skip, "bicubic", "bicubic")[0]
+
+    m = shrunk(host.with_plan(model, PLANS["output"]))
+    wanted = sample(m, steps=6)
+    assert small.difference(sample(compiled(m), steps=6), wanted) < 1e-5
+    assert small.difference(sample(host.with_plan(model, PLANS["output"]), steps=6), wanted) > 0.01
 
 
 def test_calibration_of_a_compiled_model(model, graphs):
