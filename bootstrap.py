@@ -641,7 +641,7 @@ def target_demo(python, settings):
 
 def target_test(python, settings):
     # Small networks gain more from a second process than from a second thread.
-    workers = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadgroup"]
+    workers = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadscope", "--no-loadscope-reorder"]
     return [[python, "-m", "demo.browser"], [python, "-m", "pytest", *workers, *shlex.split(settings.get("ARGS", ""))]]
 
 

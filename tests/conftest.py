@@ -1,7 +1,6 @@
 """How the tests are shared out among worker processes (pytest-xdist)."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +11,14 @@ def pytest_configure():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """Keep a file on one worker, and a file of tests that run inside a host: each has fixtures, or a process, that would be made twice."""
-    for item in items:
-        inside = getattr(item, "callspec", None) and item.callspec.params.get("inside")
-        path = inside[0] if inside else item.path
-        item.add_marker(pytest.mark.xdist_group(path.relative_to(Path(__file__).parent).as_posix()))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path, _, test = nodeid.partition("::")
+            return f"{path}::{test.partition('-')[0]}" if test.startswith("test_inside[") else path
+
+    return ByFile(config, log)
