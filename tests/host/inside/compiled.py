@@ -16,11 +16,6 @@ CHOSEN = small.Architecture.choose(CONFIG, "down.0.1, up.1.1", "down.0, up.1")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
 def model(folder):
     return small.models.load_unet(small.write_unet(folder / "two-levels.safetensors", CONFIG))
 

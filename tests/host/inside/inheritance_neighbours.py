@@ -35,16 +35,6 @@ PLAN = inheritance.deepcache(SD, 1, EVERY_OTHER)
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return small.model(folder)
-
-
 @pytest.fixture
 def apart(monkeypatch):
     """Conditionings come in forwards of their own, as where memory is short."""
