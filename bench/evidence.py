@@ -18,7 +18,8 @@ from asdm_core.measure import costs, total
 from train.emoji.unet import CONFIG
 
 # A difference counts from here on: for v-MSE and kernel distance as a share of the smaller, for PSNR in dB, for accuracy in
-# standard errors of the difference over prompts. With several training seeds, also twice the standard error over these.
+# standard errors of the difference over prompts. And from twice the standard error over training seeds on, where one of the two
+# rows has several; the larger spread is taken for both.
 MARGINS = {"v_mse_teacher": 0.05, "v_mse_data": 0.02, "kid": 0.2, "psnr": 0.2, "accuracy": 2.0}
 HIGHER = ("psnr", "accuracy")
 NEAR = ("v_mse_teacher", "psnr")  # how near to the teacher
@@ -76,7 +77,7 @@ CLAIMS = (
 def flat(measured: Mapping) -> dict[str, float]:
     """The numbers of one measurement under the names of the tables."""
     found = {"accuracy": measured["top1"], "accuracy_se": measured["top1_se"]}
-    found |= {k: measured[k] for k in ("psnr", "psnr_se", "ssim", "kid", "fed", "mse", "latent_mse") if k in measured}
+    found |= {k: measured[k] for k in ("psnr", "psnr_se", "ssim", "kid", "fed", "fed_glyphs", "mse", "latent_mse") if k in measured}
     if "v_mse" in measured:
         found |= {"v_mse_teacher": measured["v_mse"]["teacher"]["all"], "v_mse_data": measured["v_mse"]["data"]["all"]}
     return found
@@ -119,8 +120,8 @@ def compare(metric: str, a: Mapping, b: Mapping) -> tuple[int, float]:
         margin *= math.hypot(a["accuracy_se"], b["accuracy_se"])
     elif metric != "psnr":
         margin *= min(abs(a[metric]), abs(b[metric]))
-    if f"{metric}_sd" in a and f"{metric}_sd" in b:
-        margin = max(margin, 2 * math.hypot(a[f"{metric}_sd"] / a["seeds"] ** 0.5, b[f"{metric}_sd"] / b["seeds"] ** 0.5))
+    spread = max((row[f"{metric}_sd"] for row in (a, b) if f"{metric}_sd" in row), default=0.0)
+    margin = max(margin, 2 * spread * math.hypot(a["seeds"] ** -0.5, b["seeds"] ** -0.5))
     if abs(difference) <= margin:
         return 0, difference
     return (1 if (difference > 0) == (metric in HIGHER) else -1), difference

@@ -46,7 +46,7 @@ def test_networks_are_measured_against_the_teacher_and_only_once(judge, tiny):
     assert same["mse"] == same["latent_mse"] == 0 and same["ssim"] == pytest.approx(1) and same["v_mse"]["teacher"]["all"] == 0
     assert other["mse"] > 0 and other["v_mse"]["teacher"]["all"] > 0 and (same["pictures"], other["pictures"]) == (3, 6)
     assert "mse" not in j.measure("whole", lambda: j.whole)
-    assert "fed" not in other  # six pictures say nothing about a distribution
+    assert "fed" not in other  # six pictures have no covariance of 64 features
     assert set(other["v_mse"]["data"]) == {"all", "0-249", "250-499", "500-749", "750-999"}
 
     def never():

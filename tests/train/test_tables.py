@@ -73,6 +73,16 @@ def test_the_spread_over_training_seeds_widens_the_margin():
     several = ROW | {"seeds": 3, "v_mse_teacher_sd": 0.02, "psnr_sd": 1.0}
     assert verdict(NEAR, {"a": several | {"v_mse_teacher": 0.08, "psnr": 17.0}, "b": several})["verdict"] == "no difference"
     assert verdict(NEAR, {"a": several | {"v_mse_teacher": 0.05, "psnr": 17.0}, "b": several})["verdict"] == "held"
+    # A row of one seed varies as the other does, and is one draw of it: 2 * 0.02 * sqrt(1 + 1/3) = 0.046.
+    assert verdict(NEAR, {"a": ROW | {"v_mse_teacher": 0.056}, "b": several})["verdict"] == "no difference"
+    assert verdict(NEAR, {"a": ROW | {"v_mse_teacher": 0.052}, "b": several})["verdict"] == "held"
+
+
+def test_key_rows_are_trained_with_every_seed_and_the_others_with_the_first():
+    assert list(tables.runs(1)) == list(RUNS)
+    again = list(tables.runs(2))
+    assert {run.name for run in again} == set(tables.KEY)
+    assert all(not run.start or run.start in tables.KEY for run in again)
 
 
 def test_accuracy_is_compared_in_standard_errors():

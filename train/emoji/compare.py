@@ -36,7 +36,6 @@ from .unet import load_unet
 
 FIXED = 512  # inputs of the v-MSE
 REFERENCE = 2048  # real glyphs
-FEWEST = 1000  # pictures below which a Frechet distance says more about their number than about them
 STYLES = {"teacher": TEACHER_STYLES, "openmoji": ("openmoji",)}
 
 
@@ -169,8 +168,10 @@ class Judge:
         a, b = ({key: torch.cat([r[key] for r in side]) for key in side[0]} for side in (mine, its))
         found |= {"pictures": len(a["images"]), "top1": float(a["top1"].mean()), "top5": float(a["top5"].mean()),
                   "top1_se": standard_error(a["top1"]), "kid": kid(a["features"], self.reference)}
-        if len(a["images"]) >= FEWEST:
-            found["fed"] = frechet(a["features"], self.reference)
+        if min(len(a["images"]), len(self.reference) - len(a["images"])) > self.reference.shape[1]:
+            # Biased upwards by the number of pictures; fed_glyphs is what as many real glyphs get.
+            found |= {"fed": frechet(a["features"], self.reference),
+                      "fed_glyphs": frechet(self.reference[:len(a["images"])], self.reference[len(a["images"]):])}
         if name != "whole":
             quality = psnr(a["images"], b["images"])
             found |= {"mse": float((a["images"] - b["images"]).square().mean()), "psnr": float(quality.mean()), "psnr_se": standard_error(quality),
