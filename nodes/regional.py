@@ -55,7 +55,7 @@ class Attention:
     """The self-attention of one UNet object during one run."""
 
     def __init__(self, settings: Regional, config: UNetConfig):
-        self._settings, self._blocks = settings, settings.blocks(config)
+        self._settings, self.blocks = settings, settings.blocks(config)
         self._said: set[str] = set()
         self.gains: dict[str, dict[int, Callable[[Tensor], Tensor]]] = {}  # transformer -> block -> gains of its heads
         self.name = f"gri{settings.window}x{settings.pool}x{settings.stages}{'s' * settings.shifted}"
@@ -64,10 +64,10 @@ class Attention:
         """The options of a forward with GRI in all blocks whose self-attention nobody else replaces."""
         replace = options.get("patches_replace", {})
         theirs = replace.get("attn1", {})
-        taken = [address for block, address in self._blocks.items() if any(key[:2] == block for key in theirs)]
+        taken = [address for block, address in self.blocks.items() if any(key[:2] == block for key in theirs)]
         if taken:
             self._say(f"another node replaces the self-attention of {', '.join(taken)}; GRI leaves it to that node")
-        return {**options, "patches_replace": {**replace, "attn1": {**dict.fromkeys(self._blocks, self.play), **theirs}}}
+        return {**options, "patches_replace": {**replace, "attn1": {**dict.fromkeys(self.blocks, self.play), **theirs}}}
 
     def play(self, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
         """The host's attn1 replace: (B, N, heads * dim) in and out."""
@@ -87,7 +87,7 @@ class Attention:
             return out.unflatten(2, (heads, -1)).transpose(1, 2)
 
         q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))
-        gain = self.gains.get(self._blocks.get(options["block"]), {}).get(options["block_index"])
+        gain = self.gains.get(self.blocks.get(options["block"]), {}).get(options["block_index"])
         return gri_attention(q, k, v, height, width, gri, gain=gain and gain(q), attend=attend).flatten(2)
 
     def _say(self, text: str) -> None:
