@@ -74,11 +74,11 @@ def facts(architecture: Architecture) -> dict:
     }
 
 
-def _open_unet(path: str) -> packs.Loaded:
+def _open_unet(path: str, drop_unknown: bool = False) -> packs.Loaded:
     """A UNet file, with a word to a person who waits: every number in it is checked, gigabytes at times."""
     if sys.stderr.isatty():
         print(f"reading {Path(path).name} ...", file=sys.stderr)
-    return packs.open_unet(path)
+    return packs.open_unet(path, drop_unknown)
 
 
 def inspect(args) -> None:
@@ -89,10 +89,10 @@ def inspect(args) -> None:
         description = packs.describe(file)
         if description is not None and description.kind == "pack":
             loaded = packs.open_pack(path)
-    loaded = loaded or _open_unet(path)
+    loaded = loaded or _open_unet(path, drop_unknown=True)
     description = loaded.description
     result = {"file": str(loaded.path), "kind": description.kind, **facts(description.architecture),
-              "prediction": description.prediction, "licence": description.licence}
+              "prediction": description.prediction, "licence": description.licence, "unknown": list(loaded.unknown)}
     if description.kind == "pack":
         result["units"] = list(description.units)
         result["experts"] = dict(description.condconv.experts) if description.condconv else {}
@@ -114,6 +114,8 @@ def inspect(args) -> None:
         print(f"  predicts: {description.prediction}")
     if description.licence:
         print(f"  licence: {description.licence}")
+    if loaded.unknown:
+        print(f"  unknown, which ComfyUI ignores: {packs.some(loaded.unknown)}")
 
 
 def _headline(f: dict) -> str:
@@ -128,7 +130,7 @@ def _print_numbers(f: dict) -> None:
 
 
 def convert(args) -> None:
-    loaded = _open_unet(args.input)
+    loaded = _open_unet(args.input, args.drop_unknown)
     if args.keep:
         loaded = _readdressed(loaded, loaded.description.architecture.keeping(args.keep))
     architecture = loaded.description.architecture
@@ -141,7 +143,8 @@ def convert(args) -> None:
     else:
         renamed = surgery.convert(tensors, architecture, surgery.ADDRESSED, form)
         packs.write_file(args.output, packs.stored(renamed, dtype), {"format": "pt"})
-    print(f"wrote {args.output}: {len(tensors)} tensors, {form.layout} layout, {form.numbering}")
+    print(f"wrote {args.output}: {len(tensors)} tensors, {form.layout} layout, {form.numbering}"
+          + (f", without {packs.some(loaded.unknown)}" if loaded.unknown else ""))
 
 
 def _readdressed(loaded: packs.Loaded, architecture: Architecture) -> packs.Loaded:
@@ -320,6 +323,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--numbering", choices=NUMBERINGS, help="renumbered (default where it exists): the small network others load; "
                    "addressed: the unpruned network's names, with holes")
     p.add_argument("--dtype", choices=[d for d in DTYPES if d != "int8"], default="keep")
+    p.add_argument("--drop-unknown", action="store_true", help="leave out tensors that belong to no layer of the UNet, which ComfyUI ignores "
+                   "(as time_embedding.cond_proj of LCM checkpoints); without it they are an error")
     p.add_argument("--keep", metavar="BLOCKS", help="which transformer blocks of the original these are, where it is known and the file "
                    "does not say: as 'down.2.*.transformer.0|3|6|9'. Without it, the first ones. `match` finds them by their weights")
 

@@ -16,7 +16,7 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -349,12 +349,14 @@ class Loaded:
     """An opened, checked file: its description and its tensors under addressed LDM names (lazy).
 
     markers: tensors beside the UNet's that say how it was trained, by name.
+    unknown: tensors of the file that belong to no layer of its UNet and were left out.
     """
 
     path: Path
     description: Description
     tensors: Mapping[str, Tensor]
     markers: Mapping[str, Tensor] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
 
 
 def describe(file: TensorFile) -> Description | None:
@@ -386,7 +388,7 @@ def open_pack(path: str | os.PathLike) -> Loaded:
 
 
 def identify_unet(file: TensorFile) -> tuple[Description, Recognised]:
-    """What UNet a file holds, from its header alone. Raises BadFile."""
+    """What UNet a file holds, from its header alone; `Recognised.unknown` is for the caller to judge. Raises BadFile."""
     description = describe(file)
     if description is not None and description.kind == "pack":
         raise BadFile(f"{file.path.name}: this is a pack, not a whole UNet. Use Apply Pack on a checkpoint.")
@@ -403,20 +405,39 @@ def identify_unet(file: TensorFile) -> tuple[Description, Recognised]:
     return description, found
 
 
-def open_unet(path: str | os.PathLike) -> Loaded:
+def open_unet(path: str | os.PathLike, drop_unknown: bool = False) -> Loaded:
     """Open a UNet in any known form: ours, an LDM or diffusers single file, or a diffusers folder.
 
-    The UNet may lie inside a whole checkpoint. Raises BadFile.
+    The UNet may lie inside a whole checkpoint. drop_unknown: leave out, as ComfyUI does, tensors that belong to no layer.
+    Raises BadFile, also for such tensors unless they are to be left out.
     """
     path = Path(path)
     prediction = _folder_prediction(path)
     file = TensorFile(_file_in_folder(path) if path.is_dir() else path)
     description, found = identify_unet(file)
+    _check_unknown(file, found, drop_unknown)
     names = {slot.unit.key(slot.tensor): key for key, slot in found.keys().items()}
     _check_values(file, names.values())
     if description.prediction is None:
         description = replace(description, prediction=prediction or ("v" if V_MARKER in file.shapes else None))
-    return Loaded(file.path, description, Renamed(file, names), {name: file[name] for name in MARKERS if name in file.shapes})
+    return Loaded(file.path, description, Renamed(file, names), {name: file[name] for name in MARKERS if name in file.shapes},
+                  found.unknown)
+
+
+def _check_unknown(file: TensorFile, found: Recognised, drop: bool) -> None:
+    modules = {key.rpartition(".")[0] for key in found.keys()}
+    beside = [key for key in found.unknown if key.rpartition(".")[0] in modules]
+    if beside:  # without it the weights of this layer may mean something else, as they do without their scale
+        raise BadFile(f"{file.path.name}: {beside[0]} stands beside the weights of a layer, in a form that asdm does not read (as scaled fp8). "
+                      "Load this file with the stock nodes, or take one in fp16, bf16 or fp32.")
+    if found.unknown and not drop:
+        raise BadFile(f"{file.path.name}: no layer of a {found.architecture.config.family} UNet has {some(found.unknown)}, so it would be lost. "
+                      "ComfyUI ignores such tensors; to leave them out, `python -m asdm_core convert` the file with --drop-unknown first.")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_values(file: TensorFile, names: Iterable[str]) -> None:

@@ -31,12 +31,14 @@ class Recognised:
 
     prefix: what stands before every UNet key in the file.
     layout, numbering: arguments for `architecture.keys`.
+    unknown: keys of the file (with prefix) that lie among those of the UNet and belong to no layer of it.
     """
 
     architecture: Architecture
     prefix: str
     layout: str
     numbering: str
+    unknown: tuple[str, ...] = ()
 
     def keys(self):
         """The file's UNet keys (with prefix) and the skeleton slots they fill."""
@@ -67,7 +69,9 @@ def unet_prefix(names: Iterable[str]) -> tuple[str, str]:
 def recognise(shapes: Shapes, families: Iterable[UNetConfig] = FAMILIES.values()) -> Recognised:
     """Recognise the UNet of a state dict from its key names and shapes.
 
-    shapes: every key of the file with its shape. Raises Unrecognised.
+    shapes: every key of the file with its shape. Raises Unrecognised: nothing may be missing or have another shape, and
+    there may be no further layer. Other tensors that no layer has, as LCM's projection of the guidance scale, are told
+    in `unknown`: ComfyUI loads such files, so whether they are right is for the caller to say.
     """
     prefix, layout = unet_prefix(shapes)
     unet = {n.removeprefix(prefix): tuple(s) for n, s in shapes.items() if n.startswith(prefix)}
@@ -77,6 +81,7 @@ def recognise(shapes: Shapes, families: Iterable[UNetConfig] = FAMILIES.values()
         unet = {n: s for n, s in unet.items() if n.split(".", 1)[0] in roots}
     stem = _read_stem(unet, layout)
     near: list[tuple[int, str]] = []
+    larger: list[Recognised] = []
     for family in families:
         skeleton = _fit_stem(family, stem)
         if skeleton is None:
@@ -85,7 +90,12 @@ def recognise(shapes: Shapes, families: Iterable[UNetConfig] = FAMILIES.values()
             wanted = {k: s.shape for k, s in candidate.keys(layout, numbering).items()}
             if wanted == unet:
                 return Recognised(candidate.named(), prefix, layout, numbering)
+            if wanted.items() <= unet.items() and _read_counts(wanted, layout) == _read_counts(unet, layout):
+                unknown = tuple(prefix + key for key in sorted(unet.keys() - wanted.keys()))
+                larger.append(Recognised(candidate.named(), prefix, layout, numbering, unknown))
             near.append(_difference(wanted, unet, candidate.named(), prefix))
+    if larger:
+        return min(larger, key=lambda found: len(found.unknown))
     if near:
         raise Unrecognised(min(near)[1])
     raise Unrecognised(

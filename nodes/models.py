@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -92,9 +93,11 @@ def _standalone_names(state_dict: Mapping[str, Tensor], architecture: Architectu
 def load_unet(path: str, weight_dtype: str = "default", prediction: str | None = None, disable_dynamic: bool = False):
     """MODEL from a UNet file of any known form (also inside a checkpoint), in addressed form.
 
-    Raises packs.BadFile. Follows comfy.sd.load_diffusion_model_state_dict in the choice of dtypes.
+    Tensors that belong to no layer are left out with a word in the log. Raises packs.BadFile. Follows comfy.sd.load_diffusion_model_state_dict in the choice of dtypes.
     """
-    loaded = packs.open_unet(path)
+    loaded = packs.open_unet(path, drop_unknown=True)
+    if loaded.unknown:
+        logging.warning(f"asdm: {loaded.path.name}: no layer of this UNet has {packs.some(loaded.unknown)}, which is ignored.")
     options = WEIGHT_DTYPES[weight_dtype]
     weights = dict(loaded.tensors)
     parameters = comfy.utils.calculate_parameters(weights)

@@ -111,6 +111,12 @@ def test_inheritance_counts_the_steps_of_its_plan(checkpoint):
     assert (sides["a"].full_steps(4), sides["b"].full_steps(4)) == ((True,) * 4, (True, False, True, False))
 
 
+@pytest.mark.parametrize("more", ["time_embed.cond_proj.weight", "input_blocks.1.0.in_layers.2.scale_weight"])
+def test_tensors_that_comfyui_ignores_or_reads_itself_do_not_matter(checkpoint, more):
+    shapes = checkpoint_shapes(Architecture.full(FAMILIES["sd15"]))
+    assert job.work(checkpoint(shapes | {f"model.diffusion_model.{more}": (1,)})) == job.work(checkpoint(shapes))
+
+
 @pytest.mark.parametrize("family", ["sdxl", "sd21", "emoji"])
 def test_checkpoint_of_another_family_is_refused(checkpoint, family):
     with pytest.raises(job.DemoError, match=f"anime.safetensors is of the family {family}; the demo compares SD1.5 checkpoints"):

@@ -104,6 +104,7 @@ def test_inspect_describes_a_student(run, folder):
         "file": found["file"], "kind": "unet", "family": "narrow", "architecture": "base", "params": work.params,
         "unpruned_params": whole.params, "macs": work.total, "unpruned_macs": whole.total, "latent": 64,
         "cut": [u.address for u in walk(NARROW) if u.address in base.cut], "prediction": "v", "licence": "test only",
+        "unknown": [],
     }
     shares = {a: c.total / work.total for a, c in costs(base).items()}
     assert list(largest.values()) == pytest.approx(sorted(shares.values(), reverse=True)[:5], abs=1e-4)
@@ -142,6 +143,35 @@ def test_inspect_reads_checkpoints_and_diffusers_folders_without_a_description(r
     results = [json.loads(run("inspect", tmp_path / name, "--json")[1]) for name in ("checkpoint.safetensors", "pipeline")]
     assert [(r["family"], r["architecture"], r["params"], r["prediction"]) for r in results] == [
         ("narrow", "base", base.params, None), ("narrow", "base", base.params, "v")]
+
+
+LCM = "model.diffusion_model.time_embed.cond_proj.weight"
+
+
+@pytest.fixture
+def lcm(folder, tmp_path):
+    """An unpruned checkpoint with a tensor that ComfyUI does not know, and ignores."""
+    path = tmp_path / "lcm.safetensors"
+    full = {f"model.diffusion_model.{k}": v for k, v in tensors_of(folder / "full.safetensors").items()}
+    save_file(full | {LCM: torch.zeros(32, 16), "first_stage_model.x": torch.zeros(3)}, path)
+    return path
+
+
+def test_inspect_names_unknown_tensors(run, lcm):
+    found = json.loads(run("inspect", lcm, "--json")[1])
+    assert (found["family"], found["architecture"], found["unknown"]) == ("narrow", "full", [LCM])
+    assert f"unknown, which ComfyUI ignores: {LCM}\n" in run("inspect", lcm)[1]
+
+
+def test_no_tensor_is_lost_silently(run, folder, lcm, tmp_path):
+    out = tmp_path / "out.safetensors"
+    for command in (("convert", lcm, out, "--layout", "ldm"), ("assemble", lcm, folder / "m2.safetensors", out)):
+        code, told, err = run(*command)
+        assert (code, told) == (2, "") and f"no layer of a narrow UNet has {LCM}, so it would be lost" in err
+        assert not out.exists()
+    code, told, _ = run("convert", lcm, out, "--layout", "ldm", "--drop-unknown")
+    assert code == 0 and told.endswith(f", without {LCM}\n")
+    assert same(tensors_of(out), tensors_of(folder / "full.safetensors"))
 
 
 # convert --------------------------------------------------------------------------------------------

@@ -182,6 +182,27 @@ def test_wrong_tensors(request, kind, change, message):
         {"pack": open_pack, "unet": open_unet}[kind](path)
 
 
+LCM = "time_embed.cond_proj.weight"
+
+
+def test_unknown_tensors_are_left_out_only_when_told(unet):
+    rewritten(unet, lambda sd: None, {})
+    plain = open_unet(unet)
+    rewritten(unet, lambda sd: sd.update({LCM: torch.zeros(8, 3)}), {})
+    with pytest.raises(BadFile, match=rf"^unet.safetensors: no layer of a narrow-sd UNet has {LCM}, so it would be lost.* --drop-unknown"):
+        open_unet(unet)
+    found = open_unet(unet, drop_unknown=True)
+    assert found.unknown == (LCM,) and plain.unknown == ()
+    assert found.description == plain.description and equal(found.tensors, plain.tensors)
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_tensors_that_change_what_weights_mean_are_never_left_out(unet, drop):
+    rewritten(unet, lambda sd: sd.update({KEY + "_scale": torch.ones(1), LCM: torch.zeros(8, 3)}), {})
+    with pytest.raises(BadFile, match=rf"^unet.safetensors: {KEY}_scale stands beside the weights of a layer"):
+        open_unet(unet, drop_unknown=drop)
+
+
 @pytest.mark.parametrize("scale, message", [
     (torch.ones(7), r"scale \(F32, \[7\]\) is no scale of int8 weights; wanted \[8\]"), (torch.ones(8, 3), "is no scale"),
     (torch.ones(()), "is no scale"), (torch.full((8,), float("nan")), "not finite"), (torch.ones(8).to(torch.int32), "is no scale"),

@@ -87,6 +87,20 @@ def test_whatever_is_cut_is_recognised_in_addressed_names(cut):
     assert shapes(found.architecture, found.layout, found.numbering) == shapes(chosen, "ldm", "addressed")
 
 
+LCM = {"ldm": "time_embed.cond_proj.weight", "diffusers": "time_embedding.cond_proj.weight"}
+
+
+@pytest.mark.parametrize("chosen, layout, numbering, prefix", [
+    (Architecture.full(FAMILIES["sd15"]), "ldm", "renumbered", "model.diffusion_model."), (Architecture.preset("m1"), "diffusers", "renumbered", "unet."),
+    (Architecture.preset("base"), "ldm", "addressed", ""),
+], ids=["checkpoint", "pipeline", "bare"])
+def test_tensors_that_no_layer_has_are_told(chosen, layout, numbering, prefix):
+    more = {prefix + key: (320, 256) for key in (LCM[layout], f"{LCM[layout]}_scale")}
+    plain = recognise(shapes(chosen, layout, numbering, prefix))
+    assert recognise(shapes(chosen, layout, numbering, prefix) | more | OTHERS) == replace(plain, unknown=tuple(sorted(more)))
+    assert plain.unknown == ()
+
+
 # Refusals -------------------------------------------------------------------------------------------
 
 KEY = "input_blocks.1.0.in_layers.2.weight"
@@ -94,17 +108,23 @@ KEY = "input_blocks.1.0.in_layers.2.weight"
 
 @pytest.mark.parametrize("change, message", [
     (lambda s: s.pop(KEY), f"closest to sd15 base, but has 1 missing (first: {KEY})"),
-    (lambda s: s.update({"input_blocks.1.0.more": (1,)}), "closest to sd15 base, but has 1 unknown (first: input_blocks.1.0.more)"),
     (lambda s: s.update({KEY: (320, 320, 1, 1)}), f"1 tensors of another shape (first: {KEY} is [320, 320, 1, 1], wanted [320, 320, 3, 3])"),
     (lambda s: s.update({"input_blocks.0.0.weight": (320,)}), "the first convolution has shape (320,)"),
     (lambda s: s.update({k: (s[k][0], 999) for k in s if k.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}),
      "320 base channels, text width 999 and pooled conditioning None belongs to none of the known families: sd15 (320, 768, None)"),
-], ids=["missing", "unknown", "shape", "first convolution", "text width"])
+], ids=["missing", "shape", "first convolution", "text width"])
 def test_the_nearest_network_is_named(change, message):
     found = shapes(Architecture.preset("base"))
     change(found)
     with pytest.raises(Unrecognised, match=re.escape(message)):
         recognise(found)
+
+
+@pytest.mark.parametrize("layer", ["input_blocks.12.0", "output_blocks.0.1", "input_blocks.1.1.transformer_blocks.1"])
+def test_a_further_layer_is_not_taken_for_an_unknown_tensor(layer):
+    found = shapes(Architecture.full(SD)) | {f"{layer}.transformer_blocks.0.weight": (1,)}
+    with pytest.raises(Unrecognised, match=re.escape(f"closest to narrow-sd full, but has 1 unknown (first: {layer}.")):
+        recognise(found, [SD])
 
 
 def test_a_renamed_key_is_a_missing_and_an_unknown_one():
@@ -139,4 +159,5 @@ def test_any_names_and_shapes_are_recognised_or_refused(other, changed, dropped,
         recognised = recognise(found, [SD])
     except Unrecognised:
         return
-    assert recognised.keys().keys() <= found.keys()
+    assert recognised.keys().keys() | set(recognised.unknown) <= found.keys()
+    assert not recognised.keys().keys() & set(recognised.unknown)

@@ -123,6 +123,14 @@ def test_unpruned_files_load_as_in_stock(tmp_path):
     assert same(models.load_unet(str(path)), comfy.sd.load_diffusion_model(str(path)))
 
 
+def test_tensors_of_no_layer_are_ignored_as_in_stock(tmp_path, caplog):
+    path, unknown = tmp_path / "lcm.safetensors", "time_embed.cond_proj.weight"
+    save_file(tensors("") | {unknown: torch.ones(32, 16)}, path)
+    ours, stock = models.load_unet(str(path)), comfy.sd.load_diffusion_model(str(path))
+    assert caplog.messages == [f"asdm: lcm.safetensors: no layer of this UNet has {unknown}, which is ignored.", f"unet unexpected: ['{unknown}']"]
+    assert same(ours, stock)
+
+
 @pytest.mark.parametrize("preset", ["base", "small", "m1"])
 def test_pruned_files_load_as_in_stock(tmp_path, preset):
     path = tmp_path / "file.safetensors"
