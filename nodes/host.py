@@ -26,8 +26,8 @@ from ..asdm_core.cast import Cast, Line, Part, fingerprint
 from ..asdm_core.inheritance import Plan
 from . import units
 from .regional import Attention, Regional
-from .replay import COMPUTE, PROBE, REPLAY, Clock, Inheritance, Log, Misfit, Report, step_of
-from .timing import Record, Recorder
+from .replay import COMPUTE, PROBE, REPLAY, Inheritance, Log, Misfit, Report, step_of
+from .timing import Laps, Record, Recorder
 
 KEY = "asdm"
 DOOR = "forward_timestep_embed_patch"  # the host's hook for single layers
@@ -176,7 +176,7 @@ class Run:
         self.cast, self._inheritance, self._regional = setup.cast, setup.inheritance, setup.regional
         self._speed, self._recorder = setup.speed, Recorder(model.load_device) if setup.speed else None
         self._nodes, self._step, self._shape = sigmas, 0, shape
-        self._clock = Clock(model.load_device) if self._inheritance else None
+        self._laps = Laps(model.load_device) if self._inheritance else None
         sampling = model.get_model_object("model_sampling")
         # The last window also holds sigma 0, where some samplers ask once more.
         self._sigmas = {w: (sampling.percent_to_sigma(w.start), sampling.percent_to_sigma(w.end) if w.end < 1 else -1.0)
@@ -196,12 +196,12 @@ class Run:
                 stage.memory.begin_evaluation(sigma)
         memory = self._memory()
         if memory is not None:
-            self._clock.begin(memory.step)
+            self._laps.begin(memory.step)
 
     def evaluated(self) -> None:
         """The evaluation that set_sigma began is over."""
         if self._memory() is not None:
-            self._clock.end()
+            self._laps.end()
 
     def timed(self, sigma: float):
         """A context for one evaluation at this noise level, which is timed if that was asked for."""
@@ -220,7 +220,7 @@ class Run:
     def close(self) -> None:
         memory = self._memory()
         if memory is not None:
-            self._inheritance.log.last = Report(memory.steps, memory.counts, memory.replayed(), self._clock.seconds(), memory.peak)
+            self._inheritance.log.last = Report(memory.steps, memory.counts, memory.replayed(), self._laps.seconds(), memory.peak)
         if self._recorder is not None:
             self._speed.last = Record(self._shape, self._recorder.evaluations(), memory.replayed() if memory else [], self._recorder.layers())
         for stage in self._stages.values():

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,39 +101,6 @@ class Inheritance:
             logging.warning(f"asdm: feature inheritance in a run of {len(sigmas) - 1} steps: with fewer than {FEW_STEPS}, neighbouring "
                             "steps differ so much that the picture suffers.")
         return Memory(self.plan, architecture.config, architecture.cut, sigmas, self.on_cpu)
-
-
-class Clock:
-    """Times from one evaluation of a run to the next. On CUDA by events, so that nobody has to wait."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[int, object]] = []
-        self._end = None
-
-    def _now(self):
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def begin(self, step: int) -> None:
-        """An evaluation of a step begins."""
-        self._marks.append((step, self._now()))
-        self._end = None
-
-    def end(self) -> None:
-        """It is over; perhaps it was the last."""
-        self._end = self._now()
-
-    def seconds(self) -> list[tuple[int, float]]:
-        """(step, seconds) of each evaluation until the next one begins, of the last until it ends; not of one that was broken off."""
-        times = [now for _, now in self._marks] + [self._end] * (self._end is not None)
-        if self._cuda and times:
-            times[-1].synchronize()
-        return [(step, a.elapsed_time(b) / 1000 if self._cuda else b - a)
-                for (step, _), a, b in zip(self._marks, times, times[1:], strict=False)]
 
 
 def step_of(sigma: float, sigmas: Sequence[float], last: int) -> int:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import comfy.model_management
 import torch
@@ -60,20 +61,58 @@ class Record:
     layers: dict[tuple[str, str], tuple[float, int]]
 
 
-class Recorder:
-    """Times of one run: each evaluation by its step, each layer by its address and role. On CUDA by events, so that nobody waits."""
+class Clock:
+    """Moments on a device and the seconds between them. On CUDA a moment is an event, so that nobody waits for the device meanwhile."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._evaluations: list[tuple[int, object, object]] = []
-        self._layers: list[tuple[tuple[str, str], object, object]] = []
 
-    def _now(self):
+    def now(self):
+        """This moment in what the device does."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def seconds(self, start, end) -> float:
+        """From one moment to a later one; waits until the device has reached it."""
+        if not self._cuda:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+
+class Laps:
+    """Times from one evaluation of a run to the next."""
+
+    def __init__(self, device: torch.device):
+        self._clock = Clock(device)
+        self._begun: list[tuple[int, object]] = []
+        self._end = None
+
+    def begin(self, step: int) -> None:
+        """An evaluation of a step begins."""
+        self._begun.append((step, self._clock.now()))
+        self._end = None
+
+    def end(self) -> None:
+        """It is over; perhaps it was the last."""
+        self._end = self._clock.now()
+
+    def seconds(self) -> list[tuple[int, float]]:
+        """(step, seconds) of each evaluation until the next one begins, of the last until it ends; not of one that was broken off."""
+        moments = [moment for _, moment in self._begun] + [self._end] * (self._end is not None)
+        return [(step, self._clock.seconds(a, b)) for (step, _), (a, b) in zip(self._begun, pairwise(moments), strict=False)]
+
+
+class Recorder:
+    """Times of one run: each evaluation by its step, each layer by its address and role."""
+
+    def __init__(self, device: torch.device):
+        self._clock = Clock(device)
+        self._evaluations: list[tuple[int, object, object]] = []
+        self._layers: list[tuple[tuple[str, str], object, object]] = []
 
     def evaluation(self, step: int):
         return self._during(self._evaluations, step)
@@ -83,9 +122,9 @@ class Recorder:
 
     @contextmanager
     def _during(self, to: list, what):
-        start = self._now()
+        start = self._clock.now()
         yield
-        to.append((what, start, self._now()))  # not of what an interrupt or an error ended
+        to.append((what, start, self._clock.now()))  # not of what an interrupt or an error ended
 
     def evaluations(self) -> list[tuple[int, float]]:
         """(step, seconds) of each evaluation, in order."""
@@ -100,9 +139,7 @@ class Recorder:
         return found
 
     def _seconds(self, marks: list) -> list[tuple]:
-        if self._cuda and marks:
-            torch.cuda.synchronize()
-        return [(what, a.elapsed_time(b) / 1000 if self._cuda else b - a) for what, a, b in marks]
+        return [(what, self._clock.seconds(start, end)) for what, start, end in marks]
 
 
 @dataclass
