@@ -1,6 +1,6 @@
 """The papers' tables at emoji scale, with the controls without which they say nothing.
 
-    python -m bench.tables --samples 4000 --prompts 240
+    python -m bench.tables --samples 4000 --prompts 240 --steps 10
 
 Trains the runs of RUNS one after the other, by train's own recipes and loop, and measures each against the teacher
 with the same inputs, prompts and noises (train/emoji/compare.py). All runs of a seed see the same samples in the
@@ -28,7 +28,6 @@ import torch
 from accelerate import Accelerator
 
 from asdm_core.architecture import Architecture
-from asdm_core.packs import open_pack
 from asdm_core.surgery import cut_diffusers
 from train.config import Config, load
 from train.emoji.compare import FIXED, Judge, Switched
@@ -69,7 +68,8 @@ class Run:
     seconds_of: tuple[str, str] | None = None
 
 
-ALONE = ("loss.output=0", "loss.blocks=0", "loss.mid=0")  # the denoising loss alone: no distillation
+ALONE = ("loss.task=1", "loss.output=0", "loss.blocks=0")  # the denoising loss alone: no distillation
+PAPER = ("loss.task=1", "loss.mid=1", "loss.blocks=0")  # A-SDM's losses of stage 2, without VGG
 
 # Semantic-aware supervision: the family's classifier is what VGG is to SD1.5.
 SEEN = ("loss.perceptual=0.1", "loss.perceptual_warmup=1")
@@ -96,17 +96,20 @@ RUNS = (
     Run("tiny-clme", "Tiny trained on with experts of the original's layers (CLME)", "tiny", "emoji-tiny-clme", "tiny"),
     Run("small-clme", "Small trained on with experts of the original's layers (CLME)", "small", "emoji-small-clme", "small"),
     Run("m5-seconds", "M5 for as many seconds as M2", "m2", "emoji-m5", "base", seconds_of=("m2", "m5")),
-    Run("m2-none", "M2 without the mid-block loss", "m2", "emoji-m2", "base", changes=("loss.mid=0",)),
+    Run("m2-mid", "M2 with the mid-block loss as well", "m2", "emoji-m2", "base", changes=("loss.mid=1",)),
+    Run("m2-paper", "M2 with the denoising and the mid-block loss, not those of the blocks", "m2", "emoji-m2", "base", changes=PAPER),
+    Run("base-task", "stage 1, Base, with the denoising loss as well", "base", "emoji-base", changes=("loss.task=1",)),
     Run("base-on", "Base trained on", "base", "emoji-base", "base"),
     Run("base-e2", "Base trained on with two experts", "base", "emoji-base-e2", "base"),
     Run("base-clme", "Base trained on with experts of the original's layers (CLME)", "base", "emoji-base-clme", "base"),
     Run("m4", "M4: as M1, nothing frozen", "m1", "emoji-m4", "base"),
     Run("tiny-alone", "Tiny without distillation", "tiny", "emoji-tiny", changes=ALONE),
     Run("small-alone", "Small without distillation", "small", "emoji-small", changes=ALONE),
-    Run("m2-features", "M2 with the classifier's features in place of the mid-block loss", "m2", "emoji-m2", "base", changes=(*SEEN, "loss.mid=0")),
-    Run("m2-both", "M2 with the mid-block loss and the classifier's features", "m2", "emoji-m2", "base", changes=SEEN),
+    Run("m2-features", "M2 with the classifier's features as well", "m2", "emoji-m2", "base", changes=SEEN),
+    Run("m2-both", "M2 with the mid-block loss and the classifier's features as well", "m2", "emoji-m2", "base", changes=("loss.mid=1", *SEEN)),
 )
 KEY = ("base", "m2", "m2-direct", "m5", "teacher-on", "base-on")  # trained with every seed, the others with the first
+SHIPPED = ("m2", "m1", "small", "tiny", "tiny-e2")  # in models/, trained for longer (--rows)
 CUT = ("base", "m2", "tiny", "small", "m1", "m3")  # merely cut
 # Table 3, first and second network and the share of the first: the paper switches after 10 or 15 of 25 steps.
 SWITCHES = (("base", "whole", 0.4), ("whole", "base", 0.6), ("whole", "base", 0.4), ("base", "whole", 0.6), ("base", "whole", 0.2), ("whole", "base", 0.8),
@@ -132,6 +135,9 @@ class Settings:
     def product(self, run: str, seed: int) -> Path:
         return self.folder / self.seeded(run, seed) / f"{run}.safetensors"
 
+    def shipped(self, run: str) -> Path:
+        return self.models / f"emoji-{run}.safetensors"
+
     def seconds(self, run: str, seed: int) -> float:
         log = (self.product(run, seed).parent / "log.jsonl").read_text().splitlines()
         return json.loads(log[-1])["seconds"]
@@ -155,14 +161,14 @@ class Settings:
         return self.folder / f"outputs-s{seed}"
 
 
-def runs(seed: int) -> Iterator[Run]:
-    """Those that are trained with this seed; seeds begin at 1."""
-    return (run for run in RUNS if seed == 1 or run.name in KEY)
+def runs(seed: int, rows: Sequence[str] = ()) -> Iterator[Run]:
+    """Those that are trained with this seed; seeds begin at 1. rows: only these, of any seed, where there are any."""
+    return (run for run in RUNS if (run.name in rows if rows else seed == 1 or run.name in KEY))
 
 
-def compute_outputs(settings: Settings, seed: int) -> None:
+def compute_outputs(settings: Settings, seed: int, rows: Sequence[str] = ()) -> None:
     """The teacher's outputs for the longest run, with every feature any run compares."""
-    recipes = [settings.recipe(run, seed) for run in runs(seed) if not run.seconds_of]
+    recipes = [settings.recipe(run, seed) for run in runs(seed, rows) if not run.seconds_of]
     paths = {path for recipe in recipes for path in Criterion(recipe, torch.device("cpu")).teacher_paths}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     write_outputs(settings.outputs(seed), recipes[0], paths, max(r.run.steps * r.run.batch for r in recipes), device)
@@ -200,26 +206,27 @@ def switched(judge: Judge, settings: Settings, switch: tuple[str, str, float], s
     return Switched(trained(judge, settings, first, seed), trained(judge, settings, second, seed), at, settings.steps)
 
 
-def jobs(settings: Settings, seeds: Sequence[int]) -> Iterator[Job]:
-    """Everything there is to do, in order of importance; what is done already takes no time."""
+def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = ()) -> Iterator[Job]:
+    """Everything there is to do, or what belongs to some rows, in order of importance; what is done already takes no time."""
     judges = {host: Judge(host, settings.folder / "measured", settings.family, settings.models, settings.prompts, settings.steps)
               for host in ("teacher", "openmoji")}
     teacher, finetune = judges["teacher"], judges["openmoji"]
     measure = partial(teacher.measure, rounds=settings.rounds)
     yield "teacher", lambda: measure("whole", lambda: teacher.whole)
     for seed in seeds:
-        yield f"outputs of the teacher, seed {seed}", partial(compute_outputs, settings, seed)
-        for run in runs(seed):
+        yield f"outputs of the teacher, seed {seed}", partial(compute_outputs, settings, seed, rows)
+        for run in runs(seed, rows):
             yield f"train {run.name}, seed {seed}", partial(make, run, settings, seed)
             yield f"measure {run.name}, seed {seed}", partial(
                 measure, settings.seeded(run.name, seed), partial(trained, teacher, settings, run.name, seed))
             if run.cut:
                 yield f"measure cut {run.cut}", partial(measure, f"cut-{run.cut}", partial(cut_teacher, teacher, run.cut))
-            if run.name == "teacher-on":
-                yield "measure the pack in models/", partial(measure, "shipped-m2", lambda: assembled(teacher.whole, settings.models / "emoji-m2.safetensors"))
+            if run.name == "teacher-on" and not rows:
+                for name in SHIPPED:
+                    yield f"measure {name} in models/", partial(measure, f"shipped-{name}", partial(assembled, teacher.whole, settings.shipped(name)))
                 yield from switching(settings, seed, measure, teacher, SWITCHES[:3])
                 yield from transfer(settings, seed, finetune, [name for name in ("m2", "m2-alone", "base") if seed == 1 or name in KEY])
-        if seed == 1:
+        if seed == 1 and not rows:
             yield from switching(settings, seed, measure, teacher, SWITCHES)
             yield from transfer(settings, seed, finetune, TRANSFER)
 
@@ -269,7 +276,8 @@ def gathered(settings: Settings, seeds: Sequence[int]) -> dict[str, dict[str, di
 
     for host in found:
         put(host, "whole", None)
-        put(host, "shipped-m2", None, "m2")
+        for name in SHIPPED:
+            put(host, f"shipped-{name}", None, named(name).cut)
         for preset in CUT:
             put(host, f"cut-{preset}", None)
         for run in RUNS:
@@ -285,20 +293,19 @@ def gathered(settings: Settings, seeds: Sequence[int]) -> dict[str, dict[str, di
     return found
 
 
-def before(run: Run) -> Run | None:
-    """The run whose product this one begins with."""
-    return next((r for r in RUNS if r.name == run.start), None)
+def named(name: str) -> Run | None:
+    return next((run for run in RUNS if run.name == name), None)
 
 
 def learned(settings: Settings, run: Run, seed: int) -> int:
     """Samples of a run and of those before it."""
-    mine, first = settings.recipe(run, seed).run, before(run)
+    mine, first = settings.recipe(run, seed).run, named(run.start)
     return mine.steps * mine.batch + (learned(settings, first, seed) if first else 0)
 
 
 def spent(settings: Settings, run: Run, seed: int) -> float:
     """Seconds of training of a run and of those before it, the teacher's outputs not counted."""
-    first = before(run)
+    first = named(run.start)
     return settings.seconds(run.name, seed) + (spent(settings, first, seed) if first else 0)
 
 
@@ -332,9 +339,10 @@ def write(settings: Settings, seeds: Sequence[int], notes: str = "") -> None:
 
 
 TABLES = {
-    "Table 1: students of stage 1, with further experts": ("base", "base-on", "base-e2", "base-clme", "small", "small-on", "small-e2", "small-e2-fixed", "small-clme",
-                                                          "tiny", "tiny-on", "tiny-e2", "tiny-e2-fixed", "tiny-clme"),
-    "Table 2: combined UNets": ("shipped-m2", "base", "m1", "m2", "m3", "m4", "m5", "m5-seconds", "m2-none", "m2-features", "m2-both"),
+    "Table 1: students of stage 1, with further experts": (
+        "shipped-small", "shipped-tiny", "shipped-tiny-e2", "base", "base-task", "base-on", "base-e2", "base-clme", "small", "small-on", "small-e2",
+        "small-e2-fixed", "small-clme", "tiny", "tiny-on", "tiny-e2", "tiny-e2-fixed", "tiny-clme"),
+    "Table 2: combined UNets": ("shipped-m1", "shipped-m2", "base", "m1", "m2", "m3", "m4", "m5", "m5-seconds", "m2-paper", "m2-mid", "m2-features", "m2-both"),
     "Controls": ("teacher-on", "m2-direct", "m2-alone", "base-alone", "small-alone", "tiny-alone"),
 }
 
@@ -343,19 +351,17 @@ def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdi
     """docs/evidence.md."""
     mine, its = rows["teacher"], rows["openmoji"]
     what = {run.name: run.what for run in RUNS} | {f"cut-{p}": f"{p.capitalize()}, merely cut" for p in CUT}
-    what |= {"whole": "the original", "shipped-m2": "the M2 pack in models/, trained apart"}
+    what |= {"whole": "the original", **{f"shipped-{name}": f"{name} in models/, trained for longer" for name in SHIPPED}}
     most = max(found["seeds"] for name, found in mine.items() if "samples" in found)
     spread = f"the standard deviation over {most} training seeds is in brackets where there is one; the other rows are one training run" if most > 1 else (
         "every row is **one** training run, so nothing here knows the spread over training seeds; small differences may be chance")
     done = [run.name for run in RUNS if run.name in mine]
-    pack = settings.models / "emoji-m2.safetensors"
-    shipped = f" (the M2 pack in models/ saw {open_pack(pack).description.training['samples']:,})" if pack.exists() else ""
     lines = [
         "# What the papers claim, tried at emoji scale", "",
         "Written by `bench/tables.py` from its measurements (`bench/results/tables.json`); nothing is typed in by hand. The numbers compare "
         "techniques with each other on the small [emoji family](../models/README.md). **They say nothing absolute about SD1.5.**", "",
         f"- Each run of one stage learned from {settings.samples:,} samples, equal for all: the same samples in the same order, batch {BATCH}, "
-        f"learning rate {LR:g}. That is very little{shipped}: all rows are far from converged, and a claim about long training is not refuted by them.",
+        f"learning rate {LR:g}. That is very little: all rows are far from converged, and a claim about long training is not refuted by them.",
         f"- {len(done)} of {len(RUNS)} runs are finished; {spread}. Pictures are not counted as n.",
         f"- Measured on {mine['whole']['pictures']} pictures of each row ({settings.prompts} plain prompts, {settings.steps} DDIM steps, CFG 3), drawn from the same noises "
         f"in every row, and on {FIXED} fixed inputs (v-MSE). PSNR and SSIM are to the original's picture from the same noise. Accuracy is the "
@@ -401,6 +407,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=38_400, help="what a run of one stage learns from, equal for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="training seeds: the first trains all rows, 2 and on the key rows; "
                         "several processes may have different seeds in one folder")
+    parser.add_argument("--rows", nargs="+", choices=[run.name for run in RUNS], default=[], help="only these, each after the row it begins with; "
+                        "how the weights in models/ are made")
     parser.add_argument("--prompts", type=int, default=360, help="drawn in each round, equal for all")
     parser.add_argument("--steps", type=int, default=25, help="of sampling")
     parser.add_argument("--rounds", type=int, default=1, help="noises of each prompt")
@@ -418,10 +426,10 @@ def main() -> None:
         write(settings, seeds, args.notes)
         return
     known: set[Path] = set()
-    for name, do in jobs(settings, seeds):
+    for name, do in jobs(settings, seeds, args.rows):
         print(f"-- {name}", flush=True)
         do()
-        if (there := set((settings.folder / "measured").glob("*.json"))) != known:
+        if not args.rows and (there := set((settings.folder / "measured").glob("*.json"))) != known:
             write(settings, seeds, args.notes)
             known = there
 

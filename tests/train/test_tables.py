@@ -49,7 +49,7 @@ def test_claims_are_about_rows_that_exist():
     rows = {*NAMES, "whole", *map(tables.switch_name, tables.SWITCHES)}
     for claim in evidence.CLAIMS:
         assert {claim.better, claim.worse} <= rows, claim
-    assert {name for names in tables.TABLES.values() for name in names} == {*NAMES, "shipped-m2"}
+    assert {name for names in tables.TABLES.values() for name in names} == {*NAMES, *(f"shipped-{name}" for name in tables.SHIPPED)}
 
 
 ROW = {"seeds": 1, "v_mse_teacher": 0.1, "psnr": 16.0, "accuracy": 0.7, "accuracy_se": 0.03}
