@@ -11,11 +11,6 @@ def standard_error(values: Tensor) -> float:
     return float(values.float().std() / len(values) ** 0.5)
 
 
-def gap_recovered(teacher: Tensor, cut: Tensor, after: Tensor) -> float:
-    """1 - MSE_after / MSE_cut of paired pictures: 0 = still merely cut, 1 = equal to the teacher."""
-    return float(1 - (after - teacher).square().mean() / (cut - teacher).square().mean())
-
-
 def by_bins(values: Tensor, t: Tensor, steps: int = 1000, bins: int = 4) -> dict[str, float]:
     """Means of values (N,) over all and by bins of their timesteps t (N,): {"all": .., "0-249": .., ...}."""
     width = steps // bins

@@ -11,6 +11,7 @@ import copy
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -216,8 +217,12 @@ def joining(product: Path) -> Path:
 
 
 def write_product(student: nn.Module, config: Config, training: Mapping) -> None:
-    """Write the pack, or the pruned UNet and the pack of its experts and gains, of a finished run."""
+    """Write the pack, or the pruned UNet and the pack of its experts and gains, of a finished run, under the teacher's licence."""
     unet, description, dtype = config.network.config, describe_product(config, training), DTYPES[config.run.stored]
+    if config.network.teacher != "random":
+        teacher = open_unet(config.network.teacher).description
+        # A UNet of the embedded family goes with the teacher's text encoder and VAE.
+        description = replace(description, licence=teacher.licence, companions=teacher.companions if description.kind == "unet" else {})
     tensors = {k: v.detach().float() for k, v in addressed(student, config.architecture).items()}
     further = {k: attn.processor.gain.float() for k, attn in regional(student, unet, config.gains).items()}
     if config.condconv:
@@ -227,7 +232,7 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
         return
     if further:
         joined = Description("pack", Architecture.full(unet), prediction=description.prediction, training=description.training,
-                             condconv=config.condconv, gri=config.gains)
+                             condconv=config.condconv, gri=config.gains, licence=description.licence)
         write_pack(joining(config.product), further, joined, dtype)
     write_unet(config.product, tensors, description, dtype)
 

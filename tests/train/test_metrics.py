@@ -4,7 +4,7 @@ import torch
 from train.emoji.classifier import FEATURES, Classifier, augment, load_classifier, save_classifier, top_k
 from train.emoji.evaluate import background_of, summary
 from train.emoji.render import BACKGROUNDS
-from train.metrics import by_bins, frechet, gap_recovered, kid
+from train.metrics import by_bins, frechet, kid
 
 
 def test_top_k_counts_first_and_first_five():
@@ -40,13 +40,6 @@ def test_augmenting_depends_on_the_generator_alone():
     x = torch.rand(4, 3, 32, 32)
     a, b = (augment(x, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(a, b) and a.shape == x.shape and 0 <= a.min() and a.max() <= 1
-
-
-def test_gap_recovered_is_one_for_the_teacher_and_zero_for_the_cut():
-    teacher, cut = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
-    assert gap_recovered(teacher, cut, teacher) == 1
-    assert gap_recovered(teacher, cut, cut) == 0
-    assert abs(gap_recovered(teacher, cut, (teacher + cut) / 2) - 0.75) < 1e-6
 
 
 def test_backgrounds_are_told_from_the_corners():

@@ -1,14 +1,11 @@
 import copy
-import json
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from asdm_core.architecture import Architecture
-from asdm_core.packs import Description, open_pack, write_file, write_pack
-from train import stages
-from train.emoji import distill, teacher
+from asdm_core.packs import write_file
+from train.emoji import teacher
 from train.emoji import unet as unets
 from train.emoji.data import variants
 from train.emoji.latents import load_latents
@@ -144,53 +141,6 @@ def test_pictures_are_written(tmp_path):
     save_grid(tmp_path / "g.png", torch.rand(5, 3, 8, 8), columns=3)
     save_curve(tmp_path / "c.png", [(i, i, float(i), 1.0 / (i + 1)) for i in range(20)], "test")
     assert {p.name for p in tmp_path.iterdir()} == {"g.png", "c.png"}
-
-
-# The pack -------------------------------------------------------------------------------------------
-
-
-def test_only_the_units_of_the_pack_change(tiny, glyphs, data, tokens, encoder, tmp_path):
-    torch.manual_seed(0)
-    whole = unets.build(tiny).requires_grad_(False)
-    architecture = Architecture.preset("m2", tiny)
-    student = distill.student_of(whole, architecture)
-    trained = [k for k, p in student.named_parameters() if p.requires_grad]
-    before = {k: p.clone() for k, p in student.named_parameters()}
-    live = dict(student.named_parameters())
-    optimiser = Optimiser({k: live[k] for k in trained})
-    x0, noise, t, rows = Batches(glyphs, data, tokens, 0)(0, 2, True)
-    for _ in range(2):
-        teacher.v_loss(student, encoder(rows).detach(), x0, noise, t).mean().backward()
-        optimiser.step(1e-3)
-    for key, p in student.named_parameters():
-        assert torch.equal(p, before[key]) == (key not in trained), key
-
-    frozen = ("mid_block", "down_blocks.2", "down_blocks.3", "up_blocks.0", "up_blocks.1", "time_embedding", "conv_in",
-              "conv_norm_out", "conv_out")
-    assert not any(k.startswith(frozen) for k in trained)
-    assert {k.split(".resnets")[0].split(".attentions")[0].split(".downs")[0].split(".ups")[0] for k in trained} == {
-        "down_blocks.0", "down_blocks.1", "up_blocks.2", "up_blocks.3"}
-
-    # The pack on its teacher is the student; on another UNet it brings the same units.
-    description = Description("pack", architecture, architecture.pack_units(), prediction="v")
-    path = tmp_path / "pack.safetensors"
-    write_pack(path, distill.addressed_units(student, architecture), description, dtype=None)
-    context = encoder(rows).detach()
-    with torch.no_grad():
-        x = torch.randn(2, 4, 16, 16)
-        torch.testing.assert_close(stages.assembled(whole, path)(x, t, context).sample, student.eval()(x, t, context).sample)
-    assert set(open_pack(path).tensors) == set(distill.addressed_units(student, architecture))
-    assert json.loads(description.to_json())["kind"] == "pack"
-
-
-def test_a_fresh_student_is_the_cut_teacher_and_v_mse_sees_it(tiny, glyphs, data, tokens, encoder):
-    torch.manual_seed(0)
-    whole = unets.build(tiny).eval()
-    batches = Batches(glyphs, data, tokens, 0)
-    same = distill.v_mse(whole, whole, encoder, batches, count=32)
-    cut = distill.v_mse(distill.student_of(whole, Architecture.preset("m2", tiny)), whole, encoder, batches, count=32)
-    assert set(same) == {"all", "0-249", "250-499", "500-749", "750-999"}
-    assert not any(same.values()) and cut["all"] > 0
 
 
 def test_half_of_the_pictures_drawn_are_on_white(glyphs, data, tokens):

@@ -27,7 +27,6 @@ from .classifier import load_classifier, top_k
 from .codec import load_codec
 from .data import load_glyphs
 from .diffusion import STEPS, noised, schedule
-from .distill import FIXED_STEP
 from .latents import load_latents
 from .teacher import TEACHER_STYLES, Batches, background_share, codec_images, sample_latents
 from .text import LENGTH, Tokens, host_folder, load_text
@@ -35,6 +34,7 @@ from .training import Progress, seeded
 from .unet import load_unet
 
 FIXED = 512  # inputs of the v-MSE
+FIXED_STEP = 10**9  # their samples lie far beyond any training step
 REFERENCE = 2048  # real glyphs
 STYLES = {"teacher": TEACHER_STYLES, "openmoji": ("openmoji",)}
 

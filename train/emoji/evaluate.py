@@ -1,6 +1,6 @@
-"""The numbers of the family: the gate, the codec, the finetune and the pack.
+"""The numbers of the family: the gate, the codec and the finetune. Packs and students are bench/tables.py's.
 
-    python -m train.emoji.evaluate codec teacher openmoji m2
+    python -m train.emoji.evaluate codec teacher openmoji
 
 Every part writes its rows to the runs folder; the parts made so far are gathered in
 models/emoji/report.json. Pictures are drawn with 20 DDIM steps at CFG 3.
@@ -22,27 +22,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from asdm_core.measure import psnr, ssim
-from asdm_core.packs import open_pack
+from asdm_core.measure import psnr
 
-from ..metrics import gap_recovered, standard_error
-from ..stages import assembled
+from ..metrics import standard_error
 from .captions import held_out, prompt
 from .classifier import load_classifier, top_k
 from .codec import load_codec, psnr_of
 from .data import Glyphs, Variant, draw, load_glyphs
-from .distill import student_of, v_mse
-from .latents import load_latents
 from .render import BACKGROUNDS
 from .sources import STYLES
-from .teacher import TEACHER_STYLES, Batches, codec_images, sample_latents
+from .teacher import TEACHER_STYLES, codec_images, sample_latents
 from .text import Tokens, host_folder, load_text
 from .training import Progress, add_common_arguments, save_grid, start
 from .unet import load_unet
 
 STEPS, CFG, SEEDS = 20, 3.0, 4
 GATE = {"emoji": 320, "top1": 0.80, "top5": 0.95, "codec_psnr": 25.0}
-PAIRED = 48  # prompts of the paired comparisons
 
 
 # Metrics --------------------------------------------------------------------------------------------
@@ -136,38 +131,10 @@ def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list
     return rows
 
 
-def pack_part(f: Family, name: str) -> list[dict]:
-    """The pack on the teacher it was made from and, where there is one, on the finetune it never saw."""
-    path, rows = f.models / f"emoji-{name}.safetensors", []
-    chosen = f.chosen[:: max(1, len(f.chosen) // PAIRED)][:PAIRED]
-    prompts, seeds = [prompt(f.concepts[i]) for i in chosen], [7000 + i for i in chosen]
-    for host, styles in (("teacher", TEACHER_STYLES), ("openmoji", ("openmoji",))):
-        if not (f.models / f"emoji-{host}.safetensors").exists():
-            continue
-        whole = f.unet(host)
-        packed = assembled(whole, path)
-        cut = student_of(whole, open_pack(path).description.architecture)
-        batches = Batches(f.glyphs, load_latents(f.runs, f.glyphs, styles), f.tokens, 99)
-        pictures = {label: f.draw(f"{host}, {label}", unet, prompts, seeds)
-                    for label, unet in (("whole", whole), ("merely cut", cut), (f"with {name}", packed))}
-        for label, unet in (("whole", whole), ("merely cut", cut), (f"with {name}", packed)):
-            row = {"row": f"{host}, {label}"} | f.recognised(pictures[label], chosen)
-            if label != "whole":
-                pairs = psnr(pictures[label], pictures["whole"])
-                row |= {"psnr": round(float(pairs.mean()), 2), "psnr_se": round(standard_error(pairs), 2),
-                        "ssim": round(float(ssim(pictures[label], pictures["whole"]).mean()), 4),
-                        "v_mse": v_mse(unet, whole, f.encoder, batches)}
-            rows.append(row)
-        rows[-1]["gap_recovered"] = round(gap_recovered(pictures["whole"], pictures["merely cut"], pictures[f"with {name}"]), 4)
-        save_grid(f.runs / f"grid-{name}-on-{host}.png", torch.cat([x[:24] for x in pictures.values()]), columns=24)
-    return rows
-
-
 PARTS: dict[str, Callable[[Family], list[dict]]] = {
     "codec": codec_part,
     "teacher": lambda f: unet_part(f, "teacher", TEACHER_STYLES, SEEDS),
     "openmoji": lambda f: unet_part(f, "openmoji", ("openmoji",), 1),
-    "m2": lambda f: pack_part(f, "m2"),
 }
 
 
@@ -206,9 +173,6 @@ def summary(parts: dict[str, list[dict]]) -> dict:
                    "ceiling_top5": round(sum(r["top5"] for r in ceiling) / len(ceiling), 4),
                    "codec_psnr": round(sum(codec) / len(codec), 2)}
         result["codec_gate_met"] = result["codec_psnr"] >= GATE["codec_psnr"]
-    for row in rows.values():
-        if "gap_recovered" in row:
-            result[f"gap_recovered ({row['row']})"] = row["gap_recovered"]
     return result
 
 
@@ -221,10 +185,8 @@ def table(rows: Sequence[dict]) -> str:
     for row in rows:
         more = []
         if "psnr" in row:
-            what = "between the two" if "seeds" in row["row"] else "of the codec" if "codec" in row["row"] else "to the whole UNet"
+            what = "between the two" if "seeds" in row["row"] else "of the codec"
             more.append(f"PSNR {what} {row['psnr']:.2f} +- {row['psnr_se']:.2f} dB")
-        more += [f"{name} {row[key]:.3f}" for name, key in (("SSIM", "ssim"), ("gap recovered", "gap_recovered")) if key in row]
-        more += [f"v-MSE {row['v_mse']['all']:.4f}"] if "v_mse" in row else []
         more += [f"background as asked {row['background_obeyed']:.1%}"] if "background_obeyed" in row else []
         lines.append(f"| {row['row']} | {row.get('pictures', '')} | {percent(row.get('top1'))} | {percent(row.get('top5'))} | {'; '.join(more)} |")
     return "\n".join(lines)
@@ -259,7 +221,7 @@ def main() -> None:
     report = {
         "command": f"python -m train.emoji.evaluate {' '.join(done)}", "machine": machine(), "versions": versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "settings": {"steps": STEPS, "cfg": CFG, "seeds": SEEDS, "sampler": "DDIM", "drawn_in": "bfloat16", "paired_prompts": PAIRED, "gate": GATE},
+        "settings": {"steps": STEPS, "cfg": CFG, "seeds": SEEDS, "sampler": "DDIM", "drawn_in": "bfloat16", "gate": GATE},
         "minutes": {part: d["minutes"] for part, d in done.items()},
         "summary": summary({part: d["rows"] for part, d in done.items()}),
         "rows": [row for d in done.values() for row in d["rows"]],
