@@ -152,7 +152,7 @@ def test_a_product_is_under_its_teachers_licence_and_a_unet_keeps_its_companions
     told = Description("unet", full, prediction="v", licence="CC-BY-4.0", companions={"vae": "its-vae.safetensors"})
     write_unet(path, stages.addressed(stages.load_teacher(recipe), full), told)
     for changes, has_companions in ((["student.preset=m2"], False), (["student.preset=base", "loss.mid=0"], True)):
-        recipe = load(NARROW, [*changes, f"network.teacher={path}", f"run.folder={tmp_path / changes[0]}"])
+        recipe = load(NARROW, [*changes, f"network.teacher={path}", f"run.folder={tmp_path}"])
         stages.write_product(stages.make_student(stages.load_teacher(recipe), recipe), recipe, {})
         description = stages.open_product(recipe.product).description
         assert description.licence == told.licence and dict(description.companions) == (dict(told.companions) if has_companions else {})
