@@ -128,7 +128,8 @@ class Entry:
     """Features of one chunk: the step they are from (and where within it), the circumstances they were made under, tensors by address.
 
     shapes: (C, H, W) of what every unit made that is not to compute on inherited steps.
-    weight: where on the line through the step before (0) and this one (1) the running forward lies, for compiled forecasts.
+    earlier, weight: for forecasts of the running forward, the features of the step before, and where it lies on the line from
+    there (0) through this step (1).
     """
 
     step: int
@@ -137,6 +138,7 @@ class Entry:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     before: Entry | None = None  # the full step before, for forecasts
+    earlier: Mapping[str, Tensor] = field(default_factory=dict)
     weight: Tensor | None = None
 
 
@@ -237,8 +239,10 @@ class Memory:
         if source < self.step:
             # An entry stays empty where another cache kept the network from running on the step that was to record.
             return REPLAY if self._holds(lambda entry: entry.step == source and entry.tensors) else COMPUTE
-        # Record what somebody will inherit.
-        return RECORD if self._returns or source in self._sources[self.step + 1:] else COMPUTE
+        # Record what somebody will inherit. The last full steps record as well: compiled, they need no graph of their own then.
+        inheriting = [step for step, source in enumerate(self._sources) if source < step]
+        needed = source in self._sources[self.step + 1:] or inheriting and self.step > inheriting[-1]
+        return RECORD if self._returns or needed else COMPUTE
 
     def _adaptive_mode(self) -> str:
         pinned = self.plan.schedule.computed(self.steps)[self.step]
@@ -267,11 +271,16 @@ class Memory:
         self._count()
 
     def _aim(self) -> None:
-        for entry in self.held:
-            if entry.before is not None:
-                entry.weight = torch.full((), self._weight(entry), device=self._device)
+        """Lay the line of each forecast."""
+        for entry in self.held if self._forecasts else ():
+            # From a single step the line starts where it ends, so that compiled forecasts from one and from two steps are the same
+            # graph. Views, because a graph would take notice of inputs that are one tensor.
+            entry.earlier = entry.before.tensors if entry.before else {a: t.view_as(t) for a, t in entry.tensors.items()}
+            entry.weight = torch.full((), self._weight(entry), device=self._device)
 
     def _weight(self, entry: Entry) -> float:
+        if entry.before is None:
+            return 1.0
         return 1 + (self.position - entry.position) / (entry.position - entry.before.position)
 
     def _key(self, uuid, cond, x: Tensor, chunks: int) -> tuple:
@@ -286,7 +295,7 @@ class Memory:
             return None
         if entry.step == self.step:  # the step was evaluated before; two points so close give no direction
             return entry.before
-        entry.before = None
+        entry.before, entry.earlier = None, {}  # no more than two steps are remembered
         return entry
 
     @staticmethod
@@ -370,7 +379,7 @@ class Memory:
         value = entry.tensors.get(address)
         if value is None or value.shape[1:] != shape:
             raise Misfit(address)
-        earlier = entry.before and entry.before.tensors.get(address)
+        earlier = entry.earlier.get(address)
         if self.reuse.get(address) == "forecast" and earlier is not None and earlier.shape == value.shape:
             # A number of Python's would become part of a compiled graph.
             value = torch.lerp(earlier, value, entry.weight.to(value) if torch.compiler.is_compiling() else self._weight(entry))
@@ -408,7 +417,7 @@ class Memory:
         """Bytes held at the moment."""
         entries = list(self._entries.values())
         entries += [e.before for e in entries if e.before is not None]
-        return sum(t.numel() * t.element_size() for e in entries for t in e.tensors.values())
+        return sum({t.data_ptr(): t.nbytes for e in entries for t in (*e.tensors.values(), *e.earlier.values())}.values())
 
     def close(self) -> None:
         self._entries.clear()
