@@ -52,14 +52,14 @@ def seeded(run, model):
 
 
 def check(apply, model, run=None, plan=PLAN, config=SD, replays=(1, 3, 5), full=()):
-    """A run with the plan and a neighbour equals the reference, twice, whichever node comes first; and inherits at these steps."""
+    """A run with the plan and a neighbour equals the reference, again and whichever node comes first; and inherits at these steps."""
     run = run or partial(small.sample, config=config, steps=STEPS)
     with reference.Inheriting(model, config, plan, full):
         wanted = seeded(run, apply(model))
-    for m in (apply(host.with_plan(model, plan)), host.with_plan(apply(model), plan)):
-        for _ in range(2):
-            assert torch.equal(seeded(run, m), wanted)
-            assert replays is None or inherited(m) == list(replays)
+    first = apply(host.with_plan(model, plan))
+    for m in (first, first) if apply is itself else (first, first, host.with_plan(apply(model), plan)):
+        assert torch.equal(seeded(run, m), wanted)
+        assert replays is None or inherited(m) == list(replays)
     assert wanted.isfinite().all()
     return wanted
 
@@ -294,7 +294,7 @@ def test_context_windows(model, schedule, replays):
     def windows(m):
         return nodes_context_windows.ContextWindowsManualNode.execute(m, 3, 1, schedule, 1, False, "pyramid", 0, False)[0]
 
-    run = partial(small.sample, steps=STEPS, batch=7)
+    run = partial(small.sample, steps=STEPS, batch=5)
     if replays:
         check(windows, model, run, replays=replays)
     else:  # other windows at each step: a window plays from its own features or computes
@@ -407,15 +407,15 @@ def test_transformers_with_fewer_blocks(folder):
 
 
 def test_batches_of_several(model):
-    check(itself, model, partial(small.sample, steps=STEPS, batch=3))
-    check(itself, model, partial(small.sample, steps=STEPS, batch=3, positive=small.cond(seed=1, batch=3)))
+    check(itself, model, partial(small.sample, steps=STEPS, batch=2))
+    check(itself, model, partial(small.sample, steps=STEPS, batch=2, positive=small.cond(seed=1, batch=2)))
 
 
 def test_several_samplers_one_after_another(model):
-    runs = [partial(small.sample, steps=8, sampler=s) for s in ("euler", "dpmpp_2m", "heun", "dpm_2", "dpmpp_sde", "ddim")]
+    runs = [partial(small.sample, steps=5, sampler=s) for s in ("euler", "dpmpp_2m", "heun", "dpmpp_sde")]
     alone = [run(host.with_plan(model, PLAN)) for run in runs]
     m = host.with_plan(model, PLAN)
-    for run, wanted in zip(runs * 2, alone * 2, strict=True):
+    for run, wanted in zip([*runs, runs[0]], [*alone, alone[0]], strict=True):
         assert torch.equal(run(m), wanted)
 
 
