@@ -49,6 +49,7 @@ def test_every_cast_has_a_graph_of_its_own(model, pack, other, graphs):
     for m, wanted in cases:  # bypassed, and compiled again: now without new graphs
         assert torch.equal(sample(m, steps=4), wanted)
         assert torch.equal(sample(compiled(m), steps=4), wanted)
+    assert torch.equal(sample(small.with_pack(compiled(model), pack), steps=4), cases[0][1])  # the pack behind the compile node
     assert len(graphs) == count
     assert len({tuple(w.flatten().tolist()) for _, w in cases}) == 4
 
@@ -61,11 +62,6 @@ def test_lora_on_a_compiled_pack(model, pack, graphs):
         assert torch.equal(sample(compiled(small.add_lora(played, lora, strength))), wanted)
         assert torch.equal(sample(small.add_lora(compiled(played), lora, strength)), wanted)
     assert torch.equal(sample(compiled(played)), sample(played))
-
-
-def test_pack_applied_after_the_compile_node(model, pack, graphs):
-    assert torch.equal(sample(small.with_pack(compiled(model), pack)), sample(small.with_pack(model, pack)))
-    assert graphs
 
 
 def test_a_measured_model_compiled_has_steps_and_no_layers(model, pack, graphs):
@@ -88,35 +84,26 @@ PLANS = {
 }
 
 
-# One graph remembers and one inherits; the first forecast has one step to draw on, the next have two; the last of an odd number of
-# steps is as in the network alone. Outputs are in the table.
-@pytest.mark.parametrize("name, steps, count", [("forecast", 4, 3), ("branch", 3, 3), ("parts", 4, 2)])
-def test_every_role_of_a_step_has_one_graph(model, graphs, name, steps, count):
-    m = host.with_plan(model, PLANS[name])
-    wanted = sample(m, steps=steps)
-    assert small.difference(wanted, sample(model, steps=steps)) > 1e-3
-    for _ in range(2):
-        assert torch.equal(sample(compiled(m), steps=steps), wanted)
-        assert len(graphs) == count
+def test_every_plan_on_one_unet_has_graphs_of_its_own(model, pack, graphs):
+    """One for steps that remember, also for the last, from which nobody inherits, and one for steps that inherit."""
+    cases = [host.with_plan(model, PLANS[name]) for name in ("output", "branch", "parts")]
+    cases.append(host.with_plan(small.with_pack(model, pack), PLANS["output"]))
+    plain, wanted = sample(model, steps=3), [sample(m, steps=3) for m in cases]
+    assert all(small.difference(samples, plain) > 1e-3 for samples in wanted)
+    for first in (True, False):
+        for i, (m, samples) in enumerate(zip(cases, wanted, strict=True), 1):
+            assert torch.equal(sample(compiled(m), steps=3), samples)
+            assert len(graphs) == 2 * (i if first else len(cases))
     assert not counters["graph_break"]
 
 
-def test_graphs_for_any_size_inherit_as_well(model, graphs):
-    m = host.with_plan(model, PLANS["output"])
+def test_forecasts_of_any_size_have_four_graphs(model, graphs):
+    """Also the first forecast, which has one step to draw on, and the last step; torch keeps no more than 8 of a network."""
+    m = host.with_plan(model, PLANS["forecast"])
     for size, count in (((16, 16), 2), ((24, 20), 4), ((32, 40), 4), ((16, 16), 4)):
-        assert torch.equal(sample(compiled(m), size=size), sample(m, size=size))
+        assert torch.equal(sample(compiled(m), size=size, steps=5), sample(m, size=size, steps=5))
         assert len(graphs) == count
     assert not counters["graph_break"]
-
-
-def test_plans_on_one_unet_do_not_share_graphs(model, pack, graphs):
-    cases = [host.with_plan(model, PLANS["output"]), host.with_plan(small.with_pack(model, pack), PLANS["output"]),
-             host.with_plan(model, PLANS["branch"])]
-    wanted = [sample(m) for m in cases]
-    for _ in range(2):
-        for m, samples in zip(cases, wanted, strict=True):
-            assert torch.equal(sample(compiled(m)), samples)
-    assert len(graphs) == 6 and not counters["graph_break"]
 
 
 def test_a_step_that_looks_first_runs_uncompiled(model, graphs):
