@@ -108,6 +108,10 @@ KINDS = {"SD": {}, "inpainting": {"config": replace(SD, in_channels=9)}, "fp8": 
 # Features -------------------------------------------------------------------------------------------
 
 
+def itself(model):
+    return model
+
+
 @dataclass(frozen=True)
 class Feature:
     """Something artists put on a MODEL or in a run.
@@ -117,12 +121,12 @@ class Feature:
     MODEL with which the picture is compared to see whether it acts.
     """
 
-    node: Callable = staticmethod(lambda model: model)
+    node: Callable = itself
     run: Callable = staticmethod(lambda model: {})
     kind: str = "SD"
     acts: bool = True
     around: Callable = nullcontext
-    beside: Callable = staticmethod(lambda model: model)
+    beside: Callable = itself
 
 
 FEATURES: dict[str, Feature] = {}  # in the order of the page
@@ -425,6 +429,11 @@ class Bench:
         """MODEL with the feature."""
         return self.feature.node(model)
 
+    def with_technique(self, technique, model):
+        """MODELs with the feature and a technique, in both orders; one where the feature is no node."""
+        made = self(technique(model))
+        return [made] if self.feature.node is itself else [made, technique(self(model))]
+
     def picture(self, model):
         """The latents of a run in the feature's circumstances."""
         run = dict(self.run)
@@ -507,7 +516,7 @@ def test_pack(bench):
         wanted, tolerance = small.sample(bench.of.combined, **{**bench.run, **control_lora_written_out(bench.of.plain)}), 1e-5
     if bench.name == "fp8":  # on a checkpoint in fp8 a pack keeps its own precision
         wanted, tolerance = bench.picture(bench.of.combined_on_stored()), 1e-5
-    for model in (bench(small.with_pack(bench.of.plain, bench.of.pack)), small.with_pack(bench(bench.of.plain), bench.of.pack)):
+    for model in bench.with_technique(lambda model: small.with_pack(model, bench.of.pack), bench.of.plain):
         same(bench.picture(model), wanted, tolerance)
 
 
@@ -526,7 +535,7 @@ def test_feature_inheritance(bench, caplog):
 
     with reference.Inheriting(bench.of.plain, bench.of.config, PLAN):
         wanted = bench.picture(bench(bench.of.plain))
-    for model in (bench(technique(bench.of.plain)), technique(bench(bench.of.plain))):
+    for model in bench.with_technique(technique, bench.of.plain):
         same(bench.picture(model), wanted)
         assert any(host.setup_of(model).inheritance.log.last.replayed)
     assert bench.name != "LCM" or "with fewer than 8" in caplog.text
