@@ -263,8 +263,9 @@ class Stage:
 
     def defies_graphs(self, patches: dict) -> bool:
         """Whether the running forward cannot be one compiled graph. Deep shrink reads the noise level at the end of a block, which breaks a
-        graph there, and TorchCompileModel leaves out the guards by which the second piece would notice whether it is to inherit."""
-        return self.probes or self.remembers and any(patches.get(name) for name in ("input_block_patch", "input_block_patch_after_skip"))
+        graph there, and TorchCompileModel leaves out the guards by which the second piece would notice whether it is to inherit. What
+        then computes in full is not worth the many graphs of its pieces."""
+        return self.probes or self.memory is not None and any(patches.get(name) for name in ("input_block_patch", "input_block_patch_after_skip"))
 
     def enter_attention(self, transformer_options: dict) -> dict:
         """The options of a forward with GRI attention in them, if it plays at the moment."""
@@ -403,7 +404,7 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
                 options[MEMORY], named[HELD] = stage.memory, stage.memory.held
         # The UNet pops residuals off these lists, and a survey goes through it more than once.
         residuals = control and {k: list(v) for k, v in control.items()}
-        with torch.compiler.set_stance("force_eager") if name and stage.defies_graphs(options["patches"]) else nullcontext():
+        with torch.compiler.set_stance("force_eager") if stage and stage.defies_graphs(options.get("patches", {})) else nullcontext():
             return executor(x, t, c_concat, c_crossattn, residuals, options, **kwargs, **named)
 
     if stage is None:
