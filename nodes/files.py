@@ -12,6 +12,7 @@ from ..asdm_core.packs import BadFile, TensorFile, describe
 EMBEDDED = Path(__file__).resolve().parent.parent / "models" / "emoji"
 PACK_FOLDER = "asdm_packs"
 
+NO_UNET = "none found"  # stands in the list where there is nothing to choose
 _FOLDER_MARK = "/"  # ends the name of a diffusers folder in a list of files
 
 
@@ -54,12 +55,13 @@ def _diffusers_folders(kind: str) -> dict[str, Path]:
 
 def checkpoints() -> list[str]:
     """Names for Load Checkpoint (asdm): the embedded family first, then models/checkpoints."""
-    return [*_embedded("unet"), *folder_paths.get_filename_list("checkpoints")]
+    embedded = sorted(_embedded("unet"), key=lambda name: "teacher" not in name)  # the teacher first: the packs are made for it
+    return [*embedded, *folder_paths.get_filename_list("checkpoints")]
 
 
 def unets() -> list[str]:
-    """Names for Load Pruned UNet: diffusers folders (with a trailing slash) and single files."""
-    return [*_diffusers_folders("diffusion_models"), *folder_paths.get_filename_list("diffusion_models")]
+    """Names for Load Pruned UNet: diffusers folders (with a trailing slash) and single files; NO_UNET alone where there are none."""
+    return [*_diffusers_folders("diffusion_models"), *folder_paths.get_filename_list("diffusion_models")] or [NO_UNET]
 
 
 def packs() -> list[str]:
@@ -72,6 +74,10 @@ def checkpoint_path(name: str) -> Path:
 
 
 def unet_path(name: str) -> Path:
+    if name == NO_UNET:
+        places = ", ".join(folder_paths.get_folder_paths("diffusion_models"))
+        raise ValueError(f"there is no UNet to load yet. Put a .safetensors file or a diffusers folder into {places}, "
+                         "press R to refresh the lists, and choose it.")
     return _diffusers_folders("diffusion_models").get(name) or _in_folder("diffusion_models", name)
 
 

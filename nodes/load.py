@@ -34,7 +34,7 @@ class ASDMLoadPrunedUNet(io.ComfyNode):
                         "attention patches made for the unpruned model go on working: BK-SDM base, small and tiny (v1 and v2), "
                         "small-sd, tiny-sd, A-SDM M1 to M3, SSD-1B, Segmind Vega, KOALA. Files in the LDM or the diffusers "
                         "layout, or a diffusers folder, from models/diffusion_models or models/unet.",
-            search_aliases=["bk-sdm", "small-sd", "tiny-sd", "ssd-1b", "vega", "koala", "distilled", "unet loader"],
+            search_aliases=["bk-sdm", "small-sd", "tiny-sd", "ssd-1b", "vega", "koala", "distilled", "faster model", "load diffusion model", "unet loader"],
             inputs=[
                 io.Combo.Input("unet_name", options=files.unets(), tooltip="A folder in diffusers form ends in a slash."),
                 io.Combo.Input("prediction", options=["auto", *models.PREDICTIONS], default="auto", advanced=True,
@@ -49,7 +49,8 @@ class ASDMLoadPrunedUNet(io.ComfyNode):
     def execute(cls, unet_name, prediction, weight_dtype):
         path = files.unet_path(unet_name)
         model = models.load_unet(str(path), weight_dtype, None if prediction == "auto" else prediction)
-        return io.NodeOutput(model, found_text(model, unet_name))
+        found = found_text(model, unet_name)
+        return io.NodeOutput(model, found, ui={"text": (found,)})
 
 
 class ASDMCheckpointLoader(io.ComfyNode):
@@ -62,7 +63,7 @@ class ASDMCheckpointLoader(io.ComfyNode):
             description="Loads a whole checkpoint whose UNet is pruned, or a member of the small emoji family that ships with "
                         "asdm (128 x 128 pixels, made for trying things out). For an ordinary checkpoint use the stock node.",
             search_aliases=["emoji", "pruned checkpoint", "distilled checkpoint"],
-            inputs=[io.Combo.Input("ckpt_name", options=files.checkpoints(), tooltip="The embedded family first, then models/checkpoints.")],
+            inputs=[io.Combo.Input("ckpt_name", options=files.checkpoints(), tooltip="The embedded family (emoji, 128 x 128 pixels) first, then models/checkpoints.")],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
 

@@ -1,6 +1,7 @@
 """UNet files of every form load to the same MODEL, and what is saved loads again, in stock ComfyUI too."""
 
 import json
+import re
 from dataclasses import replace
 
 import comfy.lora
@@ -14,11 +15,13 @@ import small
 import torch
 from comfy_extras import nodes_model_merging
 from in_host import execute
+from in_host import module as in_pack
 from safetensors.torch import load_file, save_file
 
 SD, SD2, SDXL = small.SD, small.SD2, small.SDXL
 Architecture, Form, surgery, packs, models = small.Architecture, small.surgery.Form, small.surgery, small.packs, small.models
 Type = comfy.model_base.ModelType
+files = in_pack("nodes.files")
 
 
 def chosen_for(preset, config=SD):
@@ -34,6 +37,19 @@ def tensors(preset, config=SD, layout="ldm", numbering="renumbered", prefix=""):
 
 def same(model, wanted, config=SD):
     return torch.equal(small.sample(model, config), small.sample(wanted, config))
+
+
+# The list ---------------------------------------------------------------------------------------------
+
+
+def test_a_list_without_unets_says_so_and_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    assert files.unets() == [files.NO_UNET]
+    with pytest.raises(ValueError, match=f"Put a .safetensors file or a diffusers folder into {re.escape(str(tmp_path))}, press R"):
+        execute("ASDMLoadPrunedUNet", unet_name=files.NO_UNET, prediction="auto", weight_dtype="default")
+    (tmp_path / "some.safetensors").touch()
+    assert files.unets() == ["some.safetensors"]
 
 
 # Loading --------------------------------------------------------------------------------------------
