@@ -19,6 +19,7 @@ from .timing import Side, alternate
 
 NAMES = "ABCDEFGH"
 LARGEST_CELL = 512
+ORIGINAL = "original"  # the name of a MODEL without anything of asdm
 
 
 # What is compared -----------------------------------------------------------------------------------
@@ -30,13 +31,13 @@ def original_of(model):
 
 
 def techniques(model) -> str:
-    """What asdm's nodes put on a MODEL, in a few words; "original" for nothing."""
+    """What asdm's nodes put on a MODEL, in a few words; ORIGINAL for nothing."""
     setup = host.setup_of(model)
     packs = [pack_id.rpartition("@")[0].removesuffix(".safetensors") for pack_id in setup.packs]
     inheritance = [f"{setup.inheritance.plan.name or 'custom'} inheritance"] if setup.inheritance else []
     regional = ["GRI attention"] if setup.regional else []
     switched = ["switched"] if switch.switches_of(model) else []
-    return " + ".join([*packs, *inheritance, *regional, *switched]) or "original"
+    return " + ".join([*packs, *inheritance, *regional, *switched]) or ORIGINAL
 
 
 def sampling_inputs() -> list[io.Input]:
@@ -136,7 +137,7 @@ class ASDMABCompare(io.ComfyNode):
             description="Samples with two models in turn, on the same noise and prompts, and tells how much faster B is and how alike the "
                         "pictures are. Loading and compiling do not count. Without an original, A is the same MODEL without "
                         "anything of asdm. Takes the place of KSampler.",
-            search_aliases=["ab test", "benchmark", "speed test", "compare models", "before after", "psnr", "ssim", "ksampler"],
+            search_aliases=["ab test", "benchmark", "speed test", "compare models", "two models", "before after", "psnr", "ssim", "ksampler"],
             inputs=[
                 io.Model.Input("model", tooltip="B: the model to be judged."),
                 io.Conditioning.Input("positive"),
@@ -164,6 +165,9 @@ class ASDMABCompare(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent_image, vae, seed, steps, cfg, sampler_name, scheduler, denoise, rounds,
                 original=None, label_a="", label_b=""):
+        if original is None and techniques(model) == ORIGINAL:
+            raise ValueError("asdm does nothing on this MODEL, so A and B would be the same. Put Feature Inheritance, Apply Pack or another of its "
+                             "nodes before `model`, or connect the MODEL to compare with to `original`.")
         plain = original_of(model) if original is None else original
         sample = sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
         a, b = Side(label_a or techniques(plain), plain, sample), Side(label_b or techniques(model), model, sample)

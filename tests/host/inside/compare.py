@@ -140,15 +140,20 @@ def test_techniques_are_named(model, folder, m2):
 
 
 def test_a_model_against_itself_is_identical(model):
-    for original in (model, None):
-        out = ab(model, original, rounds=2, **inputs())
-        report = out["report"]
-        assert torch.equal(out["images_a"], out["images_b"])
-        assert report["identical"] and report["psnr"] == [None] and report["ssim"] == [pytest.approx(1.0)]
-        assert report["a"]["every_run_alike"] and report["b"]["every_run_alike"]
-        assert len(report["a"]["seconds"]) == len(report["b"]["seconds"]) == 2
-        heat = out["comparison"][0, -40:, -(compare.CELL + 32):-40]  # bottom right: the difference
-        assert float(heat[:-32].max()) == 0
+    out = ab(model, model, rounds=2, **inputs())
+    report = out["report"]
+    assert torch.equal(out["images_a"], out["images_b"])
+    assert report["identical"] and report["psnr"] == [None] and report["ssim"] == [pytest.approx(1.0)]
+    assert report["a"]["every_run_alike"] and report["b"]["every_run_alike"]
+    assert len(report["a"]["seconds"]) == len(report["b"]["seconds"]) == 2
+    heat = out["comparison"][0, -40:, -(compare.CELL + 32):-40]  # bottom right: the difference
+    assert float(heat[:-32].max()) == 0
+
+
+def test_a_model_that_asdm_does_nothing_on_needs_an_original(model):
+    for plain in (model, small.add_lora(model, small.lora())):
+        with pytest.raises(ValueError, match="A and B would be the same. Put Feature Inheritance.* or connect .* to `original`"):
+            ab(plain, **inputs())
 
 
 def test_report_is_about_what_was_made(model, m2):
