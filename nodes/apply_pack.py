@@ -94,7 +94,7 @@ class ASDMApplyPack(io.ComfyNode):
                         "whose own weights stay the first expert, or gains for GRI Attention. LoRAs on the MODEL also act on the pack, "
                         "whether they come before or after it. Packs live in models/asdm_packs. Saving the MODEL with stock nodes saves it without "
                         "the pack; use Save UNet (asdm) to keep both.",
-            search_aliases=["asdm", "combined unet", "m2", "speed up", "accelerate"],
+            search_aliases=["asdm", "combined unet", "m2", "condconv", "experts", "faster", "speed up", "accelerate"],
             inputs=[
                 io.Model.Input("model"),
                 io.Combo.Input("pack_name", options=files.packs(), tooltip="A file from models/asdm_packs, or a pack of the embedded family."),

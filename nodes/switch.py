@@ -400,7 +400,7 @@ class ASDMSwitchUNet(io.ComfyNode):
             description="Samples with one model up to a point of the run and with another one from there on, inside one sampler run. "
                         "Each keeps its own LoRAs, packs, patches and prediction type. A small UNet for the layout and a large one for "
                         "the details, or the other way round. Chain it for more than two.",
-            search_aliases=["asdm", "multi unet", "model swap", "refiner", "handoff", "speed up"],
+            search_aliases=["asdm", "multi unet", "model swap", "two models", "refiner", "handoff", "faster", "speed up"],
             inputs=[
                 io.Model.Input("model_first"),
                 io.Model.Input("model_second"),
