@@ -96,12 +96,3 @@ def choose(found: Sequence[Choice], saving: float | None = None, error: float | 
                              "or allow more inherited steps in a row.")
         return min(enough, key=lambda c: (c.error, -c.saving))
     return max((c for c in found if c.error <= error), key=lambda c: (c.saving, -c.error))
-
-
-def frontier(found: Sequence[Choice]) -> list[Choice]:
-    """The choices that no other one beats in both, by saving."""
-    best = []
-    for choice in sorted(found, key=lambda c: (-c.saving, c.error)):
-        if not best or choice.error < best[-1].error:
-            best.append(choice)
-    return best[::-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,15 +15,16 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..asdm_core.architecture import Architecture
-from ..asdm_core.calibration import Candidate, Choice, choices, choose, frontier
+from ..asdm_core.calibration import Candidate, Choice, choices, choose
 from ..asdm_core.inheritance import Plan, cache_elements, deepcache, step_macs
 from . import host
 from .inherit import describe, summary
 from .inspect_model import PIXELS
 from .load import CATEGORY
-from .picture import draw_plan, to_image
+from .picture import draw_plan, preview, to_image
 from .replay import RECORD, REPLAY, Log, Memory
 
+SAVINGS = (0.2, 0.3, 0.4, 0.5, 0.6)  # that are told beside the one chosen
 SAMPLE = 65536  # numbers of a feature that stand for all of it when two steps are compared
 
 
@@ -216,6 +216,12 @@ def calibrate(model, sample, longest: int, height: int, width: int) -> tuple[lis
     return choices(survey.candidates(architecture, height, width)), result
 
 
+def for_savings(found: Sequence[Choice]) -> str:
+    """The least error for round savings, as far as they can be had, in words."""
+    most = max(choice.saving for choice in found)
+    return ", ".join(f"{saving:.0%} for {choose(found, saving).error:.1%}" for saving in SAVINGS if saving <= most)
+
+
 class ASDMCalibrateInheritance(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -232,7 +238,8 @@ class ASDMCalibrateInheritance(io.ComfyNode):
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),
                 io.Latent.Input("latent_image", tooltip="The size and the number of pictures; several pictures make a better plan."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="Of the noise."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=io.ControlAfterGenerate.fixed,
+                             tooltip="Of the noise. While nothing changes, the plan is kept and nothing is measured again."),
                 io.Int.Input("steps", default=20, min=2, max=200, tooltip="As in the runs the plan is for. The plan scales to other numbers."),
                 io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="As in the runs the plan is for."),
                 io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in the runs the plan is for."),
@@ -254,6 +261,7 @@ class ASDMCalibrateInheritance(io.ComfyNode):
                 io.Image.Output(display_name="picture"),
                 io.Latent.Output(display_name="full_run", tooltip="The result of the measured run, in which every step computed."),
             ],
+            is_output_node=True,
         )
 
     @classmethod
@@ -271,12 +279,10 @@ class ASDMCalibrateInheritance(io.ComfyNode):
         best = choose(found, **wanted)
         chosen = host.with_plan(model, best.plan)
         facts = describe(chosen, steps, width * PIXELS, height * PIXELS, samples.shape[0])
-        text = summary(facts) + f"\npredicted difference to the full run: {best.error:.1%} of the result"
-        facts |= {"predicted_error": round(best.error, 5), "frontier": [
-            {"plan": c.plan.name, "saving": round(c.saving, 4), "error": round(c.error, 5)} for c in frontier(found)]}
+        text = (summary(facts) + f"\npredicted difference to the full run: {best.error:.1%} of the result"
+                f"\nother savings, and their difference: {for_savings(found)}")
         picture = to_image(draw_plan(host.architecture_of(model), facts, text))
-        return io.NodeOutput(chosen, best.plan.to_json(), picture, {**latent_image, "samples": result},
-                             ui={"text": (f"{text}\n{json.dumps(facts['frontier'])}",)})
+        return io.NodeOutput(chosen, best.plan.to_json(), picture, {**latent_image, "samples": result}, ui=preview(cls, picture, text))
 
 
 NODES = [ASDMCalibrateInheritance]

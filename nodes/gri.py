@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from comfy_api.latest import io
 
+from ..asdm_core.addresses import UNetConfig, walk
 from ..asdm_core.cast import Window
 from . import host
+from .inspect_model import PIXELS
 from .load import CATEGORY
 from .regional import Regional
+
+
+def plays_from(regional: Regional, config: UNetConfig) -> str:
+    """From which size of square picture on it plays at all, in words."""
+    tokens = next(n for n in count(1) if regional.on(n, n, False))
+    side = tokens * PIXELS * min(u.scale for u in walk(config) if u.kind == "transformer")
+    return f"plays in pictures of {side} x {side} and more, does nothing in smaller ones"
 
 
 class ASDMGRIAttention(io.ComfyNode):
@@ -20,7 +31,8 @@ class ASDMGRIAttention(io.ComfyNode):
             description="Makes large pictures faster without any training: in the shallow layers each part of the picture attends to "
                         "itself in full and to the rest in summary. Does nothing below 512 x 512 on SD1.5 and 1024 x 1024 on SDXL, "
                         "where it would not pay. Gains grow with the size of the picture.",
-            search_aliases=["global regional attention", "window attention", "hypertile", "tome", "token merging", "high resolution", "speed up"],
+            search_aliases=["global regional attention", "window attention", "hypertile", "tome", "token merging", "high resolution",
+                            "large picture", "large image", "faster", "speed up", "accelerate"],
             inputs=[
                 io.Model.Input("model"),
                 io.Int.Input("window", default=0, min=0, max=1024, advanced=True,
@@ -46,7 +58,7 @@ class ASDMGRIAttention(io.ComfyNode):
         if start_percent == end_percent:
             return io.NodeOutput(model)
         regional = Regional(window, pool, stages, shifted, Window(start_percent, end_percent))
-        return io.NodeOutput(host.with_regional(model, regional))
+        return io.NodeOutput(host.with_regional(model, regional), ui={"text": (plays_from(regional, host.architecture_of(model).config),)})
 
 
 NODES = [ASDMGRIAttention]

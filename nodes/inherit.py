@@ -11,7 +11,7 @@ from ..asdm_core.inheritance import DIALS, MODES, PARTS, REUSE, Plan, Rule, Sche
 from . import host
 from .inspect_model import PIXELS
 from .load import CATEGORY
-from .picture import draw_plan, to_image
+from .picture import draw_plan, preview, to_image
 from .replay import FEW_STEPS
 
 WHAT = ("deepcache", "shallow-only", "encoder", "attention", "attn1", "attn2", "targets")
@@ -91,7 +91,7 @@ class ASDMFeatureInheritance(io.ComfyNode):
             category=CATEGORY,
             description="Makes any SD1.5, SD2 or SDXL model faster without any training: on some steps the deep layers keep the features of "
                         "an earlier step and only the shallow layers compute. Best from 15 steps on; below 8 it hurts the picture.",
-            search_aliases=["deepcache", "cache", "faster", "t-gate", "faster diffusion", "skip steps", "speed up"],
+            search_aliases=["deepcache", "cache", "faster", "t-gate", "faster diffusion", "skip steps", "speed up", "accelerate"],
             inputs=[
                 io.Model.Input("model"),
                 io.DynamicCombo.Input(
@@ -191,7 +191,7 @@ class ASDMInheritancePlan(io.ComfyNode):
         facts = describe(model, steps, width, height, batch_size)
         text = summary(facts)
         picture = to_image(draw_plan(host.architecture_of(model), facts, text))
-        return io.NodeOutput(json.dumps(facts, indent=1), picture, ui={"text": (text,)})
+        return io.NodeOutput(json.dumps(facts, indent=1), picture, ui=preview(cls, picture, text))
 
 
 NODES = [ASDMFeatureInheritance, ASDMInheritancePlan]

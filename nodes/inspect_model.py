@@ -11,7 +11,7 @@ from ..asdm_core.cast import HOST, JOINING, Part
 from ..asdm_core.measure import costs, total
 from . import host
 from .load import CATEGORY
-from .picture import UnitView, draw_unet, to_image
+from .picture import UnitView, draw_unet, preview, to_image
 
 PIXELS = 8  # picture pixels per latent pixel, for every family here
 
@@ -88,7 +88,7 @@ class ASDMInspectModel(io.ComfyNode):
             category=CATEGORY,
             description="Who plays each layer of a MODEL's UNet (the checkpoint, a pack, nobody), with parameters, "
                         "multiplications and each layer's share of the work, as text and as a picture.",
-            search_aliases=["unet picture", "macs", "parameters", "profile"],
+            search_aliases=["model info", "unet picture", "macs", "parameters", "profile"],
             inputs=[
                 io.Model.Input("model"),
                 io.Int.Input("width", default=512, min=64, max=8192, step=8, tooltip="Of the picture, in pixels."),
@@ -105,7 +105,7 @@ class ASDMInspectModel(io.ComfyNode):
         facts, views = describe(model, width, height, at_percent)
         title, subtitle = summary(facts)
         picture = to_image(draw_unet(host.architecture_of(model).config, views, title, subtitle))
-        return io.NodeOutput(json.dumps(facts, indent=1), picture, ui={"text": (f"{title}\n{subtitle}",)})
+        return io.NodeOutput(json.dumps(facts, indent=1), picture, ui=preview(cls, picture, f"{title}\n{subtitle}"))
 
 
 NODES = [ASDMInspectModel]

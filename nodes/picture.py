@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from comfy_api.latest import ui
 from PIL import Image, ImageDraw, ImageFont
 
 from ..asdm_core.addresses import Unit, UNetConfig, walk
@@ -261,6 +262,11 @@ def _draw_steps(sheet: _Sheet, steps: Sequence, inherited: set[int], played: Seq
 def to_image(picture: Image.Image) -> torch.Tensor:
     """A picture as the host's IMAGE: (1, H, W, 3) in 0..1."""
     return torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32) / 255)[None]
+
+
+def preview(cls, picture: torch.Tensor, text: str) -> dict:
+    """What a node shows of itself: a picture it made, and its words for whoever reads the run's outputs."""
+    return ui.PreviewImage(picture, cls=cls).as_dict() | {"text": (text,)}
 
 
 def from_image(image: torch.Tensor) -> Image.Image:

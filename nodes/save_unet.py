@@ -74,7 +74,7 @@ class ASDMSaveUNet(io.ComfyNode):
             category=CATEGORY,
             description="Saves the UNet of a MODEL with its packs and LoRAs as one file, in a form that stock ComfyUI loads too "
                         "(Load Diffusion Model). Goes to the output folder.",
-            search_aliases=["export", "merge pack", "assemble"],
+            search_aliases=["save model", "save diffusion model", "export", "merge pack", "assemble"],
             inputs=[
                 io.Model.Input("model"),
                 io.String.Input("filename_prefix", default="diffusion_models/asdm",
@@ -93,13 +93,14 @@ class ASDMSaveUNet(io.ComfyNode):
         prediction = {t: name for name, t in models.PREDICTIONS.items()}.get(kind)
         if prediction is None:
             raise ValueError(f"this MODEL predicts {kind.name}; Save UNet writes models that predict EPS or V_PREDICTION.")
-        folder, prefix, *_ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
+        folder, prefix, _, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         path = unused_path(Path(folder), prefix)
         write_unet(path, played_weights(model, architecture, sources), Description("unet", architecture, prediction=prediction),
                    DTYPES[dtype], getattr(model.get_model_object("model_sampling"), "zsnr", False))
         note = "" if architecture.cut == frozenset() or standalone_form(architecture) != ADDRESSED else (
             "\nThis choice of units has no renumbered form, so only Load Pruned UNet can read the file.")
-        text = f"{path}\n{architecture.config.family} {architecture.name or 'custom'}, {architecture.params / 1e6:.1f} M parameters{note}"
+        saved = Path("output", subfolder, path.name).as_posix()
+        text = f"{saved}\n{architecture.config.family} {architecture.name or 'custom'}, {architecture.params / 1e6:.1f} M parameters{note}"
         return io.NodeOutput(str(path), ui={"text": (text,)})
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from itertools import chain, repeat
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..asdm_core.addresses import unit
 from ..asdm_core.architecture import Architecture
@@ -15,7 +15,7 @@ from ..asdm_core.measure import costs, sizes
 from ..asdm_core.pictures import duration
 from . import host
 from .load import CATEGORY
-from .picture import draw_speed, to_image
+from .picture import draw_speed, preview, to_image
 from .switch import on_each, others_of
 from .timing import Record
 
@@ -168,8 +168,7 @@ class ASDMSpeedReadout(io.ComfyNode):
         facts = describe(model)
         lines = summary(facts)
         picture = to_image(draw_speed(facts, *lines))
-        return io.NodeOutput(picture, json.dumps(facts, indent=1),
-                             ui=ui.PreviewImage(picture, cls=cls).as_dict() | {"text": ("\n".join(lines),)})
+        return io.NodeOutput(picture, json.dumps(facts, indent=1), ui=preview(cls, picture, "\n".join(lines)))
 
 
 NODES = [ASDMMeasureSpeed, ASDMSpeedReadout]

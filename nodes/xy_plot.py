@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..asdm_core import inheritance
 from ..asdm_core.cast import Window
@@ -19,7 +19,7 @@ from . import files, host
 from .apply_pack import apply_pack
 from .compare import alike, cell_of, decode, sampler, sampling_inputs
 from .load import CATEGORY
-from .picture import from_image, to_image
+from .picture import from_image, preview, to_image
 from .regional import Regional
 from .switch import with_switch
 from .timing import Side, alternate
@@ -209,8 +209,7 @@ class ASDMXYPlot(io.ComfyNode):
             "seed": seed, "steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler, "denoise": denoise,
             "width": width, "height": height, "rounds": rounds, "device": str(model.load_device), "torch": torch.__version__}
         return io.NodeOutput(plot, torch.cat(images), json.dumps(report, indent=1),
-                             ui=ui.PreviewImage(plot, cls=cls).as_dict() | {"text": ("\n".join(
-                                 f"{cell.label}: {text}" for cell, text in zip(cells, notes, strict=True)),)})
+                             ui=preview(cls, plot, "\n".join(f"{cell.label}: {text}" for cell, text in zip(cells, notes, strict=True))))
 
 
 def note(plain: Side, cell: Side, pairs: list[tuple[float, float]]) -> str:

@@ -13,9 +13,10 @@ const MODES = {
 }
 const LABELS = { slider: 'Slider', flip: 'Flip', difference: 'Difference', side: 'Side by side' }
 const LETTERS = 'ABCDEFGH'
+const HEIGHT = 320 // of the view, at least
 
 const STYLE = `
-.asdm-compare { display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; min-height: 0; font: 12px sans-serif; color: #ddd; }
+.asdm-compare { display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; min-height: ${HEIGHT}px; font: 12px sans-serif; color: #ddd; }
 .asdm-compare .asdm-bar { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; flex: none; }
 .asdm-compare button, .asdm-compare select { background: #353535; color: #ddd; border: 1px solid #555; border-radius: 4px; padding: 2px 7px; font: inherit; cursor: pointer; }
 .asdm-compare button[aria-pressed=true] { background: #f4a261; border-color: #f4a261; color: #1c2330; }
@@ -128,7 +129,9 @@ class CompareView {
   }
 
   change(what) {
+    const beside = this.mode === 'side'
     Object.assign(this, what)
+    if ((this.mode === 'side') !== beside) this.reset() // the panes change their width
     this.draw()
   }
 
@@ -227,7 +230,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (!NODES.includes(node.constructor.comfyClass)) return
     const view = new CompareView()
-    const widget = node.addDOMWidget('asdm_compare', 'asdm_compare', view.root, { serialize: false, hideOnZoom: false, getMinHeight: () => 260 })
+    const widget = node.addDOMWidget('asdm_compare', 'asdm_compare', view.root, { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT })
     widget.serializeValue = () => undefined
     // The properties panel writes its own width into the widgets it lists, and leaves it there.
     Object.defineProperty(widget, 'width', { get: () => undefined, set: () => {} })

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asdm_core.architecture import FAMILIES
-from asdm_core.calibration import Candidate, best_steps, choices, choose, frontier
+from asdm_core.calibration import Candidate, best_steps, choices, choose
 from asdm_core.inheritance import Schedule, deepcache
 
 SD = FAMILIES["sd15"]
@@ -61,12 +61,6 @@ def test_the_least_error_for_a_saving_and_the_most_saving_for_an_error():
     assert choose(found, error=0.0).saving == 0
     with pytest.raises(ValueError, match="no plan saves 95% of the work; the most"):
         choose(found, saving=0.95)
-
-
-def test_the_frontier_rises():
-    line = frontier(choices(candidates()))
-    assert [c.saving for c in line] == sorted(c.saving for c in line) and [c.error for c in line] == sorted(c.error for c in line)
-    assert line[0].error == 0
 
 
 def test_chosen_steps_move_with_the_length_of_the_run():

@@ -178,6 +178,15 @@ def test_quick_start_runs_to_a_comparison(page, front_end):
     expect(second).to_have_css("mix-blend-mode", "difference")
 
 
+def test_words_of_a_run_stand_on_the_node(page, front_end):
+    drop(page, PACK / "workflows" / "Speed up my checkpoint.json")
+    page.evaluate(f"type => {{ {NODE}; node.onExecuted({{text: ['plays in large pictures']}}) }}", "ASDMGRIAttention")
+    select(page, "ASDMGRIAttention")
+    page.wait_for_function("() => [...document.querySelectorAll('textarea')].some(t => t.value === 'plays in large pictures' && t.readOnly && t.clientWidth > 100)")
+    # They are not sent with the next run.
+    assert page.evaluate("async () => (await app.graphToPrompt()).output") == api_graph(PACK / "workflows" / "Speed up my checkpoint.json")
+
+
 def test_help_opens_beside_the_graph(page):
     drop(page, PACK / "workflows" / "Combined UNet from a pack.json")
     select(page, "ASDMApplyPack")
@@ -224,3 +233,4 @@ def test_a_broken_pack_is_a_clear_error_and_the_graph_can_be_mended(page, server
     set_widget(page, "ASDMApplyPack", "pack_name", "emoji-m2.safetensors")
     run(page)
     wait_for_picture(page)
+    wait_for_picture(page, "ASDMInspectModel")  # a node that draws shows it

@@ -307,6 +307,14 @@ def test_overrides_of_attention_are_honoured(model):
     assert 4 in seen
 
 
+def test_the_node_says_from_which_size_on_it_plays():
+    node, settings = module("nodes.gri"), regional.Regional
+    for config, side in ((SD, 512), (SDXL, 1024)):
+        assert node.plays_from(settings(), config).startswith(f"plays in pictures of {side} x {side} and more")
+        assert node.plays_from(settings(window=4, pool=2), config).startswith(f"plays in pictures of {6 * side // 64} x {6 * side // 64} and more")
+    assert not settings().on(63, 63, False) and not settings(window=4, pool=2).on(5, 5, False)
+
+
 def test_a_window_of_broken_cells_is_refused(model):
     with pytest.raises(ValueError, match="multiples of pool"):
         gri(model, window=10, pool=4)

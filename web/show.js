@@ -1,0 +1,40 @@
+// What our nodes have to say after a run, on the nodes themselves. The front end shows pictures that a node makes; such
+// nodes only begin large enough to be read. Words it does not show: they get a widget.
+import { app } from '../../scripts/app.js'
+import { ComfyWidgets } from '../../scripts/widgets.js'
+
+const DRAWING = ['ASDMInspectModel', 'ASDMInheritancePlan', 'ASDMCalibrateInheritance', 'ASDMSpeedReadout', 'ASDMXYPlot']
+const SPEAKING = ['ASDMLoadPrunedUNet', 'ASDMSaveUNet', 'ASDMGRIAttention']
+const WIDTH = 520
+const PICTURE = 380 // height
+
+function say(node, text) {
+  let widget = node.widgets.find((w) => w.name === 'note')
+  if (!widget) {
+    widget = ComfyWidgets.STRING(node, 'note', ['STRING', { multiline: true }], app).widget
+    widget.element.readOnly = true
+    widget.options.read_only = true
+    widget.options.serialize = widget.serialize = false
+    widget.serializeValue = () => undefined
+  }
+  widget.value = text
+}
+
+app.registerExtension({
+  name: 'asdm.show',
+  nodeCreated(node) {
+    const type = node.constructor.comfyClass
+    if (DRAWING.includes(type)) node.setSize([Math.max(node.size[0], WIDTH), node.size[1] + PICTURE])
+    if (!SPEAKING.includes(type)) return
+    const executed = node.onExecuted
+    node.onExecuted = function (output) {
+      executed?.apply(this, arguments)
+      if (output?.text?.length) say(this, output.text.join('\n'))
+    }
+  },
+  // A tab that is opened again keeps its outputs; its nodes are new.
+  loadedGraphNode(node) {
+    const output = app.nodeOutputs?.[node.id]
+    if (SPEAKING.includes(node.comfyClass) && output?.text) node.onExecuted(output)
+  }
+})
