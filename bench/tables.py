@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from asdm_core.architecture import Architecture
 from asdm_core.surgery import cut_diffusers
 from train.config import Config, load
-from train.emoji.compare import FIXED, Judge, Switched
+from train.emoji.compare import FIXED, Judge, Switched, named
 from train.emoji.unet import CONFIG
 from train.loop import Criterion, train
 from train.outputs import write_outputs
@@ -108,7 +108,7 @@ RUNS = (
     Run("m2-features", "M2 with the classifier's features as well", "m2", "emoji-m2", "base", changes=SEEN),
     Run("m2-both", "M2 with the mid-block loss and the classifier's features as well", "m2", "emoji-m2", "base", changes=("loss.mid=1", *SEEN)),
 )
-KEY = ("base", "m2", "m2-direct", "m5", "teacher-on", "base-on")  # trained with every seed, the others with the first
+KEY = ("base", "m2", "m2-direct", "m5", "base-on")  # trained with every seed, the others with the first
 SHIPPED = ("m2", "m1", "small", "tiny", "tiny-e2")  # in models/, trained for longer (--rows)
 CUT = ("base", "m2", "tiny", "small", "m1", "m3")  # merely cut
 # Table 3, first and second network and the share of the first: the paper switches after 10 or 15 of 25 steps.
@@ -135,8 +135,9 @@ class Settings:
     def product(self, run: str, seed: int) -> Path:
         return self.folder / self.seeded(run, seed) / f"{run}.safetensors"
 
-    def shipped(self, run: str) -> Path:
-        return self.models / f"emoji-{run}.safetensors"
+    def shipped(self) -> dict[str, Path]:
+        """The files in models/ by the run whose kind they are."""
+        return {name: path for name in SHIPPED if (path := self.models / f"emoji-{name}.safetensors").exists()}
 
     def seconds(self, run: str, seed: int) -> float:
         log = (self.product(run, seed).parent / "log.jsonl").read_text().splitlines()
@@ -222,13 +223,14 @@ def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = ()) -> 
             if run.cut:
                 yield f"measure cut {run.cut}", partial(measure, f"cut-{run.cut}", partial(cut_teacher, teacher, run.cut))
             if run.name == "teacher-on" and not rows:
-                for name in SHIPPED:
-                    yield f"measure {name} in models/", partial(measure, f"shipped-{name}", partial(assembled, teacher.whole, settings.shipped(name)))
                 yield from switching(settings, seed, measure, teacher, SWITCHES[:3])
-                yield from transfer(settings, seed, finetune, [name for name in ("m2", "m2-alone", "base") if seed == 1 or name in KEY])
+                yield from transfer(settings, seed, finetune, ("m2", "m2-alone", "base"))
         if seed == 1 and not rows:
             yield from switching(settings, seed, measure, teacher, SWITCHES)
             yield from transfer(settings, seed, finetune, TRANSFER)
+    if not rows:
+        for path in settings.shipped().values():
+            yield f"measure {path.name}", partial(measure, named(path), partial(assembled, teacher.whole, path))
 
 
 def switching(settings: Settings, seed: int, measure: Callable, teacher: Judge, switches: Sequence[tuple[str, str, float]]) -> Iterator[Job]:
@@ -269,15 +271,15 @@ def gathered(settings: Settings, seeds: Sequence[int]) -> dict[str, dict[str, di
     """The rows that are finished, by host and name."""
     folder, found = settings.folder / "measured", {"teacher": {}, "openmoji": {}}
 
-    def put(host: str, name: str, seeds: Sequence[int] | None, cut: str = "") -> None:
-        if measured := evidence.read(folder, host, name, seeds):
+    def put(host: str, name: str, seeds: Sequence[int] | None, cut: str = "", measured_as: str = "") -> None:
+        if measured := evidence.read(folder, host, measured_as or name, seeds):
             gap_from = evidence.read(folder, host, f"cut-{cut}", None) if cut else None
             found[host][name] = evidence.row(measured, gap_from and gap_from[0])
 
     for host in found:
         put(host, "whole", None)
-        for name in SHIPPED:
-            put(host, f"shipped-{name}", None, named(name).cut)
+        for name, path in settings.shipped().items():
+            put(host, f"shipped-{name}", None, find(name).cut, named(path))
         for preset in CUT:
             put(host, f"cut-{preset}", None)
         for run in RUNS:
@@ -293,19 +295,19 @@ def gathered(settings: Settings, seeds: Sequence[int]) -> dict[str, dict[str, di
     return found
 
 
-def named(name: str) -> Run | None:
+def find(name: str) -> Run | None:
     return next((run for run in RUNS if run.name == name), None)
 
 
 def learned(settings: Settings, run: Run, seed: int) -> int:
     """Samples of a run and of those before it."""
-    mine, first = settings.recipe(run, seed).run, named(run.start)
+    mine, first = settings.recipe(run, seed).run, find(run.start)
     return mine.steps * mine.batch + (learned(settings, first, seed) if first else 0)
 
 
 def spent(settings: Settings, run: Run, seed: int) -> float:
     """Seconds of training of a run and of those before it, the teacher's outputs not counted."""
-    first = named(run.start)
+    first = find(run.start)
     return settings.seconds(run.name, seed) + (spent(settings, first, seed) if first else 0)
 
 

@@ -11,7 +11,6 @@ original. The same command goes on where it stopped. Ends in a JSON file and a p
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import nn
 from torchvision.transforms.functional import to_tensor
 
 from . import coco
-from .emoji.compare import Judge
+from .emoji.compare import Judge, named
 from .emoji.training import save_grid
 from .stages import assembled, open_product
 
@@ -48,12 +47,6 @@ def emoji(args: argparse.Namespace) -> None:
     save_grid(args.out / f"evaluation-{args.on}.png", torch.cat([x[::every][:SHOWN] for x in pictures]), columns=SHOWN)
     for row in rows:
         print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if not isinstance(v, dict)))
-
-
-def named(path: Path) -> str:
-    """Name of a product in the results, other for other contents: a file trained anew is measured anew."""
-    with open(path, "rb") as f:
-        return f"{path.stem}-{hashlib.sha256(f.read()).hexdigest()[:8]}"
 
 
 def sd(args: argparse.Namespace) -> None:

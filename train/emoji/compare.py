@@ -9,6 +9,7 @@ Distances to the teacher punish a network that is better than it; recognition an
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from functools import cached_property
@@ -37,6 +38,12 @@ FIXED = 512  # inputs of the v-MSE
 FIXED_STEP = 10**9  # their samples lie far beyond any training step
 REFERENCE = 2048  # real glyphs
 STYLES = {"teacher": TEACHER_STYLES, "openmoji": ("openmoji",)}
+
+
+def named(path: Path) -> str:
+    """Name of a product in the results, other for other contents: a file trained anew is measured anew."""
+    with open(path, "rb") as f:
+        return f"{path.stem}-{hashlib.sha256(f.read()).hexdigest()[:8]}"
 
 
 class Switched(nn.Module):
