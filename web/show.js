@@ -24,7 +24,14 @@ app.registerExtension({
   name: 'asdm.show',
   nodeCreated(node) {
     const type = node.constructor.comfyClass
-    if (DRAWING.includes(type)) node.setSize([Math.max(node.size[0], WIDTH), node.size[1] + PICTURE])
+    if (DRAWING.includes(type)) {
+      node.setSize([Math.max(node.size[0], WIDTH), node.size[1] + PICTURE])
+      const configured = node.onConfigure
+      node.onConfigure = function (saved) {
+        configured?.apply(this, arguments)
+        this.setSize([...saved.size]) // inputs behind a choice shrink the node to its widgets when they come
+      }
+    }
     if (!SPEAKING.includes(type)) return
     const executed = node.onExecuted
     node.onExecuted = function (output) {
