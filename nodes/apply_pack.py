@@ -29,7 +29,7 @@ def check_fit(model, description: Description, name: str) -> None:
         raise ValueError(
             f"{name} is a pack for {wanted.family} UNets ({wanted.model_channels} channels, text width {wanted.context_dim}); "
             f"this MODEL is {family} ({config.model_channels} channels, text width {config.context_dim}). "
-            + ("Choose a pack for this family." if config.family in FAMILIES else
+            + ("Put a pack for this family into models/asdm_packs and choose it; Feature Inheritance needs none." if config.family in FAMILIES else
                "If it is a pruned UNet, load it with Load Pruned UNet, which keeps every layer at its address."))
     stem = [u for u in description.units if u.startswith("stem.")]
     if stem:

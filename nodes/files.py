@@ -76,7 +76,7 @@ def checkpoint_path(name: str) -> Path:
 def unet_path(name: str) -> Path:
     if name == NO_UNET:
         places = ", ".join(folder_paths.get_folder_paths("diffusion_models"))
-        raise ValueError(f"there is no UNet to load yet. Put a .safetensors file or a diffusers folder into {places}, "
+        raise ValueError(f"there is no UNet to load yet. Put a .safetensors file or a diffusers folder into one of {places}, "
                          "press R to refresh the lists, and choose it.")
     return _diffusers_folders("diffusion_models").get(name) or _in_folder("diffusion_models", name)
 

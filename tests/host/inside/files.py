@@ -46,7 +46,7 @@ def test_a_list_without_unets_says_so_and_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     assert files.unets() == [files.NO_UNET]
-    with pytest.raises(ValueError, match=f"Put a .safetensors file or a diffusers folder into {re.escape(str(tmp_path))}, press R"):
+    with pytest.raises(ValueError, match=f"Put a .safetensors file or a diffusers folder into one of {re.escape(str(tmp_path))}, press R"):
         execute("ASDMLoadPrunedUNet", unet_name=files.NO_UNET, prediction="auto", weight_dtype="default")
     (tmp_path / "some.safetensors").touch()
     assert files.unets() == ["some.safetensors"]
