@@ -16,10 +16,11 @@ from asdm_core.packs import TensorFile, describe, open_pack, open_unet
 from train.emoji.codec import load_codec
 from train.emoji.text import Tokens, load_text
 from train.emoji.unet import CONFIG, addressed, load_unet
+from train.stages import joining, open_product
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models" / "emoji"
-BUDGET = 32_000_000
+BUDGET = 47_000_000
 
 
 def test_the_weights_stay_within_their_budget():
@@ -32,17 +33,27 @@ def test_the_teacher_says_what_it_is():
     assert all((MODELS / name).exists() for name in description.companions.values())
 
 
-def test_the_pack_says_what_it_is():
-    description = open_pack(MODELS / "emoji-m2.safetensors").description
-    assert description.architecture == Architecture.preset("m2", CONFIG)
-    assert description.training["from"] == "emoji-teacher.safetensors"
+@pytest.mark.parametrize(("name", "kind"), [("m1", "pack"), ("m2", "pack"), ("small", "unet"), ("tiny", "unet")])
+def test_packs_and_students_say_what_they_are(name, kind):
+    loaded = open_product(MODELS / f"emoji-{name}.safetensors")
+    description, teacher = loaded.description, open_unet(MODELS / "emoji-teacher.safetensors").description
+    assert description.kind == kind and description.architecture == Architecture.preset(name, CONFIG)
+    assert description.training["teacher"] == "emoji-teacher.safetensors" and description.licence == teacher.licence
+    assert dict(description.companions) == (dict(teacher.companions) if kind == "unet" else {})
+
+
+def test_the_student_with_experts_comes_with_their_pack():
+    student = MODELS / "emoji-tiny-e2.safetensors"
+    experts = open_pack(joining(student)).description
+    assert open_unet(student).description.training["pack"] == joining(student).name
+    assert set(experts.condconv.experts.values()) == {2}
 
 
 def test_every_further_unet_is_a_network_of_its_own():
     teacher = load_unet(MODELS / "emoji-teacher.safetensors").state_dict()
     for path in MODELS.glob("*.safetensors"):
         description = describe(TensorFile(path))
-        if path.name != "emoji-teacher.safetensors" and description is not None and description.kind == "unet":
+        if path.name != "emoji-teacher.safetensors" and description is not None and description.kind == "unet" and not description.architecture.cut:
             finetune = load_unet(path).state_dict()
             assert set(teacher) == set(finetune)
             assert all(not torch.equal(teacher[k], finetune[k]) for k in teacher if k.endswith("conv1.weight"))
