@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -81,6 +82,22 @@ def test_workflow_runs(client, path, host):
     for picture in pictures:
         low, high = picture.convert("L").getextrema()
         assert low < high
+
+
+@pytest.mark.parametrize(("checkpoint", "pack"), [
+    ("teacher", "m1"), ("teacher", "m2"), ("small", ""), ("tiny", ""), ("tiny-e2", "tiny-e2-pack")])
+def test_shipped_packs_and_students_draw_what_the_teacher_draws(client, checkpoint, pack):
+    def drawn(checkpoint, pack):
+        described = json.loads((PACK / "workflows/api/text_to_image_pack.json").read_text("utf-8"))
+        described["1"]["inputs"]["ckpt_name"] = f"emoji-{checkpoint}.safetensors"
+        described["8"]["inputs"]["pack_name"] = f"emoji-{pack}.safetensors"
+        if not pack:
+            described["5"]["inputs"]["model"] = ["1", 0]
+            del described["8"]
+        return np.asarray(image(client, client.run(described)), dtype=np.float32) / 255
+
+    error = np.square(drawn(checkpoint, pack) - drawn("teacher", "")).mean()
+    assert 0 < error < 0.04  # an untrained cut is above 0.1
 
 
 def test_pack_changes_the_picture_and_an_empty_window_does_not(client, family):
