@@ -4,11 +4,11 @@
 
 The reference is the teacher's forward pass and the student's forward and backward pass on the same batch, with the
 task and output losses, the same frozen weights and the same attention: no features, no optimiser, no average, no
-clipping, no log, no reading of data. The loop is `train.loop.train` with the recipe's losses on a cache of random
-latents; its perceptual loss, which stage 2 of SD1.5 has, is left out.
+clipping, no log, no reading of data. The loop is `train.loop.train` on a cache of random latents, with the losses of
+SD1.5's recipes but for the perceptual one of stage 2.
 
-    stage1            emoji-base: BK-SDM's block features, all weights of the student
-    stage2            emoji-m2: A-SDM's mid feature, the original part frozen
+    stage1            emoji-base: task, output and BK-SDM's block features, all weights of the student
+    stage2            emoji-m2: task, output and A-SDM's mid feature, the original part frozen
     full_student      the same, with every weight of the combined UNet trained (emoji-m5)
 
 Speeds (samples per second) are compared within each round, everything in turn; the first step of each run, in which
@@ -42,6 +42,7 @@ from train.emoji.unet import BmmAttention
 
 CONFIGS = Path(loop.__file__).parent / "configs"
 RUNS = {"stage1": "emoji-base", "stage2": "emoji-m2", "full_student": "emoji-m5"}
+LOSSES = {"stage1": ["loss.task=1"], "stage2": ["loss.task=1", "loss.mid=1", "loss.blocks=0"]}
 # The emoji family as it is trained, and SD1.5's topology with 128 channels on 32 x 32 latents (256 px).
 MIDDLE = {"family": "middle", "model_channels": 128, "channel_mult": [1, 2, 4, 4], "down": [[1, 1], [1, 1], [1, 1], [0, 0]], "mid": 1,
              "up": [[0, 0, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]], "context_dim": 256, "num_heads": 8}
@@ -49,7 +50,7 @@ NETWORKS = {"emoji": [], "middle": ["network.family=middle", "data.size=256", "r
 
 
 def recipe(run: str, network: str, folder: Path, steps: int) -> Config:
-    changes = [*NETWORKS[network], "network.teacher=random", "student.start=", f"data.path={folder / 'cache.safetensors'}",
+    changes = [*NETWORKS[network], *LOSSES.get(run, LOSSES["stage2"]), "network.teacher=random", "student.start=", f"data.path={folder / 'cache.safetensors'}",
                f"run.folder={folder / run}", f"run.steps={steps}", "run.log_every=1", "run.save_every=1_000_000"]
     if network == "middle":
         parts = ", ".join(f"{k} = {str(v).replace(chr(39), chr(34))}" for k, v in MIDDLE.items() if k != "family")
