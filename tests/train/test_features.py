@@ -23,7 +23,7 @@ def models(tmp_path):
 
 
 def test_the_classifier_sees_what_a_prediction_stands_for(models):
-    recipe = load(CONFIGS / "emoji-m2.toml", [f"loss.classifier={models}", "loss.perceptual=0.1", "loss.task=0", "loss.mid=0"])
+    recipe = load(CONFIGS / "emoji-m2.toml", [f"loss.classifier={models}", "loss.perceptual=0.1", "loss.blocks=0"])
     criterion = Criterion(recipe, torch.device("cpu"))
     assert list(criterion.weights) == ["output", "perceptual"] and not any(p.requires_grad for p in criterion.net.parameters())
     x0, noise = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16)
