@@ -168,7 +168,7 @@ def test_report_is_about_what_was_made(model, m2):
     assert report["a"]["peak_memory_mb"] is None  # on a CPU nobody can tell the two models' memory apart
 
 
-def test_time_is_the_samplers_alone(model, monkeypatch):
+def test_time_is_the_samplers_alone(model, m2, monkeypatch):
     """By a clock on which a load takes 100 seconds, one evaluation of the network 1 second, and all else nothing."""
     now, load, evaluate = [0.0], comfy.model_management.load_models_gpu, comfy.samplers.sampling_function
 
@@ -181,7 +181,7 @@ def test_time_is_the_samplers_alone(model, monkeypatch):
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", taking(100, load))
     monkeypatch.setattr(comfy.samplers, "sampling_function", taking(1, evaluate))
-    report = ab(model, rounds=3, **inputs(steps=4))["report"]
+    report = ab(small.with_pack(model, m2), rounds=3, **inputs(steps=4))["report"]
     for side in (report["a"], report["b"]):
         assert side["seconds"] == [4, 4, 4] and side["seconds_per_step"] == 1
         assert side["load_and_compile_seconds"] == 100 + 1 + 100  # a load before each of the two runs of the warm-up
