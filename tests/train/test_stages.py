@@ -243,7 +243,7 @@ def test_a_window_over_the_whole_map_is_the_teacher_whatever_the_gains(tmp_path)
         for p in student.attn_processors.values():
             if same and isinstance(p, stages.RegionalAttention):
                 p.settings = Regional(window=8, pool=4)
-        assert torch.allclose(student(x, t, context).sample, wanted, atol=1e-4) == same
+        assert ((student(x, t, context).sample - wanted).norm() < 1e-3 * wanted.norm()) == same
 
     # A product plays the same gains in the same windows.
     again = stages.make_student(teacher, recipe)
