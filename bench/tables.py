@@ -358,7 +358,7 @@ def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdi
     what = {run.name: run.what for run in RUNS} | {f"cut-{p}": f"{p.capitalize()}, merely cut" for p in CUT}
     what |= {"whole": "the original", **{f"shipped-{name}": f"{name} in models/" for name in SHIPPED}}
     most = max(found["seeds"] for name, found in mine.items() if "samples" in found)
-    spread = f"the standard deviation over {most} training seeds is in brackets where there is one; the other rows are one training run" if most > 1 else (
+    spread = f"the standard deviation over {most} training seeds is in brackets where a row has several; the others are **one** training run" if most > 1 else (
         "every row is **one** training run, so nothing here knows the spread over training seeds; small differences may be chance")
     done = [run.name for run in RUNS if run.name in mine]
     lines = [
@@ -378,7 +378,7 @@ def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdi
         "- Distances to the teacher punish a network that is better than it; accuracy, KID and the v-MSE to the data do not.",
         "- A verdict needs a difference above a margin: " + ", ".join(f"{evidence.NAMES[m]} {v:g}" + {"psnr": " dB", "accuracy": " standard errors"}.get(m, " of the value")
                                                                       for m, v in evidence.MARGINS.items())
-        + (". With one training seed nobody knows what chance can do; these are guesses." if most == 1 else " And one above twice "
+        + (". With one training seed nobody knows what chance can do; these are guesses." if most == 1 else ", and one above twice "
            "the standard error over training seeds, where one of the two rows has several; "
            "elsewhere nobody knows what chance can do."),
         "- \"samples\" and \"s\" (seconds of training) include the stage before. The teacher's outputs were computed once and are not counted."
