@@ -23,7 +23,7 @@ PSNR, recognition, and the Frechet distance of the classifier's features, at 16 
 sheets of 32 x 32. A gain is fitted head by head, to the least error against full attention in other runs.
 
 unet: SD1.5 with random weights at 1024 x 1024, the node's automatic settings; and with nothing in the place of the same
-attentions, which no attention can beat. unet_speedup_1024 is in bf16, ..._fp32 in fp32. Everything is measured in turn.
+attentions, which no attention can beat. Everything is measured in turn; names in the summary end in the type where it is not fp32.
 """
 
 from __future__ import annotations
@@ -436,7 +436,7 @@ def bench_unet(name: str, rounds: int, device: torch.device, clock) -> tuple[dic
     rows = [{"part": "unet", "unet": way, "pixels": 1024, "dtype": str(dtype).removeprefix("torch."), "seconds": statistics.median(times[way]),
              "speedup": ratio(times, "full", way)} for way in times]
     print(*(f"unet {row['unet']:7} {row['seconds']:8.2f} s  x{row['speedup']:.2f}" for row in rows), sep="\n", flush=True)
-    suffix = "" if name == "bf16" else f"_{name}"
+    suffix = "" if name == "fp32" else f"_{name}"
     speedup = {row["unet"]: row["speedup"] for row in rows}
     return {f"unet_speedup_1024{suffix}": speedup["gri"], f"unet_limit_1024{suffix}": speedup["nothing"]}, rows
 

@@ -324,11 +324,8 @@ def write(settings: Settings, seeds: Sequence[int], notes: str = "") -> None:
     summary = {}
     for name, found in mine.items():
         key = name.replace("-", "_")
-        summary |= {f"{metric}_{key}": found[metric] for metric in ("psnr", "ssim", "fed", "kid", "accuracy", "v_mse_teacher", "v_mse_data") if metric in found}
-        if "gap_recovered" in found:
-            # gap_recovered_m2 is that of the pack in models/, which was trained for longer; the rows are short runs, equal for all.
-            of = key.removeprefix("shipped_") if name.startswith("shipped-") else f"row_{key}"
-            summary[f"gap_recovered_{of}"] = found["gap_recovered"]
+        summary |= {f"{metric}_{key}": found[metric] for metric in ("gap_recovered", "psnr", "ssim", "fed", "kid", "accuracy", "v_mse_teacher",
+                                                                   "v_mse_data") if metric in found}
     summary |= {f"transfer_{metric}_{name.replace('-', '_')}": found[metric] for name, found in its.items()
                 for metric in ("gap_recovered", "psnr", "ssim", "accuracy") if metric in found}
     records = [{"host": host, "row": name, **found} for host, part in rows.items() for name, found in part.items()]

@@ -134,7 +134,7 @@ def test_plots_and_text_are_written_from_what_is_there(settings, tmp_path, monke
     (tmp_path / "root").mkdir()
     tables.write(settings, [1])
     summary = json.loads((tmp_path / "root" / "tables.json").read_text())["summary"]
-    assert summary["gap_recovered_row_base"] == pytest.approx(0.7) and summary["psnr_base"] == 16 and summary["accuracy_whole"] == 0.7
+    assert summary["gap_recovered_base"] == pytest.approx(0.7) and summary["psnr_base"] == 16 and summary["accuracy_whole"] == 0.7
     text = (tmp_path / "root" / "docs" / "evidence.md").read_text()
     assert "| stage 1, Base | 4,000 | 90 | 0.1000 |" in text and "**not run**" in text
     assert f"1 of {len(RUNS)} runs are finished; every row is **one** training run" in text
