@@ -93,7 +93,8 @@ def _standalone_names(state_dict: Mapping[str, Tensor], architecture: Architectu
 def load_unet(path: str, weight_dtype: str = "default", prediction: str | None = None, disable_dynamic: bool = False):
     """MODEL from a UNet file of any known form (also inside a checkpoint), in addressed form.
 
-    Tensors that belong to no layer are left out with a word in the log. Raises packs.BadFile. Follows comfy.sd.load_diffusion_model_state_dict in the choice of dtypes.
+    Tensors that belong to no layer are left out with a word in the log. Raises packs.BadFile. Follows
+    comfy.sd.load_diffusion_model_state_dict in the choice of dtypes.
     """
     loaded = packs.open_unet(path, drop_unknown=True)
     if loaded.unknown:
