@@ -57,6 +57,8 @@ CLAIMS = (
     Claim("the losses of the blocks are better for M2 than the denoising loss and that of the mid block", "ours, against A-SDM", "m2", "m2-paper"),
     Claim("Base learns more without the denoising loss", "ours, against BK-SDM", "base", "base-task"),
     Claim("distillation helps M2: better than without, as many samples", "BK-SDM", "m2-direct", "m2-alone"),
+    Claim("M1 by distillation is better than without, as many samples", "BK-SDM", "m1", "m1-alone"),
+    Claim("M3 by distillation is better than without, as many samples", "BK-SDM", "m3", "m3-alone"),
     Claim("distillation helps Base", "BK-SDM", "base", "base-alone"),
     Claim("distillation helps Small", "BK-SDM", "small", "small-alone"),
     Claim("distillation helps Tiny", "BK-SDM", "tiny", "tiny-alone"),

@@ -105,6 +105,8 @@ RUNS = (
     Run("m4", "M4: as M1, nothing frozen", "m1", "emoji-m4", "base"),
     Run("tiny-alone", "Tiny without distillation", "tiny", "emoji-tiny", changes=ALONE),
     Run("small-alone", "Small without distillation", "small", "emoji-small", changes=ALONE),
+    Run("m1-alone", "M1 without stage 1 and without distillation, as many samples as both", "m1", "emoji-m1", share=2, changes=ALONE),
+    Run("m3-alone", "M3 without stage 1 and without distillation, as many samples as both", "m3", "emoji-m3", share=2, changes=ALONE),
     Run("m2-features", "M2 with the classifier's features as well", "m2", "emoji-m2", "base", changes=SEEN),
     Run("m2-both", "M2 with the mid-block loss and the classifier's features as well", "m2", "emoji-m2", "base", changes=("loss.mid=1", *SEEN)),
 )
@@ -345,7 +347,7 @@ TABLES = {
         "shipped-small", "shipped-tiny", "shipped-tiny-e2", "base", "base-task", "base-on", "base-e2", "base-clme", "small", "small-on", "small-e2",
         "small-e2-fixed", "small-clme", "tiny", "tiny-on", "tiny-e2", "tiny-e2-fixed", "tiny-clme"),
     "Table 2: combined UNets": ("shipped-m1", "shipped-m2", "base", "m1", "m2", "m3", "m4", "m5", "m5-seconds", "m2-paper", "m2-mid", "m2-features", "m2-both"),
-    "Controls": ("teacher-on", "m2-direct", "m2-alone", "base-alone", "small-alone", "tiny-alone"),
+    "Controls": ("teacher-on", "m2-direct", "m2-alone", "m1-alone", "m3-alone", "base-alone", "small-alone", "tiny-alone"),
 }
 
 
