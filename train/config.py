@@ -22,6 +22,7 @@ from asdm_core.condconv import FORMS, CondConv, convolutions, sharing
 from asdm_core.gri import GRI, Gains
 
 from .losses import LATENT_RGB, PREDICTIONS
+from .taps import KINDS, Tap
 
 try:
     import tomllib
@@ -272,6 +273,7 @@ class Config:
         if not (self.condconv or self.gains or self.architecture.own or self.student.trained == "all"):
             raise ValueError(f"{self.name} trains nothing: student.preset = {self.student.preset!r} leaves the original as it is; set "
                              "student.trained = all, experts.on or gri.on")
+        self.taps  # raises as well
 
     @property
     def architecture(self) -> Architecture:
@@ -307,6 +309,20 @@ class Config:
         if not chosen:
             raise ValueError(f"gri.on: {self.gri.on!r} holds no transformer that {architecture.name or 'the student'} keeps")
         return Gains(in_order(self.network.config, chosen))
+
+    @property
+    def taps(self) -> dict[str, tuple[Tap, ...]]:
+        """What each feature loss compares. Raises ValueError for one that finds nothing to compare."""
+        changed = set(self.architecture.own)
+        if self.condconv:
+            changed |= {conv.unit.address for conv in self.condconv.convs(self.network.config).values()}
+        if self.gains:
+            changed |= set(self.gains.units)
+        found = {kind: of(self.architecture, changed) for kind, of in KINDS.items() if getattr(self.loss, kind)}
+        for kind, taps in found.items():
+            if not taps:
+                raise ValueError(f"loss.{kind} has nothing to compare: no unit it looks at differs from the original; set it to 0")
+        return found
 
     @property
     def folder(self) -> Path:

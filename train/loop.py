@@ -67,7 +67,7 @@ class Criterion:
 
     def __init__(self, config: Config, device: torch.device):
         self.config = config
-        self.taps = {kind: of(config.architecture) for kind, of in taps.KINDS.items() if getattr(config.loss, kind)}
+        self.taps = config.taps
         self.weights = {name: getattr(config.loss, name) for name in LOSSES if getattr(config.loss, name)}
         self.net, self.picture = None, partial(losses.latent_rgb, family=config.network.family)
         if config.loss.perceptual and config.loss.classifier:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from asdm_core.architecture import Architecture
 from asdm_core.surgery import cut_diffusers
 
-from . import stages, taps
+from . import stages
 from .config import LOSSES, Config
 from .data import pooled_width
 
@@ -137,9 +137,7 @@ def report(config: Config, processes: int) -> str:
     lines = [config.to_text(), "", f"{'block':<8}{'M parameters':>14}{'M trained':>12}"]
     lines += [f"{block:<8}{kept[block] / 1e6:>14.3f}{trained[block] / 1e6:>12.3f}" for block in kept]
     lines += [f"{'all':<8}{kept.total() / 1e6:>14.3f}{trained.total() / 1e6:>12.3f}", ""]
-    for kind, of in taps.KINDS.items():
-        if getattr(config.loss, kind):
-            lines.append(f"taps of {kind}: {', '.join(tap.name for tap in of(config.architecture))}")
+    lines += [f"taps of {kind}: {', '.join(tap.name for tap in found)}" for kind, found in config.taps.items()]
     need, product = memory(student, config, processes), stages.describe_product(config, {})
     lines += ["", "memory of one process, estimated:"]
     lines += [f"  {name:<12}{_size(value):>12}" for name, value in vars(need).items()]

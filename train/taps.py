@@ -2,11 +2,13 @@
 
 Student and teacher share their addresses, so most taps are the same module in both. Weights follow the
 sources (train/losses.py); where these are silent the taps of a block share one.
+
+`changed`: addresses of the units that are not the teacher's own: those of the student (the default), and those with further experts or gains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -27,15 +29,15 @@ class Tap:
     weight: float = 1.0
 
 
-def blocks(architecture: Architecture) -> tuple[Tap, ...]:
-    """BK-SDM: the output of each trained down and up block, after its sampler, each with weight 1.
+def blocks(architecture: Architecture, changed: Collection[str] = ()) -> tuple[Tap, ...]:
+    """BK-SDM: the output of each changed down and up block, after its sampler, each with weight 1.
 
     In a block that lost its sampler (tiny's down.2) this is proj_out of the last transformer, before the residual.
     """
-    taps = []
+    taps, changed = [], changed or architecture.own
     for name, units in _blocks(architecture):
         kept = [u for u in units if u.address not in architecture.cut]
-        if name == "mid" or not set(architecture.own).intersection(u.address for u in kept):
+        if name == "mid" or not set(changed).intersection(u.address for u in kept):
             continue
         side, number = name.split(".")
         path = f"{side}_blocks.{number}"
@@ -49,26 +51,26 @@ def blocks(architecture: Architecture) -> tuple[Tap, ...]:
     return tuple(taps)
 
 
-def layers(architecture: Architecture) -> tuple[Tap, ...]:
-    """SSD-1B: the output of each trained resnet and transformer; those of a block share a weight of 1."""
-    return _shared(architecture, lambda u: [(u.address, u.diffusers)] if u.kind in ("resnet", "transformer") else [])
+def layers(architecture: Architecture, changed: Collection[str] = ()) -> tuple[Tap, ...]:
+    """SSD-1B: the output of each changed resnet and transformer; those of a block share a weight of 1."""
+    return _shared(architecture, changed, lambda u: [(u.address, u.diffusers)] if u.kind in ("resnet", "transformer") else [])
 
 
-def attention(architecture: Architecture) -> tuple[Tap, ...]:
-    """KOALA: each trained self-attention before its residual; those of a block share a weight of 1."""
-    return _shared(architecture, lambda u: [
+def attention(architecture: Architecture, changed: Collection[str] = ()) -> tuple[Tap, ...]:
+    """KOALA: each changed self-attention before its residual; those of a block share a weight of 1."""
+    return _shared(architecture, changed, lambda u: [
         (f"{u.address}.{i}.attn1", f"{u.diffusers}.transformer_blocks.{i}.attn1")
         for i in (architecture.kept_blocks(u) if u.depth else ())])
 
 
-def mid(architecture: Architecture) -> tuple[Tap, ...]:
-    """A-SDM: the output of the mid block. Raises ValueError where it is cut."""
+def mid(architecture: Architecture, changed: Collection[str] = ()) -> tuple[Tap, ...]:
+    """A-SDM: the output of the mid block, whatever is changed. Raises ValueError where it is cut."""
     if not any(u.side == "mid" for u in architecture.kept):
         raise ValueError(f"loss.mid: {architecture.name or 'this student'} has no mid block; set it to 0")
     return (Tap("mid", "mid_block", "mid_block"),)
 
 
-KINDS: dict[str, Callable[[Architecture], tuple[Tap, ...]]] = {"blocks": blocks, "layers": layers, "attention": attention, "mid": mid}
+KINDS: dict[str, Callable[[Architecture, Collection[str]], tuple[Tap, ...]]] = {"blocks": blocks, "layers": layers, "attention": attention, "mid": mid}
 
 
 def _blocks(architecture: Architecture) -> Iterator[tuple[str, list[Unit]]]:
@@ -80,10 +82,10 @@ def _blocks(architecture: Architecture) -> Iterator[tuple[str, list[Unit]]]:
             yield name, list(units)
 
 
-def _shared(architecture: Architecture, of: Callable[[Unit], list[tuple[str, str]]]) -> tuple[Tap, ...]:
+def _shared(architecture: Architecture, changed: Collection[str], of: Callable[[Unit], list[tuple[str, str]]]) -> tuple[Tap, ...]:
     taps = []
     for _, units in _blocks(architecture):
-        found = [tap for u in units if u.address in architecture.own for tap in of(u)]
+        found = [tap for u in units if u.address in (changed or architecture.own) for tap in of(u)]
         taps += [Tap(name, path, path, 1 / len(found)) for name, path in found]
     return tuple(taps)
 

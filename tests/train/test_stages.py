@@ -45,6 +45,15 @@ def test_layer_and_attention_taps_of_a_block_share_a_weight_of_one():
         "down.0.0.transformer.0.attn1", *["down_blocks.0.attentions.0.transformer_blocks.0.attn1"] * 2, 1.0)
 
 
+def test_units_with_experts_or_gains_are_compared_as_well():
+    full = ["student.preset=full", "loss.mid=0"]
+    assert paths(load(NARROW, [*full, "gri.on=down.0, up.3"]).taps["blocks"]) == ["down_blocks.0", "up_blocks.3"]
+    assert paths(load(NARROW, [*full, "experts.on=down.1"]).taps["blocks"]) == ["down_blocks.1"]
+    assert paths(load(NARROW, ["student.preset=m2", "loss.mid=0", "experts.on=down.0"]).taps["blocks"]) == paths(taps.blocks(Architecture.preset("m2")))
+    with pytest.raises(ValueError, match=r"loss\.blocks has nothing to compare"):
+        load(NARROW, [*full, "student.trained=all"])
+
+
 def test_a_mid_tap_needs_a_mid_block():
     assert paths(taps.mid(Architecture.preset("m3"))) == ["mid_block"]
     with pytest.raises(ValueError, match="small has no mid block"):
