@@ -135,6 +135,11 @@ class Data:
     caption_dropout: float = 0.1
     timesteps: str = "uniform"
 
+    @property
+    def side(self) -> int:
+        """Of the latents."""
+        return self.size // 8
+
 
 @dataclass(frozen=True)
 class Encoders:
@@ -308,6 +313,12 @@ class Config:
         chosen = [u.address for u in architecture.kept if u.kind == "transformer" and u.address in units]
         if not chosen:
             raise ValueError(f"gri.on: {self.gri.on!r} holds no transformer that {architecture.name or 'the student'} keeps")
+        for u in architecture.kept:
+            side = self.data.side // u.scale
+            if u.address in chosen and (settings := self.gri.sized(side)).covers(side, side):
+                raise ValueError(f"gri.on: with data.size = {self.data.size} the maps of {u.address} are {side} x {side} tokens, and a window of "
+                                 f"{settings.window} covers them: there GRI is full attention, and gains do nothing. Give larger pictures, a "
+                                 "smaller gri.window (with gri.pool), or fewer units")
         return Gains(in_order(self.network.config, chosen))
 
     @property

@@ -116,7 +116,7 @@ class Random(Numbered):
     """Fixed random latents and text states, for trying things out."""
 
     def __init__(self, config: Config, count: int = 64, tokens: int = 8):
-        side, unet = config.data.size // 8, config.network.config
+        side, unet = config.data.side, config.network.config
         pooled = pooled_width(unet)
         g = seeded(config.seed, 5)
         self.latents = torch.randn(count, unet.in_channels, side, side, generator=g)
@@ -151,7 +151,7 @@ class Cache(Numbered):
                 if len(shapes.get(name, ())) != dimensions:
                     raise ValueError(f"{file.name}: wanted a tensor {name!r} of {dimensions} dimensions, got "
                                      f"{list(shapes[name]) if name in shapes else 'none'}; make the cache with `python -m train.encode`")
-            wanted = (unet.in_channels, config.data.size // 8, config.data.size // 8)
+            wanted = (unet.in_channels, config.data.side, config.data.side)
             if shapes["latents"][1:] != wanted:
                 raise ValueError(f"{file.name}: its latents are {list(shapes['latents'][1:])}, wanted {list(wanted)} "
                                  f"(data.size = {config.data.size})")

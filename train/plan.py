@@ -70,7 +70,7 @@ def activations(student: nn.Module, config: Config) -> int:
 
     With gradient checkpointing: the inputs of all layers, and what the largest layer keeps.
     """
-    unet, side = config.network.config, config.data.size // 8
+    unet, side = config.network.config, config.data.side
     own = {p.untyped_storage()._cdata for p in student.parameters()}
     kept: Counter[str] = Counter()
     inputs: Counter[str] = Counter()

@@ -59,7 +59,7 @@ class Show:
                  device: torch.device):
         self.config, self.decode, self.scale = config, decode, scale
         self.text, self.empty = source.text(PICTURES), source.empty
-        side, channels = config.data.size // 8, config.network.config.in_channels
+        side, channels = config.data.side, config.network.config.in_channels
         self.noise = torch.stack([torch.randn(channels, side, side, generator=seeded(config.seed, 10, i))
                                   for i in range(len(self.text.states))]).to(device)
         self.teacher = self._pictures(teacher)

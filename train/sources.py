@@ -282,7 +282,7 @@ class Prompts(Numbered):
 
     def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
         text = _on_cpu(self.to_text([self.prompts[n % len(self.prompts)] for n in numbers]))
-        side, channels = self.config.data.size // 8, self.config.network.config.in_channels
+        side, channels = self.config.data.side, self.config.network.config.in_channels
         noise = torch.stack([torch.randn(channels, side, side, generator=seeded(self.config.seed, 8, n)) for n in numbers])
         sizes = whole(self.config.data.size).expand(len(noise), -1) if self.wide else None
         return Examples(draw(self.config, self.predict, noise.to(self.device), text, self.empty).cpu(), text, sizes)

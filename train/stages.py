@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def build(config: Config) -> UNet2DConditionModel:
     """The unpruned network with fresh weights, on torch's current default device."""
-    return UNet2DConditionModel.from_config(config.network.config.to_diffusers() | {"sample_size": config.data.size // 8})
+    return UNet2DConditionModel.from_config(config.network.config.to_diffusers() | {"sample_size": config.data.side})
 
 
 def load_teacher(config: Config) -> UNet2DConditionModel:

@@ -47,7 +47,7 @@ def test_layer_and_attention_taps_of_a_block_share_a_weight_of_one():
 
 def test_units_with_experts_or_gains_are_compared_as_well():
     full = ["student.preset=full", "loss.mid=0"]
-    assert paths(load(NARROW, [*full, "gri.on=down.0, up.3"]).taps["blocks"]) == ["down_blocks.0", "up_blocks.3"]
+    assert paths(load(NARROW, [*full, "gri.on=down.0, up.3", "gri.window=4", "gri.pool=2"]).taps["blocks"]) == ["down_blocks.0", "up_blocks.3"]
     assert paths(load(NARROW, [*full, "experts.on=down.1"]).taps["blocks"]) == ["down_blocks.1"]
     assert paths(load(NARROW, ["student.preset=m2", "loss.mid=0", "experts.on=down.0"]).taps["blocks"]) == paths(taps.blocks(Architecture.preset("m2")))
     with pytest.raises(ValueError, match=r"loss\.blocks has nothing to compare"):
@@ -234,6 +234,8 @@ def test_of_gri_only_the_gains_are_trained():
         load(NARROW, [*GAINS, "gri.on=down.3"])
     with pytest.raises(ValueError, match="window and shift must be multiples of pool"):
         load(NARROW, [*GAINS, "gri.pool=3"])
+    with pytest.raises(ValueError, match=r"data.size = 64 the maps of down.0.0.transformer are 8 x 8 tokens, and a window of 8 covers them"):
+        load(NARROW, [*GAINS, "gri.window=8"])
 
 
 @torch.no_grad()
