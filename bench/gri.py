@@ -20,7 +20,8 @@ maps of 128 x 128.
 
 pictures: the emoji teacher with GRI against itself without, before and after a fit of the gains, which come from a pack:
 PSNR, recognition, and the Frechet distance of the classifier's features, at 16 x 16 latents, where it was trained, and on
-sheets of 32 x 32. A gain is fitted head by head, to the least error against full attention in other runs.
+sheets of 32 x 32. A gain is fitted head by head, to the least error against full attention in other runs; trained gains are those of
+a pack (--gains) that train/configs/emoji-gri.toml learned by distillation, at 16 x 16.
 
 unet: SD1.5 with random weights at 1024 x 1024, the node's automatic settings; and with nothing in the place of the same
 attentions, which no attention can beat. Everything is measured in turn; names in the summary end in the type where it is not fp32.
@@ -364,10 +365,11 @@ def show_pictures(columns: list[torch.Tensor], path: Path) -> None:
     Image.fromarray((shown.movedim(0, -1) * 255).round().clamp(0, 255).byte().cpu().numpy()).save(path, quality=88)
 
 
-def bench_pictures(family: Larger, clock) -> tuple[dict, list[dict]]:
+def bench_pictures(family: Larger, trained: Path, clock) -> tuple[dict, list[dict]]:
+    """trained: a pack with gains."""
     from train.metrics import frechet
 
-    host, regional = pack_module("nodes.host"), pack_module("nodes.regional")
+    host, regional, apply_pack = (pack_module(f"nodes.{name}") for name in ("host", "regional", "apply_pack"))
     config = host.architecture_of(family.model).config
     summary, rows = {}, []
     for side in (16, 32):
@@ -395,7 +397,8 @@ def bench_pictures(family: Larger, clock) -> tuple[dict, list[dict]]:
 
         with tempfile.TemporaryDirectory() as folder:
             played = host.with_regional(family.model, regional.Regional(window, pool, 1))
-            models = {"full": family.model, "gri": played, "gri, gains": with_gains(played, config, gains, Path(folder))}
+            models = {"full": family.model, "gri": played, "gri, gains": with_gains(played, config, gains, Path(folder)),
+                      "gri, trained gains": apply_pack.apply_pack(played, trained, trained.name, pack_module("asdm_core.cast").Window())}
             made = {name: draw(model) for name, model in models.items()}
         sheets, emoji, _ = made["full"]
         if side > 16:
@@ -405,8 +408,8 @@ def bench_pictures(family: Larger, clock) -> tuple[dict, list[dict]]:
                    "emoji": len(parts), "seconds": seconds, "top1": family.top1(parts)}
             if name != "full":
                 row |= {"psnr": float(psnr(pictures, sheets).mean()), "fed": frechet(features(parts), features(emoji)),
-                        "gains": {"/".join(map(str, block)): gain.tolist() for block, gain in gains.items()} if "gains" in name else None}
-                summary[f"psnr_{name.replace(', ', '_')}_{side}"] = row["psnr"]
+                        "gains": {"/".join(map(str, block)): gain.tolist() for block, gain in gains.items()} if name == "gri, gains" else None}
+                summary[f"psnr_{name.replace(', ', '_').replace(' ', '_')}_{side}"] = row["psnr"]
             rows.append(row)
             print(*(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items() if key != "gains"), flush=True)
     return summary, rows
@@ -487,13 +490,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--unet-rounds", type=int, default=1)
     parser.add_argument("--emoji", type=int, default=80, help="pictures of the parts on the emoji family")
+    parser.add_argument("--gains", type=Path, default=ROOT / "models" / "emoji" / "emoji-gri.safetensors", help="a pack with trained gains, of part pictures")
     add_common_arguments(parser)
     args, host, device, clock = begin(parser)
     dtype, summary, rows = DTYPES[args.dtype], {}, []
     family = Larger(args.emoji) if {"activations", "pictures"} & set(args.parts) else None
     calls = {"calls": lambda: bench_calls(dtype, args.rounds, device, clock),
              "activations": lambda: bench_activations(family, args.rounds, device, clock),
-             "pictures": lambda: bench_pictures(family, clock),
+             "pictures": lambda: bench_pictures(family, args.gains, clock),
              "unet": lambda: bench_unet(args.dtype, args.unet_rounds, device, clock)}
     command = command_line("gri")
     for part in args.parts:

@@ -49,6 +49,12 @@ def test_the_student_with_experts_comes_with_their_pack():
     assert set(experts.condconv.experts.values()) == {2}
 
 
+def test_the_gains_fit_the_whole_network():
+    pack = open_pack(MODELS / "emoji-gri.safetensors")
+    assert pack.description.units == () and pack.description.architecture == Architecture.full(CONFIG)
+    assert set(pack.tensors) == set(pack.description.gri.keys(CONFIG)) and all(pack.tensors[key].any() for key in pack.tensors)
+
+
 def test_every_further_unet_is_a_network_of_its_own():
     teacher = load_unet(MODELS / "emoji-teacher.safetensors").state_dict()
     for path in MODELS.glob("*.safetensors"):
