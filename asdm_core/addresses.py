@@ -26,7 +26,8 @@ STEM = ("stem.conv_in", "stem.time_embed", "stem.label_embed", "stem.norm_out", 
 NO_MID, RESNET_MID = -2, -1  # UNetConfig.mid, in the convention of ComfyUI's transformer_depth_middle
 
 
-_MAX_DEPTH = 100  # ten times what any known UNet has; keeps a broken file from asking for a billion blocks
+# Ten times what any known UNet has; they keep a broken file from asking for a billion blocks.
+_MAX_DEPTH, _MAX_LEVELS, _MAX_LAYERS, _MAX_BLOCKS = 100, 16, 40, 1000
 
 
 def _is_whole(value, low: int, high: float = math.inf) -> bool:
@@ -90,6 +91,9 @@ class UNetConfig:
         if not len(self.channel_mult) == len(self.down) == len(self.up) > 0:
             raise wrong(f"channel_mult, down and up must have one entry per level, "
                         f"got {len(self.channel_mult)}, {len(self.down)} and {len(self.up)}")
+        if self.levels > _MAX_LEVELS or max(map(len, self.up)) > _MAX_LAYERS or sum(map(sum, self.down + self.up)) > _MAX_BLOCKS:
+            raise wrong(f"at most {_MAX_LEVELS} levels of {_MAX_LAYERS} layers with {_MAX_BLOCKS} transformer blocks in all, got {self.levels} levels of "
+                        f"up to {max(map(len, self.up))} layers with {sum(map(sum, self.down + self.up))} blocks")
         for level, layers in enumerate(self.down):
             up_layers = self.up[len(self.up) - 1 - level]
             if len(up_layers) != len(layers) + 1:

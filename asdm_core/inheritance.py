@@ -36,7 +36,7 @@ class Schedule:
     mode:
       uniform       every `interval`-th step.
       early-dense   as many full steps as uniform, closer together early in the run: the k-th of m lies
-                    at n (k/m)^power.
+                    at n (k/m)^power, or at the next step that is free.
       late-dense    the mirror image: n (1 - (1 - k/m)^power).
       quadratic     closest together around `centre` (0..1 of the run), thinning out to both sides with
                     distance^power; DeepCache's non-uniform schedule with the sign kept.
@@ -107,27 +107,31 @@ class Schedule:
         return tuple(s in full for s in range(n))
 
     def _chosen(self, n: int) -> Iterable[int]:
-        m = math.ceil(n / self.interval)
         if self.mode == "uniform":
             return range(0, n, self.interval)
-        if self.mode == "early-dense":
-            return (int(n * (k / m) ** self.power) for k in range(m))
-        if self.mode == "late-dense":
-            return (int(n * (1 - (1 - k / m) ** self.power)) for k in range(m))
-        if self.mode == "quadratic":
-            return self._quadratic(n, m)
         if self.mode == "windows":
             return self._windowed(n)
         if self.mode == "explicit":
-            return (round(s * n / self.of) for s in self.steps) if self.of else self.steps
-        return ()
+            return (min(round(s * n / self.of), n - 1) for s in self.steps) if self.of else self.steps
+        return self._uneven(n) if self.mode != "adaptive" else ()
 
-    def _quadratic(self, n: int, m: int) -> Iterable[int]:
+    def _uneven(self, n: int) -> list[int]:
+        """As many different steps as uniform has, where the mode's formula puts them."""
+        m, found = math.ceil(n / self.interval), []
+        for k in range(m):
+            lowest = found[-1] + 1 if found else 0
+            found.append(min(max(int(self._place(n, k / m) + 1e-9), lowest), n - m + k))
+        return found
+
+    def _place(self, n: int, share: float) -> float:
+        if self.mode == "early-dense":
+            return n * share**self.power
+        if self.mode == "late-dense":
+            return n * (1 - (1 - share) ** self.power)
         centre = self.centre * n
         low, high = -(centre ** (1 / self.power)), (n - centre) ** (1 / self.power)
-        for k in range(m):
-            x = low + (high - low) * k / m
-            yield int(centre + math.copysign(abs(x) ** self.power, x) + 1e-9)
+        x = low + (high - low) * share
+        return centre + math.copysign(abs(x) ** self.power, x)
 
     def _windowed(self, n: int) -> Iterable[int]:
         inside = {s: None for s in range(n)}
@@ -161,26 +165,49 @@ class Rule:
     def __post_init__(self):
         if self.reuse not in REUSE:
             raise ValueError(f"inheritance: reuse must be one of {', '.join(REUSE)}, got {self.reuse!r}")
-        if not self.targets.strip():
+        if not isinstance(self.targets, str) or not self.targets.strip():
             raise ValueError("inheritance: a rule must name at least one target")
 
 
 def targets(config: UNetConfig, expression: str) -> frozenset[str]:
-    """Unit addresses and part addresses (`down.0.0.transformer.0.attn1`) of a range expression."""
+    """Unit addresses and part addresses (`down.0.0.transformer.0.attn1`) of a range expression.
+
+    A term that starts with `!` takes units and parts out again, also parts of a unit that was chosen whole.
+    """
     chosen: set[str] = set()
+    units = {u.address: u for u in walk(config)}
     for term in expression.replace(",", " ").split():
         bare = term.removeprefix("!")
         head, _, part = bare.rpartition(".")
         parts = set(part.split("|"))
         if head and parts <= set(PARTS):
-            blocks = _blocks(config, head)
-            found = {f"{b}.{p}" for b in blocks for p in parts}
+            found = _parts(_blocks(config, head), parts)
         else:
             found = {a for a in select(config, bare) if not a.startswith("stem.")}
-            units = {u.address for u in walk(config)}
-            found = {a if a in units else f"{a}.{p}" for a in found for p in (PARTS if a not in units else ("",))}
-        chosen = chosen - found if term.startswith("!") else chosen | found
+            found = {a for a in found if a in units} | _parts(found - set(units))
+        chosen = _without(units, chosen, found) if term.startswith("!") else chosen | found
     return frozenset(chosen)
+
+
+def _parts(blocks: Iterable[str], parts: Iterable[str] = PARTS) -> set[str]:
+    return {f"{b}.{p}" for b in blocks for p in parts}
+
+
+def _without(units: Mapping[str, Unit], chosen: set[str], out: set[str]) -> set[str]:
+    """A choice of units and parts without some others. A unit that loses a part is left with its other parts."""
+    left = set()
+    for address in chosen - out:
+        if address not in units:
+            left |= {address} if _owner(address) not in out else set()
+        elif out.isdisjoint(parts := _parts(units[address].blocks)):
+            left.add(address)
+        else:
+            left |= parts - out
+    return left
+
+
+def _owner(part: str) -> str:
+    return part.rsplit(".", 2)[0]
 
 
 def _blocks(config: UNetConfig, expression: str) -> set[str]:
@@ -215,13 +242,13 @@ class Plan:
         for rule in self.rules:
             for address in targets(config, rule.targets):
                 whole = address in units
-                owner = address if whole else address.rsplit(".", 2)[0]
+                owner = address if whole else _owner(address)
                 if owner in cut or not whole and address.rpartition(".")[0] in cut:
                     continue
                 if rule.reuse == "branch" and whole and units[address].kind not in ("resnet", "transformer"):
                     raise ValueError(f"inheritance: {address} has no residual, so its branch cannot be reused; use output")
                 chosen[address] = "branch" if rule.reuse == "output" and not whole else rule.reuse
-        return {a: r for a, r in chosen.items() if a in units or a.rsplit(".", 2)[0] not in chosen}
+        return {a: r for a, r in chosen.items() if a in units or _owner(a) not in chosen}
 
     def reusing(self, what: str) -> Plan:
         """The same plan with all rules reusing "output", "branch" or "forecast"."""
@@ -252,7 +279,7 @@ class Plan:
             schedule["windows"] = tuple((float(a), float(b), int(n)) for a, b, n in schedule.get("windows", ()))
             schedule["steps"] = tuple(int(s) for s in schedule.get("steps", ()))
             return cls(tuple(Rule(**r) for r in data["rules"]), Schedule(**schedule), str(data.get("name", "")))
-        except (KeyError, TypeError) as e:
+        except (KeyError, TypeError, OverflowError) as e:
             raise ValueError(f"inheritance plan: {e}") from None
 
     def to_json(self) -> str:

@@ -201,6 +201,8 @@ def test_mixed_blocks_are_not_for_diffusers():
     ({"down": ((1, 1), (1, -1), (1, 1), (0, 0))}, "down"),
     ({"down": ((1, 1), (1, 10**9), (1, 1), (0, 0))}, "down"),
     ({"down": 3}, "down"),
+    ({"down": ((0,) * 60,), "up": ((0,) * 61,), "channel_mult": (1,)}, "at most 16 levels of 40 layers"),
+    ({"down": ((99,) * 8,) * 4, "up": ((99,) * 9,) * 4}, "1000 transformer blocks in all, got 4 levels of up to 9 layers with 6732 blocks"),
     ({"mid": -3}, "mid"),
     ({"use_linear": "no"}, "use_linear"),
     ({"family": 15}, "family"),

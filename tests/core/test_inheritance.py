@@ -22,8 +22,24 @@ def test_uniform_computes_every_nth_step():
     assert full_steps(50, interval=5) == list(range(0, 50, 5))
 
 
-def test_interval_one_inherits_nothing():
-    assert full_steps(30, interval=1) == list(range(30))
+@pytest.mark.parametrize("mode", ["uniform", "early-dense", "late-dense", "quadratic"])
+def test_interval_one_inherits_nothing(mode):
+    for n in (1, 7, 20, 30):
+        assert full_steps(n, mode=mode, interval=1) == list(range(n))
+
+
+@given(st.sampled_from(["early-dense", "late-dense", "quadratic"]), st.integers(1, 120), st.integers(1, 20), st.floats(1, 4), st.floats(0, 1))
+def test_uneven_modes_have_as_many_full_steps_as_uniform(mode, n, interval, power, centre):
+    assert len(full_steps(n, mode=mode, interval=interval, power=power, centre=centre)) == len(full_steps(n, interval=interval))
+
+
+def test_the_formulas_of_power_one_are_uniform():
+    for mode in ("early-dense", "late-dense"):
+        assert full_steps(12, mode=mode, interval=3, power=1.0) == [0, 3, 6, 9]
+
+
+def test_explicit_steps_lie_at_the_same_place_of_a_shorter_run():
+    assert full_steps(10, mode="explicit", steps=(0, 5, 10, 15, 19), of=20) == [0, 2, 5, 8, 9]
 
 
 def test_early_and_late_dense_are_mirror_images_with_as_many_full_steps_as_uniform():
@@ -144,7 +160,9 @@ def test_a_sampler_has_no_branch():
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "rules": []}', '{"format": 1, "rules": [{"x": 1}]}',
-                                  '{"format": 1, "rules": []}', '{"format": 1, "rules": [{"targets": "mid"}], "schedule": {"x": 1}}'])
+                                  '{"format": 1, "rules": []}', '{"format": 1, "rules": [{"targets": "mid"}], "schedule": {"x": 1}}',
+                                  '{"format": 1, "rules": [{"targets": 5}]}',
+                                  '{"format": 1, "rules": [{"targets": "mid"}], "schedule": {"steps": [1e999]}}'])
 def test_a_broken_plan_file_is_refused(text):
     with pytest.raises(ValueError, match="inheritance"):
         Plan.from_json(text)
@@ -153,6 +171,16 @@ def test_a_broken_plan_file_is_refused(text):
 def test_json_both_ways():
     plan = Plan((Rule("mid"), Rule("up.0", "forecast")), Schedule("windows", windows=((0.1, 0.5, 3),)), "mine")
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_terms_take_units_and_parts_out_again():
+    whole = targets(SD, "down.2-3, up.1.*.transformer.*.attn1|ff")
+    left = targets(SD, "down.2-3, up.1.*.transformer.*.attn1|ff, !up.1.2")
+    assert whole - left == {"up.1.2.transformer.0.attn1", "up.1.2.transformer.0.ff"} and left < whole
+    # A unit that loses a part is left with its others.
+    assert targets(SD, "down.0.0.transformer, !down.0.0.transformer.0.attn1") == {f"down.0.0.transformer.0.{p}" for p in ("attn2", "ff")}
+    assert targets(SD, "down.0.0.*.*.ff, down.0.0.resnet, !down.0.0.transformer.0.attn1|ff") == {"down.0.0.resnet"}
+    assert targets(SD, "down.0.0, !down.0.0.transformer") == {"down.0.0.resnet"}
 
 
 @given(st.sets(st.sampled_from(sorted({u.address for u in walk(SD) if u.side != "stem"}))))
