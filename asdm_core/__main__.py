@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -26,8 +27,10 @@ from .addresses import LAYOUTS, in_order, select
 from .architecture import NUMBERINGS, PRESETS, Architecture
 from .measure import costs, total
 from .packs import BadFile, Description, TensorFile
+from .recognise import Unrecognised, recognise
 
 DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int8": "int8"}
+STOCK_DTYPES = [name for name in DTYPES if name != "int8"]  # what stock ComfyUI reads: our int8 it would take for the weights themselves
 LATENT = {"sdxl": 128, "emoji": 16}  # side of the latent that MACs are given for; 64 (512 x 512 pixels) elsewhere
 
 
@@ -139,12 +142,23 @@ def convert(args) -> None:
         raise ValueError("--keep is written into a file's description, which only the ldm layout has; give --layout ldm and no --numbering")
     tensors, dtype = _Progress(loaded.tensors, "convert"), DTYPES[args.dtype]
     if form == packs.standalone_form(architecture):
-        packs.write_unet(args.output, tensors, loaded.description, dtype, packs.ZERO_SNR_MARKER in loaded.markers)
+        packs.write_unet(args.output, tensors, loaded.description, dtype, loaded.markers)
     else:
-        renamed = surgery.convert(tensors, architecture, surgery.ADDRESSED, form)
-        packs.write_file(args.output, packs.stored(renamed, dtype), {"format": "pt"})
+        _check_recognised(args.input, architecture, form)
+        renamed = packs.stored(surgery.convert(tensors, architecture, surgery.ADDRESSED, form), dtype)
+        packs.write_file(args.output, renamed | packs.markers(loaded.description, loaded.markers), {"format": "pt"})
     print(f"wrote {args.output}: {len(tensors)} tensors, {form.layout} layout, {form.numbering}"
           + (f", without {packs.some(loaded.unknown)}" if loaded.unknown else ""))
+
+
+def _check_recognised(name: str, architecture: Architecture, form: surgery.Form) -> None:
+    """Raises ValueError where names and shapes alone, without a description, would be taken for another network."""
+    with contextlib.suppress(Unrecognised):
+        shapes = {key: slot.shape for key, slot in architecture.keys(form.layout, form.numbering).items()}
+        found = recognise(shapes, [architecture.config]).architecture
+        if found.cut != architecture.cut:
+            raise ValueError(f"{Path(name).name} keeps other layers than its names tell in this form; only its description does, which only the ldm "
+                             "layout has. Give --layout ldm and no --numbering")
 
 
 def _readdressed(loaded: packs.Loaded, architecture: Architecture) -> packs.Loaded:
@@ -175,7 +189,7 @@ def match_original(args) -> None:
         print("  cut: " + (", ".join(in_order(ours.config, found.architecture.cut)) or "nothing"))
     if args.output:
         result = _readdressed(student, found.architecture)
-        packs.write_unet(args.output, result.tensors, result.description, None, packs.ZERO_SNR_MARKER in student.markers)
+        packs.write_unet(args.output, result.tensors, result.description, None, student.markers)
         print(f"wrote {args.output}: the same weights, which now say where they belong", file=sys.stderr if args.json else sys.stdout)
 
 
@@ -265,8 +279,7 @@ def assemble(args) -> None:
     training = {"trunk": Path(args.checkpoint).name, "pack": Path(args.pack).name}
     description = Description("unet", combined, prediction=trunk.description.prediction or pack.description.prediction,
                               licence=pack.description.licence, training=training)
-    packs.write_unet(args.output, _Progress(tensors, "assemble"), description, DTYPES[args.dtype],
-                     packs.ZERO_SNR_MARKER in trunk.markers)
+    packs.write_unet(args.output, _Progress(tensors, "assemble"), description, DTYPES[args.dtype], trunk.markers)
     print(f"wrote {args.output}: {_headline(facts(combined))}, {combined.params / 1e6:.2f} M parameters")
 
 
@@ -322,7 +335,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layout", choices=LAYOUTS, required=True, help="ldm is ComfyUI's own; diffusers is the library's")
     p.add_argument("--numbering", choices=NUMBERINGS, help="renumbered (default where it exists): the small network others load; "
                    "addressed: the unpruned network's names, with holes")
-    p.add_argument("--dtype", choices=[d for d in DTYPES if d != "int8"], default="keep")
+    p.add_argument("--dtype", choices=STOCK_DTYPES, default="keep")
     p.add_argument("--drop-unknown", action="store_true", help="leave out tensors that belong to no layer of the UNet, which ComfyUI ignores "
                    "(as time_embedding.cond_proj of LCM checkpoints); without it they are an error")
     p.add_argument("--keep", metavar="BLOCKS", help="which transformer blocks of the original these are, where it is known and the file "
@@ -351,7 +364,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("checkpoint", metavar="CHECKPOINT")
     p.add_argument("pack", metavar="PACK")
     p.add_argument("output", metavar="OUT")
-    p.add_argument("--dtype", choices=DTYPES, default="fp16")
+    p.add_argument("--dtype", choices=STOCK_DTYPES, default="fp16")
 
     p = command("lora", lora_onto, "Say which modules of a LoRA (kohya, diffusers/PEFT, LyCORIS) act on a pruned UNet and which are "
                 "dropped because their unit is cut. Only names are read.")

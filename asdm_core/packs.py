@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -321,9 +322,9 @@ class Description:
         units = data.get("units", [])
         if not isinstance(units, list) or not all(isinstance(a, str) for a in units):
             raise ValueError("units in its description must be a list of addresses")
-        tables = {name: data.get(name, {}) for name in ("training", "companions")}
+        tables = {name: {} if data.get(name) is None else data[name] for name in ("training", "companions")}
         for name, value in tables.items():
-            if value is not None and not isinstance(value, dict):
+            if not isinstance(value, dict):
                 raise ValueError(f"{name} in its description must be a JSON object, got {value!r}")
         condconv = None if data.get("condconv") is None else CondConv.from_dict(data["condconv"])
         gri = None if data.get("gri") is None else Gains.from_dict(data["gri"])
@@ -535,16 +536,20 @@ def write_pack(path: str | os.PathLike, tensors: Mapping[str, Tensor], descripti
 
 
 def write_unet(path: str | os.PathLike, tensors: Mapping[str, Tensor], description: Description,
-               dtype: torch.dtype | str | None = None, zero_snr: bool = False) -> None:
+               dtype: torch.dtype | str | None = None, kept: Mapping[str, Tensor] = MappingProxyType({})) -> None:
     """Write a standalone UNet from addressed tensors, in the renumbered LDM layout where there is one.
 
-    dtype: as in `write_pack`. zero_snr: the model was trained on a schedule whose last step is pure noise.
+    dtype: as in `write_pack`. kept: markers of the file they come from (`Loaded.markers`).
     """
     form = standalone_form(description.architecture)
-    renamed = convert(tensors, description.architecture, ADDRESSED, form)
-    markers = {V_MARKER: description.prediction == "v", ZERO_SNR_MARKER: zero_snr}
-    renamed |= {name: torch.zeros(0) for name, holds in markers.items() if holds}
-    write_file(path, stored(renamed, dtype), {"format": "pt", METADATA_KEY: description.to_json()})
+    renamed = stored(convert(tensors, description.architecture, ADDRESSED, form), dtype) | markers(description, kept)
+    write_file(path, renamed, {"format": "pt", METADATA_KEY: description.to_json()})
+
+
+def markers(description: Description, kept: Mapping[str, Tensor]) -> StateDict:
+    """Tensors beside a UNet's from which ComfyUI knows how it was trained: what it predicts as described, the others as they were."""
+    predicts = {V_MARKER: torch.zeros(0)} if description.prediction == "v" else {}
+    return predicts | {name: tensor for name, tensor in kept.items() if name != V_MARKER}
 
 
 def stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> StateDict:

@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ..asdm_core.architecture import Architecture
-from ..asdm_core.packs import Description, standalone_form, write_unet
+from ..asdm_core.packs import ZERO_SNR_MARKER, Description, standalone_form, write_unet
 from ..asdm_core.surgery import ADDRESSED
 from . import host, models
 from .load import CATEGORY
@@ -95,8 +95,9 @@ class ASDMSaveUNet(io.ComfyNode):
             raise ValueError(f"this MODEL predicts {kind.name}; Save UNet writes models that predict EPS or V_PREDICTION.")
         folder, prefix, _, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         path = unused_path(Path(folder), prefix)
+        zero_snr = getattr(model.get_model_object("model_sampling"), "zsnr", False)
         write_unet(path, played_weights(model, architecture, sources), Description("unet", architecture, prediction=prediction),
-                   DTYPES[dtype], getattr(model.get_model_object("model_sampling"), "zsnr", False))
+                   DTYPES[dtype], {ZERO_SNR_MARKER: torch.zeros(0)} if zero_snr else {})
         note = "" if architecture.cut == frozenset() or standalone_form(architecture) != ADDRESSED else (
             "\nThis choice of units has no renumbered form, so only Load Pruned UNet can read the file.")
         saved = Path("output", subfolder, path.name).as_posix()

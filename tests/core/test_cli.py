@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from asdm_core import packs, surgery
 from asdm_core.__main__ import main
-from asdm_core.addresses import UNetConfig, keys, select, walk
+from asdm_core.addresses import LAYOUTS, UNetConfig, keys, select, walk
 from asdm_core.architecture import FAMILIES, PRESETS, Architecture
 from asdm_core.measure import costs, total
 
@@ -207,6 +207,19 @@ def test_convert_to_the_addressed_names_and_back(run, folder, tmp_path):
     assert same(tensors_of(back), tensors_of(folder / "base.safetensors"))
 
 
+def test_convert_refuses_a_form_in_which_the_places_of_layers_are_lost(run, folder, tmp_path, pruned):
+    source, out = tmp_path / "told.safetensors", tmp_path / "out.safetensors"
+    assert run("match", pruned[0], folder / "xl.safetensors", source)[0] == 0
+    code, _, err = run("convert", source, out, "--layout", "diffusers")
+    assert code == 2 and "told.safetensors keeps other layers than its names tell in this form" in err and not out.exists()
+
+
+def test_assemble_offers_only_what_stock_comfyui_reads(run, folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("assemble", folder / "full.safetensors", folder / "m2.safetensors", tmp_path / "out.safetensors", "--dtype", "int8")
+    assert "invalid choice: 'int8'" in capsys.readouterr().err
+
+
 def test_convert_in_place(run, folder, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes((folder / "base.safetensors").read_bytes())
@@ -230,9 +243,23 @@ def test_how_a_checkpoint_was_trained_goes_with_it(run, folder, tmp_path):
     save_file(full | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, source)
     assert run("convert", source, renamed, "--layout", "ldm")[0] == 0
     assert run("assemble", source, folder / "m2.safetensors", built)[0] == 0
-    for path in (renamed, built):
-        assert {k for k, v in load_file(path).items() if not v.numel()} == {"v_pred", "ztsnr"}
-        assert packs.open_unet(path).description.prediction == "v"
+    for form in ((), ("--numbering", "addressed")):
+        assert run("convert", source, renamed, "--layout", "ldm", *form)[0] == 0
+        there = tmp_path / "there.safetensors"
+        assert run("convert", renamed, there, "--layout", "diffusers")[0] == 0
+        assert run("convert", there, renamed, "--layout", "ldm")[0] == 0
+        for path in (renamed, there, built):
+            assert {k for k, v in load_file(path).items() if not v.numel()} == {"v_pred", "ztsnr"}
+            assert packs.open_unet(path).description.prediction == "v"
+
+
+def test_numbers_of_edm_models_are_kept(run, folder, tmp_path):
+    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    numbers = {"edm_mean": torch.tensor([0.1]), "edm_std": torch.tensor([0.7])}
+    save_file(load_file(folder / "full.safetensors") | numbers, source)
+    for layout in LAYOUTS:
+        assert run("convert", source, out, "--layout", layout, "--dtype", "bf16")[0] == 0
+        assert same({k: v for k, v in load_file(out).items() if k in numbers}, numbers)
 
 
 # match ----------------------------------------------------------------------------------------------
