@@ -515,6 +515,8 @@ def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata:
     os.close(handle)
     try:
         save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata=dict(metadata))
+        with open(temporary, "rb+") as f:  # on the disk before the rename is: else a power cut may leave the name and not the contents
+            os.fsync(f.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private; a model file is as public as its folder
         os.replace(temporary, path)
     except BaseException as e:
