@@ -297,6 +297,8 @@ def lora_onto(args) -> None:
         print(f"  {address} is cut: {len(modules)} dropped")
     if result.text:
         print(f"  {result.text} modules are for text encoders, which pruning does not touch")
+    if result.unread:
+        print(f"  {len(result.unread)} are named as PEFT does, as {result.unread[0]}, which ComfyUI's Load LoRA does not read")
     if result.unknown:
         print(f"  {len(result.unknown)} names belong to no layer of this family, as {result.unknown[0]}; "
               "many of them mean that the LoRA was made for another family")
@@ -366,7 +368,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("output", metavar="OUT")
     p.add_argument("--dtype", choices=STOCK_DTYPES, default="fp16")
 
-    p = command("lora", lora_onto, "Say which modules of a LoRA (kohya, diffusers/PEFT, LyCORIS) act on a pruned UNet and which are "
+    p = command("lora", lora_onto, "Say which modules of a LoRA (kohya, diffusers, LyCORIS) act on a pruned UNet and which are "
                 "dropped because their unit is cut. Only names are read.")
     p.add_argument("file", metavar="FILE")
     p.add_argument("--onto", metavar="PRESET", choices=PRESETS, required=True, help=f"one of {', '.join(PRESETS)}")

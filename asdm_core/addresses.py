@@ -472,23 +472,32 @@ def translate(config: UNetConfig, source: str, target: str) -> dict[str, str]:
 
 
 def lora_names(config: UNetConfig) -> dict[str, str]:
-    """Every module name that LoRA files of the usual dialects use, with the LDM module it means.
+    """Every name of a UNet's module under which ComfyUI finds it in a LoRA file, with the LDM module it means.
 
-    Dialects: kohya over diffusers names (`lora_unet_down_blocks_0_attentions_0_proj_in`), kohya over
-    LDM names (`lora_unet_input_blocks_1_1_proj_in`, usual for SDXL), diffusers/PEFT
-    (`unet.down_blocks.0.attentions.0.proj_in`) and generic LDM (`diffusion_model.input_blocks...`).
-    Both sides are without `.weight`; the LDM side has no prefix. Norms are never LoRA targets.
+    Dialects: kohya over diffusers names (`lora_unet_down_blocks_0_attentions_0_proj_in`), the same of SimpleTuner's LyCORIS
+    (`lycoris_down_blocks...`), kohya over LDM names (`lora_unet_input_blocks_1_1_proj_in`, usual for SDXL), generic LDM
+    (`diffusion_model.input_blocks...`), and diffusers with its attention processors (`unet.down_blocks.0.attentions.0.proj_in`,
+    `unet...attn1.processor.to_q`, both without `unet.` as well). Both sides are without `.weight`; the LDM side has no prefix.
+    Norms are never LoRA targets.
     """
     names = {}
-    for slot in keys(config, "ldm").values():
-        if len(slot.shape) < 2:
-            continue
-        ldm = slot.unit.key(slot.tensor, "ldm").removesuffix(".weight")
-        diffusers = slot.unit.key(slot.tensor, "diffusers").removesuffix(".weight")
-        for name in (f"lora_unet_{diffusers.replace('.', '_')}", f"lora_unet_{ldm.replace('.', '_')}",
-                     f"unet.{diffusers}", f"diffusion_model.{ldm}"):
-            names[name] = ldm
+    for ldm, diffusers in _matrices(config):
+        spelled = re.sub(r"(?<=\.processor\.to_out)\.0$", "", diffusers.replace(".to_", ".processor.to_"))
+        kohya = diffusers.replace(".", "_")
+        names |= dict.fromkeys((f"lora_unet_{kohya}", f"lora_unet_{ldm.replace('.', '_')}", f"lycoris_{kohya}", f"diffusion_model.{ldm}",
+                                spelled, f"unet.{spelled}"), ldm)
     return names
+
+
+def peft_names(config: UNetConfig) -> dict[str, str]:
+    """Names of attention modules as PEFT writes them (`unet...attn1.to_q`), which ComfyUI does not read, with the LDM module they mean."""
+    return {f"unet.{diffusers}": ldm for ldm, diffusers in _matrices(config) if ".to_" in diffusers}
+
+
+def _matrices(config: UNetConfig) -> Iterable[tuple[str, str]]:
+    """The modules LoRAs can act on, under their LDM and their diffusers names."""
+    return (tuple(slot.unit.key(slot.tensor, layout).removesuffix(".weight") for layout in ("ldm", "diffusers"))
+            for slot in keys(config, "ldm").values() if len(slot.shape) > 1)
 
 
 _SEGMENT = re.compile(r"(?P<any>\*)|(?P<low>\d+)-(?P<high>\d+)|(?P<words>[a-z0-9_]+(\|[a-z0-9_]+)*)")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asdm_core.addresses import (
-    LAYOUTS, NO_MID, UNetConfig, in_order, keys, lora_names, select, translate, unit, walk,
+    LAYOUTS, NO_MID, UNetConfig, in_order, keys, lora_names, peft_names, select, translate, unit, walk,
 )
 from asdm_core.architecture import FAMILIES
 
@@ -247,10 +247,13 @@ def test_lora_names_point_at_the_module_that_diffusers_means(family):
     ldm = {diffusers.removesuffix(".weight"): key.removesuffix(".weight") for key, diffusers in diffusers_names(family).items()}
     wanted = {}
     for name in targets:
-        wanted[f"unet.{name}"] = wanted[f"lora_unet_{name.replace('.', '_')}"] = ldm[name]
+        spelled = name.replace(".to_", ".processor.to_")
+        spelled = spelled[:-2] if spelled.endswith(".to_out.0") else spelled
+        for there in (spelled, f"unet.{spelled}", f"lora_unet_{name.replace('.', '_')}", f"lycoris_{name.replace('.', '_')}"):
+            wanted[there] = ldm[name]
         wanted[f"diffusion_model.{ldm[name]}"] = wanted[f"lora_unet_{ldm[name].replace('.', '_')}"] = ldm[name]
     assert lora_names(FAMILIES[family]) == wanted
-    assert len(wanted) == 4 * len(targets)
+    assert len(wanted) == 6 * len(targets)
 
 
 @given(configs())
@@ -263,11 +266,14 @@ def test_lora_names_of_different_modules_never_meet(config):
 @pytest.mark.parametrize("name", [
     "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0",
     "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0",
-    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_out",
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_out",
+    "lycoris_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0",
     "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_out.0",
 ])
 def test_lora_dialects_by_hand(name):
     assert lora_names(SD)[name] == "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0"
+    assert peft_names(SD)["unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"] == lora_names(SD)[name]
 
 
 # Addresses ------------------------------------------------------------------------------------------

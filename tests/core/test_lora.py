@@ -65,6 +65,20 @@ def test_text_encoders_and_strangers_are_told_apart():
     assert (len(result.kept), result.text, result.unknown) == (1, 2, ("somebody.else",))
 
 
+def test_names_of_peft_are_told_from_strangers():
+    peft = [f"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_{p}.lora_A.weight" for p in ("q", "out.0")]
+    result = lora.report([*peft, f"{KOHYA}.alpha", "somebody.else.alpha"], Architecture.preset("base"))
+    assert (len(result.kept), len(result.unread), len(result.unknown)) == (1, 2, 1)
+    with pytest.raises(ValueError, match="reads no module of this file: 2 are named as PEFT does"):
+        lora.report(peft, Architecture.preset("base"))
+
+
+def test_names_of_attention_processors_are_read():
+    names = [f"unet.down_blocks.1.attentions.{i}.transformer_blocks.0.attn1.processor.to_out_lora.up.weight" for i in range(2)]
+    result = lora.report(names, Architecture.preset("base"))
+    assert len(result.kept) == 1 and list(result.dropped) == ["down.1.1.transformer"]
+
+
 def test_a_file_with_nothing_for_the_family_is_refused():
     with pytest.raises(ValueError, match=r"family sd15: 1 have unknown names, as transformer\.x"):
         lora.report(["transformer.x.lora_A.weight"], Architecture.preset("base"))
