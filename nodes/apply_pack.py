@@ -79,7 +79,7 @@ def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
     stored = next(iter(file.values())).dtype
     precision = model.model.model_config.unet_config.get("attn_precision")
     patcher = models.load_pack(str(path), path.stat().st_mtime, pack_dtype(model, stored), precision)
-    return host.with_pack(model, pack_id, patcher.clone(), lines)
+    return host.with_pack(model, pack_id, patcher, lines)
 
 
 class ASDMApplyPack(io.ComfyNode):

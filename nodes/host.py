@@ -91,6 +91,14 @@ def packs_of(model) -> dict[str, comfy.model_patcher.ModelPatcher]:
     return dict(zip(setup_of(model).packs, model.get_additional_models_with_key(KEY), strict=True))
 
 
+def clone_for(model, patcher):
+    """A clone of a patcher that is to play beside MODEL: an ordinary one where MODEL is (it is compiled, or has hook LoRAs).
+
+    Its weights are read once and kept by `patcher`, which should outlive the run therefore.
+    """
+    return patcher.get_non_dynamic_delegate() if patcher.is_dynamic() and not model.is_dynamic() else patcher.clone()
+
+
 def pack_architecture(model, pack_id: str) -> Architecture:
     return packs_of(model)[pack_id].model.architecture
 
@@ -99,7 +107,8 @@ def with_pack(model, pack_id: str, patcher, lines: Iterable[Line]):
     """A clone of MODEL in which a pack plays some lines. The MODEL that came in is not altered."""
     clone = model.clone()
     setup, packs = setup_of(model), packs_of(clone)
-    packs.setdefault(pack_id, patcher)
+    if pack_id not in packs:
+        packs[pack_id] = clone_for(clone, patcher)
     clone.set_additional_models(KEY, list(packs.values()))
     return _set_up(clone, replace(setup, cast=setup.cast.with_lines(lines), packs=tuple(packs)))
 
@@ -484,8 +493,7 @@ def _cleanup(model):
 def _on_clone(old, new):
     # A non-dynamic delegate (hook LoRAs, compile) needs packs that can be patched the same way.
     if old.is_dynamic() and not new.is_dynamic():
-        packs = new.get_additional_models_with_key(KEY)
-        new.set_additional_models(KEY, [p.clone(disable_dynamic=True) for p in packs])
+        new.set_additional_models(KEY, [clone_for(new, pack) for pack in old.get_additional_models_with_key(KEY)])
 
 
 _WRAPPERS = (

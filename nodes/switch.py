@@ -49,14 +49,25 @@ def with_switch(first, second, point: SwitchPoint, crossfade: int = 0):
         return second
     if point.after_all:
         return first
-    clone, joining = first.clone(), second.clone()
+    clone, joining = first.clone(), beside(first, second)
     switches = (*switches_of(first), Switch((point,), crossfade), *(switch.within(point) for switch in switches_of(second)))
-    present = [clone, *others_of(clone)]
-    for model in (joining, *others_of(joining)):
-        present.append(_apart(model, present))
-    for model in present[1:]:
+    others = [*others_of(clone), joining, *others_of(joining)]
+    for model in others:
         _set_up(model, (), [])
-    return _set_up(clone, switches, present[1:])
+    return _set_up(clone, switches, others)
+
+
+def beside(first, second):
+    """A clone of MODEL `second` that can take turns with `first`: what the two want in different states, it has a copy of its own of.
+
+    Who switches between the same two many times calls this once, and so copies once. Raises ValueError.
+    """
+    clone = host.clone_for(first, second)
+    present, joining = [first, *others_of(first)], [clone, *others_of(clone)]
+    for number, model in enumerate(joining):
+        joining[number] = _apart(model, present)
+        present.append(joining[number])
+    return _set_up(joining[0], switches_of(second), joining[1:])
 
 
 def on_each(model, change):
@@ -176,9 +187,9 @@ def _on_clone(old, new):
     undynamic = old.is_dynamic() and not new.is_dynamic()
     for was, other in zip(others_of(old), others_of(new), strict=True):
         if was.model is old.model and new.model is not old.model:
-            other = other.clone(disable_dynamic=undynamic, model_override=new.get_clone_model_override())
+            other = was.clone(disable_dynamic=undynamic, model_override=new.get_clone_model_override())
         elif undynamic:
-            other = other.clone(disable_dynamic=True)
+            other = host.clone_for(new, was)
         fixed.append(other)
     new.set_additional_models(KEY, fixed)
 

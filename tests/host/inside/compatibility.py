@@ -607,6 +607,12 @@ def on_a_card(monkeypatch):
     return dynamic
 
 
+def fresh(model):
+    """The MODEL read anew from its file."""
+    load, arguments = model.cached_patcher_init
+    return load(*arguments)
+
+
 @pytest.mark.parametrize("technique", matrix.TECHNIQUES)
 def test_dynamic_memory(checkpoints, on_a_card, technique):
     """In dynamic mode compiling and hook LoRAs move a MODEL to an ordinary patcher and a UNet object of its own."""
@@ -615,8 +621,7 @@ def test_dynamic_memory(checkpoints, on_a_card, technique):
         stock, apply = of.combined, lambda model: model
     else:
         stock, apply = of.plain, techniques(of)[technique]
-    fresh = stock.cached_patcher_init[0](*stock.cached_patcher_init[1])
-    moved = apply(on_a_card(fresh)).clone(disable_dynamic=True)
+    moved = apply(on_a_card(fresh(stock))).clone(disable_dynamic=True)
     for patcher in (moved, *moved.get_nested_additional_models()):
         assert not patcher.is_dynamic()
         patcher.load_device = torch.device("cpu")
@@ -625,3 +630,28 @@ def test_dynamic_memory(checkpoints, on_a_card, technique):
         patch.setattr(small.models, "load_pack", lambda path, modified, *more: small.models.new_pack_patcher(path, *more))
         same(wanted, small.sample(apply(stock), steps=2))
     assert technique == PRUNED or small.difference(wanted, small.sample(stock, steps=2)) > 1e-4
+
+
+def test_a_model_that_was_moved_before_takes_ordinary_patchers_in(checkpoints, on_a_card):
+    """TorchCompileModel before our nodes: packs and second models come under an ordinary patcher too."""
+    of = checkpoints("SD")
+    moved = on_a_card(fresh(of.plain)).clone(disable_dynamic=True)
+    second = small.with_pack(on_a_card(fresh(of.second)), of.experts)
+    switched = at(small.with_pack(moved, of.pack), second, 1)
+    for patcher in (switched, *switched.get_nested_additional_models()):
+        assert not patcher.is_dynamic()
+        patcher.load_device = torch.device("cpu")
+    found = small.sample(switched, steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small.models, "load_pack", lambda path, modified, *more: small.models.new_pack_patcher(path, *more))
+        same(found, small.sample(at(small.with_pack(of.plain, of.pack), small.with_pack(of.second, of.experts), 1), steps=2))
+
+
+def test_hook_loras_read_packs_and_second_models_once(checkpoints, on_a_card):
+    """In dynamic mode the host makes another delegate for each run, always round the same UNet."""
+    of = checkpoints("SD")
+    model = at(small.with_pack(on_a_card(fresh(of.plain)), of.pack), small.with_pack(on_a_card(fresh(of.second)), of.experts), 1)
+    first, again = ([patcher.model for patcher in (made, *made.get_nested_additional_models())]
+                    for made in (model.get_non_dynamic_delegate(), model.get_non_dynamic_delegate()))
+    assert len(first) == len(again) == 4
+    assert all(a is b for a, b in zip(first, again, strict=True))
