@@ -204,9 +204,9 @@ class Side:
                 "peak_memory_mb": self.peak and round(self.peak / 2**20, 1), "every_run_alike": self.repeats}
 
 
-def alternate(sides, rounds: int, warm=None) -> None:
-    """A warm-up of each side (or of those in `warm`), then so many rounds in which they take turns, so that noise hits all alike."""
-    for side in sides if warm is None else warm:
+def alternate(sides, rounds: int) -> None:
+    """A warm-up of each side, then so many rounds in which they take turns, so that noise hits all alike."""
+    for side in sides:
         side.warm_up()
     for _ in range(rounds):
         for side in sides:

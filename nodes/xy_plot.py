@@ -21,7 +21,7 @@ from .compare import alike, cell_of, decode, sampler, sampling_inputs
 from .load import CATEGORY
 from .picture import from_image, preview, to_image
 from .regional import Regional
-from .switch import with_switch
+from .switch import beside, with_switch
 from .timing import Side, alternate
 
 OFF = "off"
@@ -133,10 +133,12 @@ def values(text: str) -> list[str]:
     return lines
 
 
-def points(name: str, settings: dict) -> list[tuple[str, int, Callable]]:
-    """(label, place in the order of nodes, MODEL -> MODEL) of each value of an axis."""
+def points(name: str, settings: dict, model) -> list[tuple[str, int, Callable]]:
+    """(label, place in the order of nodes, MODEL -> MODEL) of each value of an axis, for clones of MODEL."""
     settings = dict(settings)
     kind = settings.pop(name)
+    if "model_second" in settings:  # where it cannot share the UNet, all cells share one copy
+        settings["model_second"] = beside(model, settings["model_second"])
     if kind == "nothing":
         return [("", 0, lambda model: model)]
     axis, found = AXES[kind], []
@@ -178,7 +180,7 @@ class ASDMXYPlot(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, latent_image, vae, x, y, seed, steps, cfg, sampler_name, scheduler, denoise, rounds):
-        columns, lines = points("x", x), points("y", y)
+        columns, lines = points("x", x, model), points("y", y, model)
         sample = sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
         cells = []
         for row, y_place, set_y in lines:
@@ -188,7 +190,7 @@ class ASDMXYPlot(io.ComfyNode):
                     changed = change(changed)
                 cells.append(Side(", ".join(filter(None, (column, row))), changed, sample))
         plain = Side("as it came in", model, sample)
-        alternate((plain, *cells), rounds, warm=[plain])
+        alternate((plain, *cells), rounds)
         reference = decode(vae, plain.latent)
         images = [decode(vae, cell.latent) for cell in cells]
         likenesses = [alike(reference, picture) for picture in images]

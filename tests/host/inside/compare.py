@@ -168,8 +168,9 @@ def test_report_is_about_what_was_made(model, m2):
     assert report["a"]["peak_memory_mb"] is None  # on a CPU nobody can tell the two models' memory apart
 
 
-def test_time_is_the_samplers_alone(model, m2, monkeypatch):
-    """By a clock on which a load takes 100 seconds, one evaluation of the network 1 second, and all else nothing."""
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock on which a load takes 100 seconds, one evaluation of the network 1 second, and all else nothing."""
     now, load, evaluate = [0.0], comfy.model_management.load_models_gpu, comfy.samplers.sampling_function
 
     def taking(seconds, call):
@@ -181,6 +182,9 @@ def test_time_is_the_samplers_alone(model, m2, monkeypatch):
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", taking(100, load))
     monkeypatch.setattr(comfy.samplers, "sampling_function", taking(1, evaluate))
+
+
+def test_time_is_the_samplers_alone(model, m2, clock):
     report = ab(small.with_pack(model, m2), rounds=3, **inputs(steps=4))["report"]
     for side in (report["a"], report["b"]):
         assert side["seconds"] == [4, 4, 4] and side["seconds_per_step"] == 1
@@ -324,6 +328,22 @@ def test_a_switch_comes_after_everything_else(model, folder, swapped):
     _, images, _, given = xy(model, *(axes[::-1] if swapped else axes), steps=4)
     played = switch.with_switch(host.with_plan(model, inheritance.dial(SD, "balanced")), second, switching.SwitchPoint(0.5, "percent"))
     assert torch.equal(images, VAE().decode(ksampler(played, **given)))
+
+
+def test_each_cell_is_timed_as_a_side_of_ab_compare(model, known_pack, clock):
+    _, _, report, _ = xy(model, ("pack", {"values": "off, known.safetensors"}), NOTHING, steps=2)
+    for side in (report["plain"], *report["cells"]):
+        assert side["seconds"] == [2] and side["load_and_compile_seconds"] == 100 + 1 + 100
+
+
+def test_cells_that_switch_share_one_copy_of_the_second_model(model):
+    second, copies = small.add_lora(model, small.lora()), []
+    load, arguments = second.cached_patcher_init
+    second.cached_patcher_init = (lambda *args, **kwargs: copies.append(1) or load(*args, **kwargs), arguments)
+    _, images, _, given = xy(model, ("switch at", {"values": "1, 2", "model_second": second, "unit": "step"}), NOTHING)
+    assert len(copies) == 1
+    played = (switch.with_switch(model, second, switching.SwitchPoint(at, "step")) for at in (1, 2))
+    assert torch.equal(images, torch.cat([VAE().decode(ksampler(m, **given)) for m in played]))
 
 
 def test_windows_and_strengths_of_packs(model, known_pack):
