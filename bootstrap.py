@@ -71,7 +71,7 @@ SETTINGS = {
         "STEPS": "sampling steps, 20 if not given",
     },
     "test": {"ARGS": "further arguments for pytest, such as ARGS='-k switching'"},
-    "serve": {"PORT": "port of the web page, 8188 or the next free one if not given"},
+    "serve": {"PORT": "port of the web page, 8188 if not given; any free one where it is taken"},
     "bench": {"NAME": "only bench/NAME.py", "ARGS": "further arguments for it"},
     "setup": {},
     "clean": {"ALL": "ALL=1 removes the shared cache (environments, ComfyUI) as well"},
@@ -639,10 +639,18 @@ def target_demo(python, settings):
     return [[python, "-m", "demo", *flags]]
 
 
+def words(text):
+    """The words of a command line; what is quoted stays together. Backslashes are part of a path on Windows."""
+    try:
+        return shlex.split(text.replace("\\", "\\\\") if os.name == "nt" else text)
+    except ValueError as error:
+        raise SetupError(f"ARGS={text} cannot be read ({error}); close each quotation, or put the whole in the other kind of quotes") from None
+
+
 def target_test(python, settings):
     # Small networks gain more from a second process than from a second thread.
     workers = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadscope", "--no-loadscope-reorder"]
-    return [[python, "-m", "demo.browser"], [python, "-m", "pytest", *workers, *shlex.split(settings.get("ARGS", ""))]]
+    return [[python, "-m", "demo.browser"], [python, "-m", "pytest", *workers, *words(settings.get("ARGS", ""))]]
 
 
 def target_serve(python, settings):
@@ -657,7 +665,7 @@ def target_bench(python, settings):
         raise SetupError(f"there is no bench/{wanted}.py; NAME can be: {', '.join(names) or 'nothing yet'}")
     if not names:
         raise SetupError("there is no benchmark in bench/")
-    arguments = shlex.split(settings.get("ARGS", ""))
+    arguments = words(settings.get("ARGS", ""))
     return [[python, "-m", f"bench.{name}", *arguments] for name in ([wanted] if wanted else names)]
 
 

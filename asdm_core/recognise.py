@@ -112,6 +112,8 @@ def _read_stem(unet: Shapes, layout: str) -> dict:
     label = unet.get("label_emb.0.0.weight" if ldm else "add_embedding.linear_1.weight")
     if len(conv_in) != 4 or label is not None and len(label) != 2:
         raise Unrecognised(f"the first convolution has shape {tuple(conv_in)}; wanted 4 dimensions (out, in, 3, 3)")
+    if not all(conv_in) or len(conv_out) < 1 or not all(conv_out):
+        raise Unrecognised(f"the first convolution has shape {tuple(conv_in)} and the last {tuple(conv_out)}; wanted (out, in, 3, 3) with channels in both")
     context = {s[1] for n, s in unet.items() if n.endswith("attn2.to_k.weight") and len(s) == 2}
     return {
         "model_channels": conv_in[0], "in_channels": conv_in[1], "out_channels": conv_out[0],

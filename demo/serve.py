@@ -19,7 +19,7 @@ FOLDER = PACK / ".host"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.serve", description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=8188, help="port of the web page, the next free one if it is taken")
+    parser.add_argument("--port", type=int, default=8188, help="port of the web page, any free one if it is taken")
     options = parser.parse_args()
     try:
         host = bootstrap.host_path()

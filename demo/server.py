@@ -46,7 +46,9 @@ class PromptInterrupted(PromptError):
 
 
 def free_port(preferred: int = 0) -> int:
-    """The preferred port if nobody listens there, else any free one."""
+    """The preferred port if nobody listens there, else any free one. Raises ServerError for what is no port."""
+    if not 0 <= preferred < 2**16:
+        raise ServerError(f"a port is a number from 0 to {2**16 - 1}, got {preferred}")
     for port in (preferred, 0):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))

@@ -453,6 +453,14 @@ def test_make_hands_settings_on_as_they_are():
     assert done.stdout == "bootstrap.py test ARGS=-k 'a or b' \"c d\"\n"
 
 
+def test_arguments_are_split_as_a_shell_does(monkeypatch):
+    assert bootstrap.words("-k 'a or b' x") == ["-k", "a or b", "x"]
+    with pytest.raises(bootstrap.SetupError, match="ARGS=-k it's cannot be read"):
+        bootstrap.target_test("python", {"ARGS": "-k it's"})
+    monkeypatch.setattr(bootstrap.os, "name", "nt")
+    assert bootstrap.words(r"tests\core -k 'a b'") == [r"tests\core", "-k", "a b"]
+
+
 def test_unknown_benchmark_lists_those_there_are(tmp_path, monkeypatch):
     monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
     (tmp_path / "bench").mkdir()

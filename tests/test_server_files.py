@@ -69,3 +69,6 @@ def test_port_in_use_is_avoided():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert server.free_port(taken.getsockname()[1]) != taken.getsockname()[1]
+    for port in (-1, 2**16):
+        with pytest.raises(server.ServerError, match="a port is a number from 0 to 65535"):
+            server.free_port(port)

@@ -6,7 +6,7 @@
     python -m tools.registry --publish             check also what the registry needs only when publishing: that address
 
 Rules: https://docs.comfy.org/registry/specifications and /registry/standards. As comfy-cli does, the zip takes the files that
-git knows without those that .comfyignore names (the syntax of .gitignore). Needs nothing but Python and git.
+git knows without those that .comfyignore names (the syntax of .gitignore). Needs git, and on Python 3.10 tomli.
 """
 
 from __future__ import annotations

@@ -110,9 +110,11 @@ KEY = "input_blocks.1.0.in_layers.2.weight"
     (lambda s: s.pop(KEY), f"closest to sd15 base, but has 1 missing (first: {KEY})"),
     (lambda s: s.update({KEY: (320, 320, 1, 1)}), f"1 tensors of another shape (first: {KEY} is [320, 320, 1, 1], wanted [320, 320, 3, 3])"),
     (lambda s: s.update({"input_blocks.0.0.weight": (320,)}), "the first convolution has shape (320,)"),
+    (lambda s: s.update({"input_blocks.0.0.weight": (320, 0, 3, 3)}), "the first convolution has shape (320, 0, 3, 3)"),
+    (lambda s: s.update({"out.2.weight": ()}), "and the last (); wanted (out, in, 3, 3)"),
     (lambda s: s.update({k: (s[k][0], 999) for k in s if k.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}),
      "320 base channels, text width 999 and pooled conditioning None belongs to none of the known families: sd15 (320, 768, None)"),
-], ids=["missing", "shape", "first convolution", "text width"])
+], ids=["missing", "shape", "first convolution", "no channels", "last convolution", "text width"])
 def test_the_nearest_network_is_named(change, message):
     found = shapes(Architecture.preset("base"))
     change(found)
