@@ -415,6 +415,7 @@ def test_any_damage_to_a_file_is_read_or_refused(tmp_path, data):
 
 
 @settings(max_examples=200)
+@example({"format": 1, "kind": "unet", "architecture": Architecture.full(SD).to_dict(), "training": None, "companions": None})
 @given(JSON | st.fixed_dictionaries({"format": st.just(1), "kind": st.sampled_from(["pack", "unet"]) | JSON}, optional={
     "architecture": st.fixed_dictionaries({"format": st.just(1)}, optional={
         "family": st.sampled_from(["sd15", "sdxl"]) | JSON, "cut": st.lists(st.sampled_from(["mid", "mid.0.resnet", "down.0.1.resnet", "x"])) | JSON,
