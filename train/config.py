@@ -278,6 +278,9 @@ class Config:
         if not (self.condconv or self.gains or self.architecture.own or self.student.trained == "all"):
             raise ValueError(f"{self.name} trains nothing: student.preset = {self.student.preset!r} leaves the original as it is; set "
                              "student.trained = all, experts.on or gri.on")
+        if self.student.start and not (self.architecture.own or self.student.stem):
+            raise ValueError(f"student.start: with student.preset = {self.student.preset!r} the student is the original, whose weights it begins "
+                             "with; set student.start to nothing")
         self.taps  # raises as well
 
     @property

@@ -75,6 +75,7 @@ def test_the_printed_recipe_is_a_recipe(tmp_path):
     ("experts.on=moon", "'moon' matches no unit"),
     ("experts.on=up.3.1", "'up.3.1' holds no convolution that m2 keeps"),
     ("experts.start=one", "'one' is none of zero, random, clme"),
+    ("student={preset = \"full\", start = \"a.safetensors\", trained = \"all\"}", "student.preset = 'full' the student is the original"),
     ("student.cut=mid", "give either preset or cut"),
     ("loss.mid=-1", "weights must not be negative"),
     ("loss.perceptual=0.1", "no known way to a picture"),
