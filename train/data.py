@@ -19,7 +19,7 @@ are in train/sources.py.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -193,6 +193,12 @@ class Cache(Numbered):
 def pooled_width(unet: UNetConfig) -> int:
     """Width of the pooled text states a UNet takes: SDXL's conditioning is these and six sizes of 256 numbers each. 0 without."""
     return unet.adm_channels - 6 * 256 if unet.adm_channels else 0
+
+
+def cast(added: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """SDXL's further conditions for a UNet in a dtype. Its sizes stay as they are: bfloat16 would make 1368 of 1365 px, and
+    diffusers casts what it makes of them itself."""
+    return None if added is None else {**added, "text_embeds": added["text_embeds"].to(dtype)}
 
 
 def whole(size: int) -> Tensor:

@@ -20,19 +20,19 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from asdm_core.packs import write_file
+from asdm_core.packs import BadFile, TensorFile, write_file
 
 from . import losses, sharding, stages, taps
 from .config import LOSSES, Config
-from .data import Batch, Batches, Source
+from .data import Batch, Batches, Source, cast
 from .emoji.diffusion import STEPS, coefficients
 from .emoji.features import ClassifierFeatures
 from .emoji.training import Progress
 from .emoji.unet import BmmAttention
 from .outputs import Outputs
+from .settings import difference
 from .show import Show, decoder, predictor, write_card
 from .sources import open_source
 from .vgg import load_vgg
@@ -147,39 +147,34 @@ class Checkpoints:
             before = f"{last[-1].name} is whole" if last else "There is none before it"
             raise OSError(f"{path} cannot be written ({e.strerror or e}). {before}; make room, or see to the disk, and give the same "
                           "command again") from None
-        for old in self.paths()[: -self.config.run.keep]:
+        upto = [p for p in self.paths() if p <= path]  # a later one is broken, or `load` would have taken it
+        for old in {*self.paths()} - {*upto[-self.config.run.keep :]}:
             old.unlink()
 
     def load(self) -> tuple[State, dict[str, Tensor]] | None:
-        """The newest state; None where there is none. Raises ValueError where the folder belongs to other settings."""
-        if not self.paths():
-            return None
-        path = self.paths()[-1]
-        with safe_open(path, framework="pt") as f:
-            saved = json.loads(f.metadata()["config"])
-            changed = _difference(_completed(saved), self.fixed)
-            if changed:
+        """The newest state that can be read; None where there is none.
+
+        Raises ValueError where the folder belongs to other settings, or none of its states can be read.
+        """
+        for path in reversed(self.paths()):
+            try:
+                file = TensorFile(path)
+            except BadFile as e:  # as some disks leave what was written last when the power goes
+                print(f"left out: {e}", flush=True)
+                continue
+            if changed := difference(_completed(json.loads(file.metadata["config"])), self.fixed):
                 raise ValueError(f"{self.folder} holds a run with other settings ({changed}). Choose another name or "
                                  "run.folder, or delete its checkpoints to start anew")
-            return State(**json.loads(f.metadata()["state"])), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+            return State(**json.loads(file.metadata["state"])), dict(file)
+        if self.paths():
+            raise ValueError(f"{self.folder}: none of its checkpoints can be read; delete them to start anew")
+        return None
 
 
 def _completed(saved: dict) -> dict:
     """The settings of a run, with those added since it began at their defaults."""
     defaults = {f.name: asdict(f.default_factory()) for f in fields(Config) if f.default_factory is not MISSING and f.name != "run"}
     return saved | {name: values | saved.get(name, {}) for name, values in defaults.items()}
-
-
-def _difference(old: Mapping, new: Mapping, prefix: str = "") -> str:
-    """The first settings that differ, as text."""
-    for key in {**old, **new}:
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            if found := _difference(a, b, f"{prefix}{key}."):
-                return found
-        elif a != b:
-            return f"{prefix}{key} was {a!r} and is {b!r}"
-    return ""
 
 
 class Average:
@@ -293,7 +288,7 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
             wanted = computed(numbers, device) if computed else None
             if teacher is not None:
                 with torch.no_grad():
-                    wanted = teacher(x.to(half), batch.t, batch.context.to(half), _as(batch.added, half))
+                    wanted = teacher(x.to(half), batch.t, batch.context.to(half), cast(batch.added, half))
             last = part == accumulation - 1
             if config.run.shard:
                 student.set_requires_gradient_sync(last)
@@ -310,25 +305,27 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
         # Update. All processes see the same values, so all decide alike.
         lr = learning_rate(config, state.step)
         finite = bool(value.isfinite().all())
-        if config.run.precision != "fp16":  # there the gradient scaler looks after the gradients itself
-            finite = finite and norm < float("inf")
+        good = finite and norm < float("inf")
         state.step += 1
-        if finite:
+        if good:
             for group in optimiser.param_groups:
                 group["lr"] = lr
             optimiser.step()
-            if not accelerator.optimizer_step_was_skipped:
-                average.update(parameters, state.step - state.skipped)
+            average.update(parameters, state.step - state.skipped)
             state.in_a_row = []
         else:
             state.skipped += 1
-            state.in_a_row = [*state.in_a_row, state.step]
+            # fp16's first scales are too large for the gradient by design: that does not count.
+            if not (finite and accelerator.scaler):
+                state.in_a_row = [*state.in_a_row, state.step]
+            if accelerator.scaler:  # it halves its scale; else `step` does that
+                accelerator.scaler.update()
         optimiser.zero_grad()
         state.seconds += clock() - began
 
         # Status and checkpoint.
         if main:
-            log.add(state, value, lr, norm)
+            log.add(state, value if good else None, lr, norm)
             progress.show(state.step, log.status(state))
         if show and (state.step % config.run.picture_every == 0 or state.step == config.run.steps):
             with averaged(parameters, average), accelerator.autocast():
@@ -372,10 +369,6 @@ def _show(config: Config, source: Source, teacher: nn.Module, dtype: torch.dtype
     return show
 
 
-def _as(added: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
-    return None if added is None else {k: v.to(dtype) for k, v in added.items()}
-
-
 def _numbers(config: Config, accelerator: Accelerator, step: int, part: int) -> range:
     """Numbers of the samples this process takes for one part of a step."""
     first = step * config.run.batch + (part * accelerator.num_processes + accelerator.process_index) * config.run.micro_batch
@@ -400,9 +393,9 @@ class Log:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
 
-    def add(self, state: State, value: Tensor, lr: float, norm: float) -> None:
-        """value: (B, losses + 1), the last column t."""
-        if state.in_a_row:
+    def add(self, state: State, value: Tensor | None, lr: float, norm: float) -> None:
+        """value: (B, losses + 1), the last column t; None of a step that was skipped."""
+        if value is None:
             print(f"step {state.step}: not finite, skipped", flush=True)
         else:
             self.recent.append(value)

@@ -12,7 +12,7 @@ from asdm_core.architecture import Architecture
 
 from . import stages
 from .config import Config
-from .data import Source
+from .data import Source, cast
 from .emoji.training import save_grid, seeded
 from .encoders import load_vae
 from .losses import LATENT_RGB, latent_rgb
@@ -24,8 +24,7 @@ PICTURES = 4
 def predictor(unet: nn.Module, dtype: torch.dtype) -> Predict:
     """A diffusers UNet as a function of x, t, context and SDXL's conditions, computed in a dtype."""
     def predict(x: Tensor, t: Tensor, context: Tensor, added: Mapping[str, Tensor] | None) -> Tensor:
-        added = None if added is None else {k: v.to(dtype) for k, v in added.items()}
-        return unet(x.to(dtype), t, context.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
+        return unet(x.to(dtype), t, context.to(dtype), added_cond_kwargs=cast(added, dtype), return_dict=False)[0]
 
     return predict
 

@@ -126,6 +126,23 @@ def test_old_checkpoints_go_and_other_settings_are_refused(unbroken):
     run(unbroken, "run.keep=5", "run.log_every=1")
 
 
+def test_a_broken_checkpoint_is_left_out_and_the_one_before_it_taken(unbroken, tmp_path, capsys):
+    run(tmp_path)
+    file = tmp_path / "checkpoint-00000006.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    run(tmp_path, "run.keep=1")
+    output = capsys.readouterr().out
+    assert "left out: checkpoint-00000006.safetensors" in output and "going on at step 4" in output
+    assert_equal(newest(unbroken), newest(tmp_path))
+    # What is broken does not stay in the place of what is written after it.
+    (tmp_path / "checkpoint-00000100.safetensors").write_bytes(b"")
+    run(tmp_path, "run.keep=1", "run.steps=8")
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000008.safetensors"]
+    newest(tmp_path).write_bytes(b"")
+    with pytest.raises(ValueError, match="none of its checkpoints can be read; delete them to start anew"):
+        run(tmp_path)
+
+
 # Several processes and parts ------------------------------------------------------------------------
 
 
@@ -229,6 +246,32 @@ def test_three_in_a_row_stop_the_run_and_leave_the_last_good_state(broken_sample
     with pytest.raises(FloatingPointError, match=r"steps 3, 4, 5.*last good state is checkpoint-00000002.*optimiser.lr"):
         run(tmp_path)
     assert all(v.isfinite().all() for v in load_file(newest(tmp_path)).values())
+
+
+def scaled(**settings):
+    """An accelerator with the gradient scaler that fp16 has, which accelerate gives to a GPU alone."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", **settings)
+    accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
+    return accelerator
+
+
+def test_a_loss_that_is_not_finite_leaves_the_scaler_of_fp16_ready(broken_samples, tmp_path):
+    broken_samples(1, 2, 4)
+    accelerator = scaled(init_scale=1024.0)
+    train(settings(tmp_path, "run.steps=7"), accelerator)
+    assert log(tmp_path)[-1]["skipped"] == 3 and accelerator.scaler.get_scale() == 128
+    broken_samples(1, 2, 3)
+    with pytest.raises(FloatingPointError, match="steps 2, 3, 4"):
+        train(settings(tmp_path / "stops"), scaled(init_scale=1024.0))
+
+
+def test_overflows_while_fp16_finds_its_scale_are_counted_and_do_not_stop_the_run(tmp_path, capsys):
+    train(settings(tmp_path), scaled(init_scale=2.0**127, backoff_factor=0.25))
+    skipped, tensors = log(tmp_path)[-1]["skipped"], load_file(newest(tmp_path))
+    assert skipped > loop.BAD_STEPS and capsys.readouterr().out.count("not finite, skipped") == skipped
+    assert all(v.isfinite().all() for v in tensors.values())
+    assert {float(v) for k, v in tensors.items() if k.startswith("step.")} == {6 - skipped}  # updates
 
 
 # The whole ------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.models.embeddings import Timesteps
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -15,6 +16,7 @@ from train.config import load
 from train.data import Batches, Cache, Random
 from train.encoders import load_text
 from train.loop import train
+from train.show import predictor
 
 # A chain of stages each: from the recipe that starts at the teacher to the published shape.
 CHAINS = {"ssd-1b": ["sdxl-ssd-1b-1", "sdxl-ssd-1b-2", "sdxl-ssd-1b"],
@@ -67,6 +69,24 @@ def test_pooled_states_and_sizes_come_with_the_cache(tmp_path):
     write_file(config.data.path, {k: v for k, v in load_file(config.data.path).items() if k != "pooled"}, {})
     with pytest.raises(ValueError, match="lacks the pooled states and sizes that a UNet of sdxl takes"):
         Cache(config.data.path, config)
+
+
+def test_sizes_reach_teacher_and_student_unrounded(tmp_path, monkeypatch):
+    config = narrow("sdxl-ssd-1b-1", tmp_path / "run", "run.precision=bf16", "run.steps=1", "run.picture_every=0")
+    write_cache(config)
+    write_file(config.data.path, load_file(config.data.path) | {"sizes": torch.tensor([[1365.0, 96, 0, 16, 64, 64]]).repeat(3, 1)}, {})
+    seen, original = [], Timesteps.forward
+
+    def forward(self, t):
+        seen.append(t)
+        return original(self, t)
+
+    monkeypatch.setattr(Timesteps, "forward", forward)
+    train(config, Accelerator(cpu=True, mixed_precision="bf16"))
+    assert [t[0].item() for t in seen if t.shape == (12,)] == [1365, 1365]  # six sizes of two samples
+    predictor(lambda *_, added_cond_kwargs, **__: (seen.append(added_cond_kwargs),), torch.bfloat16)(
+        torch.zeros(1), None, torch.zeros(1), {"text_embeds": torch.zeros(1), "time_ids": torch.tensor([1365.0])})
+    assert seen[-1]["text_embeds"].dtype == torch.bfloat16 and seen[-1]["time_ids"].item() == 1365
 
 
 @torch.no_grad()

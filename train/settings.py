@@ -1,0 +1,58 @@
+"""What files of an earlier call were made with: kept with them, and compared before they are used again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from asdm_core.packs import read_header
+
+MADE = "made"  # the key of these settings in a file's metadata
+
+
+def fingerprint(path: Path) -> str:
+    """Eight hexadecimal digits that are others for other contents of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+
+
+def digest(value: object) -> str:
+    """The same of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
+
+
+def difference(old: Mapping, new: Mapping, prefix: str = "") -> str:
+    """The first settings that differ, as text; empty where none do."""
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if found := difference(a, b, f"{prefix}{key}."):
+                return found
+        elif a != b:
+            return f"{prefix}{key} was {a!r} and is {b!r}"
+    return ""
+
+
+def same_folder(folder: Path, mine: Mapping) -> None:
+    """Note in `folder`/settings.json what its files are made with. Raises ValueError where it says something else.
+
+    Settings that are not in it yet are added: those of other callers, or older than the setting.
+    """
+    path = folder / "settings.json"
+    its = json.loads(path.read_text()) if path.exists() else {}
+    if changed := difference({key: its.get(key, value) for key, value in mine.items()}, mine):
+        raise ValueError(f"{folder} holds what was made with other settings ({changed}); choose another folder")
+    if not mine.keys() <= its.keys():
+        path.write_text(json.dumps({**its, **mine}) + "\n")
+
+
+def same_file(path: Path, mine: Mapping, remedy: str) -> None:
+    """Raise ValueError where a safetensors file was not made with these settings. remedy: what to do then."""
+    if changed := difference(json.loads(read_header(path).metadata.get(MADE, "{}")), mine):
+        raise ValueError(f"{path} was made with other settings ({changed}); {remedy}")
+
+
+def made(mine: Mapping) -> dict[str, str]:
+    """Metadata of a safetensors file that was made with these settings."""
+    return {"format": "pt", MADE: json.dumps(mine)}
