@@ -95,7 +95,7 @@ class Inheritance:
         """The memory of a run; None, with a word in the log, where its features would be more than the limit."""
         if self.limit_mb and size > self.limit_mb * 2**20:
             logging.warning(f"asdm: feature inheritance is off in this run: it would remember {math.ceil(size / 2**20)} MB and the limit "
-                            f"is {self.limit_mb} MB. Raise the limit, keep the features on the CPU, or choose a plan that reuses less.")
+                            f"is {self.limit_mb} MB. Raise the limit, or choose a plan that reuses less.")
             return None
         if 0 < len(sigmas) - 1 < FEW_STEPS:
             logging.warning(f"asdm: feature inheritance in a run of {len(sigmas) - 1} steps: with fewer than {FEW_STEPS}, neighbouring "

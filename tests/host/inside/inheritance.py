@@ -228,7 +228,11 @@ def test_a_run_that_would_remember_more_than_the_limit_computes_in_full_and_says
     assert big > 2**20
     plain = small.sample(model, steps=2, size=(64, 64))
     assert torch.equal(small.sample(m, steps=2, size=(64, 64)), plain) and "limit is 1 MB" in caplog.text
+    assert kept(m) is None
     assert not torch.equal(small.sample(m, steps=2), small.sample(model, steps=2))  # a small picture stays below it
+    assert kept(m).replayed == [False, True]
+    small.sample(m, steps=2, size=(64, 64))
+    assert kept(m) is None  # not the report of the run before
 
 
 def test_few_steps_are_warned_of(model, caplog):
