@@ -228,8 +228,8 @@ class Run:
 
     def close(self) -> None:
         memory = self._memory()
-        if memory is not None:
-            self._inheritance.log.last = Report(memory.steps, memory.counts, memory.replayed(), self._laps.seconds(), memory.peak)
+        if self._inheritance is not None:  # without a memory it was off in this run
+            self._inheritance.log.last = memory and Report(memory.steps, memory.counts, memory.replayed(), self._laps.seconds(), memory.peak)
         if self._recorder is not None:
             self._speed.last = Record(self._shape, self._recorder.evaluations(), memory.replayed() if memory else [], self._recorder.layers())
         for stage in self._stages.values():
@@ -300,7 +300,8 @@ class Stage:
             return nullcontext()
         parts = self._assigned[0]
         cut = parts[address].role == "cut" if address in parts else address in self._cut
-        return self._recorder.layer(address, "inherited" if inherits else "cut" if cut else "played")
+        regional = self._assigned[-1] and address in self._attention.blocks.values()
+        return self._recorder.layer(address, "inherited" if inherits else "cut" if cut else "regional" if regional else "played")
 
     def trials(self):
         """What a survey wants played again in this forward: (name, what to call with both outputs)."""

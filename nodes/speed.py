@@ -74,16 +74,18 @@ def savings(model, record: Record) -> list[tuple[str, float, str]]:
     whole, (height, width) = Architecture.full(config), record.shape[-2:]
     macs = {address: cost.total for address, cost in costs(whole, height, width).items()}
     left_out = attention_left_out(setup.regional, whole, height, width)
-    played = {a: both for (a, role), both in record.layers.items() if role == "played"}
+    regional = {a: both for (a, role), both in record.layers.items() if role == "regional"}
 
     def kind(address: str) -> str:
         return unit(config, address).kind
 
     time, work = Counter(), Counter()
-    for address, (seconds, calls) in played.items():
-        for name in (kind(address), ""):
-            time[name] += seconds
-            work[name] += calls * (macs[address] - left_out.get(address, 0))
+    for (address, role), (seconds, calls) in record.layers.items():
+        if role in ("played", "regional"):
+            done = macs[address] - (left_out.get(address, 0) if role == "regional" else 0)
+            for name in (kind(address), ""):
+                time[name] += seconds
+                work[name] += calls * done
 
     def needed(address: str, multiplications: float) -> float:
         name = kind(address) if work[kind(address)] else ""
@@ -93,7 +95,7 @@ def savings(model, record: Record) -> list[tuple[str, float, str]]:
     if cut > 0:
         names = ", ".join(pack.rpartition("@")[0].removesuffix(".safetensors") for pack in setup.packs) or "pruned UNet"
         found.append((f"layers cut ({names})", cut, "estimated"))
-    less = sum(needed(a, played[a][1] * m) for a, m in left_out.items() if a in played)
+    less = sum(needed(a, regional[a][1] * m) for a, m in left_out.items() if a in regional)
     if less > 0:
         found.append(("GRI attention", less, "estimated"))
     return found

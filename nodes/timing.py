@@ -52,7 +52,8 @@ class Record:
     """What was measured of one run. Numbers only, so that it may outlive the run.
 
     shape: of the latents, (B, C, H, W). evaluations: (step, seconds) of each. replayed: for each, whether all of it was
-    inherited; empty without feature inheritance. layers: (address, role) -> seconds in all and calls; role: "played", "cut" or "inherited".
+    inherited; empty without feature inheritance. layers: (address, role) -> seconds in all and calls; role: "played", "cut",
+    "inherited", or "regional" for a transformer that played while GRI attention did.
     """
 
     shape: tuple[int, ...]

@@ -428,6 +428,20 @@ def test_gri_leaves_out_what_lies_outside_windows_and_cells():
     assert left["down.0.0.transformer"] == pytest.approx(product * (1 - (256 + (4096 - 256) / 16) / 4096))
 
 
+def test_gri_saves_time_only_in_the_part_of_the_run_where_it_plays(model):
+    settings = regional.Regional(window=8, pool=4, stages=1, when=cast.Window(0.5, 1))
+    half = host.with_regional(model, settings)
+    _, timed = measured(half, steps=4)
+    address = "down.0.0.transformer"
+    layers = host.setup_of(timed).speed.last.layers
+    assert layers[address, "regional"][1] + layers[address, "played"][1] == 4
+    whole = small.Architecture.full(SD)
+    macs, left = measure.costs(whole, 64, 64)[address].total, speed.attention_left_out(settings, whole, 64, 64)[address]
+    layers = {(address, "played"): (3 * macs, 3), (address, "regional"): (macs - left, 1)}
+    found = speed.savings(half, timing.Record((1, 4, 64, 64), record().evaluations, [], layers))
+    assert found == [("GRI attention", pytest.approx(left), "estimated")]
+
+
 def test_a_readout_is_drawn_and_says_what_is_missing(model, m2):
     with pytest.raises(ValueError, match="Put Measure Speed between it and the sampler"):
         execute("ASDMSpeedReadout", model=model)
