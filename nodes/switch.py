@@ -26,6 +26,7 @@ from .load import CATEGORY
 from .replay import step_of
 
 KEY = "asdm_switch"
+POST_CFG = "sampler_post_cfg_function"
 
 
 # What a switched MODEL carries: its Switches as an attachment, the MODELs they bring in as additional models ------
@@ -288,7 +289,7 @@ class Run:
 
     def begin(self, extra_args: dict, sigmas, **inputs) -> None:
         """All models are loaded and the sampler is about to start. inputs: of `process_conds`."""
-        self._given = extra_args["model_options"]
+        self._before = len(extra_args["model_options"].get(POST_CFG, []))
         self._inputs.update(inputs, seed=extra_args.get("seed"))
         for player in self.others:
             patcher, base = player.patcher, player.patcher.model
@@ -302,13 +303,32 @@ class Run:
         sigma = float(timestep.flatten()[0])
         self._step = step_of(sigma, self._sigmas, self._step)
         weights = [switch.weight(sigma, self._step, threshold, self._sigmas) for switch, threshold in self._switches]
-        players, out = (self._first, *self.others), None
-        for number, share in shares(weights).items():
-            one = self._evaluate(players[number], executor, x, timestep, options, seed)
-            if share < 1:
-                one = one * share
-            out = one if out is None else out + one
+        players, playing = (self._first, *self.others), shares(weights)
+        if len(playing) > 1:
+            return self._mixed(players, playing, executor, x, timestep, options, seed)
+        (number,) = playing
+        return self._evaluate(players[number], executor, x, timestep, options, seed)
+
+    def _mixed(self, players, playing: dict[int, float], executor, x, timestep, options: dict, seed):
+        """An evaluation in which several play. The sampler's own functions look into the guidance once, of all of them."""
+        added, seen, out = self._added(options), [], 0.0
+        if added:
+            def look(args):
+                seen.append((share, args))
+                return args["denoised"]
+
+            options = {**options, POST_CFG: [*options[POST_CFG][:self._before], look]}
+        for number, share in playing.items():
+            out = out + share * self._evaluate(players[number], executor, x, timestep, options, seed)
+        for function in added if seen else ():  # a cache can keep a guider from evaluating
+            whole = sum(share for share, _ in seen)
+            guidance = {name: sum(share / whole * args[name] for share, args in seen) for name in ("cond_denoised", "uncond_denoised")}
+            out = function({**seen[0][1], **guidance, "denoised": out})
         return out
+
+    def _added(self, given: dict) -> list:
+        """The functions that the sampler added to the first model's (CFG++ looks into guidance so)."""
+        return given.get(POST_CFG, [])[self._before:]
 
     def _evaluate(self, player: Player, executor, x, timestep, options: dict, seed):
         self._turn_to(player)
@@ -338,9 +358,8 @@ class Run:
         self._now = player
 
     def _with_sampler_functions(self, own: dict, given: dict) -> dict:
-        """A player's options with the functions that the sampler added to the first model's (CFG++ looks into guidance so)."""
-        name = "sampler_post_cfg_function"
-        added = given.get(name, [])[len(self._given.get(name, [])):]
+        """A player's options with those functions."""
+        added = self._added(given)
         if not added:
             return own
         options = comfy.model_patcher.create_model_options_clone(own)
@@ -421,7 +440,7 @@ class ASDMSwitchUNet(io.ComfyNode):
                 io.Combo.Input("unit", options=list(UNITS), default="percent",
                                tooltip="percent: share of the noise schedule, 0 is its begin, 1 its end, as in other nodes. share of steps: 0.4 is "
                                        "after 40% of this run's steps. step: steps of this run. "
-                                       "sigma: the noise level at and below which the second model plays."),
+                                       "sigma: a noise level. All mean a noise level: the second model plays at and below it."),
                 io.Int.Input("crossfade_steps", default=0, min=0, max=1000, advanced=True,
                              tooltip="So many steps from the switch on both models play and their predictions are mixed. Each costs as much "
                                      "as both. 0: at once."),

@@ -2,6 +2,7 @@
 
 import comfy.hooks
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
 import pytest
@@ -198,6 +199,28 @@ def test_a_crossfade_mixes_the_predictions(first, second):
 def test_cfg_plus_plus_samplers_see_the_guidance_of_both(first, second, folder):
     assert torch.equal(sample(at(first, small.model(folder), 2), sampler="euler_cfg_pp"), sample(first, sampler="euler_cfg_pp"))
     assert torch.equal(run(at(first, second, 1000.0, "sigma"), "euler_cfg_pp"), run(second, "euler_cfg_pp"))
+
+
+def test_in_a_crossfade_cfg_plus_plus_samplers_see_the_mixed_guidance_once(first, second):
+    """CFG++ samplers keep what their function saw last."""
+    def looking(seen):
+        def function(model, x, s, extra_args, **_):
+            def look(args):
+                seen.append((args["denoised"], args["uncond_denoised"]))
+                return args["denoised"] + 1
+
+            options = comfy.model_patcher.set_model_options_post_cfg_function(dict(extra_args["model_options"]), look, True)
+            seen.append(model(torch.ones_like(x), s[1][None], **{**extra_args, "model_options": options}))
+            return x
+        return comfy.samplers.KSAMPLER(function)
+
+    found = {}
+    for name, m in (("a", first), ("b", second), ("both", at(first, second, 1, crossfade=1))):
+        comfy.sample.sample_custom(m, torch.zeros(1, 4, 16, 16), 3.0, looking(found.setdefault(name, [])), sigmas(), small.cond(SD, 1),
+                                   small.cond(SD, 2), torch.zeros(1, 4, 16, 16), disable_pbar=True)
+    ((denoised, uncond), out), (a, _), (b, _) = found["both"], found["a"], found["b"]
+    assert torch.equal(denoised, 0.5 * a[0] + 0.5 * b[0]) and torch.equal(out, denoised + 1)
+    assert torch.equal(uncond, 0.5 * a[1] + 0.5 * b[1])
 
 
 # What each model brings -----------------------------------------------------------------------------
