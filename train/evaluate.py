@@ -5,7 +5,7 @@
 
 emoji: against the teacher, or with --on openmoji against the finetune, on the same inputs and from the same noises
 (train/emoji/compare.py). sd: BK-SDM's protocol (train/coco.py), over all processes; without a product, the
-original. The same command goes on where it stopped. Ends in a JSON file and a picture in --out.
+original. The same command goes on where it stopped; other settings want another --out. Ends in a JSON file and a picture there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torchvision.transforms.functional import to_tensor
 
 from . import coco
 from .emoji.compare import Judge, named
-from .emoji.training import save_grid
+from .emoji.training import plain_errors, save_grid
+from .settings import digest, same_folder
 from .stages import assembled, open_product
 
 SHOWN = 16
@@ -54,6 +55,11 @@ def sd(args: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=args.cpu)
     prompts = coco.read_prompts(args.prompts, args.limit)
     folder = args.out / (named(args.product) if args.product else "whole")
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        same_folder(folder, {"models": str(args.models.resolve()), "pictures": len(prompts), "hash of the prompts": digest(prompts),
+                             "steps": args.steps, "cfg": args.cfg})
+    accelerator.wait_for_everyone()
     pipeline = coco.load_pipeline(args.models, args.product, accelerator.device)
     coco.generate(pipeline, prompts, folder, accelerator, args.batch, args.steps, args.cfg)
     del pipeline
@@ -65,6 +71,7 @@ def sd(args: argparse.Namespace) -> None:
         print(json.dumps(row))
 
 
+@plain_errors
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(required=True, metavar="emoji|sd")
@@ -75,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     family.add_argument("--family", type=Path, default=Path("models/emoji"), help="folder of the family's weights")
     family.add_argument("--comfy", help="ComfyUI folder, for the CLIP tokeniser")
     family.add_argument("--prompts", type=int, default=360)
-    family.add_argument("--rounds", type=int, default=1, help="noises of each prompt; from 1000 pictures on there is a Frechet distance")
+    family.add_argument("--rounds", type=int, default=1, help="noises of each prompt; from 65 pictures in all on there is a Frechet distance")
     family.add_argument("--steps", type=int, default=20)
     family.add_argument("--cfg", type=float, default=3.0)
     family.add_argument("--threads", type=int, default=1)
@@ -95,10 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
         kind.add_argument("--out", type=Path, default=Path("runs/evaluation"))
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    try:
-        args.evaluate(args)
-    except (ValueError, OSError) as e:
-        raise SystemExit(str(e)) from None
+    args.evaluate(args)
 
 
 if __name__ == "__main__":

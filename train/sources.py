@@ -27,11 +27,12 @@ from .emoji.diffusion import coefficients, ddim
 from .emoji.training import Progress, seeded
 from .encode import BROKEN, SUFFIXES, captioned, read_picture
 from .encoders import Text, ToLatents, ToText, latents_of, load_text, load_vae
+from .settings import digest, made, same_file
 
 SHUFFLED = 1000  # pictures of shards and streams that are shuffled together: reading stays within few files
 TRIES = 100  # pictures in a row that may be broken
 THREADS = 8  # that decode pictures
-SAMPLES_IN_FILE = 64  # of the teacher's own pictures
+SAMPLES_IN_FILE = 64  # of the teacher's own pictures, and the most that are drawn at once
 ENDLESS = 2**62  # the length of a stream
 
 Predict = Callable[[Tensor, Tensor, Tensor, dict | None], Tensor]  # x, t, context, SDXL's conditions -> the teacher's output
@@ -271,6 +272,14 @@ class Prompts(Numbered):
         self.wide = bool(pooled_width(config.network.config))
         self.empty = _on_cpu(to_text([""]))
 
+    @property
+    def settings(self) -> dict:
+        """What a picture of a number depends on."""
+        config = self.config
+        return {"network.teacher": config.network.teacher, "network.prediction": config.network.prediction, "encoders.models": encoders(config),
+                "hash of the prompts": digest(self.prompts), "seed": config.seed, "data.size": config.data.size,
+                "samples.steps": config.samples.steps, "samples.guidance": config.samples.guidance}
+
     def __len__(self) -> int:
         return ENDLESS
 
@@ -307,17 +316,26 @@ def draw(config: Config, predict: Predict, noise: Tensor, text: Text, empty: Tex
 
 
 def write_samples(folder: Path, source: Prompts, count: int, batch: int, process: int = 0, processes: int = 1) -> None:
-    """Draw `count` pictures into a cache in `folder`, or what is missing of them; each process makes its share of the files."""
+    """Draw `count` pictures into a cache in `folder`, or what is missing of them; each process makes its share of the files.
+
+    Raises ValueError where the folder holds pictures that were drawn otherwise.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    shard = -(-min(count, SAMPLES_IN_FILE) // batch) * batch
-    files = [n for n in range(0, count, shard) if not (folder / f"{n // shard:05d}.safetensors").exists()][process::processes]
-    progress = Progress("the teacher draws", len(files) * shard)
-    for done, first in enumerate(files):
-        numbers = range(first, min(first + shard, count))
+    files = [(folder / f"{n // SAMPLES_IN_FILE:05d}.safetensors", range(n, min(n + SAMPLES_IN_FILE, count)))
+             for n in range(0, count, SAMPLES_IN_FILE)]
+    drawn_with = source.settings | {"samples.count": count}
+    for path, _ in files:
+        if path.exists():
+            same_file(path, drawn_with, f"delete {folder} to have them drawn anew, or choose another run.folder")
+    # Shared out first: what is missing changes while the others draw.
+    missing = [(path, numbers) for path, numbers in files[process::processes] if not path.exists()]
+    progress, done = Progress("the teacher draws", sum(len(numbers) for _, numbers in missing)), 0
+    for path, numbers in missing:
         parts = []
         for at in range(0, len(numbers), batch):
             parts.append(source.examples(numbers[at : at + batch], []))
-            progress.show(done * shard + at + batch)
+            progress.show(done + min(at + batch, len(numbers)))
+        done += len(numbers)
         tensors = {"latents": torch.cat([p.latents for p in parts]).half(), "captions": torch.arange(len(numbers))[:, None],
                    "states": torch.cat([p.text.states for p in parts]).half(), "empty": source.empty.states[0].half()}
         if source.wide:
@@ -326,8 +344,8 @@ def write_samples(folder: Path, source: Prompts, count: int, batch: int, process
         if not tensors["latents"].isfinite().all():
             raise ValueError("the teacher draws pictures that are not finite; is network.prediction right, and samples.guidance not "
                              "too high?")
-        write_file(folder / f"{first // shard:05d}.safetensors", tensors, {"format": "pt"})
-    if files:
+        write_file(path, tensors, made(drawn_with))
+    if missing:
         progress.end()
 
 
@@ -366,7 +384,10 @@ def open_source(config: Config, predict: Predict | None = None, device: torch.de
     folder = config.folder / "samples"
     write_samples(folder, source, config.samples.count, config.run.micro_batch, process, processes)
     wait()
-    return Cache(folder, config)
+    cache = Cache(folder, config)
+    if len(cache) != config.samples.count:
+        raise ValueError(f"{folder} holds {len(cache)} pictures, wanted samples.count = {config.samples.count}; delete it to have them drawn anew")
+    return cache
 
 
 def _check_width(text: Text, config: Config) -> None:

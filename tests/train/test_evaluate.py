@@ -31,6 +31,7 @@ def judge(settings, tiny, glyphs, data, tokens, concepts, monkeypatch):
                         ("Tokens", lambda *a, **k: tokens), ("host_folder", lambda given: None), ("FIXED", 32), ("LENGTH", 16), ("REFERENCE", 4)):
         monkeypatch.setattr(compare, name, value)
     monkeypatch.setattr(Judge, "whole", unet.build(tiny).eval())
+    (settings.models / "emoji-teacher.safetensors").touch()
     return lambda prompts=3: Judge("teacher", settings.runs / "measured", settings.runs, settings.models, prompts, steps=2)
 
 
@@ -55,8 +56,30 @@ def test_networks_are_measured_against_the_teacher_and_only_once(judge, tiny):
     assert judge().measure("cut", never, rounds=2) == other
     # The pictures of the first round are there; only their numbers are put together anew.
     assert judge().measure("cut", never)["pictures"] == 3
-    with pytest.raises(ValueError, match=r"measurements made with .*'prompts': 3.*wanted .*'prompts': 2"):
+    with pytest.raises(ValueError, match="made with other settings .prompts was 3 and is 2.; choose another folder"):
         judge(2)
+
+
+def test_a_teacher_trained_anew_wants_another_folder(judge, settings):
+    folder = settings.runs / "measured"
+    folder.mkdir()
+    (folder / "settings.json").write_text('{"prompts": 3, "steps": 2, "cfg": 3.0}\n')  # from before the teacher was noted
+    judge(), judge()
+    assert json.loads((folder / "settings.json").read_text()).keys() == {"prompts", "steps", "cfg", "teacher"}
+    (settings.models / "emoji-teacher.safetensors").write_bytes(b"trained anew")
+    with pytest.raises(ValueError, match="made with other settings .teacher was '.{8}' and is '.{8}'"):
+        judge()
+
+
+@pytest.mark.parametrize(("pictures", "known"), [(64, False), (65, True), (120, True), (300, True)])
+def test_the_frechet_distance_needs_more_pictures_than_features_and_has_no_upper_end(pictures, known, judge, monkeypatch):
+    j = judge()
+    g = torch.Generator().manual_seed(0)
+    drawn = {"latents": (4, 2, 2), "images": (3, 16, 16), "features": (64,), "top1": (), "top5": ()}
+    monkeypatch.setattr(Judge, "pictures", lambda *_: {key: torch.rand(pictures, *shape, generator=g) for key, shape in drawn.items()})
+    monkeypatch.setattr(Judge, "reference", torch.rand(160, 64, generator=g))
+    found = j.measure("whole", lambda: j.whole, fixed=False)
+    assert [key in found for key in ("fed", "fed_glyphs")] == [known, known]
 
 
 def test_a_switched_run_is_drawn_by_one_and_then_the_other():
@@ -159,6 +182,14 @@ def test_scores_come_from_the_libraries_as_the_protocol_has_them(prompts, tmp_pa
         evaluate.main(command)
         assert Pipeline.drawn == drawn
     assert json.loads((tmp_path / "out" / "whole.json").read_text())["fid"] == 12.5 and (tmp_path / "out" / "whole.png").exists()
+    # Pictures drawn otherwise are not scored under these settings.
+    for change, message in ((["--steps", "50"], "steps was 25 and is 50"), (["--limit", "2"], "pictures was 5 and is 2"),
+                            (["--models", "y"], "models was '.*x' and is '.*y'")):
+        with pytest.raises(SystemExit, match=f"whole holds what was made with other settings .{message}.; choose another folder"):
+            evaluate.main(command + change)
+    prompts.write_text(prompts.read_text().replace("prompt 3", "another"))
+    with pytest.raises(SystemExit, match="hash of the prompts was"):
+        evaluate.main(command)
 
 
 def test_missing_libraries_and_prompts_are_named(tmp_path, monkeypatch):

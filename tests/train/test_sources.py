@@ -246,12 +246,36 @@ def test_the_teacher_draws_what_is_missing_and_no_more(prompts, models, tmp_path
     # Killed between two files: the same pictures again. Two processes make one file each.
     monkeypatch.setattr(sources, "SAMPLES_IN_FILE", 2)
     parts = tmp_path / "parts"
-    for process in (1, 0):
+    for process in (1, 0):  # the first has made its file before the second looks
         sources.write_samples(parts, sources.Prompts(config, predict, load_text(models), torch.device("cpu")), 6, 2, process, 2)
+    assert len(Cache(parts, config)) == 6
     (parts / "00001.safetensors").unlink()
     sources.write_samples(parts, sources.Prompts(config, predict, load_text(models), torch.device("cpu")), 6, 2)
     again = Cache(parts, config).examples(range(6), [0.0] * 6)
     assert torch.equal(again.latents, before.latents) and torch.equal(again.text.states, before.text.states)
+
+
+def test_pictures_drawn_with_other_settings_are_refused(prompts, models, tmp_path):
+    def opened(*changes):
+        return open_source(recipe("prompts", prompts, models, *DRAWN, f"run.folder={tmp_path / 'run'}", *changes), lambda x, *_: x)
+
+    drawn = opened()
+    again = opened("run.micro_batch=1")  # which may change, and changes no file
+    assert torch.equal(again.examples(range(6), [0.0] * 6).latents, drawn.examples(range(6), [0.0] * 6).latents)
+    for change, message in (("samples.guidance=2", "samples.guidance was 7.5 and is 2.0"), ("samples.count=5", "samples.count was 6 and is 5"),
+                            ("network.teacher=other", "network.teacher was 'random' and is 'other'"), ("seed=7", "seed was 1234 and is 7")):
+        with pytest.raises(ValueError, match=f"00000.safetensors was made with other settings .{message}.; delete .*samples to have them drawn anew"):
+            opened(change)
+    prompts.write_text("red cat\n")
+    with pytest.raises(ValueError, match="hash of the prompts was"):
+        opened()
+
+
+def test_pictures_that_no_process_drew_are_missed(prompts, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SAMPLES_IN_FILE", 2)
+    config = recipe("prompts", prompts, models, *DRAWN, f"run.folder={tmp_path}")
+    with pytest.raises(ValueError, match="holds 4 pictures, wanted samples.count = 6"):  # nobody waits for the other
+        open_source(config, lambda x, *_: x, process=0, processes=2)
 
 
 def test_drawing_follows_the_probability_flow(prompts, models):

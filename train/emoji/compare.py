@@ -9,7 +9,6 @@ Distances to the teacher punish a network that is better than it; recognition an
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable
 from functools import cached_property
@@ -23,6 +22,7 @@ from asdm_core.measure import psnr, ssim
 from asdm_core.packs import write_file
 
 from ..metrics import by_bins, frechet, kid, standard_error
+from ..settings import fingerprint, same_folder
 from .captions import prompt
 from .classifier import load_classifier, top_k
 from .codec import load_codec
@@ -42,8 +42,7 @@ STYLES = {"teacher": TEACHER_STYLES, "openmoji": ("openmoji",)}
 
 def named(path: Path) -> str:
     """Name of a product in the results, other for other contents: a file trained anew is measured anew."""
-    with open(path, "rb") as f:
-        return f"{path.stem}-{hashlib.sha256(f.read()).hexdigest()[:8]}"
+    return f"{path.stem}-{fingerprint(path)}"
 
 
 class Switched(nn.Module):
@@ -74,18 +73,12 @@ class Judge:
         self.tokens = Tokens(host_folder(comfy), ids=self.encoder.ids.tolist())
         self.codec, self.classifier = load_codec(models), load_classifier(models, [c.code for c in concepts])
         folder.mkdir(parents=True, exist_ok=True)
-        self._same_settings()
-
-    def _same_settings(self) -> None:
-        path, mine = self.folder / "settings.json", {"prompts": len(self.chosen), "steps": self.steps, "cfg": self.cfg}
-        if not path.exists():
-            path.write_text(json.dumps(mine) + "\n")
-        elif (its := json.loads(path.read_text())) != mine:
-            raise ValueError(f"{self.folder} holds measurements made with {its}, wanted {mine}; choose another folder")
+        self.file = models / f"emoji-{host}.safetensors"
+        same_folder(folder, {"prompts": len(self.chosen), "steps": steps, "cfg": cfg, host: fingerprint(self.file)})
 
     @cached_property
     def whole(self) -> nn.Module:
-        return load_unet(self.models / f"emoji-{self.host}.safetensors")
+        return load_unet(self.file)
 
     # Shared by all networks, made once ---------------------------------------------------------------
 
@@ -175,10 +168,10 @@ class Judge:
         a, b = ({key: torch.cat([r[key] for r in side]) for key in side[0]} for side in (mine, its))
         found |= {"pictures": len(a["images"]), "top1": float(a["top1"].mean()), "top5": float(a["top5"].mean()),
                   "top1_se": standard_error(a["top1"]), "kid": kid(a["features"], self.reference)}
-        if min(len(a["images"]), len(self.reference) - len(a["images"])) > self.reference.shape[1]:
-            # Biased upwards by the number of pictures; fed_glyphs is what as many real glyphs get.
-            found |= {"fed": frechet(a["features"], self.reference),
-                      "fed_glyphs": frechet(self.reference[:len(a["images"])], self.reference[len(a["images"]):])}
+        if len(a["images"]) > self.reference.shape[1]:
+            # Biased upwards by the number of pictures; fed_glyphs is what as many real glyphs get, or half of them where there are fewer.
+            split = min(len(a["images"]), len(self.reference) // 2)
+            found |= {"fed": frechet(a["features"], self.reference), "fed_glyphs": frechet(self.reference[:split], self.reference[split:])}
         if name != "whole":
             quality = psnr(a["images"], b["images"])
             found |= {"mse": float((a["images"] - b["images"]).square().mean()), "psnr": float(quality.mean()), "psnr_se": standard_error(quality),
