@@ -4,8 +4,8 @@
 
 Captions come from metadata.jsonl or metadata.csv in the folder (columns file_name and text; in JSON, text may
 be a list of captions), or from a .txt file beside each picture. --models is a diffusers folder with vae,
-text_encoder and tokenizer; nothing is downloaded. The same command goes on where it stopped. A picture that
-cannot be read is named and left out.
+text_encoder and tokenizer; nothing is downloaded. The same command goes on where it stopped; other pictures,
+captions or models want another folder. A picture that cannot be read is named and left out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -22,13 +23,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from asdm_core.packs import write_file
+from asdm_core.packs import read_header, write_file
 
-from .emoji.training import Progress
+from .emoji.training import Progress, plain_errors
 from .encoders import ToLatents, ToText, latents_of, load_text, load_vae
+from .settings import digest, made, same_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what a broken picture raises
+BROKEN = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)  # what a broken picture raises
 SHARD = 4096  # pictures in a file: 130 MB of SD1.5's latents and 480 MB of its text states
 
 
@@ -74,22 +76,28 @@ def read_picture(file: Path | BinaryIO, size: int) -> tuple[Tensor, Tensor]:
 
 
 def encode(pictures: Sequence[tuple[Path, list[str]]], out: Path, size: int, to_latents: ToLatents, to_text: ToText,
-           batch: int = 8, shard: int = SHARD) -> list[Path]:
+           batch: int = 8, shard: int = SHARD, models: str = "") -> list[Path]:
     """Write the cache (train/data.py) into the folder `out`, which may hold a part of it. Returns the pictures that could not be read.
 
-    to_latents: pictures (B, 3, size, size) in [-1, 1] -> latents as the UNet sees them; to_text: B captions -> their states.
+    to_latents: pictures (B, 3, size, size) in [-1, 1] -> latents as the UNet sees them; to_text: B captions -> their states. models:
+    what they are called. Raises ValueError where the folder holds what was made from other pictures, captions or models, or at another size.
     """
     out.mkdir(parents=True, exist_ok=True)
-    progress, broken = Progress("encoding", len(pictures)), []
+    parts = {out / f"{first // shard:05d}.safetensors": pictures[first : first + shard] for first in range(0, len(pictures), shard)}
+    made_with = {path: {"hash of the pictures' names and captions": digest([(file.name, given) for file, given in part]), "size": size,
+                        "models": models} for path, part in parts.items()}
+    for path in sorted(out.glob("*.safetensors")):
+        same_file(path, made_with.get(path, {}), "delete it and those after it to have them made anew, or give another folder")
+    progress, done, broken = Progress("encoding", len(pictures)), 0, []
     empty = to_text([""])
-    for first in range(0, len(pictures), shard):
-        path = out / f"{first // shard:05d}.safetensors"
+    for path, part in parts.items():
+        done += len(part)
         if path.exists():
             continue
         latents, captions, texts, sizes = [], [], [], []
-        for at in range(first, min(first + shard, len(pictures)), batch):
+        for at in range(0, len(part), batch):
             readable = []
-            for file, given in pictures[at : min(at + batch, first + shard)]:
+            for file, given in part[at : at + batch]:
                 try:
                     readable.append(read_picture(file, size))
                 except BROKEN as e:
@@ -101,7 +109,7 @@ def encode(pictures: Sequence[tuple[Path, list[str]]], out: Path, size: int, to_
             if readable:
                 latents.append(to_latents(torch.stack([picture for picture, _ in readable])).half().cpu())
                 sizes += [shape for _, shape in readable]
-            progress.show(min(at + batch, len(pictures)))
+            progress.show(done - len(part) + min(at + batch, len(part)))
         if not latents:
             continue
         most = max(map(len, captions))
@@ -112,11 +120,12 @@ def encode(pictures: Sequence[tuple[Path, list[str]]], out: Path, size: int, to_
         if empty.pooled is not None:
             tensors |= {"pooled": torch.cat([f.pooled.half().cpu() for f in found]), "empty_pooled": empty.pooled[0].half().cpu(),
                         "sizes": torch.stack(sizes)}
-        write_file(path, tensors, {"format": "pt"})
+        write_file(path, tensors, made(made_with[path]))
     progress.end()
     return broken
 
 
+@plain_errors
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.encode", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,13 +136,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    try:
-        found = captioned(args.pictures)
-        broken = encode(found, args.cache, args.size, latents_of(load_vae(args.models, args.device)),
-                        load_text(args.models, device=args.device), args.batch)
-    except (ValueError, OSError) as e:
-        raise SystemExit(str(e)) from None
-    print(f"{len(found) - len(broken)} pictures in {args.cache}, {len(broken)} could not be read")
+    broken = encode(captioned(args.pictures), args.cache, args.size, latents_of(load_vae(args.models, args.device)),
+                    load_text(args.models, device=args.device), args.batch, models=str(args.models.resolve()))
+    held = sum(read_header(path).tensors["latents"][1][0] for path in args.cache.glob("*.safetensors"))
+    print(f"{held} pictures in {args.cache}" + (f"; {len(broken)} could not be read" if broken else ""))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Pictures to a cache, with stand-ins for VAE and text encoder; and the real classes with few channels."""
 
 import json
+import struct
+import zlib
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import train.encode
 from tests.train.recipes import NARROW
 from train.config import load
 from train.data import Cache
@@ -79,6 +82,40 @@ def test_the_cache_holds_the_pictures_and_names_the_broken_ones(folder, tmp_path
     encode(found, out, 8, to_latents, to_text, batch=2, shard=3)
     after = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     assert after.keys() == before.keys() and after["00000.safetensors"] == before["00000.safetensors"]
+
+
+def test_a_folder_that_has_changed_is_not_taken_for_the_one_it_was(folder, tmp_path):
+    def encoded(count, size=8, models="a"):
+        for i in range(count):
+            (folder / f"{i}.txt").write_text("cat")
+        return encode(captioned(folder)[:count], tmp_path / "out", size, to_latents, to_text, batch=2, shard=2, models=models)
+
+    encoded(5), encoded(5)
+    for changed, message in ((lambda: encoded(4), "00002.* was .* and is None"), (lambda: encoded(3), "00001.*hash of the pictures' names"),
+                             (lambda: encoded(5, 16), "00000.*size was 8 and is 16"), (lambda: encoded(5, 8, "b"), "models was 'a' and is 'b'")):
+        with pytest.raises(ValueError, match=f"{message}.*; delete it and those after it"):
+            changed()
+    paint(folder / "00.png", 0)  # now the second of all
+    (folder / "00.txt").write_text("dog")
+    with pytest.raises(ValueError, match="00000.safetensors was made with other settings"):
+        encoded(5)
+
+
+def test_the_last_line_counts_what_the_cache_holds(folder, tmp_path, monkeypatch, capsys):
+    for i in range(5):
+        (folder / f"{i}.txt").write_text("cat")
+    # A PNG whose chunk eXIf is too short: Pillow raises struct.error.
+    data = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(data[:33] + struct.pack(">I4s6sI", 6, b"eXIf", b"II*\0\x08\0", zlib.crc32(b"eXIfII*\0\x08\0")) + data[33:])
+    monkeypatch.setattr(train.encode, "load_vae", lambda *_: None)
+    monkeypatch.setattr(train.encode, "latents_of", lambda vae: to_latents)
+    monkeypatch.setattr(train.encode, "load_text", lambda *_, **__: to_text)
+    monkeypatch.setattr("sys.argv", ["encode", str(folder), str(tmp_path / "out"), "--models", str(tmp_path), "--size", "8"])
+    lines = []
+    for _ in range(2):
+        train.encode.main()
+        lines.append(capsys.readouterr().out.splitlines()[-1])
+    assert lines == [f"4 pictures in {tmp_path / 'out'}; 1 could not be read", f"4 pictures in {tmp_path / 'out'}"]
 
 
 @torch.no_grad()

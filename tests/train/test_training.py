@@ -1,10 +1,12 @@
 import copy
+import importlib
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from asdm_core.packs import write_file
+from train.emoji import data as family
 from train.emoji import teacher
 from train.emoji import unet as unets
 from train.emoji.data import variants
@@ -161,3 +163,14 @@ def test_cached_latents_serve_fewer_copies_and_say_what_is_missing(glyphs, tmp_p
     write_file(tmp_path / "latents-noto.safetensors", {"latents": latents[1:]}, {"copies": "2"})
     with pytest.raises(ValueError, match="not what the glyphs make"):
         load_latents(tmp_path, glyphs, ("noto",))
+
+
+@pytest.mark.parametrize("script", [
+    "data", "codec", "latents", "classifier", "teacher", "finetune", "cache", "evaluate"])
+def test_scripts_end_in_one_line_where_a_file_is_missing(script, tmp_path, monkeypatch):
+    module = importlib.import_module(f"train.emoji.{script}")
+    monkeypatch.setattr(family, "fetch", lambda *_: (_ for _ in ()).throw(ValueError("the names are missing")))
+    monkeypatch.setattr("sys.argv", [script, "--runs", str(tmp_path), "--models", str(tmp_path), "--threads", str(torch.get_num_threads())])
+    with pytest.raises(SystemExit, match="missing") as found:
+        module.main()
+    assert isinstance(found.value.code, str)

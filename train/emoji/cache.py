@@ -20,7 +20,7 @@ from .data import Glyphs, load_glyphs
 from .latents import LatentSet, load_latents
 from .teacher import TEACHER_STYLES
 from .text import Tokens, host_folder, load_text
-from .training import Progress, add_common_arguments, start
+from .training import Progress, add_common_arguments, plain_errors, start
 
 
 def write_cache(path: Path, glyphs: Glyphs, data: LatentSet, to_states: Callable[[Sequence[str]], Tensor], captions: int,
@@ -45,6 +45,7 @@ def write_cache(path: Path, glyphs: Glyphs, data: LatentSet, to_states: Callable
                       "empty": to_states([""])[0].half().cpu()}, {"format": "pt"})
 
 
+@plain_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser, training=False)

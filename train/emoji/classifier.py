@@ -25,7 +25,7 @@ from asdm_core.packs import write_file
 from .codec import load_codec
 from .data import ALL_COPIES, Variant, draw, load_glyphs, variants
 from .sources import STYLES
-from .training import Checkpoint, Optimiser, Progress, Run, add_common_arguments, save_curve, seeded, start
+from .training import Checkpoint, Optimiser, Progress, Run, add_common_arguments, plain_errors, save_curve, seeded, start
 
 FEATURES = 64
 SIZE = 64  # pixels it looks at
@@ -152,6 +152,7 @@ def pictures(runs: Path, models: Path, device: str) -> tuple[Tensor, Tensor]:
     return result, labels
 
 
+@plain_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)

@@ -29,7 +29,7 @@ from asdm_core.packs import write_file
 from .data import ALL_COPIES, draw, load_glyphs, variants
 from .sources import STYLES
 from .training import (
-    Checkpoint, Optimiser, Progress, Run, add_common_arguments, save_curve, save_grid, seeded, start,
+    Checkpoint, Optimiser, Progress, Run, add_common_arguments, plain_errors, save_curve, save_grid, seeded, start,
 )
 
 WIDTH = 64  # of every layer of TAESD
@@ -231,6 +231,7 @@ def psnr_of(codec: Codec, x: Tensor) -> Tensor:
     return -10 * (y - x).square().mean((1, 2, 3)).log10()
 
 
+@plain_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)

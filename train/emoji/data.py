@@ -22,7 +22,7 @@ from asdm_core.packs import write_file
 from .captions import held_out
 from .render import BACKGROUNDS, IDENTITY, compose, jitter, render
 from .sources import STYLES, Concept, fetch, read_concepts, read_graphics
-from .training import Progress, add_common_arguments, save_grid, seeded
+from .training import Progress, add_common_arguments, plain_errors, save_grid, seeded
 
 ALL_COPIES = 2  # pictures of a glyph on each background that the codec and the classifier learn from
 
@@ -90,6 +90,7 @@ def load_glyphs(folder: Path) -> Glyphs:
         return Glyphs(concepts, f.get_tensor("pixels"))
 
 
+@plain_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser, training=False)

@@ -33,7 +33,7 @@ from .render import BACKGROUNDS
 from .sources import STYLES
 from .teacher import TEACHER_STYLES, codec_images, sample_latents
 from .text import Tokens, host_folder, load_text
-from .training import Progress, add_common_arguments, save_grid, start
+from .training import Progress, add_common_arguments, plain_errors, save_grid, start
 from .unet import load_unet
 
 STEPS, CFG, SEEDS = 20, 3.0, 4
@@ -192,6 +192,7 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+@plain_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser, training=False)

@@ -15,13 +15,14 @@ from .data import load_glyphs
 from .latents import load_latents
 from .teacher import Batches, add_unet_arguments, provenance, train
 from .text import Tokens, host_folder, load_text
-from .training import add_common_arguments, start
+from .training import add_common_arguments, plain_errors, start
 from .unet import load_unet, save_unet
 
 STYLE = ("openmoji",)
 LICENCE = "CC-BY-SA-4.0"  # OpenMoji is share-alike
 
 
+@plain_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)

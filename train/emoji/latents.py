@@ -18,7 +18,7 @@ from asdm_core.packs import write_file
 from .codec import load_codec
 from .data import Glyphs, Variant, draw, load_glyphs, variants
 from .sources import STYLES
-from .training import Progress, add_common_arguments, start
+from .training import Progress, add_common_arguments, plain_errors, start
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def load_latents(runs: Path, glyphs: Glyphs, styles: tuple[str, ...], copies: in
     return LatentSet(wanted, torch.cat(parts))
 
 
+@plain_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser, training=False)

@@ -28,7 +28,7 @@ from .latents import LatentSet, load_latents
 from .sources import STYLES
 from .text import TextEncoder, Tokens, host_folder, save_text
 from .training import (
-    Checkpoint, Optimiser, Progress, Run, add_common_arguments, save_curve, save_grid, seeded, start,
+    Checkpoint, Optimiser, Progress, Run, add_common_arguments, plain_errors, save_curve, save_grid, seeded, start,
 )
 from .unet import build, save_unet
 
@@ -194,6 +194,7 @@ def add_unet_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show-minutes", type=float, default=5, help="minutes between sample grids")
 
 
+@plain_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)

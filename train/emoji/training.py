@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -208,6 +209,18 @@ def start(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     args.runs.mkdir(parents=True, exist_ok=True)
     args.models.mkdir(parents=True, exist_ok=True)
+
+
+def plain_errors(main: Callable) -> Callable:
+    """Let a script's main end in the message alone where its input was wrong."""
+    @functools.wraps(main)
+    def called(*arguments):
+        try:
+            return main(*arguments)
+        except (ValueError, OSError) as e:
+            raise SystemExit(str(e)) from None
+
+    return called
 
 
 class Progress:
