@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -28,9 +29,11 @@ import torch
 from accelerate import Accelerator
 
 from asdm_core.architecture import Architecture
+from asdm_core.packs import TensorFile, describe
 from asdm_core.surgery import cut_diffusers
 from train.config import Config, load
-from train.emoji.compare import FIXED, Judge, Switched, named
+from train.emoji.compare import FIXED, REFERENCE, Judge, Switched, named
+from train.emoji.training import plain_errors
 from train.emoji.unet import CONFIG
 from train.loop import Criterion, train
 from train.outputs import write_outputs
@@ -141,6 +144,14 @@ class Settings:
         """The files in models/ by the run whose kind they are."""
         return {name: path for name in SHIPPED if (path := self.models / f"emoji-{name}.safetensors").exists()}
 
+    def seeds(self) -> list[int]:
+        """Those with which anything in the folder was trained."""
+        return sorted({int(found[1]) for path in self.folder.iterdir() if (found := re.fullmatch(r".+-s(\d+)", path.name))})
+
+    def updates(self, share: float = 1) -> int:
+        """Of a run that learns from `share` times the samples."""
+        return max(1, round(share * self.samples / BATCH))
+
     def seconds(self, run: str, seed: int) -> float:
         log = (self.product(run, seed).parent / "log.jsonl").read_text().splitlines()
         return json.loads(log[-1])["seconds"]
@@ -151,7 +162,7 @@ class Settings:
         if run.seconds_of:
             reference, full = run.seconds_of
             share = self.seconds(reference, seed) / self.seconds(full, seed)
-        steps = max(1, round(share * self.samples / BATCH))
+        steps = self.updates(share)
         start = self.product(run.start, seed) if run.start else ""
         return load(RECIPES / f"{run.recipe}.toml", [
             f"name={run.name}", f"seed={seed}", f"student.start={start}", f"data.path={self.family / 'cache.safetensors'}",
@@ -210,10 +221,17 @@ def switched(judge: Judge, settings: Settings, switch: tuple[str, str, float], s
 
 
 def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = ()) -> Iterator[Job]:
-    """Everything there is to do, or what belongs to some rows, in order of importance; what is done already takes no time."""
-    judges = {host: Judge(host, settings.folder / "measured", settings.family, settings.models, settings.prompts, settings.steps)
-              for host in ("teacher", "openmoji")}
-    teacher, finetune = judges["teacher"], judges["openmoji"]
+    """Everything there is to do, or what belongs to some rows, in order of importance; what is done already takes no time.
+
+    Raises ValueError where a run that is finished learned from other --samples.
+    """
+    for seed in seeds:
+        for run in runs(seed, rows):
+            if settings.product(run.name, seed).exists():
+                samples(settings, run, seed)
+    judge = partial(Judge, folder=settings.folder / "measured", runs=settings.family, models=settings.models, prompts=settings.prompts,
+                    steps=settings.steps)
+    teacher, finetune = judge("teacher"), None if rows else judge("openmoji")
     measure = partial(teacher.measure, rounds=settings.rounds)
     yield "teacher", lambda: measure("whole", lambda: teacher.whole)
     for seed in seeds:
@@ -255,15 +273,22 @@ def switch_name(switch: tuple[str, str, float]) -> str:
     return f"{first}-{second}-{at:g}"
 
 
-def command() -> str:
-    """The command that made what is there."""
-    kept, skipped = [], iter(sys.argv[1:])
-    for word in skipped:
-        if word == "--notes":
-            next(skipped, None)
-        elif word != "--report":
+def drawn(settings: Settings) -> dict:
+    """What the measurements were made with, whatever the command line says: prompts, steps, cfg."""
+    return json.loads((settings.folder / "measured" / "settings.json").read_text())
+
+
+def command(settings: Settings) -> str:
+    """The command that makes what is there, in one process for all seeds."""
+    kept, skipped = [], False
+    for word in sys.argv[1:]:
+        if word.startswith("--"):
+            skipped = word in ("--notes", "--report", "--rows", "--seeds", "--prompts", "--steps")
+        if not skipped:
             kept.append(word)
-    return f"python -m bench.tables {shlex.join(kept)}"
+    its = drawn(settings)
+    return shlex.join(["python", "-m", "bench.tables", *kept, "--prompts", str(its["prompts"]), "--steps", str(its["steps"]),
+                       "--seeds", *map(str, settings.seeds())])
 
 
 # What comes out -------------------------------------------------------------------------------------
@@ -289,8 +314,8 @@ def gathered(settings: Settings, seeds: Sequence[int]) -> dict[str, dict[str, di
     for switch in SWITCHES:
         put("teacher", switch_name(switch), seeds)
     for run in RUNS:
-        if run.name in found["teacher"]:
-            done = [seed for seed in seeds if settings.product(run.name, seed).exists()]
+        done = [seed for seed in seeds if settings.product(run.name, seed).exists()]
+        if run.name in found["teacher"] and done:
             found["teacher"][run.name] |= {
                 "samples": statistics.mean(learned(settings, run, seed) for seed in done),
                 "seconds": statistics.mean(spent(settings, run, seed) for seed in done)}
@@ -301,10 +326,20 @@ def find(name: str) -> Run | None:
     return next((run for run in RUNS if run.name == name), None)
 
 
+def samples(settings: Settings, run: Run, seed: int) -> int:
+    """What a finished run learned from. Raises ValueError where --samples says something else."""
+    product = settings.product(run.name, seed)
+    found, wanted = describe(TensorFile(product)).training["samples"], settings.updates(run.share) * BATCH
+    if found != wanted and not run.seconds_of:
+        raise ValueError(f"{product} learned from {found:,} samples, with --samples {settings.samples} it would from {wanted:,}; give the "
+                         "--samples of this folder, or another --folder")
+    return found
+
+
 def learned(settings: Settings, run: Run, seed: int) -> int:
-    """Samples of a run and of those before it."""
-    mine, first = settings.recipe(run, seed).run, find(run.start)
-    return mine.steps * mine.batch + (learned(settings, first, seed) if first else 0)
+    """Samples of a finished run and of those before it."""
+    first = find(run.start)
+    return samples(settings, run, seed) + (learned(settings, first, seed) if first else 0)
 
 
 def spent(settings: Settings, run: Run, seed: int) -> float:
@@ -313,11 +348,12 @@ def spent(settings: Settings, run: Run, seed: int) -> float:
     return settings.seconds(run.name, seed) + (spent(settings, first, seed) if first else 0)
 
 
-def write(settings: Settings, seeds: Sequence[int], notes: str = "") -> None:
-    """bench/results/tables.json, docs/evidence.md and its plots, from what is finished."""
+def write(settings: Settings, notes: str = "") -> None:
+    """bench/results/tables.json, docs/evidence.md and its plots, from what is finished, of all seeds; nothing before a run is."""
+    seeds = settings.seeds()
     rows = gathered(settings, seeds)
     mine, its = rows["teacher"], rows["openmoji"]
-    if len(mine) < 2:
+    if "whole" not in mine or not any("samples" in found for found in mine.values()):
         return
     presets = {name: Architecture.preset(name, CONFIG) for name in CUT}
     macs = {name: evidence.macs_share(a) for name, a in presets.items()} | {"whole": 1.0}
@@ -331,7 +367,7 @@ def write(settings: Settings, seeds: Sequence[int], notes: str = "") -> None:
     summary |= {f"transfer_{metric}_{name.replace('-', '_')}": found[metric] for name, found in its.items()
                 for metric in ("gap_recovered", "psnr", "ssim", "accuracy") if metric in found}
     records = [{"host": host, "row": name, **found} for host, part in rows.items() for name, found in part.items()]
-    record("tables", summary, records + verdicts, command(), notes=notes)
+    record("tables", summary, records + verdicts, command(settings), notes=notes)
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
     evidence.plot_rows(docs / "evidence-rows.png", mine)
@@ -339,7 +375,7 @@ def write(settings: Settings, seeds: Sequence[int], notes: str = "") -> None:
     bins = {name: measured[0]["v_mse"]["teacher"] for name in ("cut-m2", "base", "m2", "m2-direct", "m5", "teacher-on")
             if (measured := evidence.read(settings.folder / "measured", "teacher", name, None if name.startswith("cut") else seeds))}
     evidence.plot_timesteps(docs / "evidence-timesteps.png", bins)
-    (docs / "evidence.md").write_text("\n".join(text(settings, seeds, rows, macs, verdicts, notes)) + "\n", encoding="utf-8")
+    (docs / "evidence.md").write_text("\n".join(text(settings, rows, macs, verdicts, notes)) + "\n", encoding="utf-8")
 
 
 TABLES = {
@@ -351,9 +387,10 @@ TABLES = {
 }
 
 
-def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdicts: Sequence[dict], notes: str) -> list[str]:
+def text(settings: Settings, rows: dict, macs: dict, verdicts: Sequence[dict], notes: str) -> list[str]:
     """docs/evidence.md."""
     mine, its = rows["teacher"], rows["openmoji"]
+    made = drawn(settings)
     what = {run.name: run.what for run in RUNS} | {f"cut-{p}": f"{p.capitalize()}, merely cut" for p in CUT}
     what |= {"whole": "the original", **{f"shipped-{name}": f"{name} in models/" for name in SHIPPED}}
     most = max(found["seeds"] for name, found in mine.items() if "samples" in found)
@@ -364,15 +401,15 @@ def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdi
         "# What the papers claim, tried at emoji scale", "",
         "Written by `bench/tables.py` from its measurements (`bench/results/tables.json`); nothing is typed in by hand. The numbers compare "
         "techniques with each other on the small [emoji family](../models/README.md). **They say nothing absolute about SD1.5.**", "",
-        f"- Each run of one stage learned from {settings.samples:,} samples, equal for all: the same samples in the same order, batch {BATCH}, "
+        f"- Each run of one stage learned from {settings.updates() * BATCH:,} samples, equal for all: the same samples in the same order, batch {BATCH}, "
         f"learning rate {LR:g}. That is very little: all rows are far from converged, and a claim about long training is not refuted by them. "
         "The rows \"in models/\" are not part of the comparison: they are the weights that ship, made by the same recipes "
         "([models/README.md](../models/README.md) says with how many samples).",
         f"- {len(done)} of {len(RUNS)} runs are finished; {spread}. Pictures are not counted as n.",
-        f"- Measured on {mine['whole']['pictures']} pictures of each row ({settings.prompts} plain prompts, {settings.steps} DDIM steps, CFG 3), drawn from the same noises "
-        f"in every row, and on {FIXED} fixed inputs (v-MSE). PSNR and SSIM are to the original's picture from the same noise. Accuracy is the "
+        f"- Measured on {mine['whole']['pictures']} pictures of each row ({made['prompts']} plain prompts, {made['steps']} DDIM steps, CFG {made['cfg']:g}), drawn "
+        f"from the same noises in every row, and on {FIXED} fixed inputs (v-MSE). PSNR and SSIM are to the original's picture from the same noise. Accuracy is the "
         "emoji classifier's top-1. KID is the unbiased kernel distance of its features to real glyphs"
-        + (f", FED their Frechet distance. Few pictures bias that upwards, all rows alike: as many real glyphs get {mine['whole']['fed_glyphs']:.1f}."
+        + (f", FED their Frechet distance. Few pictures bias that upwards, all rows alike: as many real glyphs (or {REFERENCE // 2:,}) get {mine['whole']['fed_glyphs']:.1f}."
            if "fed_glyphs" in mine["whole"] else "."),
         "- Distances to the teacher punish a network that is better than it; accuracy, KID and the v-MSE to the data do not.",
         "- A verdict needs a difference above a margin: " + ", ".join(f"{evidence.NAMES[m]} {v:g}" + {"psnr": " dB", "accuracy": " standard errors"}.get(m, " of the value")
@@ -403,16 +440,17 @@ def text(settings: Settings, seeds: Sequence[int], rows: dict, macs: dict, verdi
               "## Not tried here", "",
               "- VGG: where A-SDM has it, the rows with features of a frozen network have the family's own classifier, at one weight.",
               "- Held-out pairs of emoji and style or background; see [models/README.md](../models/README.md) for the shipped pack.", "",
-              "## Doing it again", "", "```", command(), "```", "",
+              "## Doing it again", "", "```", command(settings), "```", "",
               "The same command goes on where it stopped; more `--seeds` add training seeds of the key rows, more `--rounds` add pictures."]
     return lines
 
 
+@plain_errors
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=38_400, help="what a run of one stage learns from, equal for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="training seeds: the first trains all rows, 2 and on the key rows; "
-                        "several processes may have different seeds in one folder")
+                        "several processes may have different seeds in one folder, and the report has them all")
     parser.add_argument("--rows", nargs="+", choices=[run.name for run in RUNS], default=[], help="only these, each after the row it begins with; "
                         "how the weights in models/ are made")
     parser.add_argument("--prompts", type=int, default=360, help="drawn in each round, equal for all")
@@ -427,16 +465,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings = Settings(args.samples, args.prompts, args.steps, args.rounds, args.folder, args.runs, args.models)
-    seeds = args.seeds
     if args.report:
-        write(settings, seeds, args.notes)
+        write(settings, args.notes)
         return
     known: set[Path] = set()
-    for name, do in jobs(settings, seeds, args.rows):
+    for name, do in jobs(settings, args.seeds, args.rows):
         print(f"-- {name}", flush=True)
         do()
         if not args.rows and (there := set((settings.folder / "measured").glob("*.json"))) != known:
-            write(settings, seeds, args.notes)
+            write(settings, args.notes)
             known = there
 
 

@@ -1,14 +1,18 @@
 """The run list of bench/tables.py and the verdicts of bench/evidence.py, without training anything."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from asdm_core.architecture import Architecture
+from asdm_core.packs import METADATA_KEY, Description, write_file
 from bench import evidence, tables
 from bench.evidence import Claim, verdict
 from bench.tables import RUNS, Settings
 from train.config import LOSSES
+from train.emoji.unet import CONFIG
 
 NAMES = [run.name for run in RUNS]
 
@@ -42,7 +46,26 @@ def test_runs_differ_in_what_they_say_and_in_nothing_else(settings):
             assert [name for name in LOSSES if getattr(recipe.loss, name)] == ["task"]
     assert recipes["tiny-e2"].condconv == recipes["tiny-e2-fixed"].condconv and not recipes["tiny-e2-fixed"].experts.router
     assert {len(r.architecture.own) for n, r in recipes.items() if n == "teacher-on"} == {0}
-    assert tables.learned(settings, RUNS[NAMES.index("m2")], 1) == tables.learned(settings, RUNS[NAMES.index("m2-direct")], 1) == 8000
+
+
+def finished(settings, run, samples, seed=1):
+    """A product of a run, but for its weights."""
+    path = settings.product(run, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    preset = tables.find(run).cut
+    write_file(path, {}, {METADATA_KEY: Description("unet", Architecture.preset(preset, CONFIG), training={"samples": samples}).to_json()})
+
+
+def test_what_a_run_learned_from_is_read_from_its_product(settings):
+    for run, samples in (("base", 4000), ("m2", 4000), ("m2-direct", 8000), ("m5-seconds", 1600)):
+        finished(settings, run, samples)
+    assert [tables.learned(settings, tables.find(run), 1) for run in ("m2", "m2-direct", "m5-seconds")] == [8000, 8000, 5600]
+    other = dataclasses.replace(settings, samples=38_400)
+    message = r"base-s1/base.safetensors learned from 4,000 samples, with --samples 38400 it would from 38,400; give the --samples of this folder"
+    with pytest.raises(ValueError, match=message):
+        tables.learned(other, tables.find("base"), 1)
+    with pytest.raises(ValueError, match=message):  # before anything is computed
+        next(tables.jobs(other, [1]))
 
 
 def test_claims_are_about_rows_that_exist():
@@ -111,9 +134,6 @@ def test_rows_are_means_over_the_seeds_that_are_finished(tmp_path):
 
 
 def test_the_macs_of_table_three_are_between_those_of_its_networks():
-    from asdm_core.architecture import Architecture
-    from train.emoji.unet import CONFIG
-
     assert evidence.macs_share(Architecture.full(CONFIG)) == 1
     assert 0.5 < evidence.macs_share(Architecture.preset("base", CONFIG)) < evidence.macs_share(Architecture.preset("m2", CONFIG)) < 1
 
@@ -124,19 +144,29 @@ def test_plots_and_text_are_written_from_what_is_there(settings, tmp_path, monke
     numbers = {"pictures": 240, "top1": 0.7, "top1_se": 0.03, "kid": 0.1, "v_mse": {
         what: {"all": 0.1, "0-249": 0.2, "250-499": 0.1, "500-749": 0.05, "750-999": 0.05} for what in ("teacher", "data")}}
     paired = {"psnr": 16.0, "psnr_se": 0.2, "ssim": 0.7, "mse": 0.03, "latent_mse": 0.6}
+    (measured / "settings.json").write_text('{"prompts": 240, "steps": 10, "cfg": 3.0}')
     for name, values in (("whole", numbers), ("cut-base", numbers | paired | {"mse": 0.1}), ("base-s1", numbers | paired)):
         (measured / f"teacher-{name}.json").write_text(json.dumps(values))
-    logged(settings, "base", 90.0)
-    settings.product("base", 1).touch()
     monkeypatch.setattr(tables, "ROOT", tmp_path / "root")
     monkeypatch.setattr("bench._common.RESULTS", tmp_path / "root")
     monkeypatch.setattr("bench._common.ROOT", tmp_path)
     (tmp_path / "root").mkdir()
-    tables.write(settings, [1])
+    tables.write(settings)  # no run is finished
+    assert not list((tmp_path / "root").iterdir())
+    logged(settings, "base", 90.0), finished(settings, "base", 4000)
+    monkeypatch.setattr("sys.argv", ["tables", "--samples", "4000", "--seeds", "2", "3", "--report", "--notes", "a b"])
+    tables.write(dataclasses.replace(settings, prompts=7, steps=7))
     summary = json.loads((tmp_path / "root" / "tables.json").read_text())["summary"]
     assert summary["gap_recovered_base"] == pytest.approx(0.7) and summary["psnr_base"] == 16 and summary["accuracy_whole"] == 0.7
     text = (tmp_path / "root" / "docs" / "evidence.md").read_text()
     assert "| stage 1, Base | 4,000 | 90 | 0.1000 |" in text and "**not run**" in text
     assert f"1 of {len(RUNS)} runs are finished; every row is **one** training run" in text
+    assert "from 4,000 samples, equal" in text and "(240 plain prompts, 10 DDIM steps, CFG 3)" in text
+    assert "python -m bench.tables --samples 4000 --prompts 240 --steps 10 --seeds 1\n" in text
     assert {p.name for p in Path(tmp_path / "root" / "docs").glob("*.png")} == {
         "evidence-rows.png", "evidence-switching.png", "evidence-timesteps.png"}
+    # Seeds that other processes trained are in the report as well.
+    (measured / "teacher-base-s3.json").write_text(json.dumps(numbers | paired | {"psnr": 18.0}))
+    logged(settings, "base", 90.0, 3), finished(settings, "base", 4000, 3)
+    tables.write(settings)
+    assert json.loads((tmp_path / "root" / "tables.json").read_text())["summary"]["psnr_base"] == 17
