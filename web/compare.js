@@ -3,6 +3,7 @@
 // browser's own menu saves and copies them, with the workflow in them.
 import { app } from '../../scripts/app.js'
 import { api } from '../../scripts/api.js'
+import { remembering } from './outputs.js'
 
 const NODES = ['ASDMABCompare', 'ASDMCompareImages']
 const MODES = {
@@ -62,7 +63,9 @@ class CompareView {
 
   show(payload) {
     this.payload = payload
-    this.pair = this.pair.map((n, i) => (n < payload.batches.length ? n : i))
+    const count = payload.batches.length
+    // Of two, there is nothing to choose: never one beside itself.
+    if (this.pair.some((n) => n >= count) || (count === 2 && this.pair[0] === this.pair[1])) this.pair = [0, 1]
     this.index = Math.min(this.index, this.count() - 1)
     this.draw()
   }
@@ -242,9 +245,5 @@ app.registerExtension({
       if (output?.asdm_compare?.length) view.show(output.asdm_compare[0])
     }
   },
-  // A tab that is opened again keeps its outputs; its nodes are new.
-  loadedGraphNode(node) {
-    const output = app.nodeOutputs?.[node.id]
-    if (NODES.includes(node.comfyClass) && output?.asdm_compare) node.onExecuted(output)
-  }
+  ...remembering(NODES)
 })

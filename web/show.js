@@ -2,6 +2,7 @@
 // nodes only begin large enough to be read. Words it does not show: they get a widget.
 import { app } from '../../scripts/app.js'
 import { ComfyWidgets } from '../../scripts/widgets.js'
+import { remembering } from './outputs.js'
 
 const DRAWING = ['ASDMInspectModel', 'ASDMInheritancePlan', 'ASDMCalibrateInheritance', 'ASDMSpeedReadout', 'ASDMXYPlot']
 const SPEAKING = ['ASDMLoadPrunedUNet', 'ASDMSaveUNet', 'ASDMGRIAttention']
@@ -39,9 +40,5 @@ app.registerExtension({
       if (output?.text?.length) say(this, output.text.join('\n'))
     }
   },
-  // A tab that is opened again keeps its outputs; its nodes are new.
-  loadedGraphNode(node) {
-    const output = app.nodeOutputs?.[node.id]
-    if (SPEAKING.includes(node.comfyClass) && output?.text) node.onExecuted(output)
-  }
+  ...remembering(SPEAKING)
 })

@@ -181,6 +181,26 @@ def test_quick_start_runs_to_a_comparison(page, front_end):
     expect(second).to_have_css("mix-blend-mode", "difference")
 
 
+def test_of_fewer_pictures_than_before_none_is_compared_with_itself(page):
+    def show(count):
+        pairs = [f"{i}{j}" for j in range(count) for i in range(j)]
+        shown = {"title": "", "labels": [""] * count, "batches": [[{"filename": f"{i}.png"}] for i in range(count)],
+                 "likeness": dict.fromkeys(pairs, ["of two"])}
+        page.evaluate(f"([type, shown]) => {{ {NODE}; node.onExecuted({{asdm_compare: [shown]}}) }}", ["ASDMCompareImages", shown])
+
+    drop(page, PACK / "workflows" / "Quick start.json")
+    page.evaluate(f"type => {{ {NODE}; node.widgets.find(w => w.name === 'asdm_compare').element.id = 'fewer' }}", "ASDMCompareImages")
+    select(page, "ASDMCompareImages")
+    view = page.locator("#fewer")
+    for chosen in (("2", "0"), ("0", "0")):
+        show(3)
+        for i, value in enumerate(chosen):
+            view.locator("select").nth(i).select_option(value, force=True)
+        show(2)
+        expect(view.locator(".asdm-tag")).to_have_text(["A", "B"])
+        expect(view.locator(".asdm-likeness")).to_have_text("of two")
+
+
 def test_words_of_a_run_stand_on_the_node(page, front_end):
     drop(page, PACK / "workflows" / "Speed up my checkpoint.json")
     page.evaluate(f"type => {{ {NODE}; node.onExecuted({{text: ['plays in large pictures']}}) }}", "ASDMGRIAttention")
@@ -188,6 +208,48 @@ def test_words_of_a_run_stand_on_the_node(page, front_end):
     page.wait_for_function("() => [...document.querySelectorAll('textarea')].some(t => t.value === 'plays in large pictures' && t.readOnly && t.clientWidth > 100)")
     # They are not sent with the next run.
     assert page.evaluate("async () => (await app.graphToPrompt()).output") == api_graph(PACK / "workflows" / "Speed up my checkpoint.json")
+
+
+SPOKEN = """([id, note, title]) => {
+  const said = {text: [note], asdm_compare: [{title, labels: ["a", "b"], batches: [[{filename: "a.png"}], [{filename: "b.png"}]], likeness: {"01": ["identical"]}}]}
+  app.api.dispatchCustomEvent("executed", {node: id, display_node: id, output: said, prompt_id: ""})
+}"""
+SHOWN = """([note, title]) => {
+  const nodes = [app.rootGraph, ...app.rootGraph.subgraphs.values()].flatMap(graph => graph.nodes)
+  const [words, view] = ["ASDMGRIAttention", "ASDMCompareImages"].map(type => nodes.find(n => n.type === type)?.widgets)
+  return words?.find(w => w.name === "note")?.value === note
+    && view?.find(w => w.name === "asdm_compare").element.querySelector(".asdm-title")?.textContent === title
+}"""
+
+
+def test_what_a_run_showed_is_back_after_a_change_of_tabs_and_an_undo(page, front_end):
+    name = f"Left and back, {front_end}"
+    drop(page, PACK / "workflows" / "Quick start.json", name=f"{name}.json")
+    page.evaluate("() => app.graph.add(LiteGraph.createNode('ASDMGRIAttention'))")
+    ids = [page.evaluate(f"type => {{ {NODE}; return String(node.id) }}", type) for type in ("ASDMGRIAttention", "ASDMCompareImages")]
+    for id in ids:
+        page.evaluate(SPOKEN, [id, "large pictures", "1.5x"])
+    page.wait_for_function(SHOWN, arg=["large pictures", "1.5x"])
+    drop(page, PACK / "workflows" / "Combined UNet from a pack.json")
+    page.locator(".workflow-tab").filter(has_text=name).click()
+    page.wait_for_function("name => app.extensionManager.workflow.activeWorkflow.filename === name", arg=name)
+    page.wait_for_function(SHOWN, arg=["large pictures", "1.5x"])
+    # The same in a subgraph, where the front end names outputs in another way.
+    group = page.evaluate("ids => String(app.graph.convertToSubgraph(new Set(ids.map(id => app.graph.getNodeById(id)))).node.id)", ids)
+    inside = page.evaluate("group => app.graph.getNodeById(group).subgraph.nodes.map(n => `${group}:${n.id}`)", group)
+    for id in inside:
+        page.evaluate(SPOKEN, [id, "in a subgraph", "2.5x"])
+    page.wait_for_function(SHOWN, arg=["in a subgraph", "2.5x"])
+    assert page.evaluate("""async group => {
+      const {changeTracker} = app.extensionManager.workflow.activeWorkflow
+      const before = app.graph.getNodeById(group)
+      changeTracker.captureCanvasState()
+      before.title = "Moved"
+      changeTracker.captureCanvasState()
+      await changeTracker.undo()
+      return app.graph.getNodeById(group) !== before
+    }""", group)
+    page.wait_for_function(SHOWN, arg=["in a subgraph", "2.5x"])
 
 
 def test_help_opens_beside_the_graph(page):
