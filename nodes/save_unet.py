@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..asdm_core.architecture import Architecture
 from ..asdm_core.packs import ZERO_SNR_MARKER, Description, standalone_form, write_unet
 from ..asdm_core.surgery import ADDRESSED
-from . import host, models
+from . import host, models, switch
 from .load import CATEGORY
 
 DTYPES = {"as loaded": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -21,12 +21,15 @@ DTYPES = {"as loaded": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp3
 def played_architecture(model) -> tuple[Architecture, dict[str, str]]:
     """The architecture a MODEL plays at every step, and which of its units come from which pack.
 
-    Raises ValueError if some pack plays within a window only: no single network is that.
+    Raises ValueError for what no single network is: a switch, a pack that plays within a window only, experts, gains.
     """
     architecture, cast = host.architecture_of(model), host.setup_of(model).cast
-    if any(line.part.role == "experts" for line in cast.lines):
-        raise ValueError("a pack on this MODEL has convolutions with several experts, which a UNet file of the ordinary form cannot hold. "
-                         "Save the MODEL before that pack is applied, and keep the pack beside it.")
+    if switch.switches_of(model):
+        raise ValueError("this MODEL has a second UNet from Switch UNet, and a file holds one. Save each MODEL before Switch UNet.")
+    for role, what in (("experts", "convolutions with several experts"), ("gains", "gains for GRI attention")):
+        if any(line.part.role == role for line in cast.lines):
+            raise ValueError(f"a pack on this MODEL has {what}, which a UNet file of the ordinary form cannot hold. "
+                             "Save the MODEL before that pack is applied, and keep the pack beside it.")
     partial = [line for line in cast.lines if not line.window.whole]
     if partial:
         w = partial[0].window
@@ -43,13 +46,16 @@ def played_architecture(model) -> tuple[Architecture, dict[str, str]]:
 
 
 def played_weights(model, architecture: Architecture, sources: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Addressed weights of everything a MODEL plays, LoRAs and merges baked in."""
+    """Addressed weights of everything a MODEL plays, LoRAs and merges baked in. Raises ValueError for weights that the host quantised."""
     packs = host.packs_of(model)
     host.sync_patches(model, packs.values())
     comfy.model_management.load_models_gpu([model, *packs.values()])
     weights = {None: model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")}
     for pack_id, patcher in packs.items():
         weights[pack_id] = patcher.model_state_dict_for_saving(patcher.model.diffusion_model, "diffusion_model.")
+    if any(key.endswith(".comfy_quant") for key in weights[None]):  # a layer has several tensors then: a scale beside the numbers
+        raise ValueError("the weights of this MODEL are quantised, layer by layer with scales (as in scaled fp8 files), which a UNet file of "
+                         "asdm cannot hold. Load the same checkpoint in fp16 or bf16 and save that.")
     return {key: _plain(weights[sources.get(slot.unit.address)][key]) for key, slot in architecture.keys().items()}
 
 

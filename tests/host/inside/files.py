@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 SD, SD2, SDXL = small.SD, small.SD2, small.SDXL
 Architecture, Form, surgery, packs, models = small.Architecture, small.surgery.Form, small.surgery, small.packs, small.models
 Type = comfy.model_base.ModelType
-files = in_pack("nodes.files")
+files, switch = in_pack("nodes.files"), in_pack("nodes.switch")
 
 
 def chosen_for(preset, config=SD):
@@ -348,6 +348,27 @@ def test_pack_in_a_window_is_not_saved(output, folder):
     played = small.with_pack(small.model(folder), small.write_pack(output / "m2.safetensors", seed=1), 0.2, 1.0)
     with pytest.raises(ValueError, match="20% to 100%"):
         save(played, output)
+    assert not list(output.glob("ours/*"))
+
+
+def test_a_switch_and_gains_are_not_saved(output, folder):
+    model = small.model(folder)
+    for other, said in ((switch.with_switch(model, small.model(folder, seed=1), switch.SwitchPoint(0.5)), "Save each MODEL before Switch UNet"),
+                        (small.with_pack(model, small.write_gains(output / "gains.safetensors", ("down.0.0.transformer",))), "has gains for GRI attention")):
+        with pytest.raises(ValueError, match=said):
+            save(other, output)
+    assert not list(output.glob("ours/*"))
+
+
+def test_quantised_weights_are_not_saved_as_if_they_were_plain(output):
+    weights = dict(small.weights(SD))
+    layer = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+    weights[f"{layer}.weight"] = (weights[f"{layer}.weight"] * 64).to(torch.float8_e4m3fn)
+    weights |= {f"{layer}.scale_weight": torch.tensor(1 / 64), "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    model = comfy.sd.load_diffusion_model_state_dict(weights)
+    assert small.difference(small.sample(model), small.sample(models.load_unet(small.write_unet(output / "plain.safetensors")))) < 0.1
+    with pytest.raises(ValueError, match="quantised.* Load the same checkpoint in fp16 or bf16"):
+        save(model, output)
     assert not list(output.glob("ours/*"))
 
 
