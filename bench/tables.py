@@ -39,7 +39,7 @@ from train.loop import Criterion, train
 from train.outputs import write_outputs
 from train.stages import assembled
 
-from . import evidence
+from . import _evidence as evidence
 from ._common import record
 
 ROOT = Path(__file__).resolve().parent.parent

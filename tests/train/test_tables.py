@@ -1,4 +1,4 @@
-"""The run list of bench/tables.py and the verdicts of bench/evidence.py, without training anything."""
+"""The run list of bench/tables.py and the verdicts of bench/_evidence.py, without training anything."""
 
 import dataclasses
 import json
@@ -8,8 +8,9 @@ import pytest
 
 from asdm_core.architecture import Architecture
 from asdm_core.packs import METADATA_KEY, Description, write_file
-from bench import evidence, tables
-from bench.evidence import Claim, verdict
+from bench import _evidence as evidence
+from bench import tables
+from bench._evidence import Claim, verdict
 from bench.tables import RUNS, Settings
 from train.config import LOSSES
 from train.emoji.unet import CONFIG
