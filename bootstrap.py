@@ -641,8 +641,10 @@ def target_demo(python, settings):
 
 def words(text):
     """The words of a command line; what is quoted stays together. Backslashes are part of a path on Windows."""
+    split = shlex.shlex(text, posix=True, punctuation_chars=False)
+    split.whitespace_split, split.commenters, split.escape = True, "", "" if os.name == "nt" else "\\"
     try:
-        return shlex.split(text.replace("\\", "\\\\") if os.name == "nt" else text)
+        return list(split)
     except ValueError as error:
         raise SetupError(f"ARGS={text} cannot be read ({error}); close each quotation, or put the whole in the other kind of quotes") from None
 

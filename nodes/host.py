@@ -94,9 +94,12 @@ def packs_of(model) -> dict[str, comfy.model_patcher.ModelPatcher]:
 def clone_for(model, patcher):
     """A clone of a patcher that is to play beside MODEL: an ordinary one where MODEL is (it is compiled, or has hook LoRAs).
 
-    Its weights are read once and kept by `patcher`, which should outlive the run therefore.
+    Its weights are read once and kept by `patcher`, which should outlive the run therefore. One whose loader does not say how to read it
+    again stays as it is.
     """
-    return patcher.get_non_dynamic_delegate() if patcher.is_dynamic() and not model.is_dynamic() else patcher.clone()
+    if patcher.is_dynamic() and not model.is_dynamic() and patcher.cached_patcher_init is not None:
+        return patcher.get_non_dynamic_delegate()
+    return patcher.clone()
 
 
 def pack_architecture(model, pack_id: str) -> Architecture:

@@ -458,7 +458,7 @@ def test_arguments_are_split_as_a_shell_does(monkeypatch):
     with pytest.raises(bootstrap.SetupError, match="ARGS=-k it's cannot be read"):
         bootstrap.target_test("python", {"ARGS": "-k it's"})
     monkeypatch.setattr(bootstrap.os, "name", "nt")
-    assert bootstrap.words(r"tests\core -k 'a b'") == [r"tests\core", "-k", "a b"]
+    assert bootstrap.words(r"tests\core -k 'a b\c' #x") == [r"tests\core", "-k", r"a b\c", "#x"]
 
 
 def test_unknown_benchmark_lists_those_there_are(tmp_path, monkeypatch):

@@ -138,7 +138,8 @@ def main() -> None:
     args = parser.parse_args()
     broken = encode(captioned(args.pictures), args.cache, args.size, latents_of(load_vae(args.models, args.device)),
                     load_text(args.models, device=args.device), args.batch, models=str(args.models.resolve()))
-    held = sum(read_header(path).tensors["latents"][1][0] for path in args.cache.glob("*.safetensors"))
+    caches = (read_header(path).tensors for path in args.cache.glob("*.safetensors"))
+    held = sum(tensors["latents"][1][0] for tensors in caches if "latents" in tensors)
     print(f"{held} pictures in {args.cache}" + (f"; {len(broken)} could not be read" if broken else ""))
 
 

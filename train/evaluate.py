@@ -55,12 +55,12 @@ def sd(args: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=args.cpu)
     prompts = coco.read_prompts(args.prompts, args.limit)
     folder = args.out / (named(args.product) if args.product else "whole")
-    if accelerator.is_main_process:
+    pipeline = coco.load_pipeline(args.models, args.product, accelerator.device)
+    if accelerator.is_main_process:  # once it is known that pictures can be drawn
         folder.mkdir(parents=True, exist_ok=True)
         same_folder(folder, {"models": str(args.models.resolve()), "pictures": len(prompts), "hash of the prompts": digest(prompts),
                              "steps": args.steps, "cfg": args.cfg})
     accelerator.wait_for_everyone()
-    pipeline = coco.load_pipeline(args.models, args.product, accelerator.device)
     coco.generate(pipeline, prompts, folder, accelerator, args.batch, args.steps, args.cfg)
     del pipeline
     row = {"network": folder.name, "steps": args.steps, "cfg": args.cfg} | coco.scores(prompts, folder, args.real, accelerator)
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     real.add_argument("--models", type=Path, required=True, help="diffusers folder of the original")
     real.add_argument("--prompts", type=Path, required=True, help="metadata.csv with a column text")
     real.add_argument("--real", type=Path, required=True, help="folder of the real pictures at 256 px")
-    real.add_argument("--limit", type=int, help="only the first so many prompts; not comparable with the published numbers")
+    real.add_argument("--limit", type=int, help="only the first so many prompts; not comparable with the published numbers, and each number wants its own --out")
     real.add_argument("--batch", type=int, default=1)
     real.add_argument("--steps", type=int, default=25)
     real.add_argument("--cfg", type=float, default=7.5)

@@ -157,6 +157,8 @@ class Checkpoints:
         Raises ValueError where the folder belongs to other settings, or none of its states can be read.
         """
         for path in reversed(self.paths()):
+            with open(path, "rb"):  # a disk that cannot read now may well do so later: that ends the run
+                pass
             try:
                 file = TensorFile(path)
             except BadFile as e:  # as some disks leave what was written last when the power goes
@@ -265,6 +267,9 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
         if state.source:
             source.restore(state.source)
         accelerator.print(f"going on at step {state.step}")
+    steps = accelerator.gather(torch.tensor([state.step], device=device))
+    if steps.min() != steps.max():
+        raise ValueError(f"the processes found different checkpoints (steps {', '.join(map(str, steps.tolist()))}); all need the same run.folder")
     if main:
         for part in config.folder.glob(".checkpoint-*.part"):  # left behind where a run was killed while it saved
             part.unlink()

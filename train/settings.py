@@ -48,8 +48,12 @@ def same_folder(folder: Path, mine: Mapping) -> None:
 
 
 def same_file(path: Path, mine: Mapping, remedy: str) -> None:
-    """Raise ValueError where a safetensors file was not made with these settings. remedy: what to do then."""
-    if changed := difference(json.loads(read_header(path).metadata.get(MADE, "{}")), mine):
+    """Raise ValueError where a safetensors file was made with other settings. remedy: what to do then.
+
+    One that is older than a setting, or than all of them, says nothing of it.
+    """
+    its = json.loads(read_header(path).metadata.get(MADE, "{}"))
+    if changed := difference(its, {key: value for key, value in mine.items() if key in its}):
         raise ValueError(f"{path} was made with other settings ({changed}); {remedy}")
 
 

@@ -11,11 +11,13 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import train.encode
+from asdm_core.packs import write_file
 from tests.train.recipes import NARROW
 from train.config import load
 from train.data import Cache
 from train.encode import captioned, encode, read_picture
 from train.encoders import Text, latents_of, load_text, load_vae
+from train.settings import made, same_file
 
 
 def to_latents(pictures):
@@ -82,6 +84,17 @@ def test_the_cache_holds_the_pictures_and_names_the_broken_ones(folder, tmp_path
     encode(found, out, 8, to_latents, to_text, batch=2, shard=3)
     after = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     assert after.keys() == before.keys() and after["00000.safetensors"] == before["00000.safetensors"]
+
+
+def test_files_older_than_a_setting_say_nothing_of_it(tmp_path):
+    path = tmp_path / "00000.safetensors"
+    write_file(path, {"latents": torch.zeros(1)}, {})
+    same_file(path, {"size": 1}, "")
+    write_file(path, {"latents": torch.zeros(1)}, made({"size": 1}))
+    same_file(path, {"size": 1, "new": 2}, "")
+    for other, said in (({"size": 2}, "size was 1 and is 2"), ({}, "size was 1 and is None")):
+        with pytest.raises(ValueError, match=f"{said}.; delete it"):
+            same_file(path, other, "delete it")
 
 
 def test_a_folder_that_has_changed_is_not_taken_for_the_one_it_was(folder, tmp_path):

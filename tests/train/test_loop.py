@@ -143,6 +143,16 @@ def test_a_broken_checkpoint_is_left_out_and_the_one_before_it_taken(unbroken, t
         run(tmp_path)
 
 
+def test_a_checkpoint_that_cannot_be_opened_now_is_not_taken_for_broken(unbroken, tmp_path):
+    run(tmp_path)
+    file = tmp_path / "checkpoint-00000006.safetensors"
+    file.unlink()
+    file.mkdir()  # whoever opens it gets an error from the system
+    with pytest.raises(OSError):
+        run(tmp_path)
+    assert (tmp_path / "checkpoint-00000004.safetensors").exists()
+
+
 # Several processes and parts ------------------------------------------------------------------------
 
 
