@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +20,13 @@ from tests.core.narrow import SDXL, weights
 
 IDS = sorted({name for path in (PACK / "nodes").glob("*.py") for name in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))})
 GRAPHS = sorted((PACK / "workflows" / "api").glob("*.json"))
+
+
+def test_the_benchmark_of_the_start_counts_all_nodes(host):
+    done = subprocess.run([sys.executable, "-m", "bench.start", "--once"], cwd=PACK, env={**os.environ, "COMFYUI_PATH": str(host)},
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["nodes"] == len(IDS)
 
 
 @pytest.fixture(scope="module")
