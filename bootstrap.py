@@ -646,7 +646,9 @@ def words(text):
     try:
         return list(split)
     except ValueError as error:
-        raise SetupError(f"ARGS={text} cannot be read ({error}); close each quotation, or put the whole in the other kind of quotes") from None
+        raise SetupError(
+            f"ARGS={text} cannot be read ({error}); close each quotation, or put the whole in the other kind of quotes"
+        ) from None
 
 
 def target_test(python, settings):

@@ -1,12 +1,12 @@
 """Command line: look into files, convert them, make packs and combined UNets.
 
-    python -m asdm_core inspect FILE            what is in this file?
-    python -m asdm_core convert IN OUT ...      rename between the LDM and diffusers layouts
-    python -m asdm_core match STUDENT ORIGINAL  which layers of the original has a pruned UNet kept?
-    python -m asdm_core extract-pack IN ...     take some units of a trained UNet out into a pack
-    python -m asdm_core assemble CKPT PACK OUT  a checkpoint's UNet with a pack built in
-    python -m asdm_core lora FILE --onto PRESET which modules of a LoRA act on a pruned UNet?
-    python -m asdm_core presets                 the pruned UNets asdm knows
+python -m asdm_core inspect FILE            what is in this file?
+python -m asdm_core convert IN OUT ...      rename between the LDM and diffusers layouts
+python -m asdm_core match STUDENT ORIGINAL  which layers of the original has a pruned UNet kept?
+python -m asdm_core extract-pack IN ...     take some units of a trained UNet out into a pack
+python -m asdm_core assemble CKPT PACK OUT  a checkpoint's UNet with a pack built in
+python -m asdm_core lora FILE --onto PRESET which modules of a LoRA act on a pruned UNet?
+python -m asdm_core presets                 the pruned UNets asdm knows
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from .packs import BadFile, Description, TensorFile
 from .recognise import Unrecognised, recognise
 
 DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int8": "int8"}
-STOCK_DTYPES = [name for name in DTYPES if name != "int8"]  # what stock ComfyUI reads: our int8 it would take for the weights themselves
+STOCK_DTYPES = [
+    name for name in DTYPES if name != "int8"
+]  # what stock ComfyUI reads: our int8 it would take for the weights themselves
 LATENT = {"sdxl": 128, "emoji": 16}  # side of the latent that MACs are given for; 64 (512 x 512 pixels) elsewhere
 
 
@@ -44,7 +46,11 @@ class _Progress(Mapping):
     def __getitem__(self, key):
         self.seen += 1
         if sys.stderr.isatty() or self.seen == len(self):
-            print(f"\r{self.what}: {self.seen} of {len(self)} tensors", end="\n" if self.seen == len(self) else "", file=sys.stderr)
+            print(
+                f"\r{self.what}: {self.seen} of {len(self)} tensors",
+                end="\n" if self.seen == len(self) else "",
+                file=sys.stderr,
+            )
         return self.tensors[key]
 
     def __contains__(self, key):
@@ -94,8 +100,14 @@ def inspect(args) -> None:
             loaded = packs.open_pack(path)
     loaded = loaded or _open_unet(path, drop_unknown=True)
     description = loaded.description
-    result = {"file": str(loaded.path), "kind": description.kind, **facts(description.architecture),
-              "prediction": description.prediction, "licence": description.licence, "unknown": list(loaded.unknown)}
+    result = {
+        "file": str(loaded.path),
+        "kind": description.kind,
+        **facts(description.architecture),
+        "prediction": description.prediction,
+        "licence": description.licence,
+        "unknown": list(loaded.unknown),
+    }
     if description.kind == "pack":
         result["units"] = list(description.units)
         result["experts"] = dict(description.condconv.experts) if description.condconv else {}
@@ -109,7 +121,10 @@ def inspect(args) -> None:
         plays = ", ".join(description.units) or "no unit of its own"
         print(f"  a pack of {result['pack_params'] / 1e6:.2f} M parameters; it plays: {plays}")
         if result["experts"]:
-            print("  experts per convolution: " + ", ".join(f"{conv} {count}" for conv, count in result["experts"].items()))
+            print(
+                "  experts per convolution: "
+                + ", ".join(f"{conv} {count}" for conv, count in result["experts"].items())
+            )
         if result["gains"]:
             print("  gains for GRI attention: " + ", ".join(result["gains"]))
     _print_numbers(result)
@@ -126,8 +141,11 @@ def _headline(f: dict) -> str:
 
 
 def _print_numbers(f: dict) -> None:
-    print(f"  {f['params'] / 1e6:.2f} M parameters ({f['params'] / f['unpruned_params'] - 1:+.1%}), "
-          f"{f['macs'] / 1e9:.1f} G MACs at a {f['latent']} x {f['latent']} latent ({f['macs'] / f['unpruned_macs'] - 1:+.1%})")
+    print(
+        f"  {f['params'] / 1e6:.2f} M parameters ({f['params'] / f['unpruned_params'] - 1:+.1%}), "
+        f"{f['macs'] / 1e9:.1f} G MACs at a {f['latent']} x {f['latent']} latent "
+        f"({f['macs'] / f['unpruned_macs'] - 1:+.1%})"
+    )
     print("  largest shares of the work: " + ", ".join(f"{a} {share:.1%}" for a, share in f["largest"].items()))
     print("  cut: " + (", ".join(f["cut"]) or "nothing"))
 
@@ -139,7 +157,10 @@ def convert(args) -> None:
     architecture = loaded.description.architecture
     form = surgery.Form(args.layout, args.numbering or packs.standalone_form(architecture).numbering)
     if args.keep and form != packs.standalone_form(architecture):
-        raise ValueError("--keep is written into a file's description, which only the ldm layout has; give --layout ldm and no --numbering")
+        raise ValueError(
+            "--keep is written into a file's description, which only the ldm layout has; give --layout ldm and no "
+            "--numbering"
+        )
     tensors, dtype = _Progress(loaded.tensors, "convert"), DTYPES[args.dtype]
     if form == packs.standalone_form(architecture):
         packs.write_unet(args.output, tensors, loaded.description, dtype, loaded.markers)
@@ -147,8 +168,10 @@ def convert(args) -> None:
         _check_recognised(args.input, architecture, form)
         renamed = packs.stored(surgery.convert(tensors, architecture, surgery.ADDRESSED, form), dtype)
         packs.write_file(args.output, renamed | packs.markers(loaded.description, loaded.markers), {"format": "pt"})
-    print(f"wrote {args.output}: {len(tensors)} tensors, {form.layout} layout, {form.numbering}"
-          + (f", without {packs.some(loaded.unknown)}" if loaded.unknown else ""))
+    print(
+        f"wrote {args.output}: {len(tensors)} tensors, {form.layout} layout, {form.numbering}"
+        + (f", without {packs.some(loaded.unknown)}" if loaded.unknown else "")
+    )
 
 
 def _check_recognised(name: str, architecture: Architecture, form: surgery.Form) -> None:
@@ -157,8 +180,11 @@ def _check_recognised(name: str, architecture: Architecture, form: surgery.Form)
         shapes = {key: slot.shape for key, slot in architecture.keys(form.layout, form.numbering).items()}
         found = recognise(shapes, [architecture.config]).architecture
         if found.cut != architecture.cut:
-            raise ValueError(f"{Path(name).name} keeps other layers than its names tell in this form; only its description does, which only the ldm "
-                             "layout has. Give --layout ldm and no --numbering")
+            raise ValueError(
+                f"{Path(name).name} keeps other layers than its names tell in this form; only its description does, "
+                "which only the ldm "
+                "layout has. Give --layout ldm and no --numbering"
+            )
 
 
 def _readdressed(loaded: packs.Loaded, architecture: Architecture) -> packs.Loaded:
@@ -172,14 +198,27 @@ def match_original(args) -> None:
     student, original = _open_unet(args.student), _open_unet(args.original)
     ours, whole = (loaded.description.architecture for loaded in (student, original))
     if ours.config != whole.config:
-        raise ValueError(f"{student.path.name} is a {ours.config.family} UNet and {original.path.name} a {whole.config.family} one; "
-                         "give the original that the student was pruned from")
+        raise ValueError(
+            f"{student.path.name} is a {ours.config.family} UNet and {original.path.name} a {whole.config.family} one; "
+            "give the original that the student was pruned from"
+        )
     if whole.cut:
-        raise ValueError(f"{original.path.name} is pruned itself ({whole.name or 'a choice of its own'}); give the unpruned original")
+        raise ValueError(
+            f"{original.path.name} is pruned itself ({whole.name or 'a choice of its own'}); give the unpruned original"
+        )
     found = match.match(student.tensors, ours, original.tensors, _telling("compare"))
     if args.json:
-        print(json.dumps({"file": args.student, "original": args.original, "architecture": found.architecture.to_dict(),
-                          "pairs": [dataclasses.asdict(pair) for pair in found.pairs]}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "file": args.student,
+                    "original": args.original,
+                    "architecture": found.architecture.to_dict(),
+                    "pairs": [dataclasses.asdict(pair) for pair in found.pairs],
+                },
+                indent=1,
+            )
+        )
     else:
         print(f"{student.path.name}: {_headline(facts(found.architecture))}")
         for pair in found.pairs:
@@ -190,14 +229,19 @@ def match_original(args) -> None:
     if args.output:
         result = _readdressed(student, found.architecture)
         packs.write_unet(args.output, result.tensors, result.description, None, student.markers)
-        print(f"wrote {args.output}: the same weights, which now say where they belong", file=sys.stderr if args.json else sys.stdout)
+        print(
+            f"wrote {args.output}: the same weights, which now say where they belong",
+            file=sys.stderr if args.json else sys.stdout,
+        )
 
 
 def _telling(what: str):
     """Tells a person who waits how far a search has come."""
+
     def tell(place: str) -> None:
         if sys.stderr.isatty():
             print(f"{what}: {place}", file=sys.stderr)
+
     return tell
 
 
@@ -218,11 +262,15 @@ def extract_pack(args) -> None:
     tensors |= further
     description = Description("pack", chosen, units, licence=args.licence, training=training, condconv=experts)
     packs.write_pack(args.output, _Progress(tensors, "extract"), description, DTYPES[args.dtype])
-    print(f"wrote {args.output}: {len(units)} units, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters"
-          + (f" ({chosen.name})" if chosen.name else ""))
+    print(
+        f"wrote {args.output}: {len(units)} units, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters"
+        + (f" ({chosen.name})" if chosen.name else "")
+    )
     if any(a.startswith("stem.") for a in units):
-        print("it has units of the stem, which `assemble` can build into a file but Apply Pack cannot play; "
-              "leave them out with --units '..., !stem'")
+        print(
+            "it has units of the stem, which `assemble` can build into a file but Apply Pack cannot play; "
+            "leave them out with --units '..., !stem'"
+        )
 
 
 def extract_experts(args) -> None:
@@ -238,22 +286,39 @@ def extract_experts(args) -> None:
         units, every = set(select(config, args.units)), description.condconv
         mine = {a: count for a, count in every.experts.items() if condconv.convolution(config, a).unit.address in units}
         if not mine:
-            raise ValueError(f"{path.name} has no experts in {args.units!r}; it has them in {', '.join(description.expert_units)}")
+            raise ValueError(
+                f"{path.name} has no experts in {args.units!r}; it has them in {', '.join(description.expert_units)}"
+            )
         experts = condconv.CondConv(mine, every.form)
         tensors = {key: loaded.tensors[key] for key in experts.keys(config)}
     else:
-        raise ValueError(f"{path.name} has no further experts; give a pack that has some, or gather them with --experts-from")
-    result = Description("pack", Architecture.full(config), licence=args.licence, training={"extracted_from": path.name}, condconv=experts)
+        raise ValueError(
+            f"{path.name} has no further experts; give a pack that has some, or gather them with --experts-from"
+        )
+    result = Description(
+        "pack",
+        Architecture.full(config),
+        licence=args.licence,
+        training={"extracted_from": path.name},
+        condconv=experts,
+    )
     packs.write_pack(args.output, _Progress(tensors, "extract"), result, DTYPES[args.dtype])
-    print(f"wrote {args.output}: experts for {len(experts.experts)} convolutions, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters")
+    print(
+        f"wrote {args.output}: experts for {len(experts.experts)} convolutions, "
+        f"{sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters"
+    )
 
 
 def _gathered(args, student: packs.Loaded, units) -> tuple[condconv.CondConv, dict[str, Tensor]]:
-    """Experts for the 3x3 convolutions of units that the student keeps, from the other layers of a teacher's blocks (CLME)."""
+    """Experts for the 3x3 convolutions of units that the student keeps, from the other layers of a teacher's blocks
+    (CLME).
+    """
     teacher, config = _open_unet(args.experts_from), student.description.architecture.config
     whole = teacher.description.architecture
     if whole.config != config or whole.cut:
-        raise ValueError(f"{teacher.path.name} is {_headline(facts(whole))}; experts come from an unpruned {config.family} UNet")
+        raise ValueError(
+            f"{teacher.path.name} is {_headline(facts(whole))}; experts come from an unpruned {config.family} UNet"
+        )
     kept = {u.address for u in student.description.architecture.kept}.intersection(units)
     convs = [a for a, conv in condconv.convolutions(config).items() if conv.unit.address in kept]
     experts, tensors, alone = condconv.clme(teacher.tensors, student.tensors, config, convs)
@@ -265,20 +330,33 @@ def _gathered(args, student: packs.Loaded, units) -> tuple[condconv.CondConv, di
 def assemble(args) -> None:
     trunk, pack = _open_unet(args.checkpoint), packs.open_pack(args.pack)
     if pack.description.condconv or pack.description.gri:
-        raise ValueError(f"{Path(args.pack).name} has {'convolutions with several experts' if pack.description.condconv else 'gains for GRI attention'}, "
-                         "which no single UNet file can hold; use Apply Pack")
+        raise ValueError(
+            f"{Path(args.pack).name} has "
+            f"{'convolutions with several experts' if pack.description.condconv else 'gains for GRI attention'}, "
+            "which no single UNet file can hold; use Apply Pack"
+        )
     target = pack.description.architecture
     ours, theirs = trunk.description.architecture.config, target.config
     if ours != theirs:
-        raise ValueError(f"{Path(args.pack).name} is a pack for {theirs.family} UNets; {Path(args.checkpoint).name} is {ours.family}")
+        raise ValueError(
+            f"{Path(args.pack).name} is a pack for {theirs.family} UNets; {Path(args.checkpoint).name} is {ours.family}"
+        )
     units = pack.description.units
-    cut = frozenset(target.cut | {a for a in trunk.description.architecture.cut if a not in units and a.rpartition(".")[0] not in units})
+    cut = frozenset(
+        target.cut
+        | {a for a in trunk.description.architecture.cut if a not in units and a.rpartition(".")[0] not in units}
+    )
     combined = Architecture(ours, cut)
     combined = Architecture(ours, cut, tuple(u.address for u in combined.kept)).named()
     tensors = surgery.combine(trunk.tensors, pack.tensors, combined, units)
     training = {"trunk": Path(args.checkpoint).name, "pack": Path(args.pack).name}
-    description = Description("unet", combined, prediction=trunk.description.prediction or pack.description.prediction,
-                              licence=pack.description.licence, training=training)
+    description = Description(
+        "unet",
+        combined,
+        prediction=trunk.description.prediction or pack.description.prediction,
+        licence=pack.description.licence,
+        training=training,
+    )
     packs.write_unet(args.output, _Progress(tensors, "assemble"), description, DTYPES[args.dtype], trunk.markers)
     print(f"wrote {args.output}: {_headline(facts(combined))}, {combined.params / 1e6:.2f} M parameters")
 
@@ -291,17 +369,25 @@ def lora_onto(args) -> None:
         print(json.dumps({"file": args.file, "onto": args.onto, **dataclasses.asdict(result)}, indent=1))
         return
     total_modules = len(result.kept) + lost
-    print(f"{name} onto {args.onto}: {len(result.kept)} of {total_modules} modules act, each at its own address; {lost} are dropped")
+    print(
+        f"{name} onto {args.onto}: {len(result.kept)} of {total_modules} modules act, each at its own address; "
+        f"{lost} are dropped"
+    )
     print("  modules of the UNet: " + ", ".join(f"{count} {kind}" for kind, count in result.kinds.items()))
     for address, modules in result.dropped.items():
         print(f"  {address} is cut: {len(modules)} dropped")
     if result.text:
         print(f"  {result.text} modules are for text encoders, which pruning does not touch")
     if result.unread:
-        print(f"  {len(result.unread)} are named as PEFT does, as {result.unread[0]}, which ComfyUI's Load LoRA does not read")
+        print(
+            f"  {len(result.unread)} are named as PEFT does, as {result.unread[0]}, which ComfyUI's Load LoRA does "
+            "not read"
+        )
     if result.unknown:
-        print(f"  {len(result.unknown)} names belong to no layer of this family, as {result.unknown[0]}; "
-              "many of them mean that the LoRA was made for another family")
+        print(
+            f"  {len(result.unknown)} names belong to no layer of this family, as {result.unknown[0]}; "
+            "many of them mean that the LoRA was made for another family"
+        )
 
 
 def presets(args) -> None:
@@ -313,12 +399,17 @@ def presets(args) -> None:
         print(json.dumps(rows, indent=1))
         return
     for name, row in rows.items():
-        print(f"{name:12}{row['family']:6}{row['params'] / 1e6:9.2f} M params {row['macs'] / 1e9:9.2f} G MACs  {row['source']}")
+        print(
+            f"{name:12}{row['family']:6}{row['params'] / 1e6:9.2f} M params {row['macs'] / 1e9:9.2f} G MACs  "
+            f"{row['source']}"
+        )
         print(f"{'':12}cut: {PRESETS[name].cut}" + (f"   in: {PRESETS[name].on}" if PRESETS[name].on != "*" else ""))
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m asdm_core", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="python -m asdm_core", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name, function, help):
@@ -326,8 +417,13 @@ def parser() -> argparse.ArgumentParser:
         p.set_defaults(run=function)
         return p
 
-    p = command("inspect", inspect, "Say what a file is: family, preset or the list of cut units, parameters, MACs, the units "
-                "with the largest share; for packs, what they play. FILE is a UNet, a checkpoint, a pack or a diffusers folder.")
+    p = command(
+        "inspect",
+        inspect,
+        "Say what a file is: family, preset or the list of cut units, parameters, MACs, the units "
+        "with the largest share; for packs, what they play. FILE is a UNet, a checkpoint, a pack or a diffusers "
+        "folder.",
+    )
     p.add_argument("file", metavar="FILE")
     p.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -335,30 +431,69 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("input", metavar="IN")
     p.add_argument("output", metavar="OUT", help="a new .safetensors file")
     p.add_argument("--layout", choices=LAYOUTS, required=True, help="ldm is ComfyUI's own; diffusers is the library's")
-    p.add_argument("--numbering", choices=NUMBERINGS, help="renumbered (default where it exists): the small network others load; "
-                   "addressed: the unpruned network's names, with holes")
+    p.add_argument(
+        "--numbering",
+        choices=NUMBERINGS,
+        help="renumbered (default where it exists): the small network others load; "
+        "addressed: the unpruned network's names, with holes",
+    )
     p.add_argument("--dtype", choices=STOCK_DTYPES, default="keep")
-    p.add_argument("--drop-unknown", action="store_true", help="leave out tensors that belong to no layer of the UNet, which ComfyUI ignores "
-                   "(as time_embedding.cond_proj of LCM checkpoints); without it they are an error")
-    p.add_argument("--keep", metavar="BLOCKS", help="which transformer blocks of the original these are, where it is known and the file "
-                   "does not say: as 'down.2.*.transformer.0|3|6|9'. Without it, the first ones. `match` finds them by their weights")
+    p.add_argument(
+        "--drop-unknown",
+        action="store_true",
+        help="leave out tensors that belong to no layer of the UNet, which ComfyUI ignores "
+        "(as time_embedding.cond_proj of LCM checkpoints); without it they are an error",
+    )
+    p.add_argument(
+        "--keep",
+        metavar="BLOCKS",
+        help="which transformer blocks of the original these are, where it is known and the file "
+        "does not say: as 'down.2.*.transformer.0|3|6|9'. Without it, the first ones. `match` finds them by their "
+        "weights",
+    )
 
-    p = command("match", match_original, "Find which layers and transformer blocks of the original a pruned UNet has kept (SSD-1B, Vega, "
-                "KOALA and the like), by nearest weights. LoRAs made for the original then act on the right ones.")
+    p = command(
+        "match",
+        match_original,
+        "Find which layers and transformer blocks of the original a pruned UNet has kept (SSD-1B, Vega, "
+        "KOALA and the like), by nearest weights. LoRAs made for the original then act on the right ones.",
+    )
     p.add_argument("student", metavar="STUDENT")
-    p.add_argument("original", metavar="ORIGINAL", help="the checkpoint the student was pruned from, or a finetune of the same base model")
-    p.add_argument("output", metavar="OUT", nargs="?", help="a new .safetensors file of the student that says where its layers belong")
+    p.add_argument(
+        "original",
+        metavar="ORIGINAL",
+        help="the checkpoint the student was pruned from, or a finetune of the same base model",
+    )
+    p.add_argument(
+        "output",
+        metavar="OUT",
+        nargs="?",
+        help="a new .safetensors file of the student that says where its layers belong",
+    )
     p.add_argument("--json", action="store_true", help="print everything as JSON")
 
-    p = command("extract-pack", extract_pack, "Take some units of a trained UNet out into a pack, which then plays in any checkpoint "
-                "of the family. Layers that were cut among these units are cut by the pack.")
+    p = command(
+        "extract-pack",
+        extract_pack,
+        "Take some units of a trained UNet out into a pack, which then plays in any checkpoint "
+        "of the family. Layers that were cut among these units are cut by the pack.",
+    )
     p.add_argument("student", metavar="STUDENT")
     p.add_argument("output", metavar="OUT")
     p.add_argument("--units", required=True, help="a range expression, as 'down.0-1, up.2-3' (the units of M2)")
-    p.add_argument("--experts-from", metavar="TEACHER", help="give their 3x3 convolutions further experts (CondConv), gathered from the other "
-                   "layers of the same block of this unpruned UNet (CLME); those that have no layer of their shape there are named")
-    p.add_argument("--experts-only", action="store_true", help="a pack of experts that join whatever plays these units. STUDENT is a "
-                   "pack with experts, as training makes them, or with --experts-from any UNet")
+    p.add_argument(
+        "--experts-from",
+        metavar="TEACHER",
+        help="give their 3x3 convolutions further experts (CondConv), gathered from the other "
+        "layers of the same block of this unpruned UNet (CLME); those that have no layer of their shape there are "
+        "named",
+    )
+    p.add_argument(
+        "--experts-only",
+        action="store_true",
+        help="a pack of experts that join whatever plays these units. STUDENT is a "
+        "pack with experts, as training makes them, or with --experts-from any UNet",
+    )
     p.add_argument("--licence", default="", help="licence of the weights, kept in the file")
     p.add_argument("--dtype", choices=DTYPES, default="fp16")
 
@@ -368,8 +503,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("output", metavar="OUT")
     p.add_argument("--dtype", choices=STOCK_DTYPES, default="fp16")
 
-    p = command("lora", lora_onto, "Say which modules of a LoRA (kohya, diffusers, LyCORIS) act on a pruned UNet and which are "
-                "dropped because their unit is cut. Only names are read.")
+    p = command(
+        "lora",
+        lora_onto,
+        "Say which modules of a LoRA (kohya, diffusers, LyCORIS) act on a pruned UNet and which are "
+        "dropped because their unit is cut. Only names are read.",
+    )
     p.add_argument("file", metavar="FILE")
     p.add_argument("--onto", metavar="PRESET", choices=PRESETS, required=True, help=f"one of {', '.join(PRESETS)}")
     p.add_argument("--json", action="store_true", help="print everything as JSON")

@@ -86,27 +86,44 @@ class UNetConfig:
         for side in ("down", "up"):
             value = getattr(self, side)
             if not isinstance(value, tuple) or not all(
-                    isinstance(level, tuple) and all(_is_whole(d, 0, _MAX_DEPTH) for d in level) for level in value):
-                raise wrong(f"{side} must be lists of whole numbers from 0 to {_MAX_DEPTH}, one list per level, got {value!r}")
+                isinstance(level, tuple) and all(_is_whole(d, 0, _MAX_DEPTH) for d in level) for level in value
+            ):
+                raise wrong(
+                    f"{side} must be lists of whole numbers from 0 to {_MAX_DEPTH}, one list per level, got {value!r}"
+                )
         if not len(self.channel_mult) == len(self.down) == len(self.up) > 0:
-            raise wrong(f"channel_mult, down and up must have one entry per level, "
-                        f"got {len(self.channel_mult)}, {len(self.down)} and {len(self.up)}")
-        if self.levels > _MAX_LEVELS or max(map(len, self.up)) > _MAX_LAYERS or sum(map(sum, self.down + self.up)) > _MAX_BLOCKS:
-            raise wrong(f"at most {_MAX_LEVELS} levels of {_MAX_LAYERS} layers with {_MAX_BLOCKS} transformer blocks in all, got {self.levels} levels of "
-                        f"up to {max(map(len, self.up))} layers with {sum(map(sum, self.down + self.up))} blocks")
+            raise wrong(
+                f"channel_mult, down and up must have one entry per level, "
+                f"got {len(self.channel_mult)}, {len(self.down)} and {len(self.up)}"
+            )
+        if (
+            self.levels > _MAX_LEVELS
+            or max(map(len, self.up)) > _MAX_LAYERS
+            or sum(map(sum, self.down + self.up)) > _MAX_BLOCKS
+        ):
+            raise wrong(
+                f"at most {_MAX_LEVELS} levels of {_MAX_LAYERS} layers with {_MAX_BLOCKS} transformer blocks in all, "
+                f"got {self.levels} levels of "
+                f"up to {max(map(len, self.up))} layers with {sum(map(sum, self.down + self.up))} blocks"
+            )
         for level, layers in enumerate(self.down):
             up_layers = self.up[len(self.up) - 1 - level]
             if len(up_layers) != len(layers) + 1:
-                raise wrong(f"level {level} has {len(layers)} down layers, so its up block needs "
-                            f"{len(layers) + 1} layers, got {len(up_layers)}")
+                raise wrong(
+                    f"level {level} has {len(layers)} down layers, so its up block needs "
+                    f"{len(layers) + 1} layers, got {len(up_layers)}"
+                )
         if (self.num_heads is None) == (self.head_channels is None):
             raise wrong("give num_heads or head_channels, and not both")
         for level in range(self.levels):
             deepest = level == self.levels - 1 and self.mid > 0
             if (deepest or any(self.down[level] + self.up[-1 - level])) and self.channels(level) % (
-                    self.num_heads or self.head_channels):
-                raise wrong(f"the {self.channels(level)} channels of level {level} cannot be shared out over attention heads "
-                            f"(num_heads {self.num_heads}, head_channels {self.head_channels})")
+                self.num_heads or self.head_channels
+            ):
+                raise wrong(
+                    f"the {self.channels(level)} channels of level {level} cannot be shared out over attention heads "
+                    f"(num_heads {self.num_heads}, head_channels {self.head_channels})"
+                )
 
     @property
     def levels(self) -> int:
@@ -174,13 +191,18 @@ class UNetConfig:
         down, up = iter(config["transformer_depth"]), iter(config["transformer_depth_output"][::-1])
         given = {"num_heads": config.get("num_heads", -1), "head_channels": config.get("num_head_channels", -1)}
         return cls(
-            family, config["model_channels"], tuple(config["channel_mult"]),
+            family,
+            config["model_channels"],
+            tuple(config["channel_mult"]),
             down=tuple(tuple(next(down) for _ in range(n)) for n in counts),
             mid=config["transformer_depth_middle"],
             up=tuple(tuple(next(up) for _ in range(n + 1)) for n in reversed(counts)),
-            context_dim=config["context_dim"], use_linear=bool(config["use_linear_in_transformer"]),
-            adm_channels=config.get("adm_in_channels"), in_channels=config["in_channels"],
-            out_channels=config["out_channels"], **{name: None if n == -1 else n for name, n in given.items()},
+            context_dim=config["context_dim"],
+            use_linear=bool(config["use_linear_in_transformer"]),
+            adm_channels=config.get("adm_in_channels"),
+            in_channels=config["in_channels"],
+            out_channels=config["out_channels"],
+            **{name: None if n == -1 else n for name, n in given.items()},
         )
 
     def to_diffusers(self) -> dict:
@@ -192,7 +214,9 @@ class UNetConfig:
         for side in ("down", "up"):
             for block, depths in enumerate(getattr(self, side)):
                 if any(depths) and not all(depths):
-                    raise ValueError(f"diffusers cannot express {side}.{block}: only some of its layers have a transformer")
+                    raise ValueError(
+                        f"diffusers cannot express {side}.{block}: only some of its layers have a transformer"
+                    )
         heads = [self.heads(self.channels(level)) for level in range(self.levels)]
         mid_types = {NO_MID: None, RESNET_MID: "UNetMidBlock2D"}
         config = {
@@ -298,8 +322,9 @@ def _affine(ldm: str, diffusers: str, channels: int, part: str, block: int | Non
     yield Tensor(f"{ldm}.bias", f"{diffusers}.bias", (channels,), part, block)
 
 
-def _linear(ldm: str, diffusers: str, shape: tuple[int, ...], part: str, block: int | None = None,
-            bias: bool = True) -> Iterator[Tensor]:
+def _linear(
+    ldm: str, diffusers: str, shape: tuple[int, ...], part: str, block: int | None = None, bias: bool = True
+) -> Iterator[Tensor]:
     """A linear or convolution weight (out, in, ...) and its bias (out,)."""
     yield Tensor(f"{ldm}.weight", f"{diffusers}.weight", shape, part, block)
     if bias:
@@ -356,19 +381,53 @@ def walk(config: UNetConfig) -> tuple[Unit, ...]:
         units.append(Unit(address, kind, ldm, diffusers, c_in, c_out, scale, tensors=tuple(tensors), **more))
 
     def resnet(address, ldm, diffusers, c_in, c_out, scale, **skip):
-        add(f"{address}.resnet", "resnet", ldm, diffusers, c_in, c_out, scale,
-            _resnet_tensors(c_in, c_out, c_time), **skip)
+        add(
+            f"{address}.resnet",
+            "resnet",
+            ldm,
+            diffusers,
+            c_in,
+            c_out,
+            scale,
+            _resnet_tensors(c_in, c_out, c_time),
+            **skip,
+        )
 
     def transformer(address, ldm, diffusers, c, scale, depth):
-        add(f"{address}.transformer", "transformer", ldm, diffusers, c, c, scale,
-            _transformer_tensors(c, depth, config.context_dim, config.use_linear), depth=depth)
+        add(
+            f"{address}.transformer",
+            "transformer",
+            ldm,
+            diffusers,
+            c,
+            c,
+            scale,
+            _transformer_tensors(c, depth, config.context_dim, config.use_linear),
+            depth=depth,
+        )
 
     add("stem.time_embed", "time_embed", "time_embed", "time_embedding", c0, c_time, 1, _mlp_tensors(c0, c_time))
     if config.adm_channels is not None:
-        add("stem.label_embed", "label_embed", "label_emb.0", "add_embedding", config.adm_channels, c_time, 1,
-            _mlp_tensors(config.adm_channels, c_time))
-    add("stem.conv_in", "conv_in", "input_blocks.0.0", "conv_in", config.in_channels, c0, 1,
-        _conv_tensors(config.in_channels, c0))
+        add(
+            "stem.label_embed",
+            "label_embed",
+            "label_emb.0",
+            "add_embedding",
+            config.adm_channels,
+            c_time,
+            1,
+            _mlp_tensors(config.adm_channels, c_time),
+        )
+    add(
+        "stem.conv_in",
+        "conv_in",
+        "input_blocks.0.0",
+        "conv_in",
+        config.in_channels,
+        c0,
+        1,
+        _conv_tensors(config.in_channels, c0),
+    )
     skips.append(("stem.conv_in", c0))
 
     c, n, scale = c0, 1, 1
@@ -384,8 +443,16 @@ def walk(config: UNetConfig) -> tuple[Unit, ...]:
             n += 1
         if level < config.levels - 1:
             scale *= 2
-            add(f"down.{level}.sampler", "downsampler", f"input_blocks.{n}.0", f"down_blocks.{level}.downsamplers.0",
-                c, c, scale, _conv_tensors(c, c, "op", "conv"))
+            add(
+                f"down.{level}.sampler",
+                "downsampler",
+                f"input_blocks.{n}.0",
+                f"down_blocks.{level}.downsamplers.0",
+                c,
+                c,
+                scale,
+                _conv_tensors(c, c, "op", "conv"),
+            )
             skips.append((f"down.{level}.sampler", c))
             n += 1
 
@@ -402,21 +469,53 @@ def walk(config: UNetConfig) -> tuple[Unit, ...]:
         for i, depth in enumerate(depths):
             at, name = f"up.{block}.{i}", f"up_blocks.{block}"
             skip, c_skip = skips.pop()
-            resnet(at, f"output_blocks.{n}.0", f"{name}.resnets.{i}", c + c_skip, c_out, scale,
-                   skip=skip, skip_channels=c_skip)
+            resnet(
+                at,
+                f"output_blocks.{n}.0",
+                f"{name}.resnets.{i}",
+                c + c_skip,
+                c_out,
+                scale,
+                skip=skip,
+                skip_channels=c_skip,
+            )
             c = c_out
             if depth:
                 transformer(at, f"output_blocks.{n}.1", f"{name}.attentions.{i}", c, scale, depth)
             if level and i == len(depths) - 1:
                 scale //= 2
-                add(f"up.{block}.sampler", "upsampler", f"output_blocks.{n}.{2 if depth else 1}",
-                    f"{name}.upsamplers.0", c, c, scale, _conv_tensors(c, c, "conv", "conv"))
+                add(
+                    f"up.{block}.sampler",
+                    "upsampler",
+                    f"output_blocks.{n}.{2 if depth else 1}",
+                    f"{name}.upsamplers.0",
+                    c,
+                    c,
+                    scale,
+                    _conv_tensors(c, c, "conv", "conv"),
+                )
             n += 1
 
-    add("stem.norm_out", "norm_out", "out.0", "conv_norm_out", c, c, 1,
-        (Tensor("weight", "weight", (c,), "norm"), Tensor("bias", "bias", (c,), "norm")))
-    add("stem.conv_out", "conv_out", "out.2", "conv_out", c0, config.out_channels, 1,
-        _conv_tensors(c0, config.out_channels))
+    add(
+        "stem.norm_out",
+        "norm_out",
+        "out.0",
+        "conv_norm_out",
+        c,
+        c,
+        1,
+        (Tensor("weight", "weight", (c,), "norm"), Tensor("bias", "bias", (c,), "norm")),
+    )
+    add(
+        "stem.conv_out",
+        "conv_out",
+        "out.2",
+        "conv_out",
+        c0,
+        config.out_channels,
+        1,
+        _conv_tensors(c0, config.out_channels),
+    )
     return tuple(units)
 
 
@@ -474,30 +573,44 @@ def translate(config: UNetConfig, source: str, target: str) -> dict[str, str]:
 def lora_names(config: UNetConfig) -> dict[str, str]:
     """Every name of a UNet's module under which ComfyUI finds it in a LoRA file, with the LDM module it means.
 
-    Dialects: kohya over diffusers names (`lora_unet_down_blocks_0_attentions_0_proj_in`), the same of SimpleTuner's LyCORIS
-    (`lycoris_down_blocks...`), kohya over LDM names (`lora_unet_input_blocks_1_1_proj_in`, usual for SDXL), generic LDM
-    (`diffusion_model.input_blocks...`), and diffusers with its attention processors (`unet.down_blocks.0.attentions.0.proj_in`,
-    `unet...attn1.processor.to_q`, both without `unet.` as well). Both sides are without `.weight`; the LDM side has no prefix.
-    Norms are never LoRA targets.
+    Dialects: kohya over diffusers names (`lora_unet_down_blocks_0_attentions_0_proj_in`), the same of SimpleTuner's
+    LyCORIS (`lycoris_down_blocks...`), kohya over LDM names (`lora_unet_input_blocks_1_1_proj_in`, usual for SDXL),
+    generic LDM (`diffusion_model.input_blocks...`), and diffusers with its attention processors
+    (`unet.down_blocks.0.attentions.0.proj_in`, `unet...attn1.processor.to_q`, both without `unet.` as well). Both sides
+    are without `.weight`; the LDM side has no prefix. Norms are never LoRA targets.
     """
     names = {}
     for ldm, diffusers in _matrices(config):
         spelled = re.sub(r"(?<=\.processor\.to_out)\.0$", "", diffusers.replace(".to_", ".processor.to_"))
         kohya = diffusers.replace(".", "_")
-        names |= dict.fromkeys((f"lora_unet_{kohya}", f"lora_unet_{ldm.replace('.', '_')}", f"lycoris_{kohya}", f"diffusion_model.{ldm}",
-                                spelled, f"unet.{spelled}"), ldm)
+        names |= dict.fromkeys(
+            (
+                f"lora_unet_{kohya}",
+                f"lora_unet_{ldm.replace('.', '_')}",
+                f"lycoris_{kohya}",
+                f"diffusion_model.{ldm}",
+                spelled,
+                f"unet.{spelled}",
+            ),
+            ldm,
+        )
     return names
 
 
 def peft_names(config: UNetConfig) -> dict[str, str]:
-    """Names of attention modules as PEFT writes them (`unet...attn1.to_q`), which ComfyUI does not read, with the LDM module they mean."""
+    """Names of attention modules as PEFT writes them (`unet...attn1.to_q`), which ComfyUI does not read, with the LDM
+    module they mean.
+    """
     return {f"unet.{diffusers}": ldm for ldm, diffusers in _matrices(config) if ".to_" in diffusers}
 
 
 def _matrices(config: UNetConfig) -> Iterable[tuple[str, str]]:
     """The modules LoRAs can act on, under their LDM and their diffusers names."""
-    return (tuple(slot.unit.key(slot.tensor, layout).removesuffix(".weight") for layout in ("ldm", "diffusers"))
-            for slot in keys(config, "ldm").values() if len(slot.shape) > 1)
+    return (
+        tuple(slot.unit.key(slot.tensor, layout).removesuffix(".weight") for layout in ("ldm", "diffusers"))
+        for slot in keys(config, "ldm").values()
+        if len(slot.shape) > 1
+    )
 
 
 _SEGMENT = re.compile(r"(?P<any>\*)|(?P<low>\d+)-(?P<high>\d+)|(?P<words>[a-z0-9_]+(\|[a-z0-9_]+)*)")
@@ -537,8 +650,11 @@ def select(config: UNetConfig, expression: str | Iterable[str]) -> frozenset[str
         found = set()
         for u in walk(config):
             names = (u.address,) if len(tests) <= len(u.address.split(".")) else u.blocks
-            found.update(n for n in names if all(t(s) for t, s in zip(tests, n.split("."), strict=False))
-                         and len(tests) <= len(n.split(".")))
+            found.update(
+                n
+                for n in names
+                if all(t(s) for t, s in zip(tests, n.split("."), strict=False)) and len(tests) <= len(n.split("."))
+            )
         if not found:
             sides = ", ".join(dict.fromkeys(u.address for u in walk(config) if u.side != "stem"))
             raise ValueError(f"{term!r} matches no unit of this {config.family} UNet; its units are: {sides}")

@@ -16,7 +16,16 @@ from functools import cached_property
 from itertools import groupby
 
 from .addresses import (
-    NO_MID, RESNET_MID, Slot, Unit, UNetConfig, in_order, keys, select, unit, walk,
+    NO_MID,
+    RESNET_MID,
+    Slot,
+    Unit,
+    UNetConfig,
+    in_order,
+    keys,
+    select,
+    unit,
+    walk,
 )
 
 FORMAT = 1  # version of the JSON form; readers refuse a newer one
@@ -25,13 +34,26 @@ NUMBERINGS = ("addressed", "renumbered")
 _SD_UP = ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))
 _SD_DOWN = ((1, 1), (1, 1), (1, 1), (0, 0))
 
-FAMILIES: dict[str, UNetConfig] = {c.family: c for c in (
-    UNetConfig("sd15", 320, (1, 2, 4, 4), _SD_DOWN, 1, _SD_UP, context_dim=768, num_heads=8),
-    UNetConfig("sd21", 320, (1, 2, 4, 4), _SD_DOWN, 1, _SD_UP, context_dim=1024, head_channels=64, use_linear=True),
-    UNetConfig("sdxl", 320, (1, 2, 4), ((0, 0), (2, 2), (10, 10)), 10, ((10, 10, 10), (2, 2, 2), (0, 0, 0)),
-               context_dim=2048, head_channels=64, use_linear=True, adm_channels=2816),
-    UNetConfig("emoji", 64, (1, 1, 2, 2), _SD_DOWN, 1, _SD_UP, context_dim=128, num_heads=4),
-)}
+FAMILIES: dict[str, UNetConfig] = {
+    c.family: c
+    for c in (
+        UNetConfig("sd15", 320, (1, 2, 4, 4), _SD_DOWN, 1, _SD_UP, context_dim=768, num_heads=8),
+        UNetConfig("sd21", 320, (1, 2, 4, 4), _SD_DOWN, 1, _SD_UP, context_dim=1024, head_channels=64, use_linear=True),
+        UNetConfig(
+            "sdxl",
+            320,
+            (1, 2, 4),
+            ((0, 0), (2, 2), (10, 10)),
+            10,
+            ((10, 10, 10), (2, 2, 2), (0, 0, 0)),
+            context_dim=2048,
+            head_channels=64,
+            use_linear=True,
+            adm_channels=2816,
+        ),
+        UNetConfig("emoji", 64, (1, 1, 2, 2), _SD_DOWN, 1, _SD_UP, context_dim=128, num_heads=4),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -55,23 +77,46 @@ _ASDM = "A-SDM, arXiv 2312.15516, section 2.2 and table 2"
 _VEGA_MID = "mid.0.transformer, mid.1"
 
 # name, skeleton, cut units, blocks with own weights, source
-PRESETS: dict[str, Preset] = {row[0]: Preset(*row) for row in (
-    ("base",       "sd15", _BK, "*", f"{_BK_PAPER}/bk_base"),
-    ("small",      "sd15", f"{_BK}, mid", "*", f"{_BK_PAPER}/bk_small"),
-    ("tiny",       "sd15", f"{_BK}, mid, down.2.sampler, down.3, up.0", "*", f"{_BK_PAPER}/bk_tiny"),
-    ("m1",         "sd15", _BK, "down.0, up.3", f"{_ASDM}: base on dn0, up3 over SD1.5"),
-    ("m2",         "sd15", _BK, "down.0-1, up.2-3", f"{_ASDM}: base on dn0-1, up2-3 over SD1.5"),
-    ("m3",         "sd15", _BK, "down.0-2, up.1-3", f"{_ASDM}: base on dn0-2, up1-3 over SD1.5"),
-    ("ssd-1b",     "sdxl", f"down.2.*.transformer.4-9, {_VEGA_MID}, up.0.0-1.transformer.4-9, up.1.1-2.transformer.1",
-                   "*", "SSD-1B, arXiv 2401.02677; depths from the released config"),
-    ("vega",       "sdxl", f"down.1.*.transformer.1, down.2.*.transformer.2-9, {_VEGA_MID}, "
-                           "up.0.*.transformer.2-9, up.1.*.transformer.1",
-                   "*", "Segmind-Vega, arXiv 2401.02677; depths from the released config"),
-    ("koala-1b",   "sdxl", f"{_BK}, down.2.0.transformer.6-9, mid.0.transformer.6-9, up.0.0|2.transformer.6-9",
-                   "*", "KOALA-1B, arXiv 2312.04005; depths from the released config"),
-    ("koala-700m", "sdxl", f"{_BK}, mid, down.2.0.transformer.5-9, up.0.0|2.transformer.5-9",
-                   "*", "KOALA-700M, arXiv 2312.04005; depths from the released config"),
-)}
+PRESETS: dict[str, Preset] = {
+    row[0]: Preset(*row)
+    for row in (
+        ("base", "sd15", _BK, "*", f"{_BK_PAPER}/bk_base"),
+        ("small", "sd15", f"{_BK}, mid", "*", f"{_BK_PAPER}/bk_small"),
+        ("tiny", "sd15", f"{_BK}, mid, down.2.sampler, down.3, up.0", "*", f"{_BK_PAPER}/bk_tiny"),
+        ("m1", "sd15", _BK, "down.0, up.3", f"{_ASDM}: base on dn0, up3 over SD1.5"),
+        ("m2", "sd15", _BK, "down.0-1, up.2-3", f"{_ASDM}: base on dn0-1, up2-3 over SD1.5"),
+        ("m3", "sd15", _BK, "down.0-2, up.1-3", f"{_ASDM}: base on dn0-2, up1-3 over SD1.5"),
+        (
+            "ssd-1b",
+            "sdxl",
+            f"down.2.*.transformer.4-9, {_VEGA_MID}, up.0.0-1.transformer.4-9, up.1.1-2.transformer.1",
+            "*",
+            "SSD-1B, arXiv 2401.02677; depths from the released config",
+        ),
+        (
+            "vega",
+            "sdxl",
+            f"down.1.*.transformer.1, down.2.*.transformer.2-9, {_VEGA_MID}, "
+            "up.0.*.transformer.2-9, up.1.*.transformer.1",
+            "*",
+            "Segmind-Vega, arXiv 2401.02677; depths from the released config",
+        ),
+        (
+            "koala-1b",
+            "sdxl",
+            f"{_BK}, down.2.0.transformer.6-9, mid.0.transformer.6-9, up.0.0|2.transformer.6-9",
+            "*",
+            "KOALA-1B, arXiv 2312.04005; depths from the released config",
+        ),
+        (
+            "koala-700m",
+            "sdxl",
+            f"{_BK}, mid, down.2.0.transformer.5-9, up.0.0|2.transformer.5-9",
+            "*",
+            "KOALA-700M, arXiv 2312.04005; depths from the released config",
+        ),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -106,12 +151,16 @@ class Architecture:
         config, cut = self.config, frozenset(self.cut)
         in_order(config, cut | set(self.own))  # unknown addresses raise here
         # A block inside a cut transformer says nothing new; one canonical set makes equality mean equality.
-        cut = frozenset(a for a in cut if a in _units(config) and not _is_block(config, a)
-                        or a.rpartition(".")[0] not in cut)
+        cut = frozenset(
+            a for a in cut if a in _units(config) and not _is_block(config, a) or a.rpartition(".")[0] not in cut
+        )
         own = in_order(config, self.own)
         for address in own:
             if _is_block(config, address):
-                raise ValueError(f"{address} is a transformer block; weights of its own has a whole unit, {address.rpartition('.')[0]}")
+                raise ValueError(
+                    f"{address} is a transformer block; weights of its own has a whole unit, "
+                    f"{address.rpartition('.')[0]}"
+                )
         lost = cut & set(own)
         if lost:
             raise ValueError(f"{min(lost)} is both cut and trained; a cut unit has no weights")
@@ -157,8 +206,9 @@ class Architecture:
     def keeping(self, blocks: str) -> Architecture:
         """The same network, said to have kept exactly `blocks` of the transformers that these lie in.
 
-        For students of which it is known which transformer blocks of the original they kept; a file only shows how many.
-        blocks: a range expression of transformer blocks. Raises ValueError unless each transformer keeps as many as before.
+        For students of which it is known which transformer blocks of the original they kept; a file only shows how
+        many. blocks: a range expression of transformer blocks. Raises ValueError unless each transformer keeps as many
+        as before.
         """
         chosen, cut = select(self.config, blocks), set(self.cut)
         for u in dict.fromkeys(unit(self.config, a) for a in in_order(self.config, chosen)):
@@ -167,8 +217,11 @@ class Architecture:
             if not count:
                 raise ValueError(f"{u.address} has no transformer blocks in this UNet, so none can be kept")
             if u.address in chosen or len(kept) != count:
-                raise ValueError(f"{u.address} has {count} transformer blocks in this UNet, and the list names "
-                                 f"{'it as a whole' if u.address in chosen else len(kept)}; name {count} of its blocks, as {u.address}.0")
+                raise ValueError(
+                    f"{u.address} has {count} transformer blocks in this UNet, and the list names "
+                    f"{'it as a whole' if u.address in chosen else len(kept)}; name {count} of its blocks, as "
+                    f"{u.address}.0"
+                )
             cut = cut - set(u.blocks) | set(u.blocks) - kept
         return Architecture(self.config, frozenset(cut), self.own).named()
 
@@ -252,7 +305,9 @@ class Architecture:
         mid = self._renumbered_mid(no_form)
 
         small = replace(
-            config, channel_mult=tuple(config.channel_mult[n] for n in levels), mid=mid,
+            config,
+            channel_mult=tuple(config.channel_mult[n] for n in levels),
+            mid=mid,
             down=tuple(tuple(depth for _, depth in block) for block in down),
             up=tuple(tuple(depth for _, depth in block) for block in up),
         )
@@ -276,8 +331,10 @@ class Architecture:
             whole = unit(config, home)
             origin.update(zip(u.blocks, (whole.blocks[i] for i in self.kept_blocks(whole)), strict=True))
             if u.skip and layer_origin.get(u.skip, u.skip) != self._flow[whole.address]:
-                raise no_form(f"{home} takes its skip from {self._flow[whole.address]}, "
-                              f"the small network would give it {layer_origin.get(u.skip, u.skip)}")
+                raise no_form(
+                    f"{home} takes its skip from {self._flow[whole.address]}, "
+                    f"the small network would give it {layer_origin.get(u.skip, u.skip)}"
+                )
         return Renumbered(small, origin)
 
     def _renumbered_mid(self, no_form) -> int:
@@ -334,7 +391,9 @@ class Architecture:
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise ValueError(f"architecture: format {version!r} is no version number")
         if version > FORMAT:
-            raise ValueError(f"architecture: format {version} is newer than this version of asdm reads ({FORMAT}); update asdm")
+            raise ValueError(
+                f"architecture: format {version} is newer than this version of asdm reads ({FORMAT}); update asdm"
+            )
         family, name = data.get("family"), data.get("name", "")
         if not isinstance(name, str):
             raise ValueError(f"architecture: name must be a text, got {name!r}")
@@ -389,25 +448,33 @@ def _check_flow(config: UNetConfig, cut: frozenset[str]) -> dict[str, str]:
     h_channels, h_scale, h_from = 0, 1, ""
     skips: list[tuple[int, int, str]] = []
     flow: dict[str, str] = {}
-    for layer, group in groupby((u for u in walk(config) if u.kind not in ("time_embed", "label_embed")),
-                                key=lambda u: u.address if u.side == "stem" else u.layer):
+    for layer, group in groupby(
+        (u for u in walk(config) if u.kind not in ("time_embed", "label_embed")),
+        key=lambda u: u.address if u.side == "stem" else u.layer,
+    ):
         units = list(group)
         resnet = units[0] if units[0].kind == "resnet" else None
         if resnet is not None and resnet.side == "up":
             s_channels, s_scale, s_from = skips.pop()
             if s_scale != h_scale:
-                raise ValueError(f"{layer}: its input is {h_scale} times smaller than the latent, its skip {s_scale} "
-                                 "times; the samplers between them cannot be cut alone")
+                raise ValueError(
+                    f"{layer}: its input is {h_scale} times smaller than the latent, its skip {s_scale} "
+                    "times; the samplers between them cannot be cut alone"
+                )
             if resnet.address not in cut:
                 flow[resnet.address] = s_from
                 if s_channels != resnet.skip_channels:
-                    raise ValueError(f"{layer}: its skip has {s_channels} channels, its weights want {resnet.skip_channels}; "
-                                     f"{resnet.skip} changes the number of channels and cannot be cut alone")
+                    raise ValueError(
+                        f"{layer}: its skip has {s_channels} channels, its weights want {resnet.skip_channels}; "
+                        f"{resnet.skip} changes the number of channels and cannot be cut alone"
+                    )
         for u in units:
             if u.address in cut:
                 if u.kind == "resnet" and u.channels_in - u.skip_channels != u.channels_out:
-                    raise ValueError(f"{u.address} cannot be cut: it turns {u.channels_in - u.skip_channels} channels "
-                                     f"into {u.channels_out}, and nobody would")
+                    raise ValueError(
+                        f"{u.address} cannot be cut: it turns {u.channels_in - u.skip_channels} channels "
+                        f"into {u.channels_out}, and nobody would"
+                    )
                 continue
             if u.kind == "conv_in":
                 h_channels = u.channels_in

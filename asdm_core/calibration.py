@@ -18,7 +18,8 @@ from .inheritance import Plan, Schedule
 
 @dataclass(frozen=True)
 class Candidate:
-    """plan: what is inherited and how; its schedule is open. saved: share of a step's work that an inherited step saves.
+    """plan: what is inherited and how; its schedule is open. saved: share of a step's work that an inherited step
+    saves.
 
     errors: (steps, longest + 1, longest + 2); errors[s, k, g] is what step s adds if its features come from
     step s - k, and g steps lie between that full step and the one before it (0: there was none before, or
@@ -56,7 +57,9 @@ def best_steps(errors: np.ndarray, full: int) -> tuple[tuple[int, ...], float]:
                 if total < following.get(key, (math.inf,))[0]:
                     following[key] = (total, (*way, step))
         states = following
-    ends = [(error + skipped(last, gap, n), way) for (last, gap), (error, way) in states.items() if n - 1 - last <= longest]
+    ends = [
+        (error + skipped(last, gap, n), way) for (last, gap), (error, way) in states.items() if n - 1 - last <= longest
+    ]
     error, way = min(ends, default=(math.inf, ()))
     return (way, error) if math.isfinite(error) else ((), math.inf)
 
@@ -79,7 +82,9 @@ def choices(candidates: Sequence[Candidate]) -> list[Choice]:
             steps, error = best_steps(candidate.errors, full)
             if steps:
                 schedule = Schedule("explicit", steps=steps, of=n)
-                found.append(Choice(replace(candidate.plan, schedule=schedule), candidate.saved * (n - full) / n, error))
+                found.append(
+                    Choice(replace(candidate.plan, schedule=schedule), candidate.saved * (n - full) / n, error)
+                )
     return found
 
 
@@ -92,7 +97,9 @@ def choose(found: Sequence[Choice], saving: float | None = None, error: float | 
         enough = [c for c in found if c.saving >= saving - 1e-9]
         if not enough:
             most = max((c.saving for c in found), default=0.0)
-            raise ValueError(f"no plan saves {saving:.0%} of the work; the most that can be saved here is {most:.0%}. Ask for less, "
-                             "or allow more inherited steps in a row.")
+            raise ValueError(
+                f"no plan saves {saving:.0%} of the work; the most that can be saved here is {most:.0%}. Ask for less, "
+                "or allow more inherited steps in a row."
+            )
         return min(enough, key=lambda c: (c.error, -c.saving))
     return max((c for c in found if c.error <= error), key=lambda c: (c.saving, -c.error))

@@ -118,8 +118,13 @@ class Cast:
             if line.part.role == role:
                 source = line.part.source
                 players = {a: parts.get(a, HOST) for a in line.units}
-                found.update({a: line.part for a, player in players.items()
-                              if player.role != "cut" and ((source, a) not in own or player.source == source)})
+                found.update(
+                    {
+                        a: line.part
+                        for a, player in players.items()
+                        if player.role != "cut" and ((source, a) not in own or player.source == source)
+                    }
+                )
         return {a: found[a] for a in in_order(self.config, found)}
 
     def _active(self, windows: Sequence[Window] | None) -> list[Line]:

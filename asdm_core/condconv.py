@@ -103,7 +103,9 @@ class CondConv:
         if self.form not in FORMS:
             raise ValueError(f"condconv: form must be one of {FORMS}, got {self.form!r}")
         if not isinstance(self.experts, Mapping) or not self.experts:
-            raise ValueError(f"condconv: experts must give at least one convolution its number of experts, got {self.experts!r}")
+            raise ValueError(
+                f"condconv: experts must give at least one convolution its number of experts, got {self.experts!r}"
+            )
         for address, count in self.experts.items():
             if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= MAX_EXPERTS:
                 raise ValueError(f"condconv: {address} must have 2 to {MAX_EXPERTS} experts, got {count!r}")
@@ -126,8 +128,12 @@ class CondConv:
         c_out, c_in, *kernel = conv.shape
         count = self.experts[conv.address]
         stacked, routes = (count - 1) * c_out, count - (self.form == "difference")
-        return {"experts.weight": (stacked, c_in, *kernel), "experts.bias": (stacked,),
-                "router.weight": (routes, c_in), "router.bias": (routes,)}
+        return {
+            "experts.weight": (stacked, c_in, *kernel),
+            "experts.bias": (stacked,),
+            "router.weight": (routes, c_in),
+            "router.bias": (routes,),
+        }
 
     def to_dict(self) -> dict:
         return {"form": self.form, "experts": dict(self.experts)}
@@ -169,8 +175,15 @@ class CondConv2d(nn.Module):
     with one grouped convolution and with a convolution per expert).
     """
 
-    def __init__(self, conv: nn.Conv2d, experts: nn.Conv2d, router: nn.Linear, form: str = "difference",
-                 strength: float = 1.0, weights: Weights = own_weights):
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        experts: nn.Conv2d,
+        router: nn.Linear,
+        form: str = "difference",
+        strength: float = 1.0,
+        weights: Weights = own_weights,
+    ):
         super().__init__()
         self.conv, self.experts, self.router = conv, experts, router
         self.form, self.strength, self.weights = form, strength, weights
@@ -258,12 +271,17 @@ def donors(config: UNetConfig, address: str) -> tuple[str, ...]:
     Raises ValueError, which says why, where there is none.
     """
     conv = convolution(config, address)
-    peers = [c for c in convolutions(config).values()
-             if c.address != address and c.diffusers == conv.diffusers and _block(c) == _block(conv)]
+    peers = [
+        c
+        for c in convolutions(config).values()
+        if c.address != address and c.diffusers == conv.diffusers and _block(c) == _block(conv)
+    ]
     found = tuple(c.address for c in peers if c.shape == conv.shape)
     if not found:
         others = ", ".join(f"{c.address} ({_widths(c)})" for c in peers) or "none"
-        raise ValueError(f"{address} ({_widths(conv)}) has nobody in {_block(conv)} to share experts with; there are: {others}")
+        raise ValueError(
+            f"{address} ({_widths(conv)}) has nobody in {_block(conv)} to share experts with; there are: {others}"
+        )
     return found
 
 
@@ -277,7 +295,8 @@ def _widths(conv: Conv) -> str:
 
 
 def sharing(config: UNetConfig, convs: Iterable[str], form: str = "difference") -> tuple[CondConv, dict[str, str]]:
-    """Settings for those of `convs` that can gather experts, with as many as they have donors, and the others, each with the reason.
+    """Settings for those of `convs` that can gather experts, with as many as they have donors, and the others, each
+    with the reason.
 
     Raises ValueError if none of them can.
     """
@@ -293,8 +312,13 @@ def sharing(config: UNetConfig, convs: Iterable[str], form: str = "difference") 
     return CondConv(counts, form), alone
 
 
-def clme(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], config: UNetConfig, convs: Iterable[str],
-         form: str = "difference") -> tuple[CondConv, StateDict, dict[str, str]]:
+def clme(
+    teacher: Mapping[str, Tensor],
+    student: Mapping[str, Tensor],
+    config: UNetConfig,
+    convs: Iterable[str],
+    form: str = "difference",
+) -> tuple[CondConv, StateDict, dict[str, str]]:
     """Further experts gathered from a teacher (Cross-Layer Multi-Expert, A-SDM section 2.3).
 
     teacher: an unpruned UNet; student: has the convolutions that become expert 1 (both addressed LDM names).
@@ -331,8 +355,15 @@ def _take(sd: Mapping[str, Tensor], conv: Conv, leaf: str, what: str) -> Tensor:
 # Live networks --------------------------------------------------------------------------------------
 
 
-def install(unet: nn.Module, layout: str, config: UNetConfig, settings: CondConv, tensors: Mapping[str, Tensor],
-            operations=nn, weights: Weights = own_weights) -> None:
+def install(
+    unet: nn.Module,
+    layout: str,
+    config: UNetConfig,
+    settings: CondConv,
+    tensors: Mapping[str, Tensor],
+    operations=nn,
+    weights: Weights = own_weights,
+) -> None:
     """Give convolutions of a live UNet their further experts, in place. Their own weights stay as they are.
 
     tensors: as in a pack file; may hold more. Raises Mismatch where they do not fit.
@@ -342,7 +373,9 @@ def install(unet: nn.Module, layout: str, config: UNetConfig, settings: CondConv
     for conv in settings.convs(config).values():
         parent, _, name = conv.path(layout).rpartition(".")
         first = unet.get_submodule(conv.path(layout))
-        experts, router = further_experts(settings, conv, operations, device=first.weight.device, dtype=first.weight.dtype)
+        experts, router = further_experts(
+            settings, conv, operations, device=first.weight.device, dtype=first.weight.dtype
+        )
         layer = CondConv2d(first, experts, router, settings.form, weights=weights)
         unet.get_submodule(parent).add_module(name, layer)
         for leaf in settings.shapes(conv):
@@ -351,5 +384,8 @@ def install(unet: nn.Module, layout: str, config: UNetConfig, settings: CondConv
 
 def extract(unet: nn.Module, layout: str, config: UNetConfig, settings: CondConv) -> StateDict:
     """Further experts and routers of a live UNet under their names in a pack file."""
-    return {conv.key(leaf): unet.get_submodule(conv.path(layout)).get_parameter(leaf).detach()
-            for conv in settings.convs(config).values() for leaf in settings.shapes(conv)}
+    return {
+        conv.key(leaf): unet.get_submodule(conv.path(layout)).get_parameter(leaf).detach()
+        for conv in settings.convs(config).values()
+        for leaf in settings.shapes(conv)
+    }

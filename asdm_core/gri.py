@@ -1,15 +1,16 @@
 """GRI attention: global-regional interactive self-attention, in time and memory linear in the tokens of a map.
 
 After A-SDM (arXiv 2406.00210), in the form defined here: queries are grouped in windows; each window attends, in
-one softmax, to its own tokens and to the cells of all other windows, each with one key, one value and a bias on its logit.
+one softmax, to its own tokens and to the cells of all other windows, each with one key, one value and a bias on its
+logit.
 
-The cells of a window begin as squares of tokens. Tokens then move, twice, to the cell of the window whose mean key is nearest
-(k-means, for each head by itself), because a cell is as good as its keys are alike: for equal keys it is exact, whatever
-their values are. Within a cell the tokens are weighted by the attention that the mean query of the map pays them:
-w = softmax(q k / sqrt(dim)), key and value are the means under w, and the bias is the entropy of w. That makes the cell
-exact, to first order, for queries near the mean one. For equal tokens the entropy is the logarithm of their number: the
-key stands for that many. A window that covers the map, cells of one token, or a constant map give exactly full attention.
-docs/gri.md has what else was tried.
+The cells of a window begin as squares of tokens. Tokens then move, twice, to the cell of the window whose mean key is
+nearest (k-means, for each head by itself), because a cell is as good as its keys are alike: for equal keys it is exact,
+whatever their values are. Within a cell the tokens are weighted by the attention that the mean query of the map pays
+them: w = softmax(q k / sqrt(dim)), key and value are the means under w, and the bias is the entropy of w. That makes
+the cell exact, to first order, for queries near the mean one. For equal tokens the entropy is the logarithm of their
+number: the key stands for that many. A window that covers the map, cells of one token, or a constant map give exactly
+full attention. docs/gri.md has what else was tried.
 
 Where cells do not divide the map the last ones begin smaller and count for less; nothing is padded.
 """
@@ -36,9 +37,9 @@ _LEAST = -40.0  # logit of a token, relative to the highest: exp(-40) is nothing
 _NEVER = -1e4  # bias of an empty cell
 _MOST = 2**26  # pairs of a token and a cell at once, for large windows of small cells
 
-# The bias of a cell is a mask on the CPU, where one row for all queries costs nothing. Elsewhere the fastest kernels take no mask,
-# and it comes as further channels of q and k: so many, because kernels want head sizes that 8 divides. The channels of q
-# are a power of two, so that they are exact in every dtype.
+# The bias of a cell is a mask on the CPU, where one row for all queries costs nothing. Elsewhere the fastest kernels
+# take no mask, and it comes as further channels of q and k: so many, because kernels want head sizes that 8 divides.
+# The channels of q are a power of two, so that they are exact in every dtype.
 _FURTHER = 8
 _UNIT = 8.0
 
@@ -57,10 +58,14 @@ class GRI:
 
     def __post_init__(self):
         if self.window < 1 or self.pool < 1 or not 0 <= self.shift < self.window:
-            raise ValueError(f"GRI needs window and pool of at least 1 and a shift from 0 to below the window, got {self}")
+            raise ValueError(
+                f"GRI needs window and pool of at least 1 and a shift from 0 to below the window, got {self}"
+            )
         if self.window % self.pool or self.shift % self.pool:
-            raise ValueError(f"window and shift must be multiples of pool, so that no cell lies across the border of a window; got "
-                             f"window {self.window}, shift {self.shift}, pool {self.pool}")
+            raise ValueError(
+                f"window and shift must be multiples of pool, so that no cell lies across the border of a window; got "
+                f"window {self.window}, shift {self.shift}, pool {self.pool}"
+            )
 
     @classmethod
     def choose(cls, height: int, width: int, window: int = 0, pool: int = 0, shifted: bool = False) -> GRI:
@@ -95,7 +100,9 @@ class Gains:
             raise ValueError(f"gri: gains must name at least one transformer, got {self.units!r}")
 
     def keys(self, config: UNetConfig) -> dict[str, Slot]:
-        """Names and shapes of the gains in a pack file. Raises ValueError for units this UNet has no self-attention in."""
+        """Names and shapes of the gains in a pack file. Raises ValueError for units this UNet has no self-
+        attention in.
+        """
         slots = {}
         for u in (unit(config, address) for address in in_order(config, self.units)):
             if u.kind != "transformer" or u.address not in self.units:
@@ -150,8 +157,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> 
     return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 
 
-def gri_attention(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, gri: GRI, gain: Tensor | None = None,
-                  attend: Callable[..., Tensor] = sdpa) -> Tensor:
+def gri_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height: int,
+    width: int,
+    gri: GRI,
+    gain: Tensor | None = None,
+    attend: Callable[..., Tensor] = sdpa,
+) -> Tensor:
     """Self-attention of a map of height x width tokens, row by row.
 
     q, k, v: (B, N, heads, dim) with N = height * width, the result too.
@@ -161,7 +176,10 @@ def gri_attention(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, gri:
     Raises ValueError where N is not height * width or q, k and v differ in shape.
     """
     if q.shape[1] != height * width or not q.shape == k.shape == v.shape:
-        raise ValueError(f"q, k and v must be (B, {height} * {width}, heads, dim) alike, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+        raise ValueError(
+            f"q, k and v must be (B, {height} * {width}, heads, dim) alike, got {tuple(q.shape)}, {tuple(k.shape)}, "
+            f"{tuple(v.shape)}"
+        )
     scale = q.shape[-1] ** -0.5
     if gri.covers(height, width):
         return attend(*(t.transpose(1, 2) for t in (q, k, v)), scale, None).transpose(1, 2)
@@ -171,25 +189,35 @@ def gri_attention(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, gri:
     own = [[_windows(t, r, c) for t in maps] for r, c in places]
     cells = [_cells(mean, k, v, r.size, c.size, gri.pool) for (r, c), (_, k, v) in zip(places, own, strict=True)]
     counts = [of_windows[0].shape[3] for of_windows in cells]
-    # (B, heads, cells of the map, ...), twice, so that the cells outside of a window are one stretch, from its end round to its start
-    keys, values, bias = (torch.cat(2 * [x.transpose(1, 2).flatten(2, 3) for x in kind], 2) for kind in zip(*cells, strict=True))
+    # (B, heads, cells of the map, ...), twice, so that the cells outside of a window are one stretch, from its end
+    # round to its start
+    keys, values, bias = (
+        torch.cat(2 * [x.transpose(1, 2).flatten(2, 3) for x in kind], 2) for kind in zip(*cells, strict=True)
+    )
     if gain is not None:
         bias = bias + gain.to(bias.dtype)[:, None, None]
     total, start, out = keys.shape[2] // 2, 0, torch.empty_like(maps[0])
     for (r, c), (queries, *tokens), count in zip(places, own, counts, strict=True):
         windows = r.count * c.count
-        outside = [x[:, :, start + count:].unfold(2, total - count, count)[:, :, :windows].permute(0, 2, 1, 4, 3)
-                   for x in (keys, values, bias)]
-        found = _biased(queries, *(torch.cat(pair, 3) for pair in zip(tokens, outside[:2], strict=True)), scale,
-                        F.pad(outside[2][..., 0], (r.size * c.size, 0)), attend)
-        out[:, r.start:r.end, c.start:c.end] = _unfold(found, r, c)
+        outside = [
+            x[:, :, start + count :].unfold(2, total - count, count)[:, :, :windows].permute(0, 2, 1, 4, 3)
+            for x in (keys, values, bias)
+        ]
+        found = _biased(
+            queries,
+            *(torch.cat(pair, 3) for pair in zip(tokens, outside[:2], strict=True)),
+            scale,
+            F.pad(outside[2][..., 0], (r.size * c.size, 0)),
+            attend,
+        )
+        out[:, r.start : r.end, c.start : c.end] = _unfold(found, r, c)
         start += windows * count
     return out.flatten(1, 2)
 
 
 def _windows(x: Tensor, r: _Span, c: _Span) -> Tensor:
     """Windows side by side of a map: (B, height, width, heads, dim) -> (B, windows, heads, tokens, dim)"""
-    x = x[:, r.start:r.end, c.start:c.end].unflatten(2, (c.count, c.size)).unflatten(1, (r.count, r.size))
+    x = x[:, r.start : r.end, c.start : c.end].unflatten(2, (c.count, c.size)).unflatten(1, (r.count, r.size))
     return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(1, 2)
 
 
@@ -200,14 +228,17 @@ def _unfold(x: Tensor, r: _Span, c: _Span) -> Tensor:
 
 
 def _cells(mean: Tensor, k: Tensor, v: Tensor, height: int, width: int, pool: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of the cells of windows of height x width tokens, (B, windows, heads, cells, dim), and their biases,
-    (B, windows, heads, cells, 1) in the dtype of the mean query.
+    """Keys and values of the cells of windows of height x width tokens, (B, windows, heads, cells, dim), and their
+    biases, (B, windows, heads, cells, 1) in the dtype of the mean query.
 
     mean: (B, heads, dim), the mean query, scaled. k, v: (B, windows, heads, tokens, dim).
     """
     if pool == 1:
         return k, v, mean.new_zeros(*k.shape[:-1], 1)
-    rows, columns = (torch.eye(-(-size // pool), device=k.device, dtype=mean.dtype).repeat_interleave(pool, 1)[:, :size] for size in (height, width))
+    rows, columns = (
+        torch.eye(-(-size // pool), device=k.device, dtype=mean.dtype).repeat_interleave(pool, 1)[:, :size]
+        for size in (height, width)
+    )
     squares = torch.kron(rows, columns)  # (cells, tokens)
     at_once = max(1, _MOST // (k.shape[2] * squares.numel()))
     windows = (t.flatten(0, 1).split(at_once) for t in (mean[:, None].expand(-1, k.shape[1], -1, -1), k, v))
@@ -223,7 +254,9 @@ def _gathered(members: Tensor, mean: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
         for _ in range(STEPS):
             count = members.sum(-1, keepdim=True)
             centres = members @ k / count.clamp(min=1)
-            nearness = centres @ k.transpose(-1, -2) - torch.where(count > 0, centres.square().sum(-1, keepdim=True) / 2, math.inf)
+            nearness = centres @ k.transpose(-1, -2) - torch.where(
+                count > 0, centres.square().sum(-1, keepdim=True) / 2, math.inf
+            )
             # Not argmax, which is slow. A token as near to several cells is shared among them.
             members = (nearness == nearness.amax(-2, keepdim=True)).to(k.dtype)
         members = members / members.sum(-2, keepdim=True)

@@ -84,7 +84,9 @@ class Schedule:
             raise wrong("mode windows needs at least one window")
         for start, end, interval in self.windows:
             if not 0 <= start < end <= 1 or interval < 1:
-                raise wrong(f"a window is (start, end, interval) with 0 <= start < end <= 1, got {(start, end, interval)}")
+                raise wrong(
+                    f"a window is (start, end, interval) with 0 <= start < end <= 1, got {(start, end, interval)}"
+                )
         if any(s < 0 for s in self.steps):
             raise wrong(f"steps count from 0, got {min(self.steps)}")
 
@@ -92,13 +94,21 @@ class Schedule:
         """The schedule in a run whose sampler comes back to each step."""
         if not self.repeats:
             return self
-        return replace(self, interval=-(-self.interval // 2), windows=tuple((a, b, -(-n // 2)) for a, b, n in self.windows))
+        return replace(
+            self, interval=-(-self.interval // 2), windows=tuple((a, b, -(-n // 2)) for a, b, n in self.windows)
+        )
 
     def repeating(self, n: int) -> tuple[bool, ...]:
-        """For each of n steps, whether its further evaluations inherit from its first. A schedule that inherits nothing repeats nothing."""
+        """For each of n steps, whether its further evaluations inherit from its first. A schedule that inherits nothing
+        repeats nothing.
+        """
         if not self.repeats or self.mode in ("explicit", "adaptive") or all(self.computed(n)):
             return (False,) * n
-        within = set(range(n)) if self.mode != "windows" else {s for s in range(n) if any(a <= s / n < b for a, b, _ in self.windows)}
+        within = (
+            set(range(n))
+            if self.mode != "windows"
+            else {s for s in range(n) if any(a <= s / n < b for a, b, _ in self.windows)}
+        )
         return tuple(s in within and self.first <= s < n - self.last for s in range(n))
 
     def computed(self, n: int) -> tuple[bool, ...]:
@@ -142,7 +152,7 @@ class Schedule:
 
     def inherits(self, n: int, step: int, last_full: int, change: float) -> bool:
         """Adaptive mode: whether a step may inherit, given the change since the last full step."""
-        return (not self.computed(n)[step] and step - last_full <= self.max_run and change < self.threshold)
+        return not self.computed(n)[step] and step - last_full <= self.max_run and change < self.threshold
 
 
 # What -----------------------------------------------------------------------------------------------
@@ -246,7 +256,9 @@ class Plan:
                 if owner in cut or not whole and address.rpartition(".")[0] in cut:
                     continue
                 if rule.reuse == "branch" and whole and units[address].kind not in ("resnet", "transformer"):
-                    raise ValueError(f"inheritance: {address} has no residual, so its branch cannot be reused; use output")
+                    raise ValueError(
+                        f"inheritance: {address} has no residual, so its branch cannot be reused; use output"
+                    )
                 chosen[address] = "branch" if rule.reuse == "output" and not whole else rule.reuse
         return {a: r for a, r in chosen.items() if a in units or _owner(a) not in chosen}
 
@@ -268,7 +280,12 @@ class Plan:
         return tuple(result)
 
     def to_dict(self) -> dict:
-        return {"format": FORMAT, "name": self.name, "rules": [asdict(r) for r in self.rules], "schedule": asdict(self.schedule)}
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "rules": [asdict(r) for r in self.rules],
+            "schedule": asdict(self.schedule),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping) -> Plan:
@@ -307,15 +324,20 @@ def deepcache(config: UNetConfig, branch: int, schedule: Schedule = Schedule()) 
     A retrieve step runs input_blocks[0..b] and output_blocks[n_out-1-b..]; everything between is
     inherited. The rule holds for every number of layers, unlike layer = b % 3, block = b // 3.
     """
-    index = {u.address: (u.ldm.split(".")[0], int(u.ldm.split(".")[1])) for u in walk(config)
-             if u.ldm.startswith(("input_blocks.", "output_blocks."))}
+    index = {
+        u.address: (u.ldm.split(".")[0], int(u.ldm.split(".")[1]))
+        for u in walk(config)
+        if u.ldm.startswith(("input_blocks.", "output_blocks."))
+    }
     last = max(n for _, n in index.values())
     if not 0 <= branch < last:
         raise ValueError(f"inheritance: branch must lie between 0 and {last - 1}, got {branch}")
-    runs = [a for a, (name, n) in index.items() if not a.startswith("stem.")
-            and (n <= branch if name == "input_blocks" else n >= last - branch)]
-    return Plan((Rule(", ".join([_all(config), *(f"!{a}" for a in runs)])),),
-                schedule, f"deepcache-{branch}")
+    runs = [
+        a
+        for a, (name, n) in index.items()
+        if not a.startswith("stem.") and (n <= branch if name == "input_blocks" else n >= last - branch)
+    ]
+    return Plan((Rule(", ".join([_all(config), *(f"!{a}" for a in runs)])),), schedule, f"deepcache-{branch}")
 
 
 def shallow_only(config: UNetConfig, schedule: Schedule = Schedule()) -> Plan:
@@ -332,8 +354,11 @@ def encoder(config: UNetConfig, schedule: Schedule = Schedule()) -> Plan:
 
 def attention(config: UNetConfig, parts: str = "attn1|attn2", schedule: Schedule = Schedule()) -> Plan:
     """The attention outputs of every transformer are inherited: "attn1", "attn2" or both."""
-    sides = [f"{side}.*.*.transformer.*.{parts}" for side, depths in (("down", config.down), ("up", config.up))
-             if any(d for level in depths for d in level)]
+    sides = [
+        f"{side}.*.*.transformer.*.{parts}"
+        for side, depths in (("down", config.down), ("up", config.up))
+        if any(d for level in depths for d in level)
+    ]
     if config.mid > 0:
         sides.append(f"mid.0.transformer.*.{parts}")
     return Plan((Rule(", ".join(sides)),), schedule, parts.replace("|", "+"))
@@ -385,7 +410,9 @@ def flow(config: UNetConfig, inherited: Iterable[str], probes: Iterable[str] = (
     return Flow(frozenset(computes), frozenset(recalls))
 
 
-def step_macs(plan: Plan, architecture: Architecture, height: int = 64, width: int = 64, tokens: int = 77) -> tuple[int, int]:
+def step_macs(
+    plan: Plan, architecture: Architecture, height: int = 64, width: int = 64, tokens: int = 77
+) -> tuple[int, int]:
     """MACs of a full and of an inherited step, for a latent of height x width, batch 1 (see `measure.costs`)."""
     reuse = plan.reuse(architecture.config, architecture.cut)
     unit_costs = costs(architecture, height, width, tokens)
@@ -401,7 +428,10 @@ def step_macs(plan: Plan, architecture: Architecture, height: int = 64, width: i
 
 def _residual_macs(u: Unit, cost: UnitCost) -> int:
     """MACs of a unit's residual path: the 1 x 1 convolution of a resnet that changes the number of channels."""
-    weights = {part: sum(t.numel for t in u.tensors if t.part == part and len(t.shape) > 1) for part in ("conv", "skip", "time")}
+    weights = {
+        part: sum(t.numel for t in u.tensors if t.part == part and len(t.shape) > 1)
+        for part in ("conv", "skip", "time")
+    }
     if not weights["skip"]:
         return 0
     return (cost.linear - weights["time"]) * weights["skip"] // (weights["conv"] + weights["skip"])
@@ -410,11 +440,16 @@ def _residual_macs(u: Unit, cost: UnitCost) -> int:
 def _parts_saved(architecture: Architecture, address: str, cost: UnitCost, reuse: Mapping[str, str]) -> int:
     """MACs of the parts of one transformer that are inherited. Its blocks are alike, so each saves its share."""
     blocks = architecture.kept_blocks(unit(architecture.config, address))
-    return sum(cost.part(part) * sum(f"{address}.{i}.{part}" in reuse for i in blocks) // len(blocks)
-               for part in PARTS if blocks)
+    return sum(
+        cost.part(part) * sum(f"{address}.{i}.{part}" in reuse for i in blocks) // len(blocks)
+        for part in PARTS
+        if blocks
+    )
 
 
-def saving(plan: Plan, architecture: Architecture, steps: int, height: int = 64, width: int = 64, tokens: int = 77) -> float:
+def saving(
+    plan: Plan, architecture: Architecture, steps: int, height: int = 64, width: int = 64, tokens: int = 77
+) -> float:
     """Predicted share of the UNet's MACs that a run of so many steps saves, 0..1. Not for adaptive plans."""
     full, inherited = step_macs(plan, architecture, height, width, tokens)
     computed = plan.schedule.computed(steps)

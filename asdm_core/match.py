@@ -50,8 +50,12 @@ class Match:
     pairs: tuple[Pair, ...]
 
 
-def match(student: Mapping[str, Tensor], architecture: Architecture, original: Mapping[str, Tensor],
-          progress: Callable[[str], None] = lambda place: None) -> Match:
+def match(
+    student: Mapping[str, Tensor],
+    architecture: Architecture,
+    original: Mapping[str, Tensor],
+    progress: Callable[[str], None] = lambda place: None,
+) -> Match:
     """Lay a student over the original it was made from.
 
     student: addressed tensors of `architecture`, as read from a file that does not say which layers it kept.
@@ -68,8 +72,12 @@ def match(student: Mapping[str, Tensor], architecture: Architecture, original: M
 
     def assign(mine: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
         """Their address -> mine, for resnets or transformer blocks."""
-        found = _nearest(student, original, [_matrices(config, a) for a in mine], [_matrices(config, a) for a in theirs])
-        pairs.extend(Pair(a, theirs[home], distance, other) for a, (home, distance, other) in zip(mine, found, strict=True))
+        found = _nearest(
+            student, original, [_matrices(config, a) for a in mine], [_matrices(config, a) for a in theirs]
+        )
+        pairs.extend(
+            Pair(a, theirs[home], distance, other) for a, (home, distance, other) in zip(mine, found, strict=True)
+        )
         return {theirs[home]: a for a, (home, *_) in zip(mine, found, strict=True)}
 
     for place, units in _places(config).items():
@@ -88,15 +96,19 @@ def match(student: Mapping[str, Tensor], architecture: Architecture, original: M
             cut.update(set(u.blocks) - assign(mine, u.blocks).keys())
     unlike = sum(pair.distance >= UNRELATED for pair in pairs)
     if 2 * unlike > len(pairs):
-        raise NoMatch(f"{unlike} of the student's {len(pairs)} layers and transformer blocks resemble none of the original's. "
-                      "Give the checkpoint that the student was pruned from, or another finetune of the same base model.")
+        raise NoMatch(
+            f"{unlike} of the student's {len(pairs)} layers and transformer blocks resemble none of the original's. "
+            "Give the checkpoint that the student was pruned from, or another finetune of the same base model."
+        )
     found = Architecture(config, frozenset(cut))
     found = Architecture(config, found.cut, tuple(u.address for u in found.kept)).named()
     return Match(found, tuple(pairs))
 
 
 def _places(config: UNetConfig) -> dict[str, list[Unit]]:
-    """The resnets and transformers that could be taken for one another: those of a block, and each alone in the middle."""
+    """The resnets and transformers that could be taken for one another: those of a block, and each alone in
+    the middle.
+    """
     places: dict[str, list[Unit]] = {}
     for u in walk(config):
         if u.kind in ("resnet", "transformer"):
@@ -110,24 +122,36 @@ def _matrices(config: UNetConfig, address: str) -> list[str]:
     return [u.key(t) for t in u.tensors if u.owner(t) == address and len(t.shape) > 1]
 
 
-def _nearest(student: Mapping[str, Tensor], original: Mapping[str, Tensor], mine: Sequence[list[str]],
-             theirs: Sequence[list[str]]) -> list[tuple[int, float, float | None]]:
+def _nearest(
+    student: Mapping[str, Tensor],
+    original: Mapping[str, Tensor],
+    mine: Sequence[list[str]],
+    theirs: Sequence[list[str]],
+) -> list[tuple[int, float, float | None]]:
     """For each of mine: the index of its home in theirs, the distance to it, and to the next nearest one.
 
     Each is a list of tensor names, in one order. Homes are in order too, and no two are the same.
     """
     distances = _distances(student, original, mine, theirs)
-    homes = min(combinations(range(len(theirs)), len(mine)), key=lambda c: sum(d[j] for d, j in zip(distances, c, strict=True)))
-    others = [min((d for j, d in enumerate(row) if j != home and d < math.inf), default=None)
-              for row, home in zip(distances, homes, strict=True)]
+    homes = min(
+        combinations(range(len(theirs)), len(mine)), key=lambda c: sum(d[j] for d, j in zip(distances, c, strict=True))
+    )
+    others = [
+        min((d for j, d in enumerate(row) if j != home and d < math.inf), default=None)
+        for row, home in zip(distances, homes, strict=True)
+    ]
     return [(home, row[home], other) for row, home, other in zip(distances, homes, others, strict=True)]
 
 
 def _distances(student, original, mine, theirs) -> list[list[float]]:
     """Distance of each of mine to each of theirs; infinite where shapes or the order of layers forbid it."""
     shapes, others, spare = shapes_of(student), shapes_of(original), len(theirs) - len(mine)
-    apart = {(i, j): 0.0 for i, names in enumerate(mine) for j in range(i, i + spare + 1)
-             if [shapes[n] for n in names] == [others[n] for n in theirs[j]]}
+    apart = {
+        (i, j): 0.0
+        for i, names in enumerate(mine)
+        for j in range(i, i + spare + 1)
+        if [shapes[n] for n in names] == [others[n] for n in theirs[j]]
+    }
     size = dict.fromkeys(apart, 0.0)
     for at in range(max(map(len, mine), default=0)):
         held = {i: student[mine[i][at]].float() for i in sorted({i for i, _ in apart}) if at < len(mine[i])}
@@ -137,4 +161,7 @@ def _distances(student, original, mine, theirs) -> list[list[float]]:
                 if (i, j) in apart:
                     apart[i, j] += float((held[i] - tensor).square().sum())
                     size[i, j] += float(held[i].square().sum() + tensor.square().sum())
-    return [[apart[i, j] / max(size[i, j], TINY) if (i, j) in apart else math.inf for j in range(len(theirs))] for i in range(len(mine))]
+    return [
+        [apart[i, j] / max(size[i, j], TINY) if (i, j) in apart else math.inf for j in range(len(theirs))]
+        for i in range(len(mine))
+    ]

@@ -99,7 +99,13 @@ def _cost(u: Unit, architecture: Architecture, size: tuple[int, int], tokens: in
             continue
         # The time embedding is one vector, keys and values of cross-attention come from the prompt,
         # everything else acts on every position.
-        positions = 1 if t.part == "time" else tokens if t.part == "attn2" and t.ldm.endswith(("to_k.weight", "to_v.weight")) else n
+        positions = (
+            1
+            if t.part == "time"
+            else tokens
+            if t.part == "attn2" and t.ldm.endswith(("to_k.weight", "to_v.weight"))
+            else n
+        )
         macs[_part_of(u, t.part)] += t.numel * positions
     for _ in architecture.kept_blocks(u):
         attention["attn1"] += 2 * n * n * u.channels_out
@@ -116,9 +122,13 @@ def _part_of(u: Unit, part: str) -> str:
 # Time -----------------------------------------------------------------------------------------------
 
 
-def time_alternating(callables: Mapping[str, Callable[[], object]], rounds: int = 5, warmup: int = 1,
-                     sync: Callable[[], None] | None = None,
-                     clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+def time_alternating(
+    callables: Mapping[str, Callable[[], object]],
+    rounds: int = 5,
+    warmup: int = 1,
+    sync: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of several things measured in turn (A, B, C, A, B, C, ...), so that noise hits all alike.
 
     sync: waits for the device (torch.cuda.synchronize); needed wherever work is queued.
@@ -175,10 +185,14 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
-    quality = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    quality = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
+        (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    )
     return quality.flatten(1).mean(1)
 
 
 def _same_shape(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape or a.dim() != 4:
-        raise ValueError(f"wanted two batches of pictures (N, C, H, W) of one shape, got {list(a.shape)} and {list(b.shape)}")
+        raise ValueError(
+            f"wanted two batches of pictures (N, C, H, W) of one shape, got {list(a.shape)} and {list(b.shape)}"
+        )

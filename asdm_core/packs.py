@@ -37,16 +37,26 @@ METADATA_KEY = "asdm"
 FORMAT = 1
 KINDS = ("pack", "unet")
 PREDICTIONS = ("eps", "v")
-# Empty tensors by which other programs tell v-prediction (for SDXL, the only way they have) and a schedule that ends in noise.
+# Empty tensors by which other programs tell v-prediction (for SDXL, the only way they have) and a schedule that ends in
+# noise.
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 MARKERS = (V_MARKER, ZERO_SNR_MARKER, "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 SCALE = ".scale"  # int8 weights have their per-output-channel scale under <key>.scale
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 _SCALE_DTYPES = {"F32", "F16", "BF16"}
 _WEIGHT_DTYPES = _SCALE_DTYPES | {"F8_E4M3", "F8_E5M2", "I8"}
@@ -73,13 +83,17 @@ def parse_header(data: bytes, size: int, name: str) -> Header:
     data: the first bytes of the file, at least the whole header; size: length of the file in bytes.
     Raises BadFile, naming `name`.
     """
+
     def bad(why: str, do: str = "Download or export it again.") -> BadFile:
         return BadFile(f"{name}: {why}. {do}")
 
     # The first bytes alone do not tell: they can be the length of a header, which a brace follows.
     if (data[:2] == b"PK" or data[:1] == b"\x80") and data[8:9] != b"{":
-        raise bad("this is a pickle file (.ckpt, .pt or .bin), which can run code when it is opened; asdm reads only "
-                  "safetensors", "Convert it to safetensors first.")
+        raise bad(
+            "this is a pickle file (.ckpt, .pt or .bin), which can run code when it is opened; asdm reads only "
+            "safetensors",
+            "Convert it to safetensors first.",
+        )
     if len(data) < 8:
         raise bad(f"only {len(data)} bytes long; wanted a safetensors file")
     length = struct.unpack("<Q", data[:8])[0]
@@ -108,8 +122,10 @@ def parse_header(data: bytes, size: int, name: str) -> Header:
         tensors[key] = (dtype, shape)
         end = max(end, stop)
     if 8 + length + end != size:
-        raise bad(f"it should be {8 + length + end} bytes long and has {size}; it is "
-                  + ("cut short" if size < 8 + length + end else "too long"))
+        raise bad(
+            f"it should be {8 + length + end} bytes long and has {size}; it is "
+            + ("cut short" if size < 8 + length + end else "too long")
+        )
     return Header(tensors, metadata)
 
 
@@ -147,12 +163,16 @@ class TensorFile(Mapping[str, Tensor]):
         for key in sorted(self._scales):
             (dtype, shape), wanted = header.tensors[key], list(header.tensors[key.removesuffix(SCALE)][1][:1])
             if dtype not in _SCALE_DTYPES or list(shape) != wanted:
-                raise BadFile(f"{self.path.name}: tensor {key} ({dtype}, {list(shape)}) is no scale of int8 weights; wanted "
-                              f"{wanted}, one number per output channel, as one of {', '.join(sorted(_SCALE_DTYPES))}")
+                raise BadFile(
+                    f"{self.path.name}: tensor {key} ({dtype}, {list(shape)}) is no scale of int8 weights; wanted "
+                    f"{wanted}, one number per output channel, as one of {', '.join(sorted(_SCALE_DTYPES))}"
+                )
         try:
             self._file = safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as e:
-            raise BadFile(f"{self.path.name}: cannot be read as safetensors ({e}). Download or export it again.") from None
+            raise BadFile(
+                f"{self.path.name}: cannot be read as safetensors ({e}). Download or export it again."
+            ) from None
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self.shapes:
@@ -249,7 +269,9 @@ class Description:
             if self.condconv is None and self.gri is None:
                 raise ValueError("a pack must play at least one unit")
             if self.architecture.cut:
-                raise ValueError(f"a pack that plays no unit cannot cut units, and this one cuts {min(self.architecture.cut)}")
+                raise ValueError(
+                    f"a pack that plays no unit cannot cut units, and this one cuts {min(self.architecture.cut)}"
+                )
         if self.kind != "pack" and (self.condconv or self.gri):
             raise ValueError("condconv, gri: further experts and gains come in packs only")
         concerned = {*units, *self.expert_units, *self.gain_units}
@@ -300,9 +322,15 @@ class Description:
 
     def to_json(self) -> str:
         data = {
-            "format": FORMAT, "kind": self.kind, "architecture": self.architecture.to_dict(), "units": list(self.units),
-            "prediction": self.prediction, "licence": self.licence, "training": dict(self.training),
-            "companions": dict(self.companions), "condconv": self.condconv and self.condconv.to_dict(),
+            "format": FORMAT,
+            "kind": self.kind,
+            "architecture": self.architecture.to_dict(),
+            "units": list(self.units),
+            "prediction": self.prediction,
+            "licence": self.licence,
+            "training": dict(self.training),
+            "companions": dict(self.companions),
+            "condconv": self.condconv and self.condconv.to_dict(),
             "gri": self.gri and self.gri.to_dict(),
         }
         return json.dumps({k: v for k, v in data.items() if v not in (None, {}, [], "")}, separators=(",", ":"))
@@ -318,7 +346,9 @@ class Description:
             raise ValueError("its description is not a JSON object")
         version = data.get("format")
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT:
-            raise ValueError(f"its description has format {version!r}; this version of asdm reads up to {FORMAT}, so update asdm")
+            raise ValueError(
+                f"its description has format {version!r}; this version of asdm reads up to {FORMAT}, so update asdm"
+            )
         units = data.get("units", [])
         if not isinstance(units, list) or not all(isinstance(a, str) for a in units):
             raise ValueError("units in its description must be a list of addresses")
@@ -328,9 +358,16 @@ class Description:
                 raise ValueError(f"{name} in its description must be a JSON object, got {value!r}")
         condconv = None if data.get("condconv") is None else CondConv.from_dict(data["condconv"])
         gri = None if data.get("gri") is None else Gains.from_dict(data["gri"])
-        return cls(kind=str(data.get("kind")), architecture=Architecture.from_dict(data.get("architecture")),
-                   units=tuple(units), prediction=data.get("prediction"), licence=str(data.get("licence", "")),
-                   condconv=condconv, gri=gri, **tables)
+        return cls(
+            kind=str(data.get("kind")),
+            architecture=Architecture.from_dict(data.get("architecture")),
+            units=tuple(units),
+            prediction=data.get("prediction"),
+            licence=str(data.get("licence", "")),
+            condconv=condconv,
+            gri=gri,
+            **tables,
+        )
 
 
 def standalone_form(architecture: Architecture) -> Form:
@@ -376,8 +413,10 @@ def open_pack(path: str | os.PathLike) -> Loaded:
     file = TensorFile(path)
     description = describe(file)
     if description is None:
-        raise BadFile(f"{file.path.name}: this is no pack (it has no description of itself). "
-                      "For a pruned UNet use Load Pruned UNet; make packs with `python -m asdm_core extract-pack`.")
+        raise BadFile(
+            f"{file.path.name}: this is no pack (it has no description of itself). "
+            "For a pruned UNet use Load Pruned UNet; make packs with `python -m asdm_core extract-pack`."
+        )
     if description.kind != "pack":
         raise BadFile(f"{file.path.name}: this is a whole UNet, not a pack. Load it with Load Pruned UNet.")
     try:
@@ -389,7 +428,9 @@ def open_pack(path: str | os.PathLike) -> Loaded:
 
 
 def identify_unet(file: TensorFile) -> tuple[Description, Recognised]:
-    """What UNet a file holds, from its header alone; `Recognised.unknown` is for the caller to judge. Raises BadFile."""
+    """What UNet a file holds, from its header alone; `Recognised.unknown` is for the caller to judge. Raises
+    BadFile.
+    """
     description = describe(file)
     if description is not None and description.kind == "pack":
         raise BadFile(f"{file.path.name}: this is a pack, not a whole UNet. Use Apply Pack on a checkpoint.")
@@ -398,7 +439,9 @@ def identify_unet(file: TensorFile) -> tuple[Description, Recognised]:
             found = recognise(file.shapes)
             return Description("unet", found.architecture), found
         prefix, layout = unet_prefix(file.shapes)
-        found = Recognised(description.architecture, prefix, layout, standalone_form(description.architecture).numbering)
+        found = Recognised(
+            description.architecture, prefix, layout, standalone_form(description.architecture).numbering
+        )
         roots = tuple({f"{prefix}{key.split('.', 1)[0]}." for key in found.architecture.keys(layout)})
         check({k: s for k, s in file.shapes.items() if k.startswith(roots)}, found.keys(), file.path.name)
     except (Unrecognised, Mismatch) as e:
@@ -409,8 +452,8 @@ def identify_unet(file: TensorFile) -> tuple[Description, Recognised]:
 def open_unet(path: str | os.PathLike, drop_unknown: bool = False) -> Loaded:
     """Open a UNet in any known form: ours, an LDM or diffusers single file, or a diffusers folder.
 
-    The UNet may lie inside a whole checkpoint. drop_unknown: leave out, as ComfyUI does, tensors that belong to no layer.
-    Raises BadFile, also for such tensors unless they are to be left out.
+    The UNet may lie inside a whole checkpoint. drop_unknown: leave out, as ComfyUI does, tensors that belong to no
+    layer. Raises BadFile, also for such tensors unless they are to be left out.
     """
     path = Path(path)
     prediction = _folder_prediction(path)
@@ -421,19 +464,31 @@ def open_unet(path: str | os.PathLike, drop_unknown: bool = False) -> Loaded:
     _check_values(file, names.values())
     if description.prediction is None:
         description = replace(description, prediction=prediction or ("v" if V_MARKER in file.shapes else None))
-    return Loaded(file.path, description, Renamed(file, names), {name: file[name] for name in MARKERS if name in file.shapes},
-                  found.unknown)
+    return Loaded(
+        file.path,
+        description,
+        Renamed(file, names),
+        {name: file[name] for name in MARKERS if name in file.shapes},
+        found.unknown,
+    )
 
 
 def _check_unknown(file: TensorFile, found: Recognised, drop: bool) -> None:
     modules = {key.rpartition(".")[0] for key in found.keys()}
     beside = [key for key in found.unknown if key.rpartition(".")[0] in modules]
     if beside:  # without it the weights of this layer may mean something else, as they do without their scale
-        raise BadFile(f"{file.path.name}: {beside[0]} stands beside the weights of a layer, in a form that asdm does not read (as scaled fp8). "
-                      "Load this file with the stock nodes, or take one in fp16, bf16 or fp32.")
+        raise BadFile(
+            f"{file.path.name}: {beside[0]} stands beside the weights of a layer, in a form that asdm does not read "
+            "(as scaled fp8). "
+            "Load this file with the stock nodes, or take one in fp16, bf16 or fp32."
+        )
     if found.unknown and not drop:
-        raise BadFile(f"{file.path.name}: no layer of a {found.architecture.config.family} UNet has {some(found.unknown)}, so it would be lost. "
-                      "ComfyUI ignores such tensors; to leave them out, `python -m asdm_core convert` the file with --drop-unknown first.")
+        raise BadFile(
+            f"{file.path.name}: no layer of a {found.architecture.config.family} UNet has {some(found.unknown)}, so "
+            "it would be lost. "
+            "ComfyUI ignores such tensors; to leave them out, `python -m asdm_core convert` the file with "
+            "--drop-unknown first."
+        )
 
 
 def some(names: Sequence[str]) -> str:
@@ -445,17 +500,23 @@ def _check_values(file: TensorFile, names: Iterable[str]) -> None:
     for key in names:
         dtype = file.dtypes[key]
         if dtype not in _WEIGHT_DTYPES or dtype == "I8" and key + SCALE not in file.dtypes:
-            raise BadFile(f"{file.path.name}: tensor {key} has dtype {dtype}; wanted one of {', '.join(sorted(_WEIGHT_DTYPES))}"
-                          + (f" (int8 weights need {key}{SCALE})" if dtype == "I8" else ""))
+            raise BadFile(
+                f"{file.path.name}: tensor {key} has dtype {dtype}; wanted one of {', '.join(sorted(_WEIGHT_DTYPES))}"
+                + (f" (int8 weights need {key}{SCALE})" if dtype == "I8" else "")
+            )
         tensor = file[key]
         # fp8 has no isfinite of its own on CPU.
         if not torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all():
-            raise BadFile(f"{file.path.name}: tensor {key} holds numbers that are not finite (NaN or infinity). "
-                          "The file is damaged, or its training diverged.")
+            raise BadFile(
+                f"{file.path.name}: tensor {key} holds numbers that are not finite (NaN or infinity). "
+                "The file is damaged, or its training diverged."
+            )
 
 
 _FOLDER_NAMES = (
-    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "model.safetensors",
 )
 
 
@@ -467,8 +528,10 @@ def _file_in_folder(folder: Path) -> Path:
                 return sub / name
         pickles = sorted(sub.glob("*.bin"))
         if pickles:
-            raise BadFile(f"{folder.name}: it holds only {pickles[0].name}, a pickle file, which can run code when it is "
-                          "opened; asdm reads only safetensors. Convert it first.")
+            raise BadFile(
+                f"{folder.name}: it holds only {pickles[0].name}, a pickle file, which can run code when it is "
+                "opened; asdm reads only safetensors. Convert it first."
+            )
     raise BadFile(f"{folder.name}: this folder holds no UNet; wanted {_FOLDER_NAMES[0]} in it or in its subfolder unet")
 
 
@@ -515,7 +578,9 @@ def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata:
     os.close(handle)
     try:
         save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata=dict(metadata))
-        with open(temporary, "rb+") as f:  # on the disk before the rename is: else a power cut may leave the name and not the contents
+        with open(
+            temporary, "rb+"
+        ) as f:  # on the disk before the rename is: else a power cut may leave the name and not the contents
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private; a model file is as public as its folder
         os.replace(temporary, path)
@@ -526,8 +591,12 @@ def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata:
         raise
 
 
-def write_pack(path: str | os.PathLike, tensors: Mapping[str, Tensor], description: Description,
-               dtype: torch.dtype | str | None = torch.float16) -> None:
+def write_pack(
+    path: str | os.PathLike,
+    tensors: Mapping[str, Tensor],
+    description: Description,
+    dtype: torch.dtype | str | None = torch.float16,
+) -> None:
     """Write a pack from the addressed tensors of its units.
 
     dtype: of the stored weights; "int8" for int8 per output channel; None leaves them as they are.
@@ -537,8 +606,13 @@ def write_pack(path: str | os.PathLike, tensors: Mapping[str, Tensor], descripti
     write_file(path, stored(tensors, dtype), {"format": "pt", METADATA_KEY: description.to_json()})
 
 
-def write_unet(path: str | os.PathLike, tensors: Mapping[str, Tensor], description: Description,
-               dtype: torch.dtype | str | None = None, kept: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+def write_unet(
+    path: str | os.PathLike,
+    tensors: Mapping[str, Tensor],
+    description: Description,
+    dtype: torch.dtype | str | None = None,
+    kept: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
     """Write a standalone UNet from addressed tensors, in the renumbered LDM layout where there is one.
 
     dtype: as in `write_pack`. kept: markers of the file they come from (`Loaded.markers`).
@@ -549,7 +623,9 @@ def write_unet(path: str | os.PathLike, tensors: Mapping[str, Tensor], descripti
 
 
 def markers(description: Description, kept: Mapping[str, Tensor]) -> StateDict:
-    """Tensors beside a UNet's from which ComfyUI knows how it was trained: what it predicts as described, the others as they were."""
+    """Tensors beside a UNet's from which ComfyUI knows how it was trained: what it predicts as described, the others as
+    they were.
+    """
     predicts = {V_MARKER: torch.zeros(0)} if description.prediction == "v" else {}
     return predicts | {name: tensor for name, tensor in kept.items() if name != V_MARKER}
 

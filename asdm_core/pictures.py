@@ -19,7 +19,10 @@ INK, QUIET, EDGE, PAPER = "#16181d", "#5c626e", "#d5d9e0", "#ffffff"
 
 # Dark to bright, so that it reads in print too; equal pictures are black.
 _HEAT = ((0.0, (0, 0, 0)), (0.25, (66, 10, 104)), (0.5, (187, 55, 84)), (0.75, (249, 142, 9)), (1.0, (252, 255, 200)))
-HEAT = np.stack([np.interp(np.linspace(0, 1, 256), [at for at, _ in _HEAT], [colour[i] for _, colour in _HEAT]) for i in range(3)], 1)
+HEAT = np.stack(
+    [np.interp(np.linspace(0, 1, 256), [at for at, _ in _HEAT], [colour[i] for _, colour in _HEAT]) for i in range(3)],
+    1,
+)
 HEAT = HEAT.round().astype(np.uint8)
 
 
@@ -34,7 +37,9 @@ class Row:
 
 
 def heat_map(a: Image.Image, b: Image.Image) -> Image.Image:
-    """Where two pictures of one size differ: the largest difference of the channels, by colour, on a scale that never changes."""
+    """Where two pictures of one size differ: the largest difference of the channels, by colour, on a scale that never
+    changes.
+    """
     off = np.abs(np.asarray(a.convert("RGB"), np.float32) - np.asarray(b.convert("RGB"), np.float32)).max(2) / 255
     return Image.fromarray(HEAT[(255 * np.minimum(off / FULL_HEAT, 1)).round().astype(np.uint8)])
 
@@ -75,7 +80,9 @@ def shown(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     scale = min(size[0] / image.width, size[1] / image.height)
     # Small pictures are shown with their own pixels, not blurred up.
     way = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    fitting = image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), way)
+    fitting = image.convert("RGB").resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), way
+    )
     if fitting.size == size:
         return fitting
     cell = Image.new("RGB", size, "#eef0f3")
@@ -83,8 +90,14 @@ def shown(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return cell
 
 
-def grid(title: str, subtitle: str, heads: Sequence[str], rows: Sequence[Row], cell: tuple[int, int] = (CELL, CELL),
-         groups: int = 1) -> Image.Image:
+def grid(
+    title: str,
+    subtitle: str,
+    heads: Sequence[str],
+    rows: Sequence[Row],
+    cell: tuple[int, int] = (CELL, CELL),
+    groups: int = 1,
+) -> Image.Image:
     """The labelled grid: one column for each of `heads`, one line of pictures for each row, `groups` rows side by side.
 
     title: may be empty. subtitle: any number of lines.
@@ -115,5 +128,10 @@ def grid(title: str, subtitle: str, heads: Sequence[str], rows: Sequence[Row], c
             draw.rectangle((x - 1, y - 1, x + cell[0], y + cell[1]), outline=EDGE)  # white pictures end somewhere too
             sheet.paste(shown(image, cell), (x, y))
         for i, text in enumerate(row.notes):
-            draw.text((left + i * (cell[0] + GAP), top + above + cell[1] + 5), fitted(draw, text, 17, cell[0]), QUIET, font(17))
+            draw.text(
+                (left + i * (cell[0] + GAP), top + above + cell[1] + 5),
+                fitted(draw, text, 17, cell[0]),
+                QUIET,
+                font(17),
+            )
     return sheet

@@ -113,10 +113,15 @@ def _read_stem(unet: Shapes, layout: str) -> dict:
     if len(conv_in) != 4 or label is not None and len(label) != 2:
         raise Unrecognised(f"the first convolution has shape {tuple(conv_in)}; wanted 4 dimensions (out, in, 3, 3)")
     if not all(conv_in) or len(conv_out) < 1 or not all(conv_out):
-        raise Unrecognised(f"the first convolution has shape {tuple(conv_in)} and the last {tuple(conv_out)}; wanted (out, in, 3, 3) with channels in both")
+        raise Unrecognised(
+            f"the first convolution has shape {tuple(conv_in)} and the last {tuple(conv_out)}; wanted (out, in, 3, "
+            "3) with channels in both"
+        )
     context = {s[1] for n, s in unet.items() if n.endswith("attn2.to_k.weight") and len(s) == 2}
     return {
-        "model_channels": conv_in[0], "in_channels": conv_in[1], "out_channels": conv_out[0],
+        "model_channels": conv_in[0],
+        "in_channels": conv_in[1],
+        "out_channels": conv_out[0],
         "adm_channels": label[1] if label else None,
         "context_dim": context.pop() if len(context) == 1 else None,
     }
@@ -242,8 +247,10 @@ def _conventional_cut(skeleton: UNetConfig, counts: _Counts) -> set[str] | None:
         gone = level >= levels
         down_kept = [] if gone else counts.down[level]
         up_kept = [] if gone else counts.up[levels - 1 - level]
-        if not (cut_side("down", level, skeleton.down[level], down_kept, False)
-                and cut_side("up", block, skeleton.up[block], up_kept, True)):
+        if not (
+            cut_side("down", level, skeleton.down[level], down_kept, False)
+            and cut_side("up", block, skeleton.up[block], up_kept, True)
+        ):
             return None
         if gone:
             cut.update((f"down.{level - 1}.sampler", f"up.{block}.sampler"))
@@ -265,10 +272,14 @@ def _difference(wanted: Shapes, got: Shapes, candidate: Architecture, prefix: st
     parts = []
     if shapes:
         k = shapes[0]
-        parts.append(f"{len(shapes)} tensors of another shape (first: {prefix}{k} is {list(got[k])}, wanted {list(wanted[k])})")
+        parts.append(
+            f"{len(shapes)} tensors of another shape (first: {prefix}{k} is {list(got[k])}, wanted {list(wanted[k])})"
+        )
     if missing:
         parts.append(f"{len(missing)} missing (first: {prefix}{missing[0]})")
     if extra:
         parts.append(f"{len(extra)} unknown (first: {prefix}{extra[0]})")
     title = f"{candidate.config.family} {candidate.name}".strip()
-    return len(shapes) + len(missing) + len(extra), f"the UNet is closest to {title or 'a pruned UNet'}, but has " + ", ".join(parts)
+    return len(shapes) + len(missing) + len(
+        extra
+    ), f"the UNet is closest to {title or 'a pruned UNet'}, but has " + ", ".join(parts)

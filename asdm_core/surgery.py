@@ -39,7 +39,9 @@ def check(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Slot], wha
         if key not in shapes:
             raise Mismatch(f"{what}: {key} is missing ({slot.unit.address}, wanted shape {list(slot.shape)})")
         if tuple(shapes[key]) != slot.shape:
-            raise Mismatch(f"{what}: {key} ({slot.unit.address}) has shape {list(shapes[key])}, wanted {list(slot.shape)}")
+            raise Mismatch(
+                f"{what}: {key} ({slot.unit.address}) has shape {list(shapes[key])}, wanted {list(slot.shape)}"
+            )
     for key in shapes:
         if key not in wanted:
             raise Mismatch(f"{what}: unknown tensor {key}")
@@ -66,11 +68,15 @@ def convert(sd: Mapping[str, Tensor], architecture: Architecture, source: Form, 
 def readdressed(source: Architecture, target: Architecture) -> dict[str, str]:
     """Addressed name in `target` -> addressed name in `source`, where both are one renumbered network.
 
-    They differ only in which layers of the original the student's are said to be. Raises ValueError for different networks.
+    They differ only in which layers of the original the student's are said to be. Raises ValueError for different
+    networks.
     """
     if source.renumbered.config != target.renumbered.config:
-        raise ValueError(f"{target.name or 'the wanted UNet'} is another network than {source.name or 'the given one'}: it keeps other "
-                         "numbers of layers or transformer blocks")
+        raise ValueError(
+            f"{target.name or 'the wanted UNet'} is another network than {source.name or 'the given one'}: it keeps "
+            "other "
+            "numbers of layers or transformer blocks"
+        )
     old, new = (architecture.keys("ldm", "renumbered") for architecture in (source, target))
     return {new[key].unit.key(new[key].tensor): slot.unit.key(slot.tensor) for key, slot in old.items()}
 
@@ -83,8 +89,12 @@ def cut(sd: Mapping[str, Tensor], architecture: Architecture) -> tuple[StateDict
     return {k: sd[k] for k in kept}, tuple(k for k in full.keys() if k not in kept)
 
 
-def combine(trunk: Mapping[str, Tensor], student: Mapping[str, Tensor], architecture: Architecture,
-            units: Iterable[str] | None = None) -> StateDict:
+def combine(
+    trunk: Mapping[str, Tensor],
+    student: Mapping[str, Tensor],
+    architecture: Architecture,
+    units: Iterable[str] | None = None,
+) -> StateDict:
     """A combined UNet: `units` (default: all of `architecture.own`) from the student, the rest from the trunk.
 
     trunk: a full UNet, or one that has at least the units taken from it. student: likewise.
@@ -125,8 +135,10 @@ def modules(unet: nn.Module, architecture: Architecture, layout: str) -> dict[st
         try:
             found[u.address] = unet.get_submodule(u.path(layout))
         except AttributeError:
-            raise Mismatch(f"{type(unet).__name__} has no module {u.path(layout)} ({u.address}); "
-                           f"wanted an unpruned {architecture.config.family} UNet in {layout} form") from None
+            raise Mismatch(
+                f"{type(unet).__name__} has no module {u.path(layout)} ({u.address}); "
+                f"wanted an unpruned {architecture.config.family} UNet in {layout} form"
+            ) from None
     return found
 
 

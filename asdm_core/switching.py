@@ -33,10 +33,15 @@ class SwitchPoint:
         if self.unit not in UNITS:
             raise ValueError(f"unit must be one of {UNITS}, got {self.unit!r}")
         if self.unit == "step" and self.at != int(self.at):
-            raise ValueError(f"switch_at: wanted a whole number of steps, got {self.at:g}. "
-                             "For a share of the run choose the unit share of steps.")
+            raise ValueError(
+                f"switch_at: wanted a whole number of steps, got {self.at:g}. "
+                "For a share of the run choose the unit share of steps."
+            )
         if self.unit in _SHARES and not 0 <= self.at <= 1:
-            raise ValueError(f"switch_at: wanted a share of the run from 0 to 1, got {self.at:g}. For a number of steps choose the unit step.")
+            raise ValueError(
+                f"switch_at: wanted a share of the run from 0 to 1, got {self.at:g}. For a number of steps choose "
+                "the unit step."
+            )
 
     @property
     def before_all(self) -> bool:
@@ -74,7 +79,11 @@ _TABLE = "A-SDM, arXiv 2312.15516, table 3"
 
 # The paper's numbers of steps are those of runs of 25; here they are shares of any run.
 PRESETS: dict[str, Preset] = {
-    "S1": Preset(True, SwitchPoint(10 / 25, "share of steps"), f"{_TABLE}: BK-SDM Base for 10 steps, SD for 15; the best of the three"),
+    "S1": Preset(
+        True,
+        SwitchPoint(10 / 25, "share of steps"),
+        f"{_TABLE}: BK-SDM Base for 10 steps, SD for 15; the best of the three",
+    ),
     "S2": Preset(False, SwitchPoint(15 / 25, "share of steps"), f"{_TABLE}: SD for 15 steps, BK-SDM Base for 10"),
     "S3": Preset(False, SwitchPoint(10 / 25, "share of steps"), f"{_TABLE}: SD for 10 steps, BK-SDM Base for 15"),
 }
@@ -111,7 +120,9 @@ def _reached(sigma: float, threshold: float) -> bool:
 
 
 def shares(weights: Sequence[float]) -> dict[int, float]:
-    """Player -> its share of an evaluation, from the weights of the switches in order. Players without a share are left out."""
+    """Player -> its share of an evaluation, from the weights of the switches in order. Players without a share are left
+    out.
+    """
     found = {0: 1.0}
     for player, weight in enumerate(weights, 1):
         if weight == 1:

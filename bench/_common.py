@@ -43,7 +43,9 @@ def start_host(*flags: str) -> Path:
 def pack_module(name: str):
     """A module of the pack (`nodes.host`), imported as the host would."""
     if PACK not in sys.modules:
-        spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        spec = importlib.util.spec_from_file_location(
+            PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
         sys.modules[PACK] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[PACK])
     return importlib.import_module(f"{PACK}.{name}")
@@ -59,17 +61,27 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
             row = torch.randn(p[0].shape, generator=generator) / math.sqrt(p[0].numel())
             p.copy_(row.to(p.dtype).expand_as(p) * (1 if "proj_out" not in name else 0.1))
         else:
-            p.fill_(1.0 if "norm" in name and name.endswith("weight") or name.endswith(("layers.0.weight", "out.0.weight")) else 0.0)
+            p.fill_(
+                1.0
+                if "norm" in name and name.endswith("weight") or name.endswith(("layers.0.weight", "out.0.weight"))
+                else 0.0
+            )
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds of this process instead of seconds on the wall, "
-                        "for a machine that has other work; with one thread (OMP_NUM_THREADS=1) and no GPU")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count CPU seconds of this process instead of seconds on the wall, "
+        "for a machine that has other work; with one thread (OMP_NUM_THREADS=1) and no GPU",
+    )
     parser.add_argument("--notes", default="", help="kept in the record: what else the machine was doing")
 
 
 def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Path, torch.device, Callable[[], float]]:
-    """Read the arguments and start the host: (arguments, ComfyUI's folder, device, clock for `measure.time_alternating`)."""
+    """Read the arguments and start the host: (arguments, ComfyUI's folder, device, clock for
+    `measure.time_alternating`).
+    """
     args = parser.parse_args()
     host = start_host("--use-pytorch-cross-attention")
     import comfy.model_management
@@ -81,7 +93,10 @@ def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Path, to
 def clock_of(args: argparse.Namespace, parser: argparse.ArgumentParser, device: torch.device) -> Callable[[], float]:
     """The clock that the arguments of `add_common_arguments` ask for."""
     if args.cpu_time and (torch.get_num_threads() > 1 or device.type != "cpu"):
-        parser.error(f"--cpu-time needs one thread on the CPU; this is {torch.get_num_threads()} on {device.type} (set OMP_NUM_THREADS=1)")
+        parser.error(
+            f"--cpu-time needs one thread on the CPU; this is {torch.get_num_threads()} on {device.type} (set "
+            "OMP_NUM_THREADS=1)"
+        )
     if args.cpu_time:
         return time.process_time
     if device.type != "cuda":
@@ -104,7 +119,10 @@ def machine() -> dict:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
+            cpu,
+        )
     found = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -122,7 +140,9 @@ def versions(host: Path | None = None) -> dict:
     return found
 
 
-def beside_earlier(name: str, summary: dict, rows: list[dict], command: str, part: Callable[[dict], object]) -> tuple[dict, list[dict]]:
+def beside_earlier(
+    name: str, summary: dict, rows: list[dict], command: str, part: Callable[[dict], object]
+) -> tuple[dict, list[dict]]:
     """Summary and rows of a run, beside what bench/results/NAME.json has of parts that were not run now.
 
     part: row -> the part it belongs to. Each row says by which command it was made, and when.
@@ -132,15 +152,26 @@ def beside_earlier(name: str, summary: dict, rows: list[dict], command: str, par
     if not path.exists():
         return summary, rows
     old, made = json.loads(path.read_text()), {part(row) for row in rows}
-    return old["summary"] | summary, rows + [{"command": old["command"]} | row for row in old["rows"] if part(row) not in made]
+    return old["summary"] | summary, rows + [
+        {"command": old["command"]} | row for row in old["rows"] if part(row) not in made
+    ]
 
 
-def record(name: str, summary: dict[str, float], rows: list[dict], command: str, host: Path | None = None, notes: str = "") -> Path:
+def record(
+    name: str, summary: dict[str, float], rows: list[dict], command: str, host: Path | None = None, notes: str = ""
+) -> Path:
     """Write bench/results/NAME.json and print the summary."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    result = {"command": command, "machine": machine(), "versions": versions(host), "date": date.today().isoformat(),
-              **({"notes": notes} if notes else {}), "summary": summary, "rows": rows}
+    result = {
+        "command": command,
+        "machine": machine(),
+        "versions": versions(host),
+        "date": date.today().isoformat(),
+        **({"notes": notes} if notes else {}),
+        "summary": summary,
+        "rows": rows,
+    }
     path.write_text(json.dumps(result, indent=1) + "\n")
     width = max(map(len, summary))
     for key, value in summary.items():

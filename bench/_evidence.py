@@ -17,15 +17,20 @@ from asdm_core.architecture import Architecture
 from asdm_core.measure import costs, total
 from train.emoji.unet import CONFIG
 
-# A difference counts from here on: for v-MSE and kernel distance as a share of the smaller, for PSNR in dB, for accuracy in
-# standard errors of the difference over prompts. And from twice the standard error over training seeds on, where one of the two
-# rows has several; the larger spread is taken for both.
+# A difference counts from here on: for v-MSE and kernel distance as a share of the smaller, for PSNR in dB, for
+# accuracy in standard errors of the difference over prompts. And from twice the standard error over training seeds on,
+# where one of the two rows has several; the larger spread is taken for both.
 MARGINS = {"v_mse_teacher": 0.05, "v_mse_data": 0.02, "kid": 0.2, "psnr": 0.2, "accuracy": 2.0}
 HIGHER = ("psnr", "accuracy")
 NEAR = ("v_mse_teacher", "psnr")  # how near to the teacher
 GOOD = ("v_mse_data", "accuracy", "kid")  # how good, whoever drew it: these can be better than the teacher's
-NAMES = {"v_mse_teacher": "v-MSE to the teacher", "v_mse_data": "v-MSE to the data", "kid": "kernel distance", "psnr": "PSNR",
-         "accuracy": "accuracy"}
+NAMES = {
+    "v_mse_teacher": "v-MSE to the teacher",
+    "v_mse_data": "v-MSE to the data",
+    "kid": "kernel distance",
+    "psnr": "PSNR",
+    "accuracy": "accuracy",
+}
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,21 @@ CLAIMS = (
     Claim("M2 with the original frozen is better than unfrozen (M5), equal samples", "A-SDM, Table 2", "m2", "m5"),
     Claim("the same, equal seconds", "control", "m2", "m5-seconds"),
     Claim("M1 with the original frozen is better than unfrozen (M4), equal samples", "A-SDM, Table 2", "m1", "m4"),
-    Claim("stage 1 helps M2: better than stage 2 alone for as many samples in all", "A-SDM, section 2.2", "m2", "m2-direct"),
+    Claim(
+        "stage 1 helps M2: better than stage 2 alone for as many samples in all",
+        "A-SDM, section 2.2",
+        "m2",
+        "m2-direct",
+    ),
     Claim("the loss at the mid block helps M2", "A-SDM, section 2.5", "m2-mid", "m2"),
     Claim("features of a frozen network (here the classifier's) help M2", "A-SDM, section 2.5", "m2-features", "m2"),
     Claim("both together are better than the mid block alone", "A-SDM, section 2.5", "m2-both", "m2-mid"),
-    Claim("the losses of the blocks are better for M2 than the denoising loss and that of the mid block", "ours, against A-SDM", "m2", "m2-paper"),
+    Claim(
+        "the losses of the blocks are better for M2 than the denoising loss and that of the mid block",
+        "ours, against A-SDM",
+        "m2",
+        "m2-paper",
+    ),
     Claim("Base learns more without the denoising loss", "ours, against BK-SDM", "base", "base-task"),
     Claim("distillation helps M2: better than without, as many samples", "BK-SDM", "m2-direct", "m2-alone"),
     Claim("M1 by distillation is better than without, as many samples", "BK-SDM", "m1", "m1-alone"),
@@ -69,8 +84,13 @@ CLAIMS = (
     Claim("CondConv e2 does not help Base: Base trained on is better", "A-SDM, Table 1", "base-on", "base-e2"),
     Claim("experts of the original's layers (CLME) help Tiny", "A-SDM, section 2.3", "tiny-clme", "tiny-on"),
     Claim("experts of the original's layers (CLME) help Small", "A-SDM, section 2.3", "small-clme", "small-on"),
-    Claim("first Base, then the original (S1) is better than the other way round (S2), equal MACs", "A-SDM, Table 3",
-          "base-whole-0.4", "whole-base-0.6", ("psnr", "accuracy", "kid")),
+    Claim(
+        "first Base, then the original (S1) is better than the other way round (S2), equal MACs",
+        "A-SDM, Table 3",
+        "base-whole-0.4",
+        "whole-base-0.6",
+        ("psnr", "accuracy", "kid"),
+    ),
     Claim("S1 is better than S3", "A-SDM, Table 3", "base-whole-0.4", "whole-base-0.4", ("psnr", "accuracy", "kid")),
 )
 
@@ -81,7 +101,11 @@ CLAIMS = (
 def flat(measured: Mapping) -> dict[str, float]:
     """The numbers of one measurement under the names of the tables."""
     found = {"accuracy": measured["top1"], "accuracy_se": measured["top1_se"]}
-    found |= {k: measured[k] for k in ("psnr", "psnr_se", "ssim", "kid", "fed", "fed_glyphs", "mse", "latent_mse") if k in measured}
+    found |= {
+        k: measured[k]
+        for k in ("psnr", "psnr_se", "ssim", "kid", "fed", "fed_glyphs", "mse", "latent_mse")
+        if k in measured
+    }
     if "v_mse" in measured:
         found |= {"v_mse_teacher": measured["v_mse"]["teacher"]["all"], "v_mse_data": measured["v_mse"]["data"]["all"]}
     return found
@@ -96,7 +120,10 @@ def read(folder: Path, host: str, name: str, seeds: Sequence[int] | None) -> lis
 
 def row(measurements: Sequence[Mapping], gap_from: Mapping | None = None) -> dict:
     """Means over the training seeds and, from two on, the standard deviation over these ("..._sd")."""
-    values = [flat(m) | ({"gap_recovered": 1 - m["mse"] / gap_from["mse"]} if gap_from and "mse" in m else {}) for m in measurements]
+    values = [
+        flat(m) | ({"gap_recovered": 1 - m["mse"] / gap_from["mse"]} if gap_from and "mse" in m else {})
+        for m in measurements
+    ]
     found = {"seeds": len(values), "pictures": measurements[0]["pictures"]}
     for key in values[0]:
         numbers = [v[key] for v in values]
@@ -108,6 +135,7 @@ def row(measurements: Sequence[Mapping], gap_from: Mapping | None = None) -> dic
 
 def macs_share(architecture: Architecture) -> float:
     """MACs relative to the original's, at this family's size."""
+
     def count(a: Architecture) -> int:
         return total(costs(a, 16, 16)).total
 
@@ -132,7 +160,9 @@ def compare(metric: str, a: Mapping, b: Mapping) -> tuple[int, float]:
 
 
 def verdict(claim: Claim, rows: Mapping[str, Mapping]) -> dict:
-    """Held: better in at least one metric and worse in none. Did not hold: the reverse. Else mixed, or no difference."""
+    """Held: better in at least one metric and worse in none. Did not hold: the reverse. Else mixed, or no
+    difference.
+    """
     base = {"claim": claim.text, "source": claim.source, "better": claim.better, "worse": claim.worse}
     missing = [name for name in (claim.better, claim.worse) if name not in rows]
     if missing:
@@ -141,24 +171,48 @@ def verdict(claim: Claim, rows: Mapping[str, Mapping]) -> dict:
     metrics = [m for m in claim.metrics if m in a and m in b]  # the original has no PSNR to itself
     found = {m: compare(m, a, b) for m in metrics}
     signs = {sign for sign, _ in found.values()}
-    word = "held" if signs <= {0, 1} and 1 in signs else "did not hold" if signs <= {0, -1} and -1 in signs else \
-        "no difference" if signs == {0} else "mixed"
-    return base | {"verdict": word, "differences": {m: difference for m, (_, difference) in found.items()},
-                   "signs": {m: sign for m, (sign, _) in found.items()}, "seeds": min(a["seeds"], b["seeds"])}
+    word = (
+        "held"
+        if signs <= {0, 1} and 1 in signs
+        else "did not hold"
+        if signs <= {0, -1} and -1 in signs
+        else "no difference"
+        if signs == {0}
+        else "mixed"
+    )
+    return base | {
+        "verdict": word,
+        "differences": {m: difference for m, (_, difference) in found.items()},
+        "signs": {m: sign for m, (sign, _) in found.items()},
+        "seeds": min(a["seeds"], b["seeds"]),
+    }
 
 
 # Text -----------------------------------------------------------------------------------------------
 
-COLUMNS = (("samples", "samples", "{:,.0f}"), ("seconds", "s", "{:.0f}"), ("v_mse_teacher", "v-MSE to teacher", "{:.4f}"),
-           ("v_mse_data", "v-MSE to data", "{:.4f}"), ("psnr", "PSNR", "{:.2f}"), ("ssim", "SSIM", "{:.3f}"),
-           ("gap_recovered", "gap recovered", "{:.2f}"), ("accuracy", "accuracy", "{:.1%}"), ("kid", "KID", "{:.3f}"), ("fed", "FED", "{:.1f}"))
+COLUMNS = (
+    ("samples", "samples", "{:,.0f}"),
+    ("seconds", "s", "{:.0f}"),
+    ("v_mse_teacher", "v-MSE to teacher", "{:.4f}"),
+    ("v_mse_data", "v-MSE to data", "{:.4f}"),
+    ("psnr", "PSNR", "{:.2f}"),
+    ("ssim", "SSIM", "{:.3f}"),
+    ("gap_recovered", "gap recovered", "{:.2f}"),
+    ("accuracy", "accuracy", "{:.1%}"),
+    ("kid", "KID", "{:.3f}"),
+    ("fed", "FED", "{:.1f}"),
+)
 
 
-def table(rows: Mapping[str, Mapping], chosen: Sequence[tuple[str, str]], macs: Mapping[str, float] | None = None) -> list[str]:
+def table(
+    rows: Mapping[str, Mapping], chosen: Sequence[tuple[str, str]], macs: Mapping[str, float] | None = None
+) -> list[str]:
     """A Markdown table of (name, what it is); a row without numbers was not run."""
     columns = [c for c in COLUMNS if any(c[0] in rows.get(name, ()) for name, _ in chosen)]
-    lines = [f"| row | {'MACs | ' if macs else ''}{' | '.join(title for _, title, _ in columns)} |",
-             "|---" * (1 + len(columns) + bool(macs)) + "|"]
+    lines = [
+        f"| row | {'MACs | ' if macs else ''}{' | '.join(title for _, title, _ in columns)} |",
+        "|---" * (1 + len(columns) + bool(macs)) + "|",
+    ]
     for name, what in chosen:
         found = rows.get(name)
         if found is None:
@@ -176,7 +230,13 @@ def differences(found: Mapping) -> str:
     """How two rows differ, in words."""
     parts = []
     for metric, difference in found["differences"].items():
-        number = f"{difference:+.2f} dB" if metric == "psnr" else f"{difference:+.1%}" if metric == "accuracy" else f"{difference:+.4f}"
+        number = (
+            f"{difference:+.2f} dB"
+            if metric == "psnr"
+            else f"{difference:+.1%}"
+            if metric == "accuracy"
+            else f"{difference:+.4f}"
+        )
         parts.append(f"{NAMES[metric]} {number}" + {1: " (better)", -1: " (worse)", 0: ""}[found["signs"][metric]])
     return "; ".join(parts)
 
@@ -184,7 +244,11 @@ def differences(found: Mapping) -> str:
 def claims_text(verdicts: Sequence[Mapping]) -> list[str]:
     lines = ["| claim | from | verdict | difference |", "|---|---|---|---|"]
     for v in verdicts:
-        detail = f"missing: {', '.join(v['missing'])}" if "missing" in v else f"`{v['better']}` - `{v['worse']}`: {differences(v)}"
+        detail = (
+            f"missing: {', '.join(v['missing'])}"
+            if "missing" in v
+            else f"`{v['better']}` - `{v['worse']}`: {differences(v)}"
+        )
         lines.append(f"| {v['claim']} | {v['source']} | **{v['verdict']}** | {detail} |")
     return lines
 
@@ -213,7 +277,10 @@ def _save(figure, path: Path) -> None:
 
 def plot_rows(path: Path, rows: Mapping[str, Mapping]) -> None:
     """v-MSE to the teacher of every trained row, best first."""
-    found = sorted(((r["v_mse_teacher"], r.get("v_mse_teacher_sd", 0), name) for name, r in rows.items() if "samples" in r), reverse=True)
+    found = sorted(
+        ((r["v_mse_teacher"], r.get("v_mse_teacher_sd", 0), name) for name, r in rows.items() if "samples" in r),
+        reverse=True,
+    )
     figure, axes = _axes(7, 0.6 + 0.24 * len(found))
     axes.barh([name for *_, name in found], [value for value, *_ in found], xerr=[sd for _, sd, _ in found])
     axes.set(xlabel="v-MSE to the teacher (less is nearer)")
@@ -234,7 +301,10 @@ def plot_timesteps(path: Path, bins: Mapping[str, Mapping[str, float]]) -> None:
 def plot_switching(path: Path, rows: Mapping[str, Mapping], macs: Mapping[str, float]) -> None:
     """Quality against MACs for both orders of switching."""
     figure, axes = _axes(7, 4)
-    for order, label in ((("base", "whole"), "first Base, then the original"), (("whole", "base"), "first the original, then Base")):
+    for order, label in (
+        (("base", "whole"), "first Base, then the original"),
+        (("whole", "base"), "first the original, then Base"),
+    ):
         points = sorted((macs[name], rows[name]["psnr"], name) for name in rows if name.startswith("-".join(order)))
         if points:
             axes.plot([x for x, *_ in points], [y for _, y, _ in points], marker="o", label=label)

@@ -45,7 +45,11 @@ def expert_players(cutter: Cutter, count: int, dtype: torch.dtype, device: torch
     config = full(pack_module("asdm_core.architecture").FAMILIES["sd15"]).config
     settings = condconv.CondConv({a: count for a, conv in convolutions(SD15).items() if conv.unit.address in own})
     description = packs.Description("pack", full(config), condconv=settings)
-    pack = pack_module("nodes.units").PackModel.load(description, condconv.start(config, settings, "random"), dtype, None).to(device)
+    pack = (
+        pack_module("nodes.units")
+        .PackModel.load(description, condconv.start(config, settings, "random"), dtype, None)
+        .to(device)
+    )
     return {address: pack.with_experts(address, cutter.units[address][1], 1.0) for address in description.expert_units}
 
 
@@ -67,9 +71,20 @@ def bench_unet(name: str, rounds: int, device: torch.device, clock) -> tuple[dic
             out = cutter.unet(x, t, context, transformer_options={})
         assert out.isfinite().all()
 
-    times = time_alternating({v: lambda p=p: call(p) for v, p in variants.items()}, rounds, sync=sync_of(device), clock=clock)
-    rows = [{"unet": "m2", "variant": v, "dtype": name, "seconds": statistics.median(times[v]), "all_seconds": times[v],
-             "over_plain": ratio(times, v, "plain")} for v in variants]
+    times = time_alternating(
+        {v: lambda p=p: call(p) for v, p in variants.items()}, rounds, sync=sync_of(device), clock=clock
+    )
+    rows = [
+        {
+            "unet": "m2",
+            "variant": v,
+            "dtype": name,
+            "seconds": statistics.median(times[v]),
+            "all_seconds": times[v],
+            "over_plain": ratio(times, v, "plain"),
+        }
+        for v in variants
+    ]
     return {f"{row['variant']}_over_plain": row["over_plain"] for row in rows[1:]}, rows
 
 
@@ -80,18 +95,30 @@ def grouped(layer: CondConv2d, x: torch.Tensor) -> torch.Tensor:
     routes, conv = layer.routes(x).to(x.dtype), layer.conv
     experts, biases = layer.experts.weight.view(routes.shape[1], -1), layer.experts.bias.view(routes.shape[1], -1)
     kernels = torch.addmm(conv.weight.view(1, -1), routes, experts).view(-1, *conv.weight.shape[1:])
-    out = F.conv2d(x.reshape(1, -1, *x.shape[2:]), kernels, torch.addmm(conv.bias[None], routes, biases).flatten(),
-                   padding=conv.padding, groups=len(x))
+    out = F.conv2d(
+        x.reshape(1, -1, *x.shape[2:]),
+        kernels,
+        torch.addmm(conv.bias[None], routes, biases).flatten(),
+        padding=conv.padding,
+        groups=len(x),
+    )
     return out.view(len(x), -1, *out.shape[2:])
 
 
 def per_expert(layer: CondConv2d, x: torch.Tensor) -> torch.Tensor:
     routes, conv = layer.routes(x).to(x.dtype), layer.conv
-    added = F.conv2d(x, layer.experts.weight, layer.experts.bias, padding=conv.padding).unflatten(1, (routes.shape[1], -1))
+    added = F.conv2d(x, layer.experts.weight, layer.experts.bias, padding=conv.padding).unflatten(
+        1, (routes.shape[1], -1)
+    )
     return conv(x) + torch.einsum("bk,bkchw->bchw", routes, added)
 
 
-WAYS = {"plain": lambda layer, x: layer.conv(x), "per sample": CondConv2d.forward, "grouped": grouped, "per expert": per_expert}
+WAYS = {
+    "plain": lambda layer, x: layer.conv(x),
+    "per sample": CondConv2d.forward,
+    "grouped": grouped,
+    "per expert": per_expert,
+}
 
 
 def bench_layer(address: str, count: int, name: str, rounds: int, device: torch.device, clock) -> list[dict]:
@@ -113,8 +140,19 @@ def bench_layer(address: str, count: int, name: str, rounds: int, device: torch.
                 assert error < (1e-4 if dtype == torch.float32 else 0.03), (way, float(error))
             calls = {w: functools.partial(way, layer, x) for w, way in WAYS.items()}
             times = time_alternating(calls, rounds, sync=sync_of(device), clock=clock)
-            rows += [{"layer": address, "experts": count, "batch": batch, "memory": str(memory).removeprefix("torch."), "way": way,
-                      "dtype": name, "seconds": statistics.median(times[way]), "over_plain": ratio(times, way, "plain")} for way in WAYS]
+            rows += [
+                {
+                    "layer": address,
+                    "experts": count,
+                    "batch": batch,
+                    "memory": str(memory).removeprefix("torch."),
+                    "way": way,
+                    "dtype": name,
+                    "seconds": statistics.median(times[way]),
+                    "over_plain": ratio(times, way, "plain"),
+                }
+                for way in WAYS
+            ]
     return rows
 
 
@@ -124,7 +162,9 @@ def sync_of(device: torch.device):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="rows of others stay as they were recorded")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="rows of others stay as they were recorded"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     add_common_arguments(parser)
     args, host, device, clock = begin(parser)
@@ -133,14 +173,20 @@ def main() -> None:
         ratios, found = bench_unet(dtype, args.rounds, device, clock)
         summary |= ratios if dtype == "bf16" else {f"{name}_{dtype}": value for name, value in ratios.items()}
         for row in found:
-            print(f"m2 {row['variant']:6} {dtype} {row['seconds']:8.2f} s  {row['over_plain']:.3f} of plain", flush=True)
+            print(
+                f"m2 {row['variant']:6} {dtype} {row['seconds']:8.2f} s  {row['over_plain']:.3f} of plain", flush=True
+            )
         for address in LAYERS:
             for count in COUNTS:
                 layers = bench_layer(address, count, dtype, args.rounds, device, clock)
                 found += layers
                 for row in layers:
-                    print(f"{address} e{count} batch {row['batch']} {row['memory']:17} {row['way']:10} {row['seconds'] * 1000:8.1f} ms  "
-                          f"{row['over_plain']:.3f} of plain", flush=True)
+                    print(
+                        f"{address} e{count} batch {row['batch']} {row['memory']:17} {row['way']:10} "
+                        f"{row['seconds'] * 1000:8.1f} ms  "
+                        f"{row['over_plain']:.3f} of plain",
+                        flush=True,
+                    )
         rows += found
     summary, rows = beside_earlier("condconv", summary, rows, command, lambda row: row["dtype"])
     record("condconv", summary, rows, command, host, args.notes)

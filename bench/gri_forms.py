@@ -2,9 +2,9 @@
 
     python bootstrap.py bench NAME=gri_forms
 
-The maps are those of bench/gri.py (part activations), at 32 x 32 and 64 x 64 tokens: a sheet of emoji and one enlarged, each
-self-attention of the first level. Each form is computed as it is written, without regard to time; what it would cost is the
-number of keys a query sees, and what is said of it in docs/gri.md. Forms of a cell, a square of tokens:
+The maps are those of bench/gri.py (part activations), at 32 x 32 and 64 x 64 tokens: a sheet of emoji and one enlarged,
+each self-attention of the first level. Each form is computed as it is written, without regard to time; what it would
+cost is the number of keys a query sees, and what is said of it in docs/gri.md. Forms of a cell, a square of tokens:
 
     sum           mean key and value, no bias: a cell counts as one token
     mean          mean key and value, bias log(count)
@@ -15,8 +15,8 @@ number of keys a query sees, and what is said of it in docs/gri.md. Forms of a c
     window query  the same with the mean query of each window, whose cost grows with the square of the tokens
 
 gathered n: mean query, but tokens change cells within their window n times, to the nearest mean key (asdm_core/gri.py).
-seen: so many cells, to which the mean query of the window attends most, are seen in full instead. halo: a window also sees so
-many tokens around it in full. shapes: half of the heads have windows twice as wide, half as high.
+seen: so many cells, to which the mean query of the window attends most, are seen in full instead. halo: a window also
+sees so many tokens around it in full. shapes: half of the heads have windows twice as wide, half as high.
 """
 
 from __future__ import annotations
@@ -35,16 +35,23 @@ from bench.gri import Larger, Map, error
 
 FORMS = ("sum", "mean", "isotropic", "diagonal", "exact", "mean query", "window query")
 # side of the map: window, pool, halo, seen, forms
-SETTINGS = {32: ((8, 4, 0, 0, FORMS), (16, 4, 0, 0, FORMS), (8, 4, 4, 0, ("mean", "mean query"))),
-            64: ((16, 4, 0, 0, ("mean", "mean query", "window query")), (8, 4, 4, 0, ("mean", "mean query")),
-                 (16, 4, 0, 16, ("mean query",)), (16, 8, 0, 4, ("mean query",)))}
+SETTINGS = {
+    32: ((8, 4, 0, 0, FORMS), (16, 4, 0, 0, FORMS), (8, 4, 4, 0, ("mean", "mean query"))),
+    64: (
+        (16, 4, 0, 0, ("mean", "mean query", "window query")),
+        (8, 4, 4, 0, ("mean", "mean query")),
+        (16, 4, 0, 16, ("mean query",)),
+        (16, 8, 0, 4, ("mean query",)),
+    ),
+}
 GATHERED = {32: ((8, 4), (16, 4)), 64: ((16, 4), (16, 8), (8, 4), (16, 2))}
 STEPS = (0, 1, 2, 3, 5)
 
 
 def pooled(form: str, q: Tensor, k: Tensor, v: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values (B, heads, cells, dim) and bias, of queries (B, heads, n, dim), cells (B, heads, cells, tokens, dim)
-    and the mean query (B, heads, dim)."""
+    """Keys and values (B, heads, cells, dim) and bias, of queries (B, heads, n, dim), cells (B, heads, cells, tokens,
+    dim) and the mean query (B, heads, dim).
+    """
     scale = q.shape[-1] ** -0.5
     if form.endswith("query"):
         logits = scale * torch.einsum("bhd,bhcnd->bhcn", q.mean(2) if form == "window query" else mean, k)
@@ -52,7 +59,11 @@ def pooled(form: str, q: Tensor, k: Tensor, v: Tensor, mean: Tensor) -> tuple[Te
         return *(torch.einsum("bhcn,bhcnd->bhcd", w, x) for x in (k, v)), torch.special.entr(w).sum(-1)[:, :, None]
     keys, values = k.mean(3), v.mean(3)
     if form == "exact":
-        return keys, values, (scale * torch.einsum("bhqd,bhcnd->bhqcn", q, k)).logsumexp(-1) - scale * q @ keys.transpose(2, 3)
+        return (
+            keys,
+            values,
+            (scale * torch.einsum("bhqd,bhcnd->bhqcn", q, k)).logsumexp(-1) - scale * q @ keys.transpose(2, 3),
+        )
     bias = torch.full_like(keys[..., 0], 0.0 if form == "sum" else math.log(k.shape[3]))[:, :, None]
     if form in ("isotropic", "diagonal"):
         variance = k.var(3, unbiased=False)
@@ -63,16 +74,20 @@ def pooled(form: str, q: Tensor, k: Tensor, v: Tensor, mean: Tensor) -> tuple[Te
 
 def attend(m: Map, height: int, width: int, pool: int, form: str, halo: int = 0, seen: int = 0) -> tuple[Tensor, int]:
     """(B, N, heads * dim), and the number of keys of the window that sees most."""
-    q, k, v = (t.unflatten(2, (m.heads, -1)).unflatten(1, (m.side, m.side)).permute(0, 3, 1, 2, 4) for t in (m.q, m.k, m.v))
-    cells = [t.unflatten(3, (-1, pool)).unflatten(2, (-1, pool)).transpose(3, 4).flatten(4, 5).flatten(2, 3) for t in (k, v)]
+    q, k, v = (
+        t.unflatten(2, (m.heads, -1)).unflatten(1, (m.side, m.side)).permute(0, 3, 1, 2, 4) for t in (m.q, m.k, m.v)
+    )
+    cells = [
+        t.unflatten(3, (-1, pool)).unflatten(2, (-1, pool)).transpose(3, 4).flatten(4, 5).flatten(2, 3) for t in (k, v)
+    ]
     out, most, mean = torch.empty_like(q), 0, q.mean((2, 3))
     for y in range(0, m.side, height):
         for x in range(0, m.side, width):
             rows = slice(max(y - halo, 0), min(y + height + halo, m.side))
             columns = slice(max(x - halo, 0), min(x + width + halo, m.side))
             outside = torch.ones(m.side // pool, m.side // pool, dtype=torch.bool)
-            outside[rows.start // pool:rows.stop // pool, columns.start // pool:columns.stop // pool] = False
-            queries = q[:, :, y:y + height, x:x + width].flatten(2, 3)
+            outside[rows.start // pool : rows.stop // pool, columns.start // pool : columns.stop // pool] = False
+            queries = q[:, :, y : y + height, x : x + width].flatten(2, 3)
             own = [t[:, :, rows, columns].flatten(2, 3) for t in (k, v)]
             others = [t[:, :, outside.flatten()] for t in cells]
             keys, values, bias = pooled(form, queries, *others, mean)
@@ -84,8 +99,10 @@ def attend(m: Map, height: int, width: int, pool: int, form: str, halo: int = 0,
                 best = best.transpose(2, 3)[..., None].expand(-1, -1, -1, *others[0].shape[3:])
                 own = [torch.cat([x, t.gather(2, best).flatten(2, 3)], 2) for x, t in zip(own, others, strict=True)]
             bias = F.pad(bias, (own[0].shape[2], 0))
-            found = F.scaled_dot_product_attention(queries, torch.cat([own[0], keys], 2), torch.cat([own[1], values], 2), bias)
-            out[:, :, y:y + height, x:x + width] = found.unflatten(2, (height, width))
+            found = F.scaled_dot_product_attention(
+                queries, torch.cat([own[0], keys], 2), torch.cat([own[1], values], 2), bias
+            )
+            out[:, :, y : y + height, x : x + width] = found.unflatten(2, (height, width))
             most = max(most, bias.shape[-1] - seen)
     return out.permute(0, 2, 3, 1, 4).flatten(3, 4).flatten(1, 2), most
 
@@ -100,7 +117,9 @@ def shapes(m: Map, pool: int, form: str) -> Tensor:
     """Windows of 8 x 32 for the first half of the heads, 32 x 8 for the second."""
     half = m.q.shape[2] // 2
     parts = [Map(*(t[..., part] for t in (m.q, m.k, m.v)), m.heads // 2) for part in (slice(half), slice(half, None))]
-    return torch.cat([attend(part, *size, pool, form)[0] for part, size in zip(parts, ((8, 32), (32, 8)), strict=True)], 2)
+    return torch.cat(
+        [attend(part, *size, pool, form)[0] for part, size in zip(parts, ((8, 32), (32, 8)), strict=True)], 2
+    )
 
 
 def main() -> None:
@@ -120,15 +139,43 @@ def main() -> None:
             for window, pool, halo, seen, forms in settings:
                 for form in forms:
                     found = [attend(m, window, window, pool, form, halo, seen) for m in maps]
-                    add(maps, [out for out, _ in found], window=window, pool=pool, halo=halo, seen=seen, form=form, keys=found[0][1])
+                    add(
+                        maps,
+                        [out for out, _ in found],
+                        window=window,
+                        pool=pool,
+                        halo=halo,
+                        seen=seen,
+                        form=form,
+                        keys=found[0][1],
+                    )
             for window, pool in GATHERED[side]:
                 for steps in STEPS:
-                    add(maps, [gathered(m, window, pool, steps) for m in maps], window=window, pool=pool, halo=0, seen=0, form=f"gathered {steps}",
-                        keys=window**2 + (side**2 - window**2) // pool**2)
-            add(maps, [shapes(m, 4, "mean query") for m in maps], window="8 x 32, 32 x 8", pool=4, halo=0, seen=0, form="mean query",
-                keys=256 + (side**2 - 256) // 16)
-    summary = {f"error_{row['form'].replace(' ', '_')}": row["error"] for row in rows
-               if (row["tokens"], row["window"], row["pool"], row["halo"], row["seen"]) == (64 * 64, 16, 4, 0, 0)}
+                    add(
+                        maps,
+                        [gathered(m, window, pool, steps) for m in maps],
+                        window=window,
+                        pool=pool,
+                        halo=0,
+                        seen=0,
+                        form=f"gathered {steps}",
+                        keys=window**2 + (side**2 - window**2) // pool**2,
+                    )
+            add(
+                maps,
+                [shapes(m, 4, "mean query") for m in maps],
+                window="8 x 32, 32 x 8",
+                pool=4,
+                halo=0,
+                seen=0,
+                form="mean query",
+                keys=256 + (side**2 - 256) // 16,
+            )
+    summary = {
+        f"error_{row['form'].replace(' ', '_')}": row["error"]
+        for row in rows
+        if (row["tokens"], row["window"], row["pool"], row["halo"], row["seen"]) == (64 * 64, 16, 4, 0, 0)
+    }
     record("gri_forms", summary, rows, command_line("gri_forms"), host, args.notes)
 
 

@@ -4,8 +4,8 @@
 
 Part one: SD1.5 with random weights, 512 x 512, classifier-free guidance, euler. How long an inherited step
 takes, relative to a full one, against the same ratio of multiplications, and against the time that the units
-it computes take in a full step (shallow layers do fewer multiplications in the same time than deep ones). And a run with interval 1 against
-one without the node, at 128 x 128, where a step is short and any overhead shows more.
+it computes take in a full step (shallow layers do fewer multiplications in the same time than deep ones). And a run
+with interval 1 against one without the node, at 128 x 128, where a step is short and any overhead shows more.
 
 Part two: the emoji teacher, 20 steps (and 30 and 50 for one sampler each), CFG 3, paired seeds, against the run in
 full. In the same host, one after another: our dial and its neighbours, DeepCache's plan as a setting of
@@ -24,13 +24,30 @@ from pathlib import Path
 import torch
 
 from asdm_core.measure import psnr, ratio, ssim, time_alternating
-from bench._common import ROOT, add_common_arguments, begin, beside_earlier, command_line, pack_module, randomise, record
+from bench._common import (
+    ROOT,
+    add_common_arguments,
+    begin,
+    beside_earlier,
+    command_line,
+    pack_module,
+    randomise,
+    record,
+)
 
 FAMILY = ROOT / "models" / "emoji"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-RUNS = {f"{sampler}-{steps}": (sampler, scheduler, steps) for sampler, scheduler, steps in (
-    ("euler", "normal", 20), ("dpmpp_2m", "karras", 20), ("dpmpp_sde", "karras", 20), ("heun", "normal", 20),
-    ("euler", "normal", 50), ("dpmpp_2m", "karras", 30))}
+RUNS = {
+    f"{sampler}-{steps}": (sampler, scheduler, steps)
+    for sampler, scheduler, steps in (
+        ("euler", "normal", 20),
+        ("dpmpp_2m", "karras", 20),
+        ("dpmpp_sde", "karras", 20),
+        ("heun", "normal", 20),
+        ("euler", "normal", 50),
+        ("dpmpp_2m", "karras", 30),
+    )
+}
 METHODS = ("ours", "deepcache", "easycache", "lazycache")
 SAVED = 0.4
 AT = f"at {SAVED:.0%} less time"
@@ -45,12 +62,15 @@ def full_size(dtype: torch.dtype):
     import comfy.model_patcher
 
     architecture = pack_module("asdm_core.architecture")
-    config = pack_module("nodes.models").model_config(architecture.Architecture.full(architecture.FAMILIES["sd15"]), "eps")
+    config = pack_module("nodes.models").model_config(
+        architecture.Architecture.full(architecture.FAMILIES["sd15"]), "eps"
+    )
     config.set_inference_dtype(dtype, None)
     base = config.get_model({}, "")
     randomise(base.diffusion_model)
-    return comfy.model_patcher.CoreModelPatcher(base, load_device=management.get_torch_device(),
-                                                offload_device=management.unet_offload_device())
+    return comfy.model_patcher.CoreModelPatcher(
+        base, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
 
 
 def steps_of(model, clock: Callable[[], float], steps: int, size: int = 64) -> list[float]:
@@ -62,8 +82,19 @@ def steps_of(model, clock: Callable[[], float], steps: int, size: int = 64) -> l
     latent = torch.zeros(1, 4, size, size)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        comfy.sample.sample(model, noise, steps, 7.0, "euler", "normal", cond, cond, latent, disable_pbar=True,
-                            callback=lambda *_: marks.append(clock()))
+        comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            7.0,
+            "euler",
+            "normal",
+            cond,
+            cond,
+            latent,
+            disable_pbar=True,
+            callback=lambda *_: marks.append(clock()),
+        )
     return [b - a for a, b in zip(marks, marks[1:], strict=False)]
 
 
@@ -73,13 +104,17 @@ def unit_times(model, config, clock, rounds: int) -> dict[str, float]:
     times, started, handles = {}, {}, []
     for address, layer in host_units.layers(model.model.diffusion_model, config).items():
         handles.append(layer.register_forward_pre_hook(lambda *_, a=address: started.update({a: clock()})))
-        handles.append(layer.register_forward_hook(lambda *_, a=address: times.setdefault(a, []).append(clock() - started[a])))
+        handles.append(
+            layer.register_forward_hook(lambda *_, a=address: times.setdefault(a, []).append(clock() - started[a]))
+        )
     total = []
     for _ in range(rounds):
         total += steps_of(model, clock, 2)
     for handle in handles:
         handle.remove()
-    found = {a: statistics.median(t[1::2]) for a, t in times.items()}  # every other forward: the first of a run warms up
+    found = {
+        a: statistics.median(t[1::2]) for a, t in times.items()
+    }  # every other forward: the first of a run warms up
     return found | {"": statistics.median(total) - sum(found.values())}
 
 
@@ -89,15 +124,24 @@ def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
     architecture = host.architecture_of(model)
     config, every = architecture.config, inheritance.Schedule("explicit", steps=(0,))
     plans = {f"deepcache-{b}": inheritance.deepcache(config, b, every) for b in (0, 1, 2, 3)}
-    plans |= {"shallow-only": inheritance.shallow_only(config, every), "encoder": inheritance.encoder(config, every),
-              "attention": inheritance.attention(config, schedule=every),
-              "deepcache-1, forecast": inheritance.deepcache(config, 1, every).reusing("forecast")}
+    plans |= {
+        "shallow-only": inheritance.shallow_only(config, every),
+        "encoder": inheritance.encoder(config, every),
+        "attention": inheritance.attention(config, schedule=every),
+        "deepcache-1, forecast": inheritance.deepcache(config, 1, every).reusing("forecast"),
+    }
     units = unit_times(model, config, clock, rounds)
     never = inheritance.deepcache(config, 0, inheritance.Schedule(interval=1))
     steps_of(model, clock, 2)
     times = {name: [] for name in ("off", *plans)}
-    short = time_alternating({"off": lambda: sum(steps_of(model, clock, 4, 16)),
-                              "interval 1": lambda: sum(steps_of(host.with_plan(model, never), clock, 4, 16))}, 4 * rounds, clock=clock)
+    short = time_alternating(
+        {
+            "off": lambda: sum(steps_of(model, clock, 4, 16)),
+            "interval 1": lambda: sum(steps_of(host.with_plan(model, never), clock, 4, 16)),
+        },
+        4 * rounds,
+        clock=clock,
+    )
     for _ in range(rounds):
         times["off"] += steps_of(model, clock, 2)
         for name, plan in plans.items():
@@ -106,8 +150,18 @@ def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
     for name, plan in plans.items():
         full, inherited = inheritance.step_macs(plan, architecture)
         over = ratio(times, name, "off")
-        rows.append({"part": "cost", "dtype": dtype, "plan": name, "seconds": statistics.median(times[name]), "over_full": over,
-                     "macs_over_full": inherited / full, "over_mac_ceiling": over / (inherited / full), "all_seconds": times[name]})
+        rows.append(
+            {
+                "part": "cost",
+                "dtype": dtype,
+                "plan": name,
+                "seconds": statistics.median(times[name]),
+                "over_full": over,
+                "macs_over_full": inherited / full,
+                "over_mac_ceiling": over / (inherited / full),
+                "all_seconds": times[name],
+            }
+        )
         if name in ("deepcache-0", "deepcache-1", "deepcache-2", "deepcache-3", "encoder"):
             worst.append(over / (inherited / full))
             # The same step if nothing but its units cost time: what is above that is our own.
@@ -115,10 +169,23 @@ def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
             alone = units[""] + sum(t for a, t in units.items() if a in runs)
             rows[-1]["over_unit_times"] = statistics.median(times[name]) / alone
             beyond.append(rows[-1]["over_unit_times"])
-    rows.append({"part": "cost", "dtype": dtype, "plan": "off", "seconds": statistics.median(times["off"]), "all_seconds": times["off"]})
-    rows += [{"part": "cost", "dtype": dtype, "plan": f"{name}, 128 x 128", "all_seconds": t} for name, t in short.items()]
-    return {"overhead_interval_1": ratio(short, "interval 1", "off") - 1, "inherited_step_over_mac_ceiling": max(worst),
-            "inherited_step_over_unit_times": max(beyond)}, rows
+    rows.append(
+        {
+            "part": "cost",
+            "dtype": dtype,
+            "plan": "off",
+            "seconds": statistics.median(times["off"]),
+            "all_seconds": times["off"],
+        }
+    )
+    rows += [
+        {"part": "cost", "dtype": dtype, "plan": f"{name}, 128 x 128", "all_seconds": t} for name, t in short.items()
+    ]
+    return {
+        "overhead_interval_1": ratio(short, "interval 1", "off") - 1,
+        "inherited_step_over_mac_ceiling": max(worst),
+        "inherited_step_over_unit_times": max(beyond),
+    }, rows
 
 
 # Part two: quality ----------------------------------------------------------------------------------
@@ -145,15 +212,28 @@ class Family:
 
         self.cond = [[torch.cat([encode(name) for _, name in chosen]), {}]]
         self.uncond = [[encode("").repeat(len(chosen), 1, 1), {}]]
-        self.noise = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(len(chosen))])
+        self.noise = torch.cat(
+            [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(len(chosen))]
+        )
 
     def latents(self, model, sampler: str, scheduler: str, steps: int) -> torch.Tensor:
         """Latents (N, 4, 16, 16) of a run."""
         import comfy.sample
 
         with torch.inference_mode():
-            return comfy.sample.sample(model, self.noise, steps, 3.0, sampler, scheduler, self.cond, self.uncond,
-                                       torch.zeros_like(self.noise), seed=1, disable_pbar=True)
+            return comfy.sample.sample(
+                model,
+                self.noise,
+                steps,
+                3.0,
+                sampler,
+                scheduler,
+                self.cond,
+                self.uncond,
+                torch.zeros_like(self.noise),
+                seed=1,
+                disable_pbar=True,
+            )
 
     def run(self, model, sampler: str, scheduler: str, steps: int, clock) -> tuple[torch.Tensor, float]:
         """Pictures (N, 3, 128, 128) and the seconds of sampling."""
@@ -183,13 +263,24 @@ def methods(model) -> dict[str, tuple[str, object]]:
             found[f"forecast, branch {branch}, every {interval}"] = ("ours", host.with_plan(model, plan))
         for interval in (2, 3, 5):
             found[f"deepcache {branch}, uniform {interval}"] = (
-                "deepcache", host.with_plan(model, inheritance.deepcache(config, branch, schedule(interval=interval))))
+                "deepcache",
+                host.with_plan(model, inheritance.deepcache(config, branch, schedule(interval=interval))),
+            )
         quadratic = schedule("quadratic", interval=3, power=1.4, centre=0.3)
-        found[f"deepcache {branch}, quadratic 3"] = ("deepcache", host.with_plan(model, inheritance.deepcache(config, branch, quadratic)))
+        found[f"deepcache {branch}, quadratic 3"] = (
+            "deepcache",
+            host.with_plan(model, inheritance.deepcache(config, branch, quadratic)),
+        )
     for threshold in EASY:
-        found[f"easycache {threshold}"] = ("easycache", EasyCacheNode.execute(model, threshold, 0.15, 0.95, False).args[0])
+        found[f"easycache {threshold}"] = (
+            "easycache",
+            EasyCacheNode.execute(model, threshold, 0.15, 0.95, False).args[0],
+        )
     for threshold in LAZY:
-        found[f"lazycache {threshold}"] = ("lazycache", LazyCacheNode.execute(model, threshold, 0.15, 0.95, False).args[0])
+        found[f"lazycache {threshold}"] = (
+            "lazycache",
+            LazyCacheNode.execute(model, threshold, 0.15, 0.95, False).args[0],
+        )
     return found
 
 
@@ -214,7 +305,9 @@ def at_saving(points: list[tuple[float, float]], wanted: float) -> float | None:
 
 
 def bench_quality(family: Family, rounds: int, clock, names: list[str]) -> list[dict]:
-    """Time and quality of every method in the runs named. A time is the median of the rounds; pictures are the same in each."""
+    """Time and quality of every method in the runs named. A time is the median of the rounds; pictures are the same in
+    each.
+    """
     rows = []
     settings = methods(family.model)
     for sampler, scheduler, steps in (RUNS[name] for name in names):
@@ -225,26 +318,51 @@ def bench_quality(family: Family, rounds: int, clock, names: list[str]) -> list[
         def call(label, model, sampler=sampler, scheduler=scheduler, steps=steps, made=made):
             made[label] = family.run(model, sampler, scheduler, steps, clock)[0]
 
-        calls = {"full": lambda: call("full", family.model)} | {k: lambda k=k, m=m: call(k, m) for k, (_, m) in settings.items()}
+        calls = {"full": lambda: call("full", family.model)} | {
+            k: lambda k=k, m=m: call(k, m) for k, (_, m) in settings.items()
+        }
         times = time_alternating(calls, rounds, warmup=0, clock=clock)
-        rows.append(run | {"setting": "full", "method": "full", "seconds": statistics.median(times["full"]), "top1": family.top1(full)})
+        rows.append(
+            run
+            | {
+                "setting": "full",
+                "method": "full",
+                "seconds": statistics.median(times["full"]),
+                "top1": family.top1(full),
+            }
+        )
         points = {m: [] for m in METHODS}
         for label, (method, _) in settings.items():
             pictures = made[label]
             saving, quality = 1 - ratio(times, label, "full"), psnr(pictures, full).clamp(max=80)
             points[method].append((saving, float(quality.mean())))
-            rows.append(run | {"setting": label, "method": method, "time_saved": round(saving, 4), "psnr": round(float(quality.mean()), 3),
-                               "psnr_se": round(float(quality.std() / len(quality) ** 0.5), 3),
-                               "ssim": round(float(ssim(pictures, full).mean()), 4), "top1": family.top1(pictures)})
+            rows.append(
+                run
+                | {
+                    "setting": label,
+                    "method": method,
+                    "time_saved": round(saving, 4),
+                    "psnr": round(float(quality.mean()), 3),
+                    "psnr_se": round(float(quality.std() / len(quality) ** 0.5), 3),
+                    "ssim": round(float(ssim(pictures, full).mean()), 4),
+                    "top1": family.top1(pictures),
+                }
+            )
         at = {method: at_saving(found, SAVED) for method, found in points.items()}
         rows += [run | {"setting": AT, "method": method, "psnr": value} for method, value in at.items()]
-        print(f"{sampler} {steps}: " + ", ".join(f"{m} {v if v is None else round(v, 2)}" for m, v in at.items()), flush=True)
+        print(
+            f"{sampler} {steps}: " + ", ".join(f"{m} {v if v is None else round(v, 2)}" for m, v in at.items()),
+            flush=True,
+        )
     return rows
 
 
 def quality_summary(rows: list[dict]) -> dict[str, float]:
     """Quality at 40% less time: a mean over the runs in which the method gets as far as that."""
-    reached = {m: [r["psnr"] for r in rows if r.get("setting") == AT and r["method"] == m and r["psnr"] is not None] for m in METHODS}
+    reached = {
+        m: [r["psnr"] for r in rows if r.get("setting") == AT and r["method"] == m and r["psnr"] is not None]
+        for m in METHODS
+    }
     return {f"psnr_{m}_at_40pct": statistics.mean(values) for m, values in reached.items() if values}
 
 
@@ -262,10 +380,18 @@ def draw(rows: list[dict], path: Path) -> None:
         for method, colour in colours.items() if mine else ():
             points = [(r["time_saved"], r["psnr"]) for r in mine if r["method"] == method]
             edge = upper_edge(points)
-            ax.plot(*zip(*edge, strict=True), color=colour, lw=1.6, label={"ours": "asdm, forecasts"}.get(method, method))
+            ax.plot(
+                *zip(*edge, strict=True), color=colour, lw=1.6, label={"ours": "asdm, forecasts"}.get(method, method)
+            )
             ax.scatter(*zip(*points, strict=True), color=colour, s=14, alpha=0.6)
         ax.axvline(SAVED, color="#c0c6d0", lw=1, zorder=0)
-        ax.set(title=f"{sampler}, {scheduler}, {steps} steps", ylabel="PSNR to the full run (dB)", xlabel="time saved", xlim=(0, 0.8), ylim=(15, 65))
+        ax.set(
+            title=f"{sampler}, {scheduler}, {steps} steps",
+            ylabel="PSNR to the full run (dB)",
+            xlabel="time saved",
+            xlim=(0, 0.8),
+            ylim=(15, 65),
+        )
         ax.grid(True, alpha=0.25)
     shown = max((ax.get_legend_handles_labels() for ax in axes.flat), key=lambda found: len(found[0]))
     figure.legend(*shown, frameon=False, loc="upper right", ncol=4)
@@ -279,7 +405,9 @@ def draw(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=["cost", "quality"], default=["cost", "quality"])
-    parser.add_argument("--dtype", choices=list(DTYPES), default=None, help="of part one; by default fp16 on CUDA and bf16 on a CPU")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default=None, help="of part one; by default fp16 on CUDA and bf16 on a CPU"
+    )
     parser.add_argument("--cost-rounds", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1, help="of part two")
     parser.add_argument("--pictures", type=int, default=16)
@@ -293,7 +421,9 @@ def main() -> None:
         found, more = bench_cost(args.dtype or ("fp16" if device.type == "cuda" else "bf16"), args.cost_rounds, clock)
         summary, rows = summary | found, rows + more
     command = command_line("inheritance")
-    summary, rows = beside_earlier("inheritance", summary, rows, command, lambda row: (row["part"], row.get("sampler"), row.get("steps")))
+    summary, rows = beside_earlier(
+        "inheritance", summary, rows, command, lambda row: (row["part"], row.get("sampler"), row.get("steps"))
+    )
     summary |= quality_summary(rows)
     draw([row for row in rows if row["part"] == "quality"], ROOT / "docs" / "inheritance.png")
     record("inheritance", summary, rows, command, host, args.notes)

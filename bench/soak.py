@@ -1,4 +1,5 @@
-"""Many runs with inherited features, of changing size, batch, sampler and plan, every fifth interrupted: memory and results.
+"""Many runs with inherited features, of changing size, batch, sampler and plan, every fifth interrupted: memory and
+results.
 
     python bootstrap.py bench NAME=soak [ARGS="--runs 200"]
 
@@ -24,7 +25,13 @@ import torch
 from bench._common import pack_module, randomise, record, start_host
 
 BOUND_MB = 32
-CASES = (((16, 16), 1, "euler"), ((8, 16), 2, "heun"), ((16, 8), 1, "dpmpp_2m"), ((8, 8), 3, "dpmpp_sde"), ((24, 16), 1, "uni_pc"))
+CASES = (
+    ((16, 16), 1, "euler"),
+    ((8, 16), 2, "heun"),
+    ((16, 8), 1, "dpmpp_2m"),
+    ((8, 8), 3, "dpmpp_sde"),
+    ((24, 16), 1, "uni_pc"),
+)
 
 
 def narrow():
@@ -38,8 +45,9 @@ def narrow():
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model({}, "")
     randomise(base.diffusion_model)
-    return comfy.model_patcher.CoreModelPatcher(base, load_device=management.get_torch_device(),
-                                                offload_device=management.unet_offload_device())
+    return comfy.model_patcher.CoreModelPatcher(
+        base, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
 
 
 def sample(model, size, batch, sampler, callback=None):
@@ -49,7 +57,20 @@ def sample(model, size, batch, sampler, callback=None):
     positive, negative = ([[torch.randn(1, 77, 768, generator=generator), {}]] for _ in range(2))
     latent = torch.zeros(batch, 4, *size)
     noise = torch.randn(latent.shape, generator=generator)
-    return comfy.sample.sample(model, noise, 4, 3.0, sampler, "normal", positive, negative, latent, disable_pbar=True, seed=0, callback=callback)
+    return comfy.sample.sample(
+        model,
+        noise,
+        4,
+        3.0,
+        sampler,
+        "normal",
+        positive,
+        negative,
+        latent,
+        disable_pbar=True,
+        seed=0,
+        callback=callback,
+    )
 
 
 def interrupt(i, x0, x, n):
@@ -93,9 +114,17 @@ def main() -> None:
     memories = watch(pack_module("nodes.replay").Memory)
     model = narrow()
     config = host.architecture_of(model).config
-    plans = [inheritance.deepcache(config, 1), inheritance.attention(config), inheritance.deepcache(config, 0).reusing("forecast"),
-             inheritance.deepcache(config, 2, inheritance.Schedule("adaptive", threshold=0.5))]
-    fresh = {(p, c): sample(host.with_plan(model, plan), *case) for p, plan in enumerate(plans) for c, case in enumerate(CASES)}
+    plans = [
+        inheritance.deepcache(config, 1),
+        inheritance.attention(config),
+        inheritance.deepcache(config, 0).reusing("forecast"),
+        inheritance.deepcache(config, 2, inheritance.Schedule("adaptive", threshold=0.5)),
+    ]
+    fresh = {
+        (p, c): sample(host.with_plan(model, plan), *case)
+        for p, plan in enumerate(plans)
+        for c, case in enumerate(CASES)
+    }
     models = [host.with_plan(model, plan) for plan in plans]
     choose, rows, began = random.Random(0), [], time.perf_counter()
     for n in range(args.runs):
@@ -105,17 +134,34 @@ def main() -> None:
             equal = torch.equal(sample(models[p], *CASES[c], callback=interrupt if n % 5 == 3 else None), fresh[p, c])
         except management.InterruptProcessingException:
             pass
-        rows.append({"plan": plans[p].name, "case": c, "equal": equal, "tensors": tensors(), "resident_mb": round(resident_mb(), 1),
-                     "memories_alive": sum(memory() is not None for memory in memories)})
-    warm = rows[args.runs // 4:]
+        rows.append(
+            {
+                "plan": plans[p].name,
+                "case": c,
+                "equal": equal,
+                "tensors": tensors(),
+                "resident_mb": round(resident_mb(), 1),
+                "memories_alive": sum(memory() is not None for memory in memories),
+            }
+        )
+    warm = rows[args.runs // 4 :]
     summary = {
-        "runs": args.runs, "interrupted": sum(row["equal"] is None for row in rows), "unequal": sum(row["equal"] is False for row in rows),
-        "tensors_more": max(row["tensors"] for row in warm) - warm[0]["tensors"], "memories_alive": max(row["memories_alive"] for row in rows),
-        "resident_mb_more": max(row["resident_mb"] for row in warm) - warm[0]["resident_mb"], "bound_mb": BOUND_MB,
+        "runs": args.runs,
+        "interrupted": sum(row["equal"] is None for row in rows),
+        "unequal": sum(row["equal"] is False for row in rows),
+        "tensors_more": max(row["tensors"] for row in warm) - warm[0]["tensors"],
+        "memories_alive": max(row["memories_alive"] for row in rows),
+        "resident_mb_more": max(row["resident_mb"] for row in warm) - warm[0]["resident_mb"],
+        "bound_mb": BOUND_MB,
         "seconds": time.perf_counter() - began,
     }
     record("soak", summary, rows, "python bootstrap.py bench NAME=soak", host_path, args.notes)
-    if summary["unequal"] or summary["tensors_more"] or summary["memories_alive"] or summary["resident_mb_more"] > BOUND_MB:
+    if (
+        summary["unequal"]
+        or summary["tensors_more"]
+        or summary["memories_alive"]
+        or summary["resident_mb_more"] > BOUND_MB
+    ):
         raise SystemExit("something stayed behind, or a result changed; see the summary above")
 
 

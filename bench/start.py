@@ -54,11 +54,20 @@ def main() -> None:
         return
     rows = []
     for _ in range(args.rounds):
-        done = subprocess.run([sys.executable, "-m", "bench.start", "--once"], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.start", "--once"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     # The quickest round: whatever else the machine does only ever adds.
     summary = {key: min(row[key] for row in rows) for key in ("seconds", "cpu_seconds")}
-    record("start", summary | {"bound_seconds": BOUND}, rows, "python bootstrap.py bench NAME=start", start_host(), args.notes)
+    record(
+        "start",
+        summary | {"bound_seconds": BOUND},
+        rows,
+        "python bootstrap.py bench NAME=start",
+        start_host(),
+        args.notes,
+    )
     if summary["seconds"] > BOUND:
         raise SystemExit(f"the pack adds {summary['seconds']:.2f} s to the start, more than {BOUND} s")
 

@@ -6,9 +6,9 @@ Memory: SD1.5 at full size with random weights; a run of it, then one that switc
 pack. What the process has grown by, relative to the size of the pack's file.
 
 Overhead: a switched run against the sum of its parts, the times of its two models' own runs by their shares of the
-steps. SD1.5 at full size, 256 x 256 pixels, few steps, with its M2 pack and with BK-SDM Base, which is a UNet of its own;
-and every switch of the quality part. What is compared is measured in turn; a ratio is the median over the rounds of the
-ratio within a round.
+steps. SD1.5 at full size, 256 x 256 pixels, few steps, with its M2 pack and with BK-SDM Base, which is a UNet of its
+own; and every switch of the quality part. What is compared is measured in turn; a ratio is the median over the rounds
+of the ratio within a round.
 
 Quality: the emoji teacher as the large UNet and the teacher with its M2 pack as the small one, 25 steps as in the
 paper, paired seeds. Who begins and for how long; S1 to S3 are among these. Similarity to the teacher's own pictures
@@ -30,7 +30,16 @@ import psutil
 import torch
 
 from asdm_core.measure import psnr, ratio, ssim, time_alternating
-from bench._common import ROOT, add_common_arguments, begin, beside_earlier, command_line, pack_module, randomise, record
+from bench._common import (
+    ROOT,
+    add_common_arguments,
+    begin,
+    beside_earlier,
+    command_line,
+    pack_module,
+    randomise,
+    record,
+)
 from bench.inheritance import DTYPES, FAMILY, Family, full_size
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
@@ -39,7 +48,9 @@ FADE = 5  # steps of the cross-fade that is shown
 
 def switched(first, second, at: float, crossfade: int = 0):
     """What the node Switch UNet makes, at a share of the steps."""
-    return pack_module("nodes.switch").with_switch(first, second, pack_module("asdm_core.switching").SwitchPoint(at, "share of steps"), crossfade)
+    return pack_module("nodes.switch").with_switch(
+        first, second, pack_module("asdm_core.switching").SwitchPoint(at, "share of steps"), crossfade
+    )
 
 
 def with_pack(model, path: Path):
@@ -54,11 +65,15 @@ def base_size(dtype: torch.dtype):
     import comfy.model_management as management
     import comfy.model_patcher
 
-    config = pack_module("nodes.models").model_config(pack_module("asdm_core.architecture").Architecture.preset("base"), "eps")
+    config = pack_module("nodes.models").model_config(
+        pack_module("asdm_core.architecture").Architecture.preset("base"), "eps"
+    )
     config.set_inference_dtype(dtype, None)
     base = config.get_model({}, "")
     randomise(base.diffusion_model, seed=1)
-    return comfy.model_patcher.CoreModelPatcher(base, load_device=management.get_torch_device(), offload_device=management.unet_offload_device())
+    return comfy.model_patcher.CoreModelPatcher(
+        base, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
 
 
 def sample(model, steps: int):
@@ -67,7 +82,9 @@ def sample(model, steps: int):
     cond = [[torch.zeros(1, 77, 768), {}]]
     noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        comfy.sample.sample(model, noise, steps, 7.0, "euler", "normal", cond, cond, torch.zeros_like(noise), seed=0, disable_pbar=True)
+        comfy.sample.sample(
+            model, noise, steps, 7.0, "euler", "normal", cond, cond, torch.zeros_like(noise), seed=0, disable_pbar=True
+        )
 
 
 def bench_full_size(dtype: str, steps: int, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
@@ -92,11 +109,19 @@ def bench_full_size(dtype: str, steps: int, rounds: int, device: torch.device, c
         packed = with_pack(model, path)
         sample(switched(model, packed, 0.5), 2)
         extra, size = memory() - before, path.stat().st_size
-    rows = [{"part": "memory", "switch": "SD1.5 to SD1.5 with M2", "dtype": dtype, "file_bytes": size, "extra_bytes": extra}]
-    rows += bench_overhead({"SD1.5 to SD1.5 with M2": (model, packed), "Base to SD1.5": (base_size(DTYPES[dtype]), model)},
-                           lambda m: sample(m, steps), rounds, clock)
+    rows = [
+        {"part": "memory", "switch": "SD1.5 to SD1.5 with M2", "dtype": dtype, "file_bytes": size, "extra_bytes": extra}
+    ]
+    rows += bench_overhead(
+        {"SD1.5 to SD1.5 with M2": (model, packed), "Base to SD1.5": (base_size(DTYPES[dtype]), model)},
+        lambda m: sample(m, steps),
+        rounds,
+        clock,
+    )
     overhead = max(row["over_sum_of_parts"] for row in rows if row["part"] == "overhead") - 1
-    return {"switch_overhead": overhead, "shared_trunk_extra_memory_over_pack_size": extra / size}, [row | {"dtype": dtype} for row in rows]
+    return {"switch_overhead": overhead, "shared_trunk_extra_memory_over_pack_size": extra / size}, [
+        row | {"dtype": dtype} for row in rows
+    ]
 
 
 def bench_overhead(pairs: dict, run, rounds: int, clock) -> list[dict]:
@@ -105,15 +130,25 @@ def bench_overhead(pairs: dict, run, rounds: int, clock) -> list[dict]:
     for name, (first, second) in pairs.items():
         trio = {"first": first, "second": second, "switched": switched(first, second, 0.5)}
         times = time_alternating({label: lambda m=m: run(m) for label, m in trio.items()}, rounds, clock=clock)
-        rows.append({"part": "overhead", "switch": name, "over_sum_of_parts": over_parts(times, "switched", "first", "second", 0.5),
-                     "all_seconds": times})
+        rows.append(
+            {
+                "part": "overhead",
+                "switch": name,
+                "over_sum_of_parts": over_parts(times, "switched", "first", "second", 0.5),
+                "all_seconds": times,
+            }
+        )
         print(f"{name}: {rows[-1]['over_sum_of_parts']:.4f} of the sum of its parts", flush=True)
     return rows
 
 
 def over_parts(times: dict, name: str, first: str, second: str, at: float) -> float:
-    """Median over the rounds of the time of a switched run over that of the two models' runs, in their shares of the steps."""
-    return statistics.median(s / (at * a + (1 - at) * b) for a, b, s in zip(times[first], times[second], times[name], strict=True))
+    """Median over the rounds of the time of a switched run over that of the two models' runs, in their shares of the
+    steps.
+    """
+    return statistics.median(
+        s / (at * a + (1 - at) * b) for a, b, s in zip(times[first], times[second], times[name], strict=True)
+    )
 
 
 # The emoji family -------------------------------------------------------------------------------------
@@ -132,7 +167,9 @@ def settings(large, small) -> dict[str, tuple[dict, object]]:
             found[name] = (row | ({"preset": preset} if preset else {}), switched(first, second, at))
     s1 = pack_module("asdm_core.switching").PRESETS["S1"].at.at
     found[f"small for {s1:.0%}, cross-fade over {FADE} steps"] = (
-        {"small_first": True, "at": s1, "crossfade": FADE}, switched(small, large, s1, FADE))
+        {"small_first": True, "at": s1, "crossfade": FADE},
+        switched(small, large, s1, FADE),
+    )
     return found
 
 
@@ -149,12 +186,23 @@ def bench_quality(pictures: int, rounds: int, clock) -> tuple[dict, list[dict]]:
     made = {label: family.pictures(x) for label, x in latents.items()}
     rows, summary, over = [], {}, []
     for label, (row, _) in chosen.items():
-        row = {"part": "quality", "setting": label, "sampler": "dpmpp_2m", "scheduler": "karras", "steps": 25, **row,
-               "time_over_large": round(ratio(times, label, "large"), 4), "top1": family.top1(made[label])}
+        row = {
+            "part": "quality",
+            "setting": label,
+            "sampler": "dpmpp_2m",
+            "scheduler": "karras",
+            "steps": 25,
+            **row,
+            "time_over_large": round(ratio(times, label, "large"), 4),
+            "top1": family.top1(made[label]),
+        }
         if label != "large":
             quality = psnr(made[label], made["large"]).clamp(max=80)
-            row |= {"psnr": round(float(quality.mean()), 3), "psnr_se": round(float(quality.std() / math.sqrt(len(quality))), 3),
-                    "ssim": round(float(ssim(made[label], made["large"]).mean()), 4)}
+            row |= {
+                "psnr": round(float(quality.mean()), 3),
+                "psnr_se": round(float(quality.std() / math.sqrt(len(quality))), 3),
+                "ssim": round(float(ssim(made[label], made["large"]).mean()), 4),
+            }
         if "at" in row and "crossfade" not in row:
             order = ("small", "large") if row["small_first"] else ("large", "small")
             over.append(over_parts(times, label, *order, row["at"]))
@@ -162,9 +210,22 @@ def bench_quality(pictures: int, rounds: int, clock) -> tuple[dict, list[dict]]:
         rows.append(row)
         key = row.get("preset", label if label in ("large", "small") else None)
         if key:
-            summary |= {f"{key.lower()}_{name}": row[name] for name in ("time_over_large", "psnr", "top1") if name in row}
-        print("  ".join(f"{v:>8}" if not isinstance(v, str) else f"{v:42}" for v in
-                        (label, row["time_over_large"], row.get("psnr", ""), row.get("ssim", ""), round(row["top1"], 3))), flush=True)
+            summary |= {
+                f"{key.lower()}_{name}": row[name] for name in ("time_over_large", "psnr", "top1") if name in row
+            }
+        print(
+            "  ".join(
+                f"{v:>8}" if not isinstance(v, str) else f"{v:42}"
+                for v in (
+                    label,
+                    row["time_over_large"],
+                    row.get("psnr", ""),
+                    row.get("ssim", ""),
+                    round(row["top1"], 3),
+                )
+            ),
+            flush=True,
+        )
     return {"switch_overhead_emoji": statistics.median(over) - 1} | summary, rows
 
 
@@ -179,24 +240,54 @@ def draw(rows: list[dict], path: Path) -> None:
     ends = {row["setting"]: row for row in rows if row["setting"] in ("large", "small")}
     orders = {True: ("#d1495b", "small UNet first"), False: ("#2b59c3", "large UNet first")}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True)
-    for ax, key, title in zip(axes, ("psnr", "top1"), ("PSNR to the large UNet's pictures (dB)", "emoji recognised (top 1)"), strict=True):
+    for ax, key, title in zip(
+        axes, ("psnr", "top1"), ("PSNR to the large UNet's pictures (dB)", "emoji recognised (top 1)"), strict=True
+    ):
         for small_first, (colour, label) in orders.items():
             line = [row for row in rows if row.get("small_first") == small_first and "crossfade" not in row]
             line = sorted([*line, *(end for end in ends.values() if key in end)], key=lambda row: row["small_share"])
-            ax.plot([r["time_over_large"] for r in line], [r[key] for r in line], color=colour, marker="o", ms=4, lw=1.6, label=label)
+            ax.plot(
+                [r["time_over_large"] for r in line],
+                [r[key] for r in line],
+                color=colour,
+                marker="o",
+                ms=4,
+                lw=1.6,
+                label=label,
+            )
             for row in line:
                 if "preset" in row:
-                    ax.annotate(row["preset"], (row["time_over_large"], row[key]), xytext=(0, 8), textcoords="offset points",
-                                ha="center", color=colour, weight="bold")
+                    ax.annotate(
+                        row["preset"],
+                        (row["time_over_large"], row[key]),
+                        xytext=(0, 8),
+                        textcoords="offset points",
+                        ha="center",
+                        color=colour,
+                        weight="bold",
+                    )
         for row in rows:
             if "crossfade" in row:
-                ax.scatter(row["time_over_large"], row[key], marker="D", s=26, facecolor="none", edgecolor=orders[True][0],
-                           label=f"S1 with a cross-fade over {row['crossfade']} steps")
+                ax.scatter(
+                    row["time_over_large"],
+                    row[key],
+                    marker="D",
+                    s=26,
+                    facecolor="none",
+                    edgecolor=orders[True][0],
+                    label=f"S1 with a cross-fade over {row['crossfade']} steps",
+                )
         for name, end in ends.items():
             if key in end:
                 ax.scatter(end["time_over_large"], end[key], color="#333a45", s=34, zorder=3)
-                ax.annotate(f"{name} UNet alone", (end["time_over_large"], end[key]), xytext=(0, -15), textcoords="offset points",
-                            ha="left" if name == "small" else "right", color="#333a45")
+                ax.annotate(
+                    f"{name} UNet alone",
+                    (end["time_over_large"], end[key]),
+                    xytext=(0, -15),
+                    textcoords="offset points",
+                    ha="left" if name == "small" else "right",
+                    color="#333a45",
+                )
         ax.set(title=title, xlabel="time, relative to the large UNet alone")
         ax.margins(y=0.15)
         if key == "top1":
@@ -213,7 +304,9 @@ def draw(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=["cost", "quality"], default=["cost", "quality"])
-    parser.add_argument("--dtype", choices=list(DTYPES), default=None, help="of SD1.5; by default fp16 on CUDA and bf16 on a CPU")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default=None, help="of SD1.5; by default fp16 on CUDA and bf16 on a CPU"
+    )
     parser.add_argument("--steps", type=int, default=4, help="of SD1.5")
     parser.add_argument("--cost-rounds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=1, help="of the quality part")
@@ -222,7 +315,9 @@ def main() -> None:
     args, host, device, clock = begin(parser)
     summary, rows = {}, []
     if "cost" in args.parts:
-        summary, rows = bench_full_size(args.dtype or ("fp16" if device.type == "cuda" else "bf16"), args.steps, args.cost_rounds, device, clock)
+        summary, rows = bench_full_size(
+            args.dtype or ("fp16" if device.type == "cuda" else "bf16"), args.steps, args.cost_rounds, device, clock
+        )
     if "quality" in args.parts:
         found, more = bench_quality(args.pictures, args.rounds, clock)
         draw(more, ROOT / "docs" / "switch.png")

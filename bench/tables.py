@@ -45,7 +45,12 @@ from ._common import record
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "train" / "configs"
 BATCH = 16  # small batches learn more per sample
-LR, WARMUP, COOLDOWN, EMA = 1e-3, 20, 0.4, 0.99  # WARMUP in steps, COOLDOWN as a share of the run; short runs want a short memory
+LR, WARMUP, COOLDOWN, EMA = (
+    1e-3,
+    20,
+    0.4,
+    0.99,
+)  # WARMUP in steps, COOLDOWN as a share of the run; short runs want a short memory
 
 
 # What is run ----------------------------------------------------------------------------------------
@@ -82,9 +87,18 @@ RUNS = (
     Run("base", "stage 1, Base", "base", "emoji-base"),
     Run("m2", "M2: stage 1, then stage 2 with the original frozen", "m2", "emoji-m2", "base"),
     Run("m2-direct", "M2 without stage 1, stage 2 for as many samples as both", "m2", "emoji-m2", share=2),
-    Run("m2-alone", "M2 without stage 1 and without distillation, as many samples as both", "m2", "emoji-m2", share=2, changes=ALONE),
+    Run(
+        "m2-alone",
+        "M2 without stage 1 and without distillation, as many samples as both",
+        "m2",
+        "emoji-m2",
+        share=2,
+        changes=ALONE,
+    ),
     Run("m5", "M5: as M2, nothing frozen", "m2", "emoji-m5", "base"),
-    Run("teacher-on", "the teacher trained on, no distillation", "", "emoji-m5", changes=("student.preset=full", *ALONE)),
+    Run(
+        "teacher-on", "the teacher trained on, no distillation", "", "emoji-m5", changes=("student.preset=full", *ALONE)
+    ),
     Run("tiny", "stage 1, Tiny", "tiny", "emoji-tiny"),
     Run("tiny-on", "Tiny trained on", "tiny", "emoji-tiny", "tiny"),
     Run("tiny-e2", "Tiny trained on with two experts", "tiny", "emoji-tiny-e2", "tiny"),
@@ -94,13 +108,40 @@ RUNS = (
     Run("small", "stage 1, Small", "small", "emoji-small"),
     Run("small-on", "Small trained on", "small", "emoji-small", "small"),
     Run("small-e2", "Small trained on with two experts", "small", "emoji-small-e2", "small"),
-    Run("tiny-e2-fixed", "Tiny trained on with two experts, router frozen", "tiny", "emoji-tiny-e2", "tiny", changes=("experts.router=false",)),
-    Run("small-e2-fixed", "Small trained on with two experts, router frozen", "small", "emoji-small-e2", "small", changes=("experts.router=false",)),
+    Run(
+        "tiny-e2-fixed",
+        "Tiny trained on with two experts, router frozen",
+        "tiny",
+        "emoji-tiny-e2",
+        "tiny",
+        changes=("experts.router=false",),
+    ),
+    Run(
+        "small-e2-fixed",
+        "Small trained on with two experts, router frozen",
+        "small",
+        "emoji-small-e2",
+        "small",
+        changes=("experts.router=false",),
+    ),
     Run("tiny-clme", "Tiny trained on with experts of the original's layers (CLME)", "tiny", "emoji-tiny-clme", "tiny"),
-    Run("small-clme", "Small trained on with experts of the original's layers (CLME)", "small", "emoji-small-clme", "small"),
+    Run(
+        "small-clme",
+        "Small trained on with experts of the original's layers (CLME)",
+        "small",
+        "emoji-small-clme",
+        "small",
+    ),
     Run("m5-seconds", "M5 for as many seconds as M2", "m2", "emoji-m5", "base", seconds_of=("m2", "m5")),
     Run("m2-mid", "M2 with the mid-block loss as well", "m2", "emoji-m2", "base", changes=("loss.mid=1",)),
-    Run("m2-paper", "M2 with the denoising and the mid-block loss, not those of the blocks", "m2", "emoji-m2", "base", changes=PAPER),
+    Run(
+        "m2-paper",
+        "M2 with the denoising and the mid-block loss, not those of the blocks",
+        "m2",
+        "emoji-m2",
+        "base",
+        changes=PAPER,
+    ),
     Run("base-task", "stage 1, Base, with the denoising loss as well", "base", "emoji-base", changes=("loss.task=1",)),
     Run("base-on", "Base trained on", "base", "emoji-base", "base"),
     Run("base-e2", "Base trained on with two experts", "base", "emoji-base-e2", "base"),
@@ -108,17 +149,46 @@ RUNS = (
     Run("m4", "M4: as M1, nothing frozen", "m1", "emoji-m4", "base"),
     Run("tiny-alone", "Tiny without distillation", "tiny", "emoji-tiny", changes=ALONE),
     Run("small-alone", "Small without distillation", "small", "emoji-small", changes=ALONE),
-    Run("m1-alone", "M1 without stage 1 and without distillation, as many samples as both", "m1", "emoji-m1", share=2, changes=ALONE),
-    Run("m3-alone", "M3 without stage 1 and without distillation, as many samples as both", "m3", "emoji-m3", share=2, changes=ALONE),
+    Run(
+        "m1-alone",
+        "M1 without stage 1 and without distillation, as many samples as both",
+        "m1",
+        "emoji-m1",
+        share=2,
+        changes=ALONE,
+    ),
+    Run(
+        "m3-alone",
+        "M3 without stage 1 and without distillation, as many samples as both",
+        "m3",
+        "emoji-m3",
+        share=2,
+        changes=ALONE,
+    ),
     Run("m2-features", "M2 with the classifier's features as well", "m2", "emoji-m2", "base", changes=SEEN),
-    Run("m2-both", "M2 with the mid-block loss and the classifier's features as well", "m2", "emoji-m2", "base", changes=("loss.mid=1", *SEEN)),
+    Run(
+        "m2-both",
+        "M2 with the mid-block loss and the classifier's features as well",
+        "m2",
+        "emoji-m2",
+        "base",
+        changes=("loss.mid=1", *SEEN),
+    ),
 )
 KEY = ("base", "m2", "m2-direct", "m5", "base-on")  # trained with every seed, the others with the first
 SHIPPED = ("m2", "m1", "small", "tiny", "tiny-e2")  # in models/, made with --rows
 CUT = ("base", "m2", "tiny", "small", "m1", "m3")  # merely cut
 # Table 3, first and second network and the share of the first: the paper switches after 10 or 15 of 25 steps.
-SWITCHES = (("base", "whole", 0.4), ("whole", "base", 0.6), ("whole", "base", 0.4), ("base", "whole", 0.6), ("base", "whole", 0.2), ("whole", "base", 0.8),
-            ("base", "whole", 0.8), ("whole", "base", 0.2))  # S1, S2, S3 and what lies around them
+SWITCHES = (
+    ("base", "whole", 0.4),
+    ("whole", "base", 0.6),
+    ("whole", "base", 0.4),
+    ("base", "whole", 0.6),
+    ("base", "whole", 0.2),
+    ("whole", "base", 0.8),
+    ("base", "whole", 0.8),
+    ("whole", "base", 0.2),
+)  # S1, S2, S3 and what lies around them
 TRANSFER = ("m2", "m1", "m3", "m2-alone", "base")  # played in the finetune they never saw; "cut-m2" for comparison
 
 
@@ -146,7 +216,9 @@ class Settings:
 
     def seeds(self) -> list[int]:
         """Those with which anything in the folder was trained."""
-        return sorted({int(found[1]) for path in self.folder.iterdir() if (found := re.fullmatch(r".+-s(\d+)", path.name))})
+        return sorted(
+            {int(found[1]) for path in self.folder.iterdir() if (found := re.fullmatch(r".+-s(\d+)", path.name))}
+        )
 
     def updates(self, share: float = 1) -> int:
         """Of a run that learns from `share` times the samples."""
@@ -164,12 +236,32 @@ class Settings:
             share = self.seconds(reference, seed) / self.seconds(full, seed)
         steps = self.updates(share)
         start = self.product(run.start, seed) if run.start else ""
-        return load(RECIPES / f"{run.recipe}.toml", [
-            f"name={run.name}", f"seed={seed}", f"student.start={start}", f"data.path={self.family / 'cache.safetensors'}",
-            f"network.teacher={self.models / 'emoji-teacher.safetensors'}", f"network.outputs={self.outputs(seed)}",
-            f"loss.classifier={self.models}", f"run.folder={self.folder / self.seeded(run.name, seed)}", f"run.steps={steps}", f"run.batch={BATCH}",
-            f"run.micro_batch={BATCH}", "run.precision=bf16", "run.save_every=50", "run.keep=1", "run.log_every=10", "run.picture_every=0",
-            f"optimiser.lr={LR}", f"optimiser.warmup={WARMUP}", f"optimiser.cooldown={round(COOLDOWN * steps)}", f"optimiser.ema={EMA}", *run.changes])
+        return load(
+            RECIPES / f"{run.recipe}.toml",
+            [
+                f"name={run.name}",
+                f"seed={seed}",
+                f"student.start={start}",
+                f"data.path={self.family / 'cache.safetensors'}",
+                f"network.teacher={self.models / 'emoji-teacher.safetensors'}",
+                f"network.outputs={self.outputs(seed)}",
+                f"loss.classifier={self.models}",
+                f"run.folder={self.folder / self.seeded(run.name, seed)}",
+                f"run.steps={steps}",
+                f"run.batch={BATCH}",
+                f"run.micro_batch={BATCH}",
+                "run.precision=bf16",
+                "run.save_every=50",
+                "run.keep=1",
+                "run.log_every=10",
+                "run.picture_every=0",
+                f"optimiser.lr={LR}",
+                f"optimiser.warmup={WARMUP}",
+                f"optimiser.cooldown={round(COOLDOWN * steps)}",
+                f"optimiser.ema={EMA}",
+                *run.changes,
+            ],
+        )
 
     def outputs(self, seed: int) -> Path:
         return self.folder / f"outputs-s{seed}"
@@ -221,7 +313,8 @@ def switched(judge: Judge, settings: Settings, switch: tuple[str, str, float], s
 
 
 def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = ()) -> Iterator[Job]:
-    """Everything there is to do, or what belongs to some rows, in order of importance; what is done already takes no time.
+    """Everything there is to do, or what belongs to some rows, in order of importance; what is done already takes no
+    time.
 
     Raises ValueError where a run that is finished learned from other --samples.
     """
@@ -229,8 +322,14 @@ def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = ()) -> 
         for run in runs(seed, rows):
             if settings.product(run.name, seed).exists():
                 samples(settings, run, seed)
-    judge = partial(Judge, folder=settings.folder / "measured", runs=settings.family, models=settings.models, prompts=settings.prompts,
-                    steps=settings.steps)
+    judge = partial(
+        Judge,
+        folder=settings.folder / "measured",
+        runs=settings.family,
+        models=settings.models,
+        prompts=settings.prompts,
+        steps=settings.steps,
+    )
     teacher, finetune = judge("teacher"), None if rows else judge("openmoji")
     measure = partial(teacher.measure, rounds=settings.rounds)
     yield "teacher", lambda: measure("whole", lambda: teacher.whole)
@@ -238,10 +337,15 @@ def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = ()) -> 
         yield f"outputs of the teacher, seed {seed}", partial(compute_outputs, settings, seed, rows)
         for run in runs(seed, rows):
             yield f"train {run.name}, seed {seed}", partial(make, run, settings, seed)
-            yield f"measure {run.name}, seed {seed}", partial(
-                measure, settings.seeded(run.name, seed), partial(trained, teacher, settings, run.name, seed))
+            yield (
+                f"measure {run.name}, seed {seed}",
+                partial(measure, settings.seeded(run.name, seed), partial(trained, teacher, settings, run.name, seed)),
+            )
             if run.cut:
-                yield f"measure cut {run.cut}", partial(measure, f"cut-{run.cut}", partial(cut_teacher, teacher, run.cut))
+                yield (
+                    f"measure cut {run.cut}",
+                    partial(measure, f"cut-{run.cut}", partial(cut_teacher, teacher, run.cut)),
+                )
             if run.name == "teacher-on" and not rows:
                 yield from switching(settings, seed, measure, teacher, SWITCHES[:3])
                 yield from transfer(settings, seed, finetune, ("m2", "m2-alone", "base"))
@@ -253,7 +357,9 @@ def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = ()) -> 
             yield f"measure {path.name}", partial(measure, named(path), partial(assembled, teacher.whole, path))
 
 
-def switching(settings: Settings, seed: int, measure: Callable, teacher: Judge, switches: Sequence[tuple[str, str, float]]) -> Iterator[Job]:
+def switching(
+    settings: Settings, seed: int, measure: Callable, teacher: Judge, switches: Sequence[tuple[str, str, float]]
+) -> Iterator[Job]:
     """Table 3."""
     for switch in switches:
         name = settings.seeded(switch_name(switch), seed)
@@ -265,7 +371,10 @@ def transfer(settings: Settings, seed: int, finetune: Judge, runs: Sequence[str]
     yield "measure openmoji", partial(finetune.measure, "whole", lambda: finetune.whole)
     yield "measure openmoji cut-m2", partial(finetune.measure, "cut-m2", partial(cut_teacher, finetune, "m2"))
     for run in runs:
-        yield f"measure openmoji {run}", partial(finetune.measure, settings.seeded(run, seed), partial(trained, finetune, settings, run, seed))
+        yield (
+            f"measure openmoji {run}",
+            partial(finetune.measure, settings.seeded(run, seed), partial(trained, finetune, settings, run, seed)),
+        )
 
 
 def switch_name(switch: tuple[str, str, float]) -> str:
@@ -287,8 +396,20 @@ def command(settings: Settings) -> str:
         if not skipped:
             kept.append(word)
     its = drawn(settings)
-    return shlex.join(["python", "-m", "bench.tables", *kept, "--prompts", str(its["prompts"]), "--steps", str(its["steps"]),
-                       "--seeds", *map(str, settings.seeds())])
+    return shlex.join(
+        [
+            "python",
+            "-m",
+            "bench.tables",
+            *kept,
+            "--prompts",
+            str(its["prompts"]),
+            "--steps",
+            str(its["steps"]),
+            "--seeds",
+            *map(str, settings.seeds()),
+        ]
+    )
 
 
 # What comes out -------------------------------------------------------------------------------------
@@ -318,7 +439,8 @@ def gathered(settings: Settings, seeds: Sequence[int]) -> dict[str, dict[str, di
         if run.name in found["teacher"] and done:
             found["teacher"][run.name] |= {
                 "samples": statistics.mean(learned(settings, run, seed) for seed in done),
-                "seconds": statistics.mean(spent(settings, run, seed) for seed in done)}
+                "seconds": statistics.mean(spent(settings, run, seed) for seed in done),
+            }
     return found
 
 
@@ -331,8 +453,11 @@ def samples(settings: Settings, run: Run, seed: int) -> int:
     product = settings.product(run.name, seed)
     found, wanted = describe(TensorFile(product)).training["samples"], settings.updates(run.share) * BATCH
     if found != wanted and not run.seconds_of:
-        raise ValueError(f"{product} learned from {found:,} samples, with --samples {settings.samples} it would from {wanted:,}; give the "
-                         "--samples of this folder, or another --folder")
+        raise ValueError(
+            f"{product} learned from {found:,} samples, with --samples {settings.samples} it would from {wanted:,}; "
+            "give the "
+            "--samples of this folder, or another --folder"
+        )
     return found
 
 
@@ -349,7 +474,9 @@ def spent(settings: Settings, run: Run, seed: int) -> float:
 
 
 def write(settings: Settings, notes: str = "") -> None:
-    """bench/results/tables.json, docs/evidence.md and its plots, from what is finished, of all seeds; nothing before a run is."""
+    """bench/results/tables.json, docs/evidence.md and its plots, from what is finished, of all seeds; nothing before a
+    run is.
+    """
     seeds = settings.seeds()
     rows = gathered(settings, seeds)
     mine, its = rows["teacher"], rows["openmoji"]
@@ -362,28 +489,82 @@ def write(settings: Settings, notes: str = "") -> None:
     summary = {}
     for name, found in mine.items():
         key = name.replace("-", "_")
-        summary |= {f"{metric}_{key}": found[metric] for metric in ("gap_recovered", "psnr", "ssim", "fed", "kid", "accuracy", "v_mse_teacher",
-                                                                   "v_mse_data") if metric in found}
-    summary |= {f"transfer_{metric}_{name.replace('-', '_')}": found[metric] for name, found in its.items()
-                for metric in ("gap_recovered", "psnr", "ssim", "accuracy") if metric in found}
+        summary |= {
+            f"{metric}_{key}": found[metric]
+            for metric in ("gap_recovered", "psnr", "ssim", "fed", "kid", "accuracy", "v_mse_teacher", "v_mse_data")
+            if metric in found
+        }
+    summary |= {
+        f"transfer_{metric}_{name.replace('-', '_')}": found[metric]
+        for name, found in its.items()
+        for metric in ("gap_recovered", "psnr", "ssim", "accuracy")
+        if metric in found
+    }
     records = [{"host": host, "row": name, **found} for host, part in rows.items() for name, found in part.items()]
     record("tables", summary, records + verdicts, command(settings), notes=notes)
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
     evidence.plot_rows(docs / "evidence-rows.png", mine)
     evidence.plot_switching(docs / "evidence-switching.png", mine, macs)
-    bins = {name: measured[0]["v_mse"]["teacher"] for name in ("cut-m2", "base", "m2", "m2-direct", "m5", "teacher-on")
-            if (measured := evidence.read(settings.folder / "measured", "teacher", name, None if name.startswith("cut") else seeds))}
+    bins = {
+        name: measured[0]["v_mse"]["teacher"]
+        for name in ("cut-m2", "base", "m2", "m2-direct", "m5", "teacher-on")
+        if (
+            measured := evidence.read(
+                settings.folder / "measured", "teacher", name, None if name.startswith("cut") else seeds
+            )
+        )
+    }
     evidence.plot_timesteps(docs / "evidence-timesteps.png", bins)
     (docs / "evidence.md").write_text("\n".join(text(settings, rows, macs, verdicts, notes)) + "\n", encoding="utf-8")
 
 
 TABLES = {
     "Table 1: students of stage 1, with further experts": (
-        "shipped-small", "shipped-tiny", "shipped-tiny-e2", "base", "base-task", "base-on", "base-e2", "base-clme", "small", "small-on", "small-e2",
-        "small-e2-fixed", "small-clme", "tiny", "tiny-on", "tiny-e2", "tiny-e2-fixed", "tiny-clme"),
-    "Table 2: combined UNets": ("shipped-m1", "shipped-m2", "base", "m1", "m2", "m3", "m4", "m5", "m5-seconds", "m2-paper", "m2-mid", "m2-features", "m2-both"),
-    "Controls": ("teacher-on", "m2-direct", "m2-alone", "m1-alone", "m3-alone", "base-alone", "small-alone", "tiny-alone"),
+        "shipped-small",
+        "shipped-tiny",
+        "shipped-tiny-e2",
+        "base",
+        "base-task",
+        "base-on",
+        "base-e2",
+        "base-clme",
+        "small",
+        "small-on",
+        "small-e2",
+        "small-e2-fixed",
+        "small-clme",
+        "tiny",
+        "tiny-on",
+        "tiny-e2",
+        "tiny-e2-fixed",
+        "tiny-clme",
+    ),
+    "Table 2: combined UNets": (
+        "shipped-m1",
+        "shipped-m2",
+        "base",
+        "m1",
+        "m2",
+        "m3",
+        "m4",
+        "m5",
+        "m5-seconds",
+        "m2-paper",
+        "m2-mid",
+        "m2-features",
+        "m2-both",
+    ),
+    "Controls": (
+        "teacher-on",
+        "m2-direct",
+        "m2-alone",
+        "m1-alone",
+        "m3-alone",
+        "base-alone",
+        "small-alone",
+        "tiny-alone",
+    ),
 }
 
 
@@ -394,69 +575,163 @@ def text(settings: Settings, rows: dict, macs: dict, verdicts: Sequence[dict], n
     what = {run.name: run.what for run in RUNS} | {f"cut-{p}": f"{p.capitalize()}, merely cut" for p in CUT}
     what |= {"whole": "the original", **{f"shipped-{name}": f"{name} in models/" for name in SHIPPED}}
     most = max(found["seeds"] for name, found in mine.items() if "samples" in found)
-    spread = f"the standard deviation over {most} training seeds is in brackets where a row has several; the others are **one** training run" if most > 1 else (
-        "every row is **one** training run, so nothing here knows the spread over training seeds; small differences may be chance")
+    spread = (
+        f"the standard deviation over {most} training seeds is in brackets where a row has several; the others are "
+        "**one** training run"
+        if most > 1
+        else (
+            "every row is **one** training run, so nothing here knows the spread over training seeds; small "
+            "differences may be chance"
+        )
+    )
     done = [run.name for run in RUNS if run.name in mine]
     lines = [
-        "# What the papers claim, tried at emoji scale", "",
-        "Written by `bench/tables.py` from its measurements (`bench/results/tables.json`); nothing is typed in by hand. The numbers compare "
-        "techniques with each other on the small [emoji family](../models/README.md). **They say nothing absolute about SD1.5.**", "",
-        f"- Each run of one stage learned from {settings.updates() * BATCH:,} samples, equal for all: the same samples in the same order, batch {BATCH}, "
-        f"learning rate {LR:g}. That is very little: all rows are far from converged, and a claim about long training is not refuted by them. "
-        "The rows \"in models/\" are not part of the comparison: they are the weights that ship, made by the same recipes "
+        "# What the papers claim, tried at emoji scale",
+        "",
+        "Written by `bench/tables.py` from its measurements (`bench/results/tables.json`); nothing is typed in by "
+        "hand. The numbers compare "
+        "techniques with each other on the small [emoji family](../models/README.md). **They say nothing absolute "
+        "about SD1.5.**",
+        "",
+        f"- Each run of one stage learned from {settings.updates() * BATCH:,} samples, equal for all: the same "
+        f"samples in the same order, batch {BATCH}, "
+        f"learning rate {LR:g}. That is very little: all rows are far from converged, and a claim about long "
+        "training is not refuted by them. "
+        'The rows "in models/" are not part of the comparison: they are the weights that ship, made by the same '
+        "recipes "
         "([models/README.md](../models/README.md) says with how many samples).",
         f"- {len(done)} of {len(RUNS)} runs are finished; {spread}. Pictures are not counted as n.",
-        f"- Measured on {mine['whole']['pictures']} pictures of each row ({made['prompts']} plain prompts, {made['steps']} DDIM steps, CFG {made['cfg']:g}), drawn "
-        f"from the same noises in every row, and on {FIXED} fixed inputs (v-MSE). PSNR and SSIM are to the original's picture from the same noise. Accuracy is the "
+        f"- Measured on {mine['whole']['pictures']} pictures of each row ({made['prompts']} plain prompts, "
+        f"{made['steps']} DDIM steps, CFG {made['cfg']:g}), drawn "
+        f"from the same noises in every row, and on {FIXED} fixed inputs (v-MSE). PSNR and SSIM are to the "
+        "original's picture from the same noise. Accuracy is the "
         "emoji classifier's top-1. KID is the unbiased kernel distance of its features to real glyphs"
-        + (f", FED their Frechet distance. Few pictures bias that upwards, all rows alike: as many real glyphs (or {REFERENCE // 2:,}) get {mine['whole']['fed_glyphs']:.1f}."
-           if "fed_glyphs" in mine["whole"] else "."),
-        "- Distances to the teacher punish a network that is better than it; accuracy, KID and the v-MSE to the data do not.",
-        "- A verdict needs a difference above a margin: " + ", ".join(f"{evidence.NAMES[m]} {v:g}" + {"psnr": " dB", "accuracy": " standard errors"}.get(m, " of the value")
-                                                                      for m, v in evidence.MARGINS.items())
-        + (". With one training seed nobody knows what chance can do; these are guesses." if most == 1 else ", and one above twice "
-           "the standard error over training seeds, where one of the two rows has several; "
-           "elsewhere nobody knows what chance can do."),
-        "- \"samples\" and \"s\" (seconds of training) include the stage before. The teacher's outputs were computed once and are not counted."
-        + (f" Notes: {notes}." if notes else ""),
-        *([f"- The original trained on went from {mine['whole']['v_mse_data']:.4f} to {mine['teacher-on']['v_mse_data']:.4f} in v-MSE to the data: at this "
-           "learning rate so few samples make a finished network worse before they could make it better."]
-          if "teacher-on" in mine and mine["teacher-on"]["v_mse_data"] > mine["whole"]["v_mse_data"] else []), "",
-        "## Claims", "", *evidence.claims_text(verdicts), "", "![v-MSE to the teacher of all rows](evidence-rows.png)", ""]
-    lines += ["## The original and what is merely cut", "", *evidence.table(mine, [(n, what[n]) for n in ("whole", *(f"cut-{p}" for p in CUT))]), ""]
+        + (
+            ", FED their Frechet distance. Few pictures bias that upwards, all rows alike: as many real glyphs (or "
+            f"{REFERENCE // 2:,}) get {mine['whole']['fed_glyphs']:.1f}."
+            if "fed_glyphs" in mine["whole"]
+            else "."
+        ),
+        "- Distances to the teacher punish a network that is better than it; accuracy, KID and the v-MSE to the data "
+        "do not.",
+        "- A verdict needs a difference above a margin: "
+        + ", ".join(
+            f"{evidence.NAMES[m]} {v:g}" + {"psnr": " dB", "accuracy": " standard errors"}.get(m, " of the value")
+            for m, v in evidence.MARGINS.items()
+        )
+        + (
+            ". With one training seed nobody knows what chance can do; these are guesses."
+            if most == 1
+            else ", and one above twice "
+            "the standard error over training seeds, where one of the two rows has several; "
+            "elsewhere nobody knows what chance can do."
+        ),
+        '- "samples" and "s" (seconds of training) include the stage before. The teacher\'s outputs were computed '
+        "once and are not counted." + (f" Notes: {notes}." if notes else ""),
+        *(
+            [
+                f"- The original trained on went from {mine['whole']['v_mse_data']:.4f} to "
+                f"{mine['teacher-on']['v_mse_data']:.4f} in v-MSE to the data: at this "
+                "learning rate so few samples make a finished network worse before they could make it better."
+            ]
+            if "teacher-on" in mine and mine["teacher-on"]["v_mse_data"] > mine["whole"]["v_mse_data"]
+            else []
+        ),
+        "",
+        "## Claims",
+        "",
+        *evidence.claims_text(verdicts),
+        "",
+        "![v-MSE to the teacher of all rows](evidence-rows.png)",
+        "",
+    ]
+    lines += [
+        "## The original and what is merely cut",
+        "",
+        *evidence.table(mine, [(n, what[n]) for n in ("whole", *(f"cut-{p}" for p in CUT))]),
+        "",
+    ]
     for title, names in TABLES.items():
         lines += [f"## {title}", "", *evidence.table(mine, [(n, what[n]) for n in names]), ""]
-    lines += ["![v-MSE to the teacher by timestep](evidence-timesteps.png)", "",
-              "## Table 3: two UNets in one sampling run", "",
-              "Rows differ in MACs, so they are drawn against them and not ranked alone. The paper's S1 is Base for 10 of 25 steps, then the original; S2 "
-              "the original for 15, then Base; S3 the original for 10, then Base.", "",
-              *evidence.table(mine, [(switch_name(s), f"{s[0].replace('whole', 'the original')} for {s[2]:.0%}, then {s[1].replace('whole', 'the original')}"
-                                                      + {("base", 0.4): " (S1)", ("whole", 0.6): " (S2)", ("whole", 0.4): " (S3)"}.get((s[0], s[2]), ""))
-                                     for s in sorted(SWITCHES)], macs), "",
-              "![PSNR against MACs](evidence-switching.png)", "",
-              "## Transfer: packs in the OpenMoji finetune they never saw", "",
-              "PSNR, SSIM and the gap are to the finetune's own pictures.", "",
-              *evidence.table(its, [(n, what[n]) for n in ("whole", "cut-m2", *TRANSFER)]), "",
-              "## Not tried here", "",
-              "- VGG: where A-SDM has it, the rows with features of a frozen network have the family's own classifier, at one weight.",
-              "- Held-out pairs of emoji and style or background; see [models/README.md](../models/README.md) for the shipped pack.", "",
-              "## Doing it again", "", "```", command(settings), "```", "",
-              "The same command goes on where it stopped; more `--seeds` add training seeds of the key rows, more `--rounds` add pictures."]
+    lines += [
+        "![v-MSE to the teacher by timestep](evidence-timesteps.png)",
+        "",
+        "## Table 3: two UNets in one sampling run",
+        "",
+        "Rows differ in MACs, so they are drawn against them and not ranked alone. The paper's S1 is Base for 10 of "
+        "25 steps, then the original; S2 "
+        "the original for 15, then Base; S3 the original for 10, then Base.",
+        "",
+        *evidence.table(
+            mine,
+            [
+                (
+                    switch_name(s),
+                    f"{s[0].replace('whole', 'the original')} for {s[2]:.0%}, then "
+                    f"{s[1].replace('whole', 'the original')}"
+                    + {("base", 0.4): " (S1)", ("whole", 0.6): " (S2)", ("whole", 0.4): " (S3)"}.get((s[0], s[2]), ""),
+                )
+                for s in sorted(SWITCHES)
+            ],
+            macs,
+        ),
+        "",
+        "![PSNR against MACs](evidence-switching.png)",
+        "",
+        "## Transfer: packs in the OpenMoji finetune they never saw",
+        "",
+        "PSNR, SSIM and the gap are to the finetune's own pictures.",
+        "",
+        *evidence.table(its, [(n, what[n]) for n in ("whole", "cut-m2", *TRANSFER)]),
+        "",
+        "## Not tried here",
+        "",
+        "- VGG: where A-SDM has it, the rows with features of a frozen network have the family's own classifier, at "
+        "one weight.",
+        "- Held-out pairs of emoji and style or background; see [models/README.md](../models/README.md) for the "
+        "shipped pack.",
+        "",
+        "## Doing it again",
+        "",
+        "```",
+        command(settings),
+        "```",
+        "",
+        "The same command goes on where it stopped; more `--seeds` add training seeds of the key rows, more "
+        "`--rounds` add pictures.",
+    ]
     return lines
 
 
 @plain_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=38_400, help="what a run of one stage learns from, equal for all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="training seeds: the first trains all rows, 2 and on the key rows; "
-                        "several processes may have different seeds in one folder, and the report has them all")
-    parser.add_argument("--rows", nargs="+", choices=[run.name for run in RUNS], default=[], help="only these, each after the row it begins with; "
-                        "how the weights in models/ are made")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--samples", type=int, default=38_400, help="what a run of one stage learns from, equal for all"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3],
+        help="training seeds: the first trains all rows, 2 and on the key rows; "
+        "several processes may have different seeds in one folder, and the report has them all",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=[run.name for run in RUNS],
+        default=[],
+        help="only these, each after the row it begins with; how the weights in models/ are made",
+    )
     parser.add_argument("--prompts", type=int, default=360, help="drawn in each round, equal for all")
     parser.add_argument("--steps", type=int, default=25, help="of sampling")
     parser.add_argument("--rounds", type=int, default=1, help="noises of each prompt")
-    parser.add_argument("--runs", type=Path, default=Path("runs/emoji"), help="folder of the family's glyphs, latents and cache")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/emoji"), help="folder of the family's glyphs, latents and cache"
+    )
     parser.add_argument("--models", type=Path, default=Path("models/emoji"))
     parser.add_argument("--folder", type=Path, default=Path("runs/tables"))
     parser.add_argument("--threads", type=int, default=1)

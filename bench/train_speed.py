@@ -44,14 +44,31 @@ CONFIGS = Path(loop.__file__).parent / "configs"
 RUNS = {"stage1": "emoji-base", "stage2": "emoji-m2", "full_student": "emoji-m5"}
 LOSSES = {"stage1": ["loss.task=1"], "stage2": ["loss.task=1", "loss.mid=1", "loss.blocks=0"]}
 # The emoji family as it is trained, and SD1.5's topology with 128 channels on 32 x 32 latents (256 px).
-MIDDLE = {"family": "middle", "model_channels": 128, "channel_mult": [1, 2, 4, 4], "down": [[1, 1], [1, 1], [1, 1], [0, 0]], "mid": 1,
-             "up": [[0, 0, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]], "context_dim": 256, "num_heads": 8}
+MIDDLE = {
+    "family": "middle",
+    "model_channels": 128,
+    "channel_mult": [1, 2, 4, 4],
+    "down": [[1, 1], [1, 1], [1, 1], [0, 0]],
+    "mid": 1,
+    "up": [[0, 0, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]],
+    "context_dim": 256,
+    "num_heads": 8,
+}
 NETWORKS = {"emoji": [], "middle": ["network.family=middle", "data.size=256", "run.batch=8", "run.micro_batch=4"]}
 
 
 def recipe(run: str, network: str, folder: Path, steps: int) -> Config:
-    changes = [*NETWORKS[network], *LOSSES.get(run, LOSSES["stage2"]), "network.teacher=random", "student.start=", f"data.path={folder / 'cache.safetensors'}",
-               f"run.folder={folder / run}", f"run.steps={steps}", "run.log_every=1", "run.save_every=1_000_000"]
+    changes = [
+        *NETWORKS[network],
+        *LOSSES.get(run, LOSSES["stage2"]),
+        "network.teacher=random",
+        "student.start=",
+        f"data.path={folder / 'cache.safetensors'}",
+        f"run.folder={folder / run}",
+        f"run.steps={steps}",
+        "run.log_every=1",
+        "run.save_every=1_000_000",
+    ]
     if network == "middle":
         parts = ", ".join(f"{k} = {str(v).replace(chr(39), chr(34))}" for k, v in MIDDLE.items() if k != "family")
         changes.append(f"network.shape={{{parts}}}")
@@ -61,10 +78,16 @@ def recipe(run: str, network: str, folder: Path, steps: int) -> Config:
 def write_cache(config: Config, pictures: int = 256, tokens: int = 77) -> None:
     side, unet = config.data.size // 8, config.network.config
     g = torch.Generator().manual_seed(0)
-    write_file(config.data.path, {
-        "latents": torch.randn(pictures, unet.in_channels, side, side, generator=g).half(), "captions": torch.arange(pictures)[:, None],
-        "states": torch.randn(pictures, tokens, unet.context_dim, generator=g).half(),
-        "empty": torch.zeros(tokens, unet.context_dim).half()}, {})
+    write_file(
+        config.data.path,
+        {
+            "latents": torch.randn(pictures, unet.in_channels, side, side, generator=g).half(),
+            "captions": torch.arange(pictures)[:, None],
+            "states": torch.randn(pictures, tokens, unet.context_dim, generator=g).half(),
+            "empty": torch.zeros(tokens, unet.context_dim).half(),
+        },
+        {},
+    )
 
 
 def run_loop(config: Config, clock: Callable[[], float]) -> float:
@@ -72,7 +95,9 @@ def run_loop(config: Config, clock: Callable[[], float]) -> float:
     device = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.run.precision)
     with redirect_stdout(sys.stderr):
         loop.train(config, device, clock)
-    times = [json.loads(line)["seconds"] for line in (config.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    times = [
+        json.loads(line)["seconds"] for line in (config.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     shutil.rmtree(config.folder)
     return (times[-1] - times[0]) / (len(times) - 1)
 
@@ -100,7 +125,9 @@ class Reference:
             with torch.no_grad():
                 wanted = self.teacher(x, t, context, return_dict=False)[0]
             predicted = self.student(x, t, context, return_dict=False)[0]
-            loss = losses.task(predicted, x0, noise, a, s, self.config.network.prediction) + losses.output(predicted, wanted)
+            loss = losses.task(predicted, x0, noise, a, s, self.config.network.prediction) + losses.output(
+                predicted, wanted
+            )
             loss.mean().backward()
         self.student.zero_grad()
 
@@ -125,16 +152,30 @@ def measure(network: str, rounds: int, steps: int, device: torch.device, clock: 
                     times.setdefault(f"{run}_reference", []).append((clock() - start) / steps)
     rows = []
     for name, found in times.items():
-        done = subprocess.run([sys.executable, "-m", "bench.train_speed", "--network", network, "--memory", name],
-                              capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.train_speed", "--network", network, "--memory", name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         batch = recipes["stage1"].run.batch
-        rows.append({"network": network, "run": name, "batch": batch, "seconds_of_a_step": statistics.median(found), "all_seconds": found,
-                     "samples_per_second": batch / statistics.median(found), "peak_bytes": int(done.stdout.split()[-1])})
+        rows.append(
+            {
+                "network": network,
+                "run": name,
+                "batch": batch,
+                "seconds_of_a_step": statistics.median(found),
+                "all_seconds": found,
+                "samples_per_second": batch / statistics.median(found),
+                "peak_bytes": int(done.stdout.split()[-1]),
+            }
+        )
     return rows
 
 
 def memory(network: str, name: str, device: torch.device) -> int:
     """Peak bytes of one run in this process, above what it holds now."""
+
     def peak() -> int:
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated()
@@ -182,8 +223,11 @@ def main() -> None:
     for network in NETWORKS if args.network == "all" else [args.network]:
         rows += measure(network, args.rounds, args.steps, device, clock)
     for row in rows:
-        print(f"{row['network']:6} {row['run']:17} {row['samples_per_second']:8.2f} samples/s  "
-              f"peak {row['peak_bytes'] / 2**20:7.0f} MiB", flush=True)
+        print(
+            f"{row['network']:6} {row['run']:17} {row['samples_per_second']:8.2f} samples/s  "
+            f"peak {row['peak_bytes'] / 2**20:7.0f} MiB",
+            flush=True,
+        )
     record("train_speed", summary(rows), rows, command_line("train_speed"), notes=args.notes)
 
 

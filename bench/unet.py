@@ -44,8 +44,11 @@ class Cutter:
         stand_in = pack_module("nodes.units").stand_in
         self.unet = unet
         full = Architecture.full(SD15)
-        self.units = {u.address: (u, unet.get_submodule(u.ldm), stand_in(u)) for u in full.kept
-                      if u.kind in ("resnet", "transformer", "downsampler", "upsampler")}
+        self.units = {
+            u.address: (u, unet.get_submodule(u.ldm), stand_in(u))
+            for u in full.kept
+            if u.kind in ("resnet", "transformer", "downsampler", "upsampler")
+        }
 
     def become(self, architecture: Architecture) -> None:
         for address, (unit, layer, stand_in) in self.units.items():
@@ -80,9 +83,18 @@ def bench_variants(name: str, rounds: int, device: torch.device, clock) -> tuple
     times = time_alternating(calls, rounds, warmup=0, sync=sync, clock=clock)
     variants[control] = variants[CONTROL]
     work = {v: total(costs(a)).total for v, a in variants.items()}
-    rows = [{"variant": v, "dtype": name, "seconds": statistics.median(times[v]), "all_seconds": times[v],
-             "over_sd15": ratio(times, v, "sd15"), "macs_over_sd15": work[v] / work["sd15"],
-             "params": variants[v].params} for v in variants]
+    rows = [
+        {
+            "variant": v,
+            "dtype": name,
+            "seconds": statistics.median(times[v]),
+            "all_seconds": times[v],
+            "over_sd15": ratio(times, v, "sd15"),
+            "macs_over_sd15": work[v] / work["sd15"],
+            "params": variants[v].params,
+        }
+        for v in variants
+    ]
     summary = {f"{v}_over_sd15_{name}": ratio(times, v, "sd15") for v in VARIANTS}
     return summary | {f"{CONTROL}_over_renumbered_{name}": ratio(times, CONTROL, control)}, rows
 
@@ -106,8 +118,9 @@ def bench_pack(device: torch.device) -> tuple[dict, list[dict]]:
     config.set_inference_dtype(dtype, None)
     base = config.get_model({}, "")
     randomise(base.diffusion_model)
-    model = comfy.model_patcher.CoreModelPatcher(base, load_device=management.get_torch_device(),
-                                                 offload_device=management.unet_offload_device())
+    model = comfy.model_patcher.CoreModelPatcher(
+        base, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
     m2 = architecture.preset("m2")
     state = base.diffusion_model.state_dict()
     description = packs.Description("pack", m2, m2.pack_units())
@@ -118,7 +131,9 @@ def bench_pack(device: torch.device) -> tuple[dict, list[dict]]:
     def step(m):
         cond = [[torch.zeros(1, 77, 768), {}]]
         latent = torch.zeros(1, 4, 32, 32)
-        return comfy.sample.sample(m, torch.randn(latent.shape), 1, 1.0, "euler", "normal", cond, cond, latent, seed=0, disable_pbar=True)
+        return comfy.sample.sample(
+            m, torch.randn(latent.shape), 1, 1.0, "euler", "normal", cond, cond, latent, seed=0, disable_pbar=True
+        )
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m2.safetensors"
@@ -147,9 +162,16 @@ def main() -> None:
         more, found = bench_variants(name, args.rounds, device, clock)
         summary, rows = {**more, **summary}, [*found, *rows]
         for row in found:
-            print(f"  {row['variant']:15} {row['seconds']:8.2f} s  {row['over_sd15']:.3f} of SD1.5 (MACs {row['macs_over_sd15']:.3f})", flush=True)
-    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+            print(
+                f"  {row['variant']:15} {row['seconds']:8.2f} s  {row['over_sd15']:.3f} of SD1.5 (MACs "
+                f"{row['macs_over_sd15']:.3f})",
+                flush=True,
+            )
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    )
     summary["peak_memory_gib"] = peak / 1024**3
     command = command_line("unet")
     record("unet", summary, rows, command, host, args.notes)

@@ -25,8 +25,11 @@ WARM_UP_STEPS = 2
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="an SD1.5 .safetensors file: a path, or a name in ComfyUI's models")
-    parser.add_argument("--pack", help="the pack for B: a path, or a name in ComfyUI's models/asdm_packs; without one "
-                                       "B is a checkpoint of yours with Feature Inheritance, which needs no weights")
+    parser.add_argument(
+        "--pack",
+        help="the pack for B: a path, or a name in ComfyUI's models/asdm_packs; without one "
+        "B is a checkpoint of yours with Feature Inheritance, which needs no weights",
+    )
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default %(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the results (default %(default)s)")
     options = parser.parse_args(arguments)
@@ -72,7 +75,10 @@ def run(job: Job, host: Path, output: Path) -> dict:
             client = Client(server.url)
             check(client, job)
             system = client.get("/system_stats")
-            say(f"ComfyUI {system['system']['comfyui_version']} answers after {time.monotonic() - started:.0f} s; warming up")
+            say(
+                f"ComfyUI {system['system']['comfyui_version']} answers after {time.monotonic() - started:.0f} s; "
+                "warming up"
+            )
             first, _ = (timed(client, job, side, 0, WARM_UP_STEPS) for side in SIDES)
             pictures = 2 * len(job.prompts)
             say(f"sampling {pictures} pictures takes up to {duration(pictures * job.steps * first.step_seconds[-1])}")

@@ -23,12 +23,16 @@ PLACES = (
     r"C:\Program Files (x86)\Google\Chrome\Application\chrome.exe",
     r"C:\Program Files (x86)\Microsoft\Edge\Application\msedge.exe",
 )
-WANTED = (f"The browser tests need Chromium, Chrome or Edge. Install one of them, or name its program in {VARIABLE}. "
-          "On Debian: apt-get install chromium")
+WANTED = (
+    f"The browser tests need Chromium, Chrome or Edge. Install one of them, or name its program in {VARIABLE}. "
+    "On Debian: apt-get install chromium"
+)
 
 
 def find_browser() -> str | None:
-    """The program of a Chromium, Chrome or Edge; None if there is none. Raises FileNotFoundError if the variable names nothing."""
+    """The program of a Chromium, Chrome or Edge; None if there is none. Raises FileNotFoundError if the variable names
+    nothing.
+    """
     if named := os.environ.get(VARIABLE):
         if found := shutil.which(named):
             return found
@@ -45,7 +49,9 @@ def install_browser(log: Path) -> None:
     quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     with open(log, "wb") as out:
         for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]):
-            subprocess.run(command, env=quiet, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, check=True)
+            subprocess.run(
+                command, env=quiet, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, check=True
+            )
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python -m demo.help_pictures [NAME ...]
 
-All but the drawing of GRI attention come out of the nodes themselves, in a real ComfyUI, one of them out of its browser.
-Times and likenesses in them are of this run on this machine.
+All but the drawing of GRI attention come out of the nodes themselves, in a real ComfyUI, one of them out of its
+browser. Times and likenesses in them are of this run on this machine.
 """
 
 from __future__ import annotations
@@ -71,17 +71,32 @@ def seen(gri: GRI, side: int = 32, scale: int = 16) -> tuple[Image.Image, int]:
 
 
 def graph(text: str, checkpoint: str = TEACHER, **nodes: tuple[str, Mapping]) -> dict:
-    """An API graph: the loader "1", the prompts "2" and "3", an empty latent "4", and further nodes (class, inputs) by their ids."""
-    base = {"1": ("ASDMCheckpointLoader", {"ckpt_name": checkpoint}),
-            "2": ("CLIPTextEncode", {"clip": ["1", 1], "text": text}), "3": ("CLIPTextEncode", {"clip": ["1", 1], "text": ""}),
-            "4": ("EmptyLatentImage", {"width": 128, "height": 128, "batch_size": 1})}
+    """An API graph: the loader "1", the prompts "2" and "3", an empty latent "4", and further nodes (class, inputs) by
+    their ids.
+    """
+    base = {
+        "1": ("ASDMCheckpointLoader", {"ckpt_name": checkpoint}),
+        "2": ("CLIPTextEncode", {"clip": ["1", 1], "text": text}),
+        "3": ("CLIPTextEncode", {"clip": ["1", 1], "text": ""}),
+        "4": ("EmptyLatentImage", {"width": 128, "height": 128, "batch_size": 1}),
+    }
     return {key: {"class_type": kind, "inputs": dict(inputs)} for key, (kind, inputs) in (base | nodes).items()}
 
 
 def sampling(model: list, **changes) -> dict:
     """Inputs of a sampler in `graph`. model: the link to its MODEL."""
-    return {"model": model, "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0], "seed": 1, "steps": 20, "cfg": 3.0,
-            "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0} | changes
+    return {
+        "model": model,
+        "positive": ["2", 0],
+        "negative": ["3", 0],
+        "latent_image": ["4", 0],
+        "seed": 1,
+        "steps": 20,
+        "cfg": 3.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "denoise": 1.0,
+    } | changes
 
 
 def decoded(source: str) -> tuple[str, dict]:
@@ -89,8 +104,14 @@ def decoded(source: str) -> tuple[str, dict]:
     return "VAEDecode", {"samples": [source, 0], "vae": ["1", 2]}
 
 
-PACKED = ("ASDMApplyPack", {"model": ["1", 0], "pack_name": TEACHER_PACK, "start_percent": 0.0, "end_percent": 1.0, "strength": 1.0})
-INHERITING = ("ASDMFeatureInheritance", {"model": ["1", 0], "preset": "balanced", "memory_limit_mb": 0, "keep_on_cpu": False})
+PACKED = (
+    "ASDMApplyPack",
+    {"model": ["1", 0], "pack_name": TEACHER_PACK, "start_percent": 0.0, "end_percent": 1.0, "strength": 1.0},
+)
+INHERITING = (
+    "ASDMFeatureInheritance",
+    {"model": ["1", 0], "preset": "balanced", "memory_limit_mb": 0, "keep_on_cpu": False},
+)
 
 
 class Studio:
@@ -102,52 +123,106 @@ class Studio:
     def run(self, made: Mapping) -> tuple[list[Image.Image], dict]:
         """What the node "save" of a graph saves, and all outputs."""
         outputs = self._client.run(made, timeout=600)
-        return [Image.open(io.BytesIO(self._client.fetch(entry))).convert("RGB") for entry in outputs["save"]["images"]], outputs
+        return [
+            Image.open(io.BytesIO(self._client.fetch(entry))).convert("RGB") for entry in outputs["save"]["images"]
+        ], outputs
 
-    def saved(self, source: str, slot: int = 0, *, text: str = "red apple on white, noto style", **nodes) -> Image.Image:
+    def saved(
+        self, source: str, slot: int = 0, *, text: str = "red apple on white, noto style", **nodes
+    ) -> Image.Image:
         """The picture that comes out of a node."""
-        (picture,), _ = self.run(graph(text, save=("SaveImage", {"images": [source, slot], "filename_prefix": "help"}), **nodes))
+        (picture,), _ = self.run(
+            graph(text, save=("SaveImage", {"images": [source, slot], "filename_prefix": "help"}), **nodes)
+        )
         return picture
 
     def settings(self, text: str, names: Sequence[str], x: Mapping, rounds: int = 1, **nodes) -> Image.Image:
-        """The checkpoint, and beside it the values of one axis of XY Plot by their names, each with its PSNR; with several
-        rounds also with its speed-up."""
-        made = graph(text, plot=("ASDMXYPlot", sampling(["1", 0], vae=["1", 2], y="nothing", rounds=rounds, **x)),
-                     report=("PreviewAny", {"source": ["plot", 2]}), save=("SaveImage", {"images": ["plot", 1], "filename_prefix": "help"}), **nodes)
+        """The checkpoint, and beside it the values of one axis of XY Plot by their names, each with its PSNR; with
+        several rounds also with its speed-up.
+        """
+        made = graph(
+            text,
+            plot=("ASDMXYPlot", sampling(["1", 0], vae=["1", 2], y="nothing", rounds=rounds, **x)),
+            report=("PreviewAny", {"source": ["plot", 2]}),
+            save=("SaveImage", {"images": ["plot", 1], "filename_prefix": "help"}),
+            **nodes,
+        )
         images, outputs = self.run(made)
         plain = self.saved("decoded", text=text, sampler=("KSampler", sampling(["1", 0])), decoded=decoded("sampler"))
         cells = json.loads(outputs["report"]["text"][0])["cells"]
-        notes = [f"{name}: " + (f"{cell['speedup']:.1f}x, " if rounds > 1 else "") + f"{cell['psnr'][0]:.0f} dB"
-                 for name, cell in zip(names, cells, strict=True)]
+        notes = [
+            f"{name}: " + (f"{cell['speedup']:.1f}x, " if rounds > 1 else "") + f"{cell['psnr'][0]:.0f} dB"
+            for name, cell in zip(names, cells, strict=True)
+        ]
         return sheet([plain, *images], ["without", *notes])
 
     # One method for each picture; its name is that of the file.
 
     def inheritance(self) -> Image.Image:
-        return self.settings("strawberry on pink, noto style", names := ("faithful", "balanced", "fast"),
-                             {"x": "inheritance", "x.values": ", ".join(names)}, rounds=9)
+        return self.settings(
+            "strawberry on pink, noto style",
+            names := ("faithful", "balanced", "fast"),
+            {"x": "inheritance", "x.values": ", ".join(names)},
+            rounds=9,
+        )
 
     def switch(self) -> Image.Image:
-        return self.settings("red apple on white, noto style", ("S2 at 0.6", "S3 at 0.4", "small only"), {
-            "x": "switch at", "x.values": "0.6, 0.4, 0", "x.model_second": ["5", 0], "x.unit": "share of steps"}, **{"5": PACKED})
+        return self.settings(
+            "red apple on white, noto style",
+            ("S2 at 0.6", "S3 at 0.4", "small only"),
+            {"x": "switch at", "x.values": "0.6, 0.4, 0", "x.model_second": ["5", 0], "x.unit": "share of steps"},
+            **{"5": PACKED},
+        )
 
     def pack_window(self) -> Image.Image:
-        return self.settings("rocket on blue, twemoji style", ("0 to 1", "0 to 0.5", "0.5 to 1"), {
-            "x": "pack window", "x.values": "0-1, 0-0.5, 0.5-1", "x.pack_name": TEACHER_PACK})
+        return self.settings(
+            "rocket on blue, twemoji style",
+            ("0 to 1", "0 to 0.5", "0.5 to 1"),
+            {"x": "pack window", "x.values": "0-1, 0-0.5, 0.5-1", "x.pack_name": TEACHER_PACK},
+        )
 
     def family(self) -> Image.Image:
         """What the two checkpoints of the family make of the same words."""
-        return sheet([self.saved("6", text="star on white", checkpoint=checkpoint, **{
-            "5": ("KSampler", sampling(["1", 0])), "6": decoded("5")}) for checkpoint in (TEACHER, FINETUNE)], ["emoji-teacher", "emoji-openmoji"])
+        return sheet(
+            [
+                self.saved(
+                    "6",
+                    text="star on white",
+                    checkpoint=checkpoint,
+                    **{"5": ("KSampler", sampling(["1", 0])), "6": decoded("5")},
+                )
+                for checkpoint in (TEACHER, FINETUNE)
+            ],
+            ["emoji-teacher", "emoji-openmoji"],
+        )
 
     def gri(self) -> Image.Image:
-        settings = {"window 8, pool 4": GRI(8, 4), "window 8, pool 2": GRI(8, 2), "window 16, pool 4": GRI(16, 4), "8 and 4, shifted": GRI(8, 4, 4)}
+        settings = {
+            "window 8, pool 4": GRI(8, 4),
+            "window 8, pool 2": GRI(8, 2),
+            "window 16, pool 4": GRI(16, 4),
+            "8 and 4, shifted": GRI(8, 4, 4),
+        }
         drawn = {name: seen(gri) for name, gri in settings.items()}
-        return sheet([picture for picture, _ in drawn.values()], [f"{name}: {keys} keys" for name, (_, keys) in drawn.items()], cell=240)
+        return sheet(
+            [picture for picture, _ in drawn.values()],
+            [f"{name}: {keys} keys" for name, (_, keys) in drawn.items()],
+            cell=240,
+        )
 
     def plan(self) -> Image.Image:
-        return self.saved("7", 1, **{"5": INHERITING, "6": ("KSampler", sampling(["5", 0])), "7": (
-            "ASDMInheritancePlan", {"model": ["5", 0], "steps": 20, "width": 128, "height": 128, "batch_size": 1, "after": ["6", 0]})})
+        return self.saved(
+            "7",
+            1,
+            **{
+                "5": INHERITING,
+                "6": ("KSampler", sampling(["5", 0])),
+                "7": (
+                    "ASDMInheritancePlan",
+                    {"model": ["5", 0], "steps": 20, "width": 128, "height": 128, "batch_size": 1, "after": ["6", 0]},
+                ),
+            },
+        )
 
     def calibrated(self) -> Image.Image:
         inputs = sampling(["1", 0], goal="saving", longest=2) | {"goal.saving": 0.4}
@@ -156,11 +231,26 @@ class Studio:
 
     def speed(self) -> Image.Image:
         inheriting = INHERITING[0], INHERITING[1] | {"model": ["5", 0]}
-        return self.saved("9", **{"5": PACKED, "6": inheriting, "7": ("ASDMMeasureSpeed", {"model": ["6", 0]}), "8": (
-            "KSampler", sampling(["7", 0])), "9": ("ASDMSpeedReadout", {"model": ["7", 0], "after": ["8", 0]})})
+        return self.saved(
+            "9",
+            **{
+                "5": PACKED,
+                "6": inheriting,
+                "7": ("ASDMMeasureSpeed", {"model": ["6", 0]}),
+                "8": ("KSampler", sampling(["7", 0])),
+                "9": ("ASDMSpeedReadout", {"model": ["7", 0], "after": ["8", 0]}),
+            },
+        )
 
     def inspect(self) -> Image.Image:
-        return self.saved("6", 1, **{"5": PACKED, "6": ("ASDMInspectModel", {"model": ["5", 0], "width": 128, "height": 128, "at_percent": 0.0})})
+        return self.saved(
+            "6",
+            1,
+            **{
+                "5": PACKED,
+                "6": ("ASDMInspectModel", {"model": ["5", 0], "width": 128, "height": 128, "at_percent": 0.0}),
+            },
+        )
 
     def a_against_b(self) -> Image.Image:
         inputs = sampling(["5", 0], vae=["1", 2], rounds=5, label_a="checkpoint", label_b="with the pack")
@@ -168,29 +258,43 @@ class Studio:
 
     def xy_plot(self) -> Image.Image:
         axes = {"x": "inheritance", "x.values": "off, balanced, fast", "y": "pack", "y.values": f"off, {TEACHER_PACK}"}
-        return self.saved("plot", text="panda on green, noto style", plot=("ASDMXYPlot", sampling(["1", 0], vae=["1", 2], rounds=5, **axes)))
+        return self.saved(
+            "plot",
+            text="panda on green, noto style",
+            plot=("ASDMXYPlot", sampling(["1", 0], vae=["1", 2], rounds=5, **axes)),
+        )
 
     def compare(self) -> Image.Image:
         """The comparing node in the browser, as a slider and as a difference."""
         program = find_browser()
         if not program:
             raise FileNotFoundError(WANTED)
-        self._client.request("/settings", {"Comfy.TutorialCompleted": True})  # else the templates cover the page of a new user
+        self._client.request(
+            "/settings", {"Comfy.TutorialCompleted": True}
+        )  # else the templates cover the page of a new user
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
             page = browser.new_page(viewport={"width": 1600, "height": 1300})
             page.goto(self._url)
-            page.wait_for_function("() => window.app?.graph && window.LiteGraph?.registered_node_types?.ASDMApplyPack", timeout=120_000)
+            page.wait_for_function(
+                "() => window.app?.graph && window.LiteGraph?.registered_node_types?.ASDMApplyPack", timeout=120_000
+            )
             workflow = json.loads((PACK / "workflows" / "Quick start.json").read_text("utf-8"))
-            page.evaluate("""async workflow => {
+            page.evaluate(
+                """async workflow => {
               await app.loadGraphData(workflow)
               for (const [type, name] of [["ASDMABCompare", "rounds"], ["EmptyLatentImage", "batch_size"]])
                 app.graph._nodes.find(n => n.type === type).widgets.find(w => w.name === name).value = 1
               await app.queuePrompt(0)
-            }""", workflow)
+            }""",
+                workflow,
+            )
             view = page.locator(".asdm-compare").filter(has=page.locator("img")).last
             view.wait_for(timeout=300_000)
-            page.evaluate("() => { const n = app.graph._nodes.find(n => n.type === 'ASDMCompareImages'); app.canvas.ds.scale = 1; app.canvas.centerOnNode(n) }")
+            page.evaluate(
+                "() => { const n = app.graph._nodes.find(n => n.type === 'ASDMCompareImages'); app.canvas.ds.scale = "
+                "1; app.canvas.centerOnNode(n) }"
+            )
             page.wait_for_timeout(1000)
             shots = []
             for mode in ("Slider", "Difference"):
@@ -222,7 +326,10 @@ def main(names: Sequence[str]) -> int:
         print(f"help_pictures: there is no {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}", file=sys.stderr)
         return 2
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as base, Server(bootstrap.host_path(), Path(base), flags=device_flags()) as server:
+    with (
+        tempfile.TemporaryDirectory() as base,
+        Server(bootstrap.host_path(), Path(base), flags=device_flags()) as server,
+    ):
         studio = Studio(server.url)
         for name in names or NAMES:
             path = save(name, getattr(studio, name)())

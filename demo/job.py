@@ -116,14 +116,20 @@ def work(job: Job) -> dict[str, Work]:
     config, name = whole.config, job.checkpoint.name
     if job.loader != EMBEDDED_LOADER:
         if config.family != SD15:
-            raise DemoError(f"{name} is of the family {config.family}; the demo compares SD1.5 checkpoints. For SD2 and SDXL run "
-                            "`make serve` and take Templates, asdm, Speed up my checkpoint.")
+            raise DemoError(
+                f"{name} is of the family {config.family}; the demo compares SD1.5 checkpoints. For SD2 and SDXL run "
+                "`make serve` and take Templates, asdm, Speed up my checkpoint."
+            )
         if whole.cut:
-            raise DemoError(f"the UNet of {name} is pruned already; the demo makes an unpruned SD1.5 checkpoint faster.")
+            raise DemoError(
+                f"the UNet of {name} is pruned already; the demo makes an unpruned SD1.5 checkpoint faster."
+            )
         missing = [part for part, prefix in PARTS.items() if not any(key.startswith(prefix) for key in file)]
         if missing:
-            raise DemoError(f"{name} holds no {' and no '.join(missing)}; wanted a whole checkpoint, as it lies in ComfyUI's "
-                            "models/checkpoints.")
+            raise DemoError(
+                f"{name} holds no {' and no '.join(missing)}; wanted a whole checkpoint, as it lies in ComfyUI's "
+                "models/checkpoints."
+            )
     if job.pack is None:
         return {"a": Work(whole), "b": Work(whole, inheritance.dial(config, DIAL))}
     described = packs.open_pack(job.pack).description
@@ -143,7 +149,9 @@ def needed(graph: Mapping, key: str) -> dict:
     while open_:
         key = open_.pop()
         found[key] = graph[key]
-        open_ += [value[0] for value in graph[key]["inputs"].values() if isinstance(value, list) and value[0] not in found]
+        open_ += [
+            value[0] for value in graph[key]["inputs"].values() if isinstance(value, list) and value[0] not in found
+        ]
     return found
 
 
@@ -168,7 +176,9 @@ def find_job(checkpoint: str | None, pack: str | None, steps: int, model_roots: 
     embedded = file.parent == EMBEDDED
     pack = pack or (TEACHER_PACK if embedded else None)
     pack_file = find_file(pack, "pack", [EMBEDDED, *(root / "asdm_packs" for root in model_roots)]) if pack else None
-    models = {kind: [f.parent] for kind, f in (("checkpoints", file), ("asdm_packs", pack_file)) if f and f.parent != EMBEDDED}
+    models = {
+        kind: [f.parent] for kind, f in (("checkpoints", file), ("asdm_packs", pack_file)) if f and f.parent != EMBEDDED
+    }
     if embedded:
         return Job(EMBEDDED_LOADER, file, pack_file, EMOJI_PROMPTS, "", 128, 3.0, steps, models)
     return Job("CheckpointLoaderSimple", file, pack_file, SD15_PROMPTS, SD15_NEGATIVE, 512, 7.0, steps, models)
@@ -183,7 +193,9 @@ def find_file(name: str, what: str, folders: Sequence[Path]) -> Path:
             raise DemoError(f"the {what} {path} is a folder; wanted one .safetensors file")
         if path.is_file():
             if path.suffix != ".safetensors":
-                raise DemoError(f"the {what} {path} is no .safetensors file; other formats are not read. Convert it first.")
+                raise DemoError(
+                    f"the {what} {path} is no .safetensors file; other formats are not read. Convert it first."
+                )
             return path
     places = "\n  ".join(str(path) for path in candidates)
     raise DemoError(f"there is no {what} {name}; it was looked for as\n  {places}")

@@ -36,12 +36,17 @@ def clear_results(folder: Path) -> None:
 
 
 def seconds_per_step(runs: Sequence[TimedRun], full: Sequence[bool]) -> float:
-    """Seconds per step of a whole run: the median of all steps, or of full and inherited ones each, by their share of the run.
+    """Seconds per step of a whole run: the median of all steps, or of full and inherited ones each, by their share of
+    the run.
 
-    full: for each step whether it computes in full. The median of all steps together would be that of the more frequent kind.
+    full: for each step whether it computes in full. The median of all steps together would be that of the more frequent
+    kind.
     """
     timed = [(seconds, kind) for run in runs for seconds, kind in zip(run.step_seconds, full[1:], strict=True)]
-    return sum(full.count(kind) / len(full) * statistics.median(seconds for seconds, of in timed if of is kind) for kind in set(full))
+    return sum(
+        full.count(kind) / len(full) * statistics.median(seconds for seconds, of in timed if of is kind)
+        for kind in set(full)
+    )
 
 
 def write_results(job: Job, work: Mapping[str, Work], runs: Runs, system: Mapping, output: Path) -> dict:
@@ -94,7 +99,11 @@ def _side(side: str, job: Job, work: Work, runs: Sequence[TimedRun]) -> dict:
     inherited = step_macs(work.plan, work.architecture, latent, latent)[1] if work.plan else 0
     values = [seconds for run in runs for seconds in run.step_seconds]
     return {
-        "seconds_per_step": {"median": statistics.median(values), "whole_run": seconds_per_step(runs, full), "values": values},
+        "seconds_per_step": {
+            "median": statistics.median(values),
+            "whole_run": seconds_per_step(runs, full),
+            "values": values,
+        },
         "full_steps": sum(full),
         "unet_params": cost.params,
         "unet_macs": round((cost.total * full.count(True) + inherited * full.count(False)) / len(full)),
@@ -121,8 +130,9 @@ def headline(report: Mapping) -> str:
     return f"B is {verdict} per step: {a:.1f} ms to {b:.1f} ms"
 
 
-def draw_comparison(report: Mapping, images: Mapping[str, Sequence[Image.Image]],
-                    times: Mapping[str, Sequence[float]]) -> Image.Image:
+def draw_comparison(
+    report: Mapping, images: Mapping[str, Sequence[Image.Image]], times: Mapping[str, Sequence[float]]
+) -> Image.Image:
     """The labelled grid of a report. times: seconds per step of each run, by side."""
     rows = []
     for i, prompt in enumerate(report["prompts"]):
@@ -132,7 +142,8 @@ def draw_comparison(report: Mapping, images: Mapping[str, Sequence[Image.Image]]
         rows.append(Row((*pair, heat_map(*pair)), prompt, f"{a:.0f} to {b:.0f} ms per step, {like}"))
     host = report["host"]
     subtitle = (
-        f"{report['steps']} steps, CFG {report['cfg']:g}, {report['sampler_name']}, {report['width']} x {report['height']}, "
+        f"{report['steps']} steps, CFG {report['cfg']:g}, {report['sampler_name']}, {report['width']} x "
+        f"{report['height']}, "
         f"same seeds; B against A: {likeness(report['psnr'], report['ssim'])}; "
         f"ComfyUI {host['comfyui']}, torch {host['torch']}, {host['device']}"
     )

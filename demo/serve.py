@@ -26,9 +26,12 @@ def main() -> int:
         print("serve: starting ComfyUI", flush=True)
         server = Server(host, FOLDER, flags=device_flags(), models=model_folders(host / "models"), port=options.port)
         with contextlib.suppress(KeyboardInterrupt), server:
-            print(f"serve: ComfyUI with asdm is at {server.url}\n"
-                  f"serve: workflows are under Templates, asdm; models go into {FOLDER / 'models'}\n"
-                  f"serve: the log is {server.log_file}; Ctrl-C stops it", flush=True)
+            print(
+                f"serve: ComfyUI with asdm is at {server.url}\n"
+                f"serve: workflows are under Templates, asdm; models go into {FOLDER / 'models'}\n"
+                f"serve: the log is {server.log_file}; Ctrl-C stops it",
+                flush=True,
+            )
             while server.alive:
                 time.sleep(0.5)
             print(f"serve: ComfyUI ended by itself; the end of its log:\n{server.log()}", file=sys.stderr)

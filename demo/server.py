@@ -304,7 +304,9 @@ def outputs_of(record: Mapping) -> dict:
         if kind == "execution_interrupted":
             raise PromptInterrupted(f"interrupted in node {data['node_id']} ({data['node_type']})", data)
         if kind == "execution_error":
-            message = f"node {data['node_id']} ({data['node_type']}): {data['exception_type']}: {data['exception_message']}"
+            message = (
+                f"node {data['node_id']} ({data['node_type']}): {data['exception_type']}: {data['exception_message']}"
+            )
             raise PromptError(message.strip(), data)
     return record["outputs"]
 

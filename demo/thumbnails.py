@@ -26,8 +26,11 @@ WORKFLOWS = PACK / "workflows"
 SIDE = 512
 EMBEDDED = {"ckpt_name": "emoji-teacher.safetensors"}
 # In the words of the family; a finetune of its own stands in for a user's.
-STAND_INS = {"speed_up_my_checkpoint": ("sunflower on white", "emoji-teacher"), "anime_finetune": ("star on white", "emoji-openmoji"),
-             "sdxl": ("four leaf clover on white", "emoji-teacher")}
+STAND_INS = {
+    "speed_up_my_checkpoint": ("sunflower on white", "emoji-teacher"),
+    "anime_finetune": ("star on white", "emoji-openmoji"),
+    "sdxl": ("four leaf clover on white", "emoji-teacher"),
+}
 INPUT = "example.png"
 
 
@@ -56,8 +59,11 @@ def on_embedded_family(graph: Mapping, prompt: str, checkpoint: str) -> dict:
 def without_asdm(graph: Mapping) -> dict:
     """The graph with each asdm node that turns a MODEL into a MODEL taken out."""
     graph = json.loads(json.dumps(graph))
-    source = {key: node["inputs"].get("model", node["inputs"].get("model_second")) for key, node in graph.items()
-              if node["class_type"].startswith("ASDM") and node["class_type"] != "ASDMCheckpointLoader"}
+    source = {
+        key: node["inputs"].get("model", node["inputs"].get("model_second"))
+        for key, node in graph.items()
+        if node["class_type"].startswith("ASDM") and node["class_type"] != "ASDMCheckpointLoader"
+    }
     for node in graph.values():
         for name, value in node["inputs"].items():
             while isinstance(value, list) and value[0] in source and name.startswith("model"):
@@ -81,8 +87,16 @@ def thumbnail(client: Client, graph: Mapping) -> Image.Image:
     """A and B of the graph's comparison, or without asdm and with it."""
     comparison = first_of(graph, "ASDMABCompare")
     if comparison:
-        sides = [graph | {"side": {"class_type": "SaveImage", "inputs": {"images": [comparison, output], "filename_prefix": "side"}}}
-                 for output in (1, 2)]
+        sides = [
+            graph
+            | {
+                "side": {
+                    "class_type": "SaveImage",
+                    "inputs": {"images": [comparison, output], "filename_prefix": "side"},
+                }
+            }
+            for output in (1, 2)
+        ]
         inputs = graph[comparison]["inputs"]
         return split(*(saved_picture(client, side, "side") for side in sides), (inputs["label_a"], inputs["label_b"]))
     key = first_of(graph, "SaveImage")

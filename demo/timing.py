@@ -36,7 +36,10 @@ def timed_run(url: str, graph: Mapping, sampler: str) -> TimedRun:
 
 async def _timed_run(client: Client, graph: Mapping, sampler: str) -> TimedRun:
     ends: dict[int, float] = {}
-    async with aiohttp.ClientSession() as session, session.ws_connect(f"{client.url}/ws?clientId={client.id}") as socket:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{client.url}/ws?clientId={client.id}") as socket,
+    ):
         run = client.submit(graph)
         async for message in socket:
             now = time.perf_counter()

@@ -4,10 +4,35 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import apply_pack, calibrate, compare, files, gri, inherit, inspect_model, load, migrate, save_unet, speed, switch, xy_plot
+from . import (
+    apply_pack,
+    calibrate,
+    compare,
+    files,
+    gri,
+    inherit,
+    inspect_model,
+    load,
+    migrate,
+    save_unet,
+    speed,
+    switch,
+    xy_plot,
+)
 
-NODES = [*load.NODES, *apply_pack.NODES, *save_unet.NODES, *inspect_model.NODES, *inherit.NODES, *gri.NODES, *calibrate.NODES, *switch.NODES,
-         *compare.NODES, *xy_plot.NODES, *speed.NODES]
+NODES = [
+    *load.NODES,
+    *apply_pack.NODES,
+    *save_unet.NODES,
+    *inspect_model.NODES,
+    *inherit.NODES,
+    *gri.NODES,
+    *calibrate.NODES,
+    *switch.NODES,
+    *compare.NODES,
+    *xy_plot.NODES,
+    *speed.NODES,
+]
 
 
 class ASDMExtension(ComfyExtension):

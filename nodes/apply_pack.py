@@ -1,4 +1,6 @@
-"""A pack on a MODEL: trained stand-ins for some units, further experts for some convolutions, gains for GRI attention."""
+"""A pack on a MODEL: trained stand-ins for some units, further experts for some convolutions, gains for GRI
+attention.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,16 @@ from .load import CATEGORY
 
 
 def lines_of(description: Description, pack_id: str, window: Window, strength: float = 1.0) -> list[Line]:
-    """What a pack says about the cast: its units play, the units its architecture cuts are cut, its experts and gains join."""
+    """What a pack says about the cast: its units play, the units its architecture cuts are cut, its experts and gains
+    join.
+    """
     experts, gains = (description.expert_units, description.gain_units) if strength else ((), ())
-    said = ((description.units, Part("pack", pack_id)), (description.architecture.cut_units, Part("cut")),
-            (experts, Part("experts", pack_id, strength)), (gains, Part("gains", pack_id, strength)))
+    said = (
+        (description.units, Part("pack", pack_id)),
+        (description.architecture.cut_units, Part("cut")),
+        (experts, Part("experts", pack_id, strength)),
+        (gains, Part("gains", pack_id, strength)),
+    )
     return [Line(units, part, window) for units, part in said if units]
 
 
@@ -27,32 +35,50 @@ def check_fit(model, description: Description, name: str) -> None:
     if not host.same_skeleton(config, wanted):
         family = config.family or "a pruned UNet loaded in stock form, or an unknown one"
         raise ValueError(
-            f"{name} is a pack for {wanted.family} UNets ({wanted.model_channels} channels, text width {wanted.context_dim}); "
+            f"{name} is a pack for {wanted.family} UNets ({wanted.model_channels} channels, text width "
+            f"{wanted.context_dim}); "
             f"this MODEL is {family} ({config.model_channels} channels, text width {config.context_dim}). "
-            + ("Put a pack for this family into models/asdm_packs and choose it; Feature Inheritance needs none." if config.family in FAMILIES else
-               "If it is a pruned UNet, load it with Load Pruned UNet, which keeps every layer at its address."))
+            + (
+                "Put a pack for this family into models/asdm_packs and choose it; Feature Inheritance needs none."
+                if config.family in FAMILIES
+                else "If it is a pruned UNet, load it with Load Pruned UNet, which keeps every layer at its address."
+            )
+        )
     stem = [u for u in description.units if u.startswith("stem.")]
     if stem:
-        raise ValueError(f"{name} plays {', '.join(stem)}, which only a whole UNet can carry. "
-                         "Make one with `python -m asdm_core assemble` and load it with Load Pruned UNet.")
+        raise ValueError(
+            f"{name} plays {', '.join(stem)}, which only a whole UNet can carry. "
+            "Make one with `python -m asdm_core assemble` and load it with Load Pruned UNet."
+        )
     architecture = description.architecture
     partly = {block.rpartition(".")[0] for block in architecture.cut.difference(architecture.cut_units)}
     if not partly.issubset(description.units):
-        raise ValueError(f"{name} cuts transformer blocks of {min(partly - set(description.units))} without playing it; export it with that unit")
+        raise ValueError(
+            f"{name} cuts transformer blocks of {min(partly - set(description.units))} without playing it; export it "
+            "with that unit"
+        )
 
 
 def check_experts(model, description: Description, name: str, strength: float) -> None:
     """Raise ValueError unless a pack's experts, if it has any, have convolutions to join in this MODEL."""
     if description.condconv is None:
         if strength != 1 and description.gri is None:
-            raise ValueError(f"strength is {strength:g}, and {name} has nothing that could be played in part: a unit plays or it does not. "
-                             "Set strength to 1; it scales the experts and gains of packs that have them.")
+            raise ValueError(
+                f"strength is {strength:g}, and {name} has nothing that could be played in part: a unit plays or it "
+                "does not. "
+                "Set strength to 1; it scales the experts and gains of packs that have them."
+            )
         return
     parts = host.setup_of(model).cast.parts()
-    cut = {a for a, part in parts.items() if part.role == "cut"} | {a for a in host.architecture_of(model).cut if a not in parts}
+    cut = {a for a, part in parts.items() if part.role == "cut"} | {
+        a for a in host.architecture_of(model).cut if a not in parts
+    }
     missing = [a for a in description.expert_units if a in cut and a not in description.units]
     if missing:
-        raise ValueError(f"{name} has experts for {missing[0]}, which is cut in this MODEL. Use a pack whose experts were made for it.")
+        raise ValueError(
+            f"{name} has experts for {missing[0]}, which is cut in this MODEL. Use a pack whose experts were made "
+            "for it."
+        )
 
 
 def pack_dtype(model, stored: torch.dtype) -> torch.dtype:
@@ -89,22 +115,51 @@ class ASDMApplyPack(io.ComfyNode):
             node_id="ASDMApplyPack",
             display_name="Apply Pack",
             category=CATEGORY,
-            description="Lets the trained, faster units of a pack play in any checkpoint of the same family, finetunes included. "
-                        "Units the pack has no need of are skipped. A pack can also bring further experts for convolutions, "
-                        "whose own weights stay the first expert, or gains for GRI Attention. LoRAs on the MODEL also act on the pack, "
-                        "whether they come before or after it. Packs live in models/asdm_packs. Saving the MODEL with stock nodes saves it without "
-                        "the pack; use Save UNet (asdm) to keep both.",
+            description="Lets the trained, faster units of a pack play in any checkpoint of the same family, "
+            "finetunes included. "
+            "Units the pack has no need of are skipped. A pack can also bring further experts for convolutions, "
+            "whose own weights stay the first expert, or gains for GRI Attention. LoRAs on the MODEL also act on the "
+            "pack, "
+            "whether they come before or after it. Packs live in models/asdm_packs. Saving the MODEL with stock "
+            "nodes saves it without "
+            "the pack; use Save UNet (asdm) to keep both.",
             search_aliases=["asdm", "combined unet", "m2", "condconv", "experts", "faster", "speed up", "accelerate"],
             inputs=[
                 io.Model.Input("model"),
-                io.Combo.Input("pack_name", options=files.packs(), tooltip="A file from models/asdm_packs, or a pack of the embedded family."),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                               tooltip="Where in the sampling run the pack begins to play; 0 is the first step."),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                               tooltip="Where in the sampling run the checkpoint's own units take over again; 1 is the end."),
-                io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, advanced=True,
-                               tooltip="For packs with experts or gains: how much they add to the layers they join; 0 is nothing at all. "
-                                       "Other packs play or do not, so leave it at 1 for them."),
+                io.Combo.Input(
+                    "pack_name",
+                    options=files.packs(),
+                    tooltip="A file from models/asdm_packs, or a pack of the embedded family.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Where in the sampling run the pack begins to play; 0 is the first step.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Where in the sampling run the checkpoint's own units take over again; 1 is the end.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="For packs with experts or gains: how much they add to the layers they join; 0 is "
+                    "nothing at all. "
+                    "Other packs play or do not, so leave it at 1 for them.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )

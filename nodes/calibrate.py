@@ -66,9 +66,13 @@ class _Track(Memory):
 
     def __init__(self, plan, config, cut, sigmas):
         super().__init__(plan, config, cut, sigmas)
-        self._past = defaultdict(list)  # key of a chunk -> its entries of the last steps before this one, the nearest first
+        self._past = defaultdict(
+            list
+        )  # key of a chunk -> its entries of the last steps before this one, the nearest first
         self._samples: dict[tuple, dict[int, Tensor]] = defaultdict(dict)  # key -> step -> some numbers of its features
-        self._sensitivity: dict[int, list[tuple[float, float]]] = defaultdict(list)  # step -> (change of the result, of the features)
+        self._sensitivity: dict[int, list[tuple[float, float]]] = defaultdict(
+            list
+        )  # step -> (change of the result, of the features)
 
     def _planned_mode(self) -> str:
         return RECORD
@@ -91,7 +95,11 @@ class _Track(Memory):
             self._samples[key][self.step] = flat.float().cpu()
         past = [self._past[k] for k in self._keys]
         self._distance = 2 if self._forecasts else 1
-        if not all(len(p) == self._distance and all(e.cast == self._cast and e.step == self.step - 1 - i for i, e in enumerate(p)) for p in past):
+        if not all(
+            len(p) == self._distance
+            and all(e.cast == self._cast and e.step == self.step - 1 - i for i, e in enumerate(p))
+            for p in past
+        ):
             return False
         self.mode, self.held = REPLAY, tuple(replace(p[0], before=p[1] if self._forecasts else None) for p in past)
         self._aim()
@@ -229,37 +237,88 @@ class ASDMCalibrateInheritance(io.ComfyNode):
             node_id="ASDMCalibrateInheritance",
             display_name="Calibrate Inheritance",
             category=CATEGORY,
-            description="Finds the best plan of feature inheritance for your own model, sampler, number of steps and prompt: one run "
-                        "measures how much each step changes, then the steps that compute in full are chosen so that the error is as "
-                        "small as it can be. Keep the plan and use it with Feature Inheritance.",
+            description="Finds the best plan of feature inheritance for your own model, sampler, number of steps and "
+            "prompt: one run "
+            "measures how much each step changes, then the steps that compute in full are chosen so that the error "
+            "is as "
+            "small as it can be. Keep the plan and use it with Feature Inheritance.",
             search_aliases=["feature inheritance", "deepcache", "optimal steps", "auto tune"],
             inputs=[
                 io.Model.Input("model"),
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),
-                io.Latent.Input("latent_image", tooltip="The size and the number of pictures; several pictures make a better plan."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=io.ControlAfterGenerate.fixed,
-                             tooltip="Of the noise. While nothing changes, the plan is kept and nothing is measured again."),
-                io.Int.Input("steps", default=20, min=2, max=200, tooltip="As in the runs the plan is for. The plan scales to other numbers."),
-                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="As in the runs the plan is for."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in the runs the plan is for."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in the runs the plan is for."),
+                io.Latent.Input(
+                    "latent_image", tooltip="The size and the number of pictures; several pictures make a better plan."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Of the noise. While nothing changes, the plan is kept and nothing is measured again.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=2,
+                    max=200,
+                    tooltip="As in the runs the plan is for. The plan scales to other numbers.",
+                ),
+                io.Float.Input(
+                    "cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="As in the runs the plan is for."
+                ),
+                io.Combo.Input(
+                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in the runs the plan is for."
+                ),
+                io.Combo.Input(
+                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in the runs the plan is for."
+                ),
                 io.DynamicCombo.Input(
-                    "goal", tooltip="saving: the most faithful plan that saves so much. error: the fastest plan that stays so close.",
+                    "goal",
+                    tooltip="saving: the most faithful plan that saves so much. error: the fastest plan that stays "
+                    "so close.",
                     options=[
-                        io.DynamicCombo.Option("saving", [io.Float.Input(
-                            "saving", default=0.35, min=0.0, max=0.95, step=0.01, tooltip="Share of the UNet's work to be saved at least.")]),
-                        io.DynamicCombo.Option("error", [io.Float.Input(
-                            "error", default=0.05, min=0.0, max=10.0, step=0.005,
-                            tooltip="How far the result may be from the full run: the predicted difference as a share of the result's own size.")]),
-                    ]),
-                io.Int.Input("longest", default=2, min=1, max=6, advanced=True, tooltip="At most so many steps in a row inherit."),
+                        io.DynamicCombo.Option(
+                            "saving",
+                            [
+                                io.Float.Input(
+                                    "saving",
+                                    default=0.35,
+                                    min=0.0,
+                                    max=0.95,
+                                    step=0.01,
+                                    tooltip="Share of the UNet's work to be saved at least.",
+                                )
+                            ],
+                        ),
+                        io.DynamicCombo.Option(
+                            "error",
+                            [
+                                io.Float.Input(
+                                    "error",
+                                    default=0.05,
+                                    min=0.0,
+                                    max=10.0,
+                                    step=0.005,
+                                    tooltip="How far the result may be from the full run: the predicted difference "
+                                    "as a share of the result's own size.",
+                                )
+                            ],
+                        ),
+                    ],
+                ),
+                io.Int.Input(
+                    "longest", default=2, min=1, max=6, advanced=True, tooltip="At most so many steps in a row inherit."
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="With the plan."),
                 io.String.Output(display_name="plan", tooltip="The plan as JSON, to keep or share."),
                 io.Image.Output(display_name="picture"),
-                io.Latent.Output(display_name="full_run", tooltip="The result of the measured run, in which every step computed."),
+                io.Latent.Output(
+                    display_name="full_run", tooltip="The result of the measured run, in which every step computed."
+                ),
             ],
             is_output_node=True,
         )
@@ -270,8 +329,20 @@ class ASDMCalibrateInheritance(io.ComfyNode):
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
 
         def sample(m):
-            return comfy.sample.sample(m, noise, steps, cfg, sampler_name, scheduler, positive, negative, samples, seed=seed,
-                                       noise_mask=latent_image.get("noise_mask"), callback=latent_preview.prepare_callback(m, steps))
+            return comfy.sample.sample(
+                m,
+                noise,
+                steps,
+                cfg,
+                sampler_name,
+                scheduler,
+                positive,
+                negative,
+                samples,
+                seed=seed,
+                noise_mask=latent_image.get("noise_mask"),
+                callback=latent_preview.prepare_callback(m, steps),
+            )
 
         height, width = samples.shape[-2:]
         found, result = calibrate(model, sample, longest, height, width)
@@ -279,10 +350,14 @@ class ASDMCalibrateInheritance(io.ComfyNode):
         best = choose(found, **wanted)
         chosen = host.with_plan(model, best.plan)
         facts = describe(chosen, steps, width * PIXELS, height * PIXELS, samples.shape[0])
-        text = (summary(facts) + f"\npredicted difference to the full run: {best.error:.1%} of the result"
-                f"\nother savings, and their difference: {for_savings(found)}")
+        text = (
+            summary(facts) + f"\npredicted difference to the full run: {best.error:.1%} of the result"
+            f"\nother savings, and their difference: {for_savings(found)}"
+        )
         picture = to_image(draw_plan(host.architecture_of(model), facts, text))
-        return io.NodeOutput(chosen, best.plan.to_json(), picture, {**latent_image, "samples": result}, ui=preview(cls, picture, text))
+        return io.NodeOutput(
+            chosen, best.plan.to_json(), picture, {**latent_image, "samples": result}, ui=preview(cls, picture, text)
+        )
 
 
 NODES = [ASDMCalibrateInheritance]

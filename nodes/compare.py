@@ -43,19 +43,37 @@ def techniques(model) -> str:
 def sampling_inputs() -> list[io.Input]:
     """What a sampler needs, named as in KSampler."""
     return [
-        io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="Of the noise, the same for all."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Of the noise, the same for all.",
+        ),
         io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Steps of each run."),
-        io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="Classifier-free guidance, as in KSampler."),
+        io.Float.Input(
+            "cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="Classifier-free guidance, as in KSampler."
+        ),
         io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
         io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
-        io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, advanced=True, tooltip="As in KSampler; below 1 for image to image."),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="As in KSampler; below 1 for image to image.",
+        ),
     ]
 
 
 def sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise):
     """What KSampler does with these settings, as a function of the MODEL."""
     return lambda model: host_nodes.common_ksampler(
-        model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise)[0]
+        model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
+    )[0]
 
 
 def decode(vae, latent: dict) -> torch.Tensor:
@@ -98,7 +116,9 @@ def cell_of(images: torch.Tensor) -> tuple[int, int]:
 
 
 def draw(title: str, subtitle: str, labels: list[str], batches: list[torch.Tensor]) -> Image.Image:
-    """All batches side by side, one line per picture. Two of one size get a heat-map; more than two their likeness to the first below."""
+    """All batches side by side, one line per picture. Two of one size get a heat-map; more than two their likeness to
+    the first below.
+    """
     count = max(map(len, batches))
     columns = [[from_image(picture) for picture in paired(batch, count)] for batch in batches]
     likenesses = [[in_words(pair) for pair in alike(batches[0], batch)] for batch in batches[1:]]
@@ -117,10 +137,15 @@ def draw(title: str, subtitle: str, labels: list[str], batches: list[torch.Tenso
 
 def view(cls, title: str, labels: list[str], batches: list[torch.Tensor]) -> dict:
     """What web/compare.js shows: the pictures, saved with the workflow in them, their labels and likenesses."""
-    saved = [ui.ImageSaveHelper.save_images(batch, f"asdm.compare.{name}", io.FolderType.temp, cls, compress_level=1)
-             for name, batch in zip(NAMES, batches, strict=False)]
-    likenesses = {f"{i}{j}": [in_words(pair) for pair in alike(batches[i], batches[j])]
-                  for j in range(len(batches)) for i in range(j)}
+    saved = [
+        ui.ImageSaveHelper.save_images(batch, f"asdm.compare.{name}", io.FolderType.temp, cls, compress_level=1)
+        for name, batch in zip(NAMES, batches, strict=False)
+    ]
+    likenesses = {
+        f"{i}{j}": [in_words(pair) for pair in alike(batches[i], batches[j])]
+        for j in range(len(batches))
+        for i in range(j)
+    }
     return {"asdm_compare": ({"title": title, "labels": labels, "batches": saved, "likeness": likenesses},)}
 
 
@@ -134,10 +159,21 @@ class ASDMABCompare(io.ComfyNode):
             node_id="ASDMABCompare",
             display_name="A/B Compare",
             category=CATEGORY,
-            description="Samples with two models in turn, on the same noise and prompts, and tells how much faster B is and how alike the "
-                        "pictures are. Loading and compiling do not count. Without an original, A is the same MODEL without "
-                        "anything of asdm. Takes the place of KSampler.",
-            search_aliases=["ab test", "benchmark", "speed test", "compare models", "two models", "before after", "psnr", "ssim", "ksampler"],
+            description="Samples with two models in turn, on the same noise and prompts, and tells how much faster B "
+            "is and how alike the "
+            "pictures are. Loading and compiling do not count. Without an original, A is the same MODEL without "
+            "anything of asdm. Takes the place of KSampler.",
+            search_aliases=[
+                "ab test",
+                "benchmark",
+                "speed test",
+                "compare models",
+                "two models",
+                "before after",
+                "psnr",
+                "ssim",
+                "ksampler",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="B: the model to be judged."),
                 io.Conditioning.Input("positive"),
@@ -145,14 +181,31 @@ class ASDMABCompare(io.ComfyNode):
                 io.Latent.Input("latent_image"),
                 io.Vae.Input("vae"),
                 *sampling_inputs(),
-                io.Int.Input("rounds", default=3, min=1, max=50,
-                             tooltip="So many timed runs of each, after one that does not count. The median is reported; more are more exact."),
-                io.Model.Input("original", optional=True, tooltip="A: what B is compared with. Not connected: B without anything of asdm."),
-                io.String.Input("label_a", default="", advanced=True, tooltip="Name of A on the picture. Empty: what it is."),
-                io.String.Input("label_b", default="", advanced=True, tooltip="Name of B on the picture. Empty: what it is."),
+                io.Int.Input(
+                    "rounds",
+                    default=3,
+                    min=1,
+                    max=50,
+                    tooltip="So many timed runs of each, after one that does not count. The median is reported; more "
+                    "are more exact.",
+                ),
+                io.Model.Input(
+                    "original",
+                    optional=True,
+                    tooltip="A: what B is compared with. Not connected: B without anything of asdm.",
+                ),
+                io.String.Input(
+                    "label_a", default="", advanced=True, tooltip="Name of A on the picture. Empty: what it is."
+                ),
+                io.String.Input(
+                    "label_b", default="", advanced=True, tooltip="Name of B on the picture. Empty: what it is."
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="comparison", tooltip="A, B and their difference, labelled, with time and likeness on it."),
+                io.Image.Output(
+                    display_name="comparison",
+                    tooltip="A, B and their difference, labelled, with time and likeness on it.",
+                ),
                 io.Image.Output(display_name="images_a"),
                 io.Image.Output(display_name="images_b"),
                 io.Latent.Output(display_name="latent_a"),
@@ -163,11 +216,30 @@ class ASDMABCompare(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent_image, vae, seed, steps, cfg, sampler_name, scheduler, denoise, rounds,
-                original=None, label_a="", label_b=""):
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        latent_image,
+        vae,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        denoise,
+        rounds,
+        original=None,
+        label_a="",
+        label_b="",
+    ):
         if original is None and techniques(model) == ORIGINAL:
-            raise ValueError("asdm does nothing on this MODEL, so A and B would be the same. Put Feature Inheritance, Apply Pack or another of its "
-                             "nodes before `model`, or connect the MODEL to compare with to `original`.")
+            raise ValueError(
+                "asdm does nothing on this MODEL, so A and B would be the same. Put Feature Inheritance, Apply Pack "
+                "or another of its "
+                "nodes before `model`, or connect the MODEL to compare with to `original`."
+            )
         plain = original_of(model) if original is None else original
         sample = sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
         a, b = Side(label_a or techniques(plain), plain, sample), Side(label_b or techniques(model), model, sample)
@@ -175,21 +247,43 @@ class ASDMABCompare(io.ComfyNode):
         batches = [decode(vae, side.latent) for side in (a, b)]
         pairs, size = alike(*batches), batches[0].shape[1:3]
         report = {
-            "speedup": round(a.median / b.median, 4), "a": a.facts(steps), "b": b.facts(steps),
-            "identical": torch.equal(*batches), "psnr": [pair and finite(pair[0]) for pair in pairs], "ssim": [pair and pair[1] for pair in pairs],
-            "seed": seed, "steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler, "denoise": denoise,
-            "width": size[1], "height": size[0], "batch_size": len(batches[0]), "rounds": rounds,
-            "device": str(model.load_device), "torch": torch.__version__,
+            "speedup": round(a.median / b.median, 4),
+            "a": a.facts(steps),
+            "b": b.facts(steps),
+            "identical": torch.equal(*batches),
+            "psnr": [pair and finite(pair[0]) for pair in pairs],
+            "ssim": [pair and pair[1] for pair in pairs],
+            "seed": seed,
+            "steps": steps,
+            "cfg": cfg,
+            "sampler_name": sampler_name,
+            "scheduler": scheduler,
+            "denoise": denoise,
+            "width": size[1],
+            "height": size[0],
+            "batch_size": len(batches[0]),
+            "rounds": rounds,
+            "device": str(model.load_device),
+            "torch": torch.__version__,
         }
         title = faster(a.median, b.median)
-        lines = [f"{steps} steps, CFG {cfg:g}, {sampler_name}, {scheduler}, {size[1]} x {size[0]}"
-                 + (f", batch of {len(batches[0])}" if len(batches[0]) > 1 else "") + f"; seed {seed}; median of {rounds}",
-                 *([f"peak memory {a.peak / 2**20:.0f} MB and {b.peak / 2**20:.0f} MB"] if a.peak and b.peak else []),
-                 f"loading and compiling, paid once: {duration(a.paid_once)} and {duration(b.paid_once)}"]
+        lines = [
+            f"{steps} steps, CFG {cfg:g}, {sampler_name}, {scheduler}, {size[1]} x {size[0]}"
+            + (f", batch of {len(batches[0])}" if len(batches[0]) > 1 else "")
+            + f"; seed {seed}; median of {rounds}",
+            *([f"peak memory {a.peak / 2**20:.0f} MB and {b.peak / 2**20:.0f} MB"] if a.peak and b.peak else []),
+            f"loading and compiling, paid once: {duration(a.paid_once)} and {duration(b.paid_once)}",
+        ]
         picture = to_image(draw(title, "\n".join(lines), [a.label, b.label], batches))
         text = "\n".join([f"{title}; {', '.join(map(in_words, pairs[:4]))}{' ...' if len(pairs) > 4 else ''}", *lines])
-        return io.NodeOutput(picture, *batches, a.latent, b.latent, json.dumps(report, indent=1),
-                             ui={"text": (text,), **view(cls, title, [a.label, b.label], batches)})
+        return io.NodeOutput(
+            picture,
+            *batches,
+            a.latent,
+            b.latent,
+            json.dumps(report, indent=1),
+            ui={"text": (text,), **view(cls, title, [a.label, b.label], batches)},
+        )
 
 
 class ASDMCompareImages(io.ComfyNode):
@@ -200,22 +294,42 @@ class ASDMCompareImages(io.ComfyNode):
             node_id="ASDMCompareImages",
             display_name="Compare Images (asdm)",
             category=CATEGORY,
-            description="Compares two or more pictures or batches: a slider, flipping on a click, the difference, zoom in step, one pair "
-                        "of the batch after the other. Also draws them side by side with labels, to be saved.",
-            search_aliases=["image compare", "slider", "before after", "difference", "grid", "side by side", "psnr", "ssim"],
+            description="Compares two or more pictures or batches: a slider, flipping on a click, the difference, "
+            "zoom in step, one pair "
+            "of the batch after the other. Also draws them side by side with labels, to be saved.",
+            search_aliases=[
+                "image compare",
+                "slider",
+                "before after",
+                "difference",
+                "grid",
+                "side by side",
+                "psnr",
+                "ssim",
+            ],
             inputs=[
-                io.Autogrow.Input("images", template=slots, tooltip="Two to eight pictures or batches; the first of one batch meets the first of the others."),
-                io.String.Input("labels", default="", tooltip="Names of the pictures, separated by commas. Empty: only A, B, ..."),
+                io.Autogrow.Input(
+                    "images",
+                    template=slots,
+                    tooltip="Two to eight pictures or batches; the first of one batch meets the first of the others.",
+                ),
+                io.String.Input(
+                    "labels", default="", tooltip="Names of the pictures, separated by commas. Empty: only A, B, ..."
+                ),
                 io.String.Input("title", default="", tooltip="Headline of the drawing."),
             ],
-            outputs=[io.Image.Output(display_name="comparison", tooltip="All of them side by side, labelled, two with their difference.")],
+            outputs=[
+                io.Image.Output(
+                    display_name="comparison", tooltip="All of them side by side, labelled, two with their difference."
+                )
+            ],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, images, labels, title):
         batches = [images[name.lower()] for name in NAMES if images.get(name.lower()) is not None]
-        names = [name.strip() for name in labels.split(",")][:len(batches)]
+        names = [name.strip() for name in labels.split(",")][: len(batches)]
         names += [""] * (len(batches) - len(names))
         picture = to_image(draw(title, "", names, batches))
         return io.NodeOutput(picture, ui=view(cls, title, names, batches))

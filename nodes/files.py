@@ -42,25 +42,33 @@ def _embedded(kind: str) -> dict[str, Path]:
 
 
 def _is_unet_folder(path: Path) -> bool:
-    return any((path / sub / "config.json").is_file() and any((path / sub).glob("*.safetensors")) for sub in ("", "unet"))
+    return any(
+        (path / sub / "config.json").is_file() and any((path / sub).glob("*.safetensors")) for sub in ("", "unet")
+    )
 
 
 def _diffusers_folders(kind: str) -> dict[str, Path]:
     found = {}
     for root in map(Path, folder_paths.get_folder_paths(kind)):
         if root.is_dir():
-            found.update({p.name + _FOLDER_MARK: p for p in sorted(root.iterdir()) if p.is_dir() and _is_unet_folder(p)})
+            found.update(
+                {p.name + _FOLDER_MARK: p for p in sorted(root.iterdir()) if p.is_dir() and _is_unet_folder(p)}
+            )
     return found
 
 
 def checkpoints() -> list[str]:
     """Names for Load Checkpoint (asdm): the embedded family first, then models/checkpoints."""
-    embedded = sorted(_embedded("unet"), key=lambda name: "teacher" not in name)  # the teacher first: the packs are made for it
+    embedded = sorted(
+        _embedded("unet"), key=lambda name: "teacher" not in name
+    )  # the teacher first: the packs are made for it
     return [*embedded, *folder_paths.get_filename_list("checkpoints")]
 
 
 def unets() -> list[str]:
-    """Names for Load Pruned UNet: diffusers folders (with a trailing slash) and single files; NO_UNET alone where there are none."""
+    """Names for Load Pruned UNet: diffusers folders (with a trailing slash) and single files; NO_UNET alone where there
+    are none.
+    """
     return [*_diffusers_folders("diffusion_models"), *folder_paths.get_filename_list("diffusion_models")] or [NO_UNET]
 
 
@@ -76,8 +84,10 @@ def checkpoint_path(name: str) -> Path:
 def unet_path(name: str) -> Path:
     if name == NO_UNET:
         places = ", ".join(folder_paths.get_folder_paths("diffusion_models"))
-        raise ValueError(f"there is no UNet to load yet. Put a .safetensors file or a diffusers folder into one of {places}, "
-                         "press R to refresh the lists, and choose it.")
+        raise ValueError(
+            f"there is no UNet to load yet. Put a .safetensors file or a diffusers folder into one of {places}, "
+            "press R to refresh the lists, and choose it."
+        )
     return _diffusers_folders("diffusion_models").get(name) or _in_folder("diffusion_models", name)
 
 
@@ -89,5 +99,8 @@ def _in_folder(kind: str, name: str) -> Path:
     path = folder_paths.get_full_path(kind, name)
     if path is None:
         places = ", ".join(folder_paths.get_folder_paths(kind))
-        raise ValueError(f"{name} is not there any more; it was looked for in {places}. Put it back, or choose another and run again.")
+        raise ValueError(
+            f"{name} is not there any more; it was looked for in {places}. Put it back, or choose another and run "
+            "again."
+        )
     return Path(path)

@@ -28,27 +28,79 @@ class ASDMGRIAttention(io.ComfyNode):
             node_id="ASDMGRIAttention",
             display_name="GRI Attention",
             category=CATEGORY,
-            description="Makes large pictures faster without any training: in the shallow layers each part of the picture attends to "
-                        "itself in full and to the rest in summary. Does nothing below 512 x 512 on SD1.5 and 1024 x 1024 on SDXL, "
-                        "where it would not pay. Gains grow with the size of the picture.",
-            search_aliases=["global regional attention", "window attention", "hypertile", "tome", "token merging", "high resolution",
-                            "large picture", "large image", "faster", "speed up", "accelerate"],
+            description="Makes large pictures faster without any training: in the shallow layers each part of the "
+            "picture attends to "
+            "itself in full and to the rest in summary. Does nothing below 512 x 512 on SD1.5 and 1024 x 1024 on SDXL, "
+            "where it would not pay. Gains grow with the size of the picture.",
+            search_aliases=[
+                "global regional attention",
+                "window attention",
+                "hypertile",
+                "tome",
+                "token merging",
+                "high resolution",
+                "large picture",
+                "large image",
+                "faster",
+                "speed up",
+                "accelerate",
+            ],
             inputs=[
                 io.Model.Input("model"),
-                io.Int.Input("window", default=0, min=0, max=1024, advanced=True,
-                             tooltip="Side of the regions that attend to themselves in full, in tokens (of the first level: 8 pixels each). "
-                                     "Larger is more faithful and slower. 0: chosen by the size of the picture, and off where it would not pay."),
-                io.Int.Input("pool", default=0, min=0, max=256, advanced=True,
-                             tooltip="Side of the cells in which a region sees the rest of the picture, in tokens. Smaller is more faithful "
-                                     "and slower. The window must be a multiple of it. 0: chosen by the size of the picture."),
-                io.Int.Input("stages", default=2, min=1, max=4, advanced=True,
-                             tooltip="So many levels of the UNet, from the shallowest that has attention, as far as their maps are large enough."),
-                io.Boolean.Input("shifted", default=False, advanced=True,
-                                 tooltip="Every other layer's windows lie half a window further, so that their borders differ."),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                               tooltip="Where in the sampling run it begins; 0 is the first step."),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                               tooltip="Where in the sampling run full attention takes over again; 1 is the end."),
+                io.Int.Input(
+                    "window",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    advanced=True,
+                    tooltip="Side of the regions that attend to themselves in full, in tokens (of the first level: 8 "
+                    "pixels each). "
+                    "Larger is more faithful and slower. 0: chosen by the size of the picture, and off where it "
+                    "would not pay.",
+                ),
+                io.Int.Input(
+                    "pool",
+                    default=0,
+                    min=0,
+                    max=256,
+                    advanced=True,
+                    tooltip="Side of the cells in which a region sees the rest of the picture, in tokens. Smaller is "
+                    "more faithful "
+                    "and slower. The window must be a multiple of it. 0: chosen by the size of the picture.",
+                ),
+                io.Int.Input(
+                    "stages",
+                    default=2,
+                    min=1,
+                    max=4,
+                    advanced=True,
+                    tooltip="So many levels of the UNet, from the shallowest that has attention, as far as their "
+                    "maps are large enough.",
+                ),
+                io.Boolean.Input(
+                    "shifted",
+                    default=False,
+                    advanced=True,
+                    tooltip="Every other layer's windows lie half a window further, so that their borders differ.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Where in the sampling run it begins; 0 is the first step.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Where in the sampling run full attention takes over again; 1 is the end.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -58,7 +110,10 @@ class ASDMGRIAttention(io.ComfyNode):
         if start_percent == end_percent:
             return io.NodeOutput(model)
         regional = Regional(window, pool, stages, shifted, Window(start_percent, end_percent))
-        return io.NodeOutput(host.with_regional(model, regional), ui={"text": (plays_from(regional, host.architecture_of(model).config),)})
+        return io.NodeOutput(
+            host.with_regional(model, regional),
+            ui={"text": (plays_from(regional, host.architecture_of(model).config),)},
+        )
 
 
 NODES = [ASDMGRIAttention]

@@ -48,8 +48,10 @@ def architecture_of(model) -> Architecture:
     if known is not None:
         return known
     if not isinstance(model.model.diffusion_model, UNetModel):
-        raise ValueError(f"asdm works on Stable Diffusion UNets (SD1.x, SD2.x, SDXL); this MODEL is a "
-                         f"{type(model.model.diffusion_model).__name__}.")
+        raise ValueError(
+            f"asdm works on Stable Diffusion UNets (SD1.x, SD2.x, SDXL); this MODEL is a "
+            f"{type(model.model.diffusion_model).__name__}."
+        )
     unet = UNetConfig.from_host(config.unet_config)
     return Architecture.full(replace(unet, family=family_of(unet)))
 
@@ -92,10 +94,11 @@ def packs_of(model) -> dict[str, comfy.model_patcher.ModelPatcher]:
 
 
 def clone_for(model, patcher):
-    """A clone of a patcher that is to play beside MODEL: an ordinary one where MODEL is (it is compiled, or has hook LoRAs).
+    """A clone of a patcher that is to play beside MODEL: an ordinary one where MODEL is (it is compiled, or has hook
+    LoRAs).
 
-    Its weights are read once and kept by `patcher`, which should outlive the run therefore. One whose loader does not say how to read it
-    again stays as it is.
+    Its weights are read once and kept by `patcher`, which should outlive the run therefore. One whose loader does not
+    say how to read it again stays as it is.
     """
     if patcher.is_dynamic() and not model.is_dynamic() and patcher.cached_patcher_init is not None:
         return patcher.get_non_dynamic_delegate()
@@ -155,7 +158,9 @@ def without_setup(model):
 
 
 def cache_bytes(model, shape, conds: int) -> int:
-    """Bytes that feature inheritance remembers in a run on latents of a shape (B, C, H, W), with so many conditionings."""
+    """Bytes that feature inheritance remembers in a run on latents of a shape (B, C, H, W), with so many
+    conditionings.
+    """
     inheritance = setup_of(model).inheritance
     if inheritance is None:
         return 0
@@ -191,10 +196,15 @@ class Run:
         self._laps = Laps(model.load_device) if self._inheritance else None
         sampling = model.get_model_object("model_sampling")
         # The last window also holds sigma 0, where some samplers ask once more.
-        self._sigmas = {w: (sampling.percent_to_sigma(w.start), sampling.percent_to_sigma(w.end) if w.end < 1 else -1.0)
-                        for w in (*self.cast.windows, *([self._regional.when] if self._regional else []))}
+        self._sigmas = {
+            w: (sampling.percent_to_sigma(w.start), sampling.percent_to_sigma(w.end) if w.end < 1 else -1.0)
+            for w in (*self.cast.windows, *([self._regional.when] if self._regional else []))
+        }
         # One stage per UNet object: multi-GPU clones have their own modules and their own packs.
-        self._stages = {id(m.model): Stage(m, sigmas, cache, self._recorder) for m in (model, *model.get_additional_models_with_key("multigpu"))}
+        self._stages = {
+            id(m.model): Stage(m, sigmas, cache, self._recorder)
+            for m in (model, *model.get_additional_models_with_key("multigpu"))
+        }
 
     def set_sigma(self, sigma: float) -> None:
         """Decide who plays at this noise level. Called once per evaluation."""
@@ -232,9 +242,13 @@ class Run:
     def close(self) -> None:
         memory = self._memory()
         if self._inheritance is not None:  # without a memory it was off in this run
-            self._inheritance.log.last = memory and Report(memory.steps, memory.counts, memory.replayed(), self._laps.seconds(), memory.peak)
+            self._inheritance.log.last = memory and Report(
+                memory.steps, memory.counts, memory.replayed(), self._laps.seconds(), memory.peak
+            )
         if self._recorder is not None:
-            self._speed.last = Record(self._shape, self._recorder.evaluations(), memory.replayed() if memory else [], self._recorder.layers())
+            self._speed.last = Record(
+                self._shape, self._recorder.evaluations(), memory.replayed() if memory else [], self._recorder.layers()
+            )
         for stage in self._stages.values():
             if stage.memory is not None:
                 stage.memory.close()
@@ -274,10 +288,15 @@ class Stage:
         return self.memory is not None and self.memory.mode == PROBE
 
     def defies_graphs(self, patches: dict) -> bool:
-        """Whether the running forward cannot be one compiled graph. Deep shrink reads the noise level at the end of a block, which breaks a
-        graph there, and TorchCompileModel leaves out the guards by which the second piece would notice whether it is to inherit. What
-        then computes in full is not worth the many graphs of its pieces."""
-        return self.probes or self.memory is not None and any(patches.get(name) for name in ("input_block_patch", "input_block_patch_after_skip"))
+        """Whether the running forward cannot be one compiled graph. Deep shrink reads the noise level at the end of a
+        block, which breaks a graph there, and TorchCompileModel leaves out the guards by which the second piece would
+        notice whether it is to inherit. What then computes in full is not worth the many graphs of its pieces.
+        """
+        return (
+            self.probes
+            or self.memory is not None
+            and any(patches.get(name) for name in ("input_block_patch", "input_block_patch_after_skip"))
+        )
 
     def enter_attention(self, transformer_options: dict) -> dict:
         """The options of a forward with GRI attention in them, if it plays at the moment."""
@@ -304,7 +323,9 @@ class Stage:
         parts = self._assigned[0]
         cut = parts[address].role == "cut" if address in parts else address in self._cut
         regional = self._assigned[-1] and address in self._attention.blocks.values()
-        return self._recorder.layer(address, "inherited" if inherits else "cut" if cut else "regional" if regional else "played")
+        return self._recorder.layer(
+            address, "inherited" if inherits else "cut" if cut else "regional" if regional else "played"
+        )
 
     def trials(self):
         """What a survey wants played again in this forward: (name, what to call with both outputs)."""
@@ -327,7 +348,9 @@ class Stage:
         everybody = parts | {f"{a}.{p.role}": p for joining in (experts, gains) for a, p in joining.items()}
         self.name = fingerprint(everybody, self._serials + bypass) if everybody else ""
         if regional:
-            self._attention.gains = {address: self._packs[part.source].gains(address, part.strength) for address, part in gains.items()}
+            self._attention.gains = {
+                address: self._packs[part.source].gains(address, part.strength) for address, part in gains.items()
+            }
             self.name += self._attention.name
 
     def _player(self, address: str, part: Part) -> torch.nn.Module:
@@ -335,8 +358,18 @@ class Stage:
             return self._packs[part.source].layer(address)
         return units.shared_stand_in(unit(self._config, address))
 
-    def _dispatch(self, layer, x, emb, context, transformer_options, output_shape, time_context, num_video_frames,
-                  image_only_indicator):
+    def _dispatch(
+        self,
+        layer,
+        x,
+        emb,
+        context,
+        transformer_options,
+        output_shape,
+        time_context,
+        num_video_frames,
+        image_only_indicator,
+    ):
         """Let the layer's player play it, in the host's own way.
 
         Layers nobody stands in for are their own players, so this is the one path for all.
@@ -353,8 +386,17 @@ class Stage:
         inherits = remembers and self.memory.mode == REPLAY and player is not current
         try:
             with self._timed(address, inherits):
-                out = forward_timestep_embed([player], x, emb, context, transformer_options, output_shape,
-                                             time_context, num_video_frames, image_only_indicator)
+                out = forward_timestep_embed(
+                    [player],
+                    x,
+                    emb,
+                    context,
+                    transformer_options,
+                    output_shape,
+                    time_context,
+                    num_video_frames,
+                    image_only_indicator,
+                )
         finally:
             transformer_options["patches"] = ours
         if remembers:
@@ -366,10 +408,16 @@ def _circumstances(control, transformer_options, hooks) -> tuple:
     """What must be as it was, beside the cast, for features to be inherited: where control acts and others
     replace attention, the strengths of hook LoRAs, the window of frames."""
     window = transformer_options.get("context_window")
-    return (frozenset((kind, i) for kind, residuals in (control or {}).items() for i, r in enumerate(residuals) if r is not None),
-            frozenset((kind, place) for kind, places in transformer_options.get("patches_replace", {}).items() for place in places),
-            tuple(hook.strength for hook in hooks.hooks) if hooks else (),
-            tuple(window.index_list) if window else ())
+    return (
+        frozenset(
+            (kind, i) for kind, residuals in (control or {}).items() for i, r in enumerate(residuals) if r is not None
+        ),
+        frozenset(
+            (kind, place) for kind, places in transformer_options.get("patches_replace", {}).items() for place in places
+        ),
+        tuple(hook.strength for hook in hooks.hooks) if hooks else (),
+        tuple(window.index_list) if window else (),
+    )
 
 
 def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
@@ -417,13 +465,19 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
                 options[MEMORY], named[HELD] = stage.memory, stage.memory.held
         # The UNet pops residuals off these lists, and a survey goes through it more than once.
         residuals = control and {k: list(v) for k, v in control.items()}
-        with torch.compiler.set_stance("force_eager") if stage and stage.defies_graphs(options.get("patches", {})) else nullcontext():
+        with (
+            torch.compiler.set_stance("force_eager")
+            if stage and stage.defies_graphs(options.get("patches", {}))
+            else nullcontext()
+        ):
             return executor(x, t, c_concat, c_crossattn, residuals, options, **kwargs, **named)
 
     if stage is None:
         return forward("")
     try:
-        out = forward(stage.begin_forward(x, control, transformer_options, executor.class_obj.current_patcher.current_hooks))
+        out = forward(
+            stage.begin_forward(x, control, transformer_options, executor.class_obj.current_patcher.current_hooks)
+        )
     except Misfit:
         out = forward(stage.begin_again())
     for name, compare in stage.trials():
@@ -433,8 +487,9 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
 
 
 def _diffusion_model(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):
-    # This is inside of what gets compiled. Taken from its arguments, remembered tensors are inputs of a graph, and the compiler
-    # guards their form as that of x; what it finds by way of transformer_options it takes to be for ever as it first was.
+    # This is inside of what gets compiled. Taken from its arguments, remembered tensors are inputs of a graph, and the
+    # compiler guards their form as that of x; what it finds by way of transformer_options it takes to be for ever as it
+    # first was.
     if HELD in kwargs:
         transformer_options[MEMORY].held = kwargs.pop(HELD)
     return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
@@ -478,8 +533,9 @@ def sync_patches(model, pack_patchers) -> None:
 def _register_hook_patches(model, hooks, target_dict, model_options, registered):
     for patcher in model.get_additional_models_with_key(KEY):
         known = patcher.model.state_dict()
-        patcher.hook_patches = {ref: {k: v for k, v in patches.items() if k in known}
-                                for ref, patches in model.hook_patches.items()}
+        patcher.hook_patches = {
+            ref: {k: v for k, v in patches.items() if k in known} for ref, patches in model.hook_patches.items()
+        }
         # The other mode caches weights per hook group and would serve those of an earlier keyframe.
         patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
 

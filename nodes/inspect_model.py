@@ -49,16 +49,34 @@ def describe(model, width: int, height: int, percent: float) -> tuple[dict, dict
         role = parts.get(u.address, HOST)
         share = cost[u.address].total / work.total if u.address in cost else 0.0
         views[u.address] = UnitView(role.role, share)
-        joined = {f"{kind}_of": found[u.address].source.rpartition("@")[0] for kind, found in joining.items() if u.address in found}
-        rows.append({"unit": u.address, "played_by": role.source.rpartition("@")[0] or role.role, **joined,
-                     "params": cost[u.address].params if u.address in cost else 0,
-                     "macs": cost[u.address].total if u.address in cost else 0, "share": round(share, 5)})
+        joined = {
+            f"{kind}_of": found[u.address].source.rpartition("@")[0]
+            for kind, found in joining.items()
+            if u.address in found
+        }
+        rows.append(
+            {
+                "unit": u.address,
+                "played_by": role.source.rpartition("@")[0] or role.role,
+                **joined,
+                "params": cost[u.address].params if u.address in cost else 0,
+                "macs": cost[u.address].total if u.address in cost else 0,
+                "share": round(share, 5),
+            }
+        )
     everybody = [*parts.values(), *(part for found in joining.values() for part in found.values())]
     facts = {
-        "family": now.config.family, "architecture": now.name or "custom", "width": width, "height": height,
-        "params": work.params, "macs": work.total, "unpruned_params": whole.params, "unpruned_macs": whole.total,
+        "family": now.config.family,
+        "architecture": now.name or "custom",
+        "width": width,
+        "height": height,
+        "params": work.params,
+        "macs": work.total,
+        "unpruned_params": whole.params,
+        "unpruned_macs": whole.total,
         "packs": [p.rpartition("@")[0] for p in dict.fromkeys(p.source for p in everybody if p.source)],
-        "cut": [a for a in parts if parts[a].role == "cut"], "units": rows,
+        "cut": [a for a in parts if parts[a].role == "cut"],
+        "units": rows,
     }
     return facts, views
 
@@ -74,9 +92,11 @@ def summary(facts: dict) -> tuple[str, str]:
     def change(now: int, before: int) -> str:
         return "" if now == before else f" ({now / before - 1:+.1%})"
 
-    return title, (f"{facts['params'] / 1e6:.1f} M parameters{change(facts['params'], facts['unpruned_params'])},  "
-                   f"{facts['macs'] / 1e9:.1f} G MACs per step and picture at {facts['width']} x {facts['height']}"
-                   f"{change(facts['macs'], facts['unpruned_macs'])}")
+    return title, (
+        f"{facts['params'] / 1e6:.1f} M parameters{change(facts['params'], facts['unpruned_params'])},  "
+        f"{facts['macs'] / 1e9:.1f} G MACs per step and picture at {facts['width']} x {facts['height']}"
+        f"{change(facts['macs'], facts['unpruned_macs'])}"
+    )
 
 
 class ASDMInspectModel(io.ComfyNode):
@@ -87,16 +107,26 @@ class ASDMInspectModel(io.ComfyNode):
             display_name="Inspect Model",
             category=CATEGORY,
             description="Who plays each layer of a MODEL's UNet (the checkpoint, a pack, nobody), with parameters, "
-                        "multiplications and each layer's share of the work, as text and as a picture.",
+            "multiplications and each layer's share of the work, as text and as a picture.",
             search_aliases=["model info", "unet picture", "macs", "parameters", "profile"],
             inputs=[
                 io.Model.Input("model"),
                 io.Int.Input("width", default=512, min=64, max=8192, step=8, tooltip="Of the picture, in pixels."),
                 io.Int.Input("height", default=512, min=64, max=8192, step=8, tooltip="Of the picture, in pixels."),
-                io.Float.Input("at_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                               tooltip="Which point of the sampling run to show; matters for packs with a step window."),
+                io.Float.Input(
+                    "at_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Which point of the sampling run to show; matters for packs with a step window.",
+                ),
             ],
-            outputs=[io.String.Output(display_name="text", tooltip="All numbers, as JSON."), io.Image.Output(display_name="picture")],
+            outputs=[
+                io.String.Output(display_name="text", tooltip="All numbers, as JSON."),
+                io.Image.Output(display_name="picture"),
+            ],
             is_output_node=True,
         )
 

@@ -15,8 +15,10 @@ def found_text(model, name: str) -> str:
     full = type(architecture).full(architecture.config)
     saved = 1 - architecture.params / full.params
     what = architecture.name if architecture.cut else "unpruned"
-    lines = [f"{name}: {architecture.config.family} {what or 'custom'}, {architecture.params / 1e6:.1f} M parameters"
-             + (f" ({saved:.0%} fewer than the unpruned {full.params / 1e6:.1f} M)" if architecture.cut else "")]
+    lines = [
+        f"{name}: {architecture.config.family} {what or 'custom'}, {architecture.params / 1e6:.1f} M parameters"
+        + (f" ({saved:.0%} fewer than the unpruned {full.params / 1e6:.1f} M)" if architecture.cut else "")
+    ]
     lines.append(f"prediction: {model.model.model_type.name.lower()}")
     if architecture.cut:
         lines.append("cut: " + ", ".join(u for u in sorted(architecture.cut)))
@@ -30,17 +32,42 @@ class ASDMLoadPrunedUNet(io.ComfyNode):
             node_id="ASDMLoadPrunedUNet",
             display_name="Load Pruned UNet",
             category=CATEGORY,
-            description="Loads a pruned or combined UNet in which every layer keeps its place, so that LoRAs, ControlNets and "
-                        "attention patches made for the unpruned model go on working: BK-SDM base, small and tiny (v1 and v2), "
-                        "small-sd, tiny-sd, A-SDM M1 to M3, SSD-1B, Segmind Vega, KOALA. Files in the LDM or the diffusers "
-                        "layout, or a diffusers folder, from models/diffusion_models or models/unet.",
-            search_aliases=["bk-sdm", "small-sd", "tiny-sd", "ssd-1b", "vega", "koala", "distilled", "faster model", "load diffusion model", "unet loader"],
+            description="Loads a pruned or combined UNet in which every layer keeps its place, so that LoRAs, "
+            "ControlNets and "
+            "attention patches made for the unpruned model go on working: BK-SDM base, small and tiny (v1 and v2), "
+            "small-sd, tiny-sd, A-SDM M1 to M3, SSD-1B, Segmind Vega, KOALA. Files in the LDM or the diffusers "
+            "layout, or a diffusers folder, from models/diffusion_models or models/unet.",
+            search_aliases=[
+                "bk-sdm",
+                "small-sd",
+                "tiny-sd",
+                "ssd-1b",
+                "vega",
+                "koala",
+                "distilled",
+                "faster model",
+                "load diffusion model",
+                "unet loader",
+            ],
             inputs=[
-                io.Combo.Input("unet_name", options=files.unets(), tooltip="A folder in diffusers form ends in a slash."),
-                io.Combo.Input("prediction", options=["auto", *models.PREDICTIONS], default="auto", advanced=True,
-                               tooltip="What the network predicts. auto reads it from the file or its folder, or follows the rule of the family."),
-                io.Combo.Input("weight_dtype", options=list(models.WEIGHT_DTYPES), default="default", advanced=True,
-                               tooltip="As in Load Diffusion Model: fp8 halves the memory and costs some quality."),
+                io.Combo.Input(
+                    "unet_name", options=files.unets(), tooltip="A folder in diffusers form ends in a slash."
+                ),
+                io.Combo.Input(
+                    "prediction",
+                    options=["auto", *models.PREDICTIONS],
+                    default="auto",
+                    advanced=True,
+                    tooltip="What the network predicts. auto reads it from the file or its folder, or follows the "
+                    "rule of the family.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(models.WEIGHT_DTYPES),
+                    default="default",
+                    advanced=True,
+                    tooltip="As in Load Diffusion Model: fp8 halves the memory and costs some quality.",
+                ),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="found", tooltip="What this file is.")],
         )
@@ -60,10 +87,17 @@ class ASDMCheckpointLoader(io.ComfyNode):
             node_id="ASDMCheckpointLoader",
             display_name="Load Checkpoint (asdm)",
             category=CATEGORY,
-            description="Loads a whole checkpoint whose UNet is pruned, or a member of the small emoji family that ships with "
-                        "asdm (128 x 128 pixels, made for trying things out). For an ordinary checkpoint use the stock node.",
+            description="Loads a whole checkpoint whose UNet is pruned, or a member of the small emoji family that "
+            "ships with "
+            "asdm (128 x 128 pixels, made for trying things out). For an ordinary checkpoint use the stock node.",
             search_aliases=["emoji", "pruned checkpoint", "distilled checkpoint"],
-            inputs=[io.Combo.Input("ckpt_name", options=files.checkpoints(), tooltip="The embedded family (emoji, 128 x 128 pixels) first, then models/checkpoints.")],
+            inputs=[
+                io.Combo.Input(
+                    "ckpt_name",
+                    options=files.checkpoints(),
+                    tooltip="The embedded family (emoji, 128 x 128 pixels) first, then models/checkpoints.",
+                )
+            ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
 

@@ -79,10 +79,14 @@ def _standalone_names(state_dict: Mapping[str, Tensor], architecture: Architectu
     """What stock ComfyUI should find in a saved file: the renumbered network, which it can load."""
     form = packs.standalone_form(architecture)
     if form == ADDRESSED and architecture.cut:
-        raise ValueError("this choice of cut units has no form that stock ComfyUI can load; use Save UNet (asdm) instead")
+        raise ValueError(
+            "this choice of cut units has no form that stock ComfyUI can load; use Save UNet (asdm) instead"
+        )
     # By module, not by tensor: quantised weights have more tensors than the tables know.
-    modules = {slot.unit.key(slot.tensor).rpartition(".")[0]: key.rpartition(".")[0]
-               for key, slot in architecture.keys(*form).items()}
+    modules = {
+        slot.unit.key(slot.tensor).rpartition(".")[0]: key.rpartition(".")[0]
+        for key, slot in architecture.keys(*form).items()
+    }
     renamed = {}
     for key, tensor in state_dict.items():
         module, _, leaf = key.rpartition(".")
@@ -98,7 +102,9 @@ def load_unet(path: str, weight_dtype: str = "default", prediction: str | None =
     """
     loaded = packs.open_unet(path, drop_unknown=True)
     if loaded.unknown:
-        logging.warning(f"asdm: {loaded.path.name}: no layer of this UNet has {packs.some(loaded.unknown)}, which is ignored.")
+        logging.warning(
+            f"asdm: {loaded.path.name}: no layer of this UNet has {packs.some(loaded.unknown)}, which is ignored."
+        )
     options = WEIGHT_DTYPES[weight_dtype]
     weights = dict(loaded.tensors)
     parameters = comfy.utils.calculate_parameters(weights)
@@ -106,10 +112,14 @@ def load_unet(path: str, weight_dtype: str = "default", prediction: str | None =
     config = model_config(loaded.description.architecture, prediction or loaded.description.prediction)
 
     dtype = options.get("dtype") or management.unet_dtype(
-        model_params=parameters, supported_dtypes=list(config.supported_inference_dtypes),
-        weight_dtype=comfy.utils.weight_dtype(weights))
+        model_params=parameters,
+        supported_dtypes=list(config.supported_inference_dtypes),
+        weight_dtype=comfy.utils.weight_dtype(weights),
+    )
     device = management.get_torch_device()
-    config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, config.supported_inference_dtypes), device=device)
+    config.set_inference_dtype(
+        dtype, management.unet_manual_cast(dtype, device, config.supported_inference_dtypes), device=device
+    )
     config.optimizations["fp8"] = options.get("fp8", False)
 
     model = config.get_model({**weights, **loaded.markers}, "")
@@ -125,15 +135,20 @@ def load_unet(path: str, weight_dtype: str = "default", prediction: str | None =
 
 
 def _refuse_control_lora(executor, *args, **kwargs):
-    """A Control-LoRA takes all of its network from the UNet but a low-rank difference; without these units it cannot."""
+    """A Control-LoRA takes all of its network from the UNet but a low-rank difference; without these units it
+    cannot.
+    """
     model = executor.class_obj.model_patcher
     cut = [a for a in model.model.model_config.asdm_architecture.cut_units if not a.startswith("up.")]
     for cond in (cond for conds in executor.class_obj.conds.values() for cond in conds) if cut else ():
         control = cond.get("control")
         while control is not None:
             if isinstance(control, comfy.controlnet.ControlLora):
-                raise ValueError(f"A Control-LoRA is built from the UNet's own encoder, and of this UNet's {', '.join(cut)} are cut. "
-                                 "Use an ordinary ControlNet, or a pack on the unpruned checkpoint.")
+                raise ValueError(
+                    f"A Control-LoRA is built from the UNet's own encoder, and of this UNet's {', '.join(cut)} are "
+                    "cut. "
+                    "Use an ordinary ControlNet, or a pack on the unpruned checkpoint."
+                )
             control = control.previous_controlnet
     return executor(*args, **kwargs)
 
@@ -165,10 +180,16 @@ def load_checkpoint_clip(path: str):
     config, weights = _beside_unet(path, prefixes)
     weights = config.process_clip_state_dict(weights)
     if not weights:
-        raise BadFile(f"{Path(path).name}: there is no text encoder in this file (wanted keys under {' or '.join(prefixes)}). "
-                      "If it is a UNet alone, use Load Pruned UNet and load CLIP and VAE by their own nodes.")
-    clip = comfy.sd.CLIP(config.clip_target(state_dict=weights), tokenizer_data=weights, state_dict=weights,
-                         parameters=comfy.utils.calculate_parameters(weights))
+        raise BadFile(
+            f"{Path(path).name}: there is no text encoder in this file (wanted keys under {' or '.join(prefixes)}). "
+            "If it is a UNet alone, use Load Pruned UNet and load CLIP and VAE by their own nodes."
+        )
+    clip = comfy.sd.CLIP(
+        config.clip_target(state_dict=weights),
+        tokenizer_data=weights,
+        state_dict=weights,
+        parameters=comfy.utils.calculate_parameters(weights),
+    )
     clip.patcher.cached_patcher_init = (_patcher_of, (load_checkpoint_clip, path))
     return clip
 
@@ -178,8 +199,10 @@ def load_checkpoint_vae(path: str):
     _, weights = _beside_unet(path, prefixes)
     weights = comfy.utils.state_dict_prefix_replace(weights, {p: "" for p in prefixes}, filter_keys=True)
     if not weights:
-        raise BadFile(f"{Path(path).name}: there is no VAE in this file (wanted keys under {' or '.join(prefixes)}). "
-                      "If it is a UNet alone, use Load Pruned UNet and load CLIP and VAE by their own nodes.")
+        raise BadFile(
+            f"{Path(path).name}: there is no VAE in this file (wanted keys under {' or '.join(prefixes)}). "
+            "If it is a UNet alone, use Load Pruned UNet and load CLIP and VAE by their own nodes."
+        )
     return _vae(weights, (load_checkpoint_vae, path))
 
 
@@ -201,7 +224,9 @@ def _companion_path(path: Path, description: Description, role: str) -> Path:
         raise BadFile(f"{path.name}: its description names no {role.replace('_', ' ')}")
     companion = path.parent / Path(name).name
     if not companion.is_file():
-        raise BadFile(f"{path.name}: its {role.replace('_', ' ')} {name} is not beside it ({path.parent}). Put it back.")
+        raise BadFile(
+            f"{path.name}: its {role.replace('_', ' ')} {name} is not beside it ({path.parent}). Put it back."
+        )
     return companion
 
 
@@ -221,7 +246,9 @@ def load_small_clip(path: str):
     """CLIP from a text encoder in CLIP layout with its own config and only the token rows in use."""
     file = TensorFile(path)
     if "text_config" not in file.metadata or "token_ids" not in file:
-        raise BadFile(f"{Path(path).name}: this is no text encoder of the embedded family (no text_config or no token_ids in it)")
+        raise BadFile(
+            f"{Path(path).name}: this is no text encoder of the embedded family (no text_config or no token_ids in it)"
+        )
     config = json.loads(file.metadata["text_config"])
     table_name = "text_model.embeddings.token_embedding.weight"
     weights = {k: file[k] for k in file if k != "token_ids"}
@@ -235,12 +262,20 @@ def load_small_clip(path: str):
 
     class SmallTextModel(comfy.sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options={}):
-            super().__init__(device=device, dtype=dtype, textmodel_json_config=dict(config),
-                             return_projected_pooled=False, model_options=model_options)
+            super().__init__(
+                device=device,
+                dtype=dtype,
+                textmodel_json_config=dict(config),
+                return_projected_pooled=False,
+                model_options=model_options,
+            )
 
     target = comfy.supported_models_base.ClipTarget(
-        partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=partial(comfy.sd1_clip.SDTokenizer, embedding_size=rows.shape[1])),
-        partial(comfy.sd1_clip.SD1ClipModel, clip_model=SmallTextModel))
+        partial(
+            comfy.sd1_clip.SD1Tokenizer, tokenizer=partial(comfy.sd1_clip.SDTokenizer, embedding_size=rows.shape[1])
+        ),
+        partial(comfy.sd1_clip.SD1ClipModel, clip_model=SmallTextModel),
+    )
     clip = comfy.sd.CLIP(target, state_dict=[weights], parameters=comfy.utils.calculate_parameters(weights))
     clip.patcher.cached_patcher_init = (_patcher_of, (load_small_clip, path))
     return clip
@@ -264,7 +299,10 @@ def new_pack_patcher(path: str, dtype: torch.dtype, attn_precision, disable_dyna
     loaded = packs.open_pack(path)
     model = units.PackModel.load(loaded.description, loaded.tensors, dtype, attn_precision)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = patcher_class(model, load_device=comfy.model_management.get_torch_device(),
-                            offload_device=comfy.model_management.unet_offload_device())
+    patcher = patcher_class(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
     patcher.cached_patcher_init = (new_pack_patcher, (path, dtype, attn_precision))
     return patcher

@@ -45,8 +45,9 @@ class _Sheet:
         self.draw.text((2 * x, 2 * y), text, font=_font(2 * size), fill=fill, anchor=anchor)
 
     def box(self, x, y, w, h, fill, outline=None, dashed=False):
-        self.draw.rounded_rectangle((2 * x, 2 * y, 2 * (x + w), 2 * (y + h)), 10, fill=fill,
-                                    outline=None if dashed else outline, width=2)
+        self.draw.rounded_rectangle(
+            (2 * x, 2 * y, 2 * (x + w), 2 * (y + h)), 10, fill=fill, outline=None if dashed else outline, width=2
+        )
         if dashed:
             for at in range(int(x) + 5, int(x + w) - 5, 8):
                 self.draw.line((2 * at, 2 * y, 2 * at + 8, 2 * y), fill=outline, width=2)
@@ -88,7 +89,15 @@ def draw_unet(config: UNetConfig, views: Mapping[str, UnitView], title: str, sub
         _draw_block(sheet, MARGIN, y, down, config.channels(level), rows[down], views)
         _draw_block(sheet, half, y, up, config.channels(level), rows[up], views)
     if with_mid:
-        _draw_block(sheet, half - 2 * step, HEAD + config.levels * ROW, "mid", config.channels(config.levels - 1), rows["mid"], views)
+        _draw_block(
+            sheet,
+            half - 2 * step,
+            HEAD + config.levels * ROW,
+            "mid",
+            config.channels(config.levels - 1),
+            rows["mid"],
+            views,
+        )
     x = MARGIN
     for role, meaning in (("host", "the checkpoint's own"), ("pack", "played by a pack"), ("cut", "cut")):
         sheet.box(x, height - 34, 22, 16, COLOURS[role], FAINT, dashed=role == "cut")
@@ -113,7 +122,12 @@ def _draw_block(sheet: _Sheet, x: int, y: int, name: str, channels: int, units: 
 
 
 PLAN_COLOURS = {"computed": COLOURS["host"], "partly": "#d9c7a3", "inherited": "#f4a261", "idle": "#eef1f5"}
-MEANINGS = {"computed": "computes", "partly": "computes in part", "inherited": "keeps earlier features", "idle": "not needed"}
+MEANINGS = {
+    "computed": "computes",
+    "partly": "computes in part",
+    "inherited": "keeps earlier features",
+    "idle": "not needed",
+}
 CELL, LABELS = 13, 170  # height of a row; width of the column of addresses
 
 
@@ -123,9 +137,17 @@ def roles_when_inheriting(architecture: Architecture, reuse: Mapping[str, str]) 
     whole = {a for a, what in reuse.items() if a in units and what != "branch"}
     partly = {a if a in units else a.rsplit(".", 2)[0] for a in reuse} - whole
     does = flow(architecture.config, whole)
-    return {u.address: "inherited" if u.address in does.recalls else "idle" if u.address not in does.computes
-            else "partly" if u.address in partly else "computed"
-            for u in architecture.kept if u.side in ("down", "mid", "up")}
+    return {
+        u.address: "inherited"
+        if u.address in does.recalls
+        else "idle"
+        if u.address not in does.computes
+        else "partly"
+        if u.address in partly
+        else "computed"
+        for u in architecture.kept
+        if u.side in ("down", "mid", "up")
+    }
 
 
 def draw_plan(architecture: Architecture, facts: Mapping, text: str) -> Image.Image:
@@ -207,7 +229,9 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
     sheet.text(MARGIN, 48, subtitle, 14, FAINT)
     _draw_steps(sheet, steps, inherited, facts["played"], width)
     total = facts["seconds"]
-    longest = max([sum(kinds.values()) for _, kinds in lines] + [entry["seconds"] for entry in saved], default=0.0) or 1.0
+    longest = (
+        max([sum(kinds.values()) for _, kinds in lines] + [entry["seconds"] for entry in saved], default=0.0) or 1.0
+    )
     for row, (block, kinds) in enumerate(lines):
         y, x = top_blocks + row * BARS[1], left
         sheet.text(left - 10, y + 9, block, 13, INK, "rm")
@@ -228,15 +252,23 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
         y = top_saved + row * BARS[1]
         wide = max(2, BARS[0] * entry["seconds"] / longest)
         sheet.cell(left, y, wide + 1, 18, PLAN_COLOURS["inherited"])
-        sheet.text(left + wide + 10, y + 9, f"{entry['technique']}: {duration(entry['seconds'])}, {entry['how']}", 12, INK, "lm")
+        sheet.text(
+            left + wide + 10,
+            y + 9,
+            f"{entry['technique']}: {duration(entry['seconds'])}, {entry['how']}",
+            12,
+            INK,
+            "lm",
+        )
     if saved:
         sheet.text(left - 10, top_saved + 9, "saved", 13, INK, "rm")
     return sheet.done()
 
 
 def _draw_steps(sheet: _Sheet, steps: Sequence, inherited: set[int], played: Sequence[int], width: int) -> None:
-    """A bar for each step, and a mark where another model begins. The first step is often slow because weights still move; it must
-    not make all others look alike."""
+    """A bar for each step, and a mark where another model begins. The first step is often slow because weights still
+    move; it must not make all others look alike.
+    """
     base, tall = 84 + 96, 84
     highest = max(t for _, t in steps[1:] or steps) or 1.0
     cell = min(40.0, (width - 2 * MARGIN - 110) / len(steps))
@@ -245,7 +277,13 @@ def _draw_steps(sheet: _Sheet, steps: Sequence, inherited: set[int], played: Seq
     sheet.text(left - 10, base - tall / 2, "each step", 13, INK, "rm")
     for i, (step, t) in enumerate(steps):
         bar = tall * min(t / highest, 1)
-        sheet.cell(left + i * cell, base - bar, max(cell - 1, 1), bar, PLAN_COLOURS["inherited" if step in inherited else "computed"])
+        sheet.cell(
+            left + i * cell,
+            base - bar,
+            max(cell - 1, 1),
+            bar,
+            PLAN_COLOURS["inherited" if step in inherited else "computed"],
+        )
         if i % max(1, round(40 / cell)) == 0:
             sheet.text(left + (i + 0.5) * cell, base + 4, str(step), 10, FAINT, "ma")
         if i and played[i] != played[i - 1]:

@@ -39,7 +39,7 @@ class Regional:
     def blocks(self, config: UNetConfig) -> dict[tuple[str, int], str]:
         """The host's names of the blocks it plays in, ("input", 1), with the addresses of their transformers."""
         transformers = [u for u in walk(config) if u.kind == "transformer" and u.side != "mid"]
-        levels = sorted({u.scale for u in transformers})[:self.stages]
+        levels = sorted({u.scale for u in transformers})[: self.stages]
         paths = {u.address: u.ldm.split(".") for u in transformers if u.scale in levels}
         return {(side.removesuffix("_blocks"), int(n)): address for address, (side, n, _) in paths.items()}
 
@@ -75,15 +75,31 @@ class Attention:
         height, width = options["activations_shape"][-2:]
         is_map = q.shape[1] == height * width and q.shape == k.shape == v.shape
         if not is_map:
-            self._say("another node (HyperTile, Token Merging, a reference) changes what self-attention sees; there GRI is off")
+            self._say(
+                "another node (HyperTile, Token Merging, a reference) changes what self-attention sees; there GRI is "
+                "off"
+            )
         # The host counts transformers, so neighbours alternate.
-        gri = self._settings.on(height, width, self._settings.shifted and options["transformer_index"] % 2 == 1) if is_map else None
+        gri = (
+            self._settings.on(height, width, self._settings.shifted and options["transformer_index"] % 2 == 1)
+            if is_map
+            else None
+        )
         if gri is None:
             return attention.optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=options)
 
         def attend(q, k, v, scale, bias):
-            out = attention.optimized_attention(q, k, v, heads, mask=bias, attn_precision=precision, skip_reshape=True, scale=scale,
-                                                transformer_options=options)
+            out = attention.optimized_attention(
+                q,
+                k,
+                v,
+                heads,
+                mask=bias,
+                attn_precision=precision,
+                skip_reshape=True,
+                scale=scale,
+                transformer_options=options,
+            )
             return out.unflatten(2, (heads, -1)).transpose(1, 2)
 
         q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))

@@ -80,7 +80,9 @@ class Log:
 
 @dataclass(frozen=True)
 class Inheritance:
-    """A plan on a MODEL, and how its features are kept: at most limit_mb of them (0: any number), on the CPU if asked."""
+    """A plan on a MODEL, and how its features are kept: at most limit_mb of them (0: any number), on the CPU
+    if asked.
+    """
 
     plan: Plan
     limit_mb: int = 0
@@ -94,12 +96,18 @@ class Inheritance:
     def memory(self, architecture: Architecture, sigmas: Sequence[float], size: int) -> Memory | None:
         """The memory of a run; None, with a word in the log, where its features would be more than the limit."""
         if self.limit_mb and size > self.limit_mb * 2**20:
-            logging.warning(f"asdm: feature inheritance is off in this run: it would remember {math.ceil(size / 2**20)} MB and the limit "
-                            f"is {self.limit_mb} MB. Raise the limit, or choose a plan that reuses less.")
+            logging.warning(
+                f"asdm: feature inheritance is off in this run: it would remember {math.ceil(size / 2**20)} MB and "
+                "the limit "
+                f"is {self.limit_mb} MB. Raise the limit, or choose a plan that reuses less."
+            )
             return None
         if 0 < len(sigmas) - 1 < FEW_STEPS:
-            logging.warning(f"asdm: feature inheritance in a run of {len(sigmas) - 1} steps: with fewer than {FEW_STEPS}, neighbouring "
-                            "steps differ so much that the picture suffers.")
+            logging.warning(
+                f"asdm: feature inheritance in a run of {len(sigmas) - 1} steps: with fewer than {FEW_STEPS}, "
+                "neighbouring "
+                "steps differ so much that the picture suffers."
+            )
         return Memory(self.plan, architecture.config, architecture.cut, sigmas, self.on_cpu)
 
 
@@ -116,7 +124,9 @@ def step_of(sigma: float, sigmas: Sequence[float], last: int) -> int:
 
 
 def position_of(sigma: float, sigmas: Sequence[float], step: int) -> float | None:
-    """Where within the run `sigma` lies, in steps, if it belongs to `step` (1.5: halfway between steps 1 and 2); else None."""
+    """Where within the run `sigma` lies, in steps, if it belongs to `step` (1.5: halfway between steps 1 and 2); else
+    None.
+    """
     high, low = sigmas[step], sigmas[step + 1] if step + 1 < len(sigmas) else sigmas[step]
     if abs(high - sigma) <= 1e-4 * max(abs(high), 1e-8):
         return float(step)
@@ -125,11 +135,12 @@ def position_of(sigma: float, sigmas: Sequence[float], step: int) -> float | Non
 
 @dataclass
 class Entry:
-    """Features of one chunk: the step they are from (and where within it), the circumstances they were made under, tensors by address.
+    """Features of one chunk: the step they are from (and where within it), the circumstances they were made under,
+    tensors by address.
 
     shapes: (C, H, W) of what every unit made that is not to compute on inherited steps.
-    earlier, weight: for forecasts of the running forward, the features of the step before, and where it lies on the line from
-    there (0) through this step (1).
+    earlier, weight: for forecasts of the running forward, the features of the step before, and where it lies on the
+    line from there (0) through this step (1).
     """
 
     step: int
@@ -145,7 +156,9 @@ class Entry:
 class Memory:
     """Features of one UNet object during one run."""
 
-    def __init__(self, plan: Plan, config: UNetConfig, cut: frozenset[str], sigmas: Sequence[float], on_cpu: bool = False):
+    def __init__(
+        self, plan: Plan, config: UNetConfig, cut: frozenset[str], sigmas: Sequence[float], on_cpu: bool = False
+    ):
         self.plan, self.config, self._on_cpu = plan, config, on_cpu
         self.reuse = plan.reuse(config, cut)
         self._sigmas = list(sigmas)
@@ -163,7 +176,9 @@ class Memory:
         self._twins: dict[str, nn.Module] = {}
         # Adaptive plans look at the first layer's output, before anything could have been inherited.
         adaptive = plan.schedule.mode == "adaptive"
-        self._probe = next(u.address for u in walk(config) if u.kind == "resnet" and u.address not in cut) if adaptive else None
+        self._probe = (
+            next(u.address for u in walk(config) if u.kind == "resnet" and u.address not in cut) if adaptive else None
+        )
         # For compiled graphs: tells what layers do in each mode from what they do under other plans.
         self.name = hashlib.sha256(repr((sorted(self.reuse.items()), self._probe, on_cpu)).encode()).hexdigest()[:12]
         self.step, self.position = 0, 0.0
@@ -239,14 +254,19 @@ class Memory:
         if source < self.step:
             # An entry stays empty where another cache kept the network from running on the step that was to record.
             return REPLAY if self._holds(lambda entry: entry.step == source and entry.tensors) else COMPUTE
-        # Record what somebody will inherit. The last full steps record as well: compiled, they need no graph of their own then.
+        # Record what somebody will inherit. The last full steps record as well: compiled, they need no graph of their
+        # own then.
         inheriting = [step for step, source in enumerate(self._sources) if source < step]
-        needed = source in self._sources[self.step + 1:] or inheriting and self.step > inheriting[-1]
+        needed = source in self._sources[self.step + 1 :] or inheriting and self.step > inheriting[-1]
         return RECORD if self._returns or needed else COMPUTE
 
     def _adaptive_mode(self) -> str:
         pinned = self.plan.schedule.computed(self.steps)[self.step]
-        return RECORD if pinned or not self._holds(lambda entry: entry.step < self.step and _PROBE in entry.tensors) else PROBE
+        return (
+            RECORD
+            if pinned or not self._holds(lambda entry: entry.step < self.step and _PROBE in entry.tensors)
+            else PROBE
+        )
 
     def _holds(self, fits: Callable[[Entry], bool]) -> bool:
         """Whether for every chunk something fitting is remembered, made under the circumstances of now."""
@@ -261,8 +281,10 @@ class Memory:
     def _decide(self, probe: Tensor) -> None:
         """Adaptive: compare the first layer's output with the one of the last full step."""
         chunks = probe.chunk(len(self.held))
-        changes = [(now - e.tensors[_PROBE]).abs().mean() / e.tensors[_PROBE].abs().mean()
-                   for now, e in zip(chunks, self.held, strict=True)]
+        changes = [
+            (now - e.tensors[_PROBE]).abs().mean() / e.tensors[_PROBE].abs().mean()
+            for now, e in zip(chunks, self.held, strict=True)
+        ]
         change = float(torch.stack(changes).max())
         if self.plan.schedule.inherits(self.steps, self.step, min(e.step for e in self.held), change):
             self.mode = REPLAY
@@ -273,9 +295,11 @@ class Memory:
     def _aim(self) -> None:
         """Lay the line of each forecast."""
         for entry in self.held if self._forecasts else ():
-            # From a single step the line starts where it ends, so that compiled forecasts from one and from two steps are the same
-            # graph. Views, because a graph would take notice of inputs that are one tensor.
-            entry.earlier = entry.before.tensors if entry.before else {a: t.view_as(t) for a, t in entry.tensors.items()}
+            # From a single step the line starts where it ends, so that compiled forecasts from one and from two steps
+            # are the same graph. Views, because a graph would take notice of inputs that are one tensor.
+            entry.earlier = (
+                entry.before.tensors if entry.before else {a: t.view_as(t) for a, t in entry.tensors.items()}
+            )
             entry.weight = torch.full((), self._weight(entry), device=self._device)
 
     def _weight(self, entry: Entry) -> float:
@@ -321,8 +345,11 @@ class Memory:
             self._playing = playing
             plays = {a: self._play(self._units[a], layer) for a, layer in playing.items()}
             self._stand_ins = {a: units.player(self._units[a], play) for a, play in plays.items() if play}
-            self._twins = {a: self._twin(a, layer) for a, layer in playing.items()
-                           if a in self._with_parts and isinstance(layer, units.attention.SpatialTransformer)}
+            self._twins = {
+                a: self._twin(a, layer)
+                for a, layer in playing.items()
+                if a in self._with_parts and isinstance(layer, units.attention.SpatialTransformer)
+            }
 
     def _play(self, u: Unit, layer: nn.Module) -> Callable | None:
         """How a unit plays from memory; None if it computes."""
@@ -365,7 +392,9 @@ class Memory:
             entry.tensors[address] = chunk
 
     def recall(self, address: str, shape: Sequence[int]) -> Tensor:
-        """The remembered feature for the whole batch, in memory of its own. Raises Misfit if it has another shape than wanted."""
+        """The remembered feature for the whole batch, in memory of its own. Raises Misfit if it has another shape than
+        wanted.
+        """
         values = [self._value(entry, address, shape[1:]) for entry in self.held]
         if sum(len(v) for v in values) != shape[0]:
             raise Misfit(address)
@@ -382,13 +411,17 @@ class Memory:
         earlier = entry.earlier.get(address)
         if self.reuse.get(address) == "forecast" and earlier is not None and earlier.shape == value.shape:
             # A number of Python's would become part of a compiled graph.
-            value = torch.lerp(earlier, value, entry.weight.to(value) if torch.compiler.is_compiling() else self._weight(entry))
+            value = torch.lerp(
+                earlier, value, entry.weight.to(value) if torch.compiler.is_compiling() else self._weight(entry)
+            )
         return value
 
     def _shape(self, u: Unit, x: Tensor, output_shape: Sequence[int] | None) -> tuple[int, ...]:
-        """Shape (B, C, H, W) of what a unit would make of its input x; output_shape: what the host wants of an upsampler.
+        """Shape (B, C, H, W) of what a unit would make of its input x; output_shape: what the host wants of an
+        upsampler.
 
-        Raises Misfit if it was another one when features were recorded: then everything beneath belongs to another size.
+        Raises Misfit if it was another one when features were recorded: then everything beneath belongs to another
+        size.
         """
         h, w = x.shape[2:]
         if u.kind == "downsampler":
@@ -403,8 +436,10 @@ class Memory:
     def _twin(self, address: str, layer: nn.Module) -> nn.Module:
         """The same transformer with blocks that can inherit their parts; shares all weights."""
         # Only the host's own blocks: cut ones have no parts, and a patched one may do anything.
-        blocks = [_PartsBlock(block, f"{address}.{i}", self) if _is_plain(block) else block
-                  for i, block in enumerate(layer.transformer_blocks)]
+        blocks = [
+            _PartsBlock(block, f"{address}.{i}", self) if _is_plain(block) else block
+            for i, block in enumerate(layer.transformer_blocks)
+        ]
         return units.with_submodules(layer, {"transformer_blocks": nn.ModuleList(blocks)})
 
     # the sheet ---------------------------------------------------------------------------------------
@@ -417,7 +452,9 @@ class Memory:
         """Bytes held at the moment."""
         entries = list(self._entries.values())
         entries += [e.before for e in entries if e.before is not None]
-        return sum({t.data_ptr(): t.nbytes for e in entries for t in (*e.tensors.values(), *e.earlier.values())}.values())
+        return sum(
+            {t.data_ptr(): t.nbytes for e in entries for t in (*e.tensors.values(), *e.earlier.values())}.values()
+        )
 
     def close(self) -> None:
         self._entries.clear()

@@ -25,20 +25,27 @@ def played_architecture(model) -> tuple[Architecture, dict[str, str]]:
     """
     architecture, cast = host.architecture_of(model), host.setup_of(model).cast
     if switch.switches_of(model):
-        raise ValueError("this MODEL has a second UNet from Switch UNet, and a file holds one. Save each MODEL before Switch UNet.")
+        raise ValueError(
+            "this MODEL has a second UNet from Switch UNet, and a file holds one. Save each MODEL before Switch UNet."
+        )
     for role, what in (("experts", "convolutions with several experts"), ("gains", "gains for GRI attention")):
         if any(line.part.role == role for line in cast.lines):
-            raise ValueError(f"a pack on this MODEL has {what}, which a UNet file of the ordinary form cannot hold. "
-                             "Save the MODEL before that pack is applied, and keep the pack beside it.")
+            raise ValueError(
+                f"a pack on this MODEL has {what}, which a UNet file of the ordinary form cannot hold. "
+                "Save the MODEL before that pack is applied, and keep the pack beside it."
+            )
     partial = [line for line in cast.lines if not line.window.whole]
     if partial:
         w = partial[0].window
-        raise ValueError(f"a pack plays from {w.start:.0%} to {w.end:.0%} of the run only; a file holds one network for all steps. "
-                         "Set the window of Apply Pack to 0 and 1, or save before it.")
+        raise ValueError(
+            f"a pack plays from {w.start:.0%} to {w.end:.0%} of the run only; a file holds one network for all steps. "
+            "Set the window of Apply Pack to 0 and 1, or save before it."
+        )
     parts = cast.parts()
     sources = {a: p.source for a, p in parts.items() if p.role == "pack"}
-    cut = {a for a, p in parts.items() if p.role == "cut"} | {a for a in architecture.cut if a not in sources
-                                                              and a.rpartition(".")[0] not in sources}
+    cut = {a for a, p in parts.items() if p.role == "cut"} | {
+        a for a in architecture.cut if a not in sources and a.rpartition(".")[0] not in sources
+    }
     for a in sources:  # blocks that a pack's own transformer lacks
         cut |= {b for b in host.pack_architecture(model, sources[a]).cut if b.rpartition(".")[0] == a}
     kept = Architecture(architecture.config, frozenset(cut))
@@ -46,16 +53,23 @@ def played_architecture(model) -> tuple[Architecture, dict[str, str]]:
 
 
 def played_weights(model, architecture: Architecture, sources: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Addressed weights of everything a MODEL plays, LoRAs and merges baked in. Raises ValueError for weights that the host quantised."""
+    """Addressed weights of everything a MODEL plays, LoRAs and merges baked in. Raises ValueError for weights that the
+    host quantised.
+    """
     packs = host.packs_of(model)
     host.sync_patches(model, packs.values())
     comfy.model_management.load_models_gpu([model, *packs.values()])
     weights = {None: model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")}
     for pack_id, patcher in packs.items():
         weights[pack_id] = patcher.model_state_dict_for_saving(patcher.model.diffusion_model, "diffusion_model.")
-    if any(key.endswith(".comfy_quant") for key in weights[None]):  # a layer has several tensors then: a scale beside the numbers
-        raise ValueError("the weights of this MODEL are quantised, layer by layer with scales (as in scaled fp8 files), which a UNet file of "
-                         "asdm cannot hold. Load the same checkpoint in fp16 or bf16 and save that.")
+    if any(
+        key.endswith(".comfy_quant") for key in weights[None]
+    ):  # a layer has several tensors then: a scale beside the numbers
+        raise ValueError(
+            "the weights of this MODEL are quantised, layer by layer with scales (as in scaled fp8 files), which a "
+            "UNet file of "
+            "asdm cannot hold. Load the same checkpoint in fp16 or bf16 and save that."
+        )
     return {key: _plain(weights[sources.get(slot.unit.address)][key]) for key, slot in architecture.keys().items()}
 
 
@@ -78,15 +92,24 @@ class ASDMSaveUNet(io.ComfyNode):
             node_id="ASDMSaveUNet",
             display_name="Save UNet (asdm)",
             category=CATEGORY,
-            description="Saves the UNet of a MODEL with its packs and LoRAs as one file, in a form that stock ComfyUI loads too "
-                        "(Load Diffusion Model). Goes to the output folder.",
+            description="Saves the UNet of a MODEL with its packs and LoRAs as one file, in a form that stock "
+            "ComfyUI loads too "
+            "(Load Diffusion Model). Goes to the output folder.",
             search_aliases=["save model", "save diffusion model", "export", "merge pack", "assemble"],
             inputs=[
                 io.Model.Input("model"),
-                io.String.Input("filename_prefix", default="diffusion_models/asdm",
-                                tooltip="Folder and beginning of the file name, in the output folder; a number follows."),
-                io.Combo.Input("dtype", options=list(DTYPES), default="fp16", advanced=True,
-                               tooltip="fp16 is what others share; fp32 keeps every digit for further training."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="diffusion_models/asdm",
+                    tooltip="Folder and beginning of the file name, in the output folder; a number follows.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="fp16",
+                    advanced=True,
+                    tooltip="fp16 is what others share; fp32 keeps every digit for further training.",
+                ),
             ],
             outputs=[io.String.Output(display_name="path")],
             is_output_node=True,
@@ -98,16 +121,29 @@ class ASDMSaveUNet(io.ComfyNode):
         kind = model.model.model_type
         prediction = {t: name for name, t in models.PREDICTIONS.items()}.get(kind)
         if prediction is None:
-            raise ValueError(f"this MODEL predicts {kind.name}; Save UNet writes models that predict EPS or V_PREDICTION.")
-        folder, prefix, _, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
+            raise ValueError(
+                f"this MODEL predicts {kind.name}; Save UNet writes models that predict EPS or V_PREDICTION."
+            )
+        folder, prefix, _, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
         path = unused_path(Path(folder), prefix)
         zero_snr = getattr(model.get_model_object("model_sampling"), "zsnr", False)
-        write_unet(path, played_weights(model, architecture, sources), Description("unet", architecture, prediction=prediction),
-                   DTYPES[dtype], {ZERO_SNR_MARKER: torch.zeros(0)} if zero_snr else {})
-        note = "" if architecture.cut == frozenset() or standalone_form(architecture) != ADDRESSED else (
-            "\nThis choice of units has no renumbered form, so only Load Pruned UNet can read the file.")
+        write_unet(
+            path,
+            played_weights(model, architecture, sources),
+            Description("unet", architecture, prediction=prediction),
+            DTYPES[dtype],
+            {ZERO_SNR_MARKER: torch.zeros(0)} if zero_snr else {},
+        )
+        note = (
+            ""
+            if architecture.cut == frozenset() or standalone_form(architecture) != ADDRESSED
+            else ("\nThis choice of units has no renumbered form, so only Load Pruned UNet can read the file.")
+        )
         saved = Path("output", subfolder, path.name).as_posix()
-        text = f"{saved}\n{architecture.config.family} {architecture.name or 'custom'}, {architecture.params / 1e6:.1f} M parameters{note}"
+        kind = f"{architecture.config.family} {architecture.name or 'custom'}"
+        text = f"{saved}\n{kind}, {architecture.params / 1e6:.1f} M parameters{note}"
         return io.NodeOutput(str(path), ui={"text": (text,)})
 
 

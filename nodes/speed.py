@@ -21,19 +21,32 @@ from .timing import Record
 
 
 def describe(model) -> dict:
-    """What was measured of the last run of a MODEL from Measure Speed, as a table for JSON. Raises ValueError without one.
+    """What was measured of the last run of a MODEL from Measure Speed, as a table for JSON. Raises ValueError without
+    one.
 
     Of a switched MODEL, all models together; in `played` by which of them each step began.
     """
     models = [model, *others_of(model)]
     logs = [host.setup_of(m).speed for m in models]
     if logs[0] is None:
-        raise ValueError("this MODEL is not measured. Put Measure Speed between it and the sampler, and connect its MODEL here too.")
-    records = [(number, log.last) for number, log in enumerate(logs) if log is not None and log.last is not None and log.last.evaluations]
+        raise ValueError(
+            "this MODEL is not measured. Put Measure Speed between it and the sampler, and connect its MODEL here too."
+        )
+    records = [
+        (number, log.last)
+        for number, log in enumerate(logs)
+        if log is not None and log.last is not None and log.last.evaluations
+    ]
     if not records:
-        raise ValueError("there is no finished run of this MODEL. Connect the sampler's LATENT to `after`, so that this node waits for it.")
-    evaluations = sorted((step, number, t, replayed) for number, record in records
-                         for (step, t), replayed in zip(record.evaluations, chain(record.replayed, repeat(False)), strict=False))
+        raise ValueError(
+            "there is no finished run of this MODEL. Connect the sampler's LATENT to `after`, so that this node "
+            "waits for it."
+        )
+    evaluations = sorted(
+        (step, number, t, replayed)
+        for number, record in records
+        for (step, t), replayed in zip(record.evaluations, chain(record.replayed, repeat(False)), strict=False)
+    )
     groups: dict[str, Counter] = {}
     for number, record in records:
         config = host.architecture_of(models[number]).config
@@ -43,11 +56,17 @@ def describe(model) -> dict:
             groups.setdefault(block, Counter())[u.kind if u.kind in ("resnet", "transformer") else "sampler"] += seconds
     total = sum(t for _, _, t, _ in evaluations)
     layers = sum(sum(kinds.values()) for kinds in groups.values())
-    saved = [(f"model {number + 1}: {name}" if len(models) > 1 else name, t, how)
-             for number, record in records for name, t, how in savings(models[number], record)]
+    saved = [
+        (f"model {number + 1}: {name}" if len(models) > 1 else name, t, how)
+        for number, record in records
+        for name, t, how in savings(models[number], record)
+    ]
     steps = sorted({step for step, *_ in evaluations})
     return {
-        "steps": len(steps), "evaluations": len(evaluations), "seconds": round(total, 4), "seconds_per_step": round(total / len(steps), 5),
+        "steps": len(steps),
+        "evaluations": len(evaluations),
+        "seconds": round(total, 4),
+        "seconds_per_step": round(total / len(steps), 5),
         "step_seconds": [[s, round(sum(t for step, _, t, _ in evaluations if step == s), 5)] for s in steps],
         "inherited_steps": sorted({step for step, _, _, replayed in evaluations if replayed}),
         "played": [min(number for step, number, *_ in evaluations if step == s) + 1 for s in steps],
@@ -60,8 +79,9 @@ def describe(model) -> dict:
 def savings(model, record: Record) -> list[tuple[str, float, str]]:
     """(technique, seconds saved, how that is known) of all that plays in a MODEL.
 
-    Inheritance is measured: its steps against the median of the full ones. Work that was never done cannot be: layers that
-    are cut and attention that GRI left out are taken to need as long for each multiplication as their kind needed in this run.
+    Inheritance is measured: its steps against the median of the full ones. Work that was never done cannot be: layers
+    that are cut and attention that GRI left out are taken to need as long for each multiplication as their kind needed
+    in this run.
     """
     found, setup = [], host.setup_of(model)
     # The first evaluation, in which the host still moves weights, is left out.
@@ -91,7 +111,9 @@ def savings(model, record: Record) -> list[tuple[str, float, str]]:
         name = kind(address) if work[kind(address)] else ""
         return multiplications * time[name] / work[name] if work[name] else 0.0
 
-    cut = sum(needed(a, calls * macs[a]) - seconds for (a, role), (seconds, calls) in record.layers.items() if role == "cut")
+    cut = sum(
+        needed(a, calls * macs[a]) - seconds for (a, role), (seconds, calls) in record.layers.items() if role == "cut"
+    )
     if cut > 0:
         names = ", ".join(pack.rpartition("@")[0].removesuffix(".safetensors") for pack in setup.packs) or "pruned UNet"
         found.append((f"layers cut ({names})", cut, "estimated"))
@@ -102,7 +124,9 @@ def savings(model, record: Record) -> list[tuple[str, float, str]]:
 
 
 def attention_left_out(regional, architecture: Architecture, height: int, width: int) -> dict[str, float]:
-    """Transformer address -> multiplications of full self-attention that GRI attention leaves out, for latents of height x width."""
+    """Transformer address -> multiplications of full self-attention that GRI attention leaves out, for latents of
+    height x width.
+    """
     if regional is None:
         return {}
     shapes, cost, found = sizes(architecture, height, width), costs(architecture, height, width), {}
@@ -121,7 +145,12 @@ def summary(facts: dict) -> list[str]:
     saved = sum(entry["seconds"] for entry in facts["saved"])
     head = f"{facts['steps']} steps in {duration(facts['seconds'])}, {duration(facts['seconds_per_step'])} each"
     share = saved / (saved + facts["seconds"])
-    return [head, f"about {duration(saved)} saved, {share:.0%} of what it would have been" if facts["saved"] else "no technique of asdm saved time in this run"]
+    return [
+        head,
+        f"about {duration(saved)} saved, {share:.0%} of what it would have been"
+        if facts["saved"]
+        else "no technique of asdm saved time in this run",
+    ]
 
 
 class ASDMMeasureSpeed(io.ComfyNode):
@@ -131,8 +160,9 @@ class ASDMMeasureSpeed(io.ComfyNode):
             node_id="ASDMMeasureSpeed",
             display_name="Measure Speed",
             category=CATEGORY,
-            description="Times every step and every layer of the runs of this MODEL, for Speed Readout. The pictures stay the same, bit by bit. "
-                        "Put it last, right before the sampler; bypass it and nothing is measured.",
+            description="Times every step and every layer of the runs of this MODEL, for Speed Readout. The pictures "
+            "stay the same, bit by bit. "
+            "Put it last, right before the sampler; bypass it and nothing is measured.",
             search_aliases=["profile", "profiler", "timing", "benchmark", "time per step"],
             inputs=[io.Model.Input("model")],
             outputs=[io.Model.Output()],
@@ -150,14 +180,22 @@ class ASDMSpeedReadout(io.ComfyNode):
             node_id="ASDMSpeedReadout",
             display_name="Speed Readout",
             category=CATEGORY,
-            description="Draws where the time of the last run went: each step, each group of layers, and what each technique saved. "
-                        "Needs the MODEL of Measure Speed, and the sampler's result to wait for.",
+            description="Draws where the time of the last run went: each step, each group of layers, and what each "
+            "technique saved. "
+            "Needs the MODEL of Measure Speed, and the sampler's result to wait for.",
             search_aliases=["profile", "profiler", "timing", "time per step", "saved time", "speed up"],
             inputs=[
                 io.Model.Input("model", tooltip="From Measure Speed; the same that goes into the sampler."),
-                io.AnyType.Input("after", optional=True, tooltip="Anything the run makes (the sampler's latent), so that this node waits for it."),
+                io.AnyType.Input(
+                    "after",
+                    optional=True,
+                    tooltip="Anything the run makes (the sampler's latent), so that this node waits for it.",
+                ),
             ],
-            outputs=[io.Image.Output(display_name="picture"), io.String.Output(display_name="text", tooltip="All numbers, as JSON.")],
+            outputs=[
+                io.Image.Output(display_name="picture"),
+                io.String.Output(display_name="text", tooltip="All numbers, as JSON."),
+            ],
             is_output_node=True,
         )
 

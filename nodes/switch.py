@@ -51,7 +51,11 @@ def with_switch(first, second, point: SwitchPoint, crossfade: int = 0):
     if point.after_all:
         return first
     clone, joining = first.clone(), beside(first, second)
-    switches = (*switches_of(first), Switch((point,), crossfade), *(switch.within(point) for switch in switches_of(second)))
+    switches = (
+        *switches_of(first),
+        Switch((point,), crossfade),
+        *(switch.within(point) for switch in switches_of(second)),
+    )
     others = [*others_of(clone), joining, *others_of(joining)]
     for model in others:
         _set_up(model, (), [])
@@ -59,7 +63,8 @@ def with_switch(first, second, point: SwitchPoint, crossfade: int = 0):
 
 
 def beside(first, second):
-    """A clone of MODEL `second` that can take turns with `first`: what the two want in different states, it has a copy of its own of.
+    """A clone of MODEL `second` that can take turns with `first`: what the two want in different states, it has a copy
+    of its own of.
 
     Who switches between the same two many times calls this once, and so copies once. Raises ValueError.
     """
@@ -107,8 +112,12 @@ def _check_fit(first, second) -> None:
     same_latents = type(first.model.latent_format) is type(second.model.latent_format)
     if not same_latents or (a.context_dim, a.adm_channels) != (b.context_dim, b.adm_channels):
         names = [config.family or f"of an unknown family (text width {config.context_dim})" for config in (a, b)]
-        raise ValueError(f"Switch UNet: model_first is {names[0]}, model_second is {names[1]}. Models that take turns need the same kind of "
-                         "latents and of text conditioning. Choose two of one family, or sample one after the other with a VAE in between.")
+        raise ValueError(
+            f"Switch UNet: model_first is {names[0]}, model_second is {names[1]}. Models that take turns need the "
+            "same kind of "
+            "latents and of text conditioning. Choose two of one family, or sample one after the other with a VAE in "
+            "between."
+        )
 
 
 # Who shares a UNet ----------------------------------------------------------------------------------
@@ -118,10 +127,20 @@ def _same_weights(a, b) -> bool:
     """Whether two patchers round one module leave it in the same state."""
     # Not by patches_uuid: the host gives a new one in each run with hook LoRAs.
     patched_alike = a.patches.keys() == b.patches.keys() and all(
-        len(v) == len(b.patches[k]) and all(x is y for x, y in zip(v, b.patches[k], strict=True)) for k, v in a.patches.items())
-    injections = ({k: tuple(map(id, v)) for k, v in m.injections.items()} for m in (a, b))  # a clone has the same, in lists of its own
-    return patched_alike and operator.eq(*injections) and all(x.keys() == y.keys() and all(x[k] is y[k] for k in x) for x, y in (
-        (a.object_patches, b.object_patches), (a.weight_wrapper_patches, b.weight_wrapper_patches)))
+        len(v) == len(b.patches[k]) and all(x is y for x, y in zip(v, b.patches[k], strict=True))
+        for k, v in a.patches.items()
+    )
+    injections = (
+        {k: tuple(map(id, v)) for k, v in m.injections.items()} for m in (a, b)
+    )  # a clone has the same, in lists of its own
+    return (
+        patched_alike
+        and operator.eq(*injections)
+        and all(
+            x.keys() == y.keys() and all(x[k] is y[k] for k in x)
+            for x, y in ((a.object_patches, b.object_patches), (a.weight_wrapper_patches, b.weight_wrapper_patches))
+        )
+    )
 
 
 def _parts(model) -> list[tuple]:
@@ -131,27 +150,40 @@ def _parts(model) -> list[tuple]:
 
 def _clash(model, others) -> bool:
     """Whether a MODEL shares a UNet or a pack with one of the others, and the two want it in different states."""
-    return any(part.model is another.model and not _same_weights(owner, its_owner)
-               for part, owner in _parts(model) for other in others for another, its_owner in _parts(other))
+    return any(
+        part.model is another.model and not _same_weights(owner, its_owner)
+        for part, owner in _parts(model)
+        for other in others
+        for another, its_owner in _parts(other)
+    )
 
 
 def _apart(model, others):
-    """The MODEL itself where it may share modules with the others, else a copy with modules of its own. Raises ValueError."""
+    """The MODEL itself where it may share modules with the others, else a copy with modules of its own. Raises
+    ValueError.
+    """
     if not _clash(model, others):
         return model
     try:
         copy = model.clone(force_deepcopy=True)
-        copy.set_additional_models(host.KEY, [pack.clone(force_deepcopy=True) for pack in model.get_additional_models_with_key(host.KEY)])
+        copy.set_additional_models(
+            host.KEY, [pack.clone(force_deepcopy=True) for pack in model.get_additional_models_with_key(host.KEY)]
+        )
         copy.is_injected = False  # as the original may be at the moment
         copy.injections = {k: [_bound_to(copy, injection) for injection in v] for k, v in copy.injections.items()}
     except RuntimeError as error:
-        raise ValueError("Switch UNet: both models are one UNet with different LoRAs or patches, and this UNet cannot be loaded a second "
-                         "time because its loader does not say how. Load it with a stock loader or one of asdm's.") from error
+        raise ValueError(
+            "Switch UNet: both models are one UNet with different LoRAs or patches, and this UNet cannot be loaded a "
+            "second "
+            "time because its loader does not say how. Load it with a stock loader or one of asdm's."
+        ) from error
     return copy
 
 
 def _bound_to(model, injection):
-    """An injection as it is; of a bypass LoRA, which holds the modules of the UNet it was made for, one for the UNet of MODEL."""
+    """An injection as it is; of a bypass LoRA, which holds the modules of the UNet it was made for, one for the UNet of
+    MODEL.
+    """
     manager = inspect.getclosurevars(injection.inject).nonlocals.get("self")
     if not isinstance(manager, BypassInjectionManager):
         return injection
@@ -162,7 +194,9 @@ def _bound_to(model, injection):
 
 @contextmanager
 def _each_module_once(model):
-    """Let the host see every UNet and every pack of a switched MODEL once while it loads: who shares one needs no second."""
+    """Let the host see every UNet and every pack of a switched MODEL once while it loads: who shares one needs no
+    second.
+    """
     others = others_of(model)
     seen, load = {id(m.model) for m in (model, *model.get_additional_models_with_key(host.KEY))}, []
     for patcher in others:
@@ -206,7 +240,9 @@ class Player:
         self.processed = False  # conds are encoded for the model at its first evaluation
 
     def acting(self, guider, **more):
-        return _with_attributes(guider, model_patcher=self.patcher, model_options=self.options, conds=self.conds, **more)
+        return _with_attributes(
+            guider, model_patcher=self.patcher, model_options=self.options, conds=self.conds, **more
+        )
 
     def wrappers(self, kind: str) -> list:
         return get_all_wrappers(kind, self.options, is_model_options=True)
@@ -252,6 +288,7 @@ class Run:
 
     def sample(self, call, args, kwargs):
         """The run, within the OUTER_SAMPLE wrappers of the other models: they bind their packs, caches and so on."""
+
         def onward(*_, **__):
             with self._first.acting(self._guider):
                 return call(*args, **kwargs)
@@ -262,13 +299,17 @@ class Run:
 
     def _within(self, player: Player, onward):
         def inside(*args, **kwargs):
-            player.options = self._guider.model_options  # a wrapper may have put a copy of its own there, as EasyCache does
+            player.options = (
+                self._guider.model_options
+            )  # a wrapper may have put a copy of its own there, as EasyCache does
             return onward(*args, **kwargs)
 
         def call(*args, **kwargs):
             with player.acting(self._guider):
                 return WrapperExecutor.new_class_executor(
-                    inside, self._guider, player.wrappers(WrappersMP.OUTER_SAMPLE)).execute(*args, **kwargs)
+                    inside, self._guider, player.wrappers(WrappersMP.OUTER_SAMPLE)
+                ).execute(*args, **kwargs)
+
         return call
 
     def load(self, executor, model, noise_shape, conds, model_options, **kwargs):
@@ -281,7 +322,8 @@ class Run:
 
         for player in self.others:
             WrapperExecutor.new_executor(note, player.wrappers(WrappersMP.PREPARE_SAMPLING)).execute(
-                player.patcher, noise_shape, player.conds, model_options=player.options, **kwargs)
+                player.patcher, noise_shape, player.conds, model_options=player.options, **kwargs
+            )
         factor = max(needs) / model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
         shape = [noise_shape[0] * max(1, factor), *noise_shape[1:]]
         with _each_module_once(model):  # not before: the wrappers above look for packs
@@ -295,7 +337,9 @@ class Run:
             patcher, base = player.patcher, player.patcher.model
             player.options["transformer_options"]["sample_sigmas"] = sigmas
             comfy.samplers.cast_to_load_options(player.options, device=patcher.load_device, dtype=patcher.model_dtype())
-            holder = getattr(base, "current_patcher", None)  # of a UNet that is shared, which stays its until the turn changes
+            holder = getattr(
+                base, "current_patcher", None
+            )  # of a UNet that is shared, which stays its until the turn changes
             patcher.pre_run()
             base.current_patcher = holder or patcher
 
@@ -310,25 +354,31 @@ class Run:
         return self._evaluate(players[number], executor, x, timestep, options, seed)
 
     def _mixed(self, players, playing: dict[int, float], executor, x, timestep, options: dict, seed):
-        """An evaluation in which several play. The sampler's own functions look into the guidance once, of all of them."""
+        """An evaluation in which several play. The sampler's own functions look into the guidance once, of
+        all of them.
+        """
         added, seen, out = self._added(options), [], 0.0
         if added:
+
             def look(args):
                 seen.append((share, args))
                 return args["denoised"]
 
-            options = {**options, POST_CFG: [*options[POST_CFG][:self._before], look]}
+            options = {**options, POST_CFG: [*options[POST_CFG][: self._before], look]}
         for number, share in playing.items():
             out = out + share * self._evaluate(players[number], executor, x, timestep, options, seed)
         for function in added if seen else ():  # a cache can keep a guider from evaluating
             whole = sum(share for share, _ in seen)
-            guidance = {name: sum(share / whole * args[name] for share, args in seen) for name in ("cond_denoised", "uncond_denoised")}
+            guidance = {
+                name: sum(share / whole * args[name] for share, args in seen)
+                for name in ("cond_denoised", "uncond_denoised")
+            }
             out = function({**seen[0][1], **guidance, "denoised": out})
         return out
 
     def _added(self, given: dict) -> list:
         """The functions that the sampler added to the first model's (CFG++ looks into guidance so)."""
-        return given.get(POST_CFG, [])[self._before:]
+        return given.get(POST_CFG, [])[self._before :]
 
     def _evaluate(self, player: Player, executor, x, timestep, options: dict, seed):
         self._turn_to(player)
@@ -337,7 +387,9 @@ class Run:
         options = self._with_sampler_functions(player.options, options)
         with player.acting(self._guider, inner_model=player.patcher.model):
             return WrapperExecutor.new_class_executor(
-                executor.original, self._guider, get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True),
+                executor.original,
+                self._guider,
+                get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True),
             ).execute(x, timestep, options, seed)
 
     def _turn_to(self, player: Player) -> None:
@@ -364,7 +416,9 @@ class Run:
             return own
         options = comfy.model_patcher.create_model_options_clone(own)
         for function in added:
-            comfy.model_patcher.set_model_options_post_cfg_function(options, function, given.get("disable_cfg1_optimization", False))
+            comfy.model_patcher.set_model_options_post_cfg_function(
+                options, function, given.get("disable_cfg1_optimization", False)
+            )
         return options
 
 
@@ -383,8 +437,11 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     model = guider.model_patcher
     present = [model, *others_of(model)]
     if any(_clash(other, present[:i]) for i, other in enumerate(present)):
-        raise ValueError("The MODEL got a LoRA or another patch after Switch UNet, and both of its models are one UNet. Put the node before "
-                         "Switch UNet, on the model it is meant for; with different patches on each, the second gets its own copy.")
+        raise ValueError(
+            "The MODEL got a LoRA or another patch after Switch UNet, and both of its models are one UNet. Put the "
+            "node before "
+            "Switch UNet, on the model it is meant for; with different patches on each, the second gets its own copy."
+        )
     run = Run(guider, sigmas, kwargs.get("latent_shapes"))
     guider.model_options["transformer_options"][KEY] = run
     with run.prepared():
@@ -398,10 +455,14 @@ def _prepare_sampling(executor, model, noise_shape, conds, model_options=None, *
     return run.load(executor, model, noise_shape, conds, model_options, **kwargs)
 
 
-def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+def _sampler_sample(
+    executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+):
     run = extra_args["model_options"]["transformer_options"].get(KEY)
     if run is not None:
-        run.begin(extra_args, sigmas, noise=noise, latent_image=latent_image, denoise_mask=denoise_mask, device=noise.device)
+        run.begin(
+            extra_args, sigmas, noise=noise, latent_image=latent_image, denoise_mask=denoise_mask, device=noise.device
+        )
     return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
 
 
@@ -427,23 +488,53 @@ class ASDMSwitchUNet(io.ComfyNode):
             node_id="ASDMSwitchUNet",
             display_name="Switch UNet",
             category=CATEGORY,
-            description="Samples with one model up to a point of the run and with another one from there on, inside one sampler run. "
-                        "Each keeps its own LoRAs, packs, patches and prediction type. A small UNet for the layout and a large one for "
-                        "the details, or the other way round. Chain it for more than two.",
-            search_aliases=["asdm", "multi unet", "model swap", "two models", "refiner", "handoff", "faster", "speed up"],
+            description="Samples with one model up to a point of the run and with another one from there on, inside "
+            "one sampler run. "
+            "Each keeps its own LoRAs, packs, patches and prediction type. A small UNet for the layout and a large "
+            "one for "
+            "the details, or the other way round. Chain it for more than two.",
+            search_aliases=[
+                "asdm",
+                "multi unet",
+                "model swap",
+                "two models",
+                "refiner",
+                "handoff",
+                "faster",
+                "speed up",
+            ],
             inputs=[
                 io.Model.Input("model_first"),
                 io.Model.Input("model_second"),
-                io.Float.Input("switch_at", default=0.5, min=0.0, max=10000.0, step=0.01,
-                               tooltip="Where the second model takes over: 0.4 with percent or share of steps, 10 with step (10 steps of the "
-                                       "first), a noise level with sigma."),
-                io.Combo.Input("unit", options=list(UNITS), default="percent",
-                               tooltip="percent: share of the noise schedule, 0 is its begin, 1 its end, as in other nodes. share of steps: 0.4 is "
-                                       "after 40% of this run's steps. step: steps of this run. "
-                                       "sigma: a noise level. All mean a noise level: the second model plays at and below it."),
-                io.Int.Input("crossfade_steps", default=0, min=0, max=1000, advanced=True,
-                             tooltip="So many steps from the switch on both models play and their predictions are mixed. Each costs as much "
-                                     "as both. 0: at once."),
+                io.Float.Input(
+                    "switch_at",
+                    default=0.5,
+                    min=0.0,
+                    max=10000.0,
+                    step=0.01,
+                    tooltip="Where the second model takes over: 0.4 with percent or share of steps, 10 with step (10 "
+                    "steps of the "
+                    "first), a noise level with sigma.",
+                ),
+                io.Combo.Input(
+                    "unit",
+                    options=list(UNITS),
+                    default="percent",
+                    tooltip="percent: share of the noise schedule, 0 is its begin, 1 its end, as in other nodes. "
+                    "share of steps: 0.4 is "
+                    "after 40% of this run's steps. step: steps of this run. "
+                    "sigma: a noise level. All mean a noise level: the second model plays at and below it.",
+                ),
+                io.Int.Input(
+                    "crossfade_steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    advanced=True,
+                    tooltip="So many steps from the switch on both models play and their predictions are mixed. Each "
+                    "costs as much "
+                    "as both. 0: at once.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )

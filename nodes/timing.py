@@ -17,12 +17,14 @@ KEY = "asdm_timing"
 
 
 class Stopwatch:
-    """Times the sampler of a run, from its start to its end on the device. Holds no MODEL, so that it may be its wrapper.
+    """Times the sampler of a run, from its start to its end on the device. Holds no MODEL, so that it may be its
+    wrapper.
 
-    peak: bytes that torch held at most during the run; None but on a CUDA device: what a process holds in main memory says
-    nothing about one of two models that lie there together.
+    peak: bytes that torch held at most during the run; None but on a CUDA device: what a process holds in main memory
+    says nothing about one of two models that lie there together.
 
-    settling: evaluate the network once instead of sampling, so that weights are loaded and patched when the next run begins.
+    settling: evaluate the network once instead of sampling, so that weights are loaded and patched when the next run
+    begins.
     """
 
     def __init__(self, device: torch.device):
@@ -52,8 +54,8 @@ class Record:
     """What was measured of one run. Numbers only, so that it may outlive the run.
 
     shape: of the latents, (B, C, H, W). evaluations: (step, seconds) of each. replayed: for each, whether all of it was
-    inherited; empty without feature inheritance. layers: (address, role) -> seconds in all and calls; role: "played", "cut",
-    "inherited", or "regional" for a transformer that played while GRI attention did.
+    inherited; empty without feature inheritance. layers: (address, role) -> seconds in all and calls; role: "played",
+    "cut", "inherited", or "regional" for a transformer that played while GRI attention did.
     """
 
     shape: tuple[int, ...]
@@ -63,7 +65,9 @@ class Record:
 
 
 class Clock:
-    """Moments on a device and the seconds between them. On CUDA a moment is an event, so that nobody waits for the device meanwhile."""
+    """Moments on a device and the seconds between them. On CUDA a moment is an event, so that nobody waits for the
+    device meanwhile.
+    """
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -102,9 +106,13 @@ class Laps:
         self._end = self._clock.now()
 
     def seconds(self) -> list[tuple[int, float]]:
-        """(step, seconds) of each evaluation until the next one begins, of the last until it ends; not of one that was broken off."""
+        """(step, seconds) of each evaluation until the next one begins, of the last until it ends; not of one that was
+        broken off.
+        """
         moments = [moment for _, moment in self._begun] + [self._end] * (self._end is not None)
-        return [(step, self._clock.seconds(a, b)) for (step, _), (a, b) in zip(self._begun, pairwise(moments), strict=False)]
+        return [
+            (step, self._clock.seconds(a, b)) for (step, _), (a, b) in zip(self._begun, pairwise(moments), strict=False)
+        ]
 
 
 class Recorder:
@@ -148,7 +156,8 @@ class Side:
     """One MODEL under measurement, and what was measured.
 
     sample: makes a LATENT with a MODEL. seconds: of the sampler, one number a run. loading: seconds that the first run
-    took longer than later ones (loading, patching, compiling). peak: see Stopwatch. repeats: whether every run gave the same latent.
+    took longer than later ones (loading, patching, compiling). peak: see Stopwatch. repeats: whether every run gave the
+    same latent.
     """
 
     label: str
@@ -200,9 +209,15 @@ class Side:
 
     def facts(self, steps: int) -> dict:
         """What was measured, for JSON."""
-        return {"label": self.label, "seconds": [round(s, 4) for s in self.seconds], "median_seconds": round(self.median, 4),
-                "seconds_per_step": round(self.median / steps, 5), "load_and_compile_seconds": round(self.paid_once, 3),
-                "peak_memory_mb": self.peak and round(self.peak / 2**20, 1), "every_run_alike": self.repeats}
+        return {
+            "label": self.label,
+            "seconds": [round(s, 4) for s in self.seconds],
+            "median_seconds": round(self.median, 4),
+            "seconds_per_step": round(self.median / steps, 5),
+            "load_and_compile_seconds": round(self.paid_once, 3),
+            "peak_memory_mb": self.peak and round(self.peak / 2**20, 1),
+            "every_run_alike": self.repeats,
+        }
 
 
 def alternate(sides, rounds: int) -> None:

@@ -92,10 +92,18 @@ _STAND_INS = {"resnet": ResBlock, "transformer": SpatialTransformer, "downsample
 
 # Every class a dispatched layer can have. Naming them, instead of nn.Module, leaves the layers that
 # other packs put between them to those packs.
-LAYER_CLASSES = (openaimodel.ResBlock, ResBlock, attention.SpatialTransformer, openaimodel.Downsample, openaimodel.Upsample)
+LAYER_CLASSES = (
+    openaimodel.ResBlock,
+    ResBlock,
+    attention.SpatialTransformer,
+    openaimodel.Downsample,
+    openaimodel.Upsample,
+)
 _KIND_CLASSES = {
-    "resnet": (openaimodel.ResBlock, ResBlock), "transformer": attention.SpatialTransformer,
-    "downsampler": openaimodel.Downsample, "upsampler": openaimodel.Upsample,
+    "resnet": (openaimodel.ResBlock, ResBlock),
+    "transformer": attention.SpatialTransformer,
+    "downsampler": openaimodel.Downsample,
+    "upsampler": openaimodel.Upsample,
 }
 
 
@@ -159,7 +167,9 @@ def host_weights(module: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]
 
 
 class Bypassed(nn.Module):
-    """A module under a LoRA of the host's bypass mode, which wraps the forwards of single modules instead of patching weights."""
+    """A module under a LoRA of the host's bypass mode, which wraps the forwards of single modules instead of patching
+    weights.
+    """
 
     def __init__(self, module: nn.Module, hook: BypassForwardHook):
         super().__init__()
@@ -179,7 +189,9 @@ def with_bypass(player: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[By
         # A player may share modules with the layer: those are wrapped already.
         if isinstance(hook, BypassForwardHook) and own.get(path, module) is not module:
             hooks[path] = hook
-    return with_submodules(player, {path: Bypassed(own[path], hook) for path, hook in hooks.items()}), list(hooks.values())
+    return with_submodules(player, {path: Bypassed(own[path], hook) for path, hook in hooks.items()}), list(
+        hooks.values()
+    )
 
 
 # Packs ----------------------------------------------------------------------------------------------
@@ -196,8 +208,14 @@ class PackModel(nn.Module):
     serial: tells this module from any other one; compiled graphs are keyed by it.
     """
 
-    def __init__(self, description: Description, convs: tuple[Conv, ...], gains: Mapping[str, Slot], dtype: torch.dtype,
-                 attn_precision):
+    def __init__(
+        self,
+        description: Description,
+        convs: tuple[Conv, ...],
+        gains: Mapping[str, Slot],
+        dtype: torch.dtype,
+        attn_precision,
+    ):
         super().__init__()
         self.serial = next(_serials)
         self.architecture = architecture = description.architecture
@@ -220,7 +238,10 @@ class PackModel(nn.Module):
             self._gains.setdefault(slot.unit.address, {})[slot.tensor.block] = key
 
     def gains(self, address: str, strength: float) -> dict[int, Callable[[Tensor], Tensor]]:
-        """For the blocks of a transformer that have them: the gains of its heads, (heads,) float32, where the queries are."""
+        """For the blocks of a transformer that have them: the gains of its heads, (heads,) float32, where the queries
+        are.
+        """
+
         def scaled(module: nn.Module, q: Tensor) -> Tensor:
             with host_weights(module, q[:0].float()) as (weight, _):
                 return strength * weight[:, 0]
@@ -233,8 +254,14 @@ class PackModel(nn.Module):
         for conv in self._convs:
             if conv.unit.address == address:
                 further = self.further.get_submodule(conv.path("ldm"))
-                conditional[conv.ldm] = CondConv2d(layer.get_submodule(conv.ldm), further.experts, further.router,
-                                                   self._condconv.form, strength, host_weights)
+                conditional[conv.ldm] = CondConv2d(
+                    layer.get_submodule(conv.ldm),
+                    further.experts,
+                    further.router,
+                    self._condconv.form,
+                    strength,
+                    host_weights,
+                )
         return with_submodules(layer, conditional)
 
     def layer(self, address: str) -> nn.Module:
@@ -242,13 +269,19 @@ class PackModel(nn.Module):
         return self.diffusion_model.get_submodule(self._paths[address])
 
     @classmethod
-    def load(cls, description: Description, tensors: Mapping[str, Tensor], dtype: torch.dtype, attn_precision) -> PackModel:
+    def load(
+        cls, description: Description, tensors: Mapping[str, Tensor], dtype: torch.dtype, attn_precision
+    ) -> PackModel:
         """Build the modules and give them the pack's weights, as `dtype`; routers are float32."""
         units = {k: tensors[k].to(dtype) for k in description.unit_keys}
         experts = {k: tensors[k].to(torch.float32 if ".router." in k else dtype) for k in description.expert_keys}
         # Differences that are all 0 are left out: then no bit changes, however the device adds up a convolution.
-        convs = tuple(c for c in description.convs
-                      if description.condconv.form != "difference" or any(experts[c.key(f"experts.{x}")].any() for x in ("weight", "bias")))
+        convs = tuple(
+            c
+            for c in description.convs
+            if description.condconv.form != "difference"
+            or any(experts[c.key(f"experts.{x}")].any() for x in ("weight", "bias"))
+        )
         names = {c.key(leaf) for c in convs for leaf in description.condconv.shapes(c)}
         gains = {k: slot for k, slot in description.gain_keys.items() if tensors[k].any()}  # likewise
         model = cls(description, convs, gains, dtype, attn_precision)
@@ -275,8 +308,16 @@ def _build(u: Unit, architecture: Architecture, dtype: torch.dtype, attn_precisi
         raise ValueError(f"{u.address} cannot be played by a pack; write the whole UNet instead (asdm_core assemble)")
     heads = config.heads(u.channels_in)
     transformer = attention.SpatialTransformer(
-        u.channels_in, heads, u.channels_in // heads, depth=u.depth, context_dim=config.context_dim,
-        use_linear=config.use_linear, use_checkpoint=False, attn_precision=attn_precision, **more)
+        u.channels_in,
+        heads,
+        u.channels_in // heads,
+        depth=u.depth,
+        context_dim=config.context_dim,
+        use_linear=config.use_linear,
+        use_checkpoint=False,
+        attn_precision=attn_precision,
+        **more,
+    )
     for i, block in enumerate(u.blocks):
         if block in architecture.cut:
             transformer.transformer_blocks[i] = stand_in(u, True)

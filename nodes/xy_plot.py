@@ -43,7 +43,10 @@ def _inherit(model, value: str):
     elif slash and branch.strip().isdigit() and interval.strip().isdigit():
         plan = inheritance.deepcache(config, int(branch), Schedule(interval=int(interval))).reusing("forecast")
     else:
-        raise ValueError(f"XY Plot, inheritance: wanted {OFF}, {', '.join(DIALS)}, a skip branch and an interval (0/3), or a plan as JSON; got {value!r}.")
+        raise ValueError(
+            f"XY Plot, inheritance: wanted {OFF}, {', '.join(DIALS)}, a skip branch and an interval (0/3), or a plan "
+            f"as JSON; got {value!r}."
+        )
     return host.with_plan(model, plan)
 
 
@@ -69,7 +72,9 @@ def _with_pack(model, name: str, window: Window, strength: float = 1.0):
 
 
 def _regional(model, value: str):
-    return host.with_regional(model, None if value == OFF else Regional(0 if value == "auto" else int(_number(value, "GRI window"))))
+    return host.with_regional(
+        model, None if value == OFF else Regional(0 if value == "auto" else int(_number(value, "GRI window")))
+    )
 
 
 def _switch(model, value: str, model_second, unit: str):
@@ -99,13 +104,22 @@ def _pack_input() -> list[io.Input]:
 
 
 def _second_inputs() -> list[io.Input]:
-    return [io.Model.Input("model_second", tooltip="The model that takes over."),
-            io.Combo.Input("unit", options=list(UNITS), default="percent", tooltip="What the values count; see Switch UNet.")]
+    return [
+        io.Model.Input("model_second", tooltip="The model that takes over."),
+        io.Combo.Input(
+            "unit", options=list(UNITS), default="percent", tooltip="What the values count; see Switch UNet."
+        ),
+    ]
 
 
 # Nodes stand in this order: a pack is on the model before anything looks at its layers, and a switch comes last.
 AXES = {
-    "inheritance": Axis(_inherit, f"{OFF}, {', '.join(DIALS)}", f"{OFF}, {', '.join(DIALS)}, skip branch/interval (0/3), or plans as JSON, one a line", place=1),
+    "inheritance": Axis(
+        _inherit,
+        f"{OFF}, {', '.join(DIALS)}",
+        f"{OFF}, {', '.join(DIALS)}, skip branch/interval (0/3), or plans as JSON, one a line",
+        place=1,
+    ),
     "pack": Axis(_pack, OFF, f"{OFF} and names of packs"),
     "pack strength": Axis(_strength, "0, 0.5, 1", "of the experts and gains of a pack", _pack_input),
     "pack window": Axis(_window, "0-1, 0-0.5, 0.5-1", "where in the run the pack begins and ends to play", _pack_input),
@@ -117,14 +131,27 @@ AXES = {
 def axis_input(name: str, tooltip: str, first: str) -> io.DynamicCombo.Input:
     """The input of one axis; `first` is the choice to begin with."""
     options = {"nothing": []} | {
-        key: [io.String.Input("values", default=axis.default, multiline=True, tooltip=f"{axis.help}. Separated by commas, or one a line."),
-              *axis.inputs()] for key, axis in AXES.items()}
+        key: [
+            io.String.Input(
+                "values",
+                default=axis.default,
+                multiline=True,
+                tooltip=f"{axis.help}. Separated by commas, or one a line.",
+            ),
+            *axis.inputs(),
+        ]
+        for key, axis in AXES.items()
+    }
     ordered = [first, *(key for key in options if key != first)]
-    return io.DynamicCombo.Input(name, tooltip=tooltip, options=[io.DynamicCombo.Option(key, options[key]) for key in ordered])
+    return io.DynamicCombo.Input(
+        name, tooltip=tooltip, options=[io.DynamicCombo.Option(key, options[key]) for key in ordered]
+    )
 
 
 def values(text: str) -> list[str]:
-    """The values in a text: one a line, or separated by commas where there is one line without a plan. Raises ValueError."""
+    """The values in a text: one a line, or separated by commas where there is one line without a plan. Raises
+    ValueError.
+    """
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if len(lines) == 1 and "{" not in text:
         lines = [part.strip() for part in text.split(",") if part.strip()]
@@ -155,9 +182,11 @@ class ASDMXYPlot(io.ComfyNode):
             node_id="ASDMXYPlot",
             display_name="XY Plot (asdm)",
             category=CATEGORY,
-            description="Samples with every combination of two of asdm's settings (inheritance, packs, their windows and strength, GRI, switch "
-                        "points) and draws all pictures in a grid, each with its time, the speed-up, and its PSNR and SSIM against the "
-                        "model as it came in.",
+            description="Samples with every combination of two of asdm's settings (inheritance, packs, their windows "
+            "and strength, GRI, switch "
+            "points) and draws all pictures in a grid, each with its time, the speed-up, and its PSNR and SSIM "
+            "against the "
+            "model as it came in.",
             search_aliases=["xy plot", "xyz plot", "grid", "parameter sweep", "benchmark", "compare settings"],
             inputs=[
                 io.Model.Input("model", tooltip="Cells are compared with this model as it is."),
@@ -168,7 +197,14 @@ class ASDMXYPlot(io.ComfyNode):
                 axis_input("x", "What differs from left to right.", "inheritance"),
                 axis_input("y", "What differs from top to bottom.", "nothing"),
                 *sampling_inputs(),
-                io.Int.Input("rounds", default=1, min=1, max=50, advanced=True, tooltip="Timed runs of each cell; the median is shown."),
+                io.Int.Input(
+                    "rounds",
+                    default=1,
+                    min=1,
+                    max=50,
+                    advanced=True,
+                    tooltip="Timed runs of each cell; the median is shown.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="plot", tooltip="The labelled grid."),
@@ -179,7 +215,23 @@ class ASDMXYPlot(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent_image, vae, x, y, seed, steps, cfg, sampler_name, scheduler, denoise, rounds):
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        latent_image,
+        vae,
+        x,
+        y,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        denoise,
+        rounds,
+    ):
         columns, lines = points("x", x, model), points("y", y, model)
         sample = sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
         cells = []
@@ -201,23 +253,52 @@ class ASDMXYPlot(io.ComfyNode):
             rows.append(Row([from_image(picture[0]) for picture in images[here]], row, notes=notes[here]))
         heads = [column or "as it came in" for column, *_ in columns]
         height, width = reference.shape[1:3]
-        subtitle = (f"{steps} steps, CFG {cfg:g}, {sampler_name}, {scheduler}, {width} x {height}, seed {seed}\n"
-                    "each cell: speed-up, time, PSNR and SSIM against it")
-        plot = to_image(grid(f"The model as it came in: {duration(plain.median)}", subtitle, heads, rows, cell_of(reference)))
-        report = {"plain": plain.facts(steps), "cells": [
-            {**cell.facts(steps), "speedup": round(plain.median / cell.median, 4),
-             "psnr": [finite(psnr) for psnr, _ in pairs], "ssim": [ssim for _, ssim in pairs]}
-            for cell, pairs in zip(cells, likenesses, strict=True)],
-            "seed": seed, "steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler, "denoise": denoise,
-            "width": width, "height": height, "rounds": rounds, "device": str(model.load_device), "torch": torch.__version__}
-        return io.NodeOutput(plot, torch.cat(images), json.dumps(report, indent=1),
-                             ui=preview(cls, plot, "\n".join(f"{cell.label}: {text}" for cell, text in zip(cells, notes, strict=True))))
+        subtitle = (
+            f"{steps} steps, CFG {cfg:g}, {sampler_name}, {scheduler}, {width} x {height}, seed {seed}\n"
+            "each cell: speed-up, time, PSNR and SSIM against it"
+        )
+        plot = to_image(
+            grid(f"The model as it came in: {duration(plain.median)}", subtitle, heads, rows, cell_of(reference))
+        )
+        report = {
+            "plain": plain.facts(steps),
+            "cells": [
+                {
+                    **cell.facts(steps),
+                    "speedup": round(plain.median / cell.median, 4),
+                    "psnr": [finite(psnr) for psnr, _ in pairs],
+                    "ssim": [ssim for _, ssim in pairs],
+                }
+                for cell, pairs in zip(cells, likenesses, strict=True)
+            ],
+            "seed": seed,
+            "steps": steps,
+            "cfg": cfg,
+            "sampler_name": sampler_name,
+            "scheduler": scheduler,
+            "denoise": denoise,
+            "width": width,
+            "height": height,
+            "rounds": rounds,
+            "device": str(model.load_device),
+            "torch": torch.__version__,
+        }
+        return io.NodeOutput(
+            plot,
+            torch.cat(images),
+            json.dumps(report, indent=1),
+            ui=preview(cls, plot, "\n".join(f"{cell.label}: {text}" for cell, text in zip(cells, notes, strict=True))),
+        )
 
 
 def note(plain: Side, cell: Side, pairs: list[tuple[float, float]]) -> str:
     """What stands below a cell: 1.62x  1.9 s   31.2 dB  0.94; over a batch, the means."""
     psnr, ssim = (statistics.mean(of) for of in zip(*pairs, strict=True))
-    like = "identical" if finite(psnr) is None and all(finite(p) is None for p, _ in pairs) else f"{psnr:.1f} dB  {ssim:.3f}"
+    like = (
+        "identical"
+        if finite(psnr) is None and all(finite(p) is None for p, _ in pairs)
+        else f"{psnr:.1f} dB  {ssim:.3f}"
+    )
     return f"{plain.median / cell.median:.2f}x  {duration(cell.median)}   {like}"
 
 

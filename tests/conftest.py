@@ -13,7 +13,9 @@ def pytest_configure():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Keep a file on one worker, and a file of tests that run inside a host: each has fixtures, or a process, that would be made twice."""
+    """Keep a file on one worker, and a file of tests that run inside a host: each has fixtures, or a process, that
+    would be made twice.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

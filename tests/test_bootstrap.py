@@ -121,7 +121,9 @@ def sdist(index, monkeypatch):
 
 @pytest.mark.parametrize("version", [(3, 9, 18), (3, 14, 0), (2, 7, 18), (4, 0, 0)])
 def test_other_pythons_are_refused_with_the_range(version):
-    with pytest.raises(bootstrap.SetupError, match=r"3\.10 to 3\.13 is needed, this is " + r"\.".join(map(str, version))):
+    with pytest.raises(
+        bootstrap.SetupError, match=r"3\.10 to 3\.13 is needed, this is " + r"\.".join(map(str, version))
+    ):
         bootstrap.check_python(version)
 
 
@@ -136,7 +138,9 @@ def test_old_pythons_get_as_far_as_the_message():
 
 @pytest.mark.parametrize("folder", ["asdm_core", "nodes", "demo", "train", "bench", "tools", "tests"])
 def test_no_syntax_is_newer_than_the_oldest_supported_python(folder):
-    assert f'requires-python = ">={".".join(map(str, bootstrap.PYTHON_MIN))}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+    assert f'requires-python = ">={".".join(map(str, bootstrap.PYTHON_MIN))}"' in (ROOT / "pyproject.toml").read_text(
+        "utf-8"
+    )
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
     for path in files:
@@ -149,7 +153,9 @@ def test_full_disk_is_noticed_before_anything_is_made(cache, monkeypatch):
     host = cache.parent / "host"
     host.mkdir()
     (host / "requirements.txt").write_text("")
-    with pytest.raises(bootstrap.SetupError, match=r"needs about \d GB of free disk space.*0\.9 GB are free.*ASDM_CACHE"):
+    with pytest.raises(
+        bootstrap.SetupError, match=r"needs about \d GB of free disk space.*0\.9 GB are free.*ASDM_CACHE"
+    ):
         bootstrap.ensure_environment(host)
     assert not bootstrap.environment_folder(host).exists()
 
@@ -231,7 +237,9 @@ def test_damaged_or_unfinished_host_is_made_again(sdist, damage):
 
 def test_archive_with_a_wrong_hash_is_never_used(sdist, index, capsys):
     write_sdist(index, note="not what was expected")
-    with pytest.raises(bootstrap.SetupError, match="twice with a wrong hash: expected sha256 .* got .*Nothing of it was used"):
+    with pytest.raises(
+        bootstrap.SetupError, match="twice with a wrong hash: expected sha256 .* got .*Nothing of it was used"
+    ):
         bootstrap.ensure_managed_host()
     assert capsys.readouterr().out.count("it was deleted") == 2
     assert not bootstrap.managed_host_folder().exists()
@@ -271,7 +279,9 @@ def test_archive_cannot_bring_links(tmp_path):
 
 def test_only_the_hosts_folder_is_unpacked(tmp_path):
     inner = bootstrap.HOST_FOLDER_IN_ARCHIVE
-    archive = write_tar(tmp_path / "a.tar.gz", {"top/setup.py": "x", f"top/{inner}/d/main.py": "yy", f"top/{inner}x/no": "z"})
+    archive = write_tar(
+        tmp_path / "a.tar.gz", {"top/setup.py": "x", f"top/{inner}/d/main.py": "yy", f"top/{inner}x/no": "z"}
+    )
     assert bootstrap.extract_folder(archive, inner, tmp_path / "target") == {"d/main.py": 2}
     assert [path.name for path in tmp_path.glob("target/**/*") if path.is_file()] == ["main.py"]
 
@@ -279,7 +289,10 @@ def test_only_the_hosts_folder_is_unpacked(tmp_path):
 # ---------------------------------------------------------------- two at once
 
 
-HOLD = "import bootstrap, pathlib, sys, time\nwith bootstrap.lock(pathlib.Path(sys.argv[1]), 'x'):\n print('held', flush=True); time.sleep(60)"
+HOLD = (
+    "import bootstrap, pathlib, sys, time\n"
+    "with bootstrap.lock(pathlib.Path(sys.argv[1]), 'x'):\n print('held', flush=True); time.sleep(60)"
+)
 
 
 @pytest.mark.skipif(not POSIX, reason="POSIX signals")
@@ -311,7 +324,9 @@ def test_two_at_once_build_one_host(sdist, cache):
         "bootstrap.environment_python = lambda folder: pathlib.Path(sys.executable)\n"
         "print(bootstrap.ensure_managed_host())"
     )
-    both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert "".join(outputs).count("getting ComfyUI") == 1
@@ -385,7 +400,10 @@ def test_environment_without_its_interpreter_is_incomplete(tmp_path):
 
 def test_missing_package_is_one_clear_message(small_host):
     (small_host / "requirements.txt").write_text("asdm-no-such-package\n")
-    with pytest.raises(bootstrap.SetupError, match=r"(?s)offers no asdm-no-such-package, in no version .* for Python 3.*\(full log: .*install\.log\)"):
+    with pytest.raises(
+        bootstrap.SetupError,
+        match=r"(?s)offers no asdm-no-such-package, in no version .* for Python 3.*\(full log: .*install\.log\)",
+    ):
         bootstrap.ensure_environment(small_host)
 
 
@@ -394,7 +412,10 @@ def test_missing_package_is_one_clear_message(small_host):
     [
         ("ERROR: [Errno 28] No space left on device\n", "the disk is full"),
         ("The virtual environment was not created because ensurepip is not available.", "python3-venv"),
-        ("Retrying after connection broken by 'NewConnectionError'\nNo matching distribution found for torch", "cannot be reached"),
+        (
+            "Retrying after connection broken by 'NewConnectionError'\nNo matching distribution found for torch",
+            "cannot be reached",
+        ),
         ("THESE PACKAGES DO NOT MATCH THE HASHES", "was damaged"),
         ("ERROR: No matching distribution found for torch==9\n", "offers no torch==9"),
         ("first\nlast words\n", "last words"),
@@ -410,8 +431,13 @@ def test_failures_are_explained(output, expected, tmp_path):
 
 def command_line(*arguments, **env):
     return subprocess.run(
-        [sys.executable, "bootstrap.py", *arguments], cwd=ROOT, env={**os.environ, **env},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=120,
+        [sys.executable, "bootstrap.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
     )
 
 
@@ -448,7 +474,10 @@ def test_help_names_every_target_and_setting():
 def test_make_hands_settings_on_as_they_are():
     done = subprocess.run(
         ["make", "--no-print-directory", "test", "PYTHON=echo", "ARGS=-k 'a or b' \"c d\""],
-        cwd=ROOT, env={**os.environ, "PACK": "from the environment"}, stdout=subprocess.PIPE, text=True,
+        cwd=ROOT,
+        env={**os.environ, "PACK": "from the environment"},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert done.stdout == "bootstrap.py test ARGS=-k 'a or b' \"c d\"\n"
 

@@ -21,9 +21,13 @@ def roots(tmp_path, monkeypatch):
     """An embedded family and one model folder, as empty files."""
     monkeypatch.setattr(job, "EMBEDDED", tmp_path / "embedded")
     for name in (
-        "embedded/emoji-teacher.safetensors", "embedded/emoji-m2.safetensors", "embedded/emoji-openmoji.safetensors",
-        "models/checkpoints/anime.safetensors", "models/asdm_packs/sd15-m2.safetensors",
-        "elsewhere/mine.safetensors", "elsewhere/old.ckpt",
+        "embedded/emoji-teacher.safetensors",
+        "embedded/emoji-m2.safetensors",
+        "embedded/emoji-openmoji.safetensors",
+        "models/checkpoints/anime.safetensors",
+        "models/asdm_packs/sd15-m2.safetensors",
+        "elsewhere/mine.safetensors",
+        "elsewhere/old.ckpt",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -33,7 +37,10 @@ def roots(tmp_path, monkeypatch):
 def test_without_arguments_it_is_the_embedded_teacher(roots):
     found = job.find_job(None, None, 20, roots)
     assert (found.loader, found.checkpoint.name, found.pack.name) == (
-        "ASDMCheckpointLoader", "emoji-teacher.safetensors", "emoji-m2.safetensors")
+        "ASDMCheckpointLoader",
+        "emoji-teacher.safetensors",
+        "emoji-m2.safetensors",
+    )
     assert (found.size, found.cfg, len(found.prompts), found.models) == (128, 3.0, 8, {})
 
 
@@ -55,7 +62,10 @@ def test_own_checkpoint_without_a_pack_inherits_features(roots):
     a, b = (found.graph(side, 0) for side in job.SIDES)
     (faster,) = b.keys() - a.keys()
     assert b[faster]["class_type"] == "ASDMFeatureInheritance"
-    assert (b[faster]["inputs"]["preset"], b[faster]["inputs"]["model"]) == ("balanced", [job.node_id(b, "Checkpoint"), 0])
+    assert (b[faster]["inputs"]["preset"], b[faster]["inputs"]["model"]) == (
+        "balanced",
+        [job.node_id(b, "Checkpoint"), 0],
+    )
     job.by_title(b)["Sampler"]["inputs"]["model"] = b.pop(faster)["inputs"]["model"]
     job.by_title(b)["Save"]["inputs"]["filename_prefix"] = job.by_title(a)["Save"]["inputs"]["filename_prefix"]
     assert a == b
@@ -89,7 +99,9 @@ def sparse_file(path, shapes, metadata=None):
         file.truncate(8 + len(text) + end)
 
 
-def checkpoint_shapes(architecture, prefix="model.diffusion_model.", parts=("cond_stage_model.w", "first_stage_model.w")):
+def checkpoint_shapes(
+    architecture, prefix="model.diffusion_model.", parts=("cond_stage_model.w", "first_stage_model.w")
+):
     keys = architecture.keys(*packs.standalone_form(architecture))
     return {prefix + key: slot.shape for key, slot in keys.items()} | {part: (1,) for part in parts}
 
@@ -97,16 +109,20 @@ def checkpoint_shapes(architecture, prefix="model.diffusion_model.", parts=("con
 @pytest.fixture
 def checkpoint(roots):
     """checkpoint(shapes): the job of an own checkpoint with these tensors."""
+
     def make(shapes, pack=None):
         sparse_file(roots[0] / "checkpoints/anime.safetensors", shapes)
         return job.find_job("anime.safetensors", pack, 20, roots)
+
     return make
 
 
 def test_inheritance_counts_the_steps_of_its_plan(checkpoint):
     full = Architecture.full(FAMILIES["sd15"])
     sides = job.work(checkpoint(checkpoint_shapes(full)))
-    assert all((side.architecture.config, side.architecture.cut) == (full.config, frozenset()) for side in sides.values())
+    assert all(
+        (side.architecture.config, side.architecture.cut) == (full.config, frozenset()) for side in sides.values()
+    )
     assert (sides["a"].plan, sides["b"].plan) == (None, inheritance.dial(full.config, "balanced"))
     assert (sides["a"].full_steps(4), sides["b"].full_steps(4)) == ((True,) * 4, (True, False, True, False))
 
@@ -119,7 +135,9 @@ def test_tensors_that_comfyui_ignores_or_reads_itself_do_not_matter(checkpoint, 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd21", "emoji"])
 def test_checkpoint_of_another_family_is_refused(checkpoint, family):
-    with pytest.raises(job.DemoError, match=f"anime.safetensors is of the family {family}; the demo compares SD1.5 checkpoints"):
+    with pytest.raises(
+        job.DemoError, match=f"anime.safetensors is of the family {family}; the demo compares SD1.5 checkpoints"
+    ):
         job.work(checkpoint(checkpoint_shapes(Architecture.full(FAMILIES[family]))))
 
 
@@ -156,8 +174,12 @@ def test_graphs_of_a_and_b_differ_by_the_pack_alone(roots):
     assert (sampler["seed"], sampler["steps"], sampler["cfg"]) == (4, 12, 7.0)
     pack = job.node_id(b, "Pack")
     assert b[pack]["inputs"] == {
-        "model": [job.node_id(b, "Checkpoint"), 0], "pack_name": "sd15-m2.safetensors",
-        "start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
+        "model": [job.node_id(b, "Checkpoint"), 0],
+        "pack_name": "sd15-m2.safetensors",
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "strength": 1.0,
+    }
     job.by_title(b)["Sampler"]["inputs"]["model"] = b.pop(pack)["inputs"]["model"]
     job.by_title(b)["Save"]["inputs"]["filename_prefix"] = job.by_title(a)["Save"]["inputs"]["filename_prefix"]
     assert a == b
@@ -180,7 +202,12 @@ def test_steps_announced_together_share_their_average():
 
 def test_failed_and_interrupted_runs_name_the_node():
     def record(kind, **data):
-        return {"outputs": {}, "status": {"messages": [["execution_start", {}], [kind, {"node_id": "5", "node_type": "KSampler", **data}]]}}
+        return {
+            "outputs": {},
+            "status": {
+                "messages": [["execution_start", {}], [kind, {"node_id": "5", "node_type": "KSampler", **data}]]
+            },
+        }
 
     with pytest.raises(PromptInterrupted, match="node 5"):
         outputs_of(record("execution_interrupted"))
@@ -203,7 +230,9 @@ def results(roots, tmp_path):
     for i in range(8):
         Image.new("RGB", (128, 128), (100, 100, 100)).save(output / report.image_name("a", i))
         Image.new("RGB", (128, 128), (100 + i, 100, 100)).save(output / report.image_name("b", i))
-    runs = {side: [TimedRun({}, (seconds, seconds, 9.0)) for _ in range(8)] for side, seconds in (("a", 0.01), ("b", 0.005))}
+    runs = {
+        side: [TimedRun({}, (seconds, seconds, 9.0)) for _ in range(8)] for side, seconds in (("a", 0.01), ("b", 0.005))
+    }
     m2 = Architecture.preset("m2")
     work = {"a": job.Work(Architecture.full(m2.config)), "b": job.Work(m2)}
     return report.write_results(found, work, runs, SYSTEM, output), output
@@ -232,7 +261,9 @@ def test_inherited_steps_count_by_their_share_of_the_run(results, roots):
     plan = inheritance.dial(full.config, "balanced")
     runs = {"a": [TimedRun({}, (1.0, 1.0, 1.0))] * 8, "b": [TimedRun({}, (0.5, 1.0, 0.5))] * 8}
     written = report.write_results(found, {"a": job.Work(full), "b": job.Work(full, plan)}, runs, SYSTEM, output)
-    assert written["b"]["seconds_per_step"]["median"] == 0.5  # two of the three that were timed inherit, but two of all four do not
+    assert (
+        written["b"]["seconds_per_step"]["median"] == 0.5
+    )  # two of the three that were timed inherit, but two of all four do not
     assert written["b"]["seconds_per_step"]["whole_run"] == 0.75 and written["speedup"] == pytest.approx(1 / 0.75)
     assert written["b"]["unet_params"] == written["a"]["unet_params"]
     assert (written["a"]["full_steps"], written["b"]["full_steps"]) == (4, 2)
@@ -240,7 +271,9 @@ def test_inherited_steps_count_by_their_share_of_the_run(results, roots):
     saved = inheritance.saving(plan, full, 4, latent, latent)
     assert written["a"]["unet_macs"] == measure.total(measure.costs(full, latent, latent)).total
     assert written["b"]["unet_macs"] == pytest.approx((1 - saved) * written["a"]["unet_macs"])
-    assert written["pack"] is None and "anime.safetensors + Feature Inheritance (balanced)" in report.summary(written, output)
+    assert written["pack"] is None and "anime.safetensors + Feature Inheritance (balanced)" in report.summary(
+        written, output
+    )
 
 
 def test_texts_are_honest_in_both_directions(results):

@@ -44,26 +44,39 @@ def commit(tree):
         subprocess.run(["git", *command], cwd=tree, check=True)
 
 
-@pytest.mark.parametrize("name, old, new, said", [
-    ("pyproject.toml", 'name = "asdm"', 'name = "1-ComfyUI--asdm"', "name: wanted fewer than 100"),
-    ("pyproject.toml", 'version = "0.1.0"', 'version = "0.1"', "version: wanted X.Y.Z"),
-    ("pyproject.toml", 'version = "0.1.0"', 'version = "0.2.0"', "no section '## 0.2.0'"),
-    ("pyproject.toml", '{ text = "GPL-3.0-or-later" }', '"GPL"', "license: wanted"),
-    ("pyproject.toml", "dependencies = []", 'dependencies = ["torch"]', "dependencies: ComfyUI has all"),
-    ("pyproject.toml", "PublisherId", "Publisher", "PublisherId is missing"),
-    ("pyproject.toml", '">=0.30.0"', '"new"', "requires-comfyui: wanted"),
-    ("pyproject.toml", "icon.svg", "icon.gif", "Icon: wanted a .svg or .png"),
-    ("web/icon.svg", 'height="400"', 'height="300"', "Icon: wanted a square"),
-    ("LICENSE", "GNU GENERAL PUBLIC LICENSE", "SOME LICENCE", "LICENSE: wanted the GPL"),
-    ("nodes/load.py", "from __future__", "import subprocess\nfrom __future__", "nodes/load.py:3: import of subprocess"),
-    ("nodes/load.py", "CATEGORY = ", 'eval("1"); CATEGORY = ', r"nodes/load.py:\d+: eval\(\)"),
-    ("nodes/load.py", "CATEGORY = ", "pass; CATEGORY = ", "two statements on one line"),
-    ("nodes/load.py", "CATEGORY = ", 'import os\nos.system("true")\nCATEGORY = ', "os.system"),
-    ("nodes/load.py", "CATEGORY = ", "HIDDEN = " + repr("A" * 500) + "\nCATEGORY = ", "a line of 51"),
-    ("nodes/load.py", 'node_id="ASDMCheckpointLoader"', 'node_id="Loader"', "node id Loader: wanted"),
-    ("nodes/load.py", 'node_id="ASDMCheckpointLoader"', 'node_id="ASDMApplyPack"', "node id ASDMApplyPack: wanted one"),
-    (".comfyignore", "/tests/", "/web/", "holds back web/"),
-])
+@pytest.mark.parametrize(
+    "name, old, new, said",
+    [
+        ("pyproject.toml", 'name = "asdm"', 'name = "1-ComfyUI--asdm"', "name: wanted fewer than 100"),
+        ("pyproject.toml", 'version = "0.1.0"', 'version = "0.1"', "version: wanted X.Y.Z"),
+        ("pyproject.toml", 'version = "0.1.0"', 'version = "0.2.0"', "no section '## 0.2.0'"),
+        ("pyproject.toml", '{ text = "GPL-3.0-or-later" }', '"GPL"', "license: wanted"),
+        ("pyproject.toml", "dependencies = []", 'dependencies = ["torch"]', "dependencies: ComfyUI has all"),
+        ("pyproject.toml", "PublisherId", "Publisher", "PublisherId is missing"),
+        ("pyproject.toml", '">=0.30.0"', '"new"', "requires-comfyui: wanted"),
+        ("pyproject.toml", "icon.svg", "icon.gif", "Icon: wanted a .svg or .png"),
+        ("web/icon.svg", 'height="400"', 'height="300"', "Icon: wanted a square"),
+        ("LICENSE", "GNU GENERAL PUBLIC LICENSE", "SOME LICENCE", "LICENSE: wanted the GPL"),
+        (
+            "nodes/load.py",
+            "from __future__",
+            "import subprocess\nfrom __future__",
+            "nodes/load.py:3: import of subprocess",
+        ),
+        ("nodes/load.py", "CATEGORY = ", 'eval("1"); CATEGORY = ', r"nodes/load.py:\d+: eval\(\)"),
+        ("nodes/load.py", "CATEGORY = ", "pass; CATEGORY = ", "two statements on one line"),
+        ("nodes/load.py", "CATEGORY = ", 'import os\nos.system("true")\nCATEGORY = ', "os.system"),
+        ("nodes/load.py", "CATEGORY = ", "HIDDEN = " + repr("A" * 500) + "\nCATEGORY = ", "a line of 51"),
+        ("nodes/load.py", 'node_id="ASDMCheckpointLoader"', 'node_id="Loader"', "node id Loader: wanted"),
+        (
+            "nodes/load.py",
+            'node_id="ASDMCheckpointLoader"',
+            'node_id="ASDMApplyPack"',
+            "node id ASDMApplyPack: wanted one",
+        ),
+        (".comfyignore", "/tests/", "/web/", "holds back web/"),
+    ],
+)
 def test_what_breaks_a_rule_is_found(tree, monkeypatch, name, old, new, said):
     monkeypatch.setattr(registry, "zip_size", lambda root: 0)
     path = tree / name

@@ -2,11 +2,13 @@
 
     python -m tools.registry                       check, and say what the published zip holds and weighs
     python -m tools.registry --zip asdm.zip        write that zip as well
-    python -m tools.registry --address URL         write the repository's address into pyproject.toml, once, before the first publishing
-    python -m tools.registry --publish             check also what the registry needs only when publishing: that address
+    python -m tools.registry --address URL         write the repository's address into pyproject.toml, once, before the
+    first publishing python -m tools.registry --publish             check also what the registry needs only when
+    publishing: that address
 
-Rules: https://docs.comfy.org/registry/specifications and /registry/standards. As comfy-cli does, the zip takes the files that
-git knows without those that .comfyignore names (the syntax of .gitignore). Needs git, and on Python 3.10 tomli.
+Rules: https://docs.comfy.org/registry/specifications and /registry/standards. As comfy-cli does, the zip takes the
+files that git knows without those that .comfyignore names (the syntax of .gitignore). Needs git, and on Python 3.10
+tomli.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def git_files(root: Path, *options: str) -> set[str]:
 
 
 def published(root: Path = ROOT) -> list[str]:
-    """Names of the files that a published version holds, sorted. Raises CalledProcessError outside of a git checkout."""
+    """Names of the files that a published version holds, sorted. Raises CalledProcessError outside of a git
+    checkout.
+    """
     ignored = git_files(root, "--cached", "--ignored", "--exclude-from=.comfyignore")
     return sorted(name for name in git_files(root) - ignored if (root / name).is_file())
 
@@ -76,8 +80,11 @@ def metadata_problems(project: dict, comfy: dict, root: Path) -> Iterator[str]:
         yield f"docs/changelog.md has no section '## {version}'"
     licence = project.get("license")
     if not isinstance(licence, dict) or not set(licence) & {"file", "text"}:
-        yield 'license: wanted { file = ... } or { text = ... }; the registry does not read a bare text'
-    if not (root / "LICENSE").is_file() or "GNU GENERAL PUBLIC LICENSE" not in (root / "LICENSE").read_text("utf-8")[:200]:
+        yield "license: wanted { file = ... } or { text = ... }; the registry does not read a bare text"
+    if (
+        not (root / "LICENSE").is_file()
+        or "GNU GENERAL PUBLIC LICENSE" not in (root / "LICENSE").read_text("utf-8")[:200]
+    ):
         yield "LICENSE: wanted the GPL, as the nodes import ComfyUI, which is under the GPL"
     if not project.get("description"):
         yield "description is missing"
@@ -88,7 +95,9 @@ def metadata_problems(project: dict, comfy: dict, root: Path) -> Iterator[str]:
     for key in ("PublisherId", "DisplayName", "Icon", "requires-comfyui"):
         if not comfy.get(key):
             yield f"[tool.comfy] {key} is missing"
-    if not re.fullmatch(r"(?:[<>]=?|==|~=|!=)\d+\.\d+\.\d+(?:,(?:[<>]=?|==|~=|!=)\d+\.\d+\.\d+)*", comfy.get("requires-comfyui", "")):
+    if not re.fullmatch(
+        r"(?:[<>]=?|==|~=|!=)\d+\.\d+\.\d+(?:,(?:[<>]=?|==|~=|!=)\d+\.\d+\.\d+)*", comfy.get("requires-comfyui", "")
+    ):
         yield f"requires-comfyui: wanted a version range such as >=0.30.0, got {comfy.get('requires-comfyui')!r}"
 
 
@@ -108,7 +117,9 @@ def icon_problems(icon: str, root: Path) -> Iterator[str]:
 
 
 def code_problems(name: str, text: str) -> Iterator[str]:
-    """What the registry forbids in published Python code: eval and exec, installing and downloading while running, hidden code."""
+    """What the registry forbids in published Python code: eval and exec, installing and downloading while running,
+    hidden code.
+    """
     for number, line in enumerate(text.splitlines(), 1):
         if len(line) > LONGEST_LINE:
             yield f"{name}:{number}: a line of {len(line)} characters"
@@ -131,16 +142,29 @@ def code_problems(name: str, text: str) -> Iterator[str]:
 
 def node_ids(root: Path = ROOT) -> list[str]:
     """The ids of all nodes, as the source spells them."""
-    return [name for path in sorted((root / "nodes").glob("*.py")) for name in re.findall(r'node_id="([^"]*)"', path.read_text("utf-8"))]
+    return [
+        name
+        for path in sorted((root / "nodes").glob("*.py"))
+        for name in re.findall(r'node_id="([^"]*)"', path.read_text("utf-8"))
+    ]
 
 
 def file_problems(names: list[str], root: Path) -> Iterator[str]:
     if stray := [name for name in names if name.startswith(NEVER)]:
         yield f".comfyignore lets through what is not for artists: {', '.join(stray[:5])}"
-    for needed in ("__init__.py", "nodes/__init__.py", "asdm_core/__init__.py", "LICENSE", "README.md", "pyproject.toml"):
+    for needed in (
+        "__init__.py",
+        "nodes/__init__.py",
+        "asdm_core/__init__.py",
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+    ):
         if needed not in names:
             yield f".comfyignore holds back {needed}"
-    if missing := {name for name in git_files(root) if name.startswith(("web/", "locales/", "nodes/", "asdm_core/"))} - set(names):
+    if missing := {
+        name for name in git_files(root) if name.startswith(("web/", "locales/", "nodes/", "asdm_core/"))
+    } - set(names):
         yield f".comfyignore holds back {', '.join(sorted(missing)[:5])}"
     weights = {Path(name).name for name in names if name.endswith(".safetensors")}
     ours = {path.name for path in (root / "models").rglob("*.safetensors")}
@@ -159,9 +183,16 @@ def problems(root: Path = ROOT, publish: bool = False) -> list[str]:
     settings = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
     project, comfy = settings["project"], settings.get("tool", {}).get("comfy", {})
     names = published(root)
-    found = [*metadata_problems(project, comfy, root), *icon_problems(comfy.get("Icon", ""), root), *file_problems(names, root)]
+    found = [
+        *metadata_problems(project, comfy, root),
+        *icon_problems(comfy.get("Icon", ""), root),
+        *file_problems(names, root),
+    ]
     if publish and not (project.get("urls", {}).get("Repository") and comfy.get("Icon", "").startswith("https://")):
-        found.append("the address of the repository is missing: python -m tools.registry --address https://github.com/OWNER/NAME, and commit that")
+        found.append(
+            "the address of the repository is missing: python -m tools.registry --address "
+            "https://github.com/OWNER/NAME, and commit that"
+        )
     for name in names:
         if name.endswith(".py"):
             found += code_problems(name, (root / name).read_text("utf-8"))
@@ -183,17 +214,24 @@ def zip_size(root: Path = ROOT) -> int:
 
 
 def addressed(text: str, address: str) -> str:
-    """pyproject.toml with the address of the repository on GitHub in it, as the registry wants it for links and the icon."""
+    """pyproject.toml with the address of the repository on GitHub in it, as the registry wants it for links and the
+    icon.
+    """
     address = address.rstrip("/")
     raw = address.replace("https://github.com/", "https://raw.githubusercontent.com/") + "/main/"
-    urls = f'[project.urls]\nRepository = "{address}"\nDocumentation = "{address}#readme"\n"Bug Tracker" = "{address}/issues"\n\n'
+    urls = (
+        f'[project.urls]\nRepository = "{address}"\nDocumentation = "{address}#readme"\n'
+        f'"Bug Tracker" = "{address}/issues"\n\n'
+    )
     return re.sub(r'(?m)^Icon = "', f'Icon = "{raw}', text.replace("[tool.comfy]\n", f"{urls}[tool.comfy]\n", 1))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--zip", type=Path, help="also write the published zip to this file")
-    parser.add_argument("--address", help="first write this address (https://github.com/OWNER/NAME) into pyproject.toml")
+    parser.add_argument(
+        "--address", help="first write this address (https://github.com/OWNER/NAME) into pyproject.toml"
+    )
     parser.add_argument("--publish", action="store_true", help="the address of the repository must be known")
     options = parser.parse_args(arguments)
     if options.address:

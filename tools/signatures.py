@@ -1,9 +1,11 @@
-"""Whether saved workflows survive: compares the nodes of this tree with those of an older version, each in a running ComfyUI.
+"""Whether saved workflows survive: compares the nodes of this tree with those of an older version, each in a running
+ComfyUI.
 
     python -m tools.signatures OLDER
 
-OLDER is a folder with another version of the pack. Sets up what it needs as `make test` does. Ends with status 1, and says
-why, when a node, an input, an output or a choice is gone, a type has changed, or an input came that old workflows lack.
+OLDER is a folder with another version of the pack. Sets up what it needs as `make test` does. Ends with status 1, and
+says why, when a node, an input, an output or a choice is gone, a type has changed, or an input came that old workflows
+lack.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from demo.server import PACK, Client, Server
 
 
 def inputs(info: Mapping) -> dict[str, tuple[object, Mapping, bool]]:
-    """Inputs of a node as the host tells them: {name: (type or choices, options, required)}, those behind a choice included."""
+    """Inputs of a node as the host tells them: {name: (type or choices, options, required)}, those behind a choice
+    included.
+    """
     found = {}
 
     def add(section: Mapping, required: bool, prefix: str = ""):
@@ -63,14 +67,21 @@ def breaks(older: Mapping, newer: Mapping) -> Iterator[str]:
         for name, (_, options, required) in after.items():
             if required and name not in before and "default" not in options:
                 yield f"{node}: the new input {name} is required and has no default"
-        if new["output"][:len(old["output"])] != old["output"]:
+        if new["output"][: len(old["output"])] != old["output"]:
             yield f"{node}: the outputs were {old['output']} and are {new['output']}"
 
 
 def nodes_of(pack: Path, host: Path, python: Path) -> dict[str, dict]:
     """{node: its info} of a folder with the pack, from a running ComfyUI."""
-    with tempfile.TemporaryDirectory() as base, Server(host, base, flags=["--cpu", "--disable-api-nodes"], pack=pack, python=str(python)) as server:
-        return {name: info for name, info in Client(server.url).object_info().items() if info["python_module"] == "custom_nodes.asdm"}
+    with (
+        tempfile.TemporaryDirectory() as base,
+        Server(host, base, flags=["--cpu", "--disable-api-nodes"], pack=pack, python=str(python)) as server,
+    ):
+        return {
+            name: info
+            for name, info in Client(server.url).object_info().items()
+            if info["python_module"] == "custom_nodes.asdm"
+        }
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,1 +1,3 @@
-"""Training: packs and pruned UNets by recipe (`python -m train`), and the embedded emoji family. Never imports nodes/."""
+"""Training: packs and pruned UNets by recipe (`python -m train`), and the embedded emoji family. Never
+imports nodes/.
+"""

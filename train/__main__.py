@@ -20,10 +20,16 @@ from .loop import train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", help="a file of train/configs/, or one of your own")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, such as optimiser.lr=1e-4")
-    parser.add_argument("--dry-run", action="store_true", help="print the run, what it trains and its memory, and train nothing")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, such as optimiser.lr=1e-4"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the run, what it trains and its memory, and train nothing"
+    )
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     args = parser.parse_args()
     try:
@@ -33,8 +39,11 @@ def main() -> None:
             return
         accelerator = Accelerator(cpu=args.cpu, mixed_precision=config.run.precision)
         if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("The loop shares the network out by itself: start with accelerate launch --multi_gpu, without --use_fsdp, and "
-                             "give --set run.shard=true")
+            raise ValueError(
+                "The loop shares the network out by itself: start with accelerate launch --multi_gpu, without "
+                "--use_fsdp, and "
+                "give --set run.shard=true"
+            )
         product = train(config, accelerator)
         accelerator.print(f"wrote {product}")
     except (ValueError, FloatingPointError, OSError) as e:

@@ -1,8 +1,8 @@
 """The protocol BK-SDM measures with (arXiv 2305.15798; scripts/eval_scores.sh): FID, IS and CLIP score on MS-COCO.
 
-30,000 fixed prompts of the 2014 validation set, one picture each: 512 px, PNDM, 25 steps, guidance 7.5, saved as JPEG, then
-resized (bicubic) to 256 px and saved as JPEG again. FID against the pictures of that set, all squeezed to 256 px the
-same way; IS of the same folder; CLIP score as the mean cosine of ViT-g-14. FID falls with the number of pictures:
+30,000 fixed prompts of the 2014 validation set, one picture each: 512 px, PNDM, 25 steps, guidance 7.5, saved as JPEG,
+then resized (bicubic) to 256 px and saved as JPEG again. FID against the pictures of that set, all squeezed to 256 px
+the same way; IS of the same folder; CLIP score as the mean cosine of ViT-g-14. FID falls with the number of pictures:
 5,000 are never compared with 30,000.
 
 Where the protocol draws all noises from one generator, here each picture has its own, by its number: only so can
@@ -35,7 +35,11 @@ def libraries() -> tuple:
     missing = [package for module, package in LIBRARIES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ValueError(f"FID, IS and CLIP score need {', '.join(missing)}: pip install {' '.join(missing)}")
-    return importlib.import_module("cleanfid.fid"), importlib.import_module("torch_fidelity"), importlib.import_module("open_clip")
+    return (
+        importlib.import_module("cleanfid.fid"),
+        importlib.import_module("torch_fidelity"),
+        importlib.import_module("open_clip"),
+    )
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
@@ -44,7 +48,9 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
         with open(path, encoding="utf-8", newline="") as f:
             texts = [row.get("text") for row in csv.DictReader(f)]
     except OSError as e:
-        raise ValueError(f"{path}: cannot be read ({e.strerror}); wanted BK-SDM's metadata.csv with a column text") from None
+        raise ValueError(
+            f"{path}: cannot be read ({e.strerror}); wanted BK-SDM's metadata.csv with a column text"
+        ) from None
     if not texts or not all(texts):
         raise ValueError(f"{path}: every row needs a prompt in the column text")
     return texts[:limit]
@@ -60,13 +66,16 @@ def saved(picture: Image.Image, path: Path) -> None:
 
 
 def load_pipeline(models: Path, product: Path | None, device: torch.device):
-    """The pipeline of a diffusers folder with PNDM and, where one is given, a product in its UNet; half precision on a GPU.
+    """The pipeline of a diffusers folder with PNDM and, where one is given, a product in its UNet; half precision on a
+    GPU.
 
     The filter that blacks pictures out is off: it would be measured as well.
     """
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(models, local_files_only=True, safety_checker=None, requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        models, local_files_only=True, safety_checker=None, requires_safety_checker=False
+    )
     pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
     if product is not None:
         pipeline.unet = assembled(pipeline.unet, product)
@@ -74,15 +83,25 @@ def load_pipeline(models: Path, product: Path | None, device: torch.device):
     return pipeline.to(device, torch.float16 if device.type == "cuda" else torch.float32)
 
 
-def generate(pipeline, prompts: Sequence[str], folder: Path, accelerator: Accelerator, batch: int, steps: int, cfg: float) -> None:
+def generate(
+    pipeline, prompts: Sequence[str], folder: Path, accelerator: Accelerator, batch: int, steps: int, cfg: float
+) -> None:
     """Draw what is missing of one picture for each prompt; every process its share."""
     folder.mkdir(parents=True, exist_ok=True)
-    mine = [i for i in range(accelerator.process_index, len(prompts), accelerator.num_processes) if not (folder / f"{i:06d}.jpg").exists()]
+    mine = [
+        i
+        for i in range(accelerator.process_index, len(prompts), accelerator.num_processes)
+        if not (folder / f"{i:06d}.jpg").exists()
+    ]
     progress = Progress("pictures", len(mine))
     for at in range(0, len(mine), batch):
         numbers = mine[at : at + batch]
-        pictures = pipeline([prompts[i] for i in numbers], num_inference_steps=steps, guidance_scale=cfg,
-                            generator=[seeded(1234, i) for i in numbers]).images
+        pictures = pipeline(
+            [prompts[i] for i in numbers],
+            num_inference_steps=steps,
+            guidance_scale=cfg,
+            generator=[seeded(1234, i) for i in numbers],
+        ).images
         for i, picture in zip(numbers, pictures, strict=True):
             saved(picture, folder / f"{i:06d}.jpg")
         progress.show(at + len(numbers))
@@ -99,8 +118,10 @@ def clip_score(open_clip, prompts: Sequence[str], folder: Path, accelerator: Acc
     for at in range(0, len(mine), batch):
         numbers = mine[at : at + batch]
         pictures = torch.stack([transform(Image.open(folder / f"{i:06d}.jpg").convert("RGB")) for i in numbers])
-        sides: list[Tensor] = [model.encode_image(pictures.to(accelerator.device)),
-                               model.encode_text(tokenizer([prompts[i] for i in numbers]).to(accelerator.device))]
+        sides: list[Tensor] = [
+            model.encode_image(pictures.to(accelerator.device)),
+            model.encode_text(tokenizer([prompts[i] for i in numbers]).to(accelerator.device)),
+        ]
         a, b = (torch.nn.functional.normalize(side.float(), dim=-1) for side in sides)
         total += (a * b).sum()
     return float(accelerator.reduce(total)) / len(prompts)
@@ -115,7 +136,9 @@ def scores(prompts: Sequence[str], folder: Path, real: Path, accelerator: Accele
     if accelerator.is_main_process:
         # The mode that agrees with pytorch-fid, which the protocol uses; clean-fid's own resizing is not comparable.
         found["fid"] = fid.compute_fid(str(folder), str(real), mode="legacy_pytorch", device=accelerator.device)
-        metrics = torch_fidelity.calculate_metrics(input1=str(folder), isc=True, cuda=accelerator.device.type == "cuda", verbose=False)
+        metrics = torch_fidelity.calculate_metrics(
+            input1=str(folder), isc=True, cuda=accelerator.device.type == "cuda", verbose=False
+        )
         found |= {"is": metrics["inception_score_mean"], "is_std": metrics["inception_score_std"]}
     accelerator.wait_for_everyone()
     return found

@@ -30,7 +30,9 @@ except ModuleNotFoundError:  # Python 3.10
     try:
         import tomli as tomllib
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("recipes are TOML, which Python 3.10 cannot read by itself: pip install tomli") from None
+        raise ModuleNotFoundError(
+            "recipes are TOML, which Python 3.10 cannot read by itself: pip install tomli"
+        ) from None
 
 TRAINED = ("own", "all")
 STARTS = (*condconv.STARTS, "clme")
@@ -46,7 +48,8 @@ class Network:
 
     shape: the UNet of a family as a table, where it is none of FAMILIES.
     teacher: its weights, any file or folder Load Pruned UNet takes; "random" draws them from the run's seed.
-    outputs: folder of its outputs for the samples of this run (train/outputs.py); empty: they are computed as the run goes.
+    outputs: folder of its outputs for the samples of this run (train/outputs.py); empty: they are computed as the run
+    goes.
     """
 
     family: str = "sd15"
@@ -66,8 +69,8 @@ class Network:
 class Student:
     """What is cut, what is trained and where it starts.
 
-    preset: a row of asdm_core.architecture.PRESETS, or "full" to train the teacher on; or cut and on: range expressions of Architecture.choose.
-    start: product of the stage before, whose weights its own units take; empty: the teacher's.
+    preset: a row of asdm_core.architecture.PRESETS, or "full" to train the teacher on; or cut and on: range expressions
+    of Architecture.choose. start: product of the stage before, whose weights its own units take; empty: the teacher's.
     trained: "own": the units the architecture calls its own, everything else frozen; "all".
     stem: whether a combined UNet's conv_in, norm_out and conv_out are trained too. They belong to the host
     by default: a pack must fit any finetune.
@@ -122,10 +125,10 @@ class Data:
 
     source, and what `path` is then (train/sources.py):
         "cache"    file or folder made by `python -m train.encode`
-        "folder"   pictures with captions, encoded as the run goes; "shards": the same in webdataset tars, file, folder or pattern
-        "hub"      dataset of the Hugging Face datasets library, streamed: its name, or a local folder
-        "prompts"  text file, a prompt a line: the teacher draws the pictures itself (section [samples])
-        "random"   nothing; for trying things out
+        "folder"   pictures with captions, encoded as the run goes; "shards": the same in webdataset tars, file, folder
+        or pattern "hub"      dataset of the Hugging Face datasets library, streamed: its name, or a local folder
+        "prompts"  text file, a prompt a line: the teacher draws the pictures itself (section [samples]) "random"
+        nothing; for trying things out
     size: pixels of the pictures, square. timesteps: "uniform", or "snr": rarely those with little noise in them.
     """
 
@@ -172,8 +175,9 @@ class Loss:
 
     relative: features (blocks, layers, attention, mid) in proportion to the teacher's.
     vgg: file of the weights of the perceptual loss's VGG16; empty: torchvision's own cache.
-    classifier: folder of the emoji family's weights, whose classifier then takes the place of VGG; for that family alone.
-    perceptual_until: timesteps from which x_0 shows nothing yet. perceptual_warmup: steps over which its weight rises.
+    classifier: folder of the emoji family's weights, whose classifier then takes the place of VGG; for that family
+    alone. perceptual_until: timesteps from which x_0 shows nothing yet. perceptual_warmup: steps over which its weight
+    rises.
     """
 
     task: float = 1.0
@@ -209,8 +213,8 @@ class Run:
 
     batch: samples of one update, over all processes; micro_batch: of one forward pass of one process. The
     rest is gradient accumulation, so a run is the same run on any number of processes.
-    shard: share weights, gradients, optimiser and average out among the processes (FSDP2) instead of copying them (DDP).
-    precision: of the forward passes; weights are float32. folder: for checkpoints, the log and the product.
+    shard: share weights, gradients, optimiser and average out among the processes (FSDP2) instead of copying them
+    (DDP). precision: of the forward passes; weights are float32. folder: for checkpoints, the log and the product.
     stored: dtype of the product. picture_every: steps between two pictures of teacher and student, 0 for none.
     tensorboard: whether the log goes to TensorBoard as well.
     """
@@ -248,9 +252,16 @@ class Config:
     run: Run = field(default_factory=Run)
 
     def __post_init__(self):
-        for key, allowed in (("network.prediction", PREDICTIONS), ("student.trained", TRAINED), ("experts.start", STARTS),
-                             ("experts.form", FORMS), ("data.source", SOURCES),
-                             ("data.timesteps", TIMESTEPS), ("run.precision", PRECISIONS), ("run.stored", STORED)):
+        for key, allowed in (
+            ("network.prediction", PREDICTIONS),
+            ("student.trained", TRAINED),
+            ("experts.start", STARTS),
+            ("experts.form", FORMS),
+            ("data.source", SOURCES),
+            ("data.timesteps", TIMESTEPS),
+            ("run.precision", PRECISIONS),
+            ("run.stored", STORED),
+        ):
             section, _, name = key.partition(".")
             _one_of(dict.fromkeys(allowed), getattr(getattr(self, section), name), key)
         least = {f"run.{key}": 1 for key in ("steps", "batch", "micro_batch", "save_every", "keep", "log_every")}
@@ -268,19 +279,29 @@ class Config:
         if bool(self.student.preset) == bool(self.student.cut):
             raise ValueError("student: give either preset or cut")
         if self.loss.classifier and self.network.family != "emoji":
-            raise ValueError(f"loss.classifier: it knows the pictures of the emoji family alone, not of {self.network.family!r}")
+            raise ValueError(
+                f"loss.classifier: it knows the pictures of the emoji family alone, not of {self.network.family!r}"
+            )
         if self.loss.perceptual and not self.loss.classifier and self.network.family not in LATENT_RGB:
-            raise ValueError(f"loss.perceptual: the latents of {self.network.family!r} have no known way to a picture; "
-                             f"possible with {', '.join(LATENT_RGB)}, or for emoji with loss.classifier")
+            raise ValueError(
+                f"loss.perceptual: the latents of {self.network.family!r} have no known way to a picture; "
+                f"possible with {', '.join(LATENT_RGB)}, or for emoji with loss.classifier"
+            )
         if self.gri.window and self.gri.pool:
             GRI(self.gri.window, self.gri.pool)
         # Raises for a choice of units that cannot work, of the network, its experts or its gains.
         if not (self.condconv or self.gains or self.architecture.own or self.student.trained == "all"):
-            raise ValueError(f"{self.name} trains nothing: student.preset = {self.student.preset!r} leaves the original as it is; set "
-                             "student.trained = all, experts.on or gri.on")
+            raise ValueError(
+                f"{self.name} trains nothing: student.preset = {self.student.preset!r} leaves the original as it is; "
+                "set "
+                "student.trained = all, experts.on or gri.on"
+            )
         if self.student.start and not (self.architecture.own or self.student.stem):
-            raise ValueError(f"student.start: with student.preset = {self.student.preset!r} the student is the original, whose weights it begins "
-                             "with; set student.start to nothing")
+            raise ValueError(
+                f"student.start: with student.preset = {self.student.preset!r} the student is the original, whose "
+                "weights it begins "
+                "with; set student.start to nothing"
+            )
         self.taps  # raises as well
 
     @property
@@ -303,7 +324,9 @@ class Config:
         if self.experts.start == "clme":
             return sharing(unet, chosen, self.experts.form)[0]
         if not chosen:
-            raise ValueError(f"experts.on: {self.experts.on!r} holds no convolution that {architecture.name or 'the student'} keeps")
+            raise ValueError(
+                f"experts.on: {self.experts.on!r} holds no convolution that {architecture.name or 'the student'} keeps"
+            )
         return CondConv(dict.fromkeys(chosen, self.experts.count), self.experts.form)
 
     @property
@@ -315,13 +338,19 @@ class Config:
         units = set(select(self.network.config, self.gri.on))
         chosen = [u.address for u in architecture.kept if u.kind == "transformer" and u.address in units]
         if not chosen:
-            raise ValueError(f"gri.on: {self.gri.on!r} holds no transformer that {architecture.name or 'the student'} keeps")
+            raise ValueError(
+                f"gri.on: {self.gri.on!r} holds no transformer that {architecture.name or 'the student'} keeps"
+            )
         for u in architecture.kept:
             side = self.data.side // u.scale
             if u.address in chosen and (settings := self.gri.sized(side)).covers(side, side):
-                raise ValueError(f"gri.on: with data.size = {self.data.size} the maps of {u.address} are {side} x {side} tokens, and a window of "
-                                 f"{settings.window} covers them: there GRI is full attention, and gains do nothing. Give larger pictures, a "
-                                 "smaller gri.window (with gri.pool), or fewer units")
+                raise ValueError(
+                    f"gri.on: with data.size = {self.data.size} the maps of {u.address} are {side} x {side} tokens, "
+                    "and a window of "
+                    f"{settings.window} covers them: there GRI is full attention, and gains do nothing. Give larger "
+                    "pictures, a "
+                    "smaller gri.window (with gri.pool), or fewer units"
+                )
         return Gains(in_order(self.network.config, chosen))
 
     @property
@@ -335,7 +364,9 @@ class Config:
         found = {kind: of(self.architecture, changed) for kind, of in KINDS.items() if getattr(self.loss, kind)}
         for kind, taps in found.items():
             if not taps:
-                raise ValueError(f"loss.{kind} has nothing to compare: no unit it looks at differs from the original; set it to 0")
+                raise ValueError(
+                    f"loss.{kind} has nothing to compare: no unit it looks at differs from the original; set it to 0"
+                )
         return found
 
     @property
@@ -351,8 +382,10 @@ class Config:
         """Forward passes of each process in one update. Raises ValueError where the batch cannot be shared out so."""
         each = self.run.micro_batch * processes
         if self.run.batch % each:
-            raise ValueError(f"run.batch = {self.run.batch} is no multiple of run.micro_batch = {self.run.micro_batch} "
-                             f"times {processes} processes = {each}")
+            raise ValueError(
+                f"run.batch = {self.run.batch} is no multiple of run.micro_batch = {self.run.micro_batch} "
+                f"times {processes} processes = {each}"
+            )
         return self.run.batch // each
 
     def to_dict(self) -> dict:
@@ -399,7 +432,9 @@ def _read(path: Path) -> dict:
 
 
 def _merged(base: dict, data: Mapping) -> dict:
-    return base | {k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in data.items()}
+    return base | {
+        k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in data.items()
+    }
 
 
 def _value(text: str) -> Any:
@@ -425,8 +460,11 @@ def _build(cls: type, data: Any, where: str) -> Any:
     for key in data:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, 1, 0.5)
-            raise ValueError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-                             + f" Known are {', '.join(hints)}")
+            raise ValueError(
+                f"{where}: unknown key {key!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+                + f" Known are {', '.join(hints)}"
+            )
     return cls(**{key: _typed(hints[key], value, f"{where}: {key}") for key, value in data.items()})
 
 
@@ -461,5 +499,7 @@ def _inline(value: Any) -> str:
 def _one_of(choices: Mapping, value: str, key: str) -> Any:
     if value not in choices:
         near = difflib.get_close_matches(value, choices, 1)
-        raise ValueError(f"{key}: {value!r} is none of {', '.join(choices)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise ValueError(
+            f"{key}: {value!r} is none of {', '.join(choices)}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     return choices[value]

@@ -10,7 +10,8 @@ A cache is one or several safetensors files with
 and for SDXL
 
     pooled (M, P), empty_pooled (P,)   the pooled states
-    sizes  (N, 6)                      height and width of the picture, top and left of the crop, height and width wanted
+    sizes  (N, 6)                      height and width of the picture, top and left of the crop, height and width
+    wanted
 
 `python -m train.encode` makes one from pictures; only the rows that are drawn are read from disk. Other sources
 are in train/sources.py.
@@ -43,7 +44,8 @@ TENSORS = {"latents": 4, "captions": 2, "states": 3, "empty": 2}  # dimensions o
 class Batch(NamedTuple):
     """x0, noise: (B, 4, h, w) float32; t: (B,); context: (B, L, D) float32.
 
-    pooled: (B, P), sizes: (B, 6), for SDXL. left_out: (B,), how many pictures could not be read before the one that was taken.
+    pooled: (B, P), sizes: (B, 6), for SDXL. left_out: (B,), how many pictures could not be read before the one that was
+    taken.
     """
 
     x0: Tensor
@@ -75,8 +77,8 @@ class Examples(NamedTuple):
 class Source(Protocol):
     """Pictures by number. `empty`: the empty caption, (1, L, D). len: pictures of an epoch.
 
-    order: the numbers of an epoch, shuffled by a generator. examples: some by number, each caption drawn by a number in [0, 1).
-    text: of the first few captions, the same ones always.
+    order: the numbers of an epoch, shuffled by a generator. examples: some by number, each caption drawn by a number in
+    [0, 1). text: of the first few captions, the same ones always.
     state: what besides the step a resumed run must know, for going on with sample n of the run; restore: takes it.
     """
 
@@ -132,11 +134,15 @@ class Random(Numbered):
         rows = list(numbers)
         if self.pooled is None:
             return Examples(self.latents[rows], Text(self.states[rows]))
-        return Examples(self.latents[rows], Text(self.states[rows], self.pooled[rows]), self.sizes.expand(len(rows), -1))
+        return Examples(
+            self.latents[rows], Text(self.states[rows], self.pooled[rows]), self.sizes.expand(len(rows), -1)
+        )
 
 
 class Cache(Numbered):
-    """The caches in a file or in all files of a folder. Raises ValueError (BadFile) where one is not what it should be."""
+    """The caches in a file or in all files of a folder. Raises ValueError (BadFile) where one is not what it
+    should be.
+    """
 
     def __init__(self, path: str | Path, config: Config):
         path = Path(path)
@@ -149,26 +155,39 @@ class Cache(Numbered):
             shapes = {k: shape for k, (_, shape) in read_header(file).tensors.items()}
             for name, dimensions in TENSORS.items():
                 if len(shapes.get(name, ())) != dimensions:
-                    raise ValueError(f"{file.name}: wanted a tensor {name!r} of {dimensions} dimensions, got "
-                                     f"{list(shapes[name]) if name in shapes else 'none'}; make the cache with `python -m train.encode`")
+                    raise ValueError(
+                        f"{file.name}: wanted a tensor {name!r} of {dimensions} dimensions, got "
+                        f"{list(shapes[name]) if name in shapes else 'none'}; make the cache with `python -m "
+                        "train.encode`"
+                    )
             wanted = (unet.in_channels, config.data.side, config.data.side)
             if shapes["latents"][1:] != wanted:
-                raise ValueError(f"{file.name}: its latents are {list(shapes['latents'][1:])}, wanted {list(wanted)} "
-                                 f"(data.size = {config.data.size})")
+                raise ValueError(
+                    f"{file.name}: its latents are {list(shapes['latents'][1:])}, wanted {list(wanted)} "
+                    f"(data.size = {config.data.size})"
+                )
             if shapes["states"][2] != unet.context_dim:
-                raise ValueError(f"{file.name}: its text states are {shapes['states'][2]} wide, a UNet of {unet.family} "
-                                 f"takes {unet.context_dim}")
+                raise ValueError(
+                    f"{file.name}: its text states are {shapes['states'][2]} wide, a UNet of {unet.family} "
+                    f"takes {unet.context_dim}"
+                )
             counts.append(shapes["latents"][0])
             if self.wide and not shapes.keys() >= {"pooled", "sizes", "empty_pooled"}:
-                raise ValueError(f"{file.name}: it lacks the pooled states and sizes that a UNet of {unet.family} takes; make the cache "
-                                 "with `python -m train.encode` and the models of this family")
+                raise ValueError(
+                    f"{file.name}: it lacks the pooled states and sizes that a UNet of {unet.family} takes; make the "
+                    "cache "
+                    "with `python -m train.encode` and the models of this family"
+                )
         self.ends = list(accumulate(counts))
         if not self.ends[-1]:
             raise ValueError(f"data.path: {path} holds no pictures")
         self.files = [safe_open(file, framework="pt") for file in self.paths]
         self.captions = [f.get_tensor("captions") for f in self.files]
         first = self.files[0]
-        self.empty = Text(first.get_tensor("empty").float()[None], first.get_tensor("empty_pooled").float()[None] if self.wide else None)
+        self.empty = Text(
+            first.get_tensor("empty").float()[None],
+            first.get_tensor("empty_pooled").float()[None] if self.wide else None,
+        )
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -184,20 +203,28 @@ class Cache(Numbered):
         rows = [self.row(i, draw) for i, draw in zip(numbers, draws, strict=True)]
 
         def read(name: str, column: int) -> Tensor:
-            return torch.cat([self.files[row[0]].get_slice(name)[row[column] : row[column] + 1] for row in rows]).float()
+            return torch.cat(
+                [self.files[row[0]].get_slice(name)[row[column] : row[column] + 1] for row in rows]
+            ).float()
 
-        return Examples(read("latents", 1), Text(read("states", 2), read("pooled", 2) if self.wide else None),
-                        read("sizes", 1) if self.wide else None)
+        return Examples(
+            read("latents", 1),
+            Text(read("states", 2), read("pooled", 2) if self.wide else None),
+            read("sizes", 1) if self.wide else None,
+        )
 
 
 def pooled_width(unet: UNetConfig) -> int:
-    """Width of the pooled text states a UNet takes: SDXL's conditioning is these and six sizes of 256 numbers each. 0 without."""
+    """Width of the pooled text states a UNet takes: SDXL's conditioning is these and six sizes of 256 numbers each. 0
+    without.
+    """
     return unet.adm_channels - 6 * 256 if unet.adm_channels else 0
 
 
 def cast(added: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
-    """SDXL's further conditions for a UNet in a dtype. Its sizes stay as they are: bfloat16 would make 1368 of 1365 px, and
-    diffusers casts what it makes of them itself."""
+    """SDXL's further conditions for a UNet in a dtype. Its sizes stay as they are: bfloat16 would make 1368 of 1365 px,
+    and diffusers casts what it makes of them itself.
+    """
     return None if added is None else {**added, "text_embeds": added["text_embeds"].to(dtype)}
 
 
@@ -234,6 +261,12 @@ class Batches:
         drop = torch.tensor(dropped)
         noise = torch.stack([torch.randn(found.latents.shape[1:], generator=g) for g in generators])
         pooled = found.text.pooled
-        return Batch(found.latents, noise, torch.tensor(times), torch.where(drop[:, None, None], empty.states, found.text.states),
-                     None if pooled is None else torch.where(drop[:, None], empty.pooled, pooled), found.sizes,
-                     torch.zeros(len(drop), dtype=torch.long) if found.left_out is None else found.left_out)
+        return Batch(
+            found.latents,
+            noise,
+            torch.tensor(times),
+            torch.where(drop[:, None, None], empty.states, found.text.states),
+            None if pooled is None else torch.where(drop[:, None], empty.pooled, pooled),
+            found.sizes,
+            torch.zeros(len(drop), dtype=torch.long) if found.left_out is None else found.left_out,
+        )

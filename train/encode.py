@@ -38,10 +38,14 @@ def captioned(folder: Path) -> list[tuple[Path, list[str]]]:
     """The pictures of a folder with the captions of each, in a fixed order. Raises ValueError where there are none."""
     found = dict(_table(folder)) or {
         path: [path.with_suffix(".txt").read_text(encoding="utf-8").strip()]
-        for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.with_suffix(".txt").is_file()}
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in SUFFIXES and path.with_suffix(".txt").is_file()
+    }
     if not found:
-        raise ValueError(f"{folder}: no pictures with captions; wanted metadata.jsonl or metadata.csv with file_name and text, "
-                         f"or {', '.join(SUFFIXES)} files with .txt files beside them")
+        raise ValueError(
+            f"{folder}: no pictures with captions; wanted metadata.jsonl or metadata.csv with file_name and text, "
+            f"or {', '.join(SUFFIXES)} files with .txt files beside them"
+        )
     return sorted(found.items())
 
 
@@ -64,30 +68,54 @@ def _table(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 def read_picture(file: Path | BinaryIO, size: int) -> tuple[Tensor, Tensor]:
     """A picture as (3, size, size) in [-1, 1]: bilinear to the shorter side, cropped about its centre, as BK-SDM does.
 
-    And SDXL's sizes of it, (6,): height and width as it was, top and left of the crop, `size` twice. Raises one of BROKEN.
+    And SDXL's sizes of it, (6,): height and width as it was, top and left of the crop, `size` twice. Raises one of
+    BROKEN.
     """
     with Image.open(file) as opened:
         picture = ImageOps.exif_transpose(opened).convert("RGB")
     width, height = picture.size
     crop = [max(0, round(size * side / min(width, height)) - size) // 2 for side in (height, width)]
     picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
-    return (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1,
-            torch.tensor([height, width, *crop, size, size], dtype=torch.float32))
+    return (
+        torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1,
+        torch.tensor([height, width, *crop, size, size], dtype=torch.float32),
+    )
 
 
-def encode(pictures: Sequence[tuple[Path, list[str]]], out: Path, size: int, to_latents: ToLatents, to_text: ToText,
-           batch: int = 8, shard: int = SHARD, models: str = "") -> list[Path]:
-    """Write the cache (train/data.py) into the folder `out`, which may hold a part of it. Returns the pictures that could not be read.
+def encode(
+    pictures: Sequence[tuple[Path, list[str]]],
+    out: Path,
+    size: int,
+    to_latents: ToLatents,
+    to_text: ToText,
+    batch: int = 8,
+    shard: int = SHARD,
+    models: str = "",
+) -> list[Path]:
+    """Write the cache (train/data.py) into the folder `out`, which may hold a part of it. Returns the pictures that
+    could not be read.
 
-    to_latents: pictures (B, 3, size, size) in [-1, 1] -> latents as the UNet sees them; to_text: B captions -> their states. models:
-    what they are called. Raises ValueError where the folder holds what was made from other pictures, captions or models, or at another size.
+    to_latents: pictures (B, 3, size, size) in [-1, 1] -> latents as the UNet sees them; to_text: B captions -> their
+    states. models: what they are called. Raises ValueError where the folder holds what was made from other pictures,
+    captions or models, or at another size.
     """
     out.mkdir(parents=True, exist_ok=True)
-    parts = {out / f"{first // shard:05d}.safetensors": pictures[first : first + shard] for first in range(0, len(pictures), shard)}
-    made_with = {path: {"hash of the pictures' names and captions": digest([(file.name, given) for file, given in part]), "size": size,
-                        "models": models} for path, part in parts.items()}
+    parts = {
+        out / f"{first // shard:05d}.safetensors": pictures[first : first + shard]
+        for first in range(0, len(pictures), shard)
+    }
+    made_with = {
+        path: {
+            "hash of the pictures' names and captions": digest([(file.name, given) for file, given in part]),
+            "size": size,
+            "models": models,
+        }
+        for path, part in parts.items()
+    }
     for path in sorted(out.glob("*.safetensors")):
-        same_file(path, made_with.get(path, {}), "delete it and those after it to have them made anew, or give another folder")
+        same_file(
+            path, made_with.get(path, {}), "delete it and those after it to have them made anew, or give another folder"
+        )
     progress, done, broken = Progress("encoding", len(pictures)), 0, []
     empty = to_text([""])
     for path, part in parts.items():
@@ -115,11 +143,18 @@ def encode(pictures: Sequence[tuple[Path, list[str]]], out: Path, size: int, to_
         most = max(map(len, captions))
         rows = torch.tensor([[row[i * len(row) // most] for i in range(most)] for row in captions])
         found = [to_text(texts[i : i + batch]) for i in range(0, len(texts), batch)]
-        tensors = {"latents": torch.cat(latents), "captions": rows, "states": torch.cat([f.states.half().cpu() for f in found]),
-                   "empty": empty.states[0].half().cpu()}
+        tensors = {
+            "latents": torch.cat(latents),
+            "captions": rows,
+            "states": torch.cat([f.states.half().cpu() for f in found]),
+            "empty": empty.states[0].half().cpu(),
+        }
         if empty.pooled is not None:
-            tensors |= {"pooled": torch.cat([f.pooled.half().cpu() for f in found]), "empty_pooled": empty.pooled[0].half().cpu(),
-                        "sizes": torch.stack(sizes)}
+            tensors |= {
+                "pooled": torch.cat([f.pooled.half().cpu() for f in found]),
+                "empty_pooled": empty.pooled[0].half().cpu(),
+                "sizes": torch.stack(sizes),
+            }
         write_file(path, tensors, made(made_with[path]))
     progress.end()
     return broken
@@ -127,8 +162,9 @@ def encode(pictures: Sequence[tuple[Path, list[str]]], out: Path, size: int, to_
 
 @plain_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.encode", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m train.encode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pictures", type=Path, help="folder of pictures with captions")
     parser.add_argument("cache", type=Path, help="folder to write, the data.path of a recipe")
     parser.add_argument("--models", type=Path, required=True, help="diffusers folder with the VAE and the text encoder")
@@ -136,8 +172,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    broken = encode(captioned(args.pictures), args.cache, args.size, latents_of(load_vae(args.models, args.device)),
-                    load_text(args.models, device=args.device), args.batch, models=str(args.models.resolve()))
+    broken = encode(
+        captioned(args.pictures),
+        args.cache,
+        args.size,
+        latents_of(load_vae(args.models, args.device)),
+        load_text(args.models, device=args.device),
+        args.batch,
+        models=str(args.models.resolve()),
+    )
     caches = (read_header(path).tensors for path in args.cache.glob("*.safetensors"))
     held = sum(tensors["latents"][1][0] for tensors in caches if "latents" in tensors)
     print(f"{held} pictures in {args.cache}" + (f"; {len(broken)} could not be read" if broken else ""))

@@ -42,11 +42,16 @@ def load_text(models: str | Path, tokenizer: str | Path = "", device: str | torc
         return _ToText(_from_checkpoint(models).to(device).eval(), _tokenizer(tokenizer), device)
     if not (models / "text_encoder").is_dir():
         raise ValueError(f"{models} has no folder text_encoder; wanted a diffusers folder of a whole model")
-    first = _ToText(CLIPTextModel.from_pretrained(models / "text_encoder", local_files_only=True).to(device).eval(),
-                    _tokenizer(tokenizer or models / "tokenizer"), device)
+    first = _ToText(
+        CLIPTextModel.from_pretrained(models / "text_encoder", local_files_only=True).to(device).eval(),
+        _tokenizer(tokenizer or models / "tokenizer"),
+        device,
+    )
     if not (models / "text_encoder_2").is_dir():
         return first
-    second = CLIPTextModelWithProjection.from_pretrained(models / "text_encoder_2", local_files_only=True).to(device).eval()
+    second = (
+        CLIPTextModelWithProjection.from_pretrained(models / "text_encoder_2", local_files_only=True).to(device).eval()
+    )
     return _ToTextXL(first, _ToText(second, _tokenizer(models / "tokenizer_2"), device))
 
 
@@ -56,11 +61,17 @@ def load_vae(models: str | Path, device: str | torch.device = "cpu"):
 
     if not (Path(models) / "vae").is_dir():
         raise ValueError(f"{models} has no folder vae; wanted a diffusers folder of a whole model")
-    return AutoencoderKL.from_pretrained(Path(models) / "vae", local_files_only=True).to(device).eval().requires_grad_(False)
+    return (
+        AutoencoderKL.from_pretrained(Path(models) / "vae", local_files_only=True)
+        .to(device)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def latents_of(vae) -> ToLatents:
     """The encoding half of a VAE."""
+
     @torch.no_grad()
     def to_latents(pictures: Tensor) -> Tensor:
         # The mean, not a sample: what is encoded again is the same.
@@ -75,8 +86,13 @@ class _ToText:
 
     @torch.no_grad()
     def outputs(self, captions: Sequence[str], **arguments):
-        ids = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt",
-                             max_length=self.model.config.max_position_embeddings).input_ids
+        ids = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+            max_length=self.model.config.max_position_embeddings,
+        ).input_ids
         return self.model(ids.to(self.device), **arguments)
 
     def __call__(self, captions: Sequence[str]) -> Text:
@@ -102,8 +118,10 @@ def _tokenizer(folder: str | Path):
     else:  # custom_nodes/NAME/train/encoders.py
         folder = next((p / TOKENIZER for p in Path(__file__).resolve().parents if (p / TOKENIZER).is_dir()), None)
     if folder is None or not (folder / "vocab.json").is_file():
-        raise ValueError(f"encoders.tokenizer: {folder or 'nothing given, and this pack does not lie in a ComfyUI, which has one'}; "
-                         "wanted a folder with CLIP's vocab.json and merges.txt, such as ComfyUI/comfy/sd1_tokenizer")
+        raise ValueError(
+            f"encoders.tokenizer: {folder or 'nothing given, and this pack does not lie in a ComfyUI, which has one'}; "
+            "wanted a folder with CLIP's vocab.json and merges.txt, such as ComfyUI/comfy/sd1_tokenizer"
+        )
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -112,22 +130,39 @@ def _from_checkpoint(path: Path):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     file = TensorFile(path)
-    names = {key.removeprefix(LDM_TEXT).removeprefix("text_model."): key for key in file
-             if key.startswith(LDM_TEXT) and not key.endswith("position_ids")}
+    names = {
+        key.removeprefix(LDM_TEXT).removeprefix("text_model."): key
+        for key in file
+        if key.startswith(LDM_TEXT) and not key.endswith("position_ids")
+    }
     table, place = (names.get(f"embeddings.{kind}_embedding.weight") for kind in ("token", "position"))
     if table is None or place is None:
-        raise ValueError(f"{path.name} holds no CLIP text encoder of the SD1.x kind ({LDM_TEXT}text_model...); give a diffusers folder "
-                         "with one as encoders.models")
+        raise ValueError(
+            f"{path.name} holds no CLIP text encoder of the SD1.x kind ({LDM_TEXT}text_model...); give a diffusers "
+            "folder "
+            "with one as encoders.models"
+        )
     (words, width), (length, _) = file.shapes[table], file.shapes[place]
     config = CLIPTextConfig(
-        vocab_size=words, hidden_size=width, max_position_embeddings=length, num_attention_heads=max(1, width // 64),
-        intermediate_size=file.shapes[names["encoder.layers.0.mlp.fc1.weight"]][0], hidden_act="quick_gelu", projection_dim=width,
+        vocab_size=words,
+        hidden_size=width,
+        max_position_embeddings=length,
+        num_attention_heads=max(1, width // 64),
+        intermediate_size=file.shapes[names["encoder.layers.0.mlp.fc1.weight"]][0],
+        hidden_act="quick_gelu",
+        projection_dim=width,
         num_hidden_layers=1 + max(int(n.split(".")[2]) for n in names if n.startswith("encoder.layers.")),
-        bos_token_id=words - 2, eos_token_id=words - 1, pad_token_id=words - 1)
+        bos_token_id=words - 2,
+        eos_token_id=words - 1,
+        pad_token_id=words - 1,
+    )
     model = CLIPTextModel(config)
     # Newer versions of transformers leave out the classic "text_model.".
     wanted = {k: names.get(k.removeprefix("text_model.")) for k, _ in model.named_parameters()}
     if missing := [k for k, name in wanted.items() if name is None]:
-        raise ValueError(f"{path.name}: its text encoder lacks {missing[0]}; give a diffusers folder with a whole one as encoders.models")
+        raise ValueError(
+            f"{path.name}: its text encoder lacks {missing[0]}; give a diffusers folder with a whole one as "
+            "encoders.models"
+        )
     model.load_state_dict({k: file[name].float() for k, name in wanted.items()}, strict=False)
     return model

@@ -40,8 +40,19 @@ from .vgg import load_vgg
 BAD_STEPS = 3  # in a row that stop a run
 T_BINS = 4
 # Settings that may change between the sessions of one run.
-FREE = ("steps", "micro_batch", "shard", "checkpoint_gradients", "save_every", "keep", "log_every", "picture_every", "tensorboard",
-        "folder", "stored")
+FREE = (
+    "steps",
+    "micro_batch",
+    "shard",
+    "checkpoint_gradients",
+    "save_every",
+    "keep",
+    "log_every",
+    "picture_every",
+    "tensorboard",
+    "folder",
+    "stored",
+)
 
 
 @dataclass
@@ -88,7 +99,9 @@ class Criterion:
     def needs_teacher(self) -> bool:
         return set(self.weights) != {"task"}
 
-    def __call__(self, batch: Batch, x: Tensor, student: tuple[Tensor, Mapping], teacher: tuple[Tensor, Mapping] | None) -> Tensor:
+    def __call__(
+        self, batch: Batch, x: Tensor, student: tuple[Tensor, Mapping], teacher: tuple[Tensor, Mapping] | None
+    ) -> Tensor:
         """(losses, B), in the order of `weights`."""
         prediction = self.config.network.prediction
         a, s = coefficients(batch.t)
@@ -103,9 +116,12 @@ class Criterion:
                 value = losses.perceptual(*pictures, self.net, batch.t < self.config.loss.perceptual_until)
             else:
                 chosen = self.taps[name]
-                value = losses.features({tap.name: student[1][tap.student] for tap in chosen},
-                                        {tap.name: teacher[1][tap.teacher] for tap in chosen},
-                                        {tap.name: tap.weight for tap in chosen}, self.config.loss.relative)
+                value = losses.features(
+                    {tap.name: student[1][tap.student] for tap in chosen},
+                    {tap.name: teacher[1][tap.teacher] for tap in chosen},
+                    {tap.name: tap.weight for tap in chosen},
+                    self.config.loss.relative,
+                )
             parts.append(value)
         return torch.stack(parts)
 
@@ -136,7 +152,9 @@ class Checkpoints:
         self.fixed = json.loads(json.dumps(fixed))
 
     def paths(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("checkpoint-*.safetensors") if re.fullmatch(r"checkpoint-\d{8}", p.stem))
+        return sorted(
+            p for p in self.folder.glob("checkpoint-*.safetensors") if re.fullmatch(r"checkpoint-\d{8}", p.stem)
+        )
 
     def save(self, state: State, tensors: Mapping[str, Tensor]) -> None:
         path = self.folder / f"checkpoint-{state.step:08d}.safetensors"
@@ -145,8 +163,11 @@ class Checkpoints:
         except OSError as e:
             last = self.paths()
             before = f"{last[-1].name} is whole" if last else "There is none before it"
-            raise OSError(f"{path} cannot be written ({e.strerror or e}). {before}; make room, or see to the disk, and give the same "
-                          "command again") from None
+            raise OSError(
+                f"{path} cannot be written ({e.strerror or e}). {before}; make room, or see to the disk, and give "
+                "the same "
+                "command again"
+            ) from None
         upto = [p for p in self.paths() if p <= path]  # a later one is broken, or `load` would have taken it
         for old in {*self.paths()} - {*upto[-self.config.run.keep :]}:
             old.unlink()
@@ -165,8 +186,10 @@ class Checkpoints:
                 print(f"left out: {e}", flush=True)
                 continue
             if changed := difference(_completed(json.loads(file.metadata["config"])), self.fixed):
-                raise ValueError(f"{self.folder} holds a run with other settings ({changed}). Choose another name or "
-                                 "run.folder, or delete its checkpoints to start anew")
+                raise ValueError(
+                    f"{self.folder} holds a run with other settings ({changed}). Choose another name or "
+                    "run.folder, or delete its checkpoints to start anew"
+                )
             return State(**json.loads(file.metadata["state"])), dict(file)
         if self.paths():
             raise ValueError(f"{self.folder}: none of its checkpoints can be read; delete them to start anew")
@@ -175,7 +198,11 @@ class Checkpoints:
 
 def _completed(saved: dict) -> dict:
     """The settings of a run, with those added since it began at their defaults."""
-    defaults = {f.name: asdict(f.default_factory()) for f in fields(Config) if f.default_factory is not MISSING and f.name != "run"}
+    defaults = {
+        f.name: asdict(f.default_factory())
+        for f in fields(Config)
+        if f.default_factory is not MISSING and f.name != "run"
+    }
     return saved | {name: values | saved.get(name, {}) for name, values in defaults.items()}
 
 
@@ -196,6 +223,7 @@ class Average:
 @torch.no_grad()
 def averaged(parameters: Mapping[str, nn.Parameter], average: Average) -> Iterator[None]:
     """The average in the place of the weights, which are put back exactly."""
+
     def exchange() -> None:
         for key, p in parameters.items():
             held = p.clone()
@@ -208,20 +236,32 @@ def averaged(parameters: Mapping[str, nn.Parameter], average: Average) -> Iterat
         exchange()
 
 
-def _tensors(parameters: Mapping[str, nn.Parameter], adamw: torch.optim.Optimizer, average: Average) -> dict[str, Tensor]:
-    tensors = {f"weights.{k}": p for k, p in parameters.items()} | {f"average.{k}": v for k, v in average.weights.items()}
+def _tensors(
+    parameters: Mapping[str, nn.Parameter], adamw: torch.optim.Optimizer, average: Average
+) -> dict[str, Tensor]:
+    tensors = {f"weights.{k}": p for k, p in parameters.items()} | {
+        f"average.{k}": v for k, v in average.weights.items()
+    }
     for key, p in parameters.items():
         tensors |= {f"{name}.{key}": torch.as_tensor(value) for name, value in adamw.state.get(p, {}).items()}
     return tensors
 
 
 @torch.no_grad()
-def _restore(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], adamw: torch.optim.Optimizer, average: Average) -> None:
+def _restore(
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    adamw: torch.optim.Optimizer,
+    average: Average,
+) -> None:
     for key, p in parameters.items():
         p.copy_(sharding.like(tensors[f"weights.{key}"], p))
         average.weights[key].copy_(sharding.like(tensors[f"average.{key}"], p))
         if f"exp_avg.{key}" in tensors:
-            moments = {name: sharding.like(tensors[f"{name}.{key}"].clone().to(p.device), p) for name in ("exp_avg", "exp_avg_sq")}
+            moments = {
+                name: sharding.like(tensors[f"{name}.{key}"].clone().to(p.device), p)
+                for name in ("exp_avg", "exp_avg_sq")
+            }
             adamw.state[p] = {"step": tensors[f"step.{key}"].clone(), **moments}
 
 
@@ -252,13 +292,24 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
     if teacher is not None or config.data.source == "prompts":
         nn.Module.to(original, device, half)  # diffusers' own `to` warns about dtypes, without need here
     config.folder.mkdir(parents=True, exist_ok=True)
-    source = open_source(config, predictor(original, half), device, accelerator.process_index, accelerator.num_processes,
-                         accelerator.wait_for_everyone)
+    source = open_source(
+        config,
+        predictor(original, half),
+        device,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.wait_for_everyone,
+    )
     batches = Batches(source, config)
 
     parameters = {k: p for k, p in student.named_parameters() if p.requires_grad}
-    adamw = torch.optim.AdamW(parameters.values(), config.optimiser.lr, config.optimiser.betas,
-                              weight_decay=config.optimiser.weight_decay, fused=True)
+    adamw = torch.optim.AdamW(
+        parameters.values(),
+        config.optimiser.lr,
+        config.optimiser.betas,
+        weight_decay=config.optimiser.weight_decay,
+        fused=True,
+    )
     average = Average(parameters, config.optimiser.ema)
     checkpoints, state = Checkpoints(config), State()
     if loaded := checkpoints.load():
@@ -269,15 +320,24 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
         accelerator.print(f"going on at step {state.step}")
     steps = accelerator.gather(torch.tensor([state.step], device=device))
     if steps.min() != steps.max():
-        raise ValueError(f"the processes found different checkpoints (steps {', '.join(map(str, steps.tolist()))}); all need the same run.folder")
+        raise ValueError(
+            f"the processes found different checkpoints (steps {', '.join(map(str, steps.tolist()))}); all need the "
+            "same run.folder"
+        )
     if main:
         for part in config.folder.glob(".checkpoint-*.part"):  # left behind where a run was killed while it saved
             part.unlink()
     log = Log(config, state, list(criterion.weights)) if main else None
-    model = accelerator.prepare_model(taps.Tapped(student, criterion.student_paths), evaluation_mode=config.run.shard)  # else: DDP
+    model = accelerator.prepare_model(
+        taps.Tapped(student, criterion.student_paths), evaluation_mode=config.run.shard
+    )  # else: DDP
     optimiser = accelerator.prepare_optimizer(adamw)
     # A sharded student draws with all processes.
-    show = _show(config, source, original, half, device) if config.run.picture_every and (main or config.run.shard) else None
+    show = (
+        _show(config, source, original, half, device)
+        if config.run.picture_every and (main or config.run.shard)
+        else None
+    )
     progress = Progress(config.name, config.run.steps)
 
     while state.step < config.run.steps:
@@ -341,10 +401,17 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
         if len(state.in_a_row) == BAD_STEPS:
             saved = checkpoints.paths()
             raise FloatingPointError(
-                f"{config.name}: the loss or its gradient was not finite in steps {', '.join(map(str, state.in_a_row))}, so the run "
-                f"stops. {f'The last good state is {saved[-1].name}. ' if saved else ''}Lower optimiser.lr, use bf16 instead of "
-                f"fp16, or look at the data of these steps")
-        if not state.in_a_row and (state.step % config.run.save_every == 0 or state.step == config.run.steps) and (main or config.run.shard):
+                f"{config.name}: the loss or its gradient was not finite in steps "
+                f"{', '.join(map(str, state.in_a_row))}, so the run "
+                f"stops. {f'The last good state is {saved[-1].name}. ' if saved else ''}Lower optimiser.lr, use bf16 "
+                "instead of "
+                f"fp16, or look at the data of these steps"
+            )
+        if (
+            not state.in_a_row
+            and (state.step % config.run.save_every == 0 or state.step == config.run.steps)
+            and (main or config.run.shard)
+        ):
             tensors = sharding.gathered(_tensors(parameters, adamw, average), keep=main)
             if main:
                 state.source = source.state(state.step * config.run.batch)
@@ -376,7 +443,10 @@ def _show(config: Config, source: Source, teacher: nn.Module, dtype: torch.dtype
 
 def _numbers(config: Config, accelerator: Accelerator, step: int, part: int) -> range:
     """Numbers of the samples this process takes for one part of a step."""
-    first = step * config.run.batch + (part * accelerator.num_processes + accelerator.process_index) * config.run.micro_batch
+    first = (
+        step * config.run.batch
+        + (part * accelerator.num_processes + accelerator.process_index) * config.run.micro_batch
+    )
     return range(first, first + config.run.micro_batch)
 
 
@@ -384,7 +454,9 @@ def _numbers(config: Config, accelerator: Accelerator, step: int, part: int) -> 
 
 
 class Log:
-    """Losses as JSON lines in log.jsonl: means since the last line, also by bins of t. A resumed run goes on with its own lines."""
+    """Losses as JSON lines in log.jsonl: means since the last line, also by bins of t. A resumed run goes on with its
+    own lines.
+    """
 
     def __init__(self, config: Config, state: State, names: list[str]):
         self.config, self.names, self.path = config, names, config.folder / "log.jsonl"
@@ -408,10 +480,21 @@ class Log:
             return
         values = torch.cat(self.recent)
         bins = (values[:, -1] * T_BINS / STEPS).long()
-        by_t = {f"{b * STEPS // T_BINS}-{(b + 1) * STEPS // T_BINS - 1}": self._means(values[bins == b])
-                for b in range(T_BINS) if (bins == b).any()}
-        self.last = {"step": state.step, "seconds": round(state.seconds, 4), "skipped": state.skipped,
-                     "left_out": state.left_out, "lr": lr, "gradient": norm, **self._means(values), "by_t": by_t}
+        by_t = {
+            f"{b * STEPS // T_BINS}-{(b + 1) * STEPS // T_BINS - 1}": self._means(values[bins == b])
+            for b in range(T_BINS)
+            if (bins == b).any()
+        }
+        self.last = {
+            "step": state.step,
+            "seconds": round(state.seconds, 4),
+            "skipped": state.skipped,
+            "left_out": state.left_out,
+            "lr": lr,
+            "gradient": norm,
+            **self._means(values),
+            "by_t": by_t,
+        }
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(self.last) + "\n")
         self.recent = []
@@ -423,7 +506,9 @@ class Log:
     def picture(self, step: int, rows: Tensor) -> None:
         """rows: teacher's and student's pictures, (2, B, 3, H, W)."""
         if self.board:
-            self.board.add_image("teacher above student", torch.cat([torch.cat(list(row), -1) for row in rows], -2), step)
+            self.board.add_image(
+                "teacher above student", torch.cat([torch.cat(list(row), -1) for row in rows], -2), step
+            )
 
     def _means(self, values: Tensor) -> dict[str, float]:
         return {name: float(f"{m:.6g}") for name, m in zip(self.names, values[:, :-1].mean(0).tolist(), strict=True)}
@@ -446,8 +531,16 @@ def tensorboard(folder: Path, step: int):
 
 def provenance(config: Config, state: State, log: Log) -> dict:
     """What a product's metadata say of its training."""
-    return {"teacher": Path(config.network.teacher).name, "start": Path(config.student.start).name or "teacher",
-            "losses": {name: getattr(config.loss, name) for name in LOSSES if getattr(config.loss, name)},
-            "steps": state.step, "samples": state.step * config.run.batch, "skipped": state.skipped,
-            "left_out": state.left_out, "minutes": round(state.seconds / 60, 1), "torch": torch.__version__, "machine": platform.machine(),
-            "final": {k: log.last[k] for k in log.names if k in log.last}}
+    return {
+        "teacher": Path(config.network.teacher).name,
+        "start": Path(config.student.start).name or "teacher",
+        "losses": {name: getattr(config.loss, name) for name in LOSSES if getattr(config.loss, name)},
+        "steps": state.step,
+        "samples": state.step * config.run.batch,
+        "skipped": state.skipped,
+        "left_out": state.left_out,
+        "minutes": round(state.seconds / 60, 1),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "final": {k: log.last[k] for k in log.names if k in log.last},
+    }

@@ -23,10 +23,21 @@ from torch import Tensor
 
 PREDICTIONS = ("eps", "v")
 
-# Latents (4 channels) to linear RGB in about [-1, 1], (4, 3): the fixed matrices ComfyUI previews with (comfy/latent_formats.py).
+# Latents (4 channels) to linear RGB in about [-1, 1], (4, 3): the fixed matrices ComfyUI previews with
+# (comfy/latent_formats.py).
 LATENT_RGB = {
-    "sd15": ((0.3512, 0.2297, 0.3227), (0.3250, 0.4974, 0.2350), (-0.2829, 0.1762, 0.2721), (-0.2120, -0.2616, -0.7177)),
-    "sdxl": ((0.3651, 0.4232, 0.4341), (-0.2533, -0.0042, 0.1068), (0.1076, 0.1111, -0.0362), (-0.3165, -0.2492, -0.2188)),
+    "sd15": (
+        (0.3512, 0.2297, 0.3227),
+        (0.3250, 0.4974, 0.2350),
+        (-0.2829, 0.1762, 0.2721),
+        (-0.2120, -0.2616, -0.7177),
+    ),
+    "sdxl": (
+        (0.3651, 0.4232, 0.4341),
+        (-0.2533, -0.0042, 0.1068),
+        (0.1076, 0.1111, -0.0362),
+        (-0.3165, -0.2492, -0.2188),
+    ),
 }
 LATENT_RGB_BIAS = {"sdxl": (0.1084, -0.0175, -0.0011)}
 
@@ -56,8 +67,9 @@ def output(student: Tensor, teacher: Tensor) -> Tensor:
     return squared_error(student, teacher)
 
 
-def features(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], weights: Mapping[str, float],
-             relative: bool = False) -> Tensor:
+def features(
+    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], weights: Mapping[str, float], relative: bool = False
+) -> Tensor:
     """Feature distillation, (B,): the weighted sum over the taps in `weights`, each (B, ...).
 
     relative: each in proportion to || f_T ||^2, for networks whose features are of very different size.

@@ -15,17 +15,22 @@ def by_bins(values: Tensor, t: Tensor, steps: int = 1000, bins: int = 4) -> dict
     """Means of values (N,) over all and by bins of their timesteps t (N,): {"all": .., "0-249": .., ...}."""
     width = steps // bins
     return {"all": float(values.mean())} | {
-        f"{b * width}-{(b + 1) * width - 1}": float(values[t // width == b].mean()) for b in range(bins)}
+        f"{b * width}-{(b + 1) * width - 1}": float(values[t // width == b].mean()) for b in range(bins)
+    }
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of two sets of features (N, D) and (M, D), each taken as a normal distribution (Heusel et al. 2017).
+    """Frechet distance of two sets of features (N, D) and (M, D), each taken as a normal distribution (Heusel et al.
+    2017).
 
     |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); biased upwards for few pictures, so sets are only
     comparable at the same N. Raises ValueError where N does not exceed D and covariances are singular.
     """
     if min(len(a), len(b)) <= a.shape[1]:
-        raise ValueError(f"the Frechet distance of {a.shape[1]} features needs more than {a.shape[1]} pictures, got {len(a)} and {len(b)}")
+        raise ValueError(
+            f"the Frechet distance of {a.shape[1]} features needs more than {a.shape[1]} pictures, got {len(a)} and "
+            f"{len(b)}"
+        )
     a, b = a.double(), b.double()
     cov_a, cov_b = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
     # tr (C_a C_b)^(1/2) is the sum of the roots of the eigenvalues of the similar, symmetric C_a^(1/2) C_b C_a^(1/2).

@@ -34,15 +34,22 @@ SHARD = 1024
 
 def stream_of(config: Config) -> dict:
     """What fixes the samples of a run and the teacher's outputs for them."""
-    return {"seed": config.seed, "family": config.network.family, "teacher": Path(config.network.teacher).name,
-            "data": {**vars(config.data), "path": Path(config.data.path).name}}
+    return {
+        "seed": config.seed,
+        "family": config.network.family,
+        "teacher": Path(config.network.teacher).name,
+        "data": {**vars(config.data), "path": Path(config.data.path).name},
+    }
 
 
 @torch.no_grad()
-def write_outputs(folder: Path, config: Config, paths: Iterable[str], count: int, device: torch.device, batch: int = 32) -> None:
+def write_outputs(
+    folder: Path, config: Config, paths: Iterable[str], count: int, device: torch.device, batch: int = 32
+) -> None:
     """Compute the outputs for the first `count` samples of a recipe's stream, or what is missing of them.
 
-    paths: modules of the teacher whose outputs (features) are kept as well. Raises ValueError for features too large for float16.
+    paths: modules of the teacher whose outputs (features) are kept as well. Raises ValueError for features too large
+    for float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     first = [n for n in range(0, count, SHARD) if not (folder / f"{n // SHARD:05d}.safetensors").exists()]
@@ -64,7 +71,9 @@ def write_outputs(folder: Path, config: Config, paths: Iterable[str], count: int
         whole = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
         for name, value in whole.items():
             if not value.isfinite().all():
-                raise ValueError(f"the teacher's {name} is not finite, or too large for float16; train without network.outputs")
+                raise ValueError(
+                    f"the teacher's {name} is not finite, or too large for float16; train without network.outputs"
+                )
         write_file(folder / f"{start // SHARD:05d}.safetensors", whole, {"stream": json.dumps(stream_of(config))})
     progress.end()
 
@@ -83,14 +92,21 @@ class Outputs:
             raise ValueError(f"network.outputs: {folder} was made for another stream: {saved}, wanted {wanted}")
         missing = set(self.paths) - set(self.files[0].keys())
         if missing:
-            raise ValueError(f"network.outputs: {folder} does not hold {min(missing)}, with which {config.name} compares")
+            raise ValueError(
+                f"network.outputs: {folder} does not hold {min(missing)}, with which {config.name} compares"
+            )
         if config.run.steps * config.run.batch > len(found) * SHARD:
-            raise ValueError(f"network.outputs: {folder} holds {len(found) * SHARD} samples, {config.name} takes "
-                             f"{config.run.steps * config.run.batch}")
+            raise ValueError(
+                f"network.outputs: {folder} holds {len(found) * SHARD} samples, {config.name} takes "
+                f"{config.run.steps * config.run.batch}"
+            )
 
     def __call__(self, numbers: Sequence[int], device: torch.device) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Prediction and features by path for samples by number, as `Tapped` gives them."""
+
         def rows(name: str) -> Tensor:
-            return torch.stack([self.files[n // SHARD].get_slice(name)[n % SHARD : n % SHARD + 1][0] for n in numbers]).to(device)
+            return torch.stack(
+                [self.files[n // SHARD].get_slice(name)[n % SHARD : n % SHARD + 1][0] for n in numbers]
+            ).to(device)
 
         return rows("predicted"), {path: rows(path) for path in self.paths}

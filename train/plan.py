@@ -23,7 +23,9 @@ BYTES = {"no": 4, "bf16": 2, "fp16": 2}  # of an activation and of a teacher's w
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. Not counted: buffers of the libraries, the perceptual network, a sharded run's layer at work."""
+    """Bytes of one process. Not counted: buffers of the libraries, the perceptual network, a sharded run's layer at
+    work.
+    """
 
     teacher: int
     student: int
@@ -48,7 +50,9 @@ class _CountedAttention(torch.autograd.Function):
 
 
 class _CountingProcessor:
-    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, **kwargs) -> Tensor:
+    def __call__(
+        self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, **kwargs
+    ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         return attn.to_out[0](_CountedAttention.apply(attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
 
@@ -87,6 +91,7 @@ def activations(student: nn.Module, config: Config) -> int:
     handles = []
     for name, module in student.named_modules():
         if type(module).__name__ in ("ResnetBlock2D", "Transformer2DModel"):
+
             def enter(module, args, kwargs, name=name):
                 h = args[0] if args else kwargs["hidden_states"]
                 inputs[name] += h.numel()
@@ -98,12 +103,16 @@ def activations(student: nn.Module, config: Config) -> int:
             handles += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
     student.set_attn_processor(_CountingProcessor())
     size = config.run.micro_batch
-    # Gains are not seen here, because attention is only counted: with them everything keeps what its input's gradient needs.
+    # Gains are not seen here, because attention is only counted: with them everything keeps what its input's gradient
+    # needs.
     x = torch.empty(size, unet.in_channels, side, side, device="meta", requires_grad=config.gains is not None)
-    arguments = (x, torch.zeros(size, device="meta"),
-                 torch.empty(size, 77, unet.context_dim, device="meta"))
+    arguments = (x, torch.zeros(size, device="meta"), torch.empty(size, 77, unet.context_dim, device="meta"))
     pooled = pooled_width(unet)
-    added = {"text_embeds": torch.empty(size, pooled, device="meta"), "time_ids": torch.empty(size, 6, device="meta")} if pooled else None
+    added = (
+        {"text_embeds": torch.empty(size, pooled, device="meta"), "time_ids": torch.empty(size, 6, device="meta")}
+        if pooled
+        else None
+    )
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         student(*arguments, added_cond_kwargs=added, return_dict=False)
     for handle in handles:
@@ -118,9 +127,14 @@ def memory(student: nn.Module, config: Config, processes: int) -> Memory:
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     needs_teacher = any(getattr(config.loss, name) for name in LOSSES if name != "task")
     teacher = Architecture.full(config.network.config).params if needs_teacher else 0
-    return Memory(teacher=teacher * BYTES[config.run.precision], student=4 * sum(p.numel() for p in student.parameters()) // shared,
-                  gradients=4 * trained // shared, optimiser=8 * trained // shared, average=4 * trained // shared,
-                  activations=activations(student, config) * BYTES[config.run.precision])
+    return Memory(
+        teacher=teacher * BYTES[config.run.precision],
+        student=4 * sum(p.numel() for p in student.parameters()) // shared,
+        gradients=4 * trained // shared,
+        optimiser=8 * trained // shared,
+        average=4 * trained // shared,
+        activations=activations(student, config) * BYTES[config.run.precision],
+    )
 
 
 def report(config: Config, processes: int) -> str:
@@ -141,10 +155,15 @@ def report(config: Config, processes: int) -> str:
     need, product = memory(student, config, processes), stages.describe_product(config, {})
     lines += ["", "memory of one process, estimated:"]
     lines += [f"  {name:<12}{_size(value):>12}" for name, value in vars(need).items()]
-    lines += [f"  {'all':<12}{_size(need.total):>12}", "",
-              f"{config.run.steps} steps of {config.run.batch} samples: {processes} x {accumulation} x {config.run.micro_batch} "
-              f"(processes, parts, micro batch)",
-              f"ends in {config.product} ({product.kind})" + (f" and {product.training['pack']}" if "pack" in product.training else "")]
+    lines += [
+        f"  {'all':<12}{_size(need.total):>12}",
+        "",
+        f"{config.run.steps} steps of {config.run.batch} samples: {processes} x {accumulation} x "
+        f"{config.run.micro_batch} "
+        f"(processes, parts, micro batch)",
+        f"ends in {config.product} ({product.kind})"
+        + (f" and {product.training['pack']}" if "pack" in product.training else ""),
+    ]
     return "\n".join(lines)
 
 

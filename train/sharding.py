@@ -1,4 +1,5 @@
-"""Weights, gradients, the optimiser's state and the average shared out among the processes (fully sharded data parallel, FSDP2).
+"""Weights, gradients, the optimiser's state and the average shared out among the processes (fully sharded data
+parallel, FSDP2).
 
 Every process holds a slice of each tensor; a layer is put together while it computes. Names stay, so everything else of
 the loop works on the slices as on whole tensors. The frozen teacher, which is in half precision, is held whole by each.
@@ -19,10 +20,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(unet: nn.Module, device: torch.device) -> None:
-    """Keep only this process's slices of a diffusers UNet, in place. Raises ValueError where there is one process alone."""
+    """Keep only this process's slices of a diffusers UNet, in place. Raises ValueError where there is one process
+    alone.
+    """
     if not torch.distributed.is_initialized():
-        raise ValueError("run.shard shares a network out among several processes, and there is one: start with accelerate launch "
-                         "--multi_gpu, or torchrun, or leave it out")
+        raise ValueError(
+            "run.shard shares a network out among several processes, and there is one: start with accelerate launch "
+            "--multi_gpu, or torchrun, or leave it out"
+        )
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in list(unet.modules()):
         if isinstance(module, (ResnetBlock2D, BasicTransformerBlock)):
@@ -32,7 +37,11 @@ def shard(unet: nn.Module, device: torch.device) -> None:
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:
     """A whole tensor, sliced as another is."""
-    return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None) if isinstance(model, DTensor) else tensor
+    return (
+        distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+        if isinstance(model, DTensor)
+        else tensor
+    )
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ PICTURES = 4
 
 def predictor(unet: nn.Module, dtype: torch.dtype) -> Predict:
     """A diffusers UNet as a function of x, t, context and SDXL's conditions, computed in a dtype."""
+
     def predict(x: Tensor, t: Tensor, context: Tensor, added: Mapping[str, Tensor] | None) -> Tensor:
         return unet(x.to(dtype), t, context.to(dtype), added_cond_kwargs=cast(added, dtype), return_dict=False)[0]
 
@@ -54,13 +55,24 @@ def decoder(config: Config, device: torch.device) -> tuple[Callable[[Tensor], Te
 class Show:
     """The same few captions and seeds again and again: teacher above, student beneath."""
 
-    def __init__(self, config: Config, source: Source, teacher: Predict, decode: Callable[[Tensor], Tensor], scale: float,
-                 device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        source: Source,
+        teacher: Predict,
+        decode: Callable[[Tensor], Tensor],
+        scale: float,
+        device: torch.device,
+    ):
         self.config, self.decode, self.scale = config, decode, scale
         self.text, self.empty = source.text(PICTURES), source.empty
         side, channels = config.data.side, config.network.config.in_channels
-        self.noise = torch.stack([torch.randn(channels, side, side, generator=seeded(config.seed, 10, i))
-                                  for i in range(len(self.text.states))]).to(device)
+        self.noise = torch.stack(
+            [
+                torch.randn(channels, side, side, generator=seeded(config.seed, 10, i))
+                for i in range(len(self.text.states))
+            ]
+        ).to(device)
         self.teacher = self._pictures(teacher)
 
     def _pictures(self, predict: Predict) -> Tensor:
@@ -85,21 +97,48 @@ def write_card(config: Config, training: Mapping) -> Path:
     node = "Apply Pack on any checkpoint of its family" if description.kind == "pack" else "Load Pruned UNet"
     if further := description.training.get("pack"):
         node += f", with the pack of its experts and gains, {further}, applied to it (Apply Pack)"
-    settings = {"teacher": training["teacher"], "start": training["start"], "data": config.data.source,
-                "resolution": f"{config.data.size} px", "steps": training["steps"], "samples": training["samples"],
-                "learning rate": config.optimiser.lr,
-                "steps skipped (not finite)": training["skipped"], "pictures left out (unreadable)": training["left_out"],
-                "minutes": training["minutes"], "machine": f"{training['machine']}, torch {training['torch']}", "seed": config.seed}
-    lines = [f"# {config.name}", "",
-             f"{kind} of the {config.network.family} family ({architecture.name or 'free choice of units'}), for the node {node}.",
-             f"{architecture.params / 1e6:.1f} of {Architecture.full(config.network.config).params / 1e6:.1f} M parameters, "
-             f"{training['trained'] / 1e6:.1f} M of them trained; predicts {config.network.prediction}; stored as {config.run.stored}.", "",
-             "| training | |", "|---|---|", *(f"| {k} | {v} |" for k, v in settings.items()), "",
-             "| loss | weight | at the end (mean since the line of the log before) |", "|---|---|---|",
-             *(f"| {name} | {weight} | {training['final'].get(name, '')} |" for name, weight in training["losses"].items()), "",
-             "The losses are comparable between runs of this family on the same data only; they do not say how good pictures are.",
-             "The weights come from the teacher's and are under its licence.", "",
-             "## Recipe", "", "```toml", config.to_text(), "```", ""]
+    settings = {
+        "teacher": training["teacher"],
+        "start": training["start"],
+        "data": config.data.source,
+        "resolution": f"{config.data.size} px",
+        "steps": training["steps"],
+        "samples": training["samples"],
+        "learning rate": config.optimiser.lr,
+        "steps skipped (not finite)": training["skipped"],
+        "pictures left out (unreadable)": training["left_out"],
+        "minutes": training["minutes"],
+        "machine": f"{training['machine']}, torch {training['torch']}",
+        "seed": config.seed,
+    }
+    lines = [
+        f"# {config.name}",
+        "",
+        f"{kind} of the {config.network.family} family ({architecture.name or 'free choice of units'}), for the node "
+        f"{node}.",
+        f"{architecture.params / 1e6:.1f} of {Architecture.full(config.network.config).params / 1e6:.1f} M parameters, "
+        f"{training['trained'] / 1e6:.1f} M of them trained; predicts {config.network.prediction}; stored as "
+        f"{config.run.stored}.",
+        "",
+        "| training | |",
+        "|---|---|",
+        *(f"| {k} | {v} |" for k, v in settings.items()),
+        "",
+        "| loss | weight | at the end (mean since the line of the log before) |",
+        "|---|---|---|",
+        *(f"| {name} | {weight} | {training['final'].get(name, '')} |" for name, weight in training["losses"].items()),
+        "",
+        "The losses are comparable between runs of this family on the same data only; they do not say how good "
+        "pictures are.",
+        "The weights come from the teacher's and are under its licence.",
+        "",
+        "## Recipe",
+        "",
+        "```toml",
+        config.to_text(),
+        "```",
+        "",
+    ]
     path = config.product.with_suffix(".md")
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

@@ -35,7 +35,9 @@ THREADS = 8  # that decode pictures
 SAMPLES_IN_FILE = 64  # of the teacher's own pictures, and the most that are drawn at once
 ENDLESS = 2**62  # the length of a stream
 
-Predict = Callable[[Tensor, Tensor, Tensor, dict | None], Tensor]  # x, t, context, SDXL's conditions -> the teacher's output
+Predict = Callable[
+    [Tensor, Tensor, Tensor, dict | None], Tensor
+]  # x, t, context, SDXL's conditions -> the teacher's output
 
 
 # Pictures -------------------------------------------------------------------------------------------
@@ -71,14 +73,18 @@ class Pictures(Numbered):
                     self.named.add(name)
                     print(f"left out {name}: {e}", flush=True)
                 i = self.after(i)
-        raise ValueError(f"data.path: none of {TRIES} pictures in a row could be read, the last was {name}; is the disk still there?")
+        raise ValueError(
+            f"data.path: none of {TRIES} pictures in a row could be read, the last was {name}; is the disk still there?"
+        )
 
     def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
         with ThreadPoolExecutor(THREADS) as pool:
             pictures, sizes, captions, left_out = zip(*pool.map(self.read, numbers, draws), strict=True)
         # A VAE on the CPU may put out channels last, in which torch 2.11 crashes in the UNet's backward pass.
         latents = self.to_latents(torch.stack(pictures)).float().cpu().contiguous()
-        return Examples(latents, _on_cpu(self.to_text(captions)), torch.stack(sizes) if self.wide else None, torch.tensor(left_out))
+        return Examples(
+            latents, _on_cpu(self.to_text(captions)), torch.stack(sizes) if self.wide else None, torch.tensor(left_out)
+        )
 
 
 class Folder(Pictures):
@@ -109,7 +115,8 @@ def _texts(caption: object) -> list[str]:
 def index_shard(path: Path) -> list[tuple[str, int, int, int, int, bool]]:
     """Pictures of a tar: name, offset and length of the picture, the same of its caption, whether that is JSON.
 
-    Members belong together where they share the name up to the first dot (webdataset). Raises ValueError for a file that is no tar.
+    Members belong together where they share the name up to the first dot (webdataset). Raises ValueError for a file
+    that is no tar.
     """
     found: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
@@ -131,7 +138,8 @@ def index_shard(path: Path) -> list[tuple[str, int, int, int, int, bool]]:
 
 
 class Shards(Pictures):
-    """Webdataset shards on a disk or a mount: tars of NAME.jpg (png, webp) with NAME.txt, or NAME.json with `caption` or `text`.
+    """Webdataset shards on a disk or a mount: tars of NAME.jpg (png, webp) with NAME.txt, or NAME.json with `caption`
+    or `text`.
 
     The shards are shuffled, and the pictures within each SHUFFLED, so that reading moves from file to file.
     """
@@ -141,12 +149,17 @@ class Shards(Pictures):
         path = Path(config.data.path)
         self.paths = [Path(p) for p in sorted(glob.glob(str(path / "*.tar") if path.is_dir() else str(path)))]
         if not self.paths:
-            raise ValueError(f"data.path: {path} names no .tar file; wanted a file, a folder, or a pattern such as data/*.tar")
+            raise ValueError(
+                f"data.path: {path} names no .tar file; wanted a file, a folder, or a pattern such as data/*.tar"
+            )
         with ThreadPoolExecutor(THREADS) as pool:
             self.rows = list(pool.map(index_shard, self.paths))
         self.ends = list(accumulate(map(len, self.rows)))
         if not self.ends[-1]:
-            raise ValueError(f"data.path: {path}: its tars hold no pictures with captions; wanted NAME.jpg with NAME.txt or NAME.json")
+            raise ValueError(
+                f"data.path: {path}: its tars hold no pictures with captions; wanted NAME.jpg with NAME.txt or "
+                "NAME.json"
+            )
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -154,7 +167,9 @@ class Shards(Pictures):
     def order(self, generator: torch.Generator) -> Sequence[int]:
         shards = torch.randperm(len(self.paths), generator=generator).tolist()
         rows = torch.cat([torch.arange(self.ends[n] - len(self.rows[n]), self.ends[n]) for n in shards])
-        return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in rows.split(SHUFFLED)]).tolist()
+        return torch.cat(
+            [part[torch.randperm(len(part), generator=generator)] for part in rows.split(SHUFFLED)]
+        ).tolist()
 
     def open(self, i: int) -> tuple[str, object, list[str]]:
         n = bisect_right(self.ends, i)
@@ -175,7 +190,8 @@ class Shards(Pictures):
 class Hub(Pictures):
     """A dataset of the Hugging Face datasets library, streamed: columns image (jpg, png, webp) and text (caption, txt).
 
-    Pictures are shuffled within each SHUFFLED of the stream. Every process reads the whole stream and decodes its own samples.
+    Pictures are shuffled within each SHUFFLED of the stream. Every process reads the whole stream and decodes its own
+    samples.
     """
 
     def __init__(self, config: Config, to_latents: ToLatents, to_text: ToText):
@@ -188,12 +204,18 @@ class Hub(Pictures):
         self.stream = datasets.load_dataset(config.data.path, split="train", streaming=True)
         first = list(self.stream.take(4))
         columns = first[0].keys() if first else ()
-        self.image, self.caption = (next((c for c in wanted if c in columns), None)
-                                    for wanted in (("image", "jpg", "png", "webp"), ("text", "caption", "txt", "json")))
+        self.image, self.caption = (
+            next((c for c in wanted if c in columns), None)
+            for wanted in (("image", "jpg", "png", "webp"), ("text", "caption", "txt", "json"))
+        )
         if self.image is None or self.caption is None:
-            raise ValueError(f"data.path: {config.data.path} has the columns {', '.join(columns) or 'none'}; wanted image and text")
+            raise ValueError(
+                f"data.path: {config.data.path} has the columns {', '.join(columns) or 'none'}; wanted image and text"
+            )
         self.captions = [_texts(row[self.caption])[0] for row in first]
-        self.stream = self.stream.cast_column(self.image, datasets.Image(decode=False))  # whoever takes a picture decodes it
+        self.stream = self.stream.cast_column(
+            self.image, datasets.Image(decode=False)
+        )  # whoever takes a picture decodes it
         self.restore({"window": 0, "stream": None})
 
     def restore(self, state: dict) -> None:
@@ -257,14 +279,18 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as e:
-        raise ValueError(f"data.path: {path}: cannot be read ({e.strerror}); wanted a text file with a prompt in each line") from None
+        raise ValueError(
+            f"data.path: {path}: cannot be read ({e.strerror}); wanted a text file with a prompt in each line"
+        ) from None
     if not prompts:
         raise ValueError(f"data.path: {path} holds no prompts; wanted one in each line")
     return prompts
 
 
 class Prompts(Numbered):
-    """Pictures the teacher draws from prompts, in latents, new ones for every sample of the run: an epoch never ends."""
+    """Pictures the teacher draws from prompts, in latents, new ones for every sample of the run: an epoch
+    never ends.
+    """
 
     def __init__(self, config: Config, predict: Predict, to_text: ToText, device: torch.device):
         self.config, self.predict, self.device = config, predict, device
@@ -276,9 +302,16 @@ class Prompts(Numbered):
     def settings(self) -> dict:
         """What a picture of a number depends on."""
         config = self.config
-        return {"network.teacher": config.network.teacher, "network.prediction": config.network.prediction, "encoders.models": encoders(config),
-                "hash of the prompts": digest(self.prompts), "seed": config.seed, "data.size": config.data.size,
-                "samples.steps": config.samples.steps, "samples.guidance": config.samples.guidance}
+        return {
+            "network.teacher": config.network.teacher,
+            "network.prediction": config.network.prediction,
+            "encoders.models": encoders(config),
+            "hash of the prompts": digest(self.prompts),
+            "seed": config.seed,
+            "data.size": config.data.size,
+            "samples.steps": config.samples.steps,
+            "samples.guidance": config.samples.guidance,
+        }
 
     def __len__(self) -> int:
         return ENDLESS
@@ -292,37 +325,49 @@ class Prompts(Numbered):
     def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
         text = _on_cpu(self.to_text([self.prompts[n % len(self.prompts)] for n in numbers]))
         side, channels = self.config.data.side, self.config.network.config.in_channels
-        noise = torch.stack([torch.randn(channels, side, side, generator=seeded(self.config.seed, 8, n)) for n in numbers])
+        noise = torch.stack(
+            [torch.randn(channels, side, side, generator=seeded(self.config.seed, 8, n)) for n in numbers]
+        )
         sizes = whole(self.config.data.size).expand(len(noise), -1) if self.wide else None
         return Examples(draw(self.config, self.predict, noise.to(self.device), text, self.empty).cpu(), text, sizes)
 
 
 @torch.no_grad()
 def draw(config: Config, predict: Predict, noise: Tensor, text: Text, empty: Text) -> Tensor:
-    """Latents a network draws from noise (B, C, h, w) by DDIM with the recipe's steps and guidance. Returns (B, C, h, w), float32."""
+    """Latents a network draws from noise (B, C, h, w) by DDIM with the recipe's steps and guidance. Returns (B, C, h,
+    w), float32.
+    """
     device, count = noise.device, len(noise)
     conditions = None
     if text.pooled is not None:
         guided = 2 if config.samples.guidance != 1 else 1
         pooled = torch.cat([text.pooled, empty.pooled.expand_as(text.pooled)])[: guided * count]
-        conditions = {"text_embeds": pooled.to(device), "time_ids": whole(config.data.size).expand(guided * count, -1).to(device)}
+        conditions = {
+            "text_embeds": pooled.to(device),
+            "time_ids": whole(config.data.size).expand(guided * count, -1).to(device),
+        }
 
     def predict_v(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         out = predict(x, t, context, conditions).float()
         a, s = coefficients(t)
         return out if config.network.prediction == "v" else (out - s * x) / a
 
-    return ddim(predict_v, noise, text.states.to(device), empty.states.to(device), config.samples.steps, config.samples.guidance)
+    return ddim(
+        predict_v, noise, text.states.to(device), empty.states.to(device), config.samples.steps, config.samples.guidance
+    )
 
 
 def write_samples(folder: Path, source: Prompts, count: int, batch: int, process: int = 0, processes: int = 1) -> None:
-    """Draw `count` pictures into a cache in `folder`, or what is missing of them; each process makes its share of the files.
+    """Draw `count` pictures into a cache in `folder`, or what is missing of them; each process makes its share of the
+    files.
 
     Raises ValueError where the folder holds pictures that were drawn otherwise.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [(folder / f"{n // SAMPLES_IN_FILE:05d}.safetensors", range(n, min(n + SAMPLES_IN_FILE, count)))
-             for n in range(0, count, SAMPLES_IN_FILE)]
+    files = [
+        (folder / f"{n // SAMPLES_IN_FILE:05d}.safetensors", range(n, min(n + SAMPLES_IN_FILE, count)))
+        for n in range(0, count, SAMPLES_IN_FILE)
+    ]
     drawn_with = source.settings | {"samples.count": count}
     for path, _ in files:
         if path.exists():
@@ -336,14 +381,23 @@ def write_samples(folder: Path, source: Prompts, count: int, batch: int, process
             parts.append(source.examples(numbers[at : at + batch], []))
             progress.show(done + min(at + batch, len(numbers)))
         done += len(numbers)
-        tensors = {"latents": torch.cat([p.latents for p in parts]).half(), "captions": torch.arange(len(numbers))[:, None],
-                   "states": torch.cat([p.text.states for p in parts]).half(), "empty": source.empty.states[0].half()}
+        tensors = {
+            "latents": torch.cat([p.latents for p in parts]).half(),
+            "captions": torch.arange(len(numbers))[:, None],
+            "states": torch.cat([p.text.states for p in parts]).half(),
+            "empty": source.empty.states[0].half(),
+        }
         if source.wide:
-            tensors |= {"pooled": torch.cat([p.text.pooled for p in parts]).half(), "empty_pooled": source.empty.pooled[0].half(),
-                        "sizes": torch.cat([p.sizes for p in parts])}
+            tensors |= {
+                "pooled": torch.cat([p.text.pooled for p in parts]).half(),
+                "empty_pooled": source.empty.pooled[0].half(),
+                "sizes": torch.cat([p.sizes for p in parts]),
+            }
         if not tensors["latents"].isfinite().all():
-            raise ValueError("the teacher draws pictures that are not finite; is network.prediction right, and samples.guidance not "
-                             "too high?")
+            raise ValueError(
+                "the teacher draws pictures that are not finite; is network.prediction right, and samples.guidance not "
+                "too high?"
+            )
         write_file(path, tensors, made(drawn_with))
     if missing:
         progress.end()
@@ -359,8 +413,14 @@ def encoders(config: Config) -> str:
     return config.encoders.models or config.network.teacher
 
 
-def open_source(config: Config, predict: Predict | None = None, device: torch.device | str = "cpu", process: int = 0,
-                processes: int = 1, wait: Callable[[], None] = lambda: None) -> Source:
+def open_source(
+    config: Config,
+    predict: Predict | None = None,
+    device: torch.device | str = "cpu",
+    process: int = 0,
+    processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> Source:
     """The data a recipe names. Raises ValueError.
 
     predict: the teacher, for the source "prompts". wait: until all processes are there.
@@ -386,14 +446,19 @@ def open_source(config: Config, predict: Predict | None = None, device: torch.de
     wait()
     cache = Cache(folder, config)
     if len(cache) != config.samples.count:
-        raise ValueError(f"{folder} holds {len(cache)} pictures, wanted samples.count = {config.samples.count}; delete it to have them drawn anew")
+        raise ValueError(
+            f"{folder} holds {len(cache)} pictures, wanted samples.count = {config.samples.count}; delete it to have "
+            "them drawn anew"
+        )
     return cache
 
 
 def _check_width(text: Text, config: Config) -> None:
     if text.states.shape[-1] != config.network.config.context_dim:
-        raise ValueError(f"encoders.models: {encoders(config)} has text states {text.states.shape[-1]} wide, a UNet of "
-                         f"{config.network.family} takes {config.network.config.context_dim}")
+        raise ValueError(
+            f"encoders.models: {encoders(config)} has text states {text.states.shape[-1]} wide, a UNet of "
+            f"{config.network.family} takes {config.network.config.context_dim}"
+        )
 
 
 def _on_cpu(text: Text) -> Text:

@@ -37,7 +37,9 @@ def build(config: Config) -> UNet2DConditionModel:
 
 
 def load_teacher(config: Config) -> UNet2DConditionModel:
-    """The teacher, float32 and frozen. Raises ValueError (BadFile) where the file is not the network the recipe names."""
+    """The teacher, float32 and frozen. Raises ValueError (BadFile) where the file is not the network the
+    recipe names.
+    """
     if config.network.teacher == "random":
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(config.seed)
@@ -48,12 +50,16 @@ def load_teacher(config: Config) -> UNet2DConditionModel:
     name, wanted = found.path.name, config.network
     architecture = found.description.architecture
     if architecture.config != wanted.config or architecture.cut:
-        raise ValueError(f"network.teacher: {name} is a UNet of {architecture.config.family}"
-                         f"{', cut to ' + (architecture.name or 'a part of it') if architecture.cut else ''}; "
-                         f"wanted an unpruned one of {wanted.family}")
+        raise ValueError(
+            f"network.teacher: {name} is a UNet of {architecture.config.family}"
+            f"{', cut to ' + (architecture.name or 'a part of it') if architecture.cut else ''}; "
+            f"wanted an unpruned one of {wanted.family}"
+        )
     if found.description.prediction not in (None, wanted.prediction):
-        raise ValueError(f"network.teacher: {name} predicts {found.description.prediction}, the recipe says "
-                         f"network.prediction = {wanted.prediction!r}")
+        raise ValueError(
+            f"network.teacher: {name} predicts {found.description.prediction}, the recipe says "
+            f"network.prediction = {wanted.prediction!r}"
+        )
     teacher = build(config)
     sd = convert(dict(found.tensors), architecture, ADDRESSED, Form("diffusers", "addressed"))
     teacher.load_state_dict({k: v.float() for k, v in sd.items()})
@@ -69,7 +75,9 @@ def trained_units(config: Config) -> tuple[str, ...]:
 
 
 def make_student(teacher: nn.Module, config: Config) -> nn.Module:
-    """A cut copy of the teacher, with the units of the stage before where the recipe names one; frozen but for the trained units."""
+    """A cut copy of the teacher, with the units of the stage before where the recipe names one; frozen but for the
+    trained units.
+    """
     architecture = config.architecture
     student = copy.deepcopy(teacher)
     cut_diffusers(student, architecture)
@@ -117,16 +125,23 @@ def give_gains(student: nn.Module, config: UNetConfig, gains: Gains | None, sett
 def regional(student: nn.Module, config: UNetConfig, gains: Gains | None) -> dict[str, nn.Module]:
     """The self-attentions that gains are for, by the gain's name in a pack file."""
     slots = gains.keys(config) if gains else {}
-    return {key: student.get_submodule(slot.unit.key(slot.tensor, "diffusers").removesuffix(".gain")) for key, slot in slots.items()}
+    return {
+        key: student.get_submodule(slot.unit.key(slot.tensor, "diffusers").removesuffix(".gain"))
+        for key, slot in slots.items()
+    }
 
 
 def set_attention(unet: nn.Module, processor: object) -> None:
     """Let a diffusers UNet compute its attention with a processor, but where it is GRI."""
-    unet.set_attn_processor({name: p if isinstance(p, RegionalAttention) else processor for name, p in unet.attn_processors.items()})
+    unet.set_attn_processor(
+        {name: p if isinstance(p, RegionalAttention) else processor for name, p in unet.attn_processors.items()}
+    )
 
 
 def freeze(student: nn.Module, config: Config) -> None:
-    """Let only the trained units, all further experts and all gains have gradients. The others stay in the graph: what lies before them needs theirs."""
+    """Let only the trained units, all further experts and all gains have gradients. The others stay in the graph: what
+    lies before them needs theirs.
+    """
     student.requires_grad_(False)
     parts = modules(student, config.architecture, "diffusers")
     for address in trained_units(config):
@@ -147,16 +162,22 @@ def _started(config: Config) -> dict[str, Tensor]:
     except ValueError as e:
         raise ValueError(f"student.start: {e} Train the stage before this one first.") from None
     if opened.description.family != architecture.config.family:
-        raise ValueError(f"student.start: {opened.path.name} belongs to {opened.description.family}, this recipe to "
-                         f"{architecture.config.family}")
+        raise ValueError(
+            f"student.start: {opened.path.name} belongs to {opened.description.family}, this recipe to "
+            f"{architecture.config.family}"
+        )
     if opened.description.condconv or opened.description.gri or "pack" in opened.description.training:
-        raise ValueError(f"student.start: {opened.path.name} has further experts or gains, which the next stage would lose; start "
-                         "from a student without")
+        raise ValueError(
+            f"student.start: {opened.path.name} has further experts or gains, which the next stage would lose; start "
+            "from a student without"
+        )
     own = set(architecture.own) | (set(OWN_STEM) if config.student.stem else set())
     missing = own - {slot.unit.address for key, slot in architecture.keys().items() if key in opened.tensors}
     if missing:
-        raise ValueError(f"student.start: {opened.path.name} does not have {in_order(architecture.config, missing)[0]}, "
-                         f"which {config.name} trains")
+        raise ValueError(
+            f"student.start: {opened.path.name} does not have {in_order(architecture.config, missing)[0]}, "
+            f"which {config.name} trains"
+        )
     return {k: v.float() for k, v in extract(opened.tensors, architecture, own).items()}
 
 
@@ -167,11 +188,18 @@ def open_product(path: str | os.PathLike) -> Loaded:
 
 
 def assembled(whole: nn.Module, path: str | os.PathLike) -> nn.Module:
-    """A copy of an unpruned UNet with a product in it: its units cut, those the product has replaced, further experts added."""
+    """A copy of an unpruned UNet with a product in it: its units cut, those the product has replaced, further experts
+    added.
+    """
     opened = open_product(path)
     architecture, result = opened.description.architecture, copy.deepcopy(whole)
     cut_diffusers(result, architecture)
-    load_units(result, "diffusers", architecture, {k: opened.tensors[k].float() for k in opened.tensors if k in architecture.keys()})
+    load_units(
+        result,
+        "diffusers",
+        architecture,
+        {k: opened.tensors[k].float() for k in opened.tensors if k in architecture.keys()},
+    )
     _join(result, open_pack(joining(opened.path)) if "pack" in opened.description.training else opened)
     return result.eval()
 
@@ -180,7 +208,13 @@ def _join(unet: nn.Module, opened: Loaded) -> None:
     """Give a live UNet the further experts and the gains of a pack, in place."""
     description, config = opened.description, opened.description.architecture.config
     if description.condconv is not None:
-        condconv.install(unet, "diffusers", config, description.condconv, {k: opened.tensors[k].float() for k in description.expert_keys})
+        condconv.install(
+            unet,
+            "diffusers",
+            config,
+            description.condconv,
+            {k: opened.tensors[k].float() for k in description.expert_keys},
+        )
     give_gains(unet, config, description.gri, Regional(**description.training.get("gri", {})))
     for key, attn in regional(unet, config, description.gri).items():
         attn.processor.gain.data.copy_(opened.tensors[key])
@@ -193,7 +227,7 @@ def addressed(student: nn.Module, architecture: Architecture) -> dict[str, Tenso
     live = {}
     for key, p in student.named_parameters():
         path = key[: key.rindex(".") + 1]
-        live[deeper.get(path, path) + key[len(path):]] = p
+        live[deeper.get(path, path) + key[len(path) :]] = p
     return {slot.unit.key(slot.tensor): live[key] for key, slot in architecture.keys("diffusers").items()}
 
 
@@ -204,8 +238,15 @@ def describe_product(config: Config, training: Mapping) -> Description:
     if config.gains:
         training["gri"] = {"window": config.gri.window, "pool": config.gri.pool}
     if len(units) < len(architecture.kept):
-        return Description("pack", architecture, units, prediction=config.network.prediction, training=training, condconv=config.condconv,
-                           gri=config.gains)
+        return Description(
+            "pack",
+            architecture,
+            units,
+            prediction=config.network.prediction,
+            training=training,
+            condconv=config.condconv,
+            gri=config.gains,
+        )
     if config.condconv or config.gains:
         training["pack"] = joining(config.product).name
     return Description("unet", architecture, prediction=config.network.prediction, training=training)
@@ -217,22 +258,35 @@ def joining(product: Path) -> Path:
 
 
 def write_product(student: nn.Module, config: Config, training: Mapping) -> None:
-    """Write the pack, or the pruned UNet and the pack of its experts and gains, of a finished run, under the teacher's licence."""
+    """Write the pack, or the pruned UNet and the pack of its experts and gains, of a finished run, under the teacher's
+    licence.
+    """
     unet, description, dtype = config.network.config, describe_product(config, training), DTYPES[config.run.stored]
     if config.network.teacher != "random":
         teacher = open_unet(config.network.teacher).description
         # A UNet of the embedded family goes with the teacher's text encoder and VAE.
-        description = replace(description, licence=teacher.licence, companions=teacher.companions if description.kind == "unet" else {})
+        description = replace(
+            description, licence=teacher.licence, companions=teacher.companions if description.kind == "unet" else {}
+        )
     tensors = {k: v.detach().float() for k, v in addressed(student, config.architecture).items()}
     further = {k: attn.processor.gain.float() for k, attn in regional(student, unet, config.gains).items()}
     if config.condconv:
         further |= {k: v.float() for k, v in condconv.extract(student, "diffusers", unet, config.condconv).items()}
     if description.kind == "pack":
-        write_pack(config.product, extract(tensors, config.architecture, description.units) | further, description, dtype)
+        write_pack(
+            config.product, extract(tensors, config.architecture, description.units) | further, description, dtype
+        )
         return
     if further:
-        joined = Description("pack", Architecture.full(unet), prediction=description.prediction, training=description.training,
-                             condconv=config.condconv, gri=config.gains, licence=description.licence)
+        joined = Description(
+            "pack",
+            Architecture.full(unet),
+            prediction=description.prediction,
+            training=description.training,
+            condconv=config.condconv,
+            gri=config.gains,
+            licence=description.licence,
+        )
         write_pack(joining(config.product), further, joined, dtype)
     write_unet(config.product, tensors, description, dtype)
 

@@ -3,7 +3,8 @@
 Student and teacher share their addresses, so most taps are the same module in both. Weights follow the
 sources (train/losses.py); where these are silent the taps of a block share one.
 
-`changed`: addresses of the units that are not the teacher's own: those of the student (the default), and those with further experts or gains.
+`changed`: addresses of the units that are not the teacher's own: those of the student (the default), and those with
+further experts or gains.
 """
 
 from __future__ import annotations
@@ -53,14 +54,21 @@ def blocks(architecture: Architecture, changed: Collection[str] = ()) -> tuple[T
 
 def layers(architecture: Architecture, changed: Collection[str] = ()) -> tuple[Tap, ...]:
     """SSD-1B: the output of each changed resnet and transformer; those of a block share a weight of 1."""
-    return _shared(architecture, changed, lambda u: [(u.address, u.diffusers)] if u.kind in ("resnet", "transformer") else [])
+    return _shared(
+        architecture, changed, lambda u: [(u.address, u.diffusers)] if u.kind in ("resnet", "transformer") else []
+    )
 
 
 def attention(architecture: Architecture, changed: Collection[str] = ()) -> tuple[Tap, ...]:
     """KOALA: each changed self-attention before its residual; those of a block share a weight of 1."""
-    return _shared(architecture, changed, lambda u: [
-        (f"{u.address}.{i}.attn1", f"{u.diffusers}.transformer_blocks.{i}.attn1")
-        for i in (architecture.kept_blocks(u) if u.depth else ())])
+    return _shared(
+        architecture,
+        changed,
+        lambda u: [
+            (f"{u.address}.{i}.attn1", f"{u.diffusers}.transformer_blocks.{i}.attn1")
+            for i in (architecture.kept_blocks(u) if u.depth else ())
+        ],
+    )
 
 
 def mid(architecture: Architecture, changed: Collection[str] = ()) -> tuple[Tap, ...]:
@@ -70,7 +78,12 @@ def mid(architecture: Architecture, changed: Collection[str] = ()) -> tuple[Tap,
     return (Tap("mid", "mid_block", "mid_block"),)
 
 
-KINDS: dict[str, Callable[[Architecture, Collection[str]], tuple[Tap, ...]]] = {"blocks": blocks, "layers": layers, "attention": attention, "mid": mid}
+KINDS: dict[str, Callable[[Architecture, Collection[str]], tuple[Tap, ...]]] = {
+    "blocks": blocks,
+    "layers": layers,
+    "attention": attention,
+    "mid": mid,
+}
 
 
 def _blocks(architecture: Architecture) -> Iterator[tuple[str, list[Unit]]]:
@@ -82,7 +95,9 @@ def _blocks(architecture: Architecture) -> Iterator[tuple[str, list[Unit]]]:
             yield name, list(units)
 
 
-def _shared(architecture: Architecture, changed: Collection[str], of: Callable[[Unit], list[tuple[str, str]]]) -> tuple[Tap, ...]:
+def _shared(
+    architecture: Architecture, changed: Collection[str], of: Callable[[Unit], list[tuple[str, str]]]
+) -> tuple[Tap, ...]:
     taps = []
     for _, units in _blocks(architecture):
         found = [tap for u in units if u.address in (changed or architecture.own) for tap in of(u)]
@@ -102,6 +117,7 @@ def caught(net: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
         def hook(module, args, output):
             # Down blocks put out (h, skips) and transformers (h,).
             features[path] = output[0] if isinstance(output, tuple) else output
+
         return hook
 
     handles = [net.get_submodule(path).register_forward_hook(keep(path)) for path in dict.fromkeys(paths)]
@@ -122,7 +138,9 @@ class Tapped(nn.Module):
         super().__init__()
         self.unet, self.paths = unet, tuple(paths)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, added: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, added: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """x: (B, C, H, W); t: (B,); context: (B, N, D); added: SDXL's further conditions.
 
         Returns the prediction and the features by path.

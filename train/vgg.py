@@ -40,17 +40,23 @@ class VGG16(nn.Module):
 
 
 def load_vgg(path: str = "") -> VGG16:
-    """VGG16 with weights from a file (.pth or .safetensors), or from torchvision's cache. Raises ValueError where there are none."""
+    """VGG16 with weights from a file (.pth or .safetensors), or from torchvision's cache. Raises ValueError where there
+    are none.
+    """
     file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / FILE
     if not file.is_file():
-        raise ValueError(f"loss.perceptual needs the weights of VGG16, and {file} does not exist. Give a file of them as "
-                         f"loss.vgg, fetch them once with torchvision.models.vgg16(weights=\"DEFAULT\"), or set "
-                         "loss.perceptual to 0")
+        raise ValueError(
+            f"loss.perceptual needs the weights of VGG16, and {file} does not exist. Give a file of them as "
+            f'loss.vgg, fetch them once with torchvision.models.vgg16(weights="DEFAULT"), or set '
+            "loss.perceptual to 0"
+        )
     sd = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     net = VGG16()
     wanted = net.state_dict()
     for key, value in wanted.items():
         if key not in sd or sd[key].shape != value.shape:
-            raise ValueError(f"{file.name}: {key} is missing or of another shape; wanted the weights of torchvision's VGG16")
+            raise ValueError(
+                f"{file.name}: {key} is missing or of another shape; wanted the weights of torchvision's VGG16"
+            )
     net.load_state_dict({k: sd[k] for k in wanted})
     return net.requires_grad_(False).eval()

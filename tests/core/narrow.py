@@ -9,8 +9,18 @@ from asdm_core.addresses import UNetConfig, keys
 _SD = {"down": ((1, 1), (1, 1), (1, 1), (0, 0)), "mid": 1, "up": ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))}
 SD = UNetConfig("narrow-sd", 8, (1, 2, 4, 4), **_SD, context_dim=6, num_heads=2)
 SD2 = UNetConfig("narrow-sd2", 8, (1, 2, 4, 4), **_SD, context_dim=6, head_channels=4, use_linear=True)
-SDXL = UNetConfig("narrow-sdxl", 8, (1, 2, 4), ((0, 0), (2, 2), (10, 10)), 10, ((10, 10, 10), (2, 2, 2), (0, 0, 0)),
-                  context_dim=6, head_channels=4, use_linear=True, adm_channels=20)
+SDXL = UNetConfig(
+    "narrow-sdxl",
+    8,
+    (1, 2, 4),
+    ((0, 0), (2, 2), (10, 10)),
+    10,
+    ((10, 10, 10), (2, 2, 2), (0, 0, 0)),
+    context_dim=6,
+    head_channels=4,
+    use_linear=True,
+    adm_channels=20,
+)
 CONFIGS = {"sd15": SD, "sd21": SD2, "sdxl": SDXL}
 
 

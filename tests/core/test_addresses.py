@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asdm_core.addresses import (
-    LAYOUTS, NO_MID, UNetConfig, in_order, keys, lora_names, peft_names, select, translate, unit, walk,
+    LAYOUTS,
+    NO_MID,
+    UNetConfig,
+    in_order,
+    keys,
+    lora_names,
+    peft_names,
+    select,
+    translate,
+    unit,
+    walk,
 )
 from asdm_core.architecture import FAMILIES
 
@@ -18,22 +28,30 @@ SD, SDXL = FAMILIES["sd15"], FAMILIES["sdxl"]
 
 # What differs from diffusers' defaults in the published config.json of each.
 _SD_BLOCKS = {
-    "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
 }
 PUBLISHED = {
     "sd15": _SD_BLOCKS | {"cross_attention_dim": 768, "attention_head_dim": 8},
-    "sd21": _SD_BLOCKS | {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
+    "sd21": _SD_BLOCKS
+    | {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
     "sdxl": {
-        "block_out_channels": (320, 640, 1280), "layers_per_block": 2,
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20), "use_linear_projection": True,
-        "transformer_layers_per_block": (1, 2, 10), "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2, 10),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
-    "emoji": _SD_BLOCKS | {"block_out_channels": (64, 64, 128, 128), "cross_attention_dim": 128, "attention_head_dim": 4},
+    "emoji": _SD_BLOCKS
+    | {"block_out_channels": (64, 64, 128, 128), "cross_attention_dim": 128, "attention_head_dim": 4},
 }
 PARAMS = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}
 
@@ -55,8 +73,18 @@ def configs(draw):
     up = tuple(draw(st.lists(depth, min_size=len(d) + 1, max_size=len(d) + 1).map(tuple)) for d in reversed(down))
     mult = draw(st.lists(st.integers(1, 4), min_size=len(down), max_size=len(down)).map(tuple))
     heads = draw(st.sampled_from([{"num_heads": 4}, {"head_channels": 8}]))
-    return UNetConfig("any", 32, mult, down, draw(st.integers(NO_MID, 3)), up, context_dim=24,
-                      use_linear=draw(st.booleans()), adm_channels=draw(st.sampled_from([None, 40])), **heads)
+    return UNetConfig(
+        "any",
+        32,
+        mult,
+        down,
+        draw(st.integers(NO_MID, 3)),
+        up,
+        context_dim=24,
+        use_linear=draw(st.booleans()),
+        adm_channels=draw(st.sampled_from([None, 40])),
+        **heads,
+    )
 
 
 def addresses(config):
@@ -101,55 +129,83 @@ def test_every_key_translates_as_diffusers_converts_it(family):
     assert all(ldm[k] == diffusers[other] for k, other in diffusers_names(family).items())
 
 
-@pytest.mark.parametrize("family, depths, depths_out, middle", [
-    ("sd15", [1] * 6 + [0] * 2, [1] * 9 + [0] * 3, 1), ("emoji", [1] * 6 + [0] * 2, [1] * 9 + [0] * 3, 1),
-    ("sdxl", [0, 0, 2, 2, 10, 10], [0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
-])
+@pytest.mark.parametrize(
+    "family, depths, depths_out, middle",
+    [
+        ("sd15", [1] * 6 + [0] * 2, [1] * 9 + [0] * 3, 1),
+        ("emoji", [1] * 6 + [0] * 2, [1] * 9 + [0] * 3, 1),
+        ("sdxl", [0, 0, 2, 2, 10, 10], [0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
+    ],
+)
 def test_host_config_by_hand(family, depths, depths_out, middle):
     config = FAMILIES[family].to_host()
     assert (config["transformer_depth"], config["transformer_depth_output"], config["transformer_depth_middle"]) == (
-        depths, depths_out, middle)
+        depths,
+        depths_out,
+        middle,
+    )
     assert config["num_res_blocks"] == [2] * FAMILIES[family].levels
     assert config.get("num_classes") == ("sequential" if family == "sdxl" else None)
 
 
 # From the LDM code and ComfyUI's unet_to_diffusers, written out by hand.
-@pytest.mark.parametrize("diffusers, ldm, shape", [
-    ("conv_in.weight", "input_blocks.0.0.weight", (320, 4, 3, 3)),
-    ("time_embedding.linear_2.bias", "time_embed.2.bias", (1280,)),
-    ("down_blocks.0.resnets.1.time_emb_proj.weight", "input_blocks.2.0.emb_layers.1.weight", (320, 1280)),
-    ("down_blocks.1.resnets.0.conv_shortcut.weight", "input_blocks.4.0.skip_connection.weight", (640, 320, 1, 1)),
-    ("down_blocks.2.downsamplers.0.conv.weight", "input_blocks.9.0.op.weight", (1280, 1280, 3, 3)),
-    ("down_blocks.3.resnets.1.norm2.weight", "input_blocks.11.0.out_layers.0.weight", (1280,)),
-    ("mid_block.resnets.1.conv2.weight", "middle_block.2.out_layers.3.weight", (1280, 1280, 3, 3)),
-    ("mid_block.attentions.0.proj_out.weight", "middle_block.1.proj_out.weight", (1280, 1280, 1, 1)),
-    ("up_blocks.0.upsamplers.0.conv.weight", "output_blocks.2.1.conv.weight", (1280, 1280, 3, 3)),
-    ("up_blocks.1.upsamplers.0.conv.bias", "output_blocks.5.2.conv.bias", (1280,)),
-    ("up_blocks.2.resnets.0.conv1.weight", "output_blocks.6.0.in_layers.2.weight", (640, 1920, 3, 3)),
-    ("up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_k.weight",
-     "output_blocks.11.1.transformer_blocks.0.attn2.to_k.weight", (320, 768)),
-    ("up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj.weight",
-     "output_blocks.11.1.transformer_blocks.0.ff.net.0.proj.weight", (2560, 320)),
-    ("conv_norm_out.bias", "out.0.bias", (320,)),
-    ("conv_out.weight", "out.2.weight", (4, 320, 3, 3)),
-])
+@pytest.mark.parametrize(
+    "diffusers, ldm, shape",
+    [
+        ("conv_in.weight", "input_blocks.0.0.weight", (320, 4, 3, 3)),
+        ("time_embedding.linear_2.bias", "time_embed.2.bias", (1280,)),
+        ("down_blocks.0.resnets.1.time_emb_proj.weight", "input_blocks.2.0.emb_layers.1.weight", (320, 1280)),
+        ("down_blocks.1.resnets.0.conv_shortcut.weight", "input_blocks.4.0.skip_connection.weight", (640, 320, 1, 1)),
+        ("down_blocks.2.downsamplers.0.conv.weight", "input_blocks.9.0.op.weight", (1280, 1280, 3, 3)),
+        ("down_blocks.3.resnets.1.norm2.weight", "input_blocks.11.0.out_layers.0.weight", (1280,)),
+        ("mid_block.resnets.1.conv2.weight", "middle_block.2.out_layers.3.weight", (1280, 1280, 3, 3)),
+        ("mid_block.attentions.0.proj_out.weight", "middle_block.1.proj_out.weight", (1280, 1280, 1, 1)),
+        ("up_blocks.0.upsamplers.0.conv.weight", "output_blocks.2.1.conv.weight", (1280, 1280, 3, 3)),
+        ("up_blocks.1.upsamplers.0.conv.bias", "output_blocks.5.2.conv.bias", (1280,)),
+        ("up_blocks.2.resnets.0.conv1.weight", "output_blocks.6.0.in_layers.2.weight", (640, 1920, 3, 3)),
+        (
+            "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_k.weight",
+            "output_blocks.11.1.transformer_blocks.0.attn2.to_k.weight",
+            (320, 768),
+        ),
+        (
+            "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj.weight",
+            "output_blocks.11.1.transformer_blocks.0.ff.net.0.proj.weight",
+            (2560, 320),
+        ),
+        ("conv_norm_out.bias", "out.0.bias", (320,)),
+        ("conv_out.weight", "out.2.weight", (4, 320, 3, 3)),
+    ],
+)
 def test_names_by_hand(diffusers, ldm, shape):
     assert translate(SD, "diffusers", "ldm")[diffusers] == ldm
     assert keys(SD, "ldm")[ldm].shape == shape
 
 
-@pytest.mark.parametrize("address, ldm, skip", [
-    ("up.0.0.resnet", "output_blocks.0.0", "down.3.1"), ("up.0.2.resnet", "output_blocks.2.0", "down.2.sampler"),
-    ("up.1.0.resnet", "output_blocks.3.0", "down.2.1"), ("up.2.2.resnet", "output_blocks.8.0", "down.0.sampler"),
-    ("up.3.2.resnet", "output_blocks.11.0", "stem.conv_in"), ("down.0.0.resnet", "input_blocks.1.0", None),
-])
+@pytest.mark.parametrize(
+    "address, ldm, skip",
+    [
+        ("up.0.0.resnet", "output_blocks.0.0", "down.3.1"),
+        ("up.0.2.resnet", "output_blocks.2.0", "down.2.sampler"),
+        ("up.1.0.resnet", "output_blocks.3.0", "down.2.1"),
+        ("up.2.2.resnet", "output_blocks.8.0", "down.0.sampler"),
+        ("up.3.2.resnet", "output_blocks.11.0", "stem.conv_in"),
+        ("down.0.0.resnet", "input_blocks.1.0", None),
+    ],
+)
 def test_skips(address, ldm, skip):
     assert (unit(SD, address).ldm, unit(SD, address).skip) == (ldm, skip)
 
 
 def test_scales():
     assert {u.address: u.scale for u in walk(SD) if u.kind in ("downsampler", "upsampler")} == {
-        "down.0.sampler": 2, "down.1.sampler": 4, "down.2.sampler": 8, "up.0.sampler": 4, "up.1.sampler": 2, "up.2.sampler": 1}
+        "down.0.sampler": 2,
+        "down.1.sampler": 4,
+        "down.2.sampler": 8,
+        "up.0.sampler": 4,
+        "up.1.sampler": 2,
+        "up.2.sampler": 1,
+    }
 
 
 @given(configs())
@@ -158,7 +214,10 @@ def test_names_are_unique_in_any_config(config):
     assert all(len(keys(config, layout)) == n for layout in LAYOUTS)
     listed = addresses(config)
     assert len(set(listed)) == len(listed)
-    assert all(unit(config, a).address == (a if a in {u.address for u in walk(config)} else a.rpartition(".")[0]) for a in listed)
+    assert all(
+        unit(config, a).address == (a if a in {u.address for u in walk(config)} else a.rpartition(".")[0])
+        for a in listed
+    )
 
 
 @given(configs())
@@ -185,30 +244,36 @@ def test_mixed_blocks_are_not_for_diffusers():
         mixed.to_diffusers()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"down": ((1, 1),)}, "one entry per level"),
-    ({"up": ((0, 0),) * 4}, "level 0"),
-    ({"num_heads": None}, "num_heads or head_channels"),
-    ({"head_channels": 64}, "num_heads or head_channels"),
-    ({"num_heads": 0}, "num_heads"),
-    ({"model_channels": 0}, "model_channels"),
-    ({"model_channels": 320.0}, "model_channels"),
-    ({"context_dim": True}, "context_dim"),
-    ({"context_dim": "768"}, "context_dim"),
-    ({"channel_mult": (1, 2, 4, 0)}, "channel_mult"),
-    ({"channel_mult": (1, 2, 4, 1.5)}, "channel_mult"),
-    ({"channel_mult": "1244"}, "channel_mult"),
-    ({"down": ((1, 1), (1, -1), (1, 1), (0, 0))}, "down"),
-    ({"down": ((1, 1), (1, 10**9), (1, 1), (0, 0))}, "down"),
-    ({"down": 3}, "down"),
-    ({"down": ((0,) * 60,), "up": ((0,) * 61,), "channel_mult": (1,)}, "at most 16 levels of 40 layers"),
-    ({"down": ((99,) * 8,) * 4, "up": ((99,) * 9,) * 4}, "1000 transformer blocks in all, got 4 levels of up to 9 layers with 6732 blocks"),
-    ({"mid": -3}, "mid"),
-    ({"use_linear": "no"}, "use_linear"),
-    ({"family": 15}, "family"),
-    ({"num_heads": 7}, "heads"),
-    ({"wings": 2}, "wings"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"down": ((1, 1),)}, "one entry per level"),
+        ({"up": ((0, 0),) * 4}, "level 0"),
+        ({"num_heads": None}, "num_heads or head_channels"),
+        ({"head_channels": 64}, "num_heads or head_channels"),
+        ({"num_heads": 0}, "num_heads"),
+        ({"model_channels": 0}, "model_channels"),
+        ({"model_channels": 320.0}, "model_channels"),
+        ({"context_dim": True}, "context_dim"),
+        ({"context_dim": "768"}, "context_dim"),
+        ({"channel_mult": (1, 2, 4, 0)}, "channel_mult"),
+        ({"channel_mult": (1, 2, 4, 1.5)}, "channel_mult"),
+        ({"channel_mult": "1244"}, "channel_mult"),
+        ({"down": ((1, 1), (1, -1), (1, 1), (0, 0))}, "down"),
+        ({"down": ((1, 1), (1, 10**9), (1, 1), (0, 0))}, "down"),
+        ({"down": 3}, "down"),
+        ({"down": ((0,) * 60,), "up": ((0,) * 61,), "channel_mult": (1,)}, "at most 16 levels of 40 layers"),
+        (
+            {"down": ((99,) * 8,) * 4, "up": ((99,) * 9,) * 4},
+            "1000 transformer blocks in all, got 4 levels of up to 9 layers with 6732 blocks",
+        ),
+        ({"mid": -3}, "mid"),
+        ({"use_linear": "no"}, "use_linear"),
+        ({"family": 15}, "family"),
+        ({"num_heads": 7}, "heads"),
+        ({"wings": 2}, "wings"),
+    ],
+)
 def test_bad_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         UNetConfig.from_dict(SD.to_dict() | change)
@@ -233,10 +298,17 @@ def test_lora_names_reach_every_matrix_in_every_dialect(family):
     names = lora_names(FAMILIES[family])
     matrices = {k.removesuffix(".weight") for k, s in keys(FAMILIES[family]).items() if len(s.shape) > 1}
     assert set(names.values()) == matrices
-    for dialect in (r"lora_unet_(input|middle|output)_block", r"lora_unet_(down|mid|up)_block", r"unet\.", r"diffusion_model\."):
+    for dialect in (
+        r"lora_unet_(input|middle|output)_block",
+        r"lora_unet_(down|mid|up)_block",
+        r"unet\.",
+        r"diffusion_model\.",
+    ):
         reached = [target for name, target in names.items() if re.match(dialect, name)]
         assert len(reached) == len(set(reached))
-        assert set(reached) >= {m for m in matrices if "_blocks." in m and m != "input_blocks.0.0" or m.startswith("middle")}
+        assert set(reached) >= {
+            m for m in matrices if "_blocks." in m and m != "input_blocks.0.0" or m.startswith("middle")
+        }
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
@@ -244,12 +316,20 @@ def test_lora_names_point_at_the_module_that_diffusers_means(family):
     with torch.device("meta"):
         modules = dict(UNet2DConditionModel(**PUBLISHED[family]).named_modules())
     targets = {name for name, m in modules.items() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
-    ldm = {diffusers.removesuffix(".weight"): key.removesuffix(".weight") for key, diffusers in diffusers_names(family).items()}
+    ldm = {
+        diffusers.removesuffix(".weight"): key.removesuffix(".weight")
+        for key, diffusers in diffusers_names(family).items()
+    }
     wanted = {}
     for name in targets:
         spelled = name.replace(".to_", ".processor.to_")
         spelled = spelled[:-2] if spelled.endswith(".to_out.0") else spelled
-        for there in (spelled, f"unet.{spelled}", f"lora_unet_{name.replace('.', '_')}", f"lycoris_{name.replace('.', '_')}"):
+        for there in (
+            spelled,
+            f"unet.{spelled}",
+            f"lora_unet_{name.replace('.', '_')}",
+            f"lycoris_{name.replace('.', '_')}",
+        ):
             wanted[there] = ldm[name]
         wanted[f"diffusion_model.{ldm[name]}"] = wanted[f"lora_unet_{ldm[name].replace('.', '_')}"] = ldm[name]
     assert lora_names(FAMILIES[family]) == wanted
@@ -258,19 +338,26 @@ def test_lora_names_point_at_the_module_that_diffusers_means(family):
 
 @given(configs())
 def test_lora_names_of_different_modules_never_meet(config):
-    spelled = [name for slot in keys(config).values() if len(slot.shape) > 1 for name in {
-        slot.unit.key(slot.tensor, layout).removesuffix(".weight").replace(".", "_") for layout in LAYOUTS}]
+    spelled = [
+        name
+        for slot in keys(config).values()
+        if len(slot.shape) > 1
+        for name in {slot.unit.key(slot.tensor, layout).removesuffix(".weight").replace(".", "_") for layout in LAYOUTS}
+    ]
     assert len(set(spelled)) == len(spelled)
 
 
-@pytest.mark.parametrize("name", [
-    "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0",
-    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0",
-    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_out",
-    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_out",
-    "lycoris_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0",
-    "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_out.0",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0",
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0",
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_out",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_out",
+        "lycoris_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0",
+        "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_out.0",
+    ],
+)
 def test_lora_dialects_by_hand(name):
     assert lora_names(SD)[name] == "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0"
     assert peft_names(SD)["unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"] == lora_names(SD)[name]
@@ -279,73 +366,102 @@ def test_lora_dialects_by_hand(name):
 # Addresses ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("address, found", [
-    ("down.2.0.transformer", "down.2.0.transformer"),
-    ("down.2.0.transformer.9", "down.2.0.transformer"),
-    ("down.2.0.transformer.9.attn2", "down.2.0.transformer"),
-    ("mid.0.transformer.0.ff", "mid.0.transformer"),
-    ("stem.label_embed", "stem.label_embed"),
-])
+@pytest.mark.parametrize(
+    "address, found",
+    [
+        ("down.2.0.transformer", "down.2.0.transformer"),
+        ("down.2.0.transformer.9", "down.2.0.transformer"),
+        ("down.2.0.transformer.9.attn2", "down.2.0.transformer"),
+        ("mid.0.transformer.0.ff", "mid.0.transformer"),
+        ("stem.label_embed", "stem.label_embed"),
+    ],
+)
 def test_unit_of_an_address(address, found):
     assert unit(SDXL, address).address == found
 
 
-@pytest.mark.parametrize("address", [
-    "", "down", "down.2.0", "down.7.0.resnet", "down.2.0.resnet.0", "down.2.0.resnet.attn1", "down.2.0.transformer.10",
-    "down.2.0.transformer.attn1", "down.2.0.transformer.0.attn3", "down.2.0.transformer.0.attn1.ff", "down.2.0.transformer.00",
-    "down.0.0.transformer", "Down.2.0.resnet", "down.2.0.transformer.-1",
-])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "down",
+        "down.2.0",
+        "down.7.0.resnet",
+        "down.2.0.resnet.0",
+        "down.2.0.resnet.attn1",
+        "down.2.0.transformer.10",
+        "down.2.0.transformer.attn1",
+        "down.2.0.transformer.0.attn3",
+        "down.2.0.transformer.0.attn1.ff",
+        "down.2.0.transformer.00",
+        "down.0.0.transformer",
+        "Down.2.0.resnet",
+        "down.2.0.transformer.-1",
+    ],
+)
 def test_addresses_that_are_none(address):
     with pytest.raises(ValueError, match=re.escape(repr(address))):
         unit(SDXL, address)
 
 
-@pytest.mark.parametrize("expression, wanted", [
-    ("", ""),
-    ("down.0.1.resnet", "down.0.1.resnet"),
-    ("down.0.1", "down.0.1.resnet down.0.1.transformer"),
-    ("down.0-1.1", "down.0.1.resnet down.0.1.transformer down.1.1.resnet down.1.1.transformer"),
-    ("up.3.1.resnet|transformer", "up.3.1.resnet up.3.1.transformer"),
-    ("up.0", "up.0.0.resnet up.0.1.resnet up.0.2.resnet up.0.sampler"),
-    ("up.0|2.sampler", "up.0.sampler up.2.sampler"),
-    ("*.*.sampler", "down.0.sampler down.1.sampler down.2.sampler up.0.sampler up.1.sampler up.2.sampler"),
-    ("mid, down.3", "mid.0.resnet mid.0.transformer mid.1.resnet down.3.0.resnet down.3.1.resnet"),
-    ("mid\n down.3.0", "mid.0.resnet mid.0.transformer mid.1.resnet down.3.0.resnet"),
-    ("mid, !mid.0", "mid.1.resnet"),
-    ("mid, !mid.0, mid.0.resnet", "mid.0.resnet mid.1.resnet"),
-    ("mid.0.transformer.0", "mid.0.transformer.0"),
-    ("stem.conv_in|conv_out", "stem.conv_in stem.conv_out"),
-    (["down.0.0", "!*.*.*.transformer"], "down.0.0.resnet"),
-])
+@pytest.mark.parametrize(
+    "expression, wanted",
+    [
+        ("", ""),
+        ("down.0.1.resnet", "down.0.1.resnet"),
+        ("down.0.1", "down.0.1.resnet down.0.1.transformer"),
+        ("down.0-1.1", "down.0.1.resnet down.0.1.transformer down.1.1.resnet down.1.1.transformer"),
+        ("up.3.1.resnet|transformer", "up.3.1.resnet up.3.1.transformer"),
+        ("up.0", "up.0.0.resnet up.0.1.resnet up.0.2.resnet up.0.sampler"),
+        ("up.0|2.sampler", "up.0.sampler up.2.sampler"),
+        ("*.*.sampler", "down.0.sampler down.1.sampler down.2.sampler up.0.sampler up.1.sampler up.2.sampler"),
+        ("mid, down.3", "mid.0.resnet mid.0.transformer mid.1.resnet down.3.0.resnet down.3.1.resnet"),
+        ("mid\n down.3.0", "mid.0.resnet mid.0.transformer mid.1.resnet down.3.0.resnet"),
+        ("mid, !mid.0", "mid.1.resnet"),
+        ("mid, !mid.0, mid.0.resnet", "mid.0.resnet mid.1.resnet"),
+        ("mid.0.transformer.0", "mid.0.transformer.0"),
+        ("stem.conv_in|conv_out", "stem.conv_in stem.conv_out"),
+        (["down.0.0", "!*.*.*.transformer"], "down.0.0.resnet"),
+    ],
+)
 def test_select(expression, wanted):
     assert select(SD, expression) == set(wanted.split())
 
 
-@pytest.mark.parametrize("expression, wanted", [
-    ("down.1.0.transformer.*, !down.1.0.transformer.0", "down.1.0.transformer.1"),
-    ("down.1.0.transformer.1, !down.1.0.transformer", ""),
-    ("down.1.0.transformer.1, !down.1", ""),
-    ("down.1.0, !down.1.0.transformer.0", "down.1.0.resnet down.1.0.transformer.1"),
-    ("down.2.*.transformer.8-9", "down.2.0.transformer.8 down.2.0.transformer.9 down.2.1.transformer.8 down.2.1.transformer.9"),
-])
+@pytest.mark.parametrize(
+    "expression, wanted",
+    [
+        ("down.1.0.transformer.*, !down.1.0.transformer.0", "down.1.0.transformer.1"),
+        ("down.1.0.transformer.1, !down.1.0.transformer", ""),
+        ("down.1.0.transformer.1, !down.1", ""),
+        ("down.1.0, !down.1.0.transformer.0", "down.1.0.resnet down.1.0.transformer.1"),
+        (
+            "down.2.*.transformer.8-9",
+            "down.2.0.transformer.8 down.2.0.transformer.9 down.2.1.transformer.8 down.2.1.transformer.9",
+        ),
+    ],
+)
 def test_select_transformer_blocks(expression, wanted):
     assert select(SDXL, expression) == set(wanted.split())
 
 
-@pytest.mark.parametrize("expression, message", [
-    ("down.4", "'down.4' matches no unit of this sd15 UNet; its units are: down.0.0.resnet, "),
-    ("down.0.2", "'down.0.2' matches no unit"),
-    ("mid, up.0.0.transformer", "'up.0.0.transformer' matches no unit"),
-    ("down.0.0.transformer.1", "'down.0.0.transformer.1' matches no unit"),
-    ("down.0.0.transformer.0.attn1", "'down.0.0.transformer.0.attn1' matches no unit"),
-    ("down.2-0", "the range '2-0' in 'down.2-0' runs backwards"),
-    ("down..1", "cannot read '' in 'down..1'"),
-    ("!", "cannot read '' in '!'"),
-    ("down.0;up.0", "cannot read '0;up' in 'down.0;up.0'"),
-    ("DOWN.0", "cannot read 'DOWN'"),
-    ("down.0-", "cannot read '0-'"),
-    ("!down.9", "'!down.9' matches no unit"),
-])
+@pytest.mark.parametrize(
+    "expression, message",
+    [
+        ("down.4", "'down.4' matches no unit of this sd15 UNet; its units are: down.0.0.resnet, "),
+        ("down.0.2", "'down.0.2' matches no unit"),
+        ("mid, up.0.0.transformer", "'up.0.0.transformer' matches no unit"),
+        ("down.0.0.transformer.1", "'down.0.0.transformer.1' matches no unit"),
+        ("down.0.0.transformer.0.attn1", "'down.0.0.transformer.0.attn1' matches no unit"),
+        ("down.2-0", "the range '2-0' in 'down.2-0' runs backwards"),
+        ("down..1", "cannot read '' in 'down..1'"),
+        ("!", "cannot read '' in '!'"),
+        ("down.0;up.0", "cannot read '0;up' in 'down.0;up.0'"),
+        ("DOWN.0", "cannot read 'DOWN'"),
+        ("down.0-", "cannot read '0-'"),
+        ("!down.9", "'!down.9' matches no unit"),
+    ],
+)
 def test_select_refuses(expression, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         select(SD, expression)

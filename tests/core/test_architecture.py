@@ -19,13 +19,34 @@ LDM = surgery.Form("ldm", "renumbered")
 # Narrow skeletons with the block structure of SD1.5 and SDXL, quick to run.
 _SD = {"down": SD.down, "mid": 1, "up": SD.up}
 NARROW = UNetConfig("narrow", 32, (1, 2, 4, 4), **_SD, context_dim=24, num_heads=4)
-NARROW_XL = UNetConfig("narrow-xl", 32, (1, 2, 4), SDXL.down, 10, SDXL.up, context_dim=24, head_channels=16,
-                       use_linear=True, adm_channels=6 * 256 + 16)
+NARROW_XL = UNetConfig(
+    "narrow-xl",
+    32,
+    (1, 2, 4),
+    SDXL.down,
+    10,
+    SDXL.up,
+    context_dim=24,
+    head_channels=16,
+    use_linear=True,
+    adm_channels=6 * 256 + 16,
+)
 # The same in few blocks, with a deepest level that can go.
-SHALLOW = UNetConfig("shallow", 32, (1, 2, 2), ((0, 0), (1, 1), (2, 2)), 2, ((2, 2, 2), (1, 1, 1), (0, 0, 0)), context_dim=24,
-                     head_channels=16, use_linear=True)
+SHALLOW = UNetConfig(
+    "shallow",
+    32,
+    (1, 2, 2),
+    ((0, 0), (1, 1), (2, 2)),
+    2,
+    ((2, 2, 2), (1, 1, 1), (0, 0, 0)),
+    context_dim=24,
+    head_channels=16,
+    use_linear=True,
+)
 # Every layer keeps its width: whatever the skips allow can be cut.
-FLAT = UNetConfig("flat", 32, (1, 1, 1), ((2, 0), (1, 3), (0, 1)), 2, ((1, 0, 2), (1, 1, 1), (0, 2, 0)), context_dim=24, num_heads=4)
+FLAT = UNetConfig(
+    "flat", 32, (1, 1, 1), ((2, 0), (1, 3), (0, 1)), 2, ((1, 0, 2), (1, 1, 1), (0, 2, 0)), context_dim=24, num_heads=4
+)
 
 
 def shapes(table):
@@ -65,9 +86,16 @@ HOST = {
 }
 
 PARAMS = {  # the totals of the published files, and those of the A-SDM tables for the combined UNets
-    "base": 579_384_964, "small": 482_346_884, "tiny": 323_384_964,
-    "m1": 848_791_044, "m2": 809_513_604, "m3": 659_688_324,
-    "ssd-1b": 1_331_334_404, "vega": 745_225_604, "koala-1b": 1_161_184_324, "koala-700m": 782_822_724,
+    "base": 579_384_964,
+    "small": 482_346_884,
+    "tiny": 323_384_964,
+    "m1": 848_791_044,
+    "m2": 809_513_604,
+    "m3": 659_688_324,
+    "ssd-1b": 1_331_334_404,
+    "vega": 745_225_604,
+    "koala-1b": 1_161_184_324,
+    "koala-700m": 782_822_724,
 }
 
 
@@ -105,8 +133,13 @@ def test_keys_are_renumbered_as_the_papers_say(preset, family):
     assert wanted == chosen.keys()
 
 
-# Blocks of the skeleton, in LDM numbers, that a combined UNet takes from base; conv_in (input block 0) stays the host's.
-FROM_BASE = {"m1": ([1, 3], [9, 11]), "m2": ([1, 3, 4, 6], [6, 8, 9, 11]), "m3": ([1, 3, 4, 6, 7, 9], [3, 5, 6, 8, 9, 11])}
+# Blocks of the skeleton, in LDM numbers, that a combined UNet takes from base; conv_in (input block 0) stays the
+# host's.
+FROM_BASE = {
+    "m1": ([1, 3], [9, 11]),
+    "m2": ([1, 3, 4, 6], [6, 8, 9, 11]),
+    "m3": ([1, 3, 4, 6, 7, 9], [3, 5, 6, 8, 9, 11]),
+}
 
 
 @pytest.mark.parametrize("preset", FROM_BASE)
@@ -117,11 +150,18 @@ def test_combined_unets_own_the_blocks_of_base(preset):
     assert {p[0] for p in paths} == {"input_blocks", "output_blocks"}
 
 
-@pytest.mark.parametrize("preset, layers, mid", [
-    ("base", (1, 1, 1, 1), "UNetMidBlock2DCrossAttn"), ("small", (1, 1, 1, 1), None), ("tiny", (1, 1, 1), None),
-    ("m1", (1, 2, 2, 2), "UNetMidBlock2DCrossAttn"), ("m2", (1, 1, 2, 2), "UNetMidBlock2DCrossAttn"),
-    ("m3", (1, 1, 1, 2), "UNetMidBlock2DCrossAttn"), ("ssd-1b", (2, 2, 2), "UNetMidBlock2D"),
-])
+@pytest.mark.parametrize(
+    "preset, layers, mid",
+    [
+        ("base", (1, 1, 1, 1), "UNetMidBlock2DCrossAttn"),
+        ("small", (1, 1, 1, 1), None),
+        ("tiny", (1, 1, 1), None),
+        ("m1", (1, 2, 2, 2), "UNetMidBlock2DCrossAttn"),
+        ("m2", (1, 1, 2, 2), "UNetMidBlock2DCrossAttn"),
+        ("m3", (1, 1, 1, 2), "UNetMidBlock2DCrossAttn"),
+        ("ssd-1b", (2, 2, 2), "UNetMidBlock2D"),
+    ],
+)
 def test_diffusers_config_of_the_renumbered_network(preset, layers, mid):
     config = Architecture.preset(preset).renumbered.config.to_diffusers()
     assert (config["layers_per_block"], config["mid_block_type"]) == (layers, mid)
@@ -132,7 +172,9 @@ def test_diffusers_config_of_the_renumbered_network(preset, layers, mid):
 
 def test_shortened_transformers_keep_their_first_blocks():
     chosen = Architecture.preset("koala-1b")
-    assert [chosen.renumbered.origin[f"up.0.1.transformer.{i}"] for i in range(6)] == [f"up.0.2.transformer.{i}" for i in range(6)]
+    assert [chosen.renumbered.origin[f"up.0.1.transformer.{i}"] for i in range(6)] == [
+        f"up.0.2.transformer.{i}" for i in range(6)
+    ]
     assert chosen.kept_blocks(unit(SDXL, "mid.0.transformer")) == tuple(range(6))
 
 
@@ -143,7 +185,9 @@ def test_blocks_are_renumbered_over_a_gap():
     assert chosen.renumbered.config.mid == 8 and homes == [1, 2, 3, 5, 6, 7, 8, 9]
 
 
-@pytest.mark.parametrize("preset, family", [("tiny", "sdxl"), ("m1", "sdxl"), ("ssd-1b", "sd15"), ("koala-1b", "emoji")])
+@pytest.mark.parametrize(
+    "preset, family", [("tiny", "sdxl"), ("m1", "sdxl"), ("ssd-1b", "sd15"), ("koala-1b", "emoji")]
+)
 def test_presets_of_another_block_structure_are_refused(preset, family):
     with pytest.raises(ValueError, match=f"matches no unit of this {family} UNet"):
         Architecture.preset(preset, FAMILIES[family])
@@ -177,8 +221,12 @@ def test_has_tells_cut_tensors_from_kept_ones():
 @pytest.mark.parametrize("preset", HOST)
 def test_host_config_of_the_renumbered_network(preset):
     config = Architecture.preset(preset).renumbered.config.to_host()
-    assert (config["num_res_blocks"], config["transformer_depth"], config["transformer_depth_output"],
-            config["transformer_depth_middle"]) == HOST[preset]
+    assert (
+        config["num_res_blocks"],
+        config["transformer_depth"],
+        config["transformer_depth_output"],
+        config["transformer_depth_middle"],
+    ) == HOST[preset]
 
 
 @pytest.mark.parametrize("preset", PARAMS)
@@ -206,7 +254,9 @@ def test_diffusers_builds_the_renumbered_network(preset):
     assert {k: tuple(v.shape) for k, v in unet.state_dict().items()} == shapes(chosen.keys("diffusers", "renumbered"))
 
 
-@pytest.mark.parametrize("name, blocks", [("m1", "down.0, up.3"), ("m2", "down.0-1, up.2-3"), ("m3", "down.0-2, up.1-3")])
+@pytest.mark.parametrize(
+    "name, blocks", [("m1", "down.0, up.3"), ("m2", "down.0-1, up.2-3"), ("m3", "down.0-2, up.1-3")]
+)
 def test_combined_unets_are_base_over_the_original(name, blocks):
     assert Architecture.preset("base").over(blocks) == Architecture.preset(name)
 
@@ -237,7 +287,11 @@ def test_presets_stand_on_other_widths():
 
 def test_packs_leave_the_stem_to_the_host():
     base = Architecture.preset("base")
-    assert set(base.pack_units(stem=True)) - set(base.pack_units()) == {a for a in base.own if a.startswith("stem.")} != set()
+    assert (
+        set(base.pack_units(stem=True)) - set(base.pack_units())
+        == {a for a in base.own if a.startswith("stem.")}
+        != set()
+    )
     assert Architecture.preset("m2").pack_units() == Architecture.preset("m2").own
 
 
@@ -250,29 +304,39 @@ def test_unknown_preset(name):
 # What cannot be -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut, message", [
-    ("down.1.0", "down.1.0.resnet cannot be cut: it turns 320 channels into 640"),
-    ("down.2.0.resnet", "down.2.0.resnet cannot be cut: it turns 640 channels into 1280"),
-    ("up.2.0", "up.2.0.resnet cannot be cut: it turns 1280 channels into 640"),
-    ("up.3.0.resnet", "up.3.0.resnet cannot be cut: it turns 640 channels into 320"),
-    ("down.0.sampler", "down.0.sampler cannot be cut alone: down.0.sampler and up.2.sampler are a pair"),
-    ("up.0.sampler", "up.0.sampler cannot be cut alone: down.2.sampler and up.0.sampler are a pair"),
-    ("down.2.sampler, up.0.sampler", "down.2.sampler can only be cut together with everything beneath it; down.3.0.resnet is kept"),
-    ("down.2.sampler, up.0.sampler, down.3", "everything beneath it; up.0.0.resnet is kept"),
-    ("down.1.sampler, up.1.sampler, down.2-3.*.resnet|transformer, up.0-1.*.resnet|transformer",
-     "down.1.sampler can only be cut together with everything beneath it; down.2.sampler is kept"),
-    ("stem.conv_in", "stem.conv_in cannot be cut; every network needs it"),
-    ("stem.conv_out", "stem.conv_out cannot be cut; every network needs it"),
-    ("stem.norm_out", "stem.norm_out cannot be cut; every network needs it"),
-    ("stem.time_embed", "stem.time_embed cannot be cut; every network needs it"),
-    ("mid.0.transformer.0", "every block of mid.0.transformer is cut; cut mid.0.transformer itself instead"),
-])
+@pytest.mark.parametrize(
+    "cut, message",
+    [
+        ("down.1.0", "down.1.0.resnet cannot be cut: it turns 320 channels into 640"),
+        ("down.2.0.resnet", "down.2.0.resnet cannot be cut: it turns 640 channels into 1280"),
+        ("up.2.0", "up.2.0.resnet cannot be cut: it turns 1280 channels into 640"),
+        ("up.3.0.resnet", "up.3.0.resnet cannot be cut: it turns 640 channels into 320"),
+        ("down.0.sampler", "down.0.sampler cannot be cut alone: down.0.sampler and up.2.sampler are a pair"),
+        ("up.0.sampler", "up.0.sampler cannot be cut alone: down.2.sampler and up.0.sampler are a pair"),
+        (
+            "down.2.sampler, up.0.sampler",
+            "down.2.sampler can only be cut together with everything beneath it; down.3.0.resnet is kept",
+        ),
+        ("down.2.sampler, up.0.sampler, down.3", "everything beneath it; up.0.0.resnet is kept"),
+        (
+            "down.1.sampler, up.1.sampler, down.2-3.*.resnet|transformer, up.0-1.*.resnet|transformer",
+            "down.1.sampler can only be cut together with everything beneath it; down.2.sampler is kept",
+        ),
+        ("stem.conv_in", "stem.conv_in cannot be cut; every network needs it"),
+        ("stem.conv_out", "stem.conv_out cannot be cut; every network needs it"),
+        ("stem.norm_out", "stem.norm_out cannot be cut; every network needs it"),
+        ("stem.time_embed", "stem.time_embed cannot be cut; every network needs it"),
+        ("mid.0.transformer.0", "every block of mid.0.transformer is cut; cut mid.0.transformer itself instead"),
+    ],
+)
 def test_refused_cuts(cut, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Architecture.choose(SD, cut)
 
 
-@pytest.mark.parametrize("address", ["mid.2.resnet", "down.0.0", "down.2.0.transformer.1", "down.2.0.transformer.0.attn1", ""])
+@pytest.mark.parametrize(
+    "address", ["mid.2.resnet", "down.0.0", "down.2.0.transformer.1", "down.2.0.transformer.0.attn1", ""]
+)
 def test_unknown_addresses_are_named(address):
     with pytest.raises(ValueError, match=re.escape(f"no unit {address!r} in a sd15 UNet")):
         Architecture(SD, {"mid.1.resnet", address})
@@ -280,7 +344,9 @@ def test_unknown_addresses_are_named(address):
 
 def test_all_blocks_of_a_transformer_are_the_transformer():
     u = unit(SDXL, "up.0.1.transformer")
-    with pytest.raises(ValueError, match=r"every block of up\.0\.1\.transformer is cut; cut up\.0\.1\.transformer itself"):
+    with pytest.raises(
+        ValueError, match=r"every block of up\.0\.1\.transformer is cut; cut up\.0\.1\.transformer itself"
+    ):
         Architecture(SDXL, u.blocks)
     assert Architecture(SDXL, u.blocks[1:]).kept_blocks(u) == (0,)
 
@@ -290,26 +356,38 @@ def test_pooled_conditioning_cannot_be_cut():
         Architecture(SDXL, {"stem.label_embed"})
 
 
-@pytest.mark.parametrize("own, message", [
-    (("down.0.1.resnet",), "down.0.1.resnet is both cut and trained"),
-    (("down.9.1.resnet",), "no unit 'down.9.1.resnet'"),
-    (("up.3.0.transformer.0",), "up.3.0.transformer.0 is a transformer block; weights of its own has a whole unit, up.3.0.transformer"),
-])
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        (("down.0.1.resnet",), "down.0.1.resnet is both cut and trained"),
+        (("down.9.1.resnet",), "no unit 'down.9.1.resnet'"),
+        (
+            ("up.3.0.transformer.0",),
+            "up.3.0.transformer.0 is a transformer block; weights of its own has a whole unit, up.3.0.transformer",
+        ),
+    ],
+)
 def test_refused_own_units(own, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Architecture(SD, {"down.0.1.resnet"}, own)
 
 
-@pytest.mark.parametrize("cut, why", [
-    ("down.0.1.resnet", "down.0.1 keeps its transformer without its resnet"),
-    ("down.0.1", "level 0 keeps 1 down and 3 up layers; the up side needs one more"),
-    ("down.3.0-1.resnet, up.0.1-2.resnet", "level 3 keeps no down layer"),
-    ("down.0.1, up.3.1, mid.0.resnet", "the mid block keeps mid.0.transformer, mid.1.resnet"),
-    ("mid.1", "the mid block keeps mid.0.resnet, mid.0.transformer"),
-])
+@pytest.mark.parametrize(
+    "cut, why",
+    [
+        ("down.0.1.resnet", "down.0.1 keeps its transformer without its resnet"),
+        ("down.0.1", "level 0 keeps 1 down and 3 up layers; the up side needs one more"),
+        ("down.3.0-1.resnet, up.0.1-2.resnet", "level 3 keeps no down layer"),
+        ("down.0.1, up.3.1, mid.0.resnet", "the mid block keeps mid.0.transformer, mid.1.resnet"),
+        ("mid.1", "the mid block keeps mid.0.resnet, mid.0.transformer"),
+    ],
+)
 def test_no_renumbered_form(cut, why):
     chosen = Architecture.choose(SD, cut)
-    with pytest.raises(ValueError, match=re.escape(f"this choice of units has no renumbered form ({why}); it can only be kept addressed")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"this choice of units has no renumbered form ({why}); it can only be kept addressed"),
+    ):
         chosen.renumbered
     assert chosen.keys("ldm") and chosen.keys("diffusers")
 
@@ -320,7 +398,10 @@ def test_other_layers_than_the_presets_can_go():
     assert small.config == Architecture.choose(SD, "down.3.1, up.0.1").renumbered.config
     assert small.origin["down.3.0.resnet"] == "down.3.1.resnet" and small.origin["up.0.1.resnet"] == "up.0.2.resnet"
     # Without the last decoder layer the one before it would get the skip of the last.
-    with pytest.raises(ValueError, match=r"up\.0\.1\.resnet takes its skip from down\.3\.0, the small network would give it down\.2\.sampler"):
+    with pytest.raises(
+        ValueError,
+        match=r"up\.0\.1\.resnet takes its skip from down\.3\.0, the small network would give it down\.2\.sampler",
+    ):
         Architecture.choose(SD, "down.3.1, up.0.2").renumbered
 
 
@@ -334,8 +415,12 @@ def test_unknown_layout_and_numbering():
 def test_equal_choices_are_equal():
     # A block inside a cut transformer says nothing new.
     more = Architecture(SDXL, {"mid.0.transformer", "mid.0.transformer.3"})
-    assert more == Architecture(SDXL, ["mid.0.transformer"]) and hash(more) == hash(Architecture(SDXL, {"mid.0.transformer"}))
-    assert Architecture(SD, own=("up.3.1.resnet", "down.0.0.resnet")) == Architecture(SD, own=("down.0.0.resnet", "up.3.1.resnet"))
+    assert more == Architecture(SDXL, ["mid.0.transformer"]) and hash(more) == hash(
+        Architecture(SDXL, {"mid.0.transformer"})
+    )
+    assert Architecture(SD, own=("up.3.1.resnet", "down.0.0.resnet")) == Architecture(
+        SD, own=("down.0.0.resnet", "up.3.1.resnet")
+    )
 
 
 # Random choices -------------------------------------------------------------------------------------
@@ -346,14 +431,22 @@ def choices(draw, config):
     """Cut addresses: single units, whole layers and blocks, deep levels; often refused, often not."""
     layers = sorted({u.layer for u in walk(config) if u.side != "stem"})
     groups = [{a} for a in addresses(config)] + [
-        {u.address for u in walk(config) if u.layer == layer} for layer in layers] * 3
+        {u.address for u in walk(config) if u.layer == layer} for layer in layers
+    ] * 3
     deepest = config.levels - 2
-    groups += [{u.address for u in walk(config) if u.address.startswith((f"down.{deepest + 1}.", "up.0.", f"down.{deepest}.sampler"))}] * 10
+    groups += [
+        {
+            u.address
+            for u in walk(config)
+            if u.address.startswith((f"down.{deepest + 1}.", "up.0.", f"down.{deepest}.sampler"))
+        }
+    ] * 10
     return frozenset().union(*draw(st.lists(st.sampled_from(groups), max_size=6)))
 
 
 def architectures(config):
     """Those choices that are accepted."""
+
     @st.composite
     def build(draw):
         cut = draw(choices(config))
@@ -361,6 +454,7 @@ def architectures(config):
             return Architecture(config, cut)
         except ValueError:
             assume(False)
+
     return build()
 
 
@@ -376,7 +470,9 @@ def test_a_refusal_names_a_unit_of_the_choice(config):
         try:
             Architecture(config, cut)
         except ValueError as e:
-            assert {a.rstrip(".,;:") for a in re.findall(r"[a-z]+\.[\w.]+", str(e))} & (units | {u.rpartition(".")[0] for u in units})
+            assert {a.rstrip(".,;:") for a in re.findall(r"[a-z]+\.[\w.]+", str(e))} & (
+                units | {u.rpartition(".")[0] for u in units}
+            )
 
     check()
 
@@ -387,7 +483,9 @@ def test_an_architecture_keeps_what_is_not_cut(config):
     def check(chosen):
         kept, full = chosen.keys(), keys(config)
         assert shapes(kept).items() <= shapes(full).items()
-        gone = {s.unit.address for k, s in full.items() if k not in kept} | {s.owner for k, s in full.items() if k not in kept}
+        gone = {s.unit.address for k, s in full.items() if k not in kept} | {
+            s.owner for k, s in full.items() if k not in kept
+        }
         assert gone >= set(chosen.cut)
         assert all(s.unit.address not in chosen.cut and s.owner not in chosen.cut for s in kept.values())
         assert chosen.params == sum(s.tensor.numel for s in kept.values())
@@ -430,7 +528,9 @@ def test_what_both_sides_of_a_level_lose_renumbers(config):
     def check(data):
         lost = data.draw(st.sets(st.integers(0, config.levels - 1)))
         mid = data.draw(st.sampled_from([(), ("mid",), ("mid.0.transformer", "mid.1")]))
-        blocks = data.draw(st.sets(st.sampled_from([b for u in walk(SDXL) for b in u.blocks[1:]]))) if config is SDXL else ()
+        blocks = (
+            data.draw(st.sets(st.sampled_from([b for u in walk(SDXL) for b in u.blocks[1:]]))) if config is SDXL else ()
+        )
         cut = (*(f"down.{n}.1" for n in lost), *(f"up.{config.levels - 1 - n}.1" for n in lost), *mid, *sorted(blocks))
         chosen = Architecture.choose(config, ", ".join(cut))
         small = chosen.renumbered
@@ -469,7 +569,10 @@ def run(unet, config, height, width, device="cpu"):
     context = torch.randn(2, 5, config.context_dim, generator=generator).to(device)
     extra = None
     if config.adm_channels:
-        extra = {"text_embeds": torch.randn(2, 16, generator=generator).to(device), "time_ids": torch.ones(2, 6, device=device)}
+        extra = {
+            "text_embeds": torch.randn(2, 16, generator=generator).to(device),
+            "time_ids": torch.ones(2, 6, device=device),
+        }
     with torch.no_grad():
         return unet(x, torch.tensor([900, 100], device=device), context, added_cond_kwargs=extra).sample
 
@@ -500,8 +603,18 @@ def test_presets_compute_what_the_renumbered_network_computes(preset):
 
 
 # Each has a renumbered form that diffusers can express, and most of their unions have one too.
-STEPS = ("down.0.1, up.3.1", "down.1.1, up.2.1", "down.2.1, up.1.1", "down.3.1, up.0.1", "down.3.0, up.0.1", "mid",
-         "mid.0.transformer, mid.1", "down.2.*.transformer", "up.1-2.*.transformer", "down.2.sampler, down.3, up.0")
+STEPS = (
+    "down.0.1, up.3.1",
+    "down.1.1, up.2.1",
+    "down.2.1, up.1.1",
+    "down.3.1, up.0.1",
+    "down.3.0, up.0.1",
+    "mid",
+    "mid.0.transformer, mid.1",
+    "down.2.*.transformer",
+    "up.1-2.*.transformer",
+    "down.2.sampler, down.3, up.0",
+)
 
 
 @settings(max_examples=10)
@@ -544,23 +657,26 @@ def test_other_configs_are_written_out():
     assert Architecture.from_json(chosen.to_json()) == chosen
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"format": FORMAT + 1}, "update asdm"),
-    ({"format": 0}, "format 0"),
-    ({"format": True}, "format True"),
-    ({"format": "1"}, "format '1'"),
-    ({"format": None}, "format None"),
-    ({"family": "sd4"}, "family 'sd4' is none of sd15, sd21, sdxl, emoji"),
-    ({"family": ["sd15"]}, "family"),
-    ({"cut": "down.0.1.resnet"}, "'cut' must be a list of addresses"),
-    ({"cut": [1]}, "'cut' must be a list of addresses"),
-    ({"own": {"down.0.0.resnet": 1}}, "'own' must be a list of addresses"),
-    ({"cut": ["down.0.5.resnet"]}, "no unit 'down.0.5.resnet'"),
-    ({"cut": ["up.2.0.resnet"], "own": []}, "up.2.0.resnet cannot be cut"),
-    ({"name": 3}, "name"),
-    ({"config": 5}, "UNet config"),
-    ({"config": {"family": "x"}}, "UNet config"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format": FORMAT + 1}, "update asdm"),
+        ({"format": 0}, "format 0"),
+        ({"format": True}, "format True"),
+        ({"format": "1"}, "format '1'"),
+        ({"format": None}, "format None"),
+        ({"family": "sd4"}, "family 'sd4' is none of sd15, sd21, sdxl, emoji"),
+        ({"family": ["sd15"]}, "family"),
+        ({"cut": "down.0.1.resnet"}, "'cut' must be a list of addresses"),
+        ({"cut": [1]}, "'cut' must be a list of addresses"),
+        ({"own": {"down.0.0.resnet": 1}}, "'own' must be a list of addresses"),
+        ({"cut": ["down.0.5.resnet"]}, "no unit 'down.0.5.resnet'"),
+        ({"cut": ["up.2.0.resnet"], "own": []}, "up.2.0.resnet cannot be cut"),
+        ({"name": 3}, "name"),
+        ({"config": 5}, "UNet config"),
+        ({"config": {"family": "x"}}, "UNet config"),
+    ],
+)
 def test_bad_descriptions(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Architecture.from_dict(Architecture.preset("m2").to_dict() | change)

@@ -40,7 +40,11 @@ def test_no_other_choice_has_a_smaller_error(seed, n, longest, data):
     if not steps:
         assert min(others) == math.inf == error
     else:
-        assert steps[0] == 0 and len(steps) == full and error == pytest.approx(total(errors, steps)) == pytest.approx(min(others))
+        assert (
+            steps[0] == 0
+            and len(steps) == full
+            and error == pytest.approx(total(errors, steps)) == pytest.approx(min(others))
+        )
 
 
 def test_all_steps_full_is_no_error():
@@ -48,7 +52,10 @@ def test_all_steps_full_is_no_error():
 
 
 def candidates():
-    return [Candidate(deepcache(SD, b), saved, errors_of(b, 8, 3) * scale) for b, saved, scale in ((0, 0.9, 1.0), (3, 0.5, 0.1))]
+    return [
+        Candidate(deepcache(SD, b), saved, errors_of(b, 8, 3) * scale)
+        for b, saved, scale in ((0, 0.9, 1.0), (3, 0.5, 0.1))
+    ]
 
 
 def test_the_least_error_for_a_saving_and_the_most_saving_for_an_error():

@@ -57,7 +57,10 @@ def test_later_experts_hold_within_their_window():
 
 def test_cut_units_have_no_convolution_to_join():
     cast = Cast(SD, (Line((RESNET,), EXPERTS), Line((RESNET,), CUT, LATE)))
-    assert cast.joining("experts", (EARLY, Window())) == {RESNET: EXPERTS} and cast.joining("experts", (LATE, Window())) == {}
+    assert (
+        cast.joining("experts", (EARLY, Window())) == {RESNET: EXPERTS}
+        and cast.joining("experts", (LATE, Window())) == {}
+    )
 
 
 def test_experts_of_a_packs_own_unit_join_no_other_player():
@@ -74,10 +77,16 @@ def test_composition_does_not_alter_what_is_composed():
     assert hash(cast) == hash(Cast(SD))
 
 
-@pytest.mark.parametrize("start, end, message", [
-    (0.5, 0.5, "must start before it ends"), (0.6, 0.5, "must start before it ends"), (-0.1, 1.0, "between 0 and 1"),
-    (0.0, 1.1, "between 0 and 1"), (float("nan"), 1.0, "between 0 and 1"),
-])
+@pytest.mark.parametrize(
+    "start, end, message",
+    [
+        (0.5, 0.5, "must start before it ends"),
+        (0.6, 0.5, "must start before it ends"),
+        (-0.1, 1.0, "between 0 and 1"),
+        (0.0, 1.1, "between 0 and 1"),
+        (float("nan"), 1.0, "between 0 and 1"),
+    ],
+)
 def test_windows_that_cannot_be(start, end, message):
     with pytest.raises(ValueError, match=message):
         Window(start, end)
@@ -87,12 +96,15 @@ def test_only_the_whole_run_is_whole():
     assert Window().whole and not EARLY.whole and not LATE.whole
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Line((), PACK), "at least one unit"),
-    (lambda: Line((RESNET,), Part("guest")), "role must be one of"),
-    (lambda: Cast(SD, (Line(("down.9.0.resnet",), CUT),)), "no unit 'down.9.0.resnet'"),
-    (lambda: Cast(SD, (Line(("down.0.0.transformer.0",), CUT),)), "inside one"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Line((), PACK), "at least one unit"),
+        (lambda: Line((RESNET,), Part("guest")), "role must be one of"),
+        (lambda: Cast(SD, (Line(("down.9.0.resnet",), CUT),)), "no unit 'down.9.0.resnet'"),
+        (lambda: Cast(SD, (Line(("down.0.0.transformer.0",), CUT),)), "inside one"),
+    ],
+)
 def test_lines_that_cannot_be(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -22,8 +22,18 @@ from asdm_core.measure import costs, total
 ROOT = Path(__file__).parents[2]
 SD = FAMILIES["sd15"]
 NARROW = replace(SD, family="narrow", model_channels=32, channel_mult=(1, 2, 2, 2), context_dim=24, num_heads=4)
-NARROW_XL = UNetConfig("narrow-xl", 32, (1, 1), ((0,), (3,)), 3, ((3, 3), (0, 0)), context_dim=16, head_channels=16,
-                       use_linear=True, adm_channels=40)
+NARROW_XL = UNetConfig(
+    "narrow-xl",
+    32,
+    (1, 1),
+    ((0,), (3,)),
+    3,
+    ((3, 3), (0, 0)),
+    context_dim=16,
+    head_channels=16,
+    use_linear=True,
+    adm_channels=40,
+)
 RENUMBERED = surgery.Form("ldm", "renumbered")
 
 
@@ -68,10 +78,12 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(capsys):
     """Calls the command line: (exit code, stdout, stderr)."""
+
     def call(*argv):
         capsys.readouterr()
         code = main([str(a) for a in argv])
         return code, *capsys.readouterr()
+
     return call
 
 
@@ -101,9 +113,18 @@ def test_inspect_describes_a_student(run, folder):
     assert found["file"] == str(folder / "base.safetensors")
     largest = found.pop("largest")
     assert found == {
-        "file": found["file"], "kind": "unet", "family": "narrow", "architecture": "base", "params": work.params,
-        "unpruned_params": whole.params, "macs": work.total, "unpruned_macs": whole.total, "latent": 64,
-        "cut": [u.address for u in walk(NARROW) if u.address in base.cut], "prediction": "v", "licence": "test only",
+        "file": found["file"],
+        "kind": "unet",
+        "family": "narrow",
+        "architecture": "base",
+        "params": work.params,
+        "unpruned_params": whole.params,
+        "macs": work.total,
+        "unpruned_macs": whole.total,
+        "latent": 64,
+        "cut": [u.address for u in walk(NARROW) if u.address in base.cut],
+        "prediction": "v",
+        "licence": "test only",
         "unknown": [],
     }
     shares = {a: c.total / work.total for a, c in costs(base).items()}
@@ -133,16 +154,22 @@ def test_inspect_tells_people_the_same(run, folder):
 def test_inspect_reads_checkpoints_and_diffusers_folders_without_a_description(run, folder, tmp_path):
     base = Architecture.preset("base", NARROW)
     sd = weights(base, 2)
-    checkpoint = {f"model.diffusion_model.{k}": v for k, v in surgery.convert(sd, base, surgery.ADDRESSED, RENUMBERED).items()}
+    checkpoint = {
+        f"model.diffusion_model.{k}": v for k, v in surgery.convert(sd, base, surgery.ADDRESSED, RENUMBERED).items()
+    }
     save_file(checkpoint | {"first_stage_model.x": torch.zeros(3)}, tmp_path / "checkpoint.safetensors")
     for sub in ("unet", "scheduler"):
         (tmp_path / "pipeline" / sub).mkdir(parents=True)
     diffusers = surgery.convert(sd, base, surgery.ADDRESSED, surgery.Form("diffusers", "renumbered"))
     save_file(diffusers, tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
     (tmp_path / "pipeline" / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
-    results = [json.loads(run("inspect", tmp_path / name, "--json")[1]) for name in ("checkpoint.safetensors", "pipeline")]
+    results = [
+        json.loads(run("inspect", tmp_path / name, "--json")[1]) for name in ("checkpoint.safetensors", "pipeline")
+    ]
     assert [(r["family"], r["architecture"], r["params"], r["prediction"]) for r in results] == [
-        ("narrow", "base", base.params, None), ("narrow", "base", base.params, "v")]
+        ("narrow", "base", base.params, None),
+        ("narrow", "base", base.params, "v"),
+    ]
 
 
 LCM = "model.diffusion_model.time_embed.cond_proj.weight"
@@ -183,7 +210,9 @@ def test_convert_to_diffusers_and_back_is_bit_equal(run, folder, tmp_path, name)
     code, out, _ = run("convert", source, there, "--layout", "diffusers")
     assert code == 0 and "diffusers layout, renumbered" in out
     small = (Architecture.preset(name, NARROW) if name != "full" else Architecture.full(NARROW)).renumbered.config
-    assert {k: tuple(v.shape) for k, v in tensors_of(there).items()} == {k: s.shape for k, s in keys(small, "diffusers").items()}
+    assert {k: tuple(v.shape) for k, v in tensors_of(there).items()} == {
+        k: s.shape for k, s in keys(small, "diffusers").items()
+    }
     assert run("convert", there, back, "--layout", "ldm")[0] == 0
     assert same(tensors_of(back), tensors_of(source))
 
@@ -211,12 +240,21 @@ def test_convert_refuses_a_form_in_which_the_places_of_layers_are_lost(run, fold
     source, out = tmp_path / "told.safetensors", tmp_path / "out.safetensors"
     assert run("match", pruned[0], folder / "xl.safetensors", source)[0] == 0
     code, _, err = run("convert", source, out, "--layout", "diffusers")
-    assert code == 2 and "told.safetensors keeps other layers than its names tell in this form" in err and not out.exists()
+    assert (
+        code == 2 and "told.safetensors keeps other layers than its names tell in this form" in err and not out.exists()
+    )
 
 
 def test_assemble_offers_only_what_stock_comfyui_reads(run, folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run("assemble", folder / "full.safetensors", folder / "m2.safetensors", tmp_path / "out.safetensors", "--dtype", "int8")
+        run(
+            "assemble",
+            folder / "full.safetensors",
+            folder / "m2.safetensors",
+            tmp_path / "out.safetensors",
+            "--dtype",
+            "int8",
+        )
     assert "invalid choice: 'int8'" in capsys.readouterr().err
 
 
@@ -229,7 +267,9 @@ def test_convert_in_place(run, folder, tmp_path):
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32), ("keep", torch.float16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32), ("keep", torch.float16)]
+)
 def test_convert_stores_the_wanted_dtype(run, folder, tmp_path, name, dtype):
     source, out = folder / "xl.safetensors", tmp_path / "out.safetensors"
     assert run("convert", source, out, "--layout", "ldm", "--dtype", name)[0] == 0
@@ -267,8 +307,12 @@ def test_numbers_of_edm_models_are_kept(run, folder, tmp_path):
 
 @pytest.fixture
 def pruned(folder, tmp_path):
-    """A student of xl.safetensors with transformer blocks cut, as its authors would release it, and its true architecture."""
-    chosen = owning(Architecture.choose(NARROW_XL, "down.1.0.transformer.0, mid.0.transformer.1, up.0.1.transformer.0-1"))
+    """A student of xl.safetensors with transformer blocks cut, as its authors would release it, and its true
+    architecture.
+    """
+    chosen = owning(
+        Architecture.choose(NARROW_XL, "down.1.0.transformer.0, mid.0.transformer.1, up.0.1.transformer.0-1")
+    )
     sd, _ = surgery.cut(packs.open_unet(folder / "xl.safetensors").tensors, chosen)
     noise = torch.Generator().manual_seed(1)
     sd = {k: (t.float() + 0.05 * torch.randn(t.shape, generator=noise)).half() for k, t in sd.items()}
@@ -281,7 +325,9 @@ def test_match_finds_the_blocks_and_writes_where_they_belong(run, folder, tmp_pa
     assert packs.open_unet(student).description.architecture.cut != chosen.cut
     code, out, _ = run("match", student, folder / "xl.safetensors", tmp_path / "matched.safetensors")
     assert code == 0
-    assert "  up.0.1.transformer.0      is up.0.1.transformer.2 " in out and "  cut: down.1.0.transformer.0, mid.0" in out
+    assert (
+        "  up.0.1.transformer.0      is up.0.1.transformer.2 " in out and "  cut: down.1.0.transformer.0, mid.0" in out
+    )
     assert "resembles none" not in out
     assert packs.open_unet(tmp_path / "matched.safetensors").description.architecture == chosen
     assert same(tensors_of(tmp_path / "matched.safetensors"), load_file(student)), "only the description is new"
@@ -300,9 +346,11 @@ def test_match_in_json(run, folder, pruned):
 def test_match_refuses_what_is_no_original_in_one_line(run, folder, tmp_path, pruned):
     full = owning(Architecture.full(NARROW_XL))
     other = described(tmp_path / "other.safetensors", full, weights(full, 8))
-    for original, message in ((other, "resemble none of the original's. Give the checkpoint"),
-                              (pruned[0], "student.safetensors is pruned itself"),
-                              (folder / "full.safetensors", "student.safetensors is a narrow-xl UNet and full.safetensors a narrow one")):
+    for original, message in (
+        (other, "resemble none of the original's. Give the checkpoint"),
+        (pruned[0], "student.safetensors is pruned itself"),
+        (folder / "full.safetensors", "student.safetensors is a narrow-xl UNet and full.safetensors a narrow one"),
+    ):
         code, out, err = run("match", pruned[0], original, tmp_path / "matched.safetensors")
         assert (code, out) == (2, "")
         assert err.startswith("asdm: ") and message in err and err.count("\n") == 1
@@ -312,13 +360,18 @@ def test_match_refuses_what_is_no_original_in_one_line(run, folder, tmp_path, pr
 def test_some_stages_of_a_matched_student_become_a_pack(run, folder, tmp_path, pruned):
     student, chosen = pruned
     matched, pack, combined = (tmp_path / f"{name}.safetensors" for name in ("matched", "stages", "combined"))
-    for command in (("match", student, folder / "xl.safetensors", matched), ("extract-pack", matched, pack, "--units", "up.0"),
-                    ("assemble", folder / "xl.safetensors", pack, combined)):
+    for command in (
+        ("match", student, folder / "xl.safetensors", matched),
+        ("extract-pack", matched, pack, "--units", "up.0"),
+        ("assemble", folder / "xl.safetensors", pack, combined),
+    ):
         assert run(*command)[0] == 0
     stages = chosen.over("up.0")
     assert stages.cut == {"up.0.1.transformer.0", "up.0.1.transformer.1"}
     assert packs.open_pack(pack).description.architecture == stages
-    wanted = surgery.combine(packs.open_unet(folder / "xl.safetensors").tensors, packs.open_unet(matched).tensors, stages)
+    wanted = surgery.combine(
+        packs.open_unet(folder / "xl.safetensors").tensors, packs.open_unet(matched).tensors, stages
+    )
     assert same(dict(packs.open_unet(combined).tensors), wanted)
 
 
@@ -336,7 +389,9 @@ def test_convert_takes_a_list_of_kept_blocks(run, tmp_path, pruned):
 
 def test_extracting_the_units_of_m2_from_base_gives_the_m2_pack(run, folder, tmp_path):
     out = tmp_path / "pack.safetensors"
-    code, text, _ = run("extract-pack", folder / "base.safetensors", out, "--units", "down.0-1, up.2-3", "--licence", "mine")
+    code, text, _ = run(
+        "extract-pack", folder / "base.safetensors", out, "--units", "down.0-1, up.2-3", "--licence", "mine"
+    )
     pack, m2 = packs.open_pack(out), Architecture.preset("m2", NARROW)
     assert code == 0 and "(m2)" in text and f"{len(m2.own)} units" in text
     assert pack.description.architecture == m2 and pack.description.units == m2.own
@@ -361,7 +416,9 @@ def test_assemble_equals_combine(run, folder, tmp_path):
     code, text, _ = run("assemble", folder / "full.safetensors", folder / "m2.safetensors", out)
     m2 = Architecture.preset("m2", NARROW)
     assert code == 0 and "narrow UNet, m2" in text
-    combined = surgery.combine(weights(Architecture.full(NARROW), 1), weights(Architecture.preset("base", NARROW), 2), m2)
+    combined = surgery.combine(
+        weights(Architecture.full(NARROW), 1), weights(Architecture.preset("base", NARROW), 2), m2
+    )
     assert same(tensors_of(out), surgery.convert(combined, m2, surgery.ADDRESSED, RENUMBERED))
     loaded = packs.open_unet(out)
     assert loaded.description.architecture == owning(m2)
@@ -385,8 +442,10 @@ def test_assemble_into_a_pruned_trunk_keeps_what_is_cut_outside_the_pack(run, fo
     cut = base.cut - {f"{a}.{k}" for a in ("down.0.1", "up.3.1") for k in ("resnet", "transformer")}
     assert loaded.description.architecture.cut == cut and loaded.description.prediction == "v"
     units = select(NARROW, "down.0, up.3")
-    assert same(dict(loaded.tensors), surgery.combine(
-        weights(base, 2), weights(Architecture.full(NARROW), 1), Architecture(NARROW, cut), units))
+    assert same(
+        dict(loaded.tensors),
+        surgery.combine(weights(base, 2), weights(Architecture.full(NARROW), 1), Architecture(NARROW, cut), units),
+    )
 
 
 def test_a_pack_with_the_stem_says_what_it_is_good_for(run, folder, tmp_path):
@@ -403,8 +462,18 @@ def test_presets_lists_the_published_numbers(run):
     code, out, err = run("presets", "--json")
     rows = json.loads(out)
     assert (code, err) == (0, "") and list(rows) == list(PRESETS)
-    published = {"base": 579.385, "small": 482.347, "tiny": 323.385, "m1": 848.79, "m2": 809.51, "m3": 659.69,
-                 "ssd-1b": 1331.33, "vega": 745.23, "koala-1b": 1161.18, "koala-700m": 782.82}
+    published = {
+        "base": 579.385,
+        "small": 482.347,
+        "tiny": 323.385,
+        "m1": 848.79,
+        "m2": 809.51,
+        "m3": 659.69,
+        "ssd-1b": 1331.33,
+        "vega": 745.23,
+        "koala-1b": 1161.18,
+        "koala-700m": 782.82,
+    }
     assert {n: row["params"] / 1e6 for n, row in rows.items()} == pytest.approx(published, abs=0.005)
     assert rows["m2"]["macs"] / 1e9 == pytest.approx(303.66, abs=0.005) and rows["vega"]["latent"] == 128
     for name, row in rows.items():
@@ -438,8 +507,21 @@ def bad_files(at):
     described(at / "nan.safetensors", owning(Architecture.full(config)), tensors)
     lopsided = owning(Architecture.choose(config, "down.0.1"))
     described(at / "lopsided.safetensors", lopsided, weights(lopsided, 0))
-    for name, text in (("newer", '{"format": 99}'), ("nonsense", "{"), ("odd", json.dumps({
-            "format": 1, "kind": "pack", "architecture": {"format": 1, "family": ["sd15"]}, "units": ["mid.0.resnet"]}))):
+    for name, text in (
+        ("newer", '{"format": 99}'),
+        ("nonsense", "{"),
+        (
+            "odd",
+            json.dumps(
+                {
+                    "format": 1,
+                    "kind": "pack",
+                    "architecture": {"format": 1, "family": ["sd15"]},
+                    "units": ["mid.0.resnet"],
+                }
+            ),
+        ),
+    ):
         save_file({"a": torch.zeros(2)}, at / f"{name}.safetensors", {packs.METADATA_KEY: text})
 
 
@@ -451,44 +533,56 @@ def bad(tmp_path_factory):
 
 
 # G: good files, B: bad ones, OUT: the output
-@pytest.mark.parametrize(("command", "message"), [
-    ("convert G/none.safetensors OUT --layout ldm", "none.safetensors: there is no such file"),
-    ("convert B/folder OUT --layout ldm", "folder: this folder holds no UNet"),
-    ("convert B/text.safetensors OUT --layout ldm", "text.safetensors: its header claims"),
-    ("convert B/empty.safetensors OUT --layout ldm", "empty.safetensors: only 0 bytes long"),
-    ("convert B/pickle.ckpt OUT --layout ldm", "pickle.ckpt: this is a pickle file"),
-    ("convert B/deep.safetensors OUT --layout ldm", "deep.safetensors: its header is not valid JSON"),
-    ("convert B/cut_short.safetensors OUT --layout ldm", "it is cut short"),
-    ("convert B/other.safetensors OUT --layout ldm", "other.safetensors: no Stable Diffusion UNet in this file"),
-    ("convert B/lora.safetensors OUT --layout ldm", "It looks like a LoRA"),
-    ("convert B/nan.safetensors OUT --layout ldm", "tensor middle_block.1.proj_in.weight holds numbers that are not finite"),
-    ("convert B/newer.safetensors OUT --layout ldm", "newer.safetensors: its description has format 99"),
-    ("convert B/nonsense.safetensors OUT --layout ldm", "nonsense.safetensors: its description is not valid JSON"),
-    ("convert B/odd.safetensors OUT --layout ldm", "odd.safetensors: architecture: family ['sd15'] is none of"),
-    ("convert G/m2.safetensors OUT --layout ldm", "m2.safetensors: this is a pack, not a whole UNet"),
-    ("convert B/lopsided.safetensors OUT --layout ldm --numbering renumbered", "no renumbered form"),
-    ("convert G/xl.safetensors OUT --layout ldm --keep mid.0.transformer.0", "mid.0.transformer has 3 transformer blocks in this UNet"),
-    ("convert G/xl.safetensors OUT --layout diffusers --keep mid.0.transformer.0-2", "give --layout ldm"),
-    ("match G/none.safetensors G/xl.safetensors OUT", "none.safetensors: there is no such file"),
-    ("match G/xl.safetensors G/m2.safetensors OUT", "m2.safetensors: this is a pack, not a whole UNet"),
-    ("extract-pack G/none.safetensors OUT --units mid", "none.safetensors: there is no such file"),
-    ("extract-pack G/m2.safetensors OUT --units mid", "m2.safetensors: this is a pack"),
-    ("extract-pack G/base.safetensors OUT --units down.9", "'down.9' matches no unit of this narrow UNet"),
-    ("extract-pack G/base.safetensors OUT --units down..1", "cannot read '' in 'down..1'"),
-    ("extract-pack G/base.safetensors OUT --units 3-1", "the range '3-1' in '3-1' runs backwards"),
-    ("extract-pack G/base.safetensors OUT --units down.0.1", "a pack must play at least one unit"),
-    ("assemble G/none.safetensors G/m2.safetensors OUT", "none.safetensors: there is no such file"),
-    ("assemble G/full.safetensors G/none.safetensors OUT", "none.safetensors: there is no such file"),
-    ("assemble G/full.safetensors G/base.safetensors OUT", "base.safetensors: this is a whole UNet, not a pack"),
-    ("assemble G/full.safetensors B/small.safetensors OUT", "small.safetensors: this is a whole UNet, not a pack"),
-    ("assemble G/full.safetensors B/other.safetensors OUT", "other.safetensors: this is no pack"),
-    ("assemble G/m2.safetensors G/m2.safetensors OUT", "m2.safetensors: this is a pack, not a whole UNet"),
-    ("assemble G/xl.safetensors G/m2.safetensors OUT", "m2.safetensors is a pack for narrow UNets; xl.safetensors is narrow-xl"),
-    ("inspect G/none.safetensors", "none.safetensors: there is no such file"),
-    ("inspect B/text.safetensors --json", "text.safetensors: its header claims"),
-    ("inspect B/newer.safetensors", "this version of asdm reads up to 1"),
-    ("inspect B/odd.safetensors", "odd.safetensors: architecture: family"),
-])
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("convert G/none.safetensors OUT --layout ldm", "none.safetensors: there is no such file"),
+        ("convert B/folder OUT --layout ldm", "folder: this folder holds no UNet"),
+        ("convert B/text.safetensors OUT --layout ldm", "text.safetensors: its header claims"),
+        ("convert B/empty.safetensors OUT --layout ldm", "empty.safetensors: only 0 bytes long"),
+        ("convert B/pickle.ckpt OUT --layout ldm", "pickle.ckpt: this is a pickle file"),
+        ("convert B/deep.safetensors OUT --layout ldm", "deep.safetensors: its header is not valid JSON"),
+        ("convert B/cut_short.safetensors OUT --layout ldm", "it is cut short"),
+        ("convert B/other.safetensors OUT --layout ldm", "other.safetensors: no Stable Diffusion UNet in this file"),
+        ("convert B/lora.safetensors OUT --layout ldm", "It looks like a LoRA"),
+        (
+            "convert B/nan.safetensors OUT --layout ldm",
+            "tensor middle_block.1.proj_in.weight holds numbers that are not finite",
+        ),
+        ("convert B/newer.safetensors OUT --layout ldm", "newer.safetensors: its description has format 99"),
+        ("convert B/nonsense.safetensors OUT --layout ldm", "nonsense.safetensors: its description is not valid JSON"),
+        ("convert B/odd.safetensors OUT --layout ldm", "odd.safetensors: architecture: family ['sd15'] is none of"),
+        ("convert G/m2.safetensors OUT --layout ldm", "m2.safetensors: this is a pack, not a whole UNet"),
+        ("convert B/lopsided.safetensors OUT --layout ldm --numbering renumbered", "no renumbered form"),
+        (
+            "convert G/xl.safetensors OUT --layout ldm --keep mid.0.transformer.0",
+            "mid.0.transformer has 3 transformer blocks in this UNet",
+        ),
+        ("convert G/xl.safetensors OUT --layout diffusers --keep mid.0.transformer.0-2", "give --layout ldm"),
+        ("match G/none.safetensors G/xl.safetensors OUT", "none.safetensors: there is no such file"),
+        ("match G/xl.safetensors G/m2.safetensors OUT", "m2.safetensors: this is a pack, not a whole UNet"),
+        ("extract-pack G/none.safetensors OUT --units mid", "none.safetensors: there is no such file"),
+        ("extract-pack G/m2.safetensors OUT --units mid", "m2.safetensors: this is a pack"),
+        ("extract-pack G/base.safetensors OUT --units down.9", "'down.9' matches no unit of this narrow UNet"),
+        ("extract-pack G/base.safetensors OUT --units down..1", "cannot read '' in 'down..1'"),
+        ("extract-pack G/base.safetensors OUT --units 3-1", "the range '3-1' in '3-1' runs backwards"),
+        ("extract-pack G/base.safetensors OUT --units down.0.1", "a pack must play at least one unit"),
+        ("assemble G/none.safetensors G/m2.safetensors OUT", "none.safetensors: there is no such file"),
+        ("assemble G/full.safetensors G/none.safetensors OUT", "none.safetensors: there is no such file"),
+        ("assemble G/full.safetensors G/base.safetensors OUT", "base.safetensors: this is a whole UNet, not a pack"),
+        ("assemble G/full.safetensors B/small.safetensors OUT", "small.safetensors: this is a whole UNet, not a pack"),
+        ("assemble G/full.safetensors B/other.safetensors OUT", "other.safetensors: this is no pack"),
+        ("assemble G/m2.safetensors G/m2.safetensors OUT", "m2.safetensors: this is a pack, not a whole UNet"),
+        (
+            "assemble G/xl.safetensors G/m2.safetensors OUT",
+            "m2.safetensors is a pack for narrow UNets; xl.safetensors is narrow-xl",
+        ),
+        ("inspect G/none.safetensors", "none.safetensors: there is no such file"),
+        ("inspect B/text.safetensors --json", "text.safetensors: its header claims"),
+        ("inspect B/newer.safetensors", "this version of asdm reads up to 1"),
+        ("inspect B/odd.safetensors", "odd.safetensors: architecture: family"),
+    ],
+)
 @pytest.mark.parametrize("existing", [False, True], ids=["", "over a file"])
 def test_mistakes_cost_one_line_and_no_file(run, folder, bad, tmp_path, command, message, existing):
     target = tmp_path / "out.safetensors"
@@ -504,15 +598,22 @@ def test_mistakes_cost_one_line_and_no_file(run, folder, bad, tmp_path, command,
     assert (sorted(os.listdir(folder)), sorted(os.listdir(bad))) == before
 
 
-@pytest.mark.parametrize("command", [
-    "convert G/full.safetensors OUT --layout ldm", "extract-pack G/full.safetensors OUT --units mid",
-    "assemble G/full.safetensors G/m2.safetensors OUT",
-])
-@pytest.mark.parametrize(("name", "message"), [
-    ("out.ckpt", "out.ckpt: the name must end in .safetensors"),
-    ("nowhere/out.safetensors", "there is no folder"),
-    ("taken.safetensors", "taken.safetensors"),
-])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert G/full.safetensors OUT --layout ldm",
+        "extract-pack G/full.safetensors OUT --units mid",
+        "assemble G/full.safetensors G/m2.safetensors OUT",
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("out.ckpt", "out.ckpt: the name must end in .safetensors"),
+        ("nowhere/out.safetensors", "there is no folder"),
+        ("taken.safetensors", "taken.safetensors"),
+    ],
+)
 def test_outputs_that_cannot_be_are_refused_before_the_work(run, folder, tmp_path, command, name, message):
     (tmp_path / "taken.safetensors").mkdir()
     argv = [a.replace("G/", f"{folder}/").replace("OUT", str(tmp_path / name)) for a in command.split()]
@@ -530,8 +631,10 @@ def test_a_full_disk_costs_one_line_and_no_file(folder, tmp_path):
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"dear to somebody")
     # A limit on the size of files fails the write half way, as a full disk does.
-    program = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6));"
-               "from asdm_core.__main__ import main; sys.exit(main(sys.argv[1:]))")
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6));"
+        "from asdm_core.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
     result = python("-c", program, "convert", folder / "full.safetensors", out, "--layout", "ldm")
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.splitlines()[-1].startswith("asdm: out.safetensors: cannot be written (")
@@ -553,10 +656,20 @@ def test_an_interruption_leaves_no_file(folder, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["out.safetensors"] and out.read_bytes() == b"dear to somebody"
 
 
-@pytest.mark.parametrize("argv", [
-    [], ["repair"], ["inspect"], ["convert", "a", "b"], ["convert", "a", "b", "--layout", "kohya"],
-    ["convert", "a", "b", "--layout", "ldm", "--dtype", "int8"], ["extract-pack", "a", "b"], ["assemble", "a", "b"], ["presets", "m1"],
-])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["repair"],
+        ["inspect"],
+        ["convert", "a", "b"],
+        ["convert", "a", "b", "--layout", "kohya"],
+        ["convert", "a", "b", "--layout", "ldm", "--dtype", "int8"],
+        ["extract-pack", "a", "b"],
+        ["assemble", "a", "b"],
+        ["presets", "m1"],
+    ],
+)
 def test_wrong_arguments_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)

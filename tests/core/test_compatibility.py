@@ -13,7 +13,7 @@ _spec.loader.exec_module(matrix)
 
 def rows_after(text):
     """The cells of the table that begins with a line of the page."""
-    lines = PAGE[PAGE.index(text):].splitlines()
+    lines = PAGE[PAGE.index(text) :].splitlines()
     end = next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))
     return [[c.strip() for c in line.strip("|").split("|")] for line in lines[:end]]
 
@@ -21,19 +21,29 @@ def rows_after(text):
 def test_every_cell_is_the_declared_one():
     head, _, *rows = rows_after("|  | Pruned UNet |")
     assert head[1:] == list(matrix.TECHNIQUES)
-    shown = {(row[0], technique): text for row in rows for technique, text in zip(matrix.TECHNIQUES, row[1:], strict=True)}
-    declared = {(title, technique): matrix.cell(feature, technique) for feature, title in matrix.FEATURES.items() for technique in matrix.TECHNIQUES}
+    shown = {
+        (row[0], technique): text for row in rows for technique, text in zip(matrix.TECHNIQUES, row[1:], strict=True)
+    }
+    declared = {
+        (title, technique): matrix.cell(feature, technique)
+        for feature, title in matrix.FEATURES.items()
+        for technique in matrix.TECHNIQUES
+    }
     assert shown == declared
 
 
 def test_every_note_is_on_the_page():
     assert f"\n{matrix.notes()}\n" in PAGE
-    assert {technique for _, technique in matrix.NOTES} <= set(matrix.TECHNIQUES) and {feature for feature, _ in matrix.NOTES} <= set(matrix.FEATURES)
+    assert {technique for _, technique in matrix.NOTES} <= set(matrix.TECHNIQUES) and {
+        feature for feature, _ in matrix.NOTES
+    } <= set(matrix.FEATURES)
 
 
 def test_the_graphs_are_the_counted_ones():
     _, _, *rows = rows_after("|  | first run of 4 steps |")
-    assert {name: tuple(counts) for name, *counts in rows} == {name: tuple(map(str, counts)) for name, counts in matrix.GRAPHS.items()}
+    assert {name: tuple(counts) for name, *counts in rows} == {
+        name: tuple(map(str, counts)) for name, counts in matrix.GRAPHS.items()
+    }
     assert set(matrix.GRAPHS) == {matrix.ALONE, *matrix.TECHNIQUES}
 
 

@@ -145,7 +145,10 @@ def test_gradients_are_those_of_the_formula(form):
 def test_experts_that_start_at_zero_learn_at_once_and_apart():
     settings = CondConv({CONV2: 3})
     made, x = layer(random=False), picture()
-    made.load_state_dict({k.removeprefix("output_blocks.11.0.out_layers.3."): v for k, v in condconv.start(SD, settings).items()}, strict=False)
+    made.load_state_dict(
+        {k.removeprefix("output_blocks.11.0.out_layers.3."): v for k, v in condconv.start(SD, settings).items()},
+        strict=False,
+    )
     made(x).square().sum().backward()
     first, second = made.experts.weight.grad.chunk(2)
     assert first.abs().max() > 0 and second.abs().max() > 0
@@ -161,29 +164,51 @@ def test_convolutions_are_the_3x3_ones_of_resnets_and_samplers():
     table = {k for k, s in keys(SD).items() if s.tensor.part == "conv" and s.unit.side != "stem"}
     assert names == table
     assert len(found) == 2 * sum(u.kind == "resnet" for u in walk(SD)) + 6
-    assert found[CONV1].path("diffusers") == "up_blocks.3.resnets.2.conv1" and found["down.0.sampler.conv"].path("ldm") == "input_blocks.3.0.op"
+    assert (
+        found[CONV1].path("diffusers") == "up_blocks.3.resnets.2.conv1"
+        and found["down.0.sampler.conv"].path("ldm") == "input_blocks.3.0.op"
+    )
 
 
 def test_size_of_two_experts_on_the_shallow_blocks_of_m2():
     config = FAMILIES["sd15"]
     chosen = Architecture.preset("m2")
-    convs = [a for a, c in condconv.convolutions(config).items() if c.unit.address in chosen.own and c.unit.kind == "resnet"]
-    numbers = sum(s.tensor.numel for k, s in CondConv(dict.fromkeys(convs, 2)).keys(config).items() if k.endswith("experts.weight"))
+    convs = [
+        a for a, c in condconv.convolutions(config).items() if c.unit.address in chosen.own and c.unit.kind == "resnet"
+    ]
+    numbers = sum(
+        s.tensor.numel
+        for k, s in CondConv(dict.fromkeys(convs, 2)).keys(config).items()
+        if k.endswith("experts.weight")
+    )
     assert round(numbers / 1e6, 1) == 37.8
 
 
-@pytest.mark.parametrize("data, message", [
-    (3, "JSON object"), ({}, "experts must give at least one"), ({"experts": {}}, "at least one"), ({"experts": [CONV1]}, "at least one"),
-    ({"experts": {CONV1: 1}}, "must have 2 to 64 experts, got 1"), ({"experts": {CONV1: 65}}, "got 65"), ({"experts": {CONV1: True}}, "got True"),
-    ({"experts": {CONV1: "2"}}, "got '2'"), ({"experts": {CONV1: 2}, "form": "sum"}, "form must be one of"), ({"experts": {CONV1: 2}, "form": []}, "form"),
-    ({"experts": {CONV1: 2}, "router": 1}, r"unknown fields \['router'\]"),
-], ids=str)
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (3, "JSON object"),
+        ({}, "experts must give at least one"),
+        ({"experts": {}}, "at least one"),
+        ({"experts": [CONV1]}, "at least one"),
+        ({"experts": {CONV1: 1}}, "must have 2 to 64 experts, got 1"),
+        ({"experts": {CONV1: 65}}, "got 65"),
+        ({"experts": {CONV1: True}}, "got True"),
+        ({"experts": {CONV1: "2"}}, "got '2'"),
+        ({"experts": {CONV1: 2}, "form": "sum"}, "form must be one of"),
+        ({"experts": {CONV1: 2}, "form": []}, "form"),
+        ({"experts": {CONV1: 2}, "router": 1}, r"unknown fields \['router'\]"),
+    ],
+    ids=str,
+)
 def test_wrong_settings(data, message):
     with pytest.raises(ValueError, match=f"condconv.*{message}"):
         CondConv.from_dict(data)
 
 
-@pytest.mark.parametrize("address", ["up.3.2.resnet", "up.3.2.resnet.conv3", "up.3.2.transformer.conv", "stem.conv_in.", "moon"])
+@pytest.mark.parametrize(
+    "address", ["up.3.2.resnet", "up.3.2.resnet.conv3", "up.3.2.transformer.conv", "stem.conv_in.", "moon"]
+)
 def test_addresses_of_no_convolution(address):
     with pytest.raises(ValueError, match=f"no convolution '{address}'"):
         CondConv({address: 2}).keys(SD)
@@ -213,11 +238,16 @@ def test_random_experts_are_drawn_as_torch_draws_a_convolution():
 
 # Which convolutions of which block can share, by A-SDM's choice of donors and the widths of SD1.5.
 SHARED = {
-    "up.3.0.resnet.conv2": ("up.3.1.resnet.conv2", "up.3.2.resnet.conv2"), "up.3.2.resnet.conv1": ("up.3.1.resnet.conv1",),
-    "up.3.2.resnet.conv2": ("up.3.0.resnet.conv2", "up.3.1.resnet.conv2"), "down.0.0.resnet.conv1": ("down.0.1.resnet.conv1",),
-    "down.0.0.resnet.conv2": ("down.0.1.resnet.conv2",), "down.1.0.resnet.conv2": ("down.1.1.resnet.conv2",),
-    "up.2.0.resnet.conv2": ("up.2.1.resnet.conv2", "up.2.2.resnet.conv2"), "up.0.0.resnet.conv1": ("up.0.1.resnet.conv1", "up.0.2.resnet.conv1"),
-    "down.3.0.resnet.conv1": ("down.3.1.resnet.conv1",), "mid.0.resnet.conv1": ("mid.1.resnet.conv1",),
+    "up.3.0.resnet.conv2": ("up.3.1.resnet.conv2", "up.3.2.resnet.conv2"),
+    "up.3.2.resnet.conv1": ("up.3.1.resnet.conv1",),
+    "up.3.2.resnet.conv2": ("up.3.0.resnet.conv2", "up.3.1.resnet.conv2"),
+    "down.0.0.resnet.conv1": ("down.0.1.resnet.conv1",),
+    "down.0.0.resnet.conv2": ("down.0.1.resnet.conv2",),
+    "down.1.0.resnet.conv2": ("down.1.1.resnet.conv2",),
+    "up.2.0.resnet.conv2": ("up.2.1.resnet.conv2", "up.2.2.resnet.conv2"),
+    "up.0.0.resnet.conv1": ("up.0.1.resnet.conv1", "up.0.2.resnet.conv1"),
+    "down.3.0.resnet.conv1": ("down.3.1.resnet.conv1",),
+    "mid.0.resnet.conv1": ("mid.1.resnet.conv1",),
 }
 
 
@@ -226,11 +256,21 @@ def test_convolutions_in_the_same_place_and_of_the_same_shape_share(address):
     assert condconv.donors(FAMILIES["sd15"], address) == SHARED[address]
 
 
-@pytest.mark.parametrize("address, said", [
-    ("up.3.0.resnet.conv1", "(960 -> 320) has nobody in up.3 to share experts with; there are: up.3.1.resnet.conv1 (640 -> 320), up.3.2"),
-    ("up.2.2.resnet.conv1", "(960 -> 640) has nobody in up.2"), ("down.1.0.resnet.conv1", "(320 -> 640) has nobody in down.1"),
-    ("down.2.0.resnet.conv1", "(640 -> 1280)"), ("up.2.sampler.conv", "there are: none"), ("down.0.sampler.conv", "there are: none"),
-])
+@pytest.mark.parametrize(
+    "address, said",
+    [
+        (
+            "up.3.0.resnet.conv1",
+            "(960 -> 320) has nobody in up.3 to share experts with; there are: up.3.1.resnet.conv1 (640 -> 320), "
+            "up.3.2",
+        ),
+        ("up.2.2.resnet.conv1", "(960 -> 640) has nobody in up.2"),
+        ("down.1.0.resnet.conv1", "(320 -> 640) has nobody in down.1"),
+        ("down.2.0.resnet.conv1", "(640 -> 1280)"),
+        ("up.2.sampler.conv", "there are: none"),
+        ("down.0.sampler.conv", "there are: none"),
+    ],
+)
 def test_what_cannot_share_says_so(address, said):
     with pytest.raises(ValueError, match=re.escape(f"{address} ") + ".*" + re.escape(said)):
         condconv.donors(FAMILIES["sd15"], address)
@@ -271,7 +311,9 @@ def test_nobody_to_gather_from():
     with pytest.raises(ValueError, match="no convolution 'moon'"):
         condconv.clme(weights(SD), weights(SD), SD, ["moon"])
     broken = {k: v for k, v in weights(SD).items() if k != "output_blocks.10.0.in_layers.2.bias"}
-    with pytest.raises(Mismatch, match=r"teacher: output_blocks.10.0.in_layers.2.bias \(up.3.1.resnet.conv1\) is missing, wanted \[8\]"):
+    with pytest.raises(
+        Mismatch, match=r"teacher: output_blocks.10.0.in_layers.2.bias \(up.3.1.resnet.conv1\) is missing, wanted \[8\]"
+    ):
         condconv.clme(broken, weights(SD), SD, [CONV1])
     with pytest.raises(Mismatch, match=r"student: .* has shape \[1\], wanted \[8, 16, 3, 3\]"):
         condconv.clme(weights(SD), weights(SD) | {"output_blocks.11.0.in_layers.2.weight": torch.zeros(1)}, SD, [CONV1])
@@ -322,7 +364,10 @@ def network():
 
 def evaluate(unet, batch=1):
     generator = torch.Generator().manual_seed(0)
-    x, context = torch.randn(batch, 4, 16, 16, generator=generator), torch.randn(batch, 3, SD.context_dim, generator=generator)
+    x, context = (
+        torch.randn(batch, 4, 16, 16, generator=generator),
+        torch.randn(batch, 3, SD.context_dim, generator=generator),
+    )
     return unet(x, torch.tensor(500), context).sample
 
 
@@ -332,10 +377,16 @@ def test_a_network_gets_its_experts_from_a_pack_and_gives_them_back(network, pac
     found = condconv.extract(unet, "diffusers", SD, EXPERTS)
     assert set(found) == set(tensors) and all(torch.equal(found[k], tensors[k]) for k in found)
     layers = {name: m for name, m in unet.named_modules() if isinstance(m, CondConv2d)}
-    assert set(layers) == {"up_blocks.3.resnets.2.conv1", "up_blocks.3.resnets.2.conv2", "down_blocks.0.downsamplers.0.conv"}
+    assert set(layers) == {
+        "up_blocks.3.resnets.2.conv1",
+        "up_blocks.3.resnets.2.conv2",
+        "down_blocks.0.downsamplers.0.conv",
+    }
     assert all(torch.equal(m.conv.weight, network.get_submodule(name).weight) for name, m in layers.items())
     with pytest.raises(Mismatch, match=f"experts: {KEY} is missing"):
-        condconv.install(copy.deepcopy(network), "diffusers", SD, EXPERTS, {k: v for k, v in tensors.items() if k != KEY})
+        condconv.install(
+            copy.deepcopy(network), "diffusers", SD, EXPERTS, {k: v for k, v in tensors.items() if k != KEY}
+        )
 
 
 def test_a_network_with_all_experts_at_zero_is_the_network_and_learns(network):
@@ -351,9 +402,18 @@ def test_a_network_with_all_experts_at_zero_is_the_network_and_learns(network):
 
 CHANGES = {
     "missing": (lambda sd: sd.pop(KEY), rf"{KEY} is missing \(up.3.2.resnet, wanted shape \[16, 8, 3, 3\]\)"),
-    "shape": (lambda sd: sd.update({KEY: torch.zeros(2, 8, 8, 3, 3)}), rf"{KEY} .* has shape \[2, 8, 8, 3, 3\], wanted \[16, 8, 3, 3\]"),
-    "unknown": (lambda sd: sd.update({"output_blocks.11.0.out_layers.3.gate": torch.zeros(1)}), "unknown tensor .*gate"),
-    "expert 1": (lambda sd: sd.update({"output_blocks.11.0.out_layers.3.weight": torch.zeros(8, 8, 3, 3)}), "unknown tensor"),
+    "shape": (
+        lambda sd: sd.update({KEY: torch.zeros(2, 8, 8, 3, 3)}),
+        rf"{KEY} .* has shape \[2, 8, 8, 3, 3\], wanted \[16, 8, 3, 3\]",
+    ),
+    "unknown": (
+        lambda sd: sd.update({"output_blocks.11.0.out_layers.3.gate": torch.zeros(1)}),
+        "unknown tensor .*gate",
+    ),
+    "expert 1": (
+        lambda sd: sd.update({"output_blocks.11.0.out_layers.3.weight": torch.zeros(8, 8, 3, 3)}),
+        "unknown tensor",
+    ),
     "nan": (lambda sd: sd[KEY].view(-1)[:1].fill_(float("nan")), f"tensor {KEY} holds numbers that are not finite"),
     "dtype": (lambda sd: sd.update({KEY: sd[KEY].double()}), f"tensor {KEY} has dtype F64"),
 }
@@ -368,13 +428,29 @@ def test_wrong_tensors(pack, change, message):
         open_pack(pack)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"condconv": {"experts": {"moon": 2}}}, "no convolution 'moon'"), ({"condconv": {"experts": {CONV1: 1}}}, "2 to 64 experts"),
-    ({"condconv": []}, "condconv must be a JSON object"), ({"condconv": None}, "at least one unit"), ({"kind": "unet"}, "further experts and gains come in packs only"),
-    ({"architecture": M2.to_dict()}, "a pack that plays no unit cannot cut units, and this one cuts down.0.1.resnet"),
-    ({"architecture": M2.to_dict(), "units": list(M2.pack_units()), "condconv": {"experts": {"down.0.1.resnet.conv1": 2}}},
-     "down.0.1.resnet is cut in this architecture"),
-], ids=str)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"condconv": {"experts": {"moon": 2}}}, "no convolution 'moon'"),
+        ({"condconv": {"experts": {CONV1: 1}}}, "2 to 64 experts"),
+        ({"condconv": []}, "condconv must be a JSON object"),
+        ({"condconv": None}, "at least one unit"),
+        ({"kind": "unet"}, "further experts and gains come in packs only"),
+        (
+            {"architecture": M2.to_dict()},
+            "a pack that plays no unit cannot cut units, and this one cuts down.0.1.resnet",
+        ),
+        (
+            {
+                "architecture": M2.to_dict(),
+                "units": list(M2.pack_units()),
+                "condconv": {"experts": {"down.0.1.resnet.conv1": 2}},
+            },
+            "down.0.1.resnet is cut in this architecture",
+        ),
+    ],
+    ids=str,
+)
 def test_wrong_descriptions(pack, change, message):
     data = json.loads(TensorFile(pack).metadata["asdm"]) | change
     save_file(load_file(pack), pack, {"asdm": json.dumps(data)})
@@ -384,7 +460,9 @@ def test_wrong_descriptions(pack, change, message):
 
 def test_wrong_tensors_are_not_written(tmp_path):
     with pytest.raises(Mismatch, match="experts.weight is missing"):
-        packs.write_pack(tmp_path / "pack.safetensors", {}, Description("pack", Architecture.full(SD), condconv=EXPERTS))
+        packs.write_pack(
+            tmp_path / "pack.safetensors", {}, Description("pack", Architecture.full(SD), condconv=EXPERTS)
+        )
 
 
 @pytest.fixture
@@ -400,7 +478,23 @@ def files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("only", [[], ["--experts-only"]], ids=["with units", "alone"])
 def test_the_command_line_gathers_experts(files, capsys, only):
     teacher, base, out = files
-    assert main(["extract-pack", str(base), str(out), "--units", "down.0, up.3", "--experts-from", str(teacher), "--dtype", "keep", *only]) == 0
+    assert (
+        main(
+            [
+                "extract-pack",
+                str(base),
+                str(out),
+                "--units",
+                "down.0, up.3",
+                "--experts-from",
+                str(teacher),
+                "--dtype",
+                "keep",
+                *only,
+            ]
+        )
+        == 0
+    )
     assert "up.3.0.resnet.conv1" in capsys.readouterr().out, "which convolution could not share"
     found = open_pack(out)
     settings, wanted, _ = condconv.clme(weights(SD), weights(SD, 1), SD, found.description.condconv.experts)
@@ -411,12 +505,29 @@ def test_the_command_line_gathers_experts(files, capsys, only):
 def test_the_command_line_takes_experts_out_of_a_pack(files, capsys):
     teacher, base, out = files
     both = out.with_name("both.safetensors")
-    assert main(["extract-pack", str(base), str(both), "--units", "down.0, up.3", "--experts-from", str(teacher), "--dtype", "keep"]) == 0
+    assert (
+        main(
+            [
+                "extract-pack",
+                str(base),
+                str(both),
+                "--units",
+                "down.0, up.3",
+                "--experts-from",
+                str(teacher),
+                "--dtype",
+                "keep",
+            ]
+        )
+        == 0
+    )
     assert main(["extract-pack", str(both), str(out), "--units", "up.3", "--experts-only", "--dtype", "keep"]) == 0
     source, found = open_pack(both), open_pack(out)
     mine = {a: n for a, n in source.description.condconv.experts.items() if a.startswith("up.3")}
     assert found.description.condconv == CondConv(mine) and not found.description.units
-    assert set(found.tensors) < set(source.tensors) and all(torch.equal(t, source.tensors[k]) for k, t in found.tensors.items())
+    assert set(found.tensors) < set(source.tensors) and all(
+        torch.equal(t, source.tensors[k]) for k, t in found.tensors.items()
+    )
     for source, units, message in ((both, "mid", "no experts in 'mid'"), (base, "up.3", "has no further experts")):
         assert main(["extract-pack", str(source), str(out), "--units", units, "--experts-only"]) == 2
         assert message in capsys.readouterr().err
@@ -428,8 +539,14 @@ def test_the_command_line_knows_packs_of_experts(pack, tmp_path, capsys, monkeyp
     monkeypatch.setitem(FAMILIES, SD.family, SD)
     assert main(["inspect", str(pack)]) == 0
     out = capsys.readouterr().out
-    assert "it plays: no unit of its own" in out and f"experts per convolution: {CONV1} 2, {CONV2} 3, down.0.sampler.conv 2" in out
+    assert (
+        "it plays: no unit of its own" in out
+        and f"experts per convolution: {CONV1} 2, {CONV2} 3, down.0.sampler.conv 2" in out
+    )
     packs.write_unet(tmp_path / "unet.safetensors", weights(SD), Description("unet", Architecture.full(SD)))
     assert main(["assemble", str(tmp_path / "unet.safetensors"), str(pack), str(tmp_path / "out.safetensors")]) == 2
-    assert "experts.safetensors has convolutions with several experts, which no single UNet file can hold" in capsys.readouterr().err
+    assert (
+        "experts.safetensors has convolutions with several experts, which no single UNet file can hold"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "out.safetensors").exists()

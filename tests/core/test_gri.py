@@ -18,7 +18,11 @@ def qkv(height, width, batch=2, heads=3, dim=8, seed=0, dtype=torch.float64):
 
 
 def full(q, k, v):
-    return torch.softmax(torch.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5, -1).matmul(v.transpose(1, 2)).transpose(1, 2)
+    return (
+        torch.softmax(torch.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5, -1)
+        .matmul(v.transpose(1, 2))
+        .transpose(1, 2)
+    )
 
 
 def by_definition(q, k, v, height, width, gri, gain=None):
@@ -46,7 +50,11 @@ def of_head(q, k, v, height, width, gri, gain):
     out = torch.empty_like(q)
     for i, window in enumerate(windows):
         own = window.flatten()
-        keys, values, bias = zip(*[cell for j, found in enumerate(cells) if j != i for cell in found], strict=True) if len(windows) > 1 else ((),) * 3
+        keys, values, bias = (
+            zip(*[cell for j, found in enumerate(cells) if j != i for cell in found], strict=True)
+            if len(windows) > 1
+            else ((),) * 3
+        )
         keys, values = (torch.cat([x[own], *(row[None] for row in more)]) for x, more in ((k, keys), (v, values)))
         logits = q[own] @ keys.T * scale + torch.cat([q.new_zeros(len(own)), *(b[None] for b in bias)])
         out[own] = logits.softmax(-1) @ values
@@ -65,7 +73,9 @@ def cells_of(window, k, pool, steps=2):
 
 
 def cut(size, gri):
-    """Borders of windows: every `window` tokens from the shift on; less than half a window at the end is none of its own."""
+    """Borders of windows: every `window` tokens from the shift on; less than half a window at the end is none of its
+    own.
+    """
     borders = {0, size, *range(gri.shift, size, gri.window)}
     last = max((b for b in borders if b < size), default=0)
     return borders - {last} if last > gri.shift and 2 * (size - last) < gri.window else borders
@@ -113,7 +123,14 @@ def test_equal_queries_are_full_attention(size, strength):
     assert torch.allclose(gri_attention(q, k, v, *size, GRI(8, 4)), full(q, k, v), atol=1e-4 if strength > 1 else 1e-6)
 
 
-@given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 2**20))
+@given(
+    st.integers(1, 16),
+    st.integers(1, 16),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.integers(0, 2**20),
+)
 def test_any_size_equals_the_definition(height, width, pool, cells, shift, seed):
     gri = GRI(pool * cells, pool, pool * min(shift, cells - 1))
     q, k, v = qkv(height, width, batch=1, heads=2, dim=4, seed=seed)
@@ -125,7 +142,9 @@ def test_any_size_equals_the_definition(height, width, pool, cells, shift, seed)
 def test_the_approximation_is_one_and_a_better_one_with_smaller_cells():
     q, k, v = qkv(32, 32, dtype=torch.float32)
     wanted = full(q, k, v)
-    errors = [float((gri_attention(q, k, v, 32, 32, GRI(16, pool)) - wanted).norm() / wanted.norm()) for pool in (8, 4, 2, 1)]
+    errors = [
+        float((gri_attention(q, k, v, 32, 32, GRI(16, pool)) - wanted).norm() / wanted.norm()) for pool in (8, 4, 2, 1)
+    ]
     assert errors == sorted(errors, reverse=True) and errors[0] > 0.05 and errors[-1] < 1e-5
 
 
@@ -136,7 +155,10 @@ def test_half_precision_keeps_the_counts(dtype, tolerance, learns):
     k = k[:, :1].expand_as(k)
     gri = GRI(8, 8)
     gain = torch.zeros(3, requires_grad=learns)
-    out, wanted = gri_attention(q, k, v, 24, 24, gri, gain), gri_attention(q.double(), k.double(), v.double(), 24, 24, gri)
+    out, wanted = (
+        gri_attention(q, k, v, 24, 24, gri, gain),
+        gri_attention(q.double(), k.double(), v.double(), 24, 24, gri),
+    )
     assert out.dtype == dtype
     assert (out.double() - wanted).norm() / wanted.norm() < tolerance
 
@@ -147,7 +169,9 @@ def test_equal_keys_share_a_cell_wherever_they_are():
     generator = torch.Generator().manual_seed(1)
     kinds = torch.randn(4, 3, 8, generator=generator).double()
     squares = torch.arange(4).view(2, 2).repeat_interleave(4, 0).repeat_interleave(4, 1).repeat(3, 3)
-    strewn = torch.where(torch.rand(24, 24, generator=generator) < 0.3, torch.randint(4, (24, 24), generator=generator), squares)
+    strewn = torch.where(
+        torch.rand(24, 24, generator=generator) < 0.3, torch.randint(4, (24, 24), generator=generator), squares
+    )
     k = kinds[strewn.flatten()].expand(2, -1, -1, -1)
     assert torch.allclose(gri_attention(q, k, v, 24, 24, GRI(8, 4)), full(q, k, v), atol=1e-12)
 
@@ -163,7 +187,9 @@ def test_gain_of_zero_changes_nothing_and_learns():
     q, k, v = (t.requires_grad_() for t in qkv(13, 19))
     gain = torch.zeros(3, requires_grad=True)
     out = gri_attention(q, k, v, 13, 19, GRI(8, 4), gain)
-    assert torch.allclose(out, gri_attention(q, k, v, 13, 19, GRI(8, 4)), atol=1e-12)  # torch picks another kernel to learn
+    assert torch.allclose(
+        out, gri_attention(q, k, v, 13, 19, GRI(8, 4)), atol=1e-12
+    )  # torch picks another kernel to learn
     out.square().sum().backward()
     for t in (q, k, v, gain):
         assert t.grad.isfinite().all() and t.grad.abs().sum() > 0
@@ -187,7 +213,9 @@ def test_nothing_grows_with_the_square_of_the_tokens():
         return sdpa(q, k, v, scale, bias)
 
     for side in (64, 128, 256):
-        gri_attention(*qkv(side, side, batch=1, heads=1, dtype=torch.float32), side, side, GRI.choose(side, side), attend=attend)
+        gri_attention(
+            *qkv(side, side, batch=1, heads=1, dtype=torch.float32), side, side, GRI.choose(side, side), attend=attend
+        )
     small, middle, large = sizes
     assert middle <= 5 * small and large <= 5 * middle  # products of q and k; full attention: 16 times each
 

@@ -7,7 +7,20 @@ from hypothesis import strategies as st
 from asdm_core.addresses import walk
 from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.inheritance import (
-    DIALS, MODES, Plan, Rule, Schedule, attention, cache_elements, deepcache, dial, encoder, flow, saving, shallow_only, step_macs,
+    DIALS,
+    MODES,
+    Plan,
+    Rule,
+    Schedule,
+    attention,
+    cache_elements,
+    deepcache,
+    dial,
+    encoder,
+    flow,
+    saving,
+    shallow_only,
+    step_macs,
     targets,
 )
 
@@ -28,9 +41,17 @@ def test_interval_one_inherits_nothing(mode):
         assert full_steps(n, mode=mode, interval=1) == list(range(n))
 
 
-@given(st.sampled_from(["early-dense", "late-dense", "quadratic"]), st.integers(1, 120), st.integers(1, 20), st.floats(1, 4), st.floats(0, 1))
+@given(
+    st.sampled_from(["early-dense", "late-dense", "quadratic"]),
+    st.integers(1, 120),
+    st.integers(1, 20),
+    st.floats(1, 4),
+    st.floats(0, 1),
+)
 def test_uneven_modes_have_as_many_full_steps_as_uniform(mode, n, interval, power, centre):
-    assert len(full_steps(n, mode=mode, interval=interval, power=power, centre=centre)) == len(full_steps(n, interval=interval))
+    assert len(full_steps(n, mode=mode, interval=interval, power=power, centre=centre)) == len(
+        full_steps(n, interval=interval)
+    )
 
 
 def test_the_formulas_of_power_one_are_uniform():
@@ -79,7 +100,12 @@ def test_every_step_inherits_from_an_earlier_full_step(mode, n, interval, power,
 def test_a_sampler_that_comes_back_inherits_but_where_a_step_must_compute():
     assert Schedule(interval=3, first=2, last=1).repeating(6) == (False, False, True, True, True, False)
     assert Schedule("windows", windows=((0.2, 0.6, 2),)).repeating(10) == tuple(2 <= s < 6 for s in range(10))
-    for never in (Schedule(interval=1), Schedule(repeats=False), Schedule("explicit", steps=(0, 3)), Schedule("adaptive")):
+    for never in (
+        Schedule(interval=1),
+        Schedule(repeats=False),
+        Schedule("explicit", steps=(0, 3)),
+        Schedule("adaptive"),
+    ):
         assert not any(never.repeating(6)) and never.returning().computed(6) == never.computed(6)
     assert [Schedule(interval=n).returning().interval for n in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
 
@@ -92,10 +118,22 @@ def test_adaptive_inherits_below_the_threshold_and_not_for_too_long():
     assert not schedule.inherits(20, 19, 18, 0.0)
 
 
-@pytest.mark.parametrize("wrong", [
-    {"mode": "often"}, {"interval": 0}, {"interval": True}, {"power": 0.5}, {"centre": 2}, {"threshold": -1},
-    {"mode": "windows"}, {"windows": ((0.5, 0.5, 2),)}, {"steps": (-1,)}, {"first": 0}, {"max_run": 0},
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mode": "often"},
+        {"interval": 0},
+        {"interval": True},
+        {"power": 0.5},
+        {"centre": 2},
+        {"threshold": -1},
+        {"mode": "windows"},
+        {"windows": ((0.5, 0.5, 2),)},
+        {"steps": (-1,)},
+        {"first": 0},
+        {"max_run": 0},
+    ],
+)
 def test_a_wrong_schedule_is_refused(wrong):
     with pytest.raises(ValueError, match="inheritance schedule"):
         Schedule(**wrong)
@@ -111,7 +149,8 @@ def test_deepcache_branch_follows_the_ldm_block_lists():
     for branch in range(11):
         ran = {tuple(u.ldm.split(".")[:2]) for u in walk(SD) if u.address in runs(deepcache(SD, branch))}
         wanted = {("output_blocks", str(n)) for n in range(11 - branch, 12)} | {
-            ("input_blocks", str(n)) for n in range(1, branch + 1)}
+            ("input_blocks", str(n)) for n in range(1, branch + 1)
+        }
         assert ran == wanted
 
 
@@ -159,10 +198,20 @@ def test_a_sampler_has_no_branch():
         Plan((Rule("down.0", "branch"),)).reuse(SD)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "rules": []}', '{"format": 1, "rules": [{"x": 1}]}',
-                                  '{"format": 1, "rules": []}', '{"format": 1, "rules": [{"targets": "mid"}], "schedule": {"x": 1}}',
-                                  '{"format": 1, "rules": [{"targets": 5}]}',
-                                  '{"format": 1, "rules": [{"targets": "mid"}], "schedule": {"steps": [1e999]}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": 2, "rules": []}',
+        '{"format": 1, "rules": [{"x": 1}]}',
+        '{"format": 1, "rules": []}',
+        '{"format": 1, "rules": [{"targets": "mid"}], "schedule": {"x": 1}}',
+        '{"format": 1, "rules": [{"targets": 5}]}',
+        '{"format": 1, "rules": [{"targets": "mid"}], "schedule": {"steps": [1e999]}}',
+    ],
+)
 def test_a_broken_plan_file_is_refused(text):
     with pytest.raises(ValueError, match="inheritance"):
         Plan.from_json(text)
@@ -178,7 +227,9 @@ def test_terms_take_units_and_parts_out_again():
     left = targets(SD, "down.2-3, up.1.*.transformer.*.attn1|ff, !up.1.2")
     assert whole - left == {"up.1.2.transformer.0.attn1", "up.1.2.transformer.0.ff"} and left < whole
     # A unit that loses a part is left with its others.
-    assert targets(SD, "down.0.0.transformer, !down.0.0.transformer.0.attn1") == {f"down.0.0.transformer.0.{p}" for p in ("attn2", "ff")}
+    assert targets(SD, "down.0.0.transformer, !down.0.0.transformer.0.attn1") == {
+        f"down.0.0.transformer.0.{p}" for p in ("attn2", "ff")
+    }
     assert targets(SD, "down.0.0.*.*.ff, down.0.0.resnet, !down.0.0.transformer.0.attn1|ff") == {"down.0.0.resnet"}
     assert targets(SD, "down.0.0, !down.0.0.transformer") == {"down.0.0.resnet"}
 
@@ -192,22 +243,28 @@ def test_flow_runs_nothing_whose_output_is_lost_and_recalls_only_what_is_inherit
         assert result.computes == {u.address for u in walk(SD) if "embed" not in u.address}
 
 
-
-
 def inherited_g(plan):
     return round(step_macs(plan, Architecture.full(SD))[1] / 1e9, 1)
 
 
-@pytest.mark.parametrize("branch,giga", [(0, 31.6), (1, 90.1), (2, 152.7), (3, 188.7), (4, 226.6), (5, 270.3), (6, 305.2), (8, 378.0)])
+@pytest.mark.parametrize(
+    "branch,giga", [(0, 31.6), (1, 90.1), (2, 152.7), (3, 188.7), (4, 226.6), (5, 270.3), (6, 305.2), (8, 378.0)]
+)
 def test_a_deepcache_step_costs_what_was_computed_for_it(branch, giga):
     assert inherited_g(deepcache(SD, branch)) == giga
 
 
-@pytest.mark.parametrize("plan,percent", [
-    (attention(SD, "attn2"), 2.0), (attention(SD), 12.8), (attention(SD, "ff"), 9.6), (encoder(SD), 16.3),
-    (deepcache(SD, 2), 31.0),
-    (Plan((Rule("down.0.*.transformer.*.attn1, up.3.*.transformer.*.attn1"),)), 7.7),
-])
+@pytest.mark.parametrize(
+    "plan,percent",
+    [
+        (attention(SD, "attn2"), 2.0),
+        (attention(SD), 12.8),
+        (attention(SD, "ff"), 9.6),
+        (encoder(SD), 16.3),
+        (deepcache(SD, 2), 31.0),
+        (Plan((Rule("down.0.*.transformer.*.attn1, up.3.*.transformer.*.attn1"),)), 7.7),
+    ],
+)
 def test_savings_on_every_other_step_equal_the_known_ceilings(plan, percent):
     assert 100 * saving(plan, Architecture.full(SD), 50) == pytest.approx(percent, abs=0.06)
 
@@ -234,7 +291,11 @@ def test_the_dial_goes_from_faithful_to_fast(family):
     architecture = Architecture.full(FAMILIES[family])
     plans = [dial(architecture.config, name) for name in DIALS]
     savings = [saving(plan, architecture, 20) for plan in plans]
-    assert savings == sorted(savings) and savings[0] > 0.05 and all(set(p.reuse(architecture.config).values()) == {"forecast"} for p in plans)
+    assert (
+        savings == sorted(savings)
+        and savings[0] > 0.05
+        and all(set(p.reuse(architecture.config).values()) == {"forecast"} for p in plans)
+    )
 
 
 def test_reusing_another_way_changes_nothing_else():

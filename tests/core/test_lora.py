@@ -1,4 +1,6 @@
-"""The LoRA report: every module is kept, dropped with its unit, for a text encoder or unknown, and none is counted twice."""
+"""The LoRA report: every module is kept, dropped with its unit, for a text encoder or unknown, and none is counted
+twice.
+"""
 
 import json
 
@@ -12,9 +14,14 @@ from asdm_core.addresses import keys, lora_names
 from asdm_core.architecture import FAMILIES, PRESETS, Architecture
 
 ENDINGS = {
-    "LoRA": [("lora_up.weight", "lora_down.weight", "alpha"), ("lora_up.weight", "lora_mid.weight", "lora_down.weight"),
-             ("lora_A.weight", "lora_B.weight"), ("lora_A.default.weight", "lora_B.default.weight"),
-             ("lora_linear_layer.up.weight", "lora_linear_layer.down.weight"), ("lora.up.weight", "lora.down.weight", "dora_scale")],
+    "LoRA": [
+        ("lora_up.weight", "lora_down.weight", "alpha"),
+        ("lora_up.weight", "lora_mid.weight", "lora_down.weight"),
+        ("lora_A.weight", "lora_B.weight"),
+        ("lora_A.default.weight", "lora_B.default.weight"),
+        ("lora_linear_layer.up.weight", "lora_linear_layer.down.weight"),
+        ("lora.up.weight", "lora.down.weight", "dora_scale"),
+    ],
     "LoHa": [("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"), ("hada_t1", "hada_t2", "hada_w1_a")],
     "LoKr": [("lokr_w1", "lokr_w2", "alpha"), ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2")],
     "other": [("a1.weight", "a2.weight", "b1.weight", "b2.weight"), ("diff", "diff_b")],
@@ -42,7 +49,9 @@ def test_kept_and_dropped_share_out_all_modules_as_the_architecture_does(preset,
     assert set(result.dropped) <= architecture.cut and not result.unknown and not result.text
     slots = keys(architecture.config)
     for address, modules in result.dropped.items():
-        assert all(slots[f"{m}.weight"].owner == address or slots[f"{m}.weight"].unit.address == address for m in modules)
+        assert all(
+            slots[f"{m}.weight"].owner == address or slots[f"{m}.weight"].unit.address == address for m in modules
+        )
 
 
 def test_nothing_is_dropped_without_a_cut():
@@ -53,14 +62,25 @@ def test_nothing_is_dropped_without_a_cut():
 
 def test_base_drops_exactly_the_cut_layer():
     """BK-SDM Base keeps the first of two layers in each down block."""
-    names = [f"lora_unet_down_blocks_1_{u}.lora_up.weight" for u in ("attentions_0_proj_in", "attentions_1_proj_in", "resnets_1_conv1")]
+    names = [
+        f"lora_unet_down_blocks_1_{u}.lora_up.weight"
+        for u in ("attentions_0_proj_in", "attentions_1_proj_in", "resnets_1_conv1")
+    ]
     result = lora.report(names, Architecture.preset("base"))
     assert result.kept == ("input_blocks.4.1.proj_in",)
-    assert result.dropped == {"down.1.1.resnet": ("input_blocks.5.0.in_layers.2",), "down.1.1.transformer": ("input_blocks.5.1.proj_in",)}
+    assert result.dropped == {
+        "down.1.1.resnet": ("input_blocks.5.0.in_layers.2",),
+        "down.1.1.transformer": ("input_blocks.5.1.proj_in",),
+    }
 
 
 def test_text_encoders_and_strangers_are_told_apart():
-    names = [f"{KOHYA}.alpha", "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha", "text_encoder.x.lora_A.weight", "somebody.else.alpha"]
+    names = [
+        f"{KOHYA}.alpha",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha",
+        "text_encoder.x.lora_A.weight",
+        "somebody.else.alpha",
+    ]
     result = lora.report(names, Architecture.preset("base"))
     assert (len(result.kept), result.text, result.unknown) == (1, 2, ("somebody.else",))
 
@@ -74,7 +94,10 @@ def test_names_of_peft_are_told_from_strangers():
 
 
 def test_names_of_attention_processors_are_read():
-    names = [f"unet.down_blocks.1.attentions.{i}.transformer_blocks.0.attn1.processor.to_out_lora.up.weight" for i in range(2)]
+    names = [
+        f"unet.down_blocks.1.attentions.{i}.transformer_blocks.0.attn1.processor.to_out_lora.up.weight"
+        for i in range(2)
+    ]
     result = lora.report(names, Architecture.preset("base"))
     assert len(result.kept) == 1 and list(result.dropped) == ["down.1.1.transformer"]
 
@@ -86,7 +109,10 @@ def test_a_file_with_nothing_for_the_family_is_refused():
 
 def test_command_line(tmp_path, capsys):
     cut = KOHYA.replace("attentions_0", "attentions_1")
-    save_file({f"{m}.{e}": torch.zeros(1, 1) for m in (KOHYA, cut) for e in ("hada_w1_a", "alpha")}, tmp_path / "x.safetensors")
+    save_file(
+        {f"{m}.{e}": torch.zeros(1, 1) for m in (KOHYA, cut) for e in ("hada_w1_a", "alpha")},
+        tmp_path / "x.safetensors",
+    )
     assert main(["lora", str(tmp_path / "x.safetensors"), "--onto", "base"]) == 0
     out = capsys.readouterr().out
     assert "1 of 2 modules act" in out and "2 LoHa" in out and "down.1.1.transformer is cut: 1 dropped" in out

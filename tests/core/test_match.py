@@ -17,10 +17,15 @@ PRESETS = ("ssd-1b", "vega", "koala-1b", "koala-700m")
 
 
 def student_of(sd, chosen, noise=0.05, seed=0):
-    """A pruned UNet trained a little, as it is read from a file that says nothing: its tensors, its architecture by convention."""
+    """A pruned UNet trained a little, as it is read from a file that says nothing: its tensors, its architecture by
+    convention.
+    """
     generator = torch.Generator().manual_seed(seed)
     small = surgery.convert(surgery.cut(sd, chosen)[0], chosen, surgery.ADDRESSED, surgery.Form("ldm", "renumbered"))
-    small = {k: t + noise * t.std() * torch.randn(t.shape, generator=generator) if t.dim() > 1 else t for k, t in small.items()}
+    small = {
+        k: t + noise * t.std() * torch.randn(t.shape, generator=generator) if t.dim() > 1 else t
+        for k, t in small.items()
+    }
     read = recognise(surgery.shapes_of(small), [chosen.config])
     return {slot.unit.key(slot.tensor): small[key] for key, slot in read.keys().items()}, read.architecture
 
@@ -28,7 +33,9 @@ def student_of(sd, chosen, noise=0.05, seed=0):
 def other_blocks(preset, seed):
     """A preset of SDXL with as many transformer blocks at each place, but others."""
     chosen, rng = Architecture.preset(preset, SDXL), random.Random(seed)
-    return chosen.keeping(", ".join(block for u in chosen.kept if u.depth for block in rng.sample(u.blocks, len(chosen.kept_blocks(u)))))
+    return chosen.keeping(
+        ", ".join(block for u in chosen.kept if u.depth for block in rng.sample(u.blocks, len(chosen.kept_blocks(u))))
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -92,7 +99,9 @@ def test_one_block_that_was_trained_from_scratch_is_placed_by_its_order():
 
 def test_a_wrong_original_is_refused():
     student, read = student_of(weights(SDXL), other_blocks("vega", 0))
-    with pytest.raises(NoMatch, match=r"(\d+) of the student's (\d+) layers and transformer blocks resemble none .* pruned from"):
+    with pytest.raises(
+        NoMatch, match=r"(\d+) of the student's (\d+) layers and transformer blocks resemble none .* pruned from"
+    ):
         match(student, read, weights(SDXL, 1))
 
 
@@ -150,12 +159,18 @@ def test_a_keep_list_says_which_blocks_they_are():
     assert chosen.keeping("mid.0.transformer.0-5, down.2.0.transformer.0-5") == koala
 
 
-@pytest.mark.parametrize("blocks, message", [
-    ("mid.0.transformer.0-4", "mid.0.transformer has 6 transformer blocks in this UNet, and the list names 5; name 6"),
-    ("mid.0.transformer", "the list names it as a whole"),
-    ("down.2.1.transformer.0", "down.2.1.transformer has no transformer blocks"),
-    ("mid.0.transformer.10", "matches no unit"),
-])
+@pytest.mark.parametrize(
+    "blocks, message",
+    [
+        (
+            "mid.0.transformer.0-4",
+            "mid.0.transformer has 6 transformer blocks in this UNet, and the list names 5; name 6",
+        ),
+        ("mid.0.transformer", "the list names it as a whole"),
+        ("down.2.1.transformer.0", "down.2.1.transformer has no transformer blocks"),
+        ("mid.0.transformer.10", "matches no unit"),
+    ],
+)
 def test_a_keep_list_must_fit(blocks, message):
     with pytest.raises(ValueError, match=message):
         Architecture.preset("koala-1b").keeping(blocks)
@@ -164,7 +179,7 @@ def test_a_keep_list_must_fit(blocks, message):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_full_size_students_take_other_addresses(preset):
     chosen = Architecture.preset(preset)
-    last = chosen.keeping(", ".join(b for u in chosen.kept if u.depth for b in u.blocks[-len(chosen.kept_blocks(u)):]))
+    last = chosen.keeping(", ".join(b for u in chosen.kept if u.depth for b in u.blocks[-len(chosen.kept_blocks(u)) :]))
     names = surgery.readdressed(chosen, last)
     assert names.keys() == last.keys().keys() and set(names.values()) == chosen.keys().keys()
     slots, before = last.keys(), chosen.keys()

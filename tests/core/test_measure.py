@@ -46,10 +46,16 @@ def test_sd15_students_cost_what_the_papers_print(row):
     assert cost.params == architecture.params
 
 
-@pytest.mark.parametrize(("name", "params", "whole"), [
-    ("full", "2567.46", "3380.6"), ("ssd-1b", "1331.33", "2103.9"), ("vega", "745.23", "1411.2"),
-    ("koala-1b", "1161.18", "1715.9"), ("koala-700m", "782.82", "1350.8"),
-])
+@pytest.mark.parametrize(
+    ("name", "params", "whole"),
+    [
+        ("full", "2567.46", "3380.6"),
+        ("ssd-1b", "1331.33", "2103.9"),
+        ("vega", "745.23", "1411.2"),
+        ("koala-1b", "1161.18", "1715.9"),
+        ("koala-700m", "782.82", "1350.8"),
+    ],
+)
 def test_sdxl_students_cost_what_their_authors_print(name, params, whole):
     cost = total(costs(SDXL if name == "full" else Architecture.preset(name), 128, 128))
     assert printed(cost.params, params, "M") == params
@@ -189,14 +195,21 @@ def test_tiny_keeps_the_size_where_its_samplers_are_cut():
     assert "down.2.sampler" not in table and "up.0.sampler" not in table
 
 
-NARROW = {name: UNetConfig.from_dict(FAMILIES[name].to_dict() | {"model_channels": 64, "context_dim": 40})
-          for name in ("sd15", "sd21", "sdxl")}
+NARROW = {
+    name: UNetConfig.from_dict(FAMILIES[name].to_dict() | {"model_channels": 64, "context_dim": 40})
+    for name in ("sd15", "sd21", "sdxl")
+}
 
 
-@pytest.mark.parametrize(("family", "preset", "height", "width", "tokens"), [
-    ("sd15", None, 33, 31, 5), ("sd15", "tiny", 19, 9, 77),
-    ("sd21", "base", 13, 21, 154), ("sdxl", "vega", 17, 9, 9),
-])
+@pytest.mark.parametrize(
+    ("family", "preset", "height", "width", "tokens"),
+    [
+        ("sd15", None, 33, 31, 5),
+        ("sd15", "tiny", 19, 9, 77),
+        ("sd21", "base", 13, 21, 154),
+        ("sdxl", "vega", 17, 9, 9),
+    ],
+)
 def test_an_operation_counter_finds_the_same_numbers(family, preset, height, width, tokens):
     config = NARROW[family]
     architecture = Architecture.preset(preset, config) if preset else Architecture.full(config)
@@ -245,8 +258,12 @@ def test_things_are_timed_in_turn():
 
 def test_the_device_is_waited_for_before_and_after_each_call():
     calls = []
-    time_alternating({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=1, warmup=1,
-                     sync=lambda: calls.append("|"))
+    time_alternating(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
+        rounds=1,
+        warmup=1,
+        sync=lambda: calls.append("|"),
+    )
     assert calls == list("|a||b||a||b|")
 
 
@@ -257,7 +274,10 @@ def test_warm_up_rounds_are_not_in_the_times():
 
 def test_any_clock_can_be_read():
     now = iter(range(0, 100, 7))
-    assert time_alternating({"a": int, "b": int}, rounds=2, warmup=0, clock=lambda: next(now)) == {"a": [7, 7], "b": [7, 7]}
+    assert time_alternating({"a": int, "b": int}, rounds=2, warmup=0, clock=lambda: next(now)) == {
+        "a": [7, 7],
+        "b": [7, 7],
+    }
 
 
 def test_ratio_compares_within_a_round():
@@ -311,7 +331,9 @@ def test_psnr_of_known_differences():
 
 def test_psnr_equals_numpy():
     a, b = pictures(3, 9, 7, 1), pictures(3, 9, 7, 2)
-    wanted = [10 * math.log10(1 / np.mean((x - y) ** 2)) for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True)]
+    wanted = [
+        10 * math.log10(1 / np.mean((x - y) ** 2)) for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True)
+    ]
     assert psnr(a, b).tolist() == pytest.approx(wanted, rel=1e-12)
 
 
@@ -338,7 +360,9 @@ def test_quality_does_not_depend_on_the_order(seed, height, width):
 
 
 @pytest.mark.parametrize("measure", [psnr, ssim])
-@pytest.mark.parametrize(("a", "b"), [((1, 3, 12, 12), (1, 3, 12, 13)), ((2, 3, 12, 12), (1, 3, 12, 12)), ((3, 12, 12), (3, 12, 12))])
+@pytest.mark.parametrize(
+    ("a", "b"), [((1, 3, 12, 12), (1, 3, 12, 13)), ((2, 3, 12, 12), (1, 3, 12, 12)), ((3, 12, 12), (3, 12, 12))]
+)
 def test_pictures_of_other_shapes_are_refused(measure, a, b):
     with pytest.raises(ValueError, match=r"two batches of pictures \(N, C, H, W\) of one shape"):
         measure(torch.zeros(a), torch.zeros(b))

@@ -35,7 +35,9 @@ def known(monkeypatch):
 @pytest.fixture
 def pack(tmp_path):
     path = tmp_path / "pack.safetensors"
-    packs.write_pack(path, surgery.extract(weights(SD), M2, M2.pack_units()), Description("pack", M2, M2.pack_units()), None)
+    packs.write_pack(
+        path, surgery.extract(weights(SD), M2, M2.pack_units()), Description("pack", M2, M2.pack_units()), None
+    )
     return path
 
 
@@ -63,7 +65,9 @@ def test_pack_there_and_back(pack):
 def test_unet_there_and_back(tmp_path, name):
     chosen = Architecture.preset(name, CONFIGS[PRESETS[name].family])
     sd, _ = surgery.cut(weights(chosen.config), chosen)
-    told = Description("unet", chosen, prediction="v", licence="none", training={"steps": 3}, companions={"vae": "vae.safetensors"})
+    told = Description(
+        "unet", chosen, prediction="v", licence="none", training={"steps": 3}, companions={"vae": "vae.safetensors"}
+    )
     packs.write_unet(tmp_path / "file.safetensors", sd, told)
     found = open_unet(tmp_path / "file.safetensors")
     assert found.description == told
@@ -126,26 +130,43 @@ def test_unets_without_a_description(tmp_path, form):
 def diffusers_folder(root, scheduler=None, sub="unet"):
     sd, _ = surgery.cut(weights(SD), BASE)
     (root / sub).mkdir(parents=True)
-    save_file(surgery.convert(sd, BASE, ADDRESSED, Form("diffusers", "renumbered")), root / sub / "diffusion_pytorch_model.safetensors")
+    save_file(
+        surgery.convert(sd, BASE, ADDRESSED, Form("diffusers", "renumbered")),
+        root / sub / "diffusion_pytorch_model.safetensors",
+    )
     if scheduler is not None:
         (root / "scheduler").mkdir()
         (root / "scheduler/scheduler_config.json").write_text(scheduler)
     return root
 
 
-@pytest.mark.parametrize("scheduler, prediction", [
-    (None, None), ("{}", "eps"), ('{"prediction_type": "epsilon"}', "eps"), ('{"prediction_type": "v_prediction"}', "v"),
-])
+@pytest.mark.parametrize(
+    "scheduler, prediction",
+    [
+        (None, None),
+        ("{}", "eps"),
+        ('{"prediction_type": "epsilon"}', "eps"),
+        ('{"prediction_type": "v_prediction"}', "v"),
+    ],
+)
 def test_folders_say_what_is_predicted(tmp_path, scheduler, prediction):
     root = diffusers_folder(tmp_path / "model", scheduler)
     for path in (root, root / "unet"):
         assert open_unet(path).description.prediction == prediction
 
 
-@pytest.mark.parametrize("scheduler, message", [
-    ('{"prediction_type": "sample"}', "prediction type 'sample' is not supported; wanted one of epsilon, v_prediction"),
-    ("{", "cannot be read as JSON"), ("[]", "cannot be read as JSON"), ('{"prediction_type": ["epsilon"]}', "is not supported"),
-])
+@pytest.mark.parametrize(
+    "scheduler, message",
+    [
+        (
+            '{"prediction_type": "sample"}',
+            "prediction type 'sample' is not supported; wanted one of epsilon, v_prediction",
+        ),
+        ("{", "cannot be read as JSON"),
+        ("[]", "cannot be read as JSON"),
+        ('{"prediction_type": ["epsilon"]}', "is not supported"),
+    ],
+)
 def test_folders_with_a_bad_scheduler(tmp_path, scheduler, message):
     with pytest.raises(BadFile, match=f"scheduler_config.json: .*{re.escape(message)}"):
         open_unet(diffusers_folder(tmp_path / "model", scheduler))
@@ -163,14 +184,32 @@ def rewritten(path, change, metadata=None):
 
 CHANGES = {
     "missing": (lambda sd: sd.pop(KEY), rf": {KEY} is missing \(down.0.0.resnet, wanted shape \[8, 8, 3, 3\]\)"),
-    "extra": (lambda sd: sd.update({"input_blocks.1.0.more": torch.zeros(1)}), ": unknown tensor input_blocks.1.0.more"),
-    "shape": (lambda sd: sd.update({KEY: torch.zeros(8, 8)}), rf": {KEY} \(down.0.0.resnet\) has shape \[8, 8\], wanted \[8, 8, 3, 3\]"),
+    "extra": (
+        lambda sd: sd.update({"input_blocks.1.0.more": torch.zeros(1)}),
+        ": unknown tensor input_blocks.1.0.more",
+    ),
+    "shape": (
+        lambda sd: sd.update({KEY: torch.zeros(8, 8)}),
+        rf": {KEY} \(down.0.0.resnet\) has shape \[8, 8\], wanted \[8, 8, 3, 3\]",
+    ),
     "renamed": (lambda sd: sd.update({KEY + "s": sd.pop(KEY)}), f": {KEY} is missing"),
     "nan": (lambda sd: sd[KEY].view(-1)[3:4].fill_(float("nan")), f": tensor {KEY} holds numbers that are not finite"),
-    "infinite": (lambda sd: sd[KEY].view(-1)[3:4].fill_(float("-inf")), f": tensor {KEY} holds numbers that are not finite"),
-    "nan in fp8": (lambda sd: sd.update({KEY: torch.full((8, 8, 3, 3), float("nan")).to(torch.float8_e4m3fn)}), f": tensor {KEY} holds numbers"),
-    "dtype": (lambda sd: sd.update({KEY: sd[KEY].double()}), rf": tensor {KEY} has dtype F64; wanted one of BF16, F16, F32"),
-    "int8": (lambda sd: sd.update({KEY: sd[KEY].to(torch.int8)}), rf": tensor {KEY} has dtype I8; .*int8 weights need {KEY}.scale"),
+    "infinite": (
+        lambda sd: sd[KEY].view(-1)[3:4].fill_(float("-inf")),
+        f": tensor {KEY} holds numbers that are not finite",
+    ),
+    "nan in fp8": (
+        lambda sd: sd.update({KEY: torch.full((8, 8, 3, 3), float("nan")).to(torch.float8_e4m3fn)}),
+        f": tensor {KEY} holds numbers",
+    ),
+    "dtype": (
+        lambda sd: sd.update({KEY: sd[KEY].double()}),
+        rf": tensor {KEY} has dtype F64; wanted one of BF16, F16, F32",
+    ),
+    "int8": (
+        lambda sd: sd.update({KEY: sd[KEY].to(torch.int8)}),
+        rf": tensor {KEY} has dtype I8; .*int8 weights need {KEY}.scale",
+    ),
 }
 
 
@@ -189,7 +228,10 @@ def test_unknown_tensors_are_left_out_only_when_told(unet):
     rewritten(unet, lambda sd: None, {})
     plain = open_unet(unet)
     rewritten(unet, lambda sd: sd.update({LCM: torch.zeros(8, 3)}), {})
-    with pytest.raises(BadFile, match=rf"^unet.safetensors: no layer of a narrow-sd UNet has {LCM}, so it would be lost.* --drop-unknown"):
+    with pytest.raises(
+        BadFile,
+        match=rf"^unet.safetensors: no layer of a narrow-sd UNet has {LCM}, so it would be lost.* --drop-unknown",
+    ):
         open_unet(unet)
     found = open_unet(unet, drop_unknown=True)
     assert found.unknown == (LCM,) and plain.unknown == ()
@@ -203,13 +245,22 @@ def test_tensors_that_change_what_weights_mean_are_never_left_out(unet, drop):
         open_unet(unet, drop_unknown=drop)
 
 
-@pytest.mark.parametrize("scale, message", [
-    (torch.ones(7), r"scale \(F32, \[7\]\) is no scale of int8 weights; wanted \[8\]"), (torch.ones(8, 3), "is no scale"),
-    (torch.ones(()), "is no scale"), (torch.full((8,), float("nan")), "not finite"), (torch.ones(8).to(torch.int32), "is no scale"),
-], ids=["length", "rank", "scalar", "nan", "dtype"])
+@pytest.mark.parametrize(
+    "scale, message",
+    [
+        (torch.ones(7), r"scale \(F32, \[7\]\) is no scale of int8 weights; wanted \[8\]"),
+        (torch.ones(8, 3), "is no scale"),
+        (torch.ones(()), "is no scale"),
+        (torch.full((8,), float("nan")), "not finite"),
+        (torch.ones(8).to(torch.int32), "is no scale"),
+    ],
+    ids=["length", "rank", "scalar", "nan", "dtype"],
+)
 def test_wrong_int8_scales(tmp_path, scale, message):
     path = tmp_path / "pack.safetensors"
-    packs.write_pack(path, surgery.extract(weights(SD), M2, M2.pack_units()), Description("pack", M2, M2.pack_units()), "int8")
+    packs.write_pack(
+        path, surgery.extract(weights(SD), M2, M2.pack_units()), Description("pack", M2, M2.pack_units()), "int8"
+    )
     rewritten(path, lambda sd: sd.update({KEY + packs.SCALE: scale}))
     with pytest.raises(BadFile, match=rf"^pack.safetensors: .*{message}"):
         open_pack(path)
@@ -225,7 +276,9 @@ def gain_tensors(description):
 @pytest.mark.parametrize("units", [(), M2.pack_units()], ids=["alone", "with units"])
 def test_gains_there_and_back(tmp_path, units):
     description = Description("pack", M2 if units else Architecture.full(SD), units, gri=GAINS)
-    assert list(description.gain_keys) == [f"{at}.1.transformer_blocks.0.attn1.gain" for at in ("input_blocks.1", "middle_block")]
+    assert list(description.gain_keys) == [
+        f"{at}.1.transformer_blocks.0.attn1.gain" for at in ("input_blocks.1", "middle_block")
+    ]
     assert {slot.shape for slot in description.gain_keys.values()} == {(SD.num_heads,)}
     tensors = surgery.extract(weights(SD), M2, units) | gain_tensors(description)
     packs.write_pack(tmp_path / "pack.safetensors", tensors, description, None)
@@ -233,12 +286,21 @@ def test_gains_there_and_back(tmp_path, units):
     assert found.description == description and equal(found.tensors, tensors)
 
 
-@pytest.mark.parametrize("gains, message", [
-    ({"gains": []}, "at least one transformer"), ({"gains": ["down.0.0.resnet"]}, "down.0.0.resnet is none"), ({"gains": ["moon"]}, "moon"),
-    ({"gains": ["down.0.0.transformer.0"]}, "down.0.0.transformer is none"), ({"gains": "down"}, "list of transformers"),
-    ({"gains": ["down.0.1.transformer"]}, "is cut in this architecture"), ({"gains": [1]}, "at least one transformer"), (3, "JSON object"),
-    ({"gains": ["mid.0.transformer"], "window": 8}, "list of transformers"),
-], ids=str)
+@pytest.mark.parametrize(
+    "gains, message",
+    [
+        ({"gains": []}, "at least one transformer"),
+        ({"gains": ["down.0.0.resnet"]}, "down.0.0.resnet is none"),
+        ({"gains": ["moon"]}, "moon"),
+        ({"gains": ["down.0.0.transformer.0"]}, "down.0.0.transformer is none"),
+        ({"gains": "down"}, "list of transformers"),
+        ({"gains": ["down.0.1.transformer"]}, "is cut in this architecture"),
+        ({"gains": [1]}, "at least one transformer"),
+        (3, "JSON object"),
+        ({"gains": ["mid.0.transformer"], "window": 8}, "list of transformers"),
+    ],
+    ids=str,
+)
 def test_wrong_gains(pack, gains, message):
     data = json.loads(TensorFile(pack).metadata["asdm"]) | {"gri": gains}
     rewritten(pack, lambda sd: None, {"asdm": json.dumps(data)})
@@ -255,7 +317,9 @@ def test_gains_come_in_packs_only_and_whole(tmp_path):
 
 
 def test_pack_and_unet_are_told_apart(pack, unet):
-    with pytest.raises(BadFile, match="^unet.safetensors: this is a whole UNet, not a pack. Load it with Load Pruned UNet"):
+    with pytest.raises(
+        BadFile, match="^unet.safetensors: this is a whole UNet, not a pack. Load it with Load Pruned UNet"
+    ):
         open_pack(unet)
     with pytest.raises(BadFile, match="^pack.safetensors: this is a pack, not a whole UNet. Use Apply Pack"):
         open_unet(pack)
@@ -267,14 +331,29 @@ def test_a_file_without_a_description_is_no_pack(pack):
         open_pack(pack)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"format": 2}, "format 2; this version of asdm reads up to 1, so update asdm"), ({"format": None}, "format None"), ({"format": True}, "format True"),
-    ({"format": "1"}, "format '1'"), ({"format": 0}, "format 0"),
-    ({"kind": "plugin"}, "plugin"), ({"kind": None}, "kind"), ({"units": "down"}, "units in its description must be a list"), ({"units": [1]}, "list of addresses"),
-    ({"units": ["down.0.0.resnet", "moon"]}, "moon"), ({"units": []}, "at least one unit"), ({"units": ["down.0.1.resnet"]}, "is cut in this architecture"),
-    ({"architecture": None}, "wanted a JSON object"), ({"architecture": {"format": 9}}, "format 9 is newer"),
-    ({"prediction": "x0"}, "prediction"), ({"training": []}, "training in its description must be a JSON object"), ({"condconv": 3}, "condconv"),
-], ids=str)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format": 2}, "format 2; this version of asdm reads up to 1, so update asdm"),
+        ({"format": None}, "format None"),
+        ({"format": True}, "format True"),
+        ({"format": "1"}, "format '1'"),
+        ({"format": 0}, "format 0"),
+        ({"kind": "plugin"}, "plugin"),
+        ({"kind": None}, "kind"),
+        ({"units": "down"}, "units in its description must be a list"),
+        ({"units": [1]}, "list of addresses"),
+        ({"units": ["down.0.0.resnet", "moon"]}, "moon"),
+        ({"units": []}, "at least one unit"),
+        ({"units": ["down.0.1.resnet"]}, "is cut in this architecture"),
+        ({"architecture": None}, "wanted a JSON object"),
+        ({"architecture": {"format": 9}}, "format 9 is newer"),
+        ({"prediction": "x0"}, "prediction"),
+        ({"training": []}, "training in its description must be a JSON object"),
+        ({"condconv": 3}, "condconv"),
+    ],
+    ids=str,
+)
 def test_wrong_descriptions(pack, change, message):
     data = json.loads(TensorFile(pack).metadata["asdm"]) | change
     rewritten(pack, lambda sd: None, {"asdm": json.dumps(data)})
@@ -282,7 +361,11 @@ def test_wrong_descriptions(pack, change, message):
         open_pack(pack)
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "[]", '"text"', "[" * 100_000, '{"format": 1' + "0" * 5000 + "}", "NaN"], ids=lambda t: t[:12])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "null", "[]", '"text"', "[" * 100_000, '{"format": 1' + "0" * 5000 + "}", "NaN"],
+    ids=lambda t: t[:12],
+)
 def test_descriptions_that_are_none(pack, text):
     rewritten(pack, lambda sd: None, {"asdm": text})
     with pytest.raises(BadFile, match="^pack.safetensors: its description "):
@@ -300,7 +383,9 @@ def test_absent_files_folders_and_pickles(tmp_path, pack):
     for protocol, name in (({}, "zip"), ({"_use_new_zipfile_serialization": False}, "old")):
         torch.save({"a": torch.zeros(3)}, tmp_path / f"{name}.safetensors", **protocol)
         for read in (open_pack, open_unet):
-            with pytest.raises(BadFile, match=f"^{name}.safetensors: this is a pickle file .*asdm reads only safetensors"):
+            with pytest.raises(
+                BadFile, match=f"^{name}.safetensors: this is a pickle file .*asdm reads only safetensors"
+            ):
                 read(tmp_path / f"{name}.safetensors")
     (tmp_path / "model/unet").mkdir(parents=True)
     torch.save({}, tmp_path / "model/unet/diffusion_pytorch_model.bin")
@@ -337,13 +422,28 @@ def entry(**changes):
     return {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
 
 
-@pytest.mark.parametrize("header, message", [
-    (b"[]", "not a table"), (b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), ({"a": 3}, "tensor a is malformed"), (entry(shape=3), "malformed"),
-    (entry(shape=[-1]), "malformed"), (entry(shape=[True]), "malformed"), (entry(shape=["2"]), "malformed"), (entry(dtype=None), "malformed"),
-    (entry(data_offsets=[0]), "malformed"), (entry(data_offsets=[0, 4]), "does not fit its shape"), (entry(shape=[2**70]), "does not fit its shape"),
-    (entry(data_offsets=[8, 16]), "should be"), ({"__metadata__": {"a": 1}}, "metadata is not a table of texts"), ({"__metadata__": [1]}, "metadata"),
-    (b'{"a":' * 5000, "not valid JSON"),
-], ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        (b"[]", "not a table"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        ({"a": 3}, "tensor a is malformed"),
+        (entry(shape=3), "malformed"),
+        (entry(shape=[-1]), "malformed"),
+        (entry(shape=[True]), "malformed"),
+        (entry(shape=["2"]), "malformed"),
+        (entry(dtype=None), "malformed"),
+        (entry(data_offsets=[0]), "malformed"),
+        (entry(data_offsets=[0, 4]), "does not fit its shape"),
+        (entry(shape=[2**70]), "does not fit its shape"),
+        (entry(data_offsets=[8, 16]), "should be"),
+        ({"__metadata__": {"a": 1}}, "metadata is not a table of texts"),
+        ({"__metadata__": [1]}, "metadata"),
+        (b'{"a":' * 5000, "not valid JSON"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
 def test_wrong_headers(header, message):
     data = header_bytes(header)
     with pytest.raises(BadFile, match=f"^file: .*{message}"):
@@ -352,11 +452,19 @@ def test_wrong_headers(header, message):
 
 # Any bytes ------------------------------------------------------------------------------------------
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8)
-ENTRIES = st.fixed_dictionaries({}, optional={"dtype": st.sampled_from(["F32", "I8", "BOOL", "X9"]) | JSON,
-                                              "shape": st.lists(st.integers(-1, 4), max_size=3) | JSON,
-                                              "data_offsets": st.lists(st.integers(-1, 40), max_size=3) | JSON})
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+ENTRIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "I8", "BOOL", "X9"]) | JSON,
+        "shape": st.lists(st.integers(-1, 4), max_size=3) | JSON,
+        "data_offsets": st.lists(st.integers(-1, 40), max_size=3) | JSON,
+    },
+)
 HEADERS = st.dictionaries(st.sampled_from(["a", "b", "__metadata__", "a.scale"]), ENTRIES | JSON, max_size=4) | JSON
 TEXTS = HEADERS.map(lambda v: json.dumps(v).encode()) | st.binary(max_size=60)
 
@@ -415,13 +523,35 @@ def test_any_damage_to_a_file_is_read_or_refused(tmp_path, data):
 
 
 @settings(max_examples=200)
-@example({"format": 1, "kind": "unet", "architecture": Architecture.full(SD).to_dict(), "training": None, "companions": None})
-@given(JSON | st.fixed_dictionaries({"format": st.just(1), "kind": st.sampled_from(["pack", "unet"]) | JSON}, optional={
-    "architecture": st.fixed_dictionaries({"format": st.just(1)}, optional={
-        "family": st.sampled_from(["sd15", "sdxl"]) | JSON, "cut": st.lists(st.sampled_from(["mid", "mid.0.resnet", "down.0.1.resnet", "x"])) | JSON,
-        "own": JSON, "config": JSON, "name": JSON}) | JSON,
-    "units": st.lists(st.sampled_from(["mid.0.resnet", "down.0.0.resnet"])) | JSON, "prediction": st.sampled_from(["eps", "v"]) | JSON,
-    "training": JSON, "companions": JSON, "condconv": JSON, "gri": JSON, "licence": JSON}))
+@example(
+    {"format": 1, "kind": "unet", "architecture": Architecture.full(SD).to_dict(), "training": None, "companions": None}
+)
+@given(
+    JSON
+    | st.fixed_dictionaries(
+        {"format": st.just(1), "kind": st.sampled_from(["pack", "unet"]) | JSON},
+        optional={
+            "architecture": st.fixed_dictionaries(
+                {"format": st.just(1)},
+                optional={
+                    "family": st.sampled_from(["sd15", "sdxl"]) | JSON,
+                    "cut": st.lists(st.sampled_from(["mid", "mid.0.resnet", "down.0.1.resnet", "x"])) | JSON,
+                    "own": JSON,
+                    "config": JSON,
+                    "name": JSON,
+                },
+            )
+            | JSON,
+            "units": st.lists(st.sampled_from(["mid.0.resnet", "down.0.0.resnet"])) | JSON,
+            "prediction": st.sampled_from(["eps", "v"]) | JSON,
+            "training": JSON,
+            "companions": JSON,
+            "condconv": JSON,
+            "gri": JSON,
+            "licence": JSON,
+        },
+    )
+)
 def test_any_description_is_read_or_refused(value):
     try:
         found = Description.from_json(json.dumps(value))
@@ -441,7 +571,9 @@ def test_wrong_tensors_are_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name, message", [("pack.ckpt", "must end in .safetensors"), ("no/pack.safetensors", "there is no folder")])
+@pytest.mark.parametrize(
+    "name, message", [("pack.ckpt", "must end in .safetensors"), ("no/pack.safetensors", "there is no folder")]
+)
 def test_places_where_nothing_is_written(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         packs.write_file(tmp_path / name, {}, {})

@@ -14,8 +14,12 @@ from tests.core.narrow import SD
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "unet.")
 FORMS = [("ldm", "renumbered"), ("diffusers", "renumbered"), ("ldm", "addressed")]
-OTHERS = {"first_stage_model.encoder.conv_in.weight": (1,), "cond_stage_model.transformer.text_model.final_layer_norm.bias": (768,),
-          "vae.decoder.conv_in.weight": (1,), "v_pred": (0,)}
+OTHERS = {
+    "first_stage_model.encoder.conv_in.weight": (1,),
+    "cond_stage_model.transformer.text_model.final_layer_norm.bias": (768,),
+    "vae.decoder.conv_in.weight": (1,),
+    "v_pred": (0,),
+}
 
 
 def shapes(chosen, layout="ldm", numbering="renumbered", prefix=""):
@@ -90,14 +94,21 @@ def test_whatever_is_cut_is_recognised_in_addressed_names(cut):
 LCM = {"ldm": "time_embed.cond_proj.weight", "diffusers": "time_embedding.cond_proj.weight"}
 
 
-@pytest.mark.parametrize("chosen, layout, numbering, prefix", [
-    (Architecture.full(FAMILIES["sd15"]), "ldm", "renumbered", "model.diffusion_model."), (Architecture.preset("m1"), "diffusers", "renumbered", "unet."),
-    (Architecture.preset("base"), "ldm", "addressed", ""),
-], ids=["checkpoint", "pipeline", "bare"])
+@pytest.mark.parametrize(
+    "chosen, layout, numbering, prefix",
+    [
+        (Architecture.full(FAMILIES["sd15"]), "ldm", "renumbered", "model.diffusion_model."),
+        (Architecture.preset("m1"), "diffusers", "renumbered", "unet."),
+        (Architecture.preset("base"), "ldm", "addressed", ""),
+    ],
+    ids=["checkpoint", "pipeline", "bare"],
+)
 def test_tensors_that_no_layer_has_are_told(chosen, layout, numbering, prefix):
     more = {prefix + key: (320, 256) for key in (LCM[layout], f"{LCM[layout]}_scale")}
     plain = recognise(shapes(chosen, layout, numbering, prefix))
-    assert recognise(shapes(chosen, layout, numbering, prefix) | more | OTHERS) == replace(plain, unknown=tuple(sorted(more)))
+    assert recognise(shapes(chosen, layout, numbering, prefix) | more | OTHERS) == replace(
+        plain, unknown=tuple(sorted(more))
+    )
     assert plain.unknown == ()
 
 
@@ -106,15 +117,30 @@ def test_tensors_that_no_layer_has_are_told(chosen, layout, numbering, prefix):
 KEY = "input_blocks.1.0.in_layers.2.weight"
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop(KEY), f"closest to sd15 base, but has 1 missing (first: {KEY})"),
-    (lambda s: s.update({KEY: (320, 320, 1, 1)}), f"1 tensors of another shape (first: {KEY} is [320, 320, 1, 1], wanted [320, 320, 3, 3])"),
-    (lambda s: s.update({"input_blocks.0.0.weight": (320,)}), "the first convolution has shape (320,)"),
-    (lambda s: s.update({"input_blocks.0.0.weight": (320, 0, 3, 3)}), "the first convolution has shape (320, 0, 3, 3)"),
-    (lambda s: s.update({"out.2.weight": ()}), "and the last (); wanted (out, in, 3, 3)"),
-    (lambda s: s.update({k: (s[k][0], 999) for k in s if k.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}),
-     "320 base channels, text width 999 and pooled conditioning None belongs to none of the known families: sd15 (320, 768, None)"),
-], ids=["missing", "shape", "first convolution", "no channels", "last convolution", "text width"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop(KEY), f"closest to sd15 base, but has 1 missing (first: {KEY})"),
+        (
+            lambda s: s.update({KEY: (320, 320, 1, 1)}),
+            f"1 tensors of another shape (first: {KEY} is [320, 320, 1, 1], wanted [320, 320, 3, 3])",
+        ),
+        (lambda s: s.update({"input_blocks.0.0.weight": (320,)}), "the first convolution has shape (320,)"),
+        (
+            lambda s: s.update({"input_blocks.0.0.weight": (320, 0, 3, 3)}),
+            "the first convolution has shape (320, 0, 3, 3)",
+        ),
+        (lambda s: s.update({"out.2.weight": ()}), "and the last (); wanted (out, in, 3, 3)"),
+        (
+            lambda s: s.update(
+                {k: (s[k][0], 999) for k in s if k.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+            ),
+            "320 base channels, text width 999 and pooled conditioning None belongs to none of the known families: "
+            "sd15 (320, 768, None)",
+        ),
+    ],
+    ids=["missing", "shape", "first convolution", "no channels", "last convolution", "text width"],
+)
 def test_the_nearest_network_is_named(change, message):
     found = shapes(Architecture.preset("base"))
     change(found)
@@ -136,24 +162,37 @@ def test_a_renamed_key_is_a_missing_and_an_unknown_one():
         recognise(found)
 
 
-@pytest.mark.parametrize("names, message", [
-    ([], "found nothing"),
-    (["a", "b"], "wanted keys like 'input_blocks.0.0.weight' or 'down_blocks.0.resnets.0.conv1.weight', found a, b"),
-    (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "looks like a LoRA"),
-    (["transformer_blocks.0.attn.to_q.weight"], "looks like a transformer model"),
-    (["conv_in.weight"], "no Stable Diffusion UNet"),
-])
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ([], "found nothing"),
+        (
+            ["a", "b"],
+            "wanted keys like 'input_blocks.0.0.weight' or 'down_blocks.0.resnets.0.conv1.weight', found a, b",
+        ),
+        (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "looks like a LoRA"),
+        (["transformer_blocks.0.attn.to_q.weight"], "looks like a transformer model"),
+        (["conv_in.weight"], "no Stable Diffusion UNet"),
+    ],
+)
 def test_files_without_a_unet(names, message):
     with pytest.raises(Unrecognised, match=re.escape(message)):
         unet_prefix(names)
 
 
-NAMES = st.sampled_from([*keys(SD), *keys(SD, "diffusers"), "input_blocks.x", "up_blocks.0.resnets.", "", "label_emb.0.0.weight", "\0"])
+NAMES = st.sampled_from(
+    [*keys(SD), *keys(SD, "diffusers"), "input_blocks.x", "up_blocks.0.resnets.", "", "label_emb.0.0.weight", "\0"]
+)
 DIMENSIONS = st.lists(st.integers(0, 2**40), max_size=4).map(tuple)
 
 
 @settings(max_examples=60)
-@given(st.dictionaries(NAMES, DIMENSIONS, max_size=8), st.dictionaries(NAMES, DIMENSIONS, max_size=4), st.sets(NAMES, max_size=4), st.booleans())
+@given(
+    st.dictionaries(NAMES, DIMENSIONS, max_size=8),
+    st.dictionaries(NAMES, DIMENSIONS, max_size=4),
+    st.sets(NAMES, max_size=4),
+    st.booleans(),
+)
 def test_any_names_and_shapes_are_recognised_or_refused(other, changed, dropped, whole):
     found = shapes(Architecture.full(SD)) if whole else {}
     found = {k: v for k, v in (found | other | changed).items() if k not in dropped}

@@ -66,7 +66,9 @@ def test_combine_needs_no_more_than_it_takes():
     units = chosen.pack_units()
     pack = surgery.extract(weights(SD, 1), chosen, units)
     trunk = {k: v for k, v in weights(SD).items() if keys(SD)[k].unit.address not in units}
-    assert equal(surgery.combine(trunk, pack, chosen, units), surgery.combine(weights(SD), weights(SD, 1), chosen, units))
+    assert equal(
+        surgery.combine(trunk, pack, chosen, units), surgery.combine(weights(SD), weights(SD, 1), chosen, units)
+    )
     del pack[KEY]
     with pytest.raises(Mismatch, match=rf"student: {KEY} is missing \(down.0.0.resnet, wanted shape \[8, 8, 3, 3\]\)"):
         surgery.combine(trunk, pack, chosen, units)
@@ -81,15 +83,26 @@ def test_extract_and_put_back():
         surgery.extract(weights(SD), chosen, ["down.0.1.resnet"])
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda sd: sd.pop(KEY), rf"{KEY} is missing \(down.0.0.resnet, wanted shape \[8, 8, 3, 3\]\)"),
-    (lambda sd: sd.update({KEY: torch.zeros(8, 8)}), rf"{KEY} \(down.0.0.resnet\) has shape \[8, 8\], wanted \[8, 8, 3, 3\]"),
-    (lambda sd: sd.update(more=torch.zeros(1)), "unknown tensor more"),
-], ids=["missing", "shape", "unknown"])
-@pytest.mark.parametrize("run", [
-    lambda sd: surgery.cut(sd, preset("base")),
-    lambda sd: surgery.convert(sd, Architecture.full(SD), ADDRESSED, Form("diffusers", "addressed")),
-], ids=["cut", "convert"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda sd: sd.pop(KEY), rf"{KEY} is missing \(down.0.0.resnet, wanted shape \[8, 8, 3, 3\]\)"),
+        (
+            lambda sd: sd.update({KEY: torch.zeros(8, 8)}),
+            rf"{KEY} \(down.0.0.resnet\) has shape \[8, 8\], wanted \[8, 8, 3, 3\]",
+        ),
+        (lambda sd: sd.update(more=torch.zeros(1)), "unknown tensor more"),
+    ],
+    ids=["missing", "shape", "unknown"],
+)
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda sd: surgery.cut(sd, preset("base")),
+        lambda sd: surgery.convert(sd, Architecture.full(SD), ADDRESSED, Form("diffusers", "addressed")),
+    ],
+    ids=["cut", "convert"],
+)
 def test_a_state_dict_that_does_not_fit_is_refused(run, change, message):
     sd = dict(weights(SD))
     change(sd)

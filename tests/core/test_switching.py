@@ -20,27 +20,50 @@ def weights(switch, sigmas=SIGMAS):
     return [switch.weight(s, i, threshold, sigmas) for i, s in enumerate(sigmas[:-1])]
 
 
-@pytest.mark.parametrize(("at", "unit", "sigma"), [
-    (0, "percent", math.inf), (0.5, "percent", 7.0), (1, "percent", NEVER),
-    (0, "step", math.inf), (1, "step", 7.0), (3, "step", 1.0), (4, "step", NEVER), (40, "step", NEVER),
-    (0, "share of steps", math.inf), (0.25, "share of steps", 7.0), (0.6, "share of steps", 3.0), (0.7, "share of steps", 1.0),
-    (0.9, "share of steps", NEVER), (1, "share of steps", NEVER),
-    (0, "sigma", NEVER), (2.5, "sigma", 2.5), (20, "sigma", 20),
-])
+@pytest.mark.parametrize(
+    ("at", "unit", "sigma"),
+    [
+        (0, "percent", math.inf),
+        (0.5, "percent", 7.0),
+        (1, "percent", NEVER),
+        (0, "step", math.inf),
+        (1, "step", 7.0),
+        (3, "step", 1.0),
+        (4, "step", NEVER),
+        (40, "step", NEVER),
+        (0, "share of steps", math.inf),
+        (0.25, "share of steps", 7.0),
+        (0.6, "share of steps", 3.0),
+        (0.7, "share of steps", 1.0),
+        (0.9, "share of steps", NEVER),
+        (1, "share of steps", NEVER),
+        (0, "sigma", NEVER),
+        (2.5, "sigma", 2.5),
+        (20, "sigma", 20),
+    ],
+)
 def test_a_point_is_a_noise_level(at, unit, sigma):
     assert SwitchPoint(at, unit).sigma(SIGMAS, percent_to_sigma) == sigma
 
 
-@pytest.mark.parametrize(("at", "unit", "message"), [
-    (0.5, "step", "whole number of steps, got 0.5"), (2, "percent", "from 0 to 1, got 2"),
-    (-0.1, "share of steps", "from 0 to 1, got -0.1"), (1, "seconds", "got 'seconds'")])
+@pytest.mark.parametrize(
+    ("at", "unit", "message"),
+    [
+        (0.5, "step", "whole number of steps, got 0.5"),
+        (2, "percent", "from 0 to 1, got 2"),
+        (-0.1, "share of steps", "from 0 to 1, got -0.1"),
+        (1, "seconds", "got 'seconds'"),
+    ],
+)
 def test_points_that_cannot_be_meant_are_refused(at, unit, message):
     with pytest.raises(ValueError, match=message):
         SwitchPoint(at, unit)
 
 
-@pytest.mark.parametrize(("name", "small_first", "steps", "of"), [
-    ("S1", True, 10, 25), ("S2", False, 15, 25), ("S3", False, 10, 25), ("S1", True, 8, 20), ("S2", False, 30, 50)])
+@pytest.mark.parametrize(
+    ("name", "small_first", "steps", "of"),
+    [("S1", True, 10, 25), ("S2", False, 15, 25), ("S3", False, 10, 25), ("S1", True, 8, 20), ("S2", False, 30, 50)],
+)
 def test_presets_are_the_papers_whatever_the_number_of_steps(name, small_first, steps, of):
     sigmas = [float(of - i) for i in range(of + 1)]
     found = weights(Switch((PRESETS[name].at,)), sigmas)

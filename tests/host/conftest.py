@@ -75,11 +75,21 @@ def call_in_host(host):
         command = [sys.executable, str(RUNNER), str(host), str(call), str(result)]
         command += ["--cpu", "--use-pytorch-cross-attention", "--base-directory", str(base), *flags]
         done = subprocess.run(
-            command, cwd=base, env=dict(os.environ, PYTHONUNBUFFERED="1"), timeout=timeout,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, encoding="utf-8", errors="replace",
+            command,
+            cwd=base,
+            env=dict(os.environ, PYTHONUNBUFFERED="1"),
+            timeout=timeout,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            encoding="utf-8",
+            errors="replace",
         )
         if done.returncode or not result.exists():
-            pytest.fail(f"{script}:{function} ended with status {done.returncode} in the host:\n{done.stdout[-8000:]}", pytrace=False)
+            pytest.fail(
+                f"{script}:{function} ended with status {done.returncode} in the host:\n{done.stdout[-8000:]}",
+                pytrace=False,
+            )
         return json.loads(result.read_text())
 
     return call_in_host

@@ -18,21 +18,27 @@ from demo.thumbnails import SIDE, api_graph
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 SHOTS = PACK / "output" / "browser"
 # The page takes a dropped file when it has its nodes and has opened its first workflow.
-READY = "() => window.LiteGraph?.registered_node_types?.ASDMApplyPack && window.app?.extensionManager?.workflow?.activeWorkflow"
+READY = (
+    "() => window.LiteGraph?.registered_node_types?.ASDMApplyPack"
+    " && window.app?.extensionManager?.workflow?.activeWorkflow"
+)
 PATIENCE = 120_000  # ms; a busy machine. Nothing here waits for a fixed time.
 expect.set_options(timeout=PATIENCE)
 DROP = """([name, text]) => {
   const data = new DataTransfer()
   data.items.add(new File([text], name, {type: "application/json"}))
   const at = {bubbles: true, cancelable: true, clientX: 700, clientY: 500, dataTransfer: data}
-  for (const kind of ["dragover", "drop"]) document.querySelector("#graph-canvas, .litegraph").dispatchEvent(new DragEvent(kind, at))
+  const canvas = document.querySelector("#graph-canvas, .litegraph")
+  for (const kind of ["dragover", "drop"]) canvas.dispatchEvent(new DragEvent(kind, at))
 }"""
 # A tab of its own, all nodes, and all of them in view, as the front end fits a graph without a saved view.
 DROPPED = """([tabs, nodes]) => {
   const workflows = app.extensionManager.workflow
   const [x, y, w, h] = app.canvas.visible_area
-  return workflows.openWorkflows.length > tabs && workflows.activeWorkflow === workflows.openWorkflows.at(-1) && app.graph._nodes.length === nodes
-    && app.graph._nodes.every(n => n.pos[0] >= x && n.pos[1] - 30 >= y && n.pos[0] + n.size[0] <= x + w && n.pos[1] + n.size[1] <= y + h)
+  const inView = ({pos, size}) =>
+    pos[0] >= x && pos[1] - 30 >= y && pos[0] + size[0] <= x + w && pos[1] + size[1] <= y + h
+  return workflows.openWorkflows.length > tabs && workflows.activeWorkflow === workflows.openWorkflows.at(-1)
+    && app.graph._nodes.length === nodes && app.graph._nodes.every(inView)
 }"""
 NODE = "const node = app.graph._nodes.find(n => n.type === type)"
 
@@ -51,7 +57,9 @@ def browser():
 @pytest.fixture(scope="module")
 def opened(browser, server):
     """ComfyUI's page, loaded once: loading takes longer than most of the tests."""
-    Client(server.url).request("/settings", {"Comfy.TutorialCompleted": True})  # a new user's page opens with the templates over it
+    Client(server.url).request(
+        "/settings", {"Comfy.TutorialCompleted": True}
+    )  # a new user's page opens with the templates over it
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
     page.set_default_timeout(PATIENCE)
     page.errors = []
@@ -84,8 +92,11 @@ def drop(page, path: Path, change=lambda text: text, name="") -> dict:
 
 
 def select(page, type: str) -> None:
-    page.evaluate(f"type => {{ {NODE}; app.canvas.ds.scale = 1; app.canvas.centerOnNode(node); app.canvas.selectNode(node); "
-                  "app.canvas.setDirty(true, true) }", type)
+    page.evaluate(
+        f"type => {{ {NODE}; app.canvas.ds.scale = 1; app.canvas.centerOnNode(node); app.canvas.selectNode(node); "
+        "app.canvas.setDirty(true, true) }",
+        type,
+    )
 
 
 def until(check) -> None:
@@ -97,8 +108,11 @@ def until(check) -> None:
 
 
 def set_widget(page, type: str, name: str, value) -> None:
-    page.evaluate(f"([type, name, value]) => {{ {NODE}; const w = node.widgets.find(w => w.name === name); w.value = value; w.callback?.(value) }}",
-                  [type, name, value])
+    page.evaluate(
+        f"([type, name, value]) => {{ {NODE}; const w = node.widgets.find(w => w.name === name); w.value = value; "
+        f"w.callback?.(value) }}",
+        [type, name, value],
+    )
 
 
 def run(page) -> None:
@@ -106,7 +120,9 @@ def run(page) -> None:
 
 
 def wait_for_picture(page, type="SaveImage") -> None:
-    page.wait_for_function(f"type => {{ {NODE}; return node.imgs?.length && node.imgs[0].naturalWidth }}", arg=type, timeout=2 * PATIENCE)
+    page.wait_for_function(
+        f"type => {{ {NODE}; return node.imgs?.length && node.imgs[0].naturalWidth }}", arg=type, timeout=2 * PATIENCE
+    )
 
 
 # The tests ------------------------------------------------------------------------------------------
@@ -120,22 +136,38 @@ def test_templates_are_listed_with_pictures(page):
         title = dialog.get_by_text(path.stem, exact=True).first  # the card's title; its description below is the same
         title.scroll_into_view_if_needed()
         expect(title).to_be_visible()
-        page.wait_for_function("([name, side]) => [...document.images].some(i => i.alt === name && i.naturalWidth === side)", arg=[path.stem, SIDE])
+        page.wait_for_function(
+            "([name, side]) => [...document.images].some(i => i.alt === name && i.naturalWidth === side)",
+            arg=[path.stem, SIDE],
+        )
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_drops_onto_the_canvas(page, path):
     workflow = drop(page, path)
     # Room for the picture that a node draws, though the inputs behind a choice change its size as they come.
-    rooms = {node["id"]: node["size"] for node in workflow["nodes"] if node["type"] in ("ASDMCalibrateInheritance", "ASDMInheritancePlan", "ASDMInspectModel")}
-    assert page.evaluate("rooms => Object.entries(rooms).filter(([id, size]) => app.graph.getNodeById(id).size[1] < size[1])", rooms) == []
-    unknown = page.evaluate("() => app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)")
+    rooms = {
+        node["id"]: node["size"]
+        for node in workflow["nodes"]
+        if node["type"] in ("ASDMCalibrateInheritance", "ASDMInheritancePlan", "ASDMInspectModel")
+    }
+    assert (
+        page.evaluate(
+            "rooms => Object.entries(rooms).filter(([id, size]) => app.graph.getNodeById(id).size[1] < size[1])", rooms
+        )
+        == []
+    )
+    unknown = page.evaluate(
+        "() => app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
+    )
     assert not unknown
     # The graph that a Run would send is the one that test_nodes.py runs.
     assert page.evaluate("async () => (await app.graphToPrompt()).output") == api_graph(path)
     overlaps = page.evaluate("""() => {
-      const boxes = app.graph._nodes.map(n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])
-      return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a[1] < b[3] && b[1] < a[3] && a[2] < b[4] && b[2] < a[4]).map(b => [a[0], b[0]]))
+      const box = n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]
+      const overlap = (a, b) => a[1] < b[3] && b[1] < a[3] && a[2] < b[4] && b[2] < a[4]
+      const boxes = app.graph._nodes.map(box)
+      return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => overlap(a, b)).map(b => [a[0], b[0]]))
     }""")
     assert not overlaps
 
@@ -156,7 +188,10 @@ def test_quick_start_runs_to_a_comparison(page, front_end):
     run(page)
     wait_for_picture(page)
     select(page, "ASDMCompareImages")
-    page.evaluate(f"type => {{ {NODE}; node.widgets.find(w => w.name === 'asdm_compare').element.id = 'compared' }}", "ASDMCompareImages")
+    page.evaluate(
+        f"type => {{ {NODE}; node.widgets.find(w => w.name === 'asdm_compare').element.id = 'compared' }}",
+        "ASDMCompareImages",
+    )
     view = page.locator("#compared")
     stage, second = view.locator(".asdm-stage"), view.locator("img").nth(1)
     until(lambda: second.evaluate("image => image.complete && image.naturalWidth > 0"))
@@ -164,14 +199,20 @@ def test_quick_start_runs_to_a_comparison(page, front_end):
     def at_rest():
         before = stage.bounding_box()
         time.sleep(0.2)
-        return before == stage.bounding_box() and before["width"] > 400  # the whole node, whatever the properties panel thinks
+        return (
+            before == stage.bounding_box() and before["width"] > 400
+        )  # the whole node, whatever the properties panel thinks
 
     until(at_rest)
     box = stage.bounding_box()
     for share in (0.25, 0.75):
         page.mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
-        until(lambda share=share: second.evaluate("image => parseFloat(image.style.clipPath.split(' ').pop())")
-              == pytest.approx(share * stage.evaluate("stage => stage.clientWidth"), abs=3))
+        until(
+            lambda share=share: (
+                second.evaluate("image => parseFloat(image.style.clipPath.split(' ').pop())")
+                == pytest.approx(share * stage.evaluate("stage => stage.clientWidth"), abs=3)
+            )
+        )
     view.get_by_role("button", name="Flip").click()
     expect(second).to_be_hidden()
     stage.click()
@@ -184,12 +225,21 @@ def test_quick_start_runs_to_a_comparison(page, front_end):
 def test_of_fewer_pictures_than_before_none_is_compared_with_itself(page):
     def show(count):
         pairs = [f"{i}{j}" for j in range(count) for i in range(j)]
-        shown = {"title": "", "labels": [""] * count, "batches": [[{"filename": f"{i}.png"}] for i in range(count)],
-                 "likeness": dict.fromkeys(pairs, ["of two"])}
-        page.evaluate(f"([type, shown]) => {{ {NODE}; node.onExecuted({{asdm_compare: [shown]}}) }}", ["ASDMCompareImages", shown])
+        shown = {
+            "title": "",
+            "labels": [""] * count,
+            "batches": [[{"filename": f"{i}.png"}] for i in range(count)],
+            "likeness": dict.fromkeys(pairs, ["of two"]),
+        }
+        page.evaluate(
+            f"([type, shown]) => {{ {NODE}; node.onExecuted({{asdm_compare: [shown]}}) }}", ["ASDMCompareImages", shown]
+        )
 
     drop(page, PACK / "workflows" / "Quick start.json")
-    page.evaluate(f"type => {{ {NODE}; node.widgets.find(w => w.name === 'asdm_compare').element.id = 'fewer' }}", "ASDMCompareImages")
+    page.evaluate(
+        f"type => {{ {NODE}; node.widgets.find(w => w.name === 'asdm_compare').element.id = 'fewer' }}",
+        "ASDMCompareImages",
+    )
     select(page, "ASDMCompareImages")
     view = page.locator("#fewer")
     for chosen in (("2", "0"), ("0", "0")):
@@ -205,13 +255,19 @@ def test_words_of_a_run_stand_on_the_node(page, front_end):
     drop(page, PACK / "workflows" / "Speed up my checkpoint.json")
     page.evaluate(f"type => {{ {NODE}; node.onExecuted({{text: ['plays in large pictures']}}) }}", "ASDMGRIAttention")
     select(page, "ASDMGRIAttention")
-    page.wait_for_function("() => [...document.querySelectorAll('textarea')].some(t => t.value === 'plays in large pictures' && t.readOnly && t.clientWidth > 100)")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('textarea')].some(t => t.value === 'plays in large pictures' && "
+        "t.readOnly && t.clientWidth > 100)"
+    )
     # They are not sent with the next run.
-    assert page.evaluate("async () => (await app.graphToPrompt()).output") == api_graph(PACK / "workflows" / "Speed up my checkpoint.json")
+    assert page.evaluate("async () => (await app.graphToPrompt()).output") == api_graph(
+        PACK / "workflows" / "Speed up my checkpoint.json"
+    )
 
 
 SPOKEN = """([id, note, title]) => {
-  const said = {text: [note], asdm_compare: [{title, labels: ["a", "b"], batches: [[{filename: "a.png"}], [{filename: "b.png"}]], likeness: {"01": ["identical"]}}]}
+  const batches = [[{filename: "a.png"}], [{filename: "b.png"}]]
+  const said = {text: [note], asdm_compare: [{title, labels: ["a", "b"], batches, likeness: {"01": ["identical"]}}]}
   app.api.dispatchCustomEvent("executed", {node: id, display_node: id, output: said, prompt_id: ""})
 }"""
 SHOWN = """([note, title]) => {
@@ -226,7 +282,10 @@ def test_what_a_run_showed_is_back_after_a_change_of_tabs_and_an_undo(page, fron
     name = f"Left and back, {front_end}"
     drop(page, PACK / "workflows" / "Quick start.json", name=f"{name}.json")
     page.evaluate("() => app.graph.add(LiteGraph.createNode('ASDMGRIAttention'))")
-    ids = [page.evaluate(f"type => {{ {NODE}; return String(node.id) }}", type) for type in ("ASDMGRIAttention", "ASDMCompareImages")]
+    ids = [
+        page.evaluate(f"type => {{ {NODE}; return String(node.id) }}", type)
+        for type in ("ASDMGRIAttention", "ASDMCompareImages")
+    ]
     for id in ids:
         page.evaluate(SPOKEN, [id, "large pictures", "1.5x"])
     page.wait_for_function(SHOWN, arg=["large pictures", "1.5x"])
@@ -235,12 +294,15 @@ def test_what_a_run_showed_is_back_after_a_change_of_tabs_and_an_undo(page, fron
     page.wait_for_function("name => app.extensionManager.workflow.activeWorkflow.filename === name", arg=name)
     page.wait_for_function(SHOWN, arg=["large pictures", "1.5x"])
     # The same in a subgraph, where the front end names outputs in another way.
-    group = page.evaluate("ids => String(app.graph.convertToSubgraph(new Set(ids.map(id => app.graph.getNodeById(id)))).node.id)", ids)
+    group = page.evaluate(
+        "ids => String(app.graph.convertToSubgraph(new Set(ids.map(id => app.graph.getNodeById(id)))).node.id)", ids
+    )
     inside = page.evaluate("group => app.graph.getNodeById(group).subgraph.nodes.map(n => `${group}:${n.id}`)", group)
     for id in inside:
         page.evaluate(SPOKEN, [id, "in a subgraph", "2.5x"])
     page.wait_for_function(SHOWN, arg=["in a subgraph", "2.5x"])
-    assert page.evaluate("""async group => {
+    assert page.evaluate(
+        """async group => {
       const {changeTracker} = app.extensionManager.workflow.activeWorkflow
       const before = app.graph.getNodeById(group)
       changeTracker.captureCanvasState()
@@ -248,7 +310,9 @@ def test_what_a_run_showed_is_back_after_a_change_of_tabs_and_an_undo(page, fron
       changeTracker.captureCanvasState()
       await changeTracker.undo()
       return app.graph.getNodeById(group) !== before
-    }""", group)
+    }""",
+        group,
+    )
     page.wait_for_function(SHOWN, arg=["in a subgraph", "2.5x"])
 
 
@@ -268,7 +332,11 @@ def test_a_workflow_with_a_dead_deepcache_node_is_mended_with_a_click(page):
     def older(text):
         workflow = json.loads(text)
         node = next(n for n in workflow["nodes"] if n["type"] == "ASDMApplyPack")
-        node |= {"type": "DeepCache", "widgets_values": [3, 0, 0, 1000], "inputs": [i for i in node["inputs"] if "widget" not in i]}
+        node |= {
+            "type": "DeepCache",
+            "widgets_values": [3, 0, 0, 1000],
+            "inputs": [i for i in node["inputs"] if "widget" not in i],
+        }
         return json.dumps(workflow)
 
     drop(page, PACK / "workflows" / "Combined UNet from a pack.json", older, "With DeepCache.json")
@@ -276,10 +344,16 @@ def test_a_workflow_with_a_dead_deepcache_node_is_mended_with_a_click(page):
     expect(page.get_by_role("button", name="Replace Node")).to_be_visible()
     page.screenshot(path=SHOTS / "deepcache.png")
     page.get_by_role("button", name="Replace Node").click()
-    page.wait_for_function("() => app.graph._nodes.some(n => n.type === 'ASDMFeatureInheritance') && app.graph._nodes.every(n => n.type !== 'DeepCache')")
+    page.wait_for_function(
+        "() => app.graph._nodes.some(n => n.type === 'ASDMFeatureInheritance') && app.graph._nodes.every(n => n.type "
+        "!== 'DeepCache')"
+    )
     graph = page.evaluate("async () => (await app.graphToPrompt()).output")
     key, node = next((key, node) for key, node in graph.items() if node["class_type"] == "ASDMFeatureInheritance")
-    assert node["inputs"]["preset"] == "custom" and graph[node["inputs"]["model"][0]]["class_type"] == "ASDMCheckpointLoader"
+    assert (
+        node["inputs"]["preset"] == "custom"
+        and graph[node["inputs"]["model"][0]]["class_type"] == "ASDMCheckpointLoader"
+    )
     assert next(n for n in graph.values() if n["class_type"] == "KSampler")["inputs"]["model"] == [key, 0]
     run(page)
     wait_for_picture(page)
@@ -293,7 +367,9 @@ def test_a_broken_pack_is_a_clear_error_and_the_graph_can_be_mended(page, server
     set_widget(page, "ASDMApplyPack", "pack_name", "cut off.safetensors")
     run(page)
     page.get_by_test_id("error-overlay-see-errors").click()
-    expect(page.get_by_test_id("properties-panel")).to_contain_text(re.compile("cut off.safetensors.*cut short", re.DOTALL))
+    expect(page.get_by_test_id("properties-panel")).to_contain_text(
+        re.compile("cut off.safetensors.*cut short", re.DOTALL)
+    )
     page.screenshot(path=SHOTS / "broken_pack.png")
     set_widget(page, "ASDMApplyPack", "pack_name", "emoji-m2.safetensors")
     run(page)

@@ -16,9 +16,14 @@ def job(random_family, request):
     """Two prompts with the random family, one step more than needed to time any."""
     models = random_family
     return Job(
-        "ASDMCheckpointLoader", models / "checkpoints/random.safetensors",
+        "ASDMCheckpointLoader",
+        models / "checkpoints/random.safetensors",
         models / "asdm_packs/random-m2.safetensors" if request.param == "pack" else None,
-        ("red apple", "a blue cat"), "", 128, 3.0, 3,
+        ("red apple", "a blue cat"),
+        "",
+        128,
+        3.0,
+        3,
         {"checkpoints": [models / "checkpoints"], "asdm_packs": [models / "asdm_packs"]},
     )
 

@@ -9,8 +9,11 @@ FILES = sorted((Path(__file__).parent / "inside").glob("*.py"))
 
 
 def functions(path):
-    return [node.name for node in ast.parse(path.read_text("utf-8")).body
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    return [
+        node.name
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
 
 
 def pytest_generate_tests(metafunc):
@@ -26,8 +29,11 @@ def failures(request, call_in_host, tmp_path_factory):
 
     def failures(path):
         if path not in known:
-            chosen = [item.callspec.params["inside"] for item in request.session.items
-                      if getattr(item, "callspec", None) and "inside" in item.callspec.params]
+            chosen = [
+                item.callspec.params["inside"]
+                for item in request.session.items
+                if getattr(item, "callspec", None) and "inside" in item.callspec.params
+            ]
             base = tmp_path_factory.mktemp(path.stem)
             names = [name for file, name in chosen if file == path]
             known[path] = call_in_host(base, "inside.py", "main", str(path), names, str(base / "tests"), timeout=900)

@@ -1,4 +1,6 @@
-"""Chinese and Japanese for every node, setting and help page, as the host hands them to the browser. English is the schema."""
+"""Chinese and Japanese for every node, setting and help page, as the host hands them to the browser. English is the
+schema.
+"""
 
 import re
 
@@ -10,8 +12,12 @@ from tools.registry import node_ids
 
 IDS = sorted(node_ids())
 LANGUAGES = {"zh": r"[\u4e00-\u9fff]", "ja": r"[\u3040-\u30ff]"}
-SYNTAX = re.compile(r"[{}@|$]")  # means something to the front end in names and descriptions (vue-i18n), not in tooltips
-KEPT = re.compile(r"`[^`]+`|arXiv|\d+(?:\.\d+)+|\(pictures/.+\)")  # what a translation of a help page keeps: code, versions, numbers of papers, pictures
+SYNTAX = re.compile(
+    r"[{}@|$]"
+)  # means something to the front end in names and descriptions (vue-i18n), not in tooltips
+KEPT = re.compile(
+    r"`[^`]+`|arXiv|\d+(?:\.\d+)+|\(pictures/.+\)"
+)  # what a translation of a help page keeps: code, versions, numbers of papers, pictures
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +41,10 @@ def inputs(sections, prefix=""):
 def outputs(info):
     """{slot: (name, None where it is that of the type; English tooltip)} of a node's outputs that can be translated."""
     tooltips = info.get("output_tooltips") or [None] * len(info["output"])
-    slots = {str(n): (name if name != kind else None, tip)
-             for n, (kind, name, tip) in enumerate(zip(info["output"], info["output_name"], tooltips, strict=True))}
+    slots = {
+        str(n): (name if name != kind else None, tip)
+        for n, (kind, name, tip) in enumerate(zip(info["output"], info["output_name"], tooltips, strict=True))
+    }
     return {slot: texts for slot, texts in slots.items() if any(texts)}
 
 
@@ -53,7 +61,9 @@ def test_every_text_of_a_node_is_translated(client, translations, node, language
     info, translated = client.object_info(node), translations[language]["nodeDefs"][node]
     named, said = [translated["display_name"]], [translated["description"]]
     tooltips = inputs(info["input"])
-    explained = {choice for kind, options, _ in signatures.inputs(info).values() for choice in signatures.choices(kind, options)}
+    explained = {
+        choice for kind, options, _ in signatures.inputs(info).values() for choice in signatures.choices(kind, options)
+    }
     assert set(translated["inputs"]) == set(tooltips)
     for name, english in tooltips.items():
         entry = translated["inputs"][name]
@@ -62,7 +72,9 @@ def test_every_text_of_a_node_is_translated(client, translations, node, language
         if english:
             said.append(entry["tooltip"])
             # The choices themselves stay English: a tooltip that explains them must name them as they are.
-            missing = [c for c in explained if re.search(rf"\b{re.escape(c)}(:|\))", english) and c not in entry["tooltip"]]
+            missing = [
+                c for c in explained if re.search(rf"\b{re.escape(c)}(:|\))", english) and c not in entry["tooltip"]
+            ]
             assert not missing, f"{name}: {missing}"
     assert set(translated.get("outputs", {})) == set(outputs(info))
     for slot, (name, tip) in outputs(info).items():

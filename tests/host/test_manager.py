@@ -1,4 +1,5 @@
-"""The real ComfyUI-Manager beside the pack, installed as the registry installs it: the published zip and a list of its files.
+"""The real ComfyUI-Manager beside the pack, installed as the registry installs it: the published zip and a list of its
+files.
 
 The Manager runs without a network; what the registry would tell it about the pack lies in its cache.
 """
@@ -38,7 +39,13 @@ def base(tmp_path_factory):
     manager = base / "user" / "__manager"
     (manager / "cache").mkdir(parents=True)
     (manager / "config.ini").write_text("[default]\nnetwork_mode = offline\n")
-    entry = {"id": "asdm", "name": DISPLAY_NAME, "description": "", "publisher": {"name": "asdm"}, "latest_version": {"version": VERSION}}
+    entry = {
+        "id": "asdm",
+        "name": DISPLAY_NAME,
+        "description": "",
+        "publisher": {"name": "asdm"},
+        "latest_version": {"version": VERSION},
+    }
     (manager / "cache" / cache_name(LIST)).write_text(json.dumps({"nodes": [entry]}))
     return base
 
@@ -71,7 +78,9 @@ def test_manager_recognises_disables_and_enables_the_pack(start, base):
         assert client.request("/v2/manager/version").startswith(b"V4")
         installed = client.get("/v2/customnode/installed")
         assert installed == {"asdm": {"ver": VERSION, "cnr_id": "asdm", "aux_id": None, "enabled": True}}
-        assert json.loads(client.request("/v2/customnode/import_fail_info_bulk", {"cnr_ids": ["asdm"]})) == {"asdm": None}
+        assert json.loads(client.request("/v2/customnode/import_fail_info_bulk", {"cnr_ids": ["asdm"]})) == {
+            "asdm": None
+        }
         assert sorted(ours(client)) == sorted(registry.node_ids())
         graph = json.loads((registry.ROOT / "workflows/api/text_to_image_pack.json").read_text("utf-8"))
         assert any(output.get("images") for output in client.run(graph).values())

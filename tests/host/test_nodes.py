@@ -18,13 +18,21 @@ from demo.server import PACK, PromptError
 from demo.thumbnails import INPUT, on_embedded_family
 from tests.core.narrow import SDXL, weights
 
-IDS = sorted({name for path in (PACK / "nodes").glob("*.py") for name in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))})
+IDS = sorted(
+    {name for path in (PACK / "nodes").glob("*.py") for name in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))}
+)
 GRAPHS = sorted((PACK / "workflows" / "api").glob("*.json"))
 
 
 def test_the_benchmark_of_the_start_counts_all_nodes(host):
-    done = subprocess.run([sys.executable, "-m", "bench.start", "--once"], cwd=PACK, env={**os.environ, "COMFYUI_PATH": str(host)},
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.start", "--once"],
+        cwd=PACK,
+        env={**os.environ, "COMFYUI_PATH": str(host)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["nodes"] == len(IDS)
 
@@ -37,9 +45,25 @@ def family(server, random_family):
 
 def graph(**changes):
     """Text to image on the family with its pack; `changes` are inputs of the pack node."""
-    pack = {"model": ["1", 0], "pack_name": "random-m2.safetensors", "start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
-    sampler = {"model": ["8", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["4", 0], "seed": 1, "steps": 2,
-               "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    pack = {
+        "model": ["1", 0],
+        "pack_name": "random-m2.safetensors",
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "strength": 1.0,
+    }
+    sampler = {
+        "model": ["8", 0],
+        "positive": ["2", 0],
+        "negative": ["2", 0],
+        "latent_image": ["4", 0],
+        "seed": 1,
+        "steps": 2,
+        "cfg": 3.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "denoise": 1.0,
+    }
     return {
         "1": {"class_type": "ASDMCheckpointLoader", "inputs": {"ckpt_name": "random.safetensors"}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "red apple"}},
@@ -56,7 +80,9 @@ def image(client, outputs, node="7"):
 
 
 def test_all_nodes_are_offered_with_a_description(client):
-    offered = {name: info for name, info in client.object_info().items() if info["python_module"] == "custom_nodes.asdm"}
+    offered = {
+        name: info for name, info in client.object_info().items() if info["python_module"] == "custom_nodes.asdm"
+    }
     assert IDS and sorted(offered) == IDS
     for name, info in offered.items():
         assert len(info["description"]) > 40, name
@@ -68,7 +94,9 @@ def test_every_setting_has_a_tooltip(client, node):
     inputs = client.object_info(node)["input"]
     settings = {**inputs.get("required", {}), **inputs.get("optional", {})}
     links = ("MODEL", "CLIP", "VAE", "LATENT", "CONDITIONING", "IMAGE")
-    assert not [name for name, (kind, *options) in settings.items() if kind not in links and not options[0].get("tooltip")]
+    assert not [
+        name for name, (kind, *options) in settings.items() if kind not in links and not options[0].get("tooltip")
+    ]
 
 
 @pytest.mark.parametrize("node", IDS)
@@ -87,15 +115,19 @@ def test_there_are_workflows():
 def test_workflow_runs(client, path, host):
     client.upload(INPUT, (host / "input" / INPUT).read_bytes())
     outputs = client.run(on_embedded_family(json.loads(path.read_text("utf-8")), "red apple", "emoji-teacher"))
-    pictures = [Image.open(io.BytesIO(client.fetch(entry))) for output in outputs.values() for entry in output.get("images", [])]
+    pictures = [
+        Image.open(io.BytesIO(client.fetch(entry))) for output in outputs.values() for entry in output.get("images", [])
+    ]
     assert pictures
     for picture in pictures:
         low, high = picture.convert("L").getextrema()
         assert low < high
 
 
-@pytest.mark.parametrize(("checkpoint", "pack"), [
-    ("teacher", "m1"), ("teacher", "m2"), ("small", ""), ("tiny", ""), ("tiny-e2", "tiny-e2-pack")])
+@pytest.mark.parametrize(
+    ("checkpoint", "pack"),
+    [("teacher", "m1"), ("teacher", "m2"), ("small", ""), ("tiny", ""), ("tiny-e2", "tiny-e2-pack")],
+)
 def test_shipped_packs_and_students_draw_what_the_teacher_draws(client, checkpoint, pack):
     def drawn(checkpoint, pack):
         described = json.loads((PACK / "workflows/api/text_to_image_pack.json").read_text("utf-8"))
@@ -114,7 +146,10 @@ def test_pack_changes_the_picture_and_an_empty_window_does_not(client, family):
     plain = graph()
     plain["5"]["inputs"]["model"] = ["1", 0]
     del plain["8"]
-    pictures = [image(client, client.run(g)).tobytes() for g in (plain, graph(start_percent=0.5, end_percent=0.5), graph(end_percent=0.5))]
+    pictures = [
+        image(client, client.run(g)).tobytes()
+        for g in (plain, graph(start_percent=0.5, end_percent=0.5), graph(end_percent=0.5))
+    ]
     assert pictures[0] == pictures[1]
     assert pictures[0] != pictures[2]
 
@@ -132,7 +167,9 @@ def test_same_seed_gives_the_same_picture_after_another(client, family):
 
 
 def test_files_that_come_later_are_offered_without_a_restart(client, family, server):
-    shutil.copy(server.base / "models/asdm_packs/random-m2.safetensors", server.base / "models/asdm_packs/later.safetensors")
+    shutil.copy(
+        server.base / "models/asdm_packs/random-m2.safetensors", server.base / "models/asdm_packs/later.safetensors"
+    )
     assert "later.safetensors" in client.choices("ASDMApplyPack", "pack_name")
     checkpoints = client.choices("ASDMCheckpointLoader", "ckpt_name")
     assert "random.safetensors" in checkpoints and checkpoints[0] == "emoji-teacher.safetensors"
@@ -180,12 +217,17 @@ def test_file_that_vanishes_is_named(client, family, server):
 def test_whole_unet_as_pack_and_pack_as_unet(client, family, server):
     models = server.base / "models"
     shutil.copy(models / "checkpoints/random.safetensors", models / "asdm_packs/whole.safetensors")
-    with pytest.raises(PromptError, match="whole.safetensors: this is a whole UNet, not a pack. Load it with Load Pruned UNet"):
+    with pytest.raises(
+        PromptError, match="whole.safetensors: this is a whole UNet, not a pack. Load it with Load Pruned UNet"
+    ):
         client.run(graph(pack_name="whole.safetensors"))
     (models / "diffusion_models").mkdir(exist_ok=True)
     shutil.copy(models / "asdm_packs/random-m2.safetensors", models / "diffusion_models/pack.safetensors")
     wrong = graph()
-    wrong["9"] = {"class_type": "ASDMLoadPrunedUNet", "inputs": {"unet_name": "pack.safetensors", "prediction": "auto", "weight_dtype": "default"}}
+    wrong["9"] = {
+        "class_type": "ASDMLoadPrunedUNet",
+        "inputs": {"unet_name": "pack.safetensors", "prediction": "auto", "weight_dtype": "default"},
+    }
     wrong["8"]["inputs"]["model"] = ["9", 0]
     with pytest.raises(PromptError, match="pack.safetensors: this is a pack, not a whole UNet. Use Apply Pack"):
         client.run(wrong)
@@ -195,41 +237,81 @@ def test_whole_unet_as_pack_and_pack_as_unet(client, family, server):
 def test_pack_of_another_family_is_refused(client, family, server):
     sdxl = Architecture.preset("vega", SDXL)
     units = ("down.1.0.resnet",)
-    packs.write_pack(server.base / "models/asdm_packs/xl.safetensors", surgery.extract(weights(SDXL), sdxl, units), packs.Description("pack", sdxl, units))
-    with pytest.raises(PromptError, match=r"node 8 \(ASDMApplyPack\): ValueError: xl.safetensors is a pack for narrow-sdxl UNets .* this MODEL is emoji"):
+    packs.write_pack(
+        server.base / "models/asdm_packs/xl.safetensors",
+        surgery.extract(weights(SDXL), sdxl, units),
+        packs.Description("pack", sdxl, units),
+    )
+    with pytest.raises(
+        PromptError,
+        match=r"node 8 \(ASDMApplyPack\): ValueError: xl.safetensors is a pack for narrow-sdxl UNets .* this MODEL "
+        r"is emoji",
+    ):
         client.run(graph(pack_name="xl.safetensors"))
     assert client.run(graph())
 
 
 def test_saved_unet_can_be_loaded_and_gives_the_same_picture(client, family, server):
-    outputs = client.run({
-        **{k: v for k, v in graph().items() if k in ("1", "8")},
-        "10": {"class_type": "ASDMSaveUNet", "inputs": {"model": ["8", 0], "filename_prefix": "saved/m2", "dtype": "fp32"}},
-    })
+    outputs = client.run(
+        {
+            **{k: v for k, v in graph().items() if k in ("1", "8")},
+            "10": {
+                "class_type": "ASDMSaveUNet",
+                "inputs": {"model": ["8", 0], "filename_prefix": "saved/m2", "dtype": "fp32"},
+            },
+        }
+    )
     text = outputs["10"]["text"][0]
     assert text.startswith("output/saved/m2_00001.safetensors\nemoji m2, ")
     (saved,) = (server.base / "output/saved").glob("*.safetensors")
     (server.base / "models/diffusion_models").mkdir(exist_ok=True)
     shutil.copy(saved, server.base / "models/diffusion_models/saved.safetensors")
     loaded = graph()
-    loaded["8"] = {"class_type": "ASDMLoadPrunedUNet", "inputs": {"unet_name": "saved.safetensors", "prediction": "auto", "weight_dtype": "default"}}
+    loaded["8"] = {
+        "class_type": "ASDMLoadPrunedUNet",
+        "inputs": {"unet_name": "saved.safetensors", "prediction": "auto", "weight_dtype": "default"},
+    }
     assert image(client, client.run(loaded)).tobytes() == image(client, client.run(graph())).tobytes()
 
 
 def inheriting(preset="balanced", **settings):
     """Text to image on the family with feature inheritance, and the picture of its plan."""
     g = graph()
-    g["8"] = {"class_type": "ASDMFeatureInheritance", "inputs": {
-        "model": ["1", 0], "preset": preset, "memory_limit_mb": 0, "keep_on_cpu": False, **{f"preset.{k}": v for k, v in settings.items()}}}
-    g["9"] = {"class_type": "ASDMInheritancePlan", "inputs": {
-        "model": ["8", 0], "steps": 10, "width": 128, "height": 128, "batch_size": 1, "after": ["5", 0]}}
+    g["8"] = {
+        "class_type": "ASDMFeatureInheritance",
+        "inputs": {
+            "model": ["1", 0],
+            "preset": preset,
+            "memory_limit_mb": 0,
+            "keep_on_cpu": False,
+            **{f"preset.{k}": v for k, v in settings.items()},
+        },
+    }
+    g["9"] = {
+        "class_type": "ASDMInheritancePlan",
+        "inputs": {"model": ["8", 0], "steps": 10, "width": 128, "height": 128, "batch_size": 1, "after": ["5", 0]},
+    }
     g["10"] = {"class_type": "SaveImage", "inputs": {"images": ["9", 1], "filename_prefix": "plan"}}
     g["5"]["inputs"]["steps"] = 10
     return g
 
 
-CUSTOM = {"what": "deepcache", "branch": 0, "targets": "", "reuse": "output", "when": "uniform", "interval": 2, "power": 1.4, "centre": 0.3,
-          "windows": "", "steps": "", "threshold": 0.1, "max_run": 4, "first_steps": 1, "last_steps": 0}
+CUSTOM = {
+    "what": "deepcache",
+    "branch": 0,
+    "targets": "",
+    "reuse": "output",
+    "when": "uniform",
+    "interval": 2,
+    "power": 1.4,
+    "centre": 0.3,
+    "windows": "",
+    "steps": "",
+    "threshold": 0.1,
+    "max_run": 4,
+    "first_steps": 1,
+    "last_steps": 0,
+}
 
 
 def test_inheritance_saves_steps_and_says_which(client, family):
@@ -247,16 +329,25 @@ def test_inheritance_saves_steps_and_says_which(client, family):
 
 
 def test_a_plan_travels_as_text(client, family):
-    plan = json.dumps({"format": 1, "rules": [{"targets": "mid", "reuse": "output"}], "schedule": {"mode": "explicit", "steps": [0, 9]}})
+    plan = json.dumps(
+        {
+            "format": 1,
+            "rules": [{"targets": "mid", "reuse": "output"}],
+            "schedule": {"mode": "explicit", "steps": [0, 9]},
+        }
+    )
     assert "last run: 8 of 10 steps inherited" in client.run(inheriting("plan", plan=plan))["9"]["text"][0]
 
 
-@pytest.mark.parametrize("settings, said", [
-    ({"preset": "plan", "plan": "{"}, "not valid JSON"),
-    ({"preset": "plan", "plan": '{"format": 1, "rules": [{"targets": "down.7"}]}'}, r"down\.7"),
-    ({"preset": "custom", **CUSTOM, "when": "windows", "windows": "0.2, 0.8"}, "start, end, interval"),
-    ({"preset": "custom", **CUSTOM, "what": "encoder", "reuse": "branch"}, "has no residual"),
-])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"preset": "plan", "plan": "{"}, "not valid JSON"),
+        ({"preset": "plan", "plan": '{"format": 1, "rules": [{"targets": "down.7"}]}'}, r"down\.7"),
+        ({"preset": "custom", **CUSTOM, "when": "windows", "windows": "0.2, 0.8"}, "start, end, interval"),
+        ({"preset": "custom", **CUSTOM, "what": "encoder", "reuse": "branch"}, "has no residual"),
+    ],
+)
 def test_a_wrong_plan_is_one_clear_error(client, family, settings, said):
     with pytest.raises(PromptError, match=rf"(?s)node 8 \(ASDMFeatureInheritance\): ValueError: .*{said}"):
         client.run(inheriting(**settings))
@@ -264,14 +355,37 @@ def test_a_wrong_plan_is_one_clear_error(client, family, settings, said):
 
 
 OLD = {  # inputs of a DeepCache node of other packs, and the settings of ours that must give the same picture
-    "DeepCache": ({"cache_interval": 3, "cache_depth": 2, "start_step": 0, "end_step": 1000}, {"interval": 3, "branch": 2}),
-    "DeepCacheV2": ({"cache_interval": 3, "cache_depth": 2, "start_step": 0, "end_step": 1000}, {"interval": 3, "branch": 2}),
+    "DeepCache": (
+        {"cache_interval": 3, "cache_depth": 2, "start_step": 0, "end_step": 1000},
+        {"interval": 3, "branch": 2},
+    ),
+    "DeepCacheV2": (
+        {"cache_interval": 3, "cache_depth": 2, "start_step": 0, "end_step": 1000},
+        {"interval": 3, "branch": 2},
+    ),
     "DeepCache_Fix": (
-        {"cache_interval": 4, "cache_depth": 3, "start_steps": 0, "end_steps": 12, "input_cache": "Yes", "middle_cahce": "Yes", "output_cache": "Yes"},
-        {"interval": 4, "branch": 3, "last_steps": 3}),
+        {
+            "cache_interval": 4,
+            "cache_depth": 3,
+            "start_steps": 0,
+            "end_steps": 12,
+            "input_cache": "Yes",
+            "middle_cahce": "Yes",
+            "output_cache": "Yes",
+        },
+        {"interval": 4, "branch": 3, "last_steps": 3},
+    ),
     "ModuleDeepCacheSpeedup": (
-        {"static_mode": "enable", "cache_interval": 3, "cache_layer_id": 0, "cache_block_id": 1, "start_step": 0, "end_step": 1000},
-        {"interval": 3, "branch": 3}),
+        {
+            "static_mode": "enable",
+            "cache_interval": 3,
+            "cache_layer_id": 0,
+            "cache_block_id": 1,
+            "start_step": 0,
+            "end_step": 1000,
+        },
+        {"interval": 3, "branch": 3},
+    ),
 }
 
 
@@ -307,16 +421,38 @@ def test_the_plan_of_a_model_without_one_is_a_clear_error(client, family):
 def test_calibration_makes_a_plan_that_feature_inheritance_takes(client, family):
     g = graph()
     inputs = g["5"]["inputs"]
-    g["8"] = {"class_type": "ASDMCalibrateInheritance", "inputs": {
-        "model": ["1", 0], **{k: inputs[k] for k in ("positive", "negative", "latent_image", "seed", "cfg", "sampler_name", "scheduler")},
-        "steps": 6, "goal": "saving", "goal.saving": 0.2, "longest": 2}}
-    g["9"] = {"class_type": "ASDMFeatureInheritance", "inputs": {
-        "model": ["1", 0], "preset": "plan", "preset.plan": ["8", 1], "memory_limit_mb": 0, "keep_on_cpu": False}}
+    g["8"] = {
+        "class_type": "ASDMCalibrateInheritance",
+        "inputs": {
+            "model": ["1", 0],
+            **{
+                k: inputs[k]
+                for k in ("positive", "negative", "latent_image", "seed", "cfg", "sampler_name", "scheduler")
+            },
+            "steps": 6,
+            "goal": "saving",
+            "goal.saving": 0.2,
+            "longest": 2,
+        },
+    }
+    g["9"] = {
+        "class_type": "ASDMFeatureInheritance",
+        "inputs": {
+            "model": ["1", 0],
+            "preset": "plan",
+            "preset.plan": ["8", 1],
+            "memory_limit_mb": 0,
+            "keep_on_cpu": False,
+        },
+    }
     g["10"] = {"class_type": "VAEDecode", "inputs": {"samples": ["8", 3], "vae": ["1", 2]}}
     g["11"] = {"class_type": "SaveImage", "inputs": {"images": ["10", 0], "filename_prefix": "full"}}
     inputs |= {"steps": 6, "model": ["8", 0]}
     outputs = client.run(g)
-    assert "predicted difference to the full run" in outputs["8"]["text"][0] and "other savings, and their difference: 20% for" in outputs["8"]["text"][0]
+    assert (
+        "predicted difference to the full run" in outputs["8"]["text"][0]
+        and "other savings, and their difference: 20% for" in outputs["8"]["text"][0]
+    )
     inputs["model"] = ["9", 0]
     assert image(client, client.run(g)).tobytes() == image(client, outputs).tobytes()
     inputs["model"] = ["1", 0]
@@ -326,8 +462,19 @@ def test_calibration_makes_a_plan_that_feature_inheritance_takes(client, family)
 def test_a_saving_that_cannot_be_had_is_a_clear_error(client, family):
     g = graph()
     inputs = g["5"]["inputs"]
-    g["8"] = {"class_type": "ASDMCalibrateInheritance", "inputs": {
-        "model": ["1", 0], **{k: inputs[k] for k in ("positive", "negative", "latent_image", "seed", "cfg", "sampler_name", "scheduler")},
-        "steps": 4, "goal": "saving", "goal.saving": 0.95, "longest": 1}}
+    g["8"] = {
+        "class_type": "ASDMCalibrateInheritance",
+        "inputs": {
+            "model": ["1", 0],
+            **{
+                k: inputs[k]
+                for k in ("positive", "negative", "latent_image", "seed", "cfg", "sampler_name", "scheduler")
+            },
+            "steps": 4,
+            "goal": "saving",
+            "goal.saving": 0.95,
+            "longest": 1,
+        },
+    }
     with pytest.raises(PromptError, match="no plan saves 95% of the work; the most that can be saved here is"):
         client.run(g)

@@ -93,7 +93,9 @@ def test_server_ends_when_its_starter_is_killed(host, tmp_path):
         "import sys, time; from demo.server import Server\n"
         "with Server(sys.argv[1], sys.argv[2], flags=['--cpu']) as s: print(s.url, flush=True); time.sleep(600)"
     )
-    starter = subprocess.Popen([sys.executable, "-c", code, host, tmp_path], cwd=PACK, stdout=subprocess.PIPE, text=True)
+    starter = subprocess.Popen(
+        [sys.executable, "-c", code, host, tmp_path], cwd=PACK, stdout=subprocess.PIPE, text=True
+    )
     url = starter.stdout.readline().strip()
     Client(url).get("/system_stats")
     starter.send_signal(signal.SIGKILL)
@@ -128,7 +130,13 @@ def test_script_failure_in_host_fails_the_test(run_in_host):
 def test_interrupt(client):
     graph = {"0": {"class_type": "EmptyImage", "inputs": {"width": 2048, "height": 2048, "batch_size": 1, "color": 0}}}
     for i in range(1, 100):
-        inputs = {"image": [str(i - 1), 0], "upscale_method": "lanczos", "width": 2048 + i % 2, "height": 2048, "crop": "disabled"}
+        inputs = {
+            "image": [str(i - 1), 0],
+            "upscale_method": "lanczos",
+            "width": 2048 + i % 2,
+            "height": 2048,
+            "crop": "disabled",
+        }
         graph[str(i)] = {"class_type": "ImageScale", "inputs": inputs}
     graph["100"] = {"class_type": "PreviewImage", "inputs": {"images": ["99", 0]}}
     run = client.submit(graph)

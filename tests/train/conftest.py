@@ -15,8 +15,16 @@ from train.emoji.data import Glyphs, variants
 from train.emoji.latents import LatentSet
 from train.emoji.sources import STYLES, Concept
 
-TINY = UNetConfig("tiny", 32, (1, 1, 2, 2), ((1, 1), (1, 1), (1, 1), (0, 0)), 1,
-                  ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)), context_dim=32, num_heads=4)
+TINY = UNetConfig(
+    "tiny",
+    32,
+    (1, 1, 2, 2),
+    ((1, 1), (1, 1), (1, 1), (0, 0)),
+    1,
+    ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
+    context_dim=32,
+    num_heads=4,
+)
 WORDS = ("cat face", "red heart", "rocket", "pizza", "owl", "key", "robot", "dress", "cactus", "star", "bell", "crab")
 
 
@@ -68,6 +76,22 @@ def settings(tmp_path):
     runs, models = tmp_path / "runs", tmp_path / "models"
     runs.mkdir(), models.mkdir()
     torch.manual_seed(0)
-    write_file(models / "emoji-vae.safetensors", {k: v.half() for k, v in to_taesd(Codec()).items()}, {"x": json.dumps(0)})
-    return argparse.Namespace(runs=runs, models=models, seed=0, device="cpu", threads=1, minutes=1.0, steps=6, fresh=False, batch=4,
-                              lr=1e-3, ema=0.99, show_minutes=99.0, pooled_samples=8, host=None)
+    write_file(
+        models / "emoji-vae.safetensors", {k: v.half() for k, v in to_taesd(Codec()).items()}, {"x": json.dumps(0)}
+    )
+    return argparse.Namespace(
+        runs=runs,
+        models=models,
+        seed=0,
+        device="cpu",
+        threads=1,
+        minutes=1.0,
+        steps=6,
+        fresh=False,
+        batch=4,
+        lr=1e-3,
+        ema=0.99,
+        show_minutes=99.0,
+        pooled_samples=8,
+        host=None,
+    )

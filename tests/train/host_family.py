@@ -1,6 +1,6 @@
 """Runs in a child process with ComfyUI's own classes: the family's files on fixed inputs.
 
-    python host_family.py HOST MODELS INPUTS OUTPUTS
+python host_family.py HOST MODELS INPUTS OUTPUTS
 """
 
 import json

@@ -14,10 +14,12 @@ from train.sources import open_source
 def write_cache(path, pictures=5, first=0, **changes):
     """Picture i has latents i; its captions j in (0, 1) have states 10 i + j."""
     numbers = torch.arange(first, first + pictures).float()
-    tensors = {"latents": numbers[:, None, None, None].expand(-1, 4, 8, 8).half(),
-               "captions": torch.arange(2 * pictures).view(-1, 2),
-               "states": (10 * numbers[:, None] + torch.tensor([0.0, 1.0])).flatten()[:, None, None].expand(-1, 3, 32).half(),
-               "empty": torch.full((3, 32), -1.0).half()}
+    tensors = {
+        "latents": numbers[:, None, None, None].expand(-1, 4, 8, 8).half(),
+        "captions": torch.arange(2 * pictures).view(-1, 2),
+        "states": (10 * numbers[:, None] + torch.tensor([0.0, 1.0])).flatten()[:, None, None].expand(-1, 3, 32).half(),
+        "empty": torch.full((3, 32), -1.0).half(),
+    }
     path.parent.mkdir(exist_ok=True)
     write_file(path, {k: v for k, v in (tensors | changes).items() if v is not None}, {})
     return path
@@ -29,13 +31,21 @@ def recipe(*changes):
 
 def test_a_sample_depends_on_the_seed_and_its_number_alone():
     config = load(NARROW)
-    one, two, other = Batches(Random(config), config), Batches(Random(config), config), Batches(Random(config), load(NARROW, ["seed=5"]))
+    one, two, other = (
+        Batches(Random(config), config),
+        Batches(Random(config), config),
+        Batches(Random(config), load(NARROW, ["seed=5"])),
+    )
     one(range(100, 120))
     whole, parts = one(range(4, 8)), [two(range(6, 8)), two(range(4, 6))]
     for a, *b in zip(whole, *reversed(parts), strict=True):
         assert a is None and b == [None, None] or torch.equal(a, torch.cat(b))
     assert not torch.equal(other(range(4, 8)).noise, whole.noise)
-    assert whole.x0.shape == whole.noise.shape == (4, 4, 8, 8) and whole.context.shape == (4, 8, 32) and whole.t.shape == (4,)
+    assert (
+        whole.x0.shape == whole.noise.shape == (4, 4, 8, 8)
+        and whole.context.shape == (4, 8, 32)
+        and whole.t.shape == (4,)
+    )
 
 
 def test_every_picture_comes_once_an_epoch_in_a_new_order(tmp_path):
@@ -77,13 +87,16 @@ def test_several_files_are_one_cache(tmp_path):
     assert [states[i].unique().tolist() for i in range(7)] == [[10 * i + 1] for i in range(7)]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"captions": None}, "wanted a tensor 'captions' of 2 dimensions, got none"),
-    ({"empty": torch.zeros(3)}, r"wanted a tensor 'empty' of 2 dimensions, got \[3\]"),
-    ({"latents": torch.zeros(5, 4, 16, 16)}, r"latents are \[4, 16, 16\], wanted \[4, 8, 8\] \(data.size = 64\)"),
-    ({"states": torch.zeros(10, 3, 768)}, "768 wide, a UNet of smoke takes 32"),
-    ({"latents": torch.zeros(0, 4, 8, 8)}, "holds no pictures"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"captions": None}, "wanted a tensor 'captions' of 2 dimensions, got none"),
+        ({"empty": torch.zeros(3)}, r"wanted a tensor 'empty' of 2 dimensions, got \[3\]"),
+        ({"latents": torch.zeros(5, 4, 16, 16)}, r"latents are \[4, 16, 16\], wanted \[4, 8, 8\] \(data.size = 64\)"),
+        ({"states": torch.zeros(10, 3, 768)}, "768 wide, a UNet of smoke takes 32"),
+        ({"latents": torch.zeros(0, 4, 8, 8)}, "holds no pictures"),
+    ],
+)
 def test_a_wrong_cache_is_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         Cache(write_cache(tmp_path / "a.safetensors", **changes), recipe())

@@ -9,7 +9,9 @@ RECIPES = sorted((Path(config.__file__).parent / "configs").glob("*.toml"))
 SMOKE = next(p for p in RECIPES if p.stem == "smoke")
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if not p.stem.startswith("sdxl-")], ids=lambda p: p.stem)  # these: test_sdxl.py
+@pytest.mark.parametrize(
+    "path", [p for p in RECIPES if not p.stem.startswith("sdxl-")], ids=lambda p: p.stem
+)  # these: test_sdxl.py
 def test_recipes_are_what_their_names_say(path):
     recipe = load(path)
     assert recipe.name == path.stem and recipe.product == Path("runs", path.stem, f"{path.stem}.safetensors")
@@ -23,8 +25,11 @@ def test_recipes_are_what_their_names_say(path):
         before = name if experts else "base" if name[:1] == "m" else ""
         assert recipe.student.start == (str(load(path.with_name(f"{family}-{before}.toml")).product) if before else "")
         assert (recipe.condconv is not None) == bool(experts) and (recipe.gains is not None) == (name == "gri")
-        assert {"": not experts, "e2": set(recipe.condconv.experts.values() if experts else ()) == {2},
-                "clme": recipe.experts.start == "clme"}[experts]
+        assert {
+            "": not experts,
+            "e2": set(recipe.condconv.experts.values() if experts else ()) == {2},
+            "clme": recipe.experts.start == "clme",
+        }[experts]
 
 
 def test_experts_sit_where_the_recipe_says():
@@ -32,8 +37,13 @@ def test_experts_sit_where_the_recipe_says():
     kept = ["down.0.0", "down.1.0", "up.2.0", "up.2.2", "up.3.0", "up.3.2"]
     assert list(e2) == [f"{layer}.resnet.{conv}" for layer in kept for conv in ("conv1", "conv2")]
     # up.3.0's first convolution is wider than all others of its block.
-    assert clme == {"down.0.0.resnet.conv1": 2, "down.0.0.resnet.conv2": 2, "up.3.0.resnet.conv2": 3,
-                    "up.3.2.resnet.conv1": 2, "up.3.2.resnet.conv2": 3}
+    assert clme == {
+        "down.0.0.resnet.conv1": 2,
+        "down.0.0.resnet.conv2": 2,
+        "up.3.0.resnet.conv2": 3,
+        "up.3.2.resnet.conv1": 2,
+        "up.3.2.resnet.conv2": 3,
+    }
 
 
 def test_stage_one_has_the_settings_of_bk_sdm():
@@ -44,7 +54,16 @@ def test_stage_one_has_the_settings_of_bk_sdm():
 
 
 def test_changes_win_over_the_recipe_and_keep_the_rest():
-    recipe = load(SMOKE, ["optimiser.lr=3e-4", "run.steps=7", "student.preset=base", "run.folder=some/where", "optimiser.betas=[0.8, 0.9]"])
+    recipe = load(
+        SMOKE,
+        [
+            "optimiser.lr=3e-4",
+            "run.steps=7",
+            "student.preset=base",
+            "run.folder=some/where",
+            "optimiser.betas=[0.8, 0.9]",
+        ],
+    )
     assert recipe.optimiser.lr == 3e-4 and recipe.run.steps == 7 and recipe.architecture.name == "base"
     assert recipe.folder == Path("some/where") and recipe.optimiser.betas == (0.8, 0.9)
     assert recipe.data == load(SMOKE).data and recipe.optimiser.ema == load(SMOKE).optimiser.ema
@@ -63,26 +82,32 @@ def test_the_printed_recipe_is_a_recipe(tmp_path):
     assert load(tmp_path / "again.toml") == recipe
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ("optimizer.lr=1", "unknown key 'optimizer'; did you mean 'optimiser'"),
-    ("run.step=1", "unknown key 'step'; did you mean 'steps'"),
-    ("run.steps=many", "steps: wanted a whole number, got 'many'"),
-    ("run.steps=true", "steps: wanted a whole number, got True"),
-    ("run.steps=0", "run.steps must be at least 1"),
-    ("optimiser.betas=[0.9]", "betas: wanted a list of 2"),
-    ("data.source=cach", "'cach' is none of cache, folder, .*; did you mean 'cache'"),
-    ("student.preset=m22", "no preset 'm22'"),
-    ("experts.on=moon", "'moon' matches no unit"),
-    ("experts.on=up.3.1", "'up.3.1' holds no convolution that m2 keeps"),
-    ("experts.start=one", "'one' is none of zero, random, clme"),
-    ("student={preset = \"full\", start = \"a.safetensors\", trained = \"all\"}", "student.preset = 'full' the student is the original"),
-    ("student.cut=mid", "give either preset or cut"),
-    ("loss.mid=-1", "weights must not be negative"),
-    ("loss.perceptual=0.1", "no known way to a picture"),
-    ("data.caption_dropout=1.5", "between 0 and 1"),
-    ("seed.x=1", "wanted a whole number"),
-    ("lr", "wanted key=value"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.lr=1", "unknown key 'optimizer'; did you mean 'optimiser'"),
+        ("run.step=1", "unknown key 'step'; did you mean 'steps'"),
+        ("run.steps=many", "steps: wanted a whole number, got 'many'"),
+        ("run.steps=true", "steps: wanted a whole number, got True"),
+        ("run.steps=0", "run.steps must be at least 1"),
+        ("optimiser.betas=[0.9]", "betas: wanted a list of 2"),
+        ("data.source=cach", "'cach' is none of cache, folder, .*; did you mean 'cache'"),
+        ("student.preset=m22", "no preset 'm22'"),
+        ("experts.on=moon", "'moon' matches no unit"),
+        ("experts.on=up.3.1", "'up.3.1' holds no convolution that m2 keeps"),
+        ("experts.start=one", "'one' is none of zero, random, clme"),
+        (
+            'student={preset = "full", start = "a.safetensors", trained = "all"}',
+            "student.preset = 'full' the student is the original",
+        ),
+        ("student.cut=mid", "give either preset or cut"),
+        ("loss.mid=-1", "weights must not be negative"),
+        ("loss.perceptual=0.1", "no known way to a picture"),
+        ("data.caption_dropout=1.5", "between 0 and 1"),
+        ("seed.x=1", "wanted a whole number"),
+        ("lr", "wanted key=value"),
+    ],
+)
 def test_mistakes_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         load(SMOKE, [change])

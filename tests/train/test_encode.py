@@ -47,7 +47,9 @@ def test_captions_come_from_tables_or_text_files(folder):
     assert captioned(folder) == [(folder / "0.png", ["a cat"])]
     (folder / "metadata.csv").write_text('file_name,text\n1.png,"red, round"\n')
     assert captioned(folder) == [(folder / "1.png", ["red, round"])]
-    (folder / "metadata.jsonl").write_text('{"file_name": "3.png", "text": ["x", "y"]}\n{"file_name": "2.png", "text": "z"}\n')
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "3.png", "text": ["x", "y"]}\n{"file_name": "2.png", "text": "z"}\n'
+    )
     assert captioned(folder) == [(folder / "2.png", ["z"]), (folder / "3.png", ["x", "y"])]
     (folder / "metadata.jsonl").write_text('{"file_name": "3.png"}\n')
     with pytest.raises(ValueError, match="entry 1 of its metadata has no file_name or no text"):
@@ -64,8 +66,12 @@ def test_pictures_are_cropped_about_their_centre(tmp_path):
 
 
 def test_the_cache_holds_the_pictures_and_names_the_broken_ones(folder, tmp_path, capsys):
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{i}.png", "text": ["a" * i, "b" * (i + 1)]
-                                                                 if i == 3 else "a" * i or "-"}) for i in range(5)))
+    (folder / "metadata.jsonl").write_text(
+        "\n".join(
+            json.dumps({"file_name": f"{i}.png", "text": ["a" * i, "b" * (i + 1)] if i == 3 else "a" * i or "-"})
+            for i in range(5)
+        )
+    )
     (folder / "1.png").write_bytes(b"no picture")
     found, out = captioned(folder), tmp_path / "out"
     broken = encode(found, out, 8, to_latents, to_text, batch=2, shard=3)
@@ -101,11 +107,17 @@ def test_a_folder_that_has_changed_is_not_taken_for_the_one_it_was(folder, tmp_p
     def encoded(count, size=8, models="a"):
         for i in range(count):
             (folder / f"{i}.txt").write_text("cat")
-        return encode(captioned(folder)[:count], tmp_path / "out", size, to_latents, to_text, batch=2, shard=2, models=models)
+        return encode(
+            captioned(folder)[:count], tmp_path / "out", size, to_latents, to_text, batch=2, shard=2, models=models
+        )
 
     encoded(5), encoded(5)
-    for changed, message in ((lambda: encoded(4), "00002.* was .* and is None"), (lambda: encoded(3), "00001.*hash of the pictures' names"),
-                             (lambda: encoded(5, 16), "00000.*size was 8 and is 16"), (lambda: encoded(5, 8, "b"), "models was 'a' and is 'b'")):
+    for changed, message in (
+        (lambda: encoded(4), "00002.* was .* and is None"),
+        (lambda: encoded(3), "00001.*hash of the pictures' names"),
+        (lambda: encoded(5, 16), "00000.*size was 8 and is 16"),
+        (lambda: encoded(5, 8, "b"), "models was 'a' and is 'b'"),
+    ):
         with pytest.raises(ValueError, match=f"{message}.*; delete it and those after it"):
             changed()
     paint(folder / "00.png", 0)  # now the second of all
@@ -119,11 +131,15 @@ def test_the_last_line_counts_what_the_cache_holds(folder, tmp_path, monkeypatch
         (folder / f"{i}.txt").write_text("cat")
     # A PNG whose chunk eXIf is too short: Pillow raises struct.error.
     data = (folder / "1.png").read_bytes()
-    (folder / "1.png").write_bytes(data[:33] + struct.pack(">I4s6sI", 6, b"eXIf", b"II*\0\x08\0", zlib.crc32(b"eXIfII*\0\x08\0")) + data[33:])
+    (folder / "1.png").write_bytes(
+        data[:33] + struct.pack(">I4s6sI", 6, b"eXIf", b"II*\0\x08\0", zlib.crc32(b"eXIfII*\0\x08\0")) + data[33:]
+    )
     monkeypatch.setattr(train.encode, "load_vae", lambda *_: None)
     monkeypatch.setattr(train.encode, "latents_of", lambda vae: to_latents)
     monkeypatch.setattr(train.encode, "load_text", lambda *_, **__: to_text)
-    monkeypatch.setattr("sys.argv", ["encode", str(folder), str(tmp_path / "out"), "--models", str(tmp_path), "--size", "8"])
+    monkeypatch.setattr(
+        "sys.argv", ["encode", str(folder), str(tmp_path / "out"), "--models", str(tmp_path), "--size", "8"]
+    )
     lines = []
     for _ in range(2):
         train.encode.main()
@@ -138,18 +154,36 @@ def test_encoders_come_from_a_whole_model(tmp_path):
     with pytest.raises(ValueError, match="has no folder text_encoder; wanted a diffusers folder"):
         load_text(tmp_path)
     torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
-                        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2).eval()
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()
     vae.save_pretrained(tmp_path / "vae")
     words = ["a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-                                        max_position_embeddings=6, bos_token_id=2, eos_token_id=3, pad_token_id=3)).eval()
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=4,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=6,
+            bos_token_id=2,
+            eos_token_id=3,
+            pad_token_id=3,
+        )
+    ).eval()
     text.save_pretrained(tmp_path / "text_encoder")
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
     (tmp_path / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "CLIPTokenizer", "model_max_length": 6, "pad_token": "<|endoftext|>"}))
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 6, "pad_token": "<|endoftext|>"})
+    )
     to_latents, to_states = latents_of(load_vae(tmp_path)), lambda captions: load_text(tmp_path)(captions).states
     picture = torch.rand(2, 3, 16, 16) * 2 - 1
     torch.testing.assert_close(to_latents(picture), 0.5 * vae.encode(picture).latent_dist.mean)

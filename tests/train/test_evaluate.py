@@ -26,13 +26,28 @@ from train.emoji.text import TextEncoder
 def judge(settings, tiny, glyphs, data, tokens, concepts, monkeypatch):
     torch.manual_seed(0)
     encoder = TextEncoder(tokens.ids, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    save_classifier(settings.models / "emoji-classifier.safetensors", Classifier(len(concepts)).eval(), [c.code for c in concepts], {})
-    for name, value in (("load_glyphs", lambda runs: glyphs), ("load_latents", lambda *a: data), ("load_text", lambda path: encoder.eval()),
-                        ("Tokens", lambda *a, **k: tokens), ("host_folder", lambda given: None), ("FIXED", 32), ("LENGTH", 16), ("REFERENCE", 4)):
+    save_classifier(
+        settings.models / "emoji-classifier.safetensors",
+        Classifier(len(concepts)).eval(),
+        [c.code for c in concepts],
+        {},
+    )
+    for name, value in (
+        ("load_glyphs", lambda runs: glyphs),
+        ("load_latents", lambda *a: data),
+        ("load_text", lambda path: encoder.eval()),
+        ("Tokens", lambda *a, **k: tokens),
+        ("host_folder", lambda given: None),
+        ("FIXED", 32),
+        ("LENGTH", 16),
+        ("REFERENCE", 4),
+    ):
         monkeypatch.setattr(compare, name, value)
     monkeypatch.setattr(Judge, "whole", unet.build(tiny).eval())
     (settings.models / "emoji-teacher.safetensors").touch()
-    return lambda prompts=3: Judge("teacher", settings.runs / "measured", settings.runs, settings.models, prompts, steps=2)
+    return lambda prompts=3: Judge(
+        "teacher", settings.runs / "measured", settings.runs, settings.models, prompts, steps=2
+    )
 
 
 def cut(judge, preset, config):
@@ -44,7 +59,11 @@ def cut(judge, preset, config):
 def test_networks_are_measured_against_the_teacher_and_only_once(judge, tiny):
     j = judge()
     same, other = j.measure("same", lambda: j.whole), j.measure("cut", lambda: cut(j, "base", tiny), rounds=2)
-    assert same["mse"] == same["latent_mse"] == 0 and same["ssim"] == pytest.approx(1) and same["v_mse"]["teacher"]["all"] == 0
+    assert (
+        same["mse"] == same["latent_mse"] == 0
+        and same["ssim"] == pytest.approx(1)
+        and same["v_mse"]["teacher"]["all"] == 0
+    )
     assert other["mse"] > 0 and other["v_mse"]["teacher"]["all"] > 0 and (same["pictures"], other["pictures"]) == (3, 6)
     assert "mse" not in j.measure("whole", lambda: j.whole)
     assert "fed" not in other  # six pictures have no covariance of 64 features
@@ -63,7 +82,9 @@ def test_networks_are_measured_against_the_teacher_and_only_once(judge, tiny):
 def test_a_teacher_trained_anew_wants_another_folder(judge, settings):
     folder = settings.runs / "measured"
     folder.mkdir()
-    (folder / "settings.json").write_text('{"prompts": 3, "steps": 2, "cfg": 3.0}\n')  # from before the teacher was noted
+    (folder / "settings.json").write_text(
+        '{"prompts": 3, "steps": 2, "cfg": 3.0}\n'
+    )  # from before the teacher was noted
     judge(), judge()
     assert json.loads((folder / "settings.json").read_text()).keys() == {"prompts", "steps", "cfg", "teacher"}
     (settings.models / "emoji-teacher.safetensors").write_bytes(b"trained anew")
@@ -72,11 +93,15 @@ def test_a_teacher_trained_anew_wants_another_folder(judge, settings):
 
 
 @pytest.mark.parametrize(("pictures", "known"), [(64, False), (65, True), (120, True), (300, True)])
-def test_the_frechet_distance_needs_more_pictures_than_features_and_has_no_upper_end(pictures, known, judge, monkeypatch):
+def test_the_frechet_distance_needs_more_pictures_than_features_and_has_no_upper_end(
+    pictures, known, judge, monkeypatch
+):
     j = judge()
     g = torch.Generator().manual_seed(0)
     drawn = {"latents": (4, 2, 2), "images": (3, 16, 16), "features": (64,), "top1": (), "top5": ()}
-    monkeypatch.setattr(Judge, "pictures", lambda *_: {key: torch.rand(pictures, *shape, generator=g) for key, shape in drawn.items()})
+    monkeypatch.setattr(
+        Judge, "pictures", lambda *_: {key: torch.rand(pictures, *shape, generator=g) for key, shape in drawn.items()}
+    )
     monkeypatch.setattr(Judge, "reference", torch.rand(160, 64, generator=g))
     found = j.measure("whole", lambda: j.whole, fixed=False)
     assert [key in found for key in ("fed", "fed_glyphs")] == [known, known]
@@ -160,10 +185,16 @@ def test_scores_come_from_the_libraries_as_the_protocol_has_them(prompts, tmp_pa
         def encode_text(self, tokens):
             return torch.tensor([[2.0, 0.0]]).expand(len(tokens), 2)
 
-    fid = types.SimpleNamespace(compute_fid=lambda mine, real, **given: asked.update(mine=mine, real=real, **given) or 12.5)
-    fidelity = types.SimpleNamespace(calculate_metrics=lambda **given: {"inception_score_mean": 30.0, "inception_score_std": 0.5})
-    clip = types.SimpleNamespace(create_model_and_transforms=lambda name, pretrained: (Clip(), None, lambda picture: torch.zeros(3, 4, 4)),
-                                 get_tokenizer=lambda name: lambda texts: torch.zeros(len(texts), 1))
+    fid = types.SimpleNamespace(
+        compute_fid=lambda mine, real, **given: asked.update(mine=mine, real=real, **given) or 12.5
+    )
+    fidelity = types.SimpleNamespace(
+        calculate_metrics=lambda **given: {"inception_score_mean": 30.0, "inception_score_std": 0.5}
+    )
+    clip = types.SimpleNamespace(
+        create_model_and_transforms=lambda name, pretrained: (Clip(), None, lambda picture: torch.zeros(3, 4, 4)),
+        get_tokenizer=lambda name: lambda texts: torch.zeros(len(texts), 1),
+    )
     monkeypatch.setattr(coco, "libraries", lambda: (fid, fidelity, clip))
     texts = coco.read_prompts(prompts)
     coco.generate(Pipeline(), texts, tmp_path / "mine", Accelerator(cpu=True), 1, 25, 7.5)
@@ -176,16 +207,35 @@ def test_scores_come_from_the_libraries_as_the_protocol_has_them(prompts, tmp_pa
 
     # The whole command, twice: the second time it has nothing to draw.
     monkeypatch.setattr(coco, "load_pipeline", lambda models, product, device: Pipeline())
-    command = ["sd", "--models", "x", "--prompts", str(prompts), "--real", str(tmp_path / "real"), "--out", str(tmp_path / "out"), "--cpu"]
+    command = [
+        "sd",
+        "--models",
+        "x",
+        "--prompts",
+        str(prompts),
+        "--real",
+        str(tmp_path / "real"),
+        "--out",
+        str(tmp_path / "out"),
+        "--cpu",
+    ]
     for drawn in (5, 0):
         Pipeline.drawn = 0
         evaluate.main(command)
         assert Pipeline.drawn == drawn
-    assert json.loads((tmp_path / "out" / "whole.json").read_text())["fid"] == 12.5 and (tmp_path / "out" / "whole.png").exists()
+    assert (
+        json.loads((tmp_path / "out" / "whole.json").read_text())["fid"] == 12.5
+        and (tmp_path / "out" / "whole.png").exists()
+    )
     # Pictures drawn otherwise are not scored under these settings.
-    for change, message in ((["--steps", "50"], "steps was 25 and is 50"), (["--limit", "2"], "pictures was 5 and is 2"),
-                            (["--models", "y"], "models was '.*x' and is '.*y'")):
-        with pytest.raises(SystemExit, match=f"whole holds what was made with other settings .{message}.; choose another folder"):
+    for change, message in (
+        (["--steps", "50"], "steps was 25 and is 50"),
+        (["--limit", "2"], "pictures was 5 and is 2"),
+        (["--models", "y"], "models was '.*x' and is '.*y'"),
+    ):
+        with pytest.raises(
+            SystemExit, match=f"whole holds what was made with other settings .{message}.; choose another folder"
+        ):
             evaluate.main(command + change)
     prompts.write_text(prompts.read_text().replace("prompt 3", "another"))
     with pytest.raises(SystemExit, match="hash of the prompts was"):

@@ -52,14 +52,21 @@ def test_the_student_with_experts_comes_with_their_pack():
 def test_the_gains_fit_the_whole_network():
     pack = open_pack(MODELS / "emoji-gri.safetensors")
     assert pack.description.units == () and pack.description.architecture == Architecture.full(CONFIG)
-    assert set(pack.tensors) == set(pack.description.gri.keys(CONFIG)) and all(pack.tensors[key].any() for key in pack.tensors)
+    assert set(pack.tensors) == set(pack.description.gri.keys(CONFIG)) and all(
+        pack.tensors[key].any() for key in pack.tensors
+    )
 
 
 def test_every_further_unet_is_a_network_of_its_own():
     teacher = load_unet(MODELS / "emoji-teacher.safetensors").state_dict()
     for path in MODELS.glob("*.safetensors"):
         description = describe(TensorFile(path))
-        if path.name != "emoji-teacher.safetensors" and description is not None and description.kind == "unet" and not description.architecture.cut:
+        if (
+            path.name != "emoji-teacher.safetensors"
+            and description is not None
+            and description.kind == "unet"
+            and not description.architecture.cut
+        ):
             finetune = load_unet(path).state_dict()
             assert set(teacher) == set(finetune)
             assert all(not torch.equal(teacher[k], finetune[k]) for k in teacher if k.endswith("conv1.weight"))
@@ -70,24 +77,48 @@ def test_every_further_unet_is_a_network_of_its_own():
 def test_comfyui_computes_the_same(tmp_path):
     host = bootstrap.host_path()
     g = torch.Generator().manual_seed(0)
-    codec, unet, encoder = load_codec(MODELS), load_unet(MODELS / "emoji-teacher.safetensors"), load_text(MODELS / "emoji-text.safetensors")
+    codec, unet, encoder = (
+        load_codec(MODELS),
+        load_unet(MODELS / "emoji-teacher.safetensors"),
+        load_text(MODELS / "emoji-text.safetensors"),
+    )
     images = torch.rand(2, 3, 8, 8, generator=g).repeat_interleave(16, 2).repeat_interleave(16, 3)
     tokens = Tokens(Path(host), ids=encoder.ids.tolist())
     rows = tokens(["a cat face on blue, noto style", ""])
-    given = {"images": images, "latents": torch.randn(2, 4, 16, 16, generator=g), "t": torch.tensor([20.0, 900.0]),
-             "context": encoder(rows)}
+    given = {
+        "images": images,
+        "latents": torch.randn(2, 4, 16, 16, generator=g),
+        "t": torch.tensor([20.0, 900.0]),
+        "context": encoder(rows),
+    }
     config = CONFIG.to_host()
-    save_file({k: v.contiguous() for k, v in given.items()}
-              | {f"unet.{k}": v.detach().contiguous() for k, v in addressed(unet).items()}, tmp_path / "in.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in given.items()}
+        | {f"unet.{k}": v.detach().contiguous() for k, v in addressed(unet).items()},
+        tmp_path / "in.safetensors",
+    )
     (tmp_path / "in.json").write_text(json.dumps(config))
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("host_family.py")), str(host), str(MODELS), str(tmp_path / "in.safetensors"),
-         str(tmp_path / "out.safetensors")], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        [
+            sys.executable,
+            str(Path(__file__).with_name("host_family.py")),
+            str(host),
+            str(MODELS),
+            str(tmp_path / "in.safetensors"),
+            str(tmp_path / "out.safetensors"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     out = load_file(tmp_path / "out.safetensors")
     torch.testing.assert_close(out["latents"], codec.encode(images), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(out["decoded"], codec.decode(given["latents"]), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(out["v"], unet(given["latents"], given["t"], given["context"]).sample, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        out["v"], unet(given["latents"], given["t"], given["context"]).sample, rtol=1e-3, atol=1e-4
+    )
     assert out["tokens"].tolist() == [[tokens.ids[r] for r in rows[0].tolist()]]
 
 

@@ -25,7 +25,9 @@ def models(tmp_path):
 def test_the_classifier_sees_what_a_prediction_stands_for(models):
     recipe = load(CONFIGS / "emoji-m2.toml", [f"loss.classifier={models}", "loss.perceptual=0.1", "loss.blocks=0"])
     criterion = Criterion(recipe, torch.device("cpu"))
-    assert list(criterion.weights) == ["output", "perceptual"] and not any(p.requires_grad for p in criterion.net.parameters())
+    assert list(criterion.weights) == ["output", "perceptual"] and not any(
+        p.requires_grad for p in criterion.net.parameters()
+    )
     x0, noise = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16)
     t = torch.tensor([100, 700, 900])
     a, s = coefficients(t)

@@ -58,12 +58,20 @@ def unbroken(tmp_path_factory):
 
 
 def command(folder, *changes, processes=1):
-    start = [sys.executable, "-m"] + (["torch.distributed.run", "--nproc-per-node", str(processes), "-m"] if processes > 1 else [])
+    start = [sys.executable, "-m"] + (
+        ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    )
     sets = [part for change in (f"run.folder={folder}", *changes) for part in ("--set", change)]
     # The order of a sum, and so its last bit, depends on the number of threads: as many as this process has.
     threads = str(max(1, torch.get_num_threads() // processes))
-    return subprocess.Popen([*start, "train", str(NARROW), "--cpu", *sets], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": threads},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [*start, "train", str(NARROW), "--cpu", *sets],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": threads},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 # Resuming -------------------------------------------------------------------------------------------
@@ -120,7 +128,12 @@ def test_a_run_stopped_between_checkpoints_loses_only_what_came_after(unbroken, 
 
 def test_old_checkpoints_go_and_other_settings_are_refused(unbroken):
     assert sorted(p.name for p in unbroken.iterdir()) == [
-        "checkpoint-00000004.safetensors", "checkpoint-00000006.safetensors", "log.jsonl", "narrow.md", "narrow.safetensors"]
+        "checkpoint-00000004.safetensors",
+        "checkpoint-00000006.safetensors",
+        "log.jsonl",
+        "narrow.md",
+        "narrow.safetensors",
+    ]
     with pytest.raises(ValueError, match=r"other settings \(optimiser.lr was 0.001 and is 0.1\)"):
         run(unbroken, "optimiser.lr=0.1")
     run(unbroken, "run.keep=5", "run.log_every=1")
@@ -190,11 +203,23 @@ def test_two_processes_of_half_a_batch_equal_one(whole_batch, tmp_path):
 
 def test_two_processes_that_share_the_weights_go_on_as_one_would(tmp_path):
     """What is saved is whole: a run goes on with sharing where it stopped without."""
-    drawn = ("network.family=sd15", "samples.steps=2", "optimiser.clip=1e9")  # SD1.5's latents have a fixed matrix to pictures
+    drawn = (
+        "network.family=sd15",
+        "samples.steps=2",
+        "optimiser.clip=1e9",
+    )  # SD1.5's latents have a fixed matrix to pictures
     for folder in (tmp_path / "one", tmp_path / "two"):
         run(folder, *drawn, "run.steps=1")
     run(tmp_path / "one", *drawn, "run.steps=2", "run.micro_batch=2")
-    process = command(tmp_path / "two", *drawn, "run.steps=2", "run.micro_batch=1", "run.shard=true", "run.picture_every=1", processes=2)
+    process = command(
+        tmp_path / "two",
+        *drawn,
+        "run.steps=2",
+        "run.micro_batch=1",
+        "run.shard=true",
+        "run.picture_every=1",
+        processes=2,
+    )
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "going on at step 1" in output, output
     assert_same_gradients(tmp_path / "one", tmp_path / "two")
@@ -226,6 +251,7 @@ def test_recomputed_activations_change_nothing(whole_batch, tmp_path):
 @pytest.fixture()
 def broken_samples(monkeypatch):
     """Makes some pictures NaN. Without shuffling, step n sees pictures 4 n to 4 n + 3."""
+
     def breaks(*steps):
         init = Random.__init__
 
@@ -236,6 +262,7 @@ def broken_samples(monkeypatch):
 
         monkeypatch.setattr(Random, "__init__", broken)
         monkeypatch.setattr("train.data.Batches._order", lambda self, epoch: list(range(len(self.source))))
+
     return breaks
 
 
@@ -253,7 +280,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(broken_samples, tmp_pa
 
 def test_three_in_a_row_stop_the_run_and_leave_the_last_good_state(broken_samples, tmp_path):
     broken_samples(2, 3, 4)
-    with pytest.raises(FloatingPointError, match=r"steps 3, 4, 5.*last good state is checkpoint-00000002.*optimiser.lr"):
+    with pytest.raises(
+        FloatingPointError, match=r"steps 3, 4, 5.*last good state is checkpoint-00000002.*optimiser.lr"
+    ):
         run(tmp_path)
     assert all(v.isfinite().all() for v in load_file(newest(tmp_path)).values())
 
@@ -293,7 +322,9 @@ def test_a_run_ends_in_a_pack_that_holds_its_average(unbroken):
     assert opened.description.units == stages.trained_units(recipe) and opened.description.prediction == "v"
     training = opened.description.training
     assert (training["steps"], training["samples"], training["recipe"]) == (6, 24, "narrow")
-    assert training["losses"] == {"task": 1, "output": 1, "blocks": 1, "mid": 1} and set(training["final"]) == set(training["losses"])
+    assert training["losses"] == {"task": 1, "output": 1, "blocks": 1, "mid": 1} and set(training["final"]) == set(
+        training["losses"]
+    )
     teacher = stages.load_teacher(recipe)
     student = stages.make_student(teacher, recipe)
     before = {k: v.clone() for k, v in stages.addressed(student, recipe.architecture).items()}

@@ -57,7 +57,9 @@ def test_latents_become_pictures_by_the_matrix():
     z = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0]])[:, :, None, None]
     rgb = losses.latent_rgb(z, "sd15")[:, :, 0, 0]
     torch.testing.assert_close(rgb, torch.tensor([[0.6756, 0.61485, 0.66135], [0.288, 0.2384, -0.2177]]))
-    torch.testing.assert_close(losses.latent_rgb(torch.zeros(1, 4, 1, 1), "sdxl").flatten(), torch.tensor([0.5542, 0.49125, 0.49945]))
+    torch.testing.assert_close(
+        losses.latent_rgb(torch.zeros(1, 4, 1, 1), "sdxl").flatten(), torch.tensor([0.5542, 0.49125, 0.49945])
+    )
 
 
 def test_perceptual_compares_levels_in_proportion_to_the_teachers():

@@ -95,7 +95,9 @@ def test_a_wrong_host_folder_is_named(tmp_path):
 def test_noise_schedule_is_sd15s():
     from diffusers import DDIMScheduler
 
-    wanted = DDIMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+    wanted = DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    ).alphas_cumprod
     torch.testing.assert_close(ALPHAS, wanted, rtol=1e-4, atol=1e-7)
 
 

@@ -67,12 +67,15 @@ def test_a_stopped_computation_goes_on(outputs, tmp_path, monkeypatch):
         assert all(torch.equal(one[k], two[k]) for k in two)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (["seed=7"], "made for another stream"),
-    (["data.caption_dropout=0.5"], "made for another stream"),
-    (["student.preset=base"], r"does not hold down_blocks.2, with which narrow compares"),
-    (["run.steps=9"], "holds 32 samples, narrow takes 36"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["seed=7"], "made for another stream"),
+        (["data.caption_dropout=0.5"], "made for another stream"),
+        (["student.preset=base"], r"does not hold down_blocks.2, with which narrow compares"),
+        (["run.steps=9"], "holds 32 samples, narrow takes 36"),
+    ],
+)
 def test_outputs_that_do_not_fit_are_named(outputs, changes, message, monkeypatch):
     monkeypatch.setattr("train.outputs.SHARD", 16)
     recipe = settings("unused", outputs, *changes)

@@ -67,9 +67,19 @@ def test_latents_without_a_way_to_pictures_are_not_drawn():
 def test_the_card_says_what_was_trained(tmp_path):
     recipe = run(tmp_path, "run.steps=2")
     card = (tmp_path / "narrow.md").read_text()
-    own = sum(v.numel() for k, v in load_file(max(tmp_path.glob("checkpoint-*.safetensors"))).items() if k.startswith("weights."))
-    for part in ("A pack of the smoke family (m2), for the node Apply Pack", f"{own / 1e6:.1f} M of them trained", "| steps | 2 |",
-                 "| samples | 8 |", "| pictures left out (unreadable) | 0 |", 'preset = "m2"'):
+    own = sum(
+        v.numel()
+        for k, v in load_file(max(tmp_path.glob("checkpoint-*.safetensors"))).items()
+        if k.startswith("weights.")
+    )
+    for part in (
+        "A pack of the smoke family (m2), for the node Apply Pack",
+        f"{own / 1e6:.1f} M of them trained",
+        "| steps | 2 |",
+        "| samples | 8 |",
+        "| pictures left out (unreadable) | 0 |",
+        'preset = "m2"',
+    ):
         assert part in card, part
     text = card[card.index("```toml\n") + 8 : card.rindex("```")]
     (tmp_path / "again.toml").write_text(text)
@@ -91,8 +101,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_goes_on_from_i
             raise OSError(errno.ENOSPC, "No space left on device")
         original(tensors, path, metadata=metadata)
 
-    with monkeypatch.context() as m, pytest.raises(OSError, match=r"checkpoint-00000004.safetensors cannot be written \(No space left on "
-                                                   r"device\). checkpoint-00000002.safetensors is whole; make room"):
+    with (
+        monkeypatch.context() as m,
+        pytest.raises(
+            OSError,
+            match=r"checkpoint-00000004.safetensors cannot be written \(No space left on "
+            r"device\). checkpoint-00000002.safetensors is whole; make room",
+        ),
+    ):
         m.setattr(packs, "save_file", full)
         run(tmp_path / "full")
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["checkpoint-00000002.safetensors", "log.jsonl"]

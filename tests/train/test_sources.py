@@ -1,4 +1,6 @@
-"""Pictures from folders, shards and streams, and the teacher's own: the samples, broken ones, and resumed runs bit for bit."""
+"""Pictures from folders, shards and streams, and the teacher's own: the samples, broken ones, and resumed runs bit for
+bit.
+"""
 
 import io
 import json
@@ -32,17 +34,38 @@ def models(tmp_path_factory):
     """A diffusers folder with a narrow VAE (8 px a latent), text encoder (32 wide) and tokeniser."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-                  up_block_types=("UpDecoderBlock2D",) * 4).save_pretrained(folder / "vae")
-    words = {w: i for i, w in enumerate([f"{w}</w>" for w in WORDS] + [c for c in "abcdefgor"] + ["<|startoftext|>", "<|endoftext|>"])}
-    CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1, max_position_embeddings=8,
-        bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)).save_pretrained(folder / "text_encoder")
+    AutoencoderKL(
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    ).save_pretrained(folder / "vae")
+    words = {
+        w: i
+        for i, w in enumerate(
+            [f"{w}</w>" for w in WORDS] + [c for c in "abcdefgor"] + ["<|startoftext|>", "<|endoftext|>"]
+        )
+    }
+    CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            max_position_embeddings=8,
+            bos_token_id=len(words) - 2,
+            eos_token_id=len(words) - 1,
+            pad_token_id=len(words) - 1,
+        )
+    ).save_pretrained(folder / "text_encoder")
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(words))
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": 8, "pad_token": "<|endoftext|>"}))
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 8, "pad_token": "<|endoftext|>"})
+    )
     return folder
 
 
@@ -69,7 +92,10 @@ def write_shards(path, count=12, shard=5, broken=()):
         with tarfile.open(path / f"{first:03d}.tar", "w") as tar:
             for i in range(first, min(first + shard, count)):
                 caption = json.dumps({"caption": ["red", "blue"]}) if i % 2 else "blue cat"
-                for name, data in ((f"{i:02d}.png", picture(i, broken)), (f"{i:02d}.{'json' if i % 2 else 'txt'}", caption.encode())):
+                for name, data in (
+                    (f"{i:02d}.png", picture(i, broken)),
+                    (f"{i:02d}.{'json' if i % 2 else 'txt'}", caption.encode()),
+                ):
                     info = tarfile.TarInfo(f"a/{name}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -81,7 +107,10 @@ def write_stream(path, count=12, broken=()):
     import pyarrow.parquet
 
     path.mkdir(parents=True)
-    rows = [{"image": {"bytes": picture(i, broken), "path": f"{i}.png"}, "text": "red" if i % 2 else "blue cat"} for i in range(count)]
+    rows = [
+        {"image": {"bytes": picture(i, broken), "path": f"{i}.png"}, "text": "red" if i % 2 else "blue cat"}
+        for i in range(count)
+    ]
     for n in range(2):
         part = pyarrow.Table.from_pylist(rows[n * count // 2 : (n + 1) * count // 2])
         pyarrow.parquet.write_table(part, path / f"train-{n:05d}-of-00002.parquet", row_group_size=3)
@@ -92,7 +121,10 @@ WRITERS = {"folder": write_folder, "shards": write_shards, "hub": write_stream}
 
 
 def recipe(source, path, models, *changes):
-    return load(NARROW, [f"data.source={source}", f"data.path={path}", f"encoders.models={models}", "data.caption_dropout=0", *changes])
+    return load(
+        NARROW,
+        [f"data.source={source}", f"data.path={path}", f"encoders.models={models}", "data.caption_dropout=0", *changes],
+    )
 
 
 def greys(source, numbers):
@@ -130,7 +162,11 @@ def test_shards_are_shuffled_within_few_files(models, tmp_path):
     opened = open_source(config)
     order = Batches(opened, config).order(0)
     assert [len({i // 10 for i in order[at : at + 4]}) <= 2 for at in range(0, 60, 4)] == [True] * 15
-    assert opened.open(1)[0] == "000.tar:a/01" and opened.open(1)[2] == ["red", "blue"] and opened.open(2)[2] == ["blue cat"]
+    assert (
+        opened.open(1)[0] == "000.tar:a/01"
+        and opened.open(1)[2] == ["red", "blue"]
+        and opened.open(2)[2] == ["blue cat"]
+    )
     assert open_source(recipe("shards", tmp_path / "data" / "00*.tar", models)).paths == [tmp_path / "data" / "000.tar"]
 
 
@@ -138,7 +174,9 @@ def test_a_stream_goes_on_for_ever_and_from_where_it_was(models, tmp_path):
     config = recipe("hub", write_stream(tmp_path / "data", 10), models)
     opened = open_source(config)
     seen = greys(opened, range(40))
-    assert all(seen.count(i) == 4 for i in range(10)) and seen[:8] != list(range(8)) and sorted(seen[:4]) == list(range(4))
+    assert (
+        all(seen.count(i) == 4 for i in range(10)) and seen[:8] != list(range(8)) and sorted(seen[:4]) == list(range(4))
+    )
     for n in (0, 3, 4, 9, 10, 11, 21, 38):  # within a window, at its edge, and in later epochs
         first, again = open_source(config), open_source(config)
         if n:
@@ -172,14 +210,26 @@ def test_broken_pictures_are_replaced_named_and_counted(source, models, tmp_path
 def test_what_is_missing_is_named(models, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
-    for source, path, message in (("folder", "empty", "no pictures with captions"), ("shards", "empty", "names no .tar file"),
-                                  ("shards", "bad.tar", "cannot be read as an uncompressed tar"), ("prompts", "none.txt", "cannot be read"),
-                                  ("prompts", "no.txt", "holds no prompts")):
+    for source, path, message in (
+        ("folder", "empty", "no pictures with captions"),
+        ("shards", "empty", "names no .tar file"),
+        ("shards", "bad.tar", "cannot be read as an uncompressed tar"),
+        ("prompts", "none.txt", "cannot be read"),
+        ("prompts", "no.txt", "holds no prompts"),
+    ):
         (tmp_path / "no.txt").write_text("\n \n")
         with pytest.raises(ValueError, match=message):
             open_source(recipe(source, tmp_path / path, models))
     with pytest.raises(ValueError, match="has text states 32 wide, a UNet of sd15 takes 768"):
-        open_source(recipe("folder", write_folder(tmp_path / "data"), models, "network.family=sd15", "network.shape.context_dim=768"))
+        open_source(
+            recipe(
+                "folder",
+                write_folder(tmp_path / "data"),
+                models,
+                "network.family=sd15",
+                "network.shape.context_dim=768",
+            )
+        )
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ValueError, match="needs the datasets library: pip install datasets"):
         open_source(recipe("hub", tmp_path, models))
@@ -191,8 +241,10 @@ def test_what_is_missing_is_named(models, tmp_path, monkeypatch):
 @pytest.mark.parametrize("classic", [True, False])
 def test_a_checkpoint_brings_its_own_text_encoder(classic, models, tmp_path):
     inner = "text_model." if classic else ""
-    sd = {f"cond_stage_model.transformer.{inner}{k.removeprefix('text_model.')}": v.half()
-          for k, v in load_file(models / "text_encoder" / "model.safetensors").items()}
+    sd = {
+        f"cond_stage_model.transformer.{inner}{k.removeprefix('text_model.')}": v.half()
+        for k, v in load_file(models / "text_encoder" / "model.safetensors").items()
+    }
     save_file(sd | {"model.diffusion_model.x": torch.zeros(1)}, tmp_path / "checkpoint.safetensors")
     found = load_text(tmp_path / "checkpoint.safetensors", models / "tokenizer")(["blue cat", ""]).states
     assert (found - load_text(models)(["blue cat", ""]).states).abs().max() < 1e-2
@@ -206,12 +258,19 @@ def test_a_checkpoint_brings_its_own_text_encoder(classic, models, tmp_path):
 def test_the_teacher_lies_in_a_whole_checkpoint(models, tmp_path):
     config = load(CONFIGS / "emoji-base.toml", ["network.teacher=random"])
     teacher = stages.load_teacher(config)
-    sd = {f"model.diffusion_model.{k}": v.half() for k, v in stages.addressed(teacher, Architecture.full(config.network.config)).items()}
-    text = {f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v.half()
-            for k, v in load_file(models / "text_encoder" / "model.safetensors").items()}
+    sd = {
+        f"model.diffusion_model.{k}": v.half()
+        for k, v in stages.addressed(teacher, Architecture.full(config.network.config)).items()
+    }
+    text = {
+        f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v.half()
+        for k, v in load_file(models / "text_encoder" / "model.safetensors").items()
+    }
     whole = sd | text | {"first_stage_model.x": torch.zeros(1)}
     save_file({k: v.contiguous() for k, v in whole.items()}, tmp_path / "finetune.safetensors")
-    found = stages.load_teacher(load(CONFIGS / "emoji-base.toml", [f"network.teacher={tmp_path / 'finetune.safetensors'}"])).state_dict()
+    found = stages.load_teacher(
+        load(CONFIGS / "emoji-base.toml", [f"network.teacher={tmp_path / 'finetune.safetensors'}"])
+    ).state_dict()
     assert all(torch.equal(found[k], v.half().float()) for k, v in teacher.state_dict().items())
     assert load_text(tmp_path / "finetune.safetensors", models / "tokenizer")(["red"]).states.shape == (1, 8, 32)
 
@@ -238,16 +297,22 @@ def test_the_teacher_draws_what_is_missing_and_no_more(prompts, models, tmp_path
         return 0.1 * x + context.mean((1, 2))[:, None, None, None]
 
     cache = open_source(config, predict)
-    assert isinstance(cache, Cache) and len(cache) == 6 and calls == [4] * 6  # 3 batches, 2 steps, both halves of the guidance
+    assert (
+        isinstance(cache, Cache) and len(cache) == 6 and calls == [4] * 6
+    )  # 3 batches, 2 steps, both halves of the guidance
     before = cache.examples(range(6), [0.0] * 6)
-    assert torch.equal(before.text.states[0], before.text.states[3]) and not torch.equal(before.latents[0], before.latents[3])
+    assert torch.equal(before.text.states[0], before.text.states[3]) and not torch.equal(
+        before.latents[0], before.latents[3]
+    )
     open_source(config, predict)
     assert len(calls) == 6
     # Killed between two files: the same pictures again. Two processes make one file each.
     monkeypatch.setattr(sources, "SAMPLES_IN_FILE", 2)
     parts = tmp_path / "parts"
     for process in (1, 0):  # the first has made its file before the second looks
-        sources.write_samples(parts, sources.Prompts(config, predict, load_text(models), torch.device("cpu")), 6, 2, process, 2)
+        sources.write_samples(
+            parts, sources.Prompts(config, predict, load_text(models), torch.device("cpu")), 6, 2, process, 2
+        )
     assert len(Cache(parts, config)) == 6
     (parts / "00001.safetensors").unlink()
     sources.write_samples(parts, sources.Prompts(config, predict, load_text(models), torch.device("cpu")), 6, 2)
@@ -257,14 +322,24 @@ def test_the_teacher_draws_what_is_missing_and_no_more(prompts, models, tmp_path
 
 def test_pictures_drawn_with_other_settings_are_refused(prompts, models, tmp_path):
     def opened(*changes):
-        return open_source(recipe("prompts", prompts, models, *DRAWN, f"run.folder={tmp_path / 'run'}", *changes), lambda x, *_: x)
+        return open_source(
+            recipe("prompts", prompts, models, *DRAWN, f"run.folder={tmp_path / 'run'}", *changes), lambda x, *_: x
+        )
 
     drawn = opened()
     again = opened("run.micro_batch=1")  # which may change, and changes no file
     assert torch.equal(again.examples(range(6), [0.0] * 6).latents, drawn.examples(range(6), [0.0] * 6).latents)
-    for change, message in (("samples.guidance=2", "samples.guidance was 7.5 and is 2.0"), ("samples.count=5", "samples.count was 6 and is 5"),
-                            ("network.teacher=other", "network.teacher was 'random' and is 'other'"), ("seed=7", "seed was 1234 and is 7")):
-        with pytest.raises(ValueError, match=f"00000.safetensors was made with other settings .{message}.; delete .*samples to have them drawn anew"):
+    for change, message in (
+        ("samples.guidance=2", "samples.guidance was 7.5 and is 2.0"),
+        ("samples.count=5", "samples.count was 6 and is 5"),
+        ("network.teacher=other", "network.teacher was 'random' and is 'other'"),
+        ("seed=7", "seed was 1234 and is 7"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=f"00000.safetensors was made with other settings .{message}.; delete .*samples to have them drawn "
+            "anew",
+        ):
             opened(change)
     prompts.write_text("red cat\n")
     with pytest.raises(ValueError, match="hash of the prompts was"):
@@ -279,17 +354,26 @@ def test_pictures_that_no_process_drew_are_missed(prompts, models, tmp_path, mon
 
 
 def test_drawing_follows_the_probability_flow(prompts, models):
-    # From noise to a Gaussian of variance 1 around 3 the flow only shifts: by 3 less the 3 a that the last step has of it.
+    # From noise to a Gaussian of variance 1 around 3 the flow only shifts: by 3 less the 3 a that the last step has of
+    # it.
     def exact(kind):
         def predict(x, t, context, added):
             a, s = coefficients(t)
             eps = s * (x - 3 * a)  # the mean of eps, given x
             return eps if kind == "eps" else a * eps - s * (x - s * eps) / a
+
         return predict
 
     for kind in ("eps", "v"):
-        config = recipe("prompts", prompts, models, "samples.steps=100", "samples.guidance=1", "samples.count=0",
-                        f"network.prediction={kind}")
+        config = recipe(
+            "prompts",
+            prompts,
+            models,
+            "samples.steps=100",
+            "samples.guidance=1",
+            "samples.count=0",
+            f"network.prediction={kind}",
+        )
         drawn = open_source(config, exact(kind)).examples(range(3), []).latents
         noise = torch.stack([torch.randn(4, 8, 8, generator=seeded(config.seed, 8, n)) for n in range(3)])
         a, _ = coefficients(torch.tensor([STEPS - 1]))
@@ -321,6 +405,7 @@ def test_a_resumed_run_equals_an_unbroken_one(source, models, prompts, tmp_path,
 
     original = loop._numbers
     with monkeypatch.context() as m, pytest.raises(Stop):
+
         def until(config, accelerator, step, part):
             if step == 3:
                 raise Stop
@@ -334,4 +419,6 @@ def test_a_resumed_run_equals_an_unbroken_one(source, models, prompts, tmp_path,
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     training = open_pack(whole.product).description.training
     assert (training["left_out"] > 0) == (path != prompts)
-    assert open_pack(tmp_path / "broken" / "narrow.safetensors").description.training["left_out"] == training["left_out"]
+    assert (
+        open_pack(tmp_path / "broken" / "narrow.safetensors").description.training["left_out"] == training["left_out"]
+    )

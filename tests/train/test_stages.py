@@ -25,7 +25,11 @@ def test_block_taps_are_those_of_bk_sdm():
     for preset in ("base", "small"):
         assert paths(taps.blocks(Architecture.preset(preset))) == down + up
     tiny = taps.blocks(Architecture.preset("tiny"))
-    assert paths(tiny) == [*down[:2], ("down_blocks.2.attentions.0.proj_out", "down_blocks.2.attentions.1.proj_out"), *up[1:]]
+    assert paths(tiny) == [
+        *down[:2],
+        ("down_blocks.2.attentions.0.proj_out", "down_blocks.2.attentions.1.proj_out"),
+        *up[1:],
+    ]
     assert paths(taps.blocks(Architecture.preset("m2"))) == [*down[:2], *up[2:]]
     assert all(tap.weight == 1 for tap in tiny)
 
@@ -34,7 +38,11 @@ def test_layer_and_attention_taps_of_a_block_share_a_weight_of_one():
     architecture = Architecture.preset("koala-700m")
     found = taps.layers(architecture)
     assert paths(found)[:4] == [
-        "down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "down_blocks.1.attentions.0", "down_blocks.2.resnets.0"]
+        "down_blocks.0.resnets.0",
+        "down_blocks.1.resnets.0",
+        "down_blocks.1.attentions.0",
+        "down_blocks.2.resnets.0",
+    ]
     for kind in (found, taps.attention(architecture)):
         for block in {tap.name[: tap.name.index(".") + 2] for tap in kind}:
             assert sum(tap.weight for tap in kind if tap.name.startswith(block)) == pytest.approx(1)
@@ -42,14 +50,20 @@ def test_layer_and_attention_taps_of_a_block_share_a_weight_of_one():
     deep = [p for p in paths(taps.attention(architecture)) if p.startswith("down_blocks.2")]
     assert deep == [f"down_blocks.2.attentions.0.transformer_blocks.{i}.attn1" for i in range(5)]
     assert taps.attention(Architecture.preset("m1"))[0] == Tap(
-        "down.0.0.transformer.0.attn1", *["down_blocks.0.attentions.0.transformer_blocks.0.attn1"] * 2, 1.0)
+        "down.0.0.transformer.0.attn1", *["down_blocks.0.attentions.0.transformer_blocks.0.attn1"] * 2, 1.0
+    )
 
 
 def test_units_with_experts_or_gains_are_compared_as_well():
     full = ["student.preset=full", "loss.mid=0"]
-    assert paths(load(NARROW, [*full, "gri.on=down.0, up.3", "gri.window=4", "gri.pool=2"]).taps["blocks"]) == ["down_blocks.0", "up_blocks.3"]
+    assert paths(load(NARROW, [*full, "gri.on=down.0, up.3", "gri.window=4", "gri.pool=2"]).taps["blocks"]) == [
+        "down_blocks.0",
+        "up_blocks.3",
+    ]
     assert paths(load(NARROW, [*full, "experts.on=down.1"]).taps["blocks"]) == ["down_blocks.1"]
-    assert paths(load(NARROW, ["student.preset=m2", "loss.mid=0", "experts.on=down.0"]).taps["blocks"]) == paths(taps.blocks(Architecture.preset("m2")))
+    assert paths(load(NARROW, ["student.preset=m2", "loss.mid=0", "experts.on=down.0"]).taps["blocks"]) == paths(
+        taps.blocks(Architecture.preset("m2"))
+    )
     with pytest.raises(ValueError, match=r"loss\.blocks has nothing to compare"):
         load(NARROW, [*full, "student.trained=all"])
 
@@ -81,15 +95,24 @@ def test_features_are_caught_and_no_hook_stays():
 # Freeze masks ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("changes", "blocks"), [
-    (["student.preset=m1"], {"down_blocks.0", "up_blocks.3"}),
-    (["student.preset=m2"], {"down_blocks.0", "down_blocks.1", "up_blocks.2", "up_blocks.3"}),
-    (["student.preset=m3"], {"down_blocks.0", "down_blocks.1", "down_blocks.2", "up_blocks.1", "up_blocks.2", "up_blocks.3"}),
-    (["student.preset=m1", "student.stem=true"], {"down_blocks.0", "up_blocks.3", "conv_in", "conv_norm_out", "conv_out"}),
-    (["student.preset=m2", "student.trained=all"], None),
-    (["student.preset=base"], None),
-    (["student.preset=tiny"], None),
-])
+@pytest.mark.parametrize(
+    ("changes", "blocks"),
+    [
+        (["student.preset=m1"], {"down_blocks.0", "up_blocks.3"}),
+        (["student.preset=m2"], {"down_blocks.0", "down_blocks.1", "up_blocks.2", "up_blocks.3"}),
+        (
+            ["student.preset=m3"],
+            {"down_blocks.0", "down_blocks.1", "down_blocks.2", "up_blocks.1", "up_blocks.2", "up_blocks.3"},
+        ),
+        (
+            ["student.preset=m1", "student.stem=true"],
+            {"down_blocks.0", "up_blocks.3", "conv_in", "conv_norm_out", "conv_out"},
+        ),
+        (["student.preset=m2", "student.trained=all"], None),
+        (["student.preset=base"], None),
+        (["student.preset=tiny"], None),
+    ],
+)
 def test_only_the_blocks_of_the_student_have_gradients(changes, blocks):
     student = meta_student(load(NARROW, [*changes, "loss.mid=0"]))
     trained = {k for k, p in student.named_parameters() if p.requires_grad}
@@ -113,8 +136,16 @@ def test_the_trained_part_of_sd15_has_the_sizes_of_the_paper():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The product of a stage 1 whose weights are not the teacher's."""
-    recipe = load(NARROW, ["student.preset=base", "seed=99", "loss.mid=0", f"run.folder={tmp_path_factory.mktemp('base')}",
-                           "run.stored=float32"])
+    recipe = load(
+        NARROW,
+        [
+            "student.preset=base",
+            "seed=99",
+            "loss.mid=0",
+            f"run.folder={tmp_path_factory.mktemp('base')}",
+            "run.stored=float32",
+        ],
+    )
     stages.write_product(stages.make_student(stages.load_teacher(recipe), recipe), recipe, {})
     return recipe.product
 
@@ -133,14 +164,19 @@ def test_stage_two_takes_its_own_units_from_stage_one_and_the_rest_from_the_teac
 
 def test_a_start_that_does_not_fit_is_named(base, tmp_path):
     with pytest.raises(ValueError, match="none.safetensors.*Train the stage before"):
-        stages.make_student(stages.load_teacher(load(NARROW)), load(NARROW, [f"student.start={tmp_path / 'none.safetensors'}"]))
+        stages.make_student(
+            stages.load_teacher(load(NARROW)), load(NARROW, [f"student.start={tmp_path / 'none.safetensors'}"])
+        )
     wide = load(NARROW, ["student.preset=", "student.cut=down.0.1", "student.on=down.0-1", f"student.start={base}"])
     with pytest.raises(ValueError, match=r"does not have down.1.1.resnet, which narrow trains"):
         stages.make_student(stages.load_teacher(wide), wide)
 
 
 def test_a_wrong_teacher_is_named(base, tmp_path):
-    with pytest.raises(ValueError, match=r"teacher: narrow.safetensors is a UNet of smoke, cut to base; wanted an unpruned one of smoke"):
+    with pytest.raises(
+        ValueError,
+        match=r"teacher: narrow.safetensors is a UNet of smoke, cut to base; wanted an unpruned one of smoke",
+    ):
         stages.load_teacher(load(NARROW, [f"network.teacher={base}"]))
     recipe = load(NARROW)
     whole, path = stages.load_teacher(recipe), tmp_path / "whole.safetensors"
@@ -164,7 +200,9 @@ def test_a_product_is_under_its_teachers_licence_and_a_unet_keeps_its_companions
         recipe = load(NARROW, [*changes, f"network.teacher={path}", f"run.folder={tmp_path}"])
         stages.write_product(stages.make_student(stages.load_teacher(recipe), recipe), recipe, {})
         description = stages.open_product(recipe.product).description
-        assert description.licence == told.licence and dict(description.companions) == (dict(told.companions) if has_companions else {})
+        assert description.licence == told.licence and dict(description.companions) == (
+            dict(told.companions) if has_companions else {}
+        )
 
 
 # Further experts ------------------------------------------------------------------------------------
@@ -172,8 +210,15 @@ def test_a_product_is_under_its_teachers_licence_and_a_unet_keeps_its_companions
 E2 = ["student.preset=tiny", "loss.mid=0", "experts.on=down.0.*.resnet, up.3.*.resnet"]
 
 
-@pytest.mark.parametrize(("changes", "tolerance"), [
-    ([], 1e-4), (["experts.start=clme"], 0.05), (["experts.start=clme", "experts.form=mixture"], 0.05), (["student.preset=m2"], 1e-4)])
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ([], 1e-4),
+        (["experts.start=clme"], 0.05),
+        (["experts.start=clme", "experts.form=mixture"], 0.05),
+        (["student.preset=m2"], 1e-4),
+    ],
+)
 @torch.no_grad()
 def test_experts_change_nothing_at_first(changes, tolerance):
     recipe = load(NARROW, [*E2, *changes])
@@ -188,7 +233,15 @@ def test_experts_change_nothing_at_first(changes, tolerance):
 @pytest.mark.parametrize("preset", ["tiny", "m1"])
 def test_experts_are_trained_wherever_they_are_and_routers_as_asked(preset, router):
     # Of m1, up.2 belongs to the frozen original.
-    recipe = load(NARROW, [f"student.preset={preset}", "loss.mid=0", "experts.on=up.2-3.*.resnet", f"experts.router={str(router).lower()}"])
+    recipe = load(
+        NARROW,
+        [
+            f"student.preset={preset}",
+            "loss.mid=0",
+            "experts.on=up.2-3.*.resnet",
+            f"experts.router={str(router).lower()}",
+        ],
+    )
     student = meta_student(recipe)
     for name, p in student.named_parameters():
         part = name.split(".")[-2]
@@ -214,9 +267,13 @@ def test_a_product_with_experts_plays_what_was_trained(changes, tmp_path):
     pack = open_pack(stages.joining(recipe.product) if whole else recipe.product).description
     assert pack.condconv == recipe.condconv and pack.units == (() if whole else recipe.architecture.own)
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
-    assert torch.equal(stages.assembled(teacher, recipe.product)(x, t, context).sample, student.eval()(x, t, context).sample)
+    assert torch.equal(
+        stages.assembled(teacher, recipe.product)(x, t, context).sample, student.eval()(x, t, context).sample
+    )
     with pytest.raises(ValueError, match="has further experts or gains, which the next stage would lose"):
-        stages.make_student(teacher, load(NARROW, [*E2[:2], *[c for c in changes if "preset" in c], f"student.start={recipe.product}"]))
+        stages.make_student(
+            teacher, load(NARROW, [*E2[:2], *[c for c in changes if "preset" in c], f"student.start={recipe.product}"])
+        )
 
 
 # GRI -------------------------------------------------------------------------------------------------
@@ -234,7 +291,10 @@ def test_of_gri_only_the_gains_are_trained():
         load(NARROW, [*GAINS, "gri.on=down.3"])
     with pytest.raises(ValueError, match="window and shift must be multiples of pool"):
         load(NARROW, [*GAINS, "gri.pool=3"])
-    with pytest.raises(ValueError, match=r"data.size = 64 the maps of down.0.0.transformer are 8 x 8 tokens, and a window of 8 covers them"):
+    with pytest.raises(
+        ValueError,
+        match=r"data.size = 64 the maps of down.0.0.transformer are 8 x 8 tokens, and a window of 8 covers them",
+    ):
         load(NARROW, [*GAINS, "gri.window=8"])
 
 
@@ -264,15 +324,22 @@ def test_a_window_over_the_whole_map_is_the_teacher_whatever_the_gains(tmp_path)
     stages.write_product(again, recipe, {})
     opened = open_pack(recipe.product)
     assert opened.description.units == () and set(opened.tensors) == set(recipe.gains.keys(recipe.network.config))
-    assert torch.equal(stages.assembled(teacher, recipe.product)(x, t, context).sample, again.eval()(x, t, context).sample)
+    assert torch.equal(
+        stages.assembled(teacher, recipe.product)(x, t, context).sample, again.eval()(x, t, context).sample
+    )
 
 
 # Products -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("changes", "kind", "stored"), [
-    (["student.preset=m2"], "pack", "float32"), (["student.preset=m2", "student.trained=all"], "unet", "float32"),
-    (["student.preset=tiny", "loss.mid=0"], "unet", "float16")])
+@pytest.mark.parametrize(
+    ("changes", "kind", "stored"),
+    [
+        (["student.preset=m2"], "pack", "float32"),
+        (["student.preset=m2", "student.trained=all"], "unet", "float32"),
+        (["student.preset=tiny", "loss.mid=0"], "unet", "float16"),
+    ],
+)
 def test_products_hold_the_student(changes, kind, stored, tmp_path):
     recipe = load(NARROW, [*changes, f"run.folder={tmp_path}", f"run.stored={stored}"])
     student = stages.make_student(stages.load_teacher(recipe), recipe)
@@ -300,7 +367,12 @@ def test_every_recipe_has_a_plan(path):
     text = report(recipe, 2 if recipe.run.batch > recipe.run.micro_batch else 1)
     whole = len(stages.trained_units(recipe)) == len(recipe.architecture.kept)
     assert f"ends in {recipe.product} ({'unet' if whole else 'pack'})" in text
-    further = sum(slot.tensor.numel for extra in (recipe.condconv, recipe.gains) if extra for slot in extra.keys(recipe.network.config).values())
+    further = sum(
+        slot.tensor.numel
+        for extra in (recipe.condconv, recipe.gains)
+        if extra
+        for slot in extra.keys(recipe.network.config).values()
+    )
     assert f"{(recipe.architecture.params + further) / 1e6:.3f}" in text.split("all", 1)[1]
     assert "activations" in text
 

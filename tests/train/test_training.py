@@ -19,7 +19,9 @@ from train.emoji.training import Checkpoint, Optimiser, Run, save_curve, save_gr
 @pytest.fixture()
 def encoder(tokens):
     torch.manual_seed(1)
-    return TextEncoder(tokens.ids, hidden_size=32, intermediate_size=64, num_hidden_layers=1, max_position_embeddings=16)
+    return TextEncoder(
+        tokens.ids, hidden_size=32, intermediate_size=64, num_hidden_layers=1, max_position_embeddings=16
+    )
 
 
 @pytest.fixture()
@@ -46,7 +48,15 @@ def run_training(tiny, encoder, glyphs, data, tokens, settings, monkeypatch):
             with monkeypatch.context() as m:
                 m.setattr(Checkpoint, "due", lambda self: True)
                 with pytest.raises(Stop):
-                    teacher.train(settings, name, net, copy.deepcopy(encoder), _Wrapped(batches, interrupted), ("noto",), joint=True)
+                    teacher.train(
+                        settings,
+                        name,
+                        net,
+                        copy.deepcopy(encoder),
+                        _Wrapped(batches, interrupted),
+                        ("noto",),
+                        joint=True,
+                    )
             return None
         return teacher.train(settings, name, net, copy.deepcopy(encoder), batches, ("noto",), joint=True)
 
@@ -69,7 +79,10 @@ def test_a_resumed_run_equals_an_unbroken_one(run_training, settings):
     for a, b in ((net, net2), (text, text2)):
         for (key, p), (_, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
             assert torch.equal(p, q), key
-    with safe_open(settings.runs / "unbroken.safetensors", "pt") as f, safe_open(settings.runs / "broken.safetensors", "pt") as g:
+    with (
+        safe_open(settings.runs / "unbroken.safetensors", "pt") as f,
+        safe_open(settings.runs / "broken.safetensors", "pt") as g,
+    ):
         assert set(f.keys()) == set(g.keys())
         for key in f.keys():
             assert torch.equal(f.get_tensor(key), g.get_tensor(key)), key
@@ -117,7 +130,11 @@ def test_a_time_box_ends_and_its_cooldown_survives_resuming(tmp_path):
     assert 115 <= run.step <= 121
     Checkpoint(tmp_path / "c.safetensors").save(optimiser, run)
     back = Checkpoint(tmp_path / "c.safetensors").load(optimiser, Run(minutes=1))
-    assert (back.cooldown_from, back.cooldown_steps, back.step) == (run.cooldown_from, run.cooldown_steps, run.step) and back.done
+    assert (back.cooldown_from, back.cooldown_steps, back.step) == (
+        run.cooldown_from,
+        run.cooldown_steps,
+        run.step,
+    ) and back.done
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run():
@@ -165,12 +182,16 @@ def test_cached_latents_serve_fewer_copies_and_say_what_is_missing(glyphs, tmp_p
         load_latents(tmp_path, glyphs, ("noto",))
 
 
-@pytest.mark.parametrize("script", [
-    "data", "codec", "latents", "classifier", "teacher", "finetune", "cache", "evaluate"])
+@pytest.mark.parametrize(
+    "script", ["data", "codec", "latents", "classifier", "teacher", "finetune", "cache", "evaluate"]
+)
 def test_scripts_end_in_one_line_where_a_file_is_missing(script, tmp_path, monkeypatch):
     module = importlib.import_module(f"train.emoji.{script}")
     monkeypatch.setattr(family, "fetch", lambda *_: (_ for _ in ()).throw(ValueError("the names are missing")))
-    monkeypatch.setattr("sys.argv", [script, "--runs", str(tmp_path), "--models", str(tmp_path), "--threads", str(torch.get_num_threads())])
+    monkeypatch.setattr(
+        "sys.argv",
+        [script, "--runs", str(tmp_path), "--models", str(tmp_path), "--threads", str(torch.get_num_threads())],
+    )
     with pytest.raises(SystemExit, match="missing") as found:
         module.main()
     assert isinstance(found.value.code, str)

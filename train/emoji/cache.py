@@ -1,6 +1,6 @@
 """The family's latents and captions as a cache for the recipes of `train/configs/emoji-*.toml`.
 
-    python -m train.emoji.cache
+python -m train.emoji.cache
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from .text import Tokens, host_folder, load_text
 from .training import Progress, add_common_arguments, plain_errors, start
 
 
-def write_cache(path: Path, glyphs: Glyphs, data: LatentSet, to_states: Callable[[Sequence[str]], Tensor], captions: int,
-                seed: int) -> None:
+def write_cache(
+    path: Path, glyphs: Glyphs, data: LatentSet, to_states: Callable[[Sequence[str]], Tensor], captions: int, seed: int
+) -> None:
     """Write a cache of `train/data.py` with some captions of each picture. to_states: B texts -> (B, L, D)."""
     tags, rng = own_tags(glyphs.concepts), random.Random(seed)
     rows: list[list[int]] = []
@@ -41,8 +42,16 @@ def write_cache(path: Path, glyphs: Glyphs, data: LatentSet, to_states: Callable
         states.append(to_states(every[i : i + 64]).half().cpu())
         progress.show(min(i + 64, len(every)))
     progress.end()
-    write_file(path, {"latents": data.latents.half(), "captions": torch.tensor(rows), "states": torch.cat(states),
-                      "empty": to_states([""])[0].half().cpu()}, {"format": "pt"})
+    write_file(
+        path,
+        {
+            "latents": data.latents.half(),
+            "captions": torch.tensor(rows),
+            "states": torch.cat(states),
+            "empty": to_states([""])[0].half().cpu(),
+        },
+        {"format": "pt"},
+    )
 
 
 @plain_errors

@@ -57,6 +57,7 @@ def held_out(code: str, kind: str, value: str) -> bool:
     kind: "style" or "background". A concept loses at most one of the two styles of the teacher. The
     answer depends on the names only, so it never changes with the list of concepts or the machine.
     """
+
     def unit(*parts: str) -> float:
         return int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:6], "big") / 2**48
 

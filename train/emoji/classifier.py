@@ -25,7 +25,17 @@ from asdm_core.packs import write_file
 from .codec import load_codec
 from .data import ALL_COPIES, Variant, draw, load_glyphs, variants
 from .sources import STYLES
-from .training import Checkpoint, Optimiser, Progress, Run, add_common_arguments, plain_errors, save_curve, seeded, start
+from .training import (
+    Checkpoint,
+    Optimiser,
+    Progress,
+    Run,
+    add_common_arguments,
+    plain_errors,
+    save_curve,
+    seeded,
+    start,
+)
 
 FEATURES = 64
 SIZE = 64  # pixels it looks at
@@ -44,8 +54,14 @@ class Classifier(nn.Module):
             return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
 
         w = width
-        self.body = nn.Sequential(nn.PixelUnshuffle(2), stage(12, w, 1), stage(w, 2 * w, 2), stage(2 * w, 2 * w, 1),
-                                  stage(2 * w, 4 * w, 2), stage(4 * w, 4 * w, 1))
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            stage(12, w, 1),
+            stage(w, 2 * w, 2),
+            stage(2 * w, 2 * w, 1),
+            stage(2 * w, 4 * w, 2),
+            stage(4 * w, 4 * w, 1),
+        )
         self.features_out = nn.Sequential(nn.Linear(2 * 4 * w, FEATURES, bias=False), nn.BatchNorm1d(FEATURES))
         self.head = nn.Linear(FEATURES, concepts)
 
@@ -68,7 +84,9 @@ def augment(x: Tensor, g: torch.Generator) -> Tensor:
     maps = torch.zeros(b, 2, 3)
     maps[:, 0, 0] = maps[:, 1, 1] = scale
     maps[:, :, 2] = shift
-    x = F.grid_sample(x, F.affine_grid(maps, list(x.shape), align_corners=False), padding_mode="border", align_corners=False)
+    x = F.grid_sample(
+        x, F.affine_grid(maps, list(x.shape), align_corners=False), padding_mode="border", align_corners=False
+    )
     gain = 0.85 + 0.3 * torch.rand(b, 3, 1, 1, generator=g)
     x = (x - 0.5) * gain + 0.5 + 0.1 * (torch.rand(b, 3, 1, 1, generator=g) - 0.5)
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -192,16 +210,34 @@ def main() -> None:
     save_curve(args.runs / "classifier-loss.png", run.curve, "classifier")
     best = optimiser.averaged(Classifier(len(glyphs.concepts)))
     g = seeded(args.seed, 6)
-    best = recalibrate(best, (augment(images[torch.randint(len(images), (256,), generator=g)].float() / 255, g) for _ in range(24)))
-    save_classifier(args.models / "emoji-classifier.safetensors", best, [c.code for c in glyphs.concepts], {
-        "minutes": round(run.seconds / 60, 1), "steps": run.step, "samples": run.samples, "lr": args.lr, "seed": args.seed})
+    best = recalibrate(
+        best, (augment(images[torch.randint(len(images), (256,), generator=g)].float() / 255, g) for _ in range(24))
+    )
+    save_classifier(
+        args.models / "emoji-classifier.safetensors",
+        best,
+        [c.code for c in glyphs.concepts],
+        {
+            "minutes": round(run.seconds / 60, 1),
+            "steps": run.step,
+            "samples": run.samples,
+            "lr": args.lr,
+            "seed": args.seed,
+        },
+    )
     for style in STYLES:
         chosen = [Variant(i, style, b, 1) for i in range(len(glyphs.concepts)) for b in ("white", "blue")]
         with torch.no_grad():
-            after = torch.cat([codec.decode(codec.encode(draw(glyphs, chosen[i : i + 32], seed=10**6, wild=True)))
-                               for i in range(0, len(chosen), 32)])
+            after = torch.cat(
+                [
+                    codec.decode(codec.encode(draw(glyphs, chosen[i : i + 32], seed=10**6, wild=True)))
+                    for i in range(0, len(chosen), 32)
+                ]
+            )
         first, five = top_k(best, after, torch.tensor([v.concept for v in chosen]))
-        print(f"{style}, real glyphs after the codec: top-1 {first.float().mean():.3f}, top-5 {five.float().mean():.3f}")
+        print(
+            f"{style}, real glyphs after the codec: top-1 {first.float().mean():.3f}, top-5 {five.float().mean():.3f}"
+        )
 
 
 if __name__ == "__main__":

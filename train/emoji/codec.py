@@ -29,7 +29,16 @@ from asdm_core.packs import write_file
 from .data import ALL_COPIES, draw, load_glyphs, variants
 from .sources import STYLES
 from .training import (
-    Checkpoint, Optimiser, Progress, Run, add_common_arguments, plain_errors, save_curve, save_grid, seeded, start,
+    Checkpoint,
+    Optimiser,
+    Progress,
+    Run,
+    add_common_arguments,
+    plain_errors,
+    save_curve,
+    save_grid,
+    seeded,
+    start,
 )
 
 WIDTH = 64  # of every layer of TAESD
@@ -102,7 +111,13 @@ class Decoder(nn.Module):
         self.out = conv(d, 3)  # 19
         with torch.no_grad():
             # Three channels carry the colour of the latents straight to the picture; the rest starts small.
-            for layer, scale in ((self.enter, 1 / 3.0), (self.up32, 1.0), (self.up64, 1.0), (self.up128, 1.0), (self.out, 1.0)):
+            for layer, scale in (
+                (self.enter, 1 / 3.0),
+                (self.up32, 1.0),
+                (self.up64, 1.0),
+                (self.up128, 1.0),
+                (self.out, 1.0),
+            ):
                 layer.weight[:3] = 0
                 for k in range(3):
                     layer.weight[k, k, 1, 1] = scale
@@ -134,8 +149,23 @@ class Codec(nn.Module):
 # Export ---------------------------------------------------------------------------------------------
 
 _ENCODER = {"at32.0": 7, "at32.1": 8, "at32.2": 9, "down": 10, "at16.0": 11, "at16.1": 12, "at16.2": 13, "out": 14}
-_DECODER = {"enter": 1, "at16.0": 3, "at16.1": 4, "at16.2": 5, "up32": 7, "at32.0": 8, "at32.1": 9, "at32.2": 10,
-            "up64": 12, "at64.0": 13, "at64.1": 14, "at64.2": 15, "up128": 17, "at128": 18, "out": 19}
+_DECODER = {
+    "enter": 1,
+    "at16.0": 3,
+    "at16.1": 4,
+    "at16.2": 5,
+    "up32": 7,
+    "at32.0": 8,
+    "at32.1": 9,
+    "at32.2": 10,
+    "up64": 12,
+    "at64.0": 13,
+    "at64.1": 14,
+    "at64.2": 15,
+    "up128": 17,
+    "at128": 18,
+    "out": 19,
+}
 
 
 def _pad(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -220,8 +250,12 @@ def loss_of(codec: Codec, x: Tensor, noise: Tensor, amount: Tensor) -> Tensor:
     z, d = z.float(), y.float() - x
     dx, dy = d[..., 1:] - d[..., :-1], d[..., 1:, :] - d[..., :-1, :]
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
-    return d.abs().mean() + 2 * d.square().mean() + 0.5 * (dx.abs().mean() + dy.abs().mean()) \
+    return (
+        d.abs().mean()
+        + 2 * d.square().mean()
+        + 0.5 * (dx.abs().mean() + dy.abs().mean())
         + 0.02 * (mean.square() + (std - 1).square()).mean()
+    )
 
 
 @torch.no_grad()
@@ -238,7 +272,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--noise", type=float, default=0.3, help="largest std of the noise on the latents")
-    parser.add_argument("--decoder-only", action="store_true", help="train the finished decoder on, with the encoder frozen")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="train the finished decoder on, with the encoder frozen"
+    )
     args = parser.parse_args()
     start(args)
     torch.manual_seed(args.seed)
@@ -289,9 +325,25 @@ def main() -> None:
 
     best = optimiser.averaged(finished.cpu())
     sd = {k: v.half() for k, v in to_taesd(best).items()}
-    write_file(args.models / "emoji-vae.safetensors", sd, {"format": "pt", "training": json.dumps({
-        "minutes": round(run.seconds / 60, 1), "steps": run.step, "samples": run.samples, "batch": args.batch, "lr": args.lr,
-        "noise": args.noise, "seed": args.seed, "decoder_only": args.decoder_only})})
+    write_file(
+        args.models / "emoji-vae.safetensors",
+        sd,
+        {
+            "format": "pt",
+            "training": json.dumps(
+                {
+                    "minutes": round(run.seconds / 60, 1),
+                    "steps": run.step,
+                    "samples": run.samples,
+                    "batch": args.batch,
+                    "lr": args.lr,
+                    "noise": args.noise,
+                    "seed": args.seed,
+                    "decoder_only": args.decoder_only,
+                }
+            ),
+        },
+    )
     print(f"wrote emoji-vae.safetensors, {show():.2f} dB on jittered glyphs of all styles")
 
 

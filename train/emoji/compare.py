@@ -63,7 +63,17 @@ class Judge:
     prompts: every so many-th concept's plain name is drawn, from noises that depend on the concept and the round alone.
     """
 
-    def __init__(self, host: str, folder: Path, runs: Path, models: Path, prompts: int, steps: int, cfg: float = 3.0, comfy: str | None = None):
+    def __init__(
+        self,
+        host: str,
+        folder: Path,
+        runs: Path,
+        models: Path,
+        prompts: int,
+        steps: int,
+        cfg: float = 3.0,
+        comfy: str | None = None,
+    ):
         self.host, self.folder, self.steps, self.cfg = host, folder, steps, cfg
         self.models, self.runs = models, runs
         self.glyphs = load_glyphs(runs)
@@ -91,6 +101,7 @@ class Judge:
     @cached_property
     def fixed(self) -> dict[str, Tensor]:
         """x, t, context, v (of the data) and wanted (the host's v) of FIXED inputs, t spread evenly."""
+
         @torch.no_grad()
         def make() -> dict[str, Tensor]:
             batches = Batches(self.glyphs, load_latents(self.runs, self.glyphs, STYLES[self.host]), self.tokens, 99)
@@ -104,17 +115,22 @@ class Judge:
                 parts.append({"x": x, "t": t, "context": self.encoder(rows), "v": v})
             whole = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
             return whole | {"wanted": self._predictions(self.whole, whole)}
+
         return self._made(f"fixed-{self.host}", make)
 
     @cached_property
     def reference(self) -> Tensor:
         """Features (REFERENCE, 64) of real glyphs after the codec, with the backgrounds the teacher learned from."""
+
         @torch.no_grad()
         def make() -> dict[str, Tensor]:
             data = load_latents(self.runs, self.glyphs, STYLES[self.host])
-            rows = torch.multinomial(background_share(data.variants), REFERENCE, replacement=True, generator=seeded(99, 8))
+            rows = torch.multinomial(
+                background_share(data.variants), REFERENCE, replacement=True, generator=seeded(99, 8)
+            )
             parts = [self.classifier.features(self.codec.decode(z.float())) for z in data.latents[rows].split(32)]
             return {"features": torch.cat(parts)}
+
         return self._made(f"glyphs-{self.host}", make)["features"]
 
     # One network -------------------------------------------------------------------------------------
@@ -122,14 +138,20 @@ class Judge:
     @staticmethod
     @torch.no_grad()
     def _predictions(unet: nn.Module, fixed: dict[str, Tensor]) -> Tensor:
-        return torch.cat([unet(fixed["x"][i : i + 32], fixed["t"][i : i + 32], fixed["context"][i : i + 32]).sample
-                          for i in range(0, len(fixed["t"]), 32)])
+        return torch.cat(
+            [
+                unet(fixed["x"][i : i + 32], fixed["t"][i : i + 32], fixed["context"][i : i + 32]).sample
+                for i in range(0, len(fixed["t"]), 32)
+            ]
+        )
 
     def errors(self, unet: nn.Module) -> dict[str, dict[str, float]]:
         """v-MSE on the fixed inputs: "teacher", to the host's v, and "data", to the data's; each by bins of t."""
         predicted, fixed = self._predictions(unet, self.fixed), self.fixed
-        return {what: by_bins((predicted - fixed[key]).square().mean((1, 2, 3)), fixed["t"])
-                for what, key in (("teacher", "wanted"), ("data", "v"))}
+        return {
+            what: by_bins((predicted - fixed[key]).square().mean((1, 2, 3)), fixed["t"])
+            for what, key in (("teacher", "wanted"), ("data", "v"))
+        }
 
     def draw(self, name: str, unet: nn.Module, number: int) -> Tensor:
         """Latents (N, 4, 16, 16) of all prompts from the noises of one round."""
@@ -137,14 +159,26 @@ class Judge:
         progress = Progress(label, len(self.chosen))
         prompts = [prompt(self.glyphs.concepts[i]) for i in self.chosen]
         # bfloat16 is twice as fast on a CPU; the sampler and the text stay in float32.
-        latents = sample_latents(copy.deepcopy(unet).bfloat16(), self.encoder, self.tokens, prompts,
-                                 [7000 + 1000 * number + i for i in self.chosen], self.steps, self.cfg, progress=progress)
+        latents = sample_latents(
+            copy.deepcopy(unet).bfloat16(),
+            self.encoder,
+            self.tokens,
+            prompts,
+            [7000 + 1000 * number + i for i in self.chosen],
+            self.steps,
+            self.cfg,
+            progress=progress,
+        )
         progress.end()
         return latents
 
     def pictures(self, name: str, unet: Callable[[], nn.Module], number: int) -> dict[str, Tensor]:
-        """Latents, images (N, 3, 128, 128), features (N, 64) and recognition of one round, drawn once and kept as latents."""
-        latents = self._made(f"{self.host}-{name}-{number}", lambda: {"latents": self.draw(name, unet(), number)})["latents"]
+        """Latents, images (N, 3, 128, 128), features (N, 64) and recognition of one round, drawn once and kept as
+        latents.
+        """
+        latents = self._made(f"{self.host}-{name}-{number}", lambda: {"latents": self.draw(name, unet(), number)})[
+            "latents"
+        ]
         images = codec_images(self.codec, latents)
         first, five = top_k(self.classifier, images, torch.tensor(self.chosen))
         with torch.no_grad():
@@ -166,17 +200,30 @@ class Judge:
         mine = [self.pictures(name, unet, n) for n in range(rounds)]
         its = [self.pictures("whole", lambda: self.whole, n) for n in range(rounds)]
         a, b = ({key: torch.cat([r[key] for r in side]) for key in side[0]} for side in (mine, its))
-        found |= {"pictures": len(a["images"]), "top1": float(a["top1"].mean()), "top5": float(a["top5"].mean()),
-                  "top1_se": standard_error(a["top1"]), "kid": kid(a["features"], self.reference)}
+        found |= {
+            "pictures": len(a["images"]),
+            "top1": float(a["top1"].mean()),
+            "top5": float(a["top5"].mean()),
+            "top1_se": standard_error(a["top1"]),
+            "kid": kid(a["features"], self.reference),
+        }
         if len(a["images"]) > self.reference.shape[1]:
-            # Biased upwards by the number of pictures; fed_glyphs is what as many real glyphs get, or half of them where there are fewer.
+            # Biased upwards by the number of pictures; fed_glyphs is what as many real glyphs get, or half of them
+            # where there are fewer.
             split = min(len(a["images"]), len(self.reference) // 2)
-            found |= {"fed": frechet(a["features"], self.reference), "fed_glyphs": frechet(self.reference[:split], self.reference[split:])}
+            found |= {
+                "fed": frechet(a["features"], self.reference),
+                "fed_glyphs": frechet(self.reference[:split], self.reference[split:]),
+            }
         if name != "whole":
             quality = psnr(a["images"], b["images"])
-            found |= {"mse": float((a["images"] - b["images"]).square().mean()), "psnr": float(quality.mean()), "psnr_se": standard_error(quality),
-                      "latent_mse": float((a["latents"] - b["latents"]).square().mean()),
-                      "ssim": float(ssim(a["images"], b["images"]).mean())}
+            found |= {
+                "mse": float((a["images"] - b["images"]).square().mean()),
+                "psnr": float(quality.mean()),
+                "psnr_se": standard_error(quality),
+                "latent_mse": float((a["latents"] - b["latents"]).square().mean()),
+                "ssim": float(ssim(a["images"], b["images"]).mean()),
+            }
         temporary = path.with_suffix(".part")
         temporary.write_text(json.dumps(found, indent=1) + "\n")
         temporary.replace(path)

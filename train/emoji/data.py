@@ -29,12 +29,16 @@ ALL_COPIES = 2  # pictures of a glyph on each background that the codec and the 
 
 @dataclass(frozen=True)
 class Glyphs:
-    """concepts: all of them; pixels: uint8 premultiplied RGBA (styles, concepts, 4, 2*SIZE, 2*SIZE), in order of STYLES."""
+    """concepts: all of them; pixels: uint8 premultiplied RGBA (styles, concepts, 4, 2*SIZE, 2*SIZE), in order of
+    STYLES.
+    """
 
     concepts: list[Concept]
     pixels: Tensor
 
-    def pictures(self, style: str, indices: list[int], maps: Tensor | None = None, backgrounds: list[str] | None = None) -> Tensor:
+    def pictures(
+        self, style: str, indices: list[int], maps: Tensor | None = None, backgrounds: list[str] | None = None
+    ) -> Tensor:
         """Pictures in [0, 1] (B, 3, SIZE, SIZE); without maps and backgrounds upright on white."""
         glyphs = self.pixels[STYLES.index(style), indices].float() / 255
         maps = IDENTITY.expand(len(indices), 2, 3) if maps is None else maps
@@ -43,7 +47,9 @@ class Glyphs:
 
 @dataclass(frozen=True)
 class Variant:
-    """One training picture: which glyph, on which background, which of its copies (0 is upright, the others are jittered)."""
+    """One training picture: which glyph, on which background, which of its copies (0 is upright, the others are
+    jittered).
+    """
 
     concept: int
     style: str
@@ -51,13 +57,19 @@ class Variant:
     copy: int
 
 
-def variants(concepts: list[Concept], styles: tuple[str, ...], everything: bool = False, copies: int = 1) -> list[Variant]:
+def variants(
+    concepts: list[Concept], styles: tuple[str, ...], everything: bool = False, copies: int = 1
+) -> list[Variant]:
     """Training pictures in some styles, copy by copy; with `everything` also the held-out pairs."""
-    return [Variant(i, style, background, copy)
-            for style in styles for copy in range(copies) for i, c in enumerate(concepts)
-            if everything or not held_out(c.code, "style", style)
-            for background in BACKGROUNDS
-            if everything or not held_out(c.code, "background", background)]
+    return [
+        Variant(i, style, background, copy)
+        for style in styles
+        for copy in range(copies)
+        for i, c in enumerate(concepts)
+        if everything or not held_out(c.code, "style", style)
+        for background in BACKGROUNDS
+        if everything or not held_out(c.code, "background", background)
+    ]
 
 
 def draw(glyphs: Glyphs, chosen: list[Variant], seed: int = 0, wild: bool = False) -> Tensor:
@@ -67,9 +79,14 @@ def draw(glyphs: Glyphs, chosen: list[Variant], seed: int = 0, wild: bool = Fals
     with one of its own on each, a network has six times as many shapes to learn and learns none of them.
     Copy 0 is upright unless `wild`.
     """
-    maps = torch.cat([
-        IDENTITY if v.copy == 0 and not wild else
-        jitter(seeded(seed, int(glyphs.concepts[v.concept].code, 16), STYLES.index(v.style), v.copy), 1, wild) for v in chosen])
+    maps = torch.cat(
+        [
+            IDENTITY
+            if v.copy == 0 and not wild
+            else jitter(seeded(seed, int(glyphs.concepts[v.concept].code, 16), STYLES.index(v.style), v.copy), 1, wild)
+            for v in chosen
+        ]
+    )
     pixels = torch.stack([glyphs.pixels[STYLES.index(v.style), v.concept] for v in chosen]).float() / 255
     return compose(pixels, maps, [v.background for v in chosen])
 
@@ -107,10 +124,14 @@ def main() -> None:
             progress.show(i + 1)
         progress.end()
     glyphs = Glyphs(concepts, pixels)
-    write_file(args.runs / "glyphs.safetensors", {"pixels": pixels}, {"concepts": json.dumps([asdict(c) for c in concepts])})
+    write_file(
+        args.runs / "glyphs.safetensors", {"pixels": pixels}, {"concepts": json.dumps([asdict(c) for c in concepts])}
+    )
     write_names(args.models, concepts)
     for style in STYLES:
-        save_grid(args.runs / f"glyphs-{style}.png", glyphs.pictures(style, list(range(len(concepts)))), columns=24, scale=0.5)
+        save_grid(
+            args.runs / f"glyphs-{style}.png", glyphs.pictures(style, list(range(len(concepts)))), columns=24, scale=0.5
+        )
     print(f"{len(concepts)} concepts; {len(variants(concepts, STYLES[:2]))} training pictures of noto and twemoji")
 
 

@@ -51,8 +51,14 @@ def schedule(steps: int) -> list[int]:
 
 
 @torch.no_grad()
-def ddim(predict_v: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, cond: Tensor, uncond: Tensor, steps: int = 20,
-         cfg: float = 3.0) -> Tensor:
+def ddim(
+    predict_v: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    steps: int = 20,
+    cfg: float = 3.0,
+) -> Tensor:
     """Deterministic DDIM (eta 0) from noise x (B, C, H, W) to x_0.
 
     predict_v(x, t, context): v for t (B,) and context (B, N, D). cond: (B, N, D); uncond: (1, N, D).

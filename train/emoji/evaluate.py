@@ -60,7 +60,10 @@ class Family:
         self.models, self.runs = args.models, args.runs
         self.glyphs: Glyphs = load_glyphs(args.runs)
         self.concepts = self.glyphs.concepts
-        self.codec, self.classifier = load_codec(args.models), load_classifier(args.models, [c.code for c in self.concepts])
+        self.codec, self.classifier = (
+            load_codec(args.models),
+            load_classifier(args.models, [c.code for c in self.concepts]),
+        )
         self.chosen = list(range(len(self.concepts)))[: args.limit]
 
     def text(self, host: str | None) -> None:
@@ -73,13 +76,19 @@ class Family:
     def draw(self, label: str, unet: nn.Module, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         progress = Progress(label, len(prompts))
         unet = copy.deepcopy(unet).bfloat16()  # twice as fast on a CPU; the sampler and the text stay in float32
-        latents = sample_latents(unet, self.encoder, self.tokens, list(prompts), list(seeds), STEPS, CFG, progress=progress)
+        latents = sample_latents(
+            unet, self.encoder, self.tokens, list(prompts), list(seeds), STEPS, CFG, progress=progress
+        )
         progress.end()
         return codec_images(self.codec, latents)
 
     def recognised(self, images: Tensor, concepts: Sequence[int]) -> dict:
         first, five = top_k(self.classifier, images, torch.tensor(list(concepts)))
-        return {"top1": round(float(first.float().mean()), 4), "top5": round(float(five.float().mean()), 4), "pictures": len(images)}
+        return {
+            "top1": round(float(first.float().mean()), 4),
+            "top5": round(float(five.float().mean()), 4),
+            "pictures": len(images),
+        }
 
 
 def codec_part(f: Family) -> list[dict]:
@@ -94,8 +103,14 @@ def codec_part(f: Family) -> list[dict]:
             with torch.no_grad():
                 images.append(f.codec.decode(f.codec.encode(x)))
         quality = torch.cat(quality)
-        rows.append({"row": f"codec, {style}", "psnr": round(float(quality.mean()), 2), "psnr_se": round(standard_error(quality), 2)}
-                    | f.recognised(torch.cat(images), [v.concept for v in chosen]))
+        rows.append(
+            {
+                "row": f"codec, {style}",
+                "psnr": round(float(quality.mean()), 2),
+                "psnr_se": round(standard_error(quality), 2),
+            }
+            | f.recognised(torch.cat(images), [v.concept for v in chosen])
+        )
     return rows
 
 
@@ -104,18 +119,29 @@ def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list
     unet, every = f.unet(name), f.chosen
     images = []
     for seed in range(seeds):
-        images.append(f.draw(f"{name}, seed {seed}", unet, [prompt(f.concepts[i]) for i in every],
-                             [1000 * seed + i for i in every]))
+        images.append(
+            f.draw(
+                f"{name}, seed {seed}", unet, [prompt(f.concepts[i]) for i in every], [1000 * seed + i for i in every]
+            )
+        )
         save_grid(f.runs / f"grid-{name}-{seed}.png", images[-1], columns=24, scale=0.5)
     rows = [{"row": f"{name}, plain prompts", "emoji": len(every)} | f.recognised(torch.cat(images), every * seeds)]
     per_concept = torch.stack([top_k(f.classifier, x, torch.tensor(every))[0] for x in images]).float().mean(0)
     rows[0]["never_recognised"] = [f.concepts[i].name for k, i in enumerate(every) if per_concept[k] == 0]
     if seeds > 1:
         pairs = psnr(images[0], images[1])
-        rows.append({"row": f"{name}, two seeds of one prompt", "psnr": round(float(pairs.mean()), 2), "psnr_se": round(standard_error(pairs), 2)})
+        rows.append(
+            {
+                "row": f"{name}, two seeds of one prompt",
+                "psnr": round(float(pairs.mean()), 2),
+                "psnr_se": round(standard_error(pairs), 2),
+            }
+        )
     pairs = [(i, s) for s in styles for i in every if held_out(f.concepts[i].code, "style", s)]
-    for label, chosen in (("held-out (concept, style)", pairs), ("same styles, trained pairs",
-                          [(i, next(t for t in styles if t != s)) for i, s in pairs if len(styles) > 1])):
+    for label, chosen in (
+        ("held-out (concept, style)", pairs),
+        ("same styles, trained pairs", [(i, next(t for t in styles if t != s)) for i, s in pairs if len(styles) > 1]),
+    ):
         if chosen:
             x = f.draw(label, unet, [prompt(f.concepts[i], style=s) for i, s in chosen], [5000 + i for i, _ in chosen])
             rows.append({"row": f"{name}, {label}"} | f.recognised(x, [i for i, _ in chosen]))
@@ -127,7 +153,11 @@ def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list
                 chosen.append((i, fitting[i // 2 % len(fitting)]))
         x = f.draw(label, unet, [prompt(f.concepts[i], background=b) for i, b in chosen], [6000 + i for i, _ in chosen])
         obeyed = sum(a == b for a, (_, b) in zip(background_of(x), chosen, strict=True)) / len(chosen)
-        rows.append({"row": f"{name}, {label}"} | f.recognised(x, [i for i, _ in chosen]) | {"background_obeyed": round(obeyed, 4)})
+        rows.append(
+            {"row": f"{name}, {label}"}
+            | f.recognised(x, [i for i, _ in chosen])
+            | {"background_obeyed": round(obeyed, 4)}
+        )
     return rows
 
 
@@ -145,15 +175,21 @@ def versions() -> dict:
     import diffusers
     import transformers
 
-    return {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def machine() -> dict:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        lines = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         model = lines[0] if lines else model
     return {"cpu": model, "cores": os.cpu_count(), "threads_used": torch.get_num_threads()}
 
@@ -169,15 +205,18 @@ def summary(parts: dict[str, list[dict]]) -> dict:
     ceiling = [rows[f"codec, {s}"] for s in TEACHER_STYLES if f"codec, {s}" in rows]
     if ceiling:
         codec = [rows[f"codec, {s}"]["psnr"] for s in STYLES]
-        result |= {"ceiling_top1": round(sum(r["top1"] for r in ceiling) / len(ceiling), 4),
-                   "ceiling_top5": round(sum(r["top5"] for r in ceiling) / len(ceiling), 4),
-                   "codec_psnr": round(sum(codec) / len(codec), 2)}
+        result |= {
+            "ceiling_top1": round(sum(r["top1"] for r in ceiling) / len(ceiling), 4),
+            "ceiling_top5": round(sum(r["top5"] for r in ceiling) / len(ceiling), 4),
+            "codec_psnr": round(sum(codec) / len(codec), 2),
+        }
         result["codec_gate_met"] = result["codec_psnr"] >= GATE["codec_psnr"]
     return result
 
 
 def table(rows: Sequence[dict]) -> str:
     """The rows as a Markdown table, for models/README.md."""
+
     def percent(value: float | None) -> str:
         return "" if value is None else f"{value:.1%}"
 
@@ -188,7 +227,10 @@ def table(rows: Sequence[dict]) -> str:
             what = "between the two" if "seeds" in row["row"] else "of the codec"
             more.append(f"PSNR {what} {row['psnr']:.2f} +- {row['psnr_se']:.2f} dB")
         more += [f"background as asked {row['background_obeyed']:.1%}"] if "background_obeyed" in row else []
-        lines.append(f"| {row['row']} | {row.get('pictures', '')} | {percent(row.get('top1'))} | {percent(row.get('top5'))} | {'; '.join(more)} |")
+        lines.append(
+            f"| {row['row']} | {row.get('pictures', '')} | {percent(row.get('top1'))} | {percent(row.get('top5'))} | "
+            f"{'; '.join(more)} |"
+        )
     return "\n".join(lines)
 
 
@@ -215,14 +257,27 @@ def main() -> None:
         for row in rows:
             print(json.dumps(row))
         if not args.limit:
-            (folder / f"{part}.json").write_text(json.dumps({"rows": rows, "minutes": round((time.monotonic() - began) / 60, 1)}))
+            (folder / f"{part}.json").write_text(
+                json.dumps({"rows": rows, "minutes": round((time.monotonic() - began) / 60, 1)})
+            )
     if args.limit:
         return
-    done = {part: json.loads((folder / f"{part}.json").read_text()) for part in PARTS if (folder / f"{part}.json").exists()}
+    done = {
+        part: json.loads((folder / f"{part}.json").read_text()) for part in PARTS if (folder / f"{part}.json").exists()
+    }
     report = {
-        "command": f"python -m train.emoji.evaluate {' '.join(done)}", "machine": machine(), "versions": versions(),
+        "command": f"python -m train.emoji.evaluate {' '.join(done)}",
+        "machine": machine(),
+        "versions": versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "settings": {"steps": STEPS, "cfg": CFG, "seeds": SEEDS, "sampler": "DDIM", "drawn_in": "bfloat16", "gate": GATE},
+        "settings": {
+            "steps": STEPS,
+            "cfg": CFG,
+            "seeds": SEEDS,
+            "sampler": "DDIM",
+            "drawn_in": "bfloat16",
+            "gate": GATE,
+        },
         "minutes": {part: d["minutes"] for part, d in done.items()},
         "summary": summary({part: d["rows"] for part, d in done.items()}),
         "rows": [row for d in done.values() for row in d["rows"]],

@@ -18,7 +18,9 @@ from .codec import load_codec
 
 
 class ClassifierFeatures(nn.Module):
-    """Pictures (B, 3, 128, 128) -> the five levels of the classifier, (B, C, h, w). models: folder of the family's weights."""
+    """Pictures (B, 3, 128, 128) -> the five levels of the classifier, (B, C, h, w). models: folder of the family's
+    weights.
+    """
 
     def __init__(self, models: Path):
         super().__init__()

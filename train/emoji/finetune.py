@@ -38,8 +38,11 @@ def main() -> None:
     batches = Batches(glyphs, data, tokens, args.seed + 1)
     unet = load_unet(args.models / "emoji-teacher.safetensors")
     unet, _, run = train(args, "openmoji", unet, encoder, batches, STYLE, joint=False)
-    training = provenance(args, run) | {"data": "OpenMoji", "from": "emoji-teacher.safetensors",
-                                        "concepts": len(glyphs.concepts)}
+    training = provenance(args, run) | {
+        "data": "OpenMoji",
+        "from": "emoji-teacher.safetensors",
+        "concepts": len(glyphs.concepts),
+    }
     save_unet(args.models / "emoji-openmoji.safetensors", unet, LICENCE, training)
     print("wrote emoji-openmoji.safetensors")
 

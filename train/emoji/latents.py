@@ -1,6 +1,6 @@
 """The training pictures of the UNets as latents, encoded once, 2 KB each: every glyph on every background.
 
-    python -m train.emoji.latents noto twemoji openmoji --copies 4
+python -m train.emoji.latents noto twemoji openmoji --copies 4
 """
 
 from __future__ import annotations
@@ -46,11 +46,15 @@ def load_latents(runs: Path, glyphs: Glyphs, styles: tuple[str, ...], copies: in
         with safe_open(path, framework="pt") as f:
             latents, cached = f.get_tensor("latents"), int(f.metadata().get("copies", "0"))
         if len(latents) != len(variants(glyphs.concepts, (style,), copies=cached)):
-            raise ValueError(f"{path} holds {len(latents)} pictures, which is not what the glyphs make; "
-                             f"make it again with `python -m train.emoji.latents {style}`")
+            raise ValueError(
+                f"{path} holds {len(latents)} pictures, which is not what the glyphs make; "
+                f"make it again with `python -m train.emoji.latents {style}`"
+            )
         if cached < copies:
-            raise ValueError(f"{path} holds {cached} copies of each picture and {copies} were asked for; "
-                             f"make it with `python -m train.emoji.latents {style} --copies {copies}`")
+            raise ValueError(
+                f"{path} holds {cached} copies of each picture and {copies} were asked for; "
+                f"make it with `python -m train.emoji.latents {style} --copies {copies}`"
+            )
         chosen = variants(glyphs.concepts, (style,), copies=copies)
         wanted += chosen
         parts.append(latents[: len(chosen)])

@@ -14,8 +14,12 @@ from torch import Tensor
 SIZE = 128  # pixels of a picture
 BOX = 120  # longest side of an unjittered glyph
 BACKGROUNDS = {
-    "white": (255, 255, 255), "grey": (176, 182, 190), "yellow": (255, 238, 150),
-    "pink": (255, 200, 221), "blue": (170, 208, 255), "green": (190, 230, 180),
+    "white": (255, 255, 255),
+    "grey": (176, 182, 190),
+    "yellow": (255, 238, 150),
+    "pink": (255, 200, 221),
+    "blue": (170, 208, 255),
+    "green": (190, 230, 180),
 }
 
 

@@ -52,11 +52,15 @@ def fetch(what: str, cache: Path) -> Path:
     archive = cache / f"{name.replace('@', '').replace('/', '-')}-{version}.tgz"
     if not archive.exists():
         if shutil.which("npm") is None:
-            raise ValueError(f"npm is needed to fetch {name}@{version} and was not found; install Node.js, "
-                             f"or put the package archive at {archive}")
+            raise ValueError(
+                f"npm is needed to fetch {name}@{version} and was not found; install Node.js, "
+                f"or put the package archive at {archive}"
+            )
         cache.mkdir(parents=True, exist_ok=True)
         print(f"fetching {name}@{version}")
-        done = subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=cache, text=True, capture_output=True)
+        done = subprocess.run(
+            ["npm", "pack", "--silent", f"{name}@{version}"], cwd=cache, text=True, capture_output=True
+        )
         if done.returncode or not archive.exists():
             raise ValueError(f"npm could not fetch {name}@{version}: {done.stderr.strip()[-500:]}")
     return archive
@@ -67,8 +71,11 @@ def read_concepts(cache: Path) -> list[Concept]:
     with tarfile.open(fetch("names", cache)) as tar:
         table = json.load(tar.extractfile(PACKAGES["names"][2]))
     entries = {e["hexcode"].replace("-FE0F", ""): e for e in table}
-    return [Concept(code, plain(entries[code]["label"]), tuple(plain(t) for t in entries[code].get("tags", ())), group)
-            for group, codes in read_groups().items() for code in codes]
+    return [
+        Concept(code, plain(entries[code]["label"]), tuple(plain(t) for t in entries[code].get("tags", ())), group)
+        for group, codes in read_groups().items()
+        for code in codes
+    ]
 
 
 def plain(text: str) -> str:
@@ -83,8 +90,11 @@ def read_graphics(style: str, codes: list[str], cache: Path) -> dict[str, str]:
         if "{code}" not in member:
             found = _split_sprite(tar.extractfile(member).read().decode())
         else:
-            paths = {Path(n).stem.upper().replace("-FE0F", ""): n for n in tar.getnames()
-                     if Path(n).parent == Path(member).parent and n.endswith(".svg")}
+            paths = {
+                Path(n).stem.upper().replace("-FE0F", ""): n
+                for n in tar.getnames()
+                if Path(n).parent == Path(member).parent and n.endswith(".svg")
+            }
             found = {code: tar.extractfile(paths[code]).read().decode() for code in codes if code in paths}
     missing = [code for code in codes if code not in found]
     if missing:

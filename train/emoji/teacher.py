@@ -28,7 +28,16 @@ from .latents import LatentSet, load_latents
 from .sources import STYLES
 from .text import TextEncoder, Tokens, host_folder, save_text
 from .training import (
-    Checkpoint, Optimiser, Progress, Run, add_common_arguments, plain_errors, save_curve, save_grid, seeded, start,
+    Checkpoint,
+    Optimiser,
+    Progress,
+    Run,
+    add_common_arguments,
+    plain_errors,
+    save_curve,
+    save_grid,
+    seeded,
+    start,
 )
 from .unet import build, save_unet
 
@@ -36,8 +45,24 @@ TEACHER_STYLES = STYLES[:2]
 LICENCE = "CC-BY-4.0"  # Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0) were learned from
 ON_WHITE = 0.5
 SHORT = 24  # tokens most captions fit in
-SHOWN = ("pizza", "cat face", "red heart", "rocket", "spider", "sailboat", "avocado", "skull", "umbrella", "guitar", "dress",
-         "owl", "volcano", "key", "robot", "bicycle")
+SHOWN = (
+    "pizza",
+    "cat face",
+    "red heart",
+    "rocket",
+    "spider",
+    "sailboat",
+    "avocado",
+    "skull",
+    "umbrella",
+    "guitar",
+    "dress",
+    "owl",
+    "volcano",
+    "key",
+    "robot",
+    "bicycle",
+)
 
 
 def background_share(variants: list[Variant]) -> Tensor:
@@ -90,23 +115,47 @@ def batch_size(pooled: bool) -> int:
     return 32 if pooled else 16
 
 
-def sample_images(unet: nn.Module, encoder: TextEncoder, tokens: Tokens, codec: nn.Module, prompts: list[str], seeds: list[int],
-                  steps: int = 20, cfg: float = 3.0, size: int = 16, batch: int = 32) -> Tensor:
+def sample_images(
+    unet: nn.Module,
+    encoder: TextEncoder,
+    tokens: Tokens,
+    codec: nn.Module,
+    prompts: list[str],
+    seeds: list[int],
+    steps: int = 20,
+    cfg: float = 3.0,
+    size: int = 16,
+    batch: int = 32,
+) -> Tensor:
     """Pictures (B, 3, H, W) for prompts, each from the noise of its own seed. Networks in eval mode."""
     return codec_images(codec, sample_latents(unet, encoder, tokens, prompts, seeds, steps, cfg, size, batch))
 
 
 @torch.no_grad()
-def sample_latents(unet: nn.Module, encoder: TextEncoder, tokens: Tokens, prompts: list[str], seeds: list[int], steps: int = 20,
-                   cfg: float = 3.0, size: int = 16, batch: int = 32, progress: Progress | None = None) -> Tensor:
+def sample_latents(
+    unet: nn.Module,
+    encoder: TextEncoder,
+    tokens: Tokens,
+    prompts: list[str],
+    seeds: list[int],
+    steps: int = 20,
+    cfg: float = 3.0,
+    size: int = 16,
+    batch: int = 32,
+    progress: Progress | None = None,
+) -> Tensor:
     """Latents (B, 4, size, size) for prompts, each from the noise of its own seed."""
     device, dtype = next(unet.parameters()).device, next(unet.parameters()).dtype
     uncond = encoder(tokens([""]).to(device))
     parts = []
     for i in range(0, len(prompts), batch):
-        noise = torch.stack([torch.randn(4, size, size, generator=seeded(s, 3)) for s in seeds[i : i + batch]]).to(device)
+        noise = torch.stack([torch.randn(4, size, size, generator=seeded(s, 3)) for s in seeds[i : i + batch]]).to(
+            device
+        )
         cond = encoder(tokens(prompts[i : i + batch]).to(device))
-        parts.append(ddim(lambda x, t, c: unet(x.to(dtype), t, c.to(dtype)).sample, noise, cond, uncond, steps, cfg).cpu())
+        parts.append(
+            ddim(lambda x, t, c: unet(x.to(dtype), t, c.to(dtype)).sample, noise, cond, uncond, steps, cfg).cpu()
+        )
         if progress:
             progress.show(min(i + batch, len(prompts)))
     return torch.cat(parts)
@@ -120,8 +169,15 @@ def codec_images(codec: nn.Module, latents: Tensor) -> Tensor:
     return torch.cat([codec.decode(z.to(device)).cpu() for z in latents.split(32)])
 
 
-def train(args: argparse.Namespace, name: str, unet: nn.Module, encoder: TextEncoder, batches: Batches, styles: tuple[str, ...],
-          joint: bool) -> tuple[nn.Module, TextEncoder, Run]:
+def train(
+    args: argparse.Namespace,
+    name: str,
+    unet: nn.Module,
+    encoder: TextEncoder,
+    batches: Batches,
+    styles: tuple[str, ...],
+    joint: bool,
+) -> tuple[nn.Module, TextEncoder, Run]:
     """The loop shared by teacher and finetune. Returns averaged networks in float32 and the finished Run."""
     device = torch.device(args.device)
     averaged_unet, averaged_encoder = copy.deepcopy(unet).to(device), copy.deepcopy(encoder).to(device)
@@ -153,7 +209,9 @@ def train(args: argparse.Namespace, name: str, unet: nn.Module, encoder: TextEnc
     def show() -> None:
         average()
         size = 8 if run.samples < args.pooled_samples else 16
-        images = sample_images(averaged_unet, averaged_encoder, batches.tokens, codec, shown, list(range(len(shown))), size=size)
+        images = sample_images(
+            averaged_unet, averaged_encoder, batches.tokens, codec, shown, list(range(len(shown))), size=size
+        )
         save_grid(args.runs / f"{name}.png", images, columns=16)
         save_curve(args.runs / f"{name}-loss.png", run.curve, f"{name}, {run.samples} samples", "v-MSE")
 
@@ -181,9 +239,17 @@ def train(args: argparse.Namespace, name: str, unet: nn.Module, encoder: TextEnc
 
 
 def provenance(args: argparse.Namespace, run: Run) -> dict:
-    return {"minutes": round(run.seconds / 60, 1), "steps": run.step, "samples": run.samples, "lr": args.lr, "seed": args.seed,
-            "device": args.device, "threads": args.threads, "machine": platform.processor() or platform.machine(),
-            "torch": torch.__version__}
+    return {
+        "minutes": round(run.seconds / 60, 1),
+        "steps": run.step,
+        "samples": run.samples,
+        "lr": args.lr,
+        "seed": args.seed,
+        "device": args.device,
+        "threads": args.threads,
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+    }
 
 
 def add_unet_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,7 +266,9 @@ def main() -> None:
     add_common_arguments(parser)
     add_unet_arguments(parser)
     parser.add_argument("--pooled-samples", type=int, default=60_000, help="samples trained on latents pooled to 8x8")
-    parser.add_argument("--copies", type=int, default=1, help="of each picture to learn from: the first upright, the others jittered")
+    parser.add_argument(
+        "--copies", type=int, default=1, help="of each picture to learn from: the first upright, the others jittered"
+    )
     args = parser.parse_args()
     start(args)
     torch.manual_seed(args.seed)
@@ -210,7 +278,10 @@ def main() -> None:
     batches = Batches(glyphs, data, tokens, args.seed)
     unet, encoder, run = train(args, "teacher", build(), TextEncoder(tokens.ids), batches, TEACHER_STYLES, joint=True)
     training = provenance(args, run) | {
-        "data": "Noto Emoji and Twemoji", "copies": args.copies, "concepts": len(glyphs.concepts)}
+        "data": "Noto Emoji and Twemoji",
+        "copies": args.copies,
+        "concepts": len(glyphs.concepts),
+    }
     save_text(args.models / "emoji-text.safetensors", encoder, training)
     save_unet(args.models / "emoji-teacher.safetensors", unet, LICENCE, training)
     print("wrote emoji-teacher.safetensors and emoji-text.safetensors")

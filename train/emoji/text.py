@@ -20,9 +20,18 @@ from asdm_core.packs import write_file
 
 VOCABULARY, LENGTH, BEGIN, END = 49408, 77, 49406, 49407
 CONFIG = {
-    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_position_embeddings": LENGTH, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128,
-    "bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END, "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": LENGTH,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 128,
+    "bos_token_id": BEGIN,
+    "eos_token_id": END,
+    "pad_token_id": END,
+    "vocab_size": VOCABULARY,
 }
 _TABLE = "text_model.embeddings.token_embedding.weight"
 
@@ -36,7 +45,9 @@ def host_folder(given: str | Path | None = None) -> Path:
         folder = host_path()
     folder = Path(folder)
     if not (folder / "comfy" / "sd1_tokenizer").is_dir():
-        raise ValueError(f"{folder} is no ComfyUI folder (comfy/sd1_tokenizer is missing); give one with --host or COMFYUI_PATH")
+        raise ValueError(
+            f"{folder} is no ComfyUI folder (comfy/sd1_tokenizer is missing); give one with --host or COMFYUI_PATH"
+        )
     return folder
 
 
@@ -56,8 +67,10 @@ class Tokens:
         for i, tokens in enumerate(self.tokenizer(list(texts))["input_ids"] if texts else []):
             unknown = [t for t in tokens if t not in self.row]
             if unknown:
-                raise ValueError(f"{texts[i]!r} holds {self.tokenizer.convert_ids_to_tokens(unknown)}, which the emoji family "
-                                 "never saw; use names and keywords of its concepts")
+                raise ValueError(
+                    f"{texts[i]!r} holds {self.tokenizer.convert_ids_to_tokens(unknown)}, which the emoji family "
+                    "never saw; use names and keywords of its concepts"
+                )
             rows[i, : min(len(tokens), LENGTH)] = torch.tensor([self.row[t] for t in tokens[:LENGTH]])
         return rows
 
@@ -68,7 +81,9 @@ class TextEncoder(nn.Module):
     def __init__(self, ids: Sequence[int], **changes):
         super().__init__()
         # Special ids only steer the pooled output, which is not used; the compact table has other numbers.
-        config = CLIPTextConfig(**(CONFIG | {"vocab_size": len(ids), "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0} | changes))
+        config = CLIPTextConfig(
+            **(CONFIG | {"vocab_size": len(ids), "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0} | changes)
+        )
         config._attn_implementation = "eager"  # fused attention is slower on CPU at this size
         self.clip = CLIPTextModel(config)
         self.register_buffer("ids", torch.tensor(list(ids), dtype=torch.int32), persistent=False)
@@ -83,10 +98,15 @@ def _clip_key(key: str) -> str:
 
 
 def save_text(path: Path, encoder: TextEncoder, training: Mapping) -> None:
-    """Write the encoder with its compact table: weights in fp16, `token_ids` beside them, the config in the metadata."""
+    """Write the encoder with its compact table: weights in fp16, `token_ids` beside them, the config in the
+    metadata.
+    """
     sd = {_clip_key(k): v.half() for k, v in encoder.clip.named_parameters()}
-    write_file(path, sd | {"token_ids": encoder.ids}, {
-        "format": "pt", "text_config": json.dumps(CONFIG), "training": json.dumps(dict(training))})
+    write_file(
+        path,
+        sd | {"token_ids": encoder.ids},
+        {"format": "pt", "text_config": json.dumps(CONFIG), "training": json.dumps(dict(training))},
+    )
 
 
 def load_text(path: Path) -> TextEncoder:
@@ -97,7 +117,9 @@ def load_text(path: Path) -> TextEncoder:
         sd = {k: f.get_tensor(k) for k in f.keys()}
         config = json.loads(f.metadata()["text_config"])
     ids = sd.pop("token_ids").tolist()
-    changes = {k: v for k, v in config.items() if k not in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    changes = {
+        k: v for k, v in config.items() if k not in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+    }
     encoder = TextEncoder(ids, **changes)
     with torch.no_grad():
         for key, p in encoder.clip.named_parameters():

@@ -1,4 +1,6 @@
-"""What every training script here shares: seeds, the optimiser with its average, checkpoints, the time box, pictures."""
+"""What every training script here shares: seeds, the optimiser with its average, checkpoints, the time box,
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ WARMUP = 50  # steps
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A generator that depends on the numbers only: (seed, step) makes a resumed run draw what an unbroken one draws."""
+    """A generator that depends on the numbers only: (seed, step) makes a resumed run draw what an unbroken
+    one draws.
+    """
     # Weyl-style mixing keeps neighbouring steps apart; the generator scrambles the rest.
     state = 0
     for n in numbers:
@@ -47,16 +51,26 @@ class Optimiser:
     copied back. The average warms up, so early steps are forgotten: decay = min(ema, (1+n)/(10+n)).
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float = 0.01, ema: float = 0.999,
-                 clip: float = 1.0, betas: tuple[float, float] = (0.9, 0.99)):
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        weight_decay: float = 0.01,
+        ema: float = 0.999,
+        clip: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.99),
+    ):
         self.live = dict(parameters)
         self.master = {k: p.detach().float().clone() for k, p in self.live.items()}
         self.average = {k: p.clone() for k, p in self.master.items()}
         self.ema, self.clip = ema, clip
         decay = [p for p in self.master.values() if p.dim() > 1]
         rest = [p for p in self.master.values() if p.dim() <= 1]
-        self.adamw = torch.optim.AdamW([{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}],
-                                       lr=0.0, betas=betas, fused=True)
+        self.adamw = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}],
+            lr=0.0,
+            betas=betas,
+            fused=True,
+        )
         self.steps = 0
 
     @torch.no_grad()
@@ -78,7 +92,9 @@ class Optimiser:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        tensors = {f"master.{k}": v for k, v in self.master.items()} | {f"average.{k}": v for k, v in self.average.items()}
+        tensors = {f"master.{k}": v for k, v in self.master.items()} | {
+            f"average.{k}": v for k, v in self.average.items()
+        }
         for key, p in self.master.items():
             for name, value in self.adamw.state.get(p, {}).items():
                 tensors[f"{name}.{key}"] = torch.as_tensor(value)
@@ -91,8 +107,10 @@ class Optimiser:
             self.average[key].copy_(tensors[f"average.{key}"])
             self.live[key].copy_(p)
             if f"exp_avg.{key}" in tensors:
-                self.adamw.state[p] = {n: tensors[f"{n}.{key}"].clone().to(p.device if n != "step" else "cpu")
-                                       for n in ("step", "exp_avg", "exp_avg_sq")}
+                self.adamw.state[p] = {
+                    n: tensors[f"{n}.{key}"].clone().to(p.device if n != "step" else "cpu")
+                    for n in ("step", "exp_avg", "exp_avg_sq")
+                }
         self.steps = steps
 
     @torch.no_grad()
@@ -160,7 +178,9 @@ class Run:
 
 
 class Checkpoint:
-    """A training state in one safetensors file: tensors, and the Run as JSON in the metadata. Written whole or not at all."""
+    """A training state in one safetensors file: tensors, and the Run as JSON in the metadata. Written whole or not at
+    all.
+    """
 
     def __init__(self, path: Path):
         self.path, self.last = path, time.monotonic()
@@ -174,7 +194,13 @@ class Checkpoint:
             optimiser.load({k: f.get_tensor(k) for k in f.keys()}, saved["step"])
         if (saved["minutes"], saved["total"]) != (run.minutes, run.total):
             # Another time box than before: its cooldown is planned anew.
-            saved |= {"minutes": run.minutes, "total": run.total, "cooldown_from": None, "cooldown_steps": 0, "_recent": []}
+            saved |= {
+                "minutes": run.minutes,
+                "total": run.total,
+                "cooldown_from": None,
+                "cooldown_steps": 0,
+                "_recent": [],
+            }
         resumed = Run(**saved)
         print(f"resuming at step {resumed.step} after {resumed.seconds / 60:.1f} min")
         return resumed
@@ -192,14 +218,22 @@ class Checkpoint:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, training: bool = True) -> None:
-    parser.add_argument("--runs", type=Path, default=Path("runs/emoji"), help="folder for caches, checkpoints and pictures")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/emoji"), help="folder for caches, checkpoints and pictures"
+    )
     parser.add_argument("--models", type=Path, default=Path("models/emoji"), help="folder of the finished weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1,
-                        help="CPU threads; two processes of one thread beat one of two, and waiting threads collapse")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads; two processes of one thread beat one of two, and waiting threads collapse",
+    )
     if training:
-        parser.add_argument("--minutes", type=float, default=10, help="training time in all, over resumed calls as well")
+        parser.add_argument(
+            "--minutes", type=float, default=10, help="training time in all, over resumed calls as well"
+        )
         parser.add_argument("--steps", type=int, help="train for this many steps instead")
         parser.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
 
@@ -213,6 +247,7 @@ def start(args: argparse.Namespace) -> None:
 
 def plain_errors(main: Callable) -> Callable:
     """Let a script's main end in the message alone where its input was wrong."""
+
     @functools.wraps(main)
     def called(*arguments):
         try:
@@ -245,7 +280,9 @@ class Progress:
             self.shown = now
 
     def end(self) -> None:
-        print(f"\r{self.line:<100}" if self.live else f"{self.line} ({time.monotonic() - self.started:.0f} s)", flush=True)
+        print(
+            f"\r{self.line:<100}" if self.live else f"{self.line} ({time.monotonic() - self.started:.0f} s)", flush=True
+        )
 
 
 # Pictures -------------------------------------------------------------------------------------------

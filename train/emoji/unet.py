@@ -26,8 +26,15 @@ class BmmAttention:
     backward pass takes a third of the step. Computes what diffusers' own processors compute.
     """
 
-    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask=None,
-                 temb=None, **kwargs) -> Tensor:
+    def __call__(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask=None,
+        temb=None,
+        **kwargs,
+    ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         b, n, _ = hidden_states.shape
 
@@ -56,10 +63,13 @@ def as_stored(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().float() if v.dim() < 2 else dequantise(*quantise(v)) for k, v in sd.items()}
 
 
-def save_unet(path: Path, unet: UNet2DConditionModel, licence: str, training: Mapping, config: UNetConfig = CONFIG) -> None:
+def save_unet(
+    path: Path, unet: UNet2DConditionModel, licence: str, training: Mapping, config: UNetConfig = CONFIG
+) -> None:
     """Write a whole UNet: int8 per output channel, vectors in float32."""
-    description = Description("unet", Architecture.full(config), prediction="v", licence=licence, training=training,
-                              companions=COMPANIONS)
+    description = Description(
+        "unet", Architecture.full(config), prediction="v", licence=licence, training=training, companions=COMPANIONS
+    )
     write_unet(path, {k: v.detach().float() for k, v in addressed(unet, config).items()}, description, "int8")
 
 

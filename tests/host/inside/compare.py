@@ -16,7 +16,9 @@ from in_host import execute, module, node_classes
 from PIL import Image
 
 SD, host, cast = small.SD, small.host, small.cast
-compare, timing, switch, regional, speed = (module(f"nodes.{name}") for name in ("compare", "timing", "switch", "regional", "speed"))
+compare, timing, switch, regional, speed = (
+    module(f"nodes.{name}") for name in ("compare", "timing", "switch", "regional", "speed")
+)
 inheritance, measure, switching = (module(f"asdm_core.{name}") for name in ("inheritance", "measure", "switching"))
 
 
@@ -40,16 +42,26 @@ def model(loaded):
 
 
 def state(model):
-    return {"options": repr(model.model_options), "patches": len(model.patches), "uuid": model.patches_uuid, "wrappers": repr(model.wrappers),
-            "callbacks": repr(model.callbacks), "attachments": dict(model.attachments), "additional": repr(model.additional_models)}
+    return {
+        "options": repr(model.model_options),
+        "patches": len(model.patches),
+        "uuid": model.patches_uuid,
+        "wrappers": repr(model.wrappers),
+        "callbacks": repr(model.callbacks),
+        "attachments": dict(model.attachments),
+        "additional": repr(model.additional_models),
+    }
 
 
 INPUTS = {"seed": 5, "steps": 3, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 
 
 def inputs(batch=1, latent=None, **changes):
-    given = {"positive": small.cond(SD, 1), "negative": small.cond(SD, 2),
-             "latent_image": {"samples": torch.zeros(batch, 4, 16, 16) if latent is None else latent}}
+    given = {
+        "positive": small.cond(SD, 1),
+        "negative": small.cond(SD, 2),
+        "latent_image": {"samples": torch.zeros(batch, 4, 16, 16) if latent is None else latent},
+    }
     return given | INPUTS | changes
 
 
@@ -60,14 +72,26 @@ def ksampler(model, **given):
 
 def ab(model, original=None, rounds=1, **given):
     outputs = execute("ASDMABCompare", model=model, original=original, vae=VAE(), rounds=rounds, **given)
-    return dict(zip(("comparison", "images_a", "images_b", "latent_a", "latent_b"), outputs, strict=False)) | {"report": json.loads(outputs[5])}
+    return dict(zip(("comparison", "images_a", "images_b", "latent_a", "latent_b"), outputs, strict=False)) | {
+        "report": json.loads(outputs[5])
+    }
 
 
 # What is sampled --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", [{}, {"batch": 2}, {"sampler_name": "heun"}, {"sampler_name": "euler_ancestral"}, {"cfg": 1.0},
-                                 {"denoise": 0.5, "latent": torch.ones(1, 4, 16, 16)}], ids=str)
+@pytest.mark.parametrize(
+    "run",
+    [
+        {},
+        {"batch": 2},
+        {"sampler_name": "heun"},
+        {"sampler_name": "euler_ancestral"},
+        {"cfg": 1.0},
+        {"denoise": 0.5, "latent": torch.ones(1, 4, 16, 16)},
+    ],
+    ids=str,
+)
 def test_both_sides_are_what_ksampler_gives(model, m2, run):
     given = inputs(**run)
     packed = small.with_pack(model, m2)
@@ -101,7 +125,9 @@ def test_original_is_the_model_without_anything_of_asdm(model, folder, m2):
     given = inputs()
     assert torch.equal(ksampler(plain, **given), ksampler(model, **given))
     assert not torch.equal(ksampler(full, **given), ksampler(model, **given))
-    assert not any(key.startswith("asdm") for kinds in (plain.wrappers, plain.callbacks) for keys in kinds.values() for key in keys)
+    assert not any(
+        key.startswith("asdm") for kinds in (plain.wrappers, plain.callbacks) for keys in kinds.values() for key in keys
+    )
     assert not any(key.startswith("asdm") for things in (plain.attachments, plain.additional_models) for key in things)
     assert state(full) == before
 
@@ -133,7 +159,9 @@ def test_inheritance_is_measured_as_it_runs_alone(model):
 
 def test_techniques_are_named(model, folder, m2):
     assert compare.techniques(model) == "original"
-    assert compare.techniques(with_everything(model, folder, m2)) == "m2 + balanced inheritance + GRI attention + switched"
+    assert (
+        compare.techniques(with_everything(model, folder, m2)) == "m2 + balanced inheritance + GRI attention + switched"
+    )
 
 
 # What is reported -------------------------------------------------------------------------------------
@@ -146,13 +174,15 @@ def test_a_model_against_itself_is_identical(model):
     assert report["identical"] and report["psnr"] == [None] and report["ssim"] == [pytest.approx(1.0)]
     assert report["a"]["every_run_alike"] and report["b"]["every_run_alike"]
     assert len(report["a"]["seconds"]) == len(report["b"]["seconds"]) == 2
-    heat = out["comparison"][0, -40:, -(compare.CELL + 32):-40]  # bottom right: the difference
+    heat = out["comparison"][0, -40:, -(compare.CELL + 32) : -40]  # bottom right: the difference
     assert float(heat[:-32].max()) == 0
 
 
 def test_a_model_that_asdm_does_nothing_on_needs_an_original(model):
     for plain in (model, small.add_lora(model, small.lora())):
-        with pytest.raises(ValueError, match="A and B would be the same. Put Feature Inheritance.* or connect .* to `original`"):
+        with pytest.raises(
+            ValueError, match="A and B would be the same. Put Feature Inheritance.* or connect .* to `original`"
+        ):
             ab(plain, **inputs())
 
 
@@ -177,6 +207,7 @@ def clock(monkeypatch):
         def slow(*args, **kwargs):
             now[0] += seconds
             return call(*args, **kwargs)
+
         return slow
 
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -199,6 +230,7 @@ def test_sides_take_turns(model):
         def run(m):
             order.append(name)
             return {"samples": ksampler(m, **inputs(steps=1))}
+
         return run
 
     timing.alternate([timing.Side(name, model, sample(name)) for name in "ab"], 2)
@@ -297,7 +329,9 @@ def known_pack():
 
 def xy(model, x, y, **given):
     given = inputs(**given)
-    plot, images, report = execute("ASDMXYPlot", model=model, vae=VAE(), rounds=1, x={"x": x[0], **x[1]}, y={"y": y[0], **y[1]}, **given)
+    plot, images, report = execute(
+        "ASDMXYPlot", model=model, vae=VAE(), rounds=1, x={"x": x[0], **x[1]}, y={"y": y[0], **y[1]}, **given
+    )
     return plot, images, json.loads(report), given
 
 
@@ -315,7 +349,10 @@ def test_cells_are_what_the_nodes_give(model, known_pack):
             expected.append(VAE().decode(ksampler(changed, **given)))
     assert torch.equal(images, torch.cat(expected))
     labels = [cell["label"] for cell in report["cells"]]
-    assert labels[:2] == ["inheritance: off, pack: off", "inheritance: 1/2, pack: off"] and labels[5] == "inheritance: fast, pack: known"
+    assert (
+        labels[:2] == ["inheritance: off, pack: off", "inheritance: 1/2, pack: off"]
+        and labels[5] == "inheritance: fast, pack: known"
+    )
     assert report["cells"][0]["psnr"] == [None] and report["cells"][4]["psnr"] != [None]
     for cell in report["cells"]:
         assert cell["speedup"] == pytest.approx(report["plain"]["median_seconds"] / cell["median_seconds"], rel=0.05)
@@ -324,9 +361,14 @@ def test_cells_are_what_the_nodes_give(model, known_pack):
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_switch_comes_after_everything_else(model, folder, swapped):
     second = small.model(folder, seed=3)
-    axes = [("inheritance", {"values": "balanced"}), ("switch at", {"values": "0.5", "model_second": second, "unit": "percent"})]
+    axes = [
+        ("inheritance", {"values": "balanced"}),
+        ("switch at", {"values": "0.5", "model_second": second, "unit": "percent"}),
+    ]
     _, images, _, given = xy(model, *(axes[::-1] if swapped else axes), steps=4)
-    played = switch.with_switch(host.with_plan(model, inheritance.dial(SD, "balanced")), second, switching.SwitchPoint(0.5, "percent"))
+    played = switch.with_switch(
+        host.with_plan(model, inheritance.dial(SD, "balanced")), second, switching.SwitchPoint(0.5, "percent")
+    )
     assert torch.equal(images, VAE().decode(ksampler(played, **given)))
 
 
@@ -355,12 +397,15 @@ def test_windows_and_strengths_of_packs(model, known_pack):
         xy(model, ("pack strength", {"pack_name": "known.safetensors", "values": "0.5"}), NOTHING)
 
 
-@pytest.mark.parametrize("kind, values, said", [
-    ("inheritance", "slow", "wanted off, faithful, balanced, fast, a skip branch and an interval"),
-    ("pack", "no-such.safetensors", "there is no pack 'no-such.safetensors'. There are"),
-    ("GRI window", "large", "GRI window: wanted a number, got 'large'"),
-    ("inheritance", " , ", "needs at least one value"),
-])
+@pytest.mark.parametrize(
+    "kind, values, said",
+    [
+        ("inheritance", "slow", "wanted off, faithful, balanced, fast, a skip branch and an interval"),
+        ("pack", "no-such.safetensors", "there is no pack 'no-such.safetensors'. There are"),
+        ("GRI window", "large", "GRI window: wanted a number, got 'large'"),
+        ("inheritance", " , ", "needs at least one value"),
+    ],
+)
 def test_a_wrong_value_is_one_clear_error(model, kind, values, said):
     with pytest.raises(ValueError, match=said):
         xy(model, (kind, {"values": values}), NOTHING)
@@ -421,7 +466,10 @@ def test_cut_layers_save_what_their_kind_would_have_taken(model, m2):
 
 def test_gri_leaves_out_what_lies_outside_windows_and_cells():
     whole = small.Architecture.full(SD)
-    shares = {window: sum(speed.attention_left_out(regional.Regional(window=window, pool=4), whole, 64, 64).values()) for window in (8, 16, 64)}
+    shares = {
+        window: sum(speed.attention_left_out(regional.Regional(window=window, pool=4), whole, 64, 64).values())
+        for window in (8, 16, 64)
+    }
     assert shares[8] > shares[16] > 0
     left = speed.attention_left_out(regional.Regional(window=16, pool=4, stages=1), whole, 64, 64)
     product = measure.costs(whole, 64, 64)["down.0.0.transformer"].attention["attn1"]
@@ -461,7 +509,10 @@ def test_both_models_of_a_switched_run_are_measured(model, m2):
     facts = speed.describe(timed)
     assert facts["played"] == [1] * 4 + [2] * 8 and facts["steps"] == facts["evaluations"] == 12
     assert facts["inherited_steps"] and min(facts["inherited_steps"]) > 4
-    assert [entry["technique"] for entry in facts["saved"]] == ["model 2: feature inheritance", "model 2: layers cut (m2)"]
+    assert [entry["technique"] for entry in facts["saved"]] == [
+        "model 2: feature inheritance",
+        "model 2: layers cut (m2)",
+    ]
     assert execute("ASDMSpeedReadout", model=timed)[0].shape[2] == 780
     assert host.setup_of(second).speed is None
 

@@ -1,4 +1,5 @@
-"""Every technique beside everything that artists put on a MODEL: the cells of docs/compatibility.md (scripts/matrix.py).
+"""Every technique beside everything that artists put on a MODEL: the cells of docs/compatibility.md
+(scripts/matrix.py).
 
 A feature is applied to a stock MODEL and to MODELs with a technique. Where the technique has a reference made of
 stock modules, or a limit in which it is the model itself, the pictures must be the same to the bit.
@@ -54,8 +55,10 @@ SHALLOW = tuple(a for a, conv in small.condconv.convolutions(SD).items() if conv
 
 
 class Checkpoints:
-    """MODELs of one kind: `plain` and `second` are unpruned checkpoints, `combined` is M2 on the trunk of `plain` in one file,
-    and `whole` has all its weights and the units it lacks. Files are shared by all kinds whose layers have the same shapes."""
+    """MODELs of one kind: `plain` and `second` are unpruned checkpoints, `combined` is M2 on the trunk of `plain` in
+    one file, and `whole` has all its weights and the units it lacks. Files are shared by all kinds whose layers have
+    the same shapes.
+    """
 
     def __init__(self, folder, config=SD, dtype=None):
         self.folder, self.config, self.dtype = folder, config, dtype
@@ -134,9 +137,11 @@ FEATURES: dict[str, Feature] = {}  # in the order of the page
 
 def feature(name, **more):
     """Register what a function does to a MODEL as a feature."""
+
     def register(node):
         FEATURES[name] = Feature(node, **more)
         return node
+
     return register
 
 
@@ -146,13 +151,24 @@ def noise(*shape, seed=9):
 
 def controlled(net):
     positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(
-        small.cond(seed=1), small.cond(seed=2), net, torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(5)), 0.8, 0.0, 1.0)
+        small.cond(seed=1),
+        small.cond(seed=2),
+        net,
+        torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(5)),
+        0.8,
+        0.0,
+        1.0,
+    )
     return {"positive": positive, "negative": negative}
 
 
 def t2i_adapter(model):
     torch.manual_seed(3)
-    return controlled(comfy.controlnet.T2IAdapter(Adapter_light([32, 64, 128, 128], 1, 192), 3, 8, "nearest-exact", torch.device("cpu")))
+    return controlled(
+        comfy.controlnet.T2IAdapter(
+            Adapter_light([32, 64, 128, 128], 1, 192), 3, 8, "nearest-exact", torch.device("cpu")
+        )
+    )
 
 
 CONTROLLED = "input_blocks.1.0.in_layers.2"  # the layer on which the Control-LoRA has a difference of its own
@@ -161,14 +177,20 @@ UP, DOWN = noise(32, 2, 1, 1), noise(2, 32, 3, 3) * 0.1
 
 def control_lora(model):
     """All of its network but what it takes from the UNet, and a low-rank difference on one layer."""
-    own = {k: v for k, v in small.control_net().control_model.state_dict().items() if k.startswith(("input_hint", "zero_conv", "middle_block_out"))}
+    own = {
+        k: v
+        for k, v in small.control_net().control_model.state_dict().items()
+        if k.startswith(("input_hint", "zero_conv", "middle_block_out"))
+    }
     return controlled(comfy.controlnet.ControlLora({**own, f"{CONTROLLED}.up": UP, f"{CONTROLLED}.down": DOWN}))
 
 
 def control_lora_written_out(model):
     """The same as an ordinary ControlNet."""
     net, unet = small.control_net(), small.weights(SD, 0)
-    net.control_model.load_state_dict({k: v for k, v in unet.items() if k in net.control_model.state_dict()}, strict=False)
+    net.control_model.load_state_dict(
+        {k: v for k, v in unet.items() if k in net.control_model.state_dict()}, strict=False
+    )
     net.control_model.get_submodule(CONTROLLED).weight.data += (UP.flatten(1) @ DOWN.flatten(1)).view(32, 32, 3, 3)
     return controlled(net)
 
@@ -191,7 +213,9 @@ FEATURES |= {
 
 @feature("IP-Adapter")
 def ip_adapter(model):
-    """As IP-Adapter packs do: a second context with its own projections, in every cross-attention, by block number and index."""
+    """As IP-Adapter packs do: a second context with its own projections, in every cross-attention, by block number and
+    index.
+    """
     image = noise(2, 4, 24)  # of the negative and the positive prompt
 
     class Attend:
@@ -201,7 +225,10 @@ def ip_adapter(model):
         def __call__(self, q, k, v, extra_options):
             if q.shape[-1] not in self.projections:
                 self.projections[q.shape[-1]] = noise(2, 24, q.shape[-1], seed=self.number) / 5
-            key, value = (torch.stack([image[i] for i in extra_options["cond_or_uncond"]]) @ p for p in self.projections[q.shape[-1]])
+            key, value = (
+                torch.stack([image[i] for i in extra_options["cond_or_uncond"]]) @ p
+                for p in self.projections[q.shape[-1]]
+            )
             per_cond = q.shape[0] // len(extra_options["cond_or_uncond"])
             key, value = (t.repeat_interleave(per_cond, 0) for t in (key, value))
             out = attention.optimized_attention(q, k, v, extra_options["n_heads"])
@@ -242,7 +269,10 @@ def eject_motion(patcher):
 
 @feature("AnimateDiff", run=lambda model: {"batch": 3})
 def animatediff(model):
-    """As AnimateDiff packs do: modules inserted into the blocks while the model is loaded, called by an entry of their own."""
+    """As AnimateDiff packs do: modules inserted into the blocks while the model is loaded, called by an entry of their
+    own.
+    """
+
     def handler(layer, x, emb, context, transformer_options, *shapes_and_videos):
         return layer(x, transformer_options)
 
@@ -267,18 +297,31 @@ FEATURES |= {
     "SAG": Feature(lambda m: nodes_sag.SelfAttentionGuidance.execute(m, 0.5, 2.0)[0]),
     "HyperTile": Feature(lambda m: nodes_hypertile.HyperTile.execute(m, 64, 1, 0, False)[0]),
     "ToMe": Feature(lambda m: nodes_tomesd.TomePatchModel.execute(m, 0.3)[0], around=without_draws),
-    "deep shrink": Feature(lambda m: nodes_model_downscale.PatchModelAddDownscale.execute(m, 3, 2.0, 0.0, 1.0, True, "bicubic", "bicubic")[0]),
+    "deep shrink": Feature(
+        lambda m: nodes_model_downscale.PatchModelAddDownscale.execute(m, 3, 2.0, 0.0, 1.0, True, "bicubic", "bicubic")[
+            0
+        ]
+    ),
     "context windows": Feature(
-        lambda m: nodes_context_windows.ContextWindowsManualNode.execute(animatediff(m), 3, 1, "standard_static", 1, False, "pyramid", 0, False)[0],
-        lambda model: {"batch": 5}, beside=animatediff),
-    "EasyCache": Feature(lambda m: nodes_easycache.EasyCacheNode.execute(m, 0.5, 0.1, 1.0, False)[0], lambda model: {"steps": 6}),
-    "LazyCache": Feature(lambda m: nodes_easycache.LazyCacheNode.execute(m, 0.5, 0.1, 1.0, False)[0], lambda model: {"steps": 6}),
+        lambda m: nodes_context_windows.ContextWindowsManualNode.execute(
+            animatediff(m), 3, 1, "standard_static", 1, False, "pyramid", 0, False
+        )[0],
+        lambda model: {"batch": 5},
+        beside=animatediff,
+    ),
+    "EasyCache": Feature(
+        lambda m: nodes_easycache.EasyCacheNode.execute(m, 0.5, 0.1, 1.0, False)[0], lambda model: {"steps": 6}
+    ),
+    "LazyCache": Feature(
+        lambda m: nodes_easycache.LazyCacheNode.execute(m, 0.5, 0.1, 1.0, False)[0], lambda model: {"steps": 6}
+    ),
 }
 
 
 @feature("tiles")
 def tiled(model):
     """As tiled samplers do: the network is called for each tile of the latents, and the tiles are averaged."""
+
     def each_tile(apply_model, args):
         x, out, count = args["input"], torch.zeros_like(args["input"]), 0.0
         for left in (0, 4, 8):
@@ -311,7 +354,10 @@ def adapter(kind):
         c_out, c_in, *kernel = slot.shape
         fan = c_in * (kernel[0] ** 2 if kernel else 1)
         if kind == "LoCon":  # the kernel in the middle
-            sd |= {f"{name}.lora_down.weight": draw(2, c_in, *[1] * len(kernel)), f"{name}.lora_up.weight": draw(c_out, 2, *[1] * len(kernel)) / fan**0.5}
+            sd |= {
+                f"{name}.lora_down.weight": draw(2, c_in, *[1] * len(kernel)),
+                f"{name}.lora_up.weight": draw(c_out, 2, *[1] * len(kernel)) / fan**0.5,
+            }
             if kernel:
                 sd[f"{name}.lora_mid.weight"] = draw(2, 2, *kernel)
         elif kind == "LoHa":
@@ -322,8 +368,11 @@ def adapter(kind):
             if c_out % 2 or c_in % 2:
                 raise AssertionError(name)
         else:  # DoRA: a LoRA, and lengths that the rows of the sum are brought to
-            sd |= {f"{name}.lora_down.weight": draw(2, c_in, *kernel), f"{name}.lora_up.weight": draw(c_out, 2, *[1] * len(kernel)) / fan**0.5,
-                   f"{name}.dora_scale": 1 + draw(1, c_in, *[1] * len(kernel)).abs()}
+            sd |= {
+                f"{name}.lora_down.weight": draw(2, c_in, *kernel),
+                f"{name}.lora_up.weight": draw(c_out, 2, *[1] * len(kernel)) / fan**0.5,
+                f"{name}.dora_scale": 1 + draw(1, c_in, *[1] * len(kernel)).abs(),
+            }
         if kind != "LoKr":
             sd[f"{name}.alpha"] = torch.tensor(2.0)
     return sd
@@ -334,7 +383,10 @@ def hooked(model):
     hooks = comfy.hooks.create_hook_lora(lora=small.lora(), strength_model=1.0, strength_clip=0.0)
     (group,) = nodes_hooks.CreateHookKeyframe().create_hook_keyframe(1.0, 0.0)
     (hooks,) = nodes_hooks.SetHookKeyframes().set_hook_keyframes(hooks, group)
-    return {"positive": nodes_hooks.SetModelHooksOnCond().attach_hook(small.cond(seed=1), hooks)[0], "negative": small.cond(seed=2)}
+    return {
+        "positive": nodes_hooks.SetModelHooksOnCond().attach_hook(small.cond(seed=1), hooks)[0],
+        "negative": small.cond(seed=2),
+    }
 
 
 def sampling(model, name, zsnr=False):
@@ -343,10 +395,16 @@ def sampling(model, name, zsnr=False):
 
 FEATURES |= {
     "LoRA": Feature(lambda m: small.add_lora(m, small.lora())),
-    **{kind: Feature(lambda m, kind=kind: small.add_lora(m, adapter(kind))) for kind in ("LoCon", "LoHa", "LoKr", "DoRA")},
+    **{
+        kind: Feature(lambda m, kind=kind: small.add_lora(m, adapter(kind)))
+        for kind in ("LoCon", "LoHa", "LoKr", "DoRA")
+    },
     "hook LoRA": Feature(run=hooked),
     "bypass LoRA": Feature(lambda m: comfy.sd.load_bypass_lora_for_models(m, None, small.lora(), 1.0, 0.0)[0]),
-    "LCM": Feature(lambda m: sampling(small.add_lora(m, small.lora()), "lcm"), lambda model: {"sampler": "lcm", "scheduler": "sgm_uniform", "cfg": 1.5}),
+    "LCM": Feature(
+        lambda m: sampling(small.add_lora(m, small.lora()), "lcm"),
+        lambda model: {"sampler": "lcm", "scheduler": "sgm_uniform", "cfg": 1.5},
+    ),
 }
 
 
@@ -376,7 +434,11 @@ def inpainting_model(model):
 
 
 def perp_neg(model):
-    return {"guider": lambda m: nodes_perpneg.PerpNegGuider.execute(m, small.cond(seed=1), small.cond(seed=2), small.cond(seed=3), 3.0, 1.0)[0]}
+    return {
+        "guider": lambda m: nodes_perpneg.PerpNegGuider.execute(
+            m, small.cond(seed=1), small.cond(seed=2), small.cond(seed=3), 3.0, 1.0
+        )[0]
+    }
 
 
 @contextmanager
@@ -405,7 +467,9 @@ FEATURES |= {
     "v-prediction": Feature(lambda m: sampling(m, "v_prediction")),
     "zero terminal SNR": Feature(lambda m: sampling(m, "v_prediction", True)),
     "RescaleCFG": Feature(lambda m: nodes_model_advanced.RescaleCFG().patch(m, 0.7)[0]),
-    "CFGOverride": Feature(lambda m: nodes_custom_sampler.CFGOverride.execute(m, 1.0, 0.0, 0.2)[0], lambda model: {"steps": 4}),
+    "CFGOverride": Feature(
+        lambda m: nodes_custom_sampler.CFGOverride.execute(m, 1.0, 0.0, 0.2)[0], lambda model: {"steps": 4}
+    ),
     "PerpNeg": Feature(run=perp_neg),
     "fp8": Feature(kind="fp8"),
     "little memory": Feature(lambda m: small.add_lora(m, small.lora()), around=little_memory, acts=False),
@@ -443,8 +507,14 @@ class Bench:
             if guider is None:
                 return small.sample(model, **run)
             sampler = comfy.samplers.sampler_object("euler")
-            return guider(model).sample(noise(1, 4, 16, 16, seed=0), torch.zeros(1, 4, 16, 16), sampler, small.sigmas_of(model, 2),
-                                        disable_pbar=True, seed=0)
+            return guider(model).sample(
+                noise(1, 4, 16, 16, seed=0),
+                torch.zeros(1, 4, 16, 16),
+                sampler,
+                small.sigmas_of(model, 2),
+                disable_pbar=True,
+                seed=0,
+            )
 
     @functools.cached_property
     def alone(self):
@@ -495,7 +565,9 @@ def status(bench, technique):
 
 
 def test_the_table_has_these_features():
-    assert [*FEATURES, "dynamic memory", "compile"] == sorted(matrix.FEATURES, key=[*FEATURES, "dynamic memory", "compile"].index)
+    assert [*FEATURES, "dynamic memory", "compile"] == sorted(
+        matrix.FEATURES, key=[*FEATURES, "dynamic memory", "compile"].index
+    )
 
 
 def test_pruned_unet(bench):
@@ -513,7 +585,10 @@ def test_pruned_unet(bench):
 def test_pack(bench):
     wanted, tolerance = bench.on_combined, 0.0
     if bench.name == "Control-LoRA":  # the checkpoint below has what the combined file lacks
-        wanted, tolerance = small.sample(bench.of.combined, **{**bench.run, **control_lora_written_out(bench.of.plain)}), 1e-5
+        wanted, tolerance = (
+            small.sample(bench.of.combined, **{**bench.run, **control_lora_written_out(bench.of.plain)}),
+            1e-5,
+        )
     if bench.name == "fp8":  # on a checkpoint in fp8 a pack keeps its own precision
         wanted, tolerance = bench.picture(bench.of.combined_on_stored()), 1e-5
     for model in bench.with_technique(lambda model: small.with_pack(model, bench.of.pack), bench.of.plain):
@@ -595,7 +670,9 @@ def techniques(of):
 
 @pytest.fixture
 def on_a_card(monkeypatch):
-    """MODEL -> the same under the dynamic patcher of graphics cards, which cannot load here; packs come under it too."""
+    """MODEL -> the same under the dynamic patcher of graphics cards, which cannot load here; packs come under
+    it too.
+    """
     monkeypatch.setattr("comfy_aimdo.host_buffer.HostBuffer", lambda *args: None)
 
     def dynamic(patcher):
@@ -603,7 +680,9 @@ def on_a_card(monkeypatch):
         made.cached_patcher_init = patcher.cached_patcher_init
         return made
 
-    monkeypatch.setattr(small.models, "load_pack", lambda path, modified, *more: dynamic(small.models.new_pack_patcher(path, *more)))
+    monkeypatch.setattr(
+        small.models, "load_pack", lambda path, modified, *more: dynamic(small.models.new_pack_patcher(path, *more))
+    )
     return dynamic
 
 
@@ -627,7 +706,9 @@ def test_dynamic_memory(checkpoints, on_a_card, technique):
         patcher.load_device = torch.device("cpu")
     wanted = small.sample(moved, steps=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small.models, "load_pack", lambda path, modified, *more: small.models.new_pack_patcher(path, *more))
+        patch.setattr(
+            small.models, "load_pack", lambda path, modified, *more: small.models.new_pack_patcher(path, *more)
+        )
         same(wanted, small.sample(apply(stock), steps=2))
     assert technique == PRUNED or small.difference(wanted, small.sample(stock, steps=2)) > 1e-4
 
@@ -643,15 +724,26 @@ def test_a_model_that_was_moved_before_takes_ordinary_patchers_in(checkpoints, o
         patcher.load_device = torch.device("cpu")
     found = small.sample(switched, steps=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small.models, "load_pack", lambda path, modified, *more: small.models.new_pack_patcher(path, *more))
-        same(found, small.sample(at(small.with_pack(of.plain, of.pack), small.with_pack(of.second, of.experts), 1), steps=2))
+        patch.setattr(
+            small.models, "load_pack", lambda path, modified, *more: small.models.new_pack_patcher(path, *more)
+        )
+        same(
+            found,
+            small.sample(at(small.with_pack(of.plain, of.pack), small.with_pack(of.second, of.experts), 1), steps=2),
+        )
 
 
 def test_hook_loras_read_packs_and_second_models_once(checkpoints, on_a_card):
     """In dynamic mode the host makes another delegate for each run, always round the same UNet."""
     of = checkpoints("SD")
-    model = at(small.with_pack(on_a_card(fresh(of.plain)), of.pack), small.with_pack(on_a_card(fresh(of.second)), of.experts), 1)
-    first, again = ([patcher.model for patcher in (made, *made.get_nested_additional_models())]
-                    for made in (model.get_non_dynamic_delegate(), model.get_non_dynamic_delegate()))
+    model = at(
+        small.with_pack(on_a_card(fresh(of.plain)), of.pack),
+        small.with_pack(on_a_card(fresh(of.second)), of.experts),
+        1,
+    )
+    first, again = (
+        [patcher.model for patcher in (made, *made.get_nested_additional_models())]
+        for made in (model.get_non_dynamic_delegate(), model.get_non_dynamic_delegate())
+    )
     assert len(first) == len(again) == 4
     assert all(a is b for a, b in zip(first, again, strict=True))

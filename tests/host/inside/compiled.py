@@ -49,7 +49,9 @@ def test_every_cast_has_a_graph_of_its_own(model, pack, other, graphs):
     for m, wanted in cases:  # bypassed, and compiled again: now without new graphs
         assert torch.equal(sample(m, steps=4), wanted)
         assert torch.equal(sample(compiled(m), steps=4), wanted)
-    assert torch.equal(sample(small.with_pack(compiled(model), pack), steps=4), cases[0][1])  # the pack behind the compile node
+    assert torch.equal(
+        sample(small.with_pack(compiled(model), pack), steps=4), cases[0][1]
+    )  # the pack behind the compile node
     assert len(graphs) == count
     assert len({tuple(w.flatten().tolist()) for _, w in cases}) == 4
 
@@ -98,7 +100,9 @@ def test_every_plan_on_one_unet_has_graphs_of_its_own(model, pack, graphs):
 
 
 def test_forecasts_of_any_size_have_four_graphs(model, graphs):
-    """Also the first forecast, which has one step to draw on, and the last step; torch keeps no more than 8 of a network."""
+    """Also the first forecast, which has one step to draw on, and the last step; torch keeps no more than 8 of a
+    network.
+    """
     m = host.with_plan(model, PLANS["forecast"])
     for size, count in (((16, 16), 2), ((24, 20), 4), ((32, 40), 4), ((16, 16), 4)):
         assert torch.equal(sample(compiled(m), size=size, steps=5), sample(m, size=size, steps=5))
@@ -118,10 +122,14 @@ def test_a_step_that_looks_first_runs_uncompiled(model, graphs):
 
 @pytest.mark.parametrize("after_skip", [True, False])
 def test_inheriting_beside_deep_shrink_runs_uncompiled(model, graphs, after_skip):
-    """It breaks the graph within, and the second piece would not notice that the step is another kind of step; nor is the step compiled
-    that computes in full because maps have changed their size."""
+    """It breaks the graph within, and the second piece would not notice that the step is another kind of step; nor is
+    the step compiled that computes in full because maps have changed their size.
+    """
+
     def shrunk(m):
-        return nodes_model_downscale.PatchModelAddDownscale.execute(m, 1, 2.0, 0.0, 0.5, after_skip, "bicubic", "bicubic")[0]
+        return nodes_model_downscale.PatchModelAddDownscale.execute(
+            m, 1, 2.0, 0.0, 0.5, after_skip, "bicubic", "bicubic"
+        )[0]
 
     m = shrunk(host.with_plan(model, PLANS["output"]))
     wanted = sample(m, steps=6)
@@ -155,10 +163,18 @@ def test_every_technique_has_so_many_graphs(folder, model, pack, graphs, techniq
     else:
         plain = {
             matrix.ALONE: lambda: model,
-            matrix.PRUNED: lambda: small.models.load_unet(small.write_unet(folder / "pruned.safetensors", CONFIG, "down.0.1, up.1.1")),
+            matrix.PRUNED: lambda: small.models.load_unet(
+                small.write_unet(folder / "pruned.safetensors", CONFIG, "down.0.1, up.1.1")
+            ),
             matrix.PACK: lambda: small.with_pack(model, pack),
-            matrix.EXPERTS: lambda: small.with_pack(model, small.write_experts(
-                folder / "experts.safetensors", small.condconv.CondConv(dict.fromkeys(small.condconv.convolutions(CONFIG), 2)), CONFIG)),
+            matrix.EXPERTS: lambda: small.with_pack(
+                model,
+                small.write_experts(
+                    folder / "experts.safetensors",
+                    small.condconv.CondConv(dict.fromkeys(small.condconv.convolutions(CONFIG), 2)),
+                    CONFIG,
+                ),
+            ),
             matrix.INHERITANCE: lambda: host.with_plan(model, PLANS["output"]),
             matrix.GRI: lambda: host.with_regional(model, regional.Regional(8, 8)),
         }[technique]()

@@ -41,7 +41,9 @@ def with_reference(model, path, strength=1.0):
             out = []
             for sample in x:
                 r = torch.sigmoid(tensors["router.weight"] @ sample.mean((1, 2)) + tensors["router.bias"])
-                kernels = zip(r, tensors["experts.weight"].chunk(len(r)), tensors["experts.bias"].chunk(len(r)), strict=True)
+                kernels = zip(
+                    r, tensors["experts.weight"].chunk(len(r)), tensors["experts.bias"].chunk(len(r)), strict=True
+                )
                 weight, bias = layer.weight.clone(), layer.bias.clone()
                 for r_k, w, b in kernels:
                     weight, bias = weight + strength * r_k * w, bias + strength * r_k * b
@@ -58,7 +60,9 @@ def with_reference(model, path, strength=1.0):
 def test_strength_zero_is_no_pack(model, experts, plain_samples, monkeypatch):
     assert small.with_pack(model, experts, strength=0.0) is model
     monkeypatch.setattr(small.apply_pack.files, "pack_path", lambda name: experts)
-    (given,) = execute("ASDMApplyPack", model=model, pack_name=experts.name, start_percent=0.0, end_percent=1.0, strength=0.0)
+    (given,) = execute(
+        "ASDMApplyPack", model=model, pack_name=experts.name, start_percent=0.0, end_percent=1.0, strength=0.0
+    )
     assert given is model
 
 
@@ -82,7 +86,10 @@ def test_mixture_with_an_expert_that_is_the_model_itself(model, folder, plain_sa
     address = "up.3.2.resnet.conv2"
     settings, conv = CondConv({address: 2}, "mixture"), small.condconv.convolution(SD, address)
     tensors = {conv.key(f"experts.{leaf}"): small.weights(SD)[conv.key(leaf)] for leaf in ("weight", "bias")}
-    tensors |= {conv.key("router.weight"): torch.zeros(2, 32), conv.key("router.bias"): torch.logit(torch.tensor([0.25, 0.75]))}
+    tensors |= {
+        conv.key("router.weight"): torch.zeros(2, 32),
+        conv.key("router.bias"): torch.logit(torch.tensor([0.25, 0.75])),
+    }
     description = small.packs.Description("pack", small.Architecture.full(SD), condconv=settings)
     small.packs.write_pack(folder / "mixture.safetensors", tensors, description, None)
     assert small.difference(small.sample(small.with_pack(model, folder / "mixture.safetensors")), plain_samples) < 1e-5
@@ -111,7 +118,10 @@ def test_window_plays_its_steps_only(model, experts):
 
 def test_experts_join_the_units_of_another_pack(model, folder, m2, experts):
     wanted = small.sample(with_reference(small.combined(folder), experts))
-    for played in (small.with_pack(small.with_pack(model, m2), experts), small.with_pack(small.with_pack(model, experts), m2)):
+    for played in (
+        small.with_pack(small.with_pack(model, m2), experts),
+        small.with_pack(small.with_pack(model, experts), m2),
+    ):
         assert small.difference(small.sample(played), wanted) < 1e-4
     assert small.difference(wanted, small.sample(small.combined(folder))) > 0.01
 
@@ -124,24 +134,36 @@ def test_experts_and_their_own_units_in_one_pack(model, folder, experts):
 
 
 def test_experts_of_a_packs_own_units_join_no_other(model, folder, m2):
-    path = small.write_experts(folder / "both-2.safetensors", CondConv(dict.fromkeys(SHALLOW, 2)), units=M2.pack_units(), student=2)
-    assert torch.equal(small.sample(small.with_pack(small.with_pack(model, path), m2)), small.sample(small.with_pack(model, m2)))
+    path = small.write_experts(
+        folder / "both-2.safetensors", CondConv(dict.fromkeys(SHALLOW, 2)), units=M2.pack_units(), student=2
+    )
+    assert torch.equal(
+        small.sample(small.with_pack(small.with_pack(model, path), m2)), small.sample(small.with_pack(model, m2))
+    )
 
 
 def test_of_two_packs_of_experts_the_later_one_holds(model, folder, experts):
     other = small.write_experts(folder / "other.safetensors", CondConv(dict.fromkeys(SHALLOW, 2)), seed=7)
-    assert torch.equal(small.sample(small.with_pack(small.with_pack(model, experts), other)), small.sample(small.with_pack(model, other)))
+    assert torch.equal(
+        small.sample(small.with_pack(small.with_pack(model, experts), other)),
+        small.sample(small.with_pack(model, other)),
+    )
 
 
 def test_experts_join_a_pruned_unet(folder, experts):
     pruned = small.combined(folder)
-    assert small.difference(small.sample(small.with_pack(pruned, experts)), small.sample(with_reference(pruned, experts))) < 1e-4
+    assert (
+        small.difference(small.sample(small.with_pack(pruned, experts)), small.sample(with_reference(pruned, experts)))
+        < 1e-4
+    )
 
 
 def test_inspect_model_names_the_pack_of_experts(model, experts):
     facts, _ = module("nodes.inspect_model").describe(small.with_pack(model, experts), 128, 128, 0.0)
     assert facts["packs"] == ["experts.safetensors"]
-    assert [row["unit"] for row in facts["units"] if row.get("experts_of")] == list(small.packs.open_pack(experts).description.expert_units)
+    assert [row["unit"] for row in facts["units"] if row.get("experts_of")] == list(
+        small.packs.open_pack(experts).description.expert_units
+    )
 
 
 # Refusals -------------------------------------------------------------------------------------------
@@ -150,17 +172,23 @@ def test_inspect_model_names_the_pack_of_experts(model, experts):
 def test_experts_for_units_that_are_cut_are_refused(model, folder, m2):
     path = small.write_experts(folder / "whole.safetensors", CondConv({"down.0.1.resnet.conv1": 2}))
     for cut in (small.combined(folder), small.with_pack(model, m2)):
-        with pytest.raises(ValueError, match="whole.safetensors has experts for down.0.1.resnet, which is cut in this MODEL"):
+        with pytest.raises(
+            ValueError, match="whole.safetensors has experts for down.0.1.resnet, which is cut in this MODEL"
+        ):
             small.with_pack(cut, path)
 
 
 def test_cut_later_the_experts_have_nothing_to_join(model, folder, m2):
     path = small.write_experts(folder / "whole.safetensors", CondConv({"down.0.1.resnet.conv1": 2}))
-    assert torch.equal(small.sample(small.with_pack(small.with_pack(model, path), m2)), small.sample(small.with_pack(model, m2)))
+    assert torch.equal(
+        small.sample(small.with_pack(small.with_pack(model, path), m2)), small.sample(small.with_pack(model, m2))
+    )
 
 
 def test_strength_of_a_pack_without_experts_is_refused(model, m2):
-    with pytest.raises(ValueError, match="strength is 0.5, and m2.safetensors has nothing .* played in part.* Set strength to 1"):
+    with pytest.raises(
+        ValueError, match="strength is 0.5, and m2.safetensors has nothing .* played in part.* Set strength to 1"
+    ):
         small.with_pack(model, m2, strength=0.5)
 
 
@@ -188,13 +216,19 @@ def test_lora_before_and_after_acts_on_the_first_expert(model, experts):
 def test_lora_on_experts_of_a_pack(model, folder, m2, experts):
     lora = small.lora()
     played = small.sample(small.add_lora(small.with_pack(small.with_pack(model, m2), experts), lora))
-    assert small.difference(played, small.sample(with_reference(small.add_lora(small.combined(folder), lora), experts))) < 1e-4
+    assert (
+        small.difference(played, small.sample(with_reference(small.add_lora(small.combined(folder), lora), experts)))
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode), ids=lambda mode: mode.name)
 def test_hook_lora_acts_on_the_first_expert(model, experts, mode):
     hooks = comfy.hooks.create_hook_lora(lora=small.lora(), strength_model=1.0, strength_clip=0.0)
-    run = {"positive": nodes_hooks.SetModelHooksOnCond().attach_hook(small.cond(seed=1), hooks)[0], "negative": small.cond(seed=2)}
+    run = {
+        "positive": nodes_hooks.SetModelHooksOnCond().attach_hook(small.cond(seed=1), hooks)[0],
+        "negative": small.cond(seed=2),
+    }
     hooked = model.clone()
     hooked.set_hook_mode(mode)
     played = small.sample(small.with_pack(hooked, experts), **run)
@@ -270,8 +304,12 @@ graphs = pytest.fixture(small.fresh_graphs)
 
 def test_compiled_experts_have_a_graph_for_each_strength(folder, graphs):
     two = small.models.load_unet(small.write_unet(folder / "two-levels.safetensors", TWO))
-    path = small.write_experts(folder / "two-experts.safetensors", CondConv(dict.fromkeys(small.condconv.convolutions(TWO), 2)), TWO)
-    cases = [(m, small.sample(m, TWO)) for m in (two, small.with_pack(two, path), small.with_pack(two, path, strength=0.5))]
+    path = small.write_experts(
+        folder / "two-experts.safetensors", CondConv(dict.fromkeys(small.condconv.convolutions(TWO), 2)), TWO
+    )
+    cases = [
+        (m, small.sample(m, TWO)) for m in (two, small.with_pack(two, path), small.with_pack(two, path, strength=0.5))
+    ]
     for m, wanted in cases:
         assert small.difference(small.sample(small.compiled(m), TWO), wanted) < 1e-5
     count = len(graphs)

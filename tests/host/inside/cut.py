@@ -74,13 +74,20 @@ def test_host_detects_renumbered_presets(preset):
     found = comfy.model_detection.detect_unet_config(weights, "")
     wanted = chosen.renumbered.config.to_host()
     told = (found.keys() & wanted.keys()) - {"num_heads", "num_head_channels"}
-    assert told >= {"num_res_blocks", "transformer_depth", "transformer_depth_output", "transformer_depth_middle", "channel_mult"}
+    assert told >= {
+        "num_res_blocks",
+        "transformer_depth",
+        "transformer_depth_output",
+        "transformer_depth_middle",
+        "channel_mult",
+    }
     assert {k: found[k] for k in told} == {k: wanted[k] for k in told}
     detected = comfy.model_detection.model_config_from_unet(weights, "")
     assert detected is not None
     # The family's own class fills in the heads.
     assert {k: detected.unet_config[k] for k in ("num_heads", "num_head_channels")} == {
-        k: wanted[k] for k in ("num_heads", "num_head_channels")}
+        k: wanted[k] for k in ("num_heads", "num_head_channels")
+    }
 
 
 @pytest.mark.parametrize("preset", PRESETS)

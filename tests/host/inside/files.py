@@ -19,7 +19,13 @@ from in_host import module as in_pack
 from safetensors.torch import load_file, save_file
 
 SD, SD2, SDXL = small.SD, small.SD2, small.SDXL
-Architecture, Form, surgery, packs, models = small.Architecture, small.surgery.Form, small.surgery, small.packs, small.models
+Architecture, Form, surgery, packs, models = (
+    small.Architecture,
+    small.surgery.Form,
+    small.surgery,
+    small.packs,
+    small.models,
+)
 Type = comfy.model_base.ModelType
 files, switch = in_pack("nodes.files"), in_pack("nodes.switch")
 
@@ -46,7 +52,10 @@ def test_a_list_without_unets_says_so_and_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     assert files.unets() == [files.NO_UNET]
-    with pytest.raises(ValueError, match=f"Put a .safetensors file or a diffusers folder into one of {re.escape(str(tmp_path))}, press R"):
+    with pytest.raises(
+        ValueError,
+        match=f"Put a .safetensors file or a diffusers folder into one of {re.escape(str(tmp_path))}, press R",
+    ):
         execute("ASDMLoadPrunedUNet", unet_name=files.NO_UNET, prediction="auto", weight_dtype="default")
     (tmp_path / "some.safetensors").touch()
     assert files.unets() == ["some.safetensors"]
@@ -74,7 +83,10 @@ def reference(folder):
 
 
 def other_parts():
-    return {"first_stage_model.encoder.conv_in.weight": torch.zeros(1), "cond_stage_model.transformer.text_model.x": torch.zeros(1)}
+    return {
+        "first_stage_model.encoder.conv_in.weight": torch.zeros(1),
+        "cond_stage_model.transformer.text_model.x": torch.zeros(1),
+    }
 
 
 def write_folder(root, sd, prediction=None, unet="unet"):
@@ -114,7 +126,17 @@ def write_form(root, form, preset):
     return path
 
 
-FORMS = ["ldm", "ldm-prefixed", "checkpoint", "diffusers", "diffusers-pipeline", "addressed", "folder", "unet-folder", "folder-without-scheduler"]
+FORMS = [
+    "ldm",
+    "ldm-prefixed",
+    "checkpoint",
+    "diffusers",
+    "diffusers-pipeline",
+    "addressed",
+    "folder",
+    "unet-folder",
+    "folder-without-scheduler",
+]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -143,7 +165,10 @@ def test_tensors_of_no_layer_are_ignored_as_in_stock(tmp_path, caplog):
     path, unknown = tmp_path / "lcm.safetensors", "time_embed.cond_proj.weight"
     save_file(tensors("") | {unknown: torch.ones(32, 16)}, path)
     ours, stock = models.load_unet(str(path)), comfy.sd.load_diffusion_model(str(path))
-    assert caplog.messages == [f"asdm: lcm.safetensors: no layer of this UNet has {unknown}, which is ignored.", f"unet unexpected: ['{unknown}']"]
+    assert caplog.messages == [
+        f"asdm: lcm.safetensors: no layer of this UNet has {unknown}, which is ignored.",
+        f"unet unexpected: ['{unknown}']",
+    ]
     assert same(ours, stock)
 
 
@@ -210,7 +235,11 @@ def test_rule_of_sd2_is_asked_with_unpruned_names(tmp_path):
     # The host looks at a norm of the last transformer, whose renumbered name is another one.
     for spread, kind in ((0.2, Type.V_PREDICTION), (0.02, Type.EPS)):
         sd = tensors("base", SD2)
-        key = next(k for k in reversed(sorted(sd, key=lambda k: int(k.split(".")[1]) if k.startswith("output") else -1)) if k.endswith("norm1.bias"))
+        key = next(
+            k
+            for k in reversed(sorted(sd, key=lambda k: int(k.split(".")[1]) if k.startswith("output") else -1))
+            if k.endswith("norm1.bias")
+        )
         sd[key] = torch.randn(sd[key].shape, generator=torch.Generator().manual_seed(0)) * spread
         save_file(sd, tmp_path / "file.safetensors")
         assert models.load_unet(str(tmp_path / "file.safetensors")).model.model_type == kind
@@ -220,7 +249,11 @@ def test_rule_of_sd2_is_asked_with_unpruned_names(tmp_path):
 def test_markers_of_sdxl_checkpoints(tmp_path, prefix):
     path = tmp_path / "file.safetensors"
     sd = tensors("vega", SDXL, prefix=prefix)
-    for markers, kind, zero_snr in (((), Type.EPS, False), (("v_pred",), Type.V_PREDICTION, False), (("v_pred", "ztsnr"), Type.V_PREDICTION, True)):
+    for markers, kind, zero_snr in (
+        ((), Type.EPS, False),
+        (("v_pred",), Type.V_PREDICTION, False),
+        (("v_pred", "ztsnr"), Type.V_PREDICTION, True),
+    ):
         save_file(sd | {name: torch.zeros(0) for name in markers}, path)
         model = models.load_unet(str(path))
         assert model.model.model_type == kind
@@ -267,8 +300,12 @@ def test_saved_sdxl_unet_loads_in_our_loader(output, reference, preset):
 def test_stock_knows_the_class_of_saved_presets(preset):
     chosen = Architecture.preset(preset)
     saved = models._standalone_names({k: torch.empty(s.shape, device="meta") for k, s in chosen.keys().items()}, chosen)
-    found = comfy.model_detection.model_config_from_unet({f"model.diffusion_model.{k}": v for k, v in saved.items()}, "model.diffusion_model.")
-    wanted = {"ssd-1b": "SSD1B", "vega": "Segmind_Vega", "koala-1b": "KOALA_1B", "koala-700m": "KOALA_700M"}.get(preset, "SD15")
+    found = comfy.model_detection.model_config_from_unet(
+        {f"model.diffusion_model.{k}": v for k, v in saved.items()}, "model.diffusion_model."
+    )
+    wanted = {"ssd-1b": "SSD1B", "vega": "Segmind_Vega", "koala-1b": "KOALA_1B", "koala-700m": "KOALA_700M"}.get(
+        preset, "SD15"
+    )
     assert type(found).__name__ == wanted
 
 
@@ -306,7 +343,10 @@ def load_file_of(model):
 def test_loras_are_baked_into_what_is_saved(output, folder):
     model, lora = small.model(folder), small.lora()
     pack = small.write_pack(output / "m2.safetensors", seed=1)
-    for played in (small.add_lora(small.with_pack(model, pack), lora, 0.7), small.with_pack(small.add_lora(model, lora, 0.7), pack)):
+    for played in (
+        small.add_lora(small.with_pack(model, pack), lora, 0.7),
+        small.with_pack(small.add_lora(model, lora, 0.7), pack),
+    ):
         path = save(played, output)
         saved, before = load_file(path), load_file_of(small.combined(folder))
         changed = [k for k in saved if not torch.equal(saved[k], before[k])]
@@ -317,7 +357,9 @@ def test_loras_are_baked_into_what_is_saved(output, folder):
 
 
 def test_saving_does_not_change_the_model(output, folder):
-    played = small.add_lora(small.with_pack(small.model(folder), small.write_pack(output / "m2.safetensors", seed=1)), small.lora())
+    played = small.add_lora(
+        small.with_pack(small.model(folder), small.write_pack(output / "m2.safetensors", seed=1)), small.lora()
+    )
     before = small.sample(played)
     save(played, output)
     assert torch.equal(small.sample(played), before)
@@ -328,14 +370,19 @@ def test_saved_as_fp16(output, reference):
     assert {v.dtype for v in load_file(path).values()} == {torch.float16}
 
 
-@pytest.mark.parametrize("cut", [
-    "down.1.1",  # the up side keeps all its layers
-    "down.3.0-1, up.0.1-2",  # stock detection would miscount the levels
-])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        "down.1.1",  # the up side keeps all its layers
+        "down.3.0-1, up.0.1-2",  # stock detection would miscount the levels
+    ],
+)
 def test_free_choice_of_units_without_a_renumbered_form(output, cut):
     chosen = Architecture.choose(SD, cut)
     path = output / "free.safetensors"
-    packs.write_unet(path, surgery.cut(small.weights(SD), chosen)[0], packs.Description("unet", chosen, prediction="eps"))
+    packs.write_unet(
+        path, surgery.cut(small.weights(SD), chosen)[0], packs.Description("unet", chosen, prediction="eps")
+    )
     model = models.load_unet(str(path))
     saved = save(model, output)
     assert same(models.load_unet(saved), model)
@@ -353,8 +400,16 @@ def test_pack_in_a_window_is_not_saved(output, folder):
 
 def test_a_switch_and_gains_are_not_saved(output, folder):
     model = small.model(folder)
-    for other, said in ((switch.with_switch(model, small.model(folder, seed=1), switch.SwitchPoint(0.5)), "Save each MODEL before Switch UNet"),
-                        (small.with_pack(model, small.write_gains(output / "gains.safetensors", ("down.0.0.transformer",))), "has gains for GRI attention")):
+    for other, said in (
+        (
+            switch.with_switch(model, small.model(folder, seed=1), switch.SwitchPoint(0.5)),
+            "Save each MODEL before Switch UNet",
+        ),
+        (
+            small.with_pack(model, small.write_gains(output / "gains.safetensors", ("down.0.0.transformer",))),
+            "has gains for GRI attention",
+        ),
+    ):
         with pytest.raises(ValueError, match=said):
             save(other, output)
     assert not list(output.glob("ours/*"))
@@ -366,7 +421,12 @@ def test_quantised_weights_are_not_saved_as_if_they_were_plain(output):
     weights[f"{layer}.weight"] = (weights[f"{layer}.weight"] * 64).to(torch.float8_e4m3fn)
     weights |= {f"{layer}.scale_weight": torch.tensor(1 / 64), "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
     model = comfy.sd.load_diffusion_model_state_dict(weights)
-    assert small.difference(small.sample(model), small.sample(models.load_unet(small.write_unet(output / "plain.safetensors")))) < 0.1
+    assert (
+        small.difference(
+            small.sample(model), small.sample(models.load_unet(small.write_unet(output / "plain.safetensors")))
+        )
+        < 0.1
+    )
     with pytest.raises(ValueError, match="quantised.* Load the same checkpoint in fp16 or bf16"):
         save(model, output)
     assert not list(output.glob("ours/*"))
@@ -389,6 +449,8 @@ def test_lora_names_are_those_the_host_knows(family):
     known = comfy.lora.model_lora_keys_unet(model, {})
     ours = small.addresses.lora_names(config)
     matrices = {f"diffusion_model.{module}.weight" for module in ours.values()}
-    theirs = {name: key for name, key in known.items() if key in matrices and "class_embedding" not in name}  # unCLIP's name of label_emb
+    theirs = {
+        name: key for name, key in known.items() if key in matrices and "class_embedding" not in name
+    }  # unCLIP's name of label_emb
     assert {name: f"diffusion_model.{module}.weight" for name, module in ours.items()} == theirs
     assert known.keys().isdisjoint(small.addresses.peft_names(config))

@@ -1,4 +1,6 @@
-"""GRI attention in the host's sampling: equal to full attention in its limits, linear elsewhere, and nobody overwritten."""
+"""GRI attention in the host's sampling: equal to full attention in its limits, linear elsewhere, and nobody
+overwritten.
+"""
 
 import pytest
 import small
@@ -106,7 +108,9 @@ def test_on_pruned_networks_and_packs_alike(model, folder, calls, preset):
     combined = small.combined(folder, preset=preset)
     played, wanted = small.sample(gri(small.with_pack(model, pack), **ROUGH)), small.sample(gri(combined, **ROUGH))
     assert torch.equal(played, wanted)
-    assert torch.equal(small.sample(small.with_pack(gri(model, **ROUGH), pack)), wanted), "the order of the nodes does not matter"
+    assert torch.equal(small.sample(small.with_pack(gri(model, **ROUGH), pack)), wanted), (
+        "the order of the nodes does not matter"
+    )
     assert small.difference(wanted, small.sample(combined)) > 1e-4
     assert calls
 
@@ -121,6 +125,7 @@ def test_every_attention_of_the_host_gives_the_same(model, monkeypatch, name):
 
 
 # Gains ----------------------------------------------------------------------------------------------
+
 
 def transformers(config):
     return tuple(u.address for u in small.addresses.walk(config) if u.kind == "transformer")
@@ -142,7 +147,9 @@ def test_gains_of_zero_and_strength_zero_change_no_bit(model, folder, gains):
     assert small.difference(small.sample(gri(small.with_pack(model, gains), **ROUGH)), wanted) > 1e-4
 
 
-@pytest.mark.parametrize("config, scale, strength", [(SD, 1, 1.0), (SD, 1, 0.5), (SDXL, 2, 1.0)], ids=["sd", "sd, half", "sdxl"])
+@pytest.mark.parametrize(
+    "config, scale, strength", [(SD, 1, 1.0), (SD, 1, 0.5), (SDXL, 2, 1.0)], ids=["sd", "sd, half", "sdxl"]
+)
 def test_gains_join_the_heads_they_were_trained_for(folder, monkeypatch, config, scale, strength):
     path = small.write_gains(folder / f"gains-{config.family}.safetensors", transformers(config), config)
     loaded = small.packs.open_pack(path)
@@ -166,15 +173,23 @@ def test_gains_do_nothing_without_gri_and_in_its_limits(model, plain, gains):
 
 
 def test_gains_play_within_their_window_and_in_either_order(model, gains):
-    one, other = gri(small.with_pack(model, gains, 0.3, 0.8), **ROUGH), small.with_pack(gri(model, **ROUGH), gains, 0.3, 0.8)
+    one, other = (
+        gri(small.with_pack(model, gains, 0.3, 0.8), **ROUGH),
+        small.with_pack(gri(model, **ROUGH), gains, 0.3, 0.8),
+    )
     assert torch.equal(small.sample(one, steps=4), small.sample(other, steps=4))
-    assert small.difference(small.sample(one, steps=4), small.sample(gri(small.with_pack(model, gains), **ROUGH), steps=4)) > 1e-5
+    assert (
+        small.difference(small.sample(one, steps=4), small.sample(gri(small.with_pack(model, gains), **ROUGH), steps=4))
+        > 1e-5
+    )
 
 
 def test_gains_with_units_of_another_pack(model, folder, gains):
     pack = small.write_pack(folder / "m2-and-gains.safetensors", seed=1)
     combined = gri(small.with_pack(small.combined(folder), gains), **ROUGH)
-    assert torch.equal(small.sample(gri(small.with_pack(small.with_pack(model, gains), pack), **ROUGH)), small.sample(combined))
+    assert torch.equal(
+        small.sample(gri(small.with_pack(small.with_pack(model, gains), pack), **ROUGH)), small.sample(combined)
+    )
 
 
 def test_the_host_moves_and_casts_gains(model, gains):
@@ -195,6 +210,7 @@ def test_inspect_model_names_the_pack_of_gains(model, gains):
 
 def replaced(model, where, first):
     """MODEL with somebody's replacement of the self-attention of one block; GRI before or after it."""
+
     def values(q, k, v, options):
         return v
 
@@ -213,8 +229,11 @@ def test_a_replaced_block_is_left_to_its_owner_in_either_order(model, calls, cap
     assert "replaces the self-attention of down.0.0.transformer;" in caplog.text
 
 
-@pytest.mark.parametrize("node, inputs", [(nodes_hypertile.HyperTile, (32, 2, 0, False)), (nodes_tomesd.TomePatchModel, (0.3,))],
-                         ids=["HyperTile", "ToMe"])
+@pytest.mark.parametrize(
+    "node, inputs",
+    [(nodes_hypertile.HyperTile, (32, 2, 0, False)), (nodes_tomesd.TomePatchModel, (0.3,))],
+    ids=["HyperTile", "ToMe"],
+)
 @pytest.mark.parametrize("first", [True, False])
 def test_where_another_node_changes_the_queries_gri_is_off(model, calls, caplog, node, inputs, first):
     def other(m):
@@ -231,8 +250,11 @@ def test_where_another_node_changes_the_queries_gri_is_off(model, calls, caplog,
     assert len([r for r in caplog.records if "GRI is off" in r.message]) == 1, "said once per run"
 
 
-@pytest.mark.parametrize("node, scale", [(nodes_pag.PerturbedAttentionGuidance, (3.0,)), (nodes_sag.SelfAttentionGuidance, (0.5, 2.0))],
-                         ids=["PAG", "SAG"])
+@pytest.mark.parametrize(
+    "node, scale",
+    [(nodes_pag.PerturbedAttentionGuidance, (3.0,)), (nodes_sag.SelfAttentionGuidance, (0.5, 2.0))],
+    ids=["PAG", "SAG"],
+)
 def test_guidance_by_attention_keeps_its_own_pass_in_either_order(model, plain, calls, node, scale):
     def guided(m):
         return node.execute(m, *scale).args[0]
@@ -278,7 +300,10 @@ def test_replaced_cross_attention_plays_beside_gri(model, calls):
 
 def test_whole_layers_inherit_under_gri(model, calls):
     plan = inheritance.shallow_only(SD, inheritance.Schedule(interval=2))
-    both = [small.sample(m, steps=4) for m in (gri(host.with_plan(model, plan), **EXACT), host.with_plan(gri(model, **EXACT), plan))]
+    both = [
+        small.sample(m, steps=4)
+        for m in (gri(host.with_plan(model, plan), **EXACT), host.with_plan(gri(model, **EXACT), plan))
+    ]
     assert torch.equal(*both)
     assert small.difference(both[0], small.sample(host.with_plan(model, plan), steps=4)) < 1e-4
     assert small.difference(both[0], small.sample(model, steps=4)) > 1e-4
@@ -287,7 +312,9 @@ def test_whole_layers_inherit_under_gri(model, calls):
 def test_parts_of_blocks_are_computed_in_full_under_gri(model, calls):
     # A part that inherits would have to know how GRI computes; so none does, and GRI plays in all of them.
     plan = inheritance.attention(SD, "attn1|attn2", inheritance.Schedule(interval=2))
-    assert torch.equal(small.sample(host.with_plan(gri(model, **ROUGH), plan), steps=4), small.sample(gri(model, **ROUGH), steps=4))
+    assert torch.equal(
+        small.sample(host.with_plan(gri(model, **ROUGH), plan), steps=4), small.sample(gri(model, **ROUGH), steps=4)
+    )
 
 
 def test_the_last_node_decides(model):
@@ -311,7 +338,9 @@ def test_the_node_says_from_which_size_on_it_plays():
     node, settings = module("nodes.gri"), regional.Regional
     for config, side in ((SD, 512), (SDXL, 1024)):
         assert node.plays_from(settings(), config).startswith(f"plays in pictures of {side} x {side} and more")
-        assert node.plays_from(settings(window=4, pool=2), config).startswith(f"plays in pictures of {6 * side // 64} x {6 * side // 64} and more")
+        assert node.plays_from(settings(window=4, pool=2), config).startswith(
+            f"plays in pictures of {6 * side // 64} x {6 * side // 64} and more"
+        )
     assert not settings().on(63, 63, False) and not settings(window=4, pool=2).on(5, 5, False)
 
 
@@ -321,7 +350,8 @@ def test_a_window_of_broken_cells_is_refused(model):
 
 
 def test_caught_by_name_when_compiled(model):
-    # TorchCompileModel only guards the names of keyword arguments: the name must tell GRI from none, and settings apart.
+    # TorchCompileModel only guards the names of keyword arguments: the name must tell GRI from none, and settings
+    # apart.
     names = set()
     forward = model.model.diffusion_model.forward
 

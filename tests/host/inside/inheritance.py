@@ -53,7 +53,10 @@ def test_sdxl_parts_and_blocks_equal_the_reference(folder):
 def test_interval_one_is_bit_identical_to_none(model):
     plan = inheritance.shallow_only(SD, Schedule(interval=1))
     for sampler in ("euler", "heun"):
-        assert torch.equal(small.sample(host.with_plan(model, plan), steps=4, sampler=sampler), small.sample(model, steps=4, sampler=sampler))
+        assert torch.equal(
+            small.sample(host.with_plan(model, plan), steps=4, sampler=sampler),
+            small.sample(model, steps=4, sampler=sampler),
+        )
 
 
 def test_recording_changes_nothing(model):
@@ -67,7 +70,9 @@ def test_recording_changes_nothing(model):
 
 
 def test_a_forecast_on_a_straight_line_is_exact(model):
-    memory = replay.Memory(Plan((Rule("mid", "forecast"),), Schedule("explicit", steps=(0, 2), first=1)), SD, frozenset(), range(6, 0, -1))
+    memory = replay.Memory(
+        Plan((Rule("mid", "forecast"),), Schedule("explicit", steps=(0, 2), first=1)), SD, frozenset(), range(6, 0, -1)
+    )
     x, options = torch.zeros(1, 4, 8, 8), {"uuids": ["a"], "cond_or_uncond": [0]}
     for step, wanted in ((0, replay.RECORD), (2, replay.RECORD), (4, replay.REPLAY)):
         memory.begin_evaluation(6 - step)
@@ -101,8 +106,17 @@ def test_a_second_look_at_one_latent_costs_no_full_evaluation(model, repeats):
         seen.extend(network(x, s[None], **extra_args) for s in sigmas[:-1] for _ in (1, 2))
         return x
 
-    comfy.sample.sample_custom(m, torch.randn(1, 4, 16, 16), 3.0, comfy.samplers.KSAMPLER(twice), torch.tensor([9.0, 5.0, 2.0, 1.0, 0.5, 0.0]),
-                               small.cond(SD, 1), small.cond(SD, 2), torch.zeros(1, 4, 16, 16), disable_pbar=True)
+    comfy.sample.sample_custom(
+        m,
+        torch.randn(1, 4, 16, 16),
+        3.0,
+        comfy.samplers.KSAMPLER(twice),
+        torch.tensor([9.0, 5.0, 2.0, 1.0, 0.5, 0.0]),
+        small.cond(SD, 1),
+        small.cond(SD, 2),
+        torch.zeros(1, 4, 16, 16),
+        disable_pbar=True,
+    )
     C, R = False, True
     assert kept(m).replayed == ([C, C, R, R, C, R, R, R, C, R] if repeats else [C, C, R, R, R, R, R, R, C, C])
     assert all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2], strict=True))
@@ -137,7 +151,9 @@ def test_a_second_run_of_another_size_or_batch_starts_from_nothing(model):
 def test_nothing_is_left_after_a_run_or_an_error(model, monkeypatch):
     memories = []
     create = replay.Memory.__init__
-    monkeypatch.setattr(replay.Memory, "__init__", lambda self, *args: (memories.append(weakref.ref(self)), create(self, *args))[1])
+    monkeypatch.setattr(
+        replay.Memory, "__init__", lambda self, *args: (memories.append(weakref.ref(self)), create(self, *args))[1]
+    )
     m = host.with_plan(model, inheritance.deepcache(SD, 1, EVERY_OTHER))
     small.sample(m)
 
@@ -180,6 +196,7 @@ def test_an_adaptive_plan_follows_its_threshold(model, threshold, equal):
 
 def with_residual(model, strength):
     """MODEL with a ControlNet-like residual on conv_in's output."""
+
     def add(executor, x, t, c_concat, c_crossattn, control, *args, **more):
         return executor(x, t, c_concat, c_crossattn, {"input": [torch.full((2, 32, 16, 16), strength)]}, *args, **more)
 
@@ -263,8 +280,13 @@ def test_the_plan_says_where_steps_are_too_few(model):
 
 
 def test_the_measured_saving_compares_with_full_steps():
-    report = replay.Report(4, replay.Counter({(0, "record"): 1, (1, "replay"): 1, (2, "record"): 1, (3, "replay"): 1}),
-                           [False, True, False, True], [(0, 9.0), (1, 1.0), (2, 2.0), (3, 1.0)], 0)
+    report = replay.Report(
+        4,
+        replay.Counter({(0, "record"): 1, (1, "replay"): 1, (2, "record"): 1, (3, "replay"): 1}),
+        [False, True, False, True],
+        [(0, 9.0), (1, 1.0), (2, 2.0), (3, 1.0)],
+        0,
+    )
     assert report.saving() == pytest.approx(1 - 4 / 6)
     assert replay.Report(1, replay.Counter({(0, "compute"): 1}), [False], [(0, 1.0)], 0).saving() is None
 
@@ -274,8 +296,14 @@ def test_the_host_leaves_room_for_the_cache(model, monkeypatch):
 
     asked = []
     load = comfy.model_management.load_models_gpu
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu",
-                        lambda models, memory_required=0, **more: (asked.append(memory_required), load(models, memory_required=memory_required, **more)))
+    monkeypatch.setattr(
+        comfy.model_management,
+        "load_models_gpu",
+        lambda models, memory_required=0, **more: (
+            asked.append(memory_required),
+            load(models, memory_required=memory_required, **more),
+        ),
+    )
     m = host.with_plan(model, PLANS["encoder"])
     small.sample(model)
     small.sample(m)
@@ -318,7 +346,9 @@ def test_an_error_measured_one_step_back_is_what_inheriting_there_does(model):
     (candidate,) = survey.candidates(host.architecture_of(model), 16, 16)
     plan = inheritance.deepcache(SD, 1, Schedule("explicit", steps=(0, 1, 2)))
     off = small.sample(host.with_plan(model, plan), steps=4) - full
-    assert candidate.errors[3, 1, 0] == pytest.approx(float(off.square().mean().sqrt() / full.square().mean().sqrt()), rel=0.05)
+    assert candidate.errors[3, 1, 0] == pytest.approx(
+        float(off.square().mean().sqrt() / full.square().mean().sqrt()), rel=0.05
+    )
 
 
 def test_a_survey_leaves_nothing_behind_and_control_reaches_every_trial(model):

@@ -52,7 +52,9 @@ def seeded(run, model):
 
 
 def check(apply, model, run=None, plan=PLAN, config=SD, replays=(1, 3, 5), full=()):
-    """A run with the plan and a neighbour equals the reference, again and whichever node comes first; and inherits at these steps."""
+    """A run with the plan and a neighbour equals the reference, again and whichever node comes first; and inherits at
+    these steps.
+    """
     run = run or partial(small.sample, config=config, steps=STEPS)
     with reference.Inheriting(model, config, plan, full):
         wanted = seeded(run, apply(model))
@@ -73,8 +75,13 @@ def itself(model):
 
 def attn2_replaced(model):
     """Like an IP-Adapter: cross-attention of single blocks has a second context."""
+
     def attend(q, k, v, extra_options):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v) + 0.5 * q.tanh() + extra_options["sigmas"][0] * 0.01
+        return (
+            torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            + 0.5 * q.tanh()
+            + extra_options["sigmas"][0] * 0.01
+        )
 
     clone = model.clone()
     for place in (("input", 1), ("input", 7), ("middle", 0), ("output", 11)):
@@ -94,7 +101,9 @@ NODES = {
     "FreeU_V2": lambda m: nodes_freelunch.FreeU_V2.execute(m, 1.3, 1.4, 0.9, 0.2)[0],
     "PAG": lambda m: nodes_pag.PerturbedAttentionGuidance.execute(m, 3.0)[0],
     "HyperTile": lambda m: nodes_hypertile.HyperTile.execute(m, 64, 1, 0, False)[0],
-    "deep shrink": lambda m: nodes_model_downscale.PatchModelAddDownscale.execute(m, 3, 2.0, 0.0, 1.0, True, "bicubic", "bicubic")[0],
+    "deep shrink": lambda m: nodes_model_downscale.PatchModelAddDownscale.execute(
+        m, 3, 2.0, 0.0, 1.0, True, "bicubic", "bicubic"
+    )[0],
     "attn2 replaced": attn2_replaced,
     "attn2 patched": attn2_patched,
 }
@@ -163,7 +172,9 @@ def test_steps_on_which_maps_change_their_size_compute(model, schedule):
     m = shrink(host.with_plan(model, plan))
     first = small.sample(m, steps=STEPS)
     assert torch.equal(small.sample(m, steps=STEPS), first)
-    big = int(small.sigmas_of(model, STEPS).lt(model.get_model_object("model_sampling").percent_to_sigma(0.5)).nonzero()[0])
+    big = int(
+        small.sigmas_of(model, STEPS).lt(model.get_model_object("model_sampling").percent_to_sigma(0.5)).nonzero()[0]
+    )
     assert 1 < big < STEPS - 1 and big not in inherited(m) and 1 in inherited(m)
     if schedule.mode == "adaptive":
         assert inherited(m) == [s for s in range(1, STEPS) if s != big]
@@ -205,8 +216,12 @@ class Residuals(comfy.controlnet.ControlBase):
         layers = [(32, 1)] * 3 + [(32, 2)] + [(64, 2)] * 2 + [(64, 4)] + [(128, 4)] * 2 + [(128, 8)] * 3
         if self.kind == "middle":
             layers = [(128, 8)]
-        made = [torch.full((x_noisy.shape[0], c, *[n // scale for n in x_noisy.shape[2:]]), 0.5 / (1 + float(t[0])))
-                if i in self.places else None for i, (c, scale) in enumerate(layers)]
+        made = [
+            torch.full((x_noisy.shape[0], c, *[n // scale for n in x_noisy.shape[2:]]), 0.5 / (1 + float(t[0])))
+            if i in self.places
+            else None
+            for i, (c, scale) in enumerate(layers)
+        ]
         return {self.kind: made[::-1] if self.kind == "input" else made}
 
     def get_models(self):
@@ -220,11 +235,27 @@ class Residuals(comfy.controlnet.ControlBase):
 
 def controlled(control, seeds=(1, 2)):
     """Positive and negative conditioning under a control."""
-    return dict(zip(("positive", "negative"), (small.cond(seed=s, control=control, control_apply_to_uncond=False) for s in seeds), strict=True))
+    return dict(
+        zip(
+            ("positive", "negative"),
+            (small.cond(seed=s, control=control, control_apply_to_uncond=False) for s in seeds),
+            strict=True,
+        )
+    )
 
 
-@pytest.mark.parametrize("kind, places", [("input", (0,)), ("input", (2, 5, 11)), ("output", (0, 1)), ("output", (4, 7, 10)), ("middle", (0,)),
-                                          ("output", range(12)), ("input", range(12))])
+@pytest.mark.parametrize(
+    "kind, places",
+    [
+        ("input", (0,)),
+        ("input", (2, 5, 11)),
+        ("output", (0, 1)),
+        ("output", (4, 7, 10)),
+        ("middle", (0,)),
+        ("output", range(12)),
+        ("input", range(12)),
+    ],
+)
 def test_changing_residuals_at_several_depths(model, kind, places):
     run = partial(small.sample, steps=STEPS, **controlled(Residuals(kind, places)))
     acted = check(itself, model, run)
@@ -233,7 +264,10 @@ def test_changing_residuals_at_several_depths(model, kind, places):
 
 def control_steps(model, start, end):
     sampling = model.get_model_object("model_sampling")
-    return [sampling.percent_to_sigma(end) <= s <= sampling.percent_to_sigma(start) for s in small.sigmas_of(model, STEPS)[:-1].tolist()]
+    return [
+        sampling.percent_to_sigma(end) <= s <= sampling.percent_to_sigma(start)
+        for s in small.sigmas_of(model, STEPS)[:-1].tolist()
+    ]
 
 
 @pytest.mark.parametrize("start, end", [(0.0, 0.4), (0.4, 1.0), (0.2, 0.6)])
@@ -247,8 +281,6 @@ def test_control_that_sets_in_or_ends_in_mid_run(model, start, end):
     control = run.keywords["positive"][0][1]["control"]
     control.set_cond_hint(None, 1.0, (start, end))
     check(itself, model, run, plan=plan, replays=replays, full=set(range(STEPS)) - set(replays))
-
-
 
 
 # Conditionings ---------------------------------------------------------------------------------------
@@ -292,7 +324,9 @@ def test_a_prompt_that_enters_makes_the_common_forward_compute(model):
 @pytest.mark.parametrize("schedule, replays", [("standard_static", (1, 3, 5)), ("standard_uniform", None)])
 def test_context_windows(model, schedule, replays):
     def windows(m):
-        return nodes_context_windows.ContextWindowsManualNode.execute(m, 3, 1, schedule, 1, False, "pyramid", 0, False)[0]
+        return nodes_context_windows.ContextWindowsManualNode.execute(m, 3, 1, schedule, 1, False, "pyramid", 0, False)[
+            0
+        ]
 
     run = partial(small.sample, steps=STEPS, batch=5)
     if replays:
@@ -346,7 +380,6 @@ def test_guidance_that_is_off_in_part_of_the_run(model, apart):
         check(lambda m, s=start, e=end: nodes_custom_sampler.CFGOverride.execute(m, 1.0, s, e)[0], model, replays=None)
 
 
-
 @pytest.mark.parametrize("same", [False, True])
 def test_a_guider_with_a_model_for_each_prompt(model, folder, same):
     other = model.clone() if same else small.model(folder, seed=7)
@@ -379,14 +412,18 @@ def test_unusual_schedules(model, name):
 
 def test_a_window_of_steps_and_image_to_image(model):
     latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(9))
-    for more in ({"start_step": 2, "last_step": 8, "force_full_denoise": True, "steps": 12}, {"denoise": 0.5, "steps": STEPS}):
+    for more in (
+        {"start_step": 2, "last_step": 8, "force_full_denoise": True, "steps": 12},
+        {"denoise": 0.5, "steps": STEPS},
+    ):
         check(itself, model, partial(small.sample, latent=latent, **more))
 
 
-
-
-@pytest.mark.parametrize("plan", [PLAN, inheritance.attention(SD, "attn1|attn2|ff", EVERY_OTHER), inheritance.encoder(SD, EVERY_OTHER)],
-                         ids=["deepcache", "parts", "encoder"])
+@pytest.mark.parametrize(
+    "plan",
+    [PLAN, inheritance.attention(SD, "attn1|attn2|ff", EVERY_OTHER), inheritance.encoder(SD, EVERY_OTHER)],
+    ids=["deepcache", "parts", "encoder"],
+)
 def test_pruned_unets(model, folder, plan):
     combined = small.combined(folder)
     wanted = check(itself, combined, plan=plan)

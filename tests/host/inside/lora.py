@@ -38,7 +38,9 @@ def test_strength_changes_and_removal_leave_no_trace(model, m2, combined, lora):
     played = small.with_pack(model, m2)
     without = small.sample(played)
     for strength in (1.0, -0.5, 0.3):
-        assert torch.equal(small.sample(small.add_lora(played, lora, strength)), small.sample(small.add_lora(combined, lora, strength)))
+        assert torch.equal(
+            small.sample(small.add_lora(played, lora, strength)), small.sample(small.add_lora(combined, lora, strength))
+        )
     assert torch.equal(small.sample(played), without)
 
 
@@ -54,8 +56,11 @@ def test_same_stack_is_not_patched_again(model, m2, lora, monkeypatch):
     small.sample(played)
     patched = []
     patch = comfy.model_patcher.ModelPatcher.patch_weight_to_device
-    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "patch_weight_to_device",
-                        lambda self, key, *a, **k: patched.append(key) or patch(self, key, *a, **k))
+    monkeypatch.setattr(
+        comfy.model_patcher.ModelPatcher,
+        "patch_weight_to_device",
+        lambda self, key, *a, **k: patched.append(key) or patch(self, key, *a, **k),
+    )
     small.sample(played, seed=1)
     assert not patched
     small.sample(small.add_lora(small.with_pack(model, m2), lora, 0.7))
@@ -90,7 +95,9 @@ def test_merge_blends_the_checkpoint_and_not_the_pack(model, folder, m2):
 
 
 def test_lora_after_a_merge_acts_on_the_pack(model, folder, m2, lora):
-    (merged,) = nodes_model_merging.ModelMergeSimple().merge(small.with_pack(model, m2), small.model(folder, seed=3), 0.5)
+    (merged,) = nodes_model_merging.ModelMergeSimple().merge(
+        small.with_pack(model, m2), small.model(folder, seed=3), 0.5
+    )
     samples = small.sample(small.add_lora(merged, lora))
     (before,) = nodes_model_merging.ModelMergeSimple().merge(model, small.model(folder, seed=3), 0.5)
     assert torch.equal(samples, small.sample(small.with_pack(small.add_lora(before, lora), m2)))
@@ -140,7 +147,11 @@ def test_hook_lora_on_one_prompt(model, m2, combined, lora, mode):
 
 
 def test_hook_lora_with_keyframes(model, m2, combined, lora, mode):
-    run = {"positive": hooked(lora, keyframes=[(1.0, 0.0), (0.3, 0.3), (0.0, 0.6)]), "negative": hooked(lora, -0.5, seed=2), "steps": 4}
+    run = {
+        "positive": hooked(lora, keyframes=[(1.0, 0.0), (0.3, 0.3), (0.0, 0.6)]),
+        "negative": hooked(lora, -0.5, seed=2),
+        "steps": 4,
+    }
     played = small.with_pack(in_mode(model, mode), m2)
     for _ in range(2):
         assert torch.equal(small.sample(played, **run), small.sample(in_mode(combined, mode), **run))

@@ -31,7 +31,9 @@ def cut_and_renumbered(chosen):
     skeleton, renumbered = network(chosen.config), network(chosen.renumbered.config)
     surgery.cut_modules(skeleton, chosen, "ldm", units.stand_in)
     skeleton.load_state_dict(weights, assign=True)
-    renumbered.load_state_dict(surgery.convert(weights, chosen, surgery.ADDRESSED, surgery.Form("ldm", "renumbered")), assign=True)
+    renumbered.load_state_dict(
+        surgery.convert(weights, chosen, surgery.ADDRESSED, surgery.Form("ldm", "renumbered")), assign=True
+    )
     return skeleton, renumbered
 
 
@@ -54,10 +56,15 @@ def residuals(layers, height, width, seed):
         return size
 
     generator = torch.Generator().manual_seed(seed)
-    return {at: torch.randn(1, c, shrunk(height, s), shrunk(width, s), generator=generator) for at, (c, s) in layers.items()}
+    return {
+        at: torch.randn(1, c, shrunk(height, s), shrunk(width, s), generator=generator) for at, (c, s) in layers.items()
+    }
 
 
-PRUNED = [("sd", name) for name in ("base", "small", "tiny", "m1", "m2", "m3")] + [("sdxl", "koala-700m"), ("sdxl", "vega")]
+PRUNED = [("sd", name) for name in ("base", "small", "tiny", "m1", "m2", "m3")] + [
+    ("sdxl", "koala-700m"),
+    ("sdxl", "vega"),
+]
 
 
 @pytest.mark.parametrize("family, preset", PRUNED)
@@ -71,31 +78,53 @@ def test_control_residuals_reach_their_own_positions(family, preset):
     # position of its own, which the renumbered network lacks: nothing is added there for the comparison.
     own = {at.rpartition(".")[0] if at.endswith("resnet") else at for at in chosen.renumbered.origin.values()}
     into_encoder = {at: r if at in own else None for at, r in residuals(skip_layers(config), 16, 16, 2).items()}
-    mid = torch.randn(1, config.channels(config.levels - 1), *[16 >> config.levels - 1] * 2, generator=torch.Generator().manual_seed(3))
+    mid = torch.randn(
+        1,
+        config.channels(config.levels - 1),
+        *[16 >> config.levels - 1] * 2,
+        generator=torch.Generator().manual_seed(3),
+    )
     middle = [mid] if preset != "tiny" else []  # on tiny's resolution it has no place
 
     walk = addresses.walk(config)
-    kept_skips = [addresses.unit(config, chosen.renumbered.origin[u.address]).skip
-                  for u in addresses.walk(chosen.renumbered.config) if u.skip]
+    kept_skips = [
+        addresses.unit(config, chosen.renumbered.origin[u.address]).skip
+        for u in addresses.walk(chosen.renumbered.config)
+        if u.skip
+    ]
     assert kept_skips != [u.skip for u in walk if u.skip] or family == "sdxl"
-    small_layers = [chosen.renumbered.origin.get(f"{at}.resnet", chosen.renumbered.origin.get(at, at))
-                    for at in skip_layers(chosen.renumbered.config)]
-    whole = {"output": [into_skips[at] for at in layers], "input": [into_encoder[at] for at in layers][::-1], "middle": middle}
-    reindexed = {"output": [into_skips[at] for at in kept_skips][::-1],
-                 "input": [into_encoder[at.removesuffix(".resnet")] for at in small_layers][::-1]}
+    small_layers = [
+        chosen.renumbered.origin.get(f"{at}.resnet", chosen.renumbered.origin.get(at, at))
+        for at in skip_layers(chosen.renumbered.config)
+    ]
+    whole = {
+        "output": [into_skips[at] for at in layers],
+        "input": [into_encoder[at] for at in layers][::-1],
+        "middle": middle,
+    }
+    reindexed = {
+        "output": [into_skips[at] for at in kept_skips][::-1],
+        "input": [into_encoder[at.removesuffix(".resnet")] for at in small_layers][::-1],
+    }
 
     def after_middle(args):
         # Without a mid block the host's h is the last skip itself, and what is added to one comes into both.
         return {"h": args["h"] + middle[0] if middle else args["h"].clone()}
 
-
-    inputs = {"x": torch.randn(1, 4, 16, 16), "timesteps": torch.tensor([500.0]), "context": small.cond(config)[0][0],
-              "y": torch.randn(1, config.adm_channels) if config.adm_channels else None}
+    inputs = {
+        "x": torch.randn(1, 4, 16, 16),
+        "timesteps": torch.tensor([500.0]),
+        "context": small.cond(config)[0][0],
+        "y": torch.randn(1, config.adm_channels) if config.adm_channels else None,
+    }
 
     def run(unet, control, patches={}):
         with torch.no_grad():
-            return unet(**inputs, transformer_options={"patches": patches},
-                        control={k: [r if r is None else r.clone() for r in v] for k, v in control.items()})
+            return unet(
+                **inputs,
+                transformer_options={"patches": patches},
+                control={k: [r if r is None else r.clone() for r in v] for k, v in control.items()},
+            )
 
     wanted = run(renumbered, reindexed, {"middle_block_after_patch": [after_middle]})
     assert torch.equal(run(skeleton, whole), wanted)
@@ -118,8 +147,11 @@ def test_residual_at_a_cut_layer_does_not_reach_the_layer_before():
     runs = []
     for residual in (None, torch.ones(1, 32, 16, 16)):
         with torch.no_grad():
-            skeleton(**inputs, control={"output": [residual if at == "down.0.1" else None for at in layers]},
-                     transformer_options={"patches": {"output_block_patch": [look]}})
+            skeleton(
+                **inputs,
+                control={"output": [residual if at == "down.0.1" else None for at in layers]},
+                transformer_options={"patches": {"output_block_patch": [look]}},
+            )
         runs.append(dict(seen))
     changed = [n for n in seen if not torch.equal(runs[0][n], runs[1][n])]
     assert changed == [9]  # the output block that takes the skip of down.0.1
@@ -132,7 +164,9 @@ def control_net():
 
 def test_control_net_on_a_pack(model, m2, combined, control_net):
     hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(5))
-    positive, negative = ControlNetApplyAdvanced().apply_controlnet(small.cond(seed=1), small.cond(seed=2), control_net, hint, 0.8, 0.0, 1.0)
+    positive, negative = ControlNetApplyAdvanced().apply_controlnet(
+        small.cond(seed=1), small.cond(seed=2), control_net, hint, 0.8, 0.0, 1.0
+    )
     run = {"positive": positive, "negative": negative}
     samples = small.sample(small.with_pack(model, m2), **run)
     assert torch.equal(samples, small.sample(combined, **run))
@@ -246,7 +280,9 @@ def remove(unet):
 
 
 def with_motion(model):
-    def handler(layer, x, emb, context, transformer_options, output_shape, time_context, num_video_frames, image_only_indicator):
+    def handler(
+        layer, x, emb, context, transformer_options, output_shape, time_context, num_video_frames, image_only_indicator
+    ):
         return layer(x, transformer_options=transformer_options)
 
     clone = model.clone()
@@ -257,7 +293,10 @@ def with_motion(model):
 @pytest.mark.parametrize("motion_first", [False, True])
 def test_inserted_modules_are_called_by_their_owner(model, m2, combined, motion_first):
     results = []
-    for played in (with_motion(combined), small.with_pack(with_motion(model), m2) if motion_first else with_motion(small.with_pack(model, m2))):
+    for played in (
+        with_motion(combined),
+        small.with_pack(with_motion(model), m2) if motion_first else with_motion(small.with_pack(model, m2)),
+    ):
         unet = played.model.diffusion_model
         inserted = insert(unet)
         try:

@@ -31,9 +31,16 @@ def m1(folder):
 
 def state(model):
     return {
-        "model": id(model.model), "options": repr(model.model_options), "patches": len(model.patches), "uuid": model.patches_uuid,
-        "objects": dict(model.object_patches), "wrappers": repr(model.wrappers), "callbacks": repr(model.callbacks),
-        "attachments": dict(model.attachments), "additional": repr(model.additional_models), "injections": dict(model.injections),
+        "model": id(model.model),
+        "options": repr(model.model_options),
+        "patches": len(model.patches),
+        "uuid": model.patches_uuid,
+        "objects": dict(model.object_patches),
+        "wrappers": repr(model.wrappers),
+        "callbacks": repr(model.callbacks),
+        "attachments": dict(model.attachments),
+        "additional": repr(model.additional_models),
+        "injections": dict(model.injections),
     }
 
 
@@ -55,8 +62,12 @@ def dispatched(monkeypatch):
 def test_pack_with_the_hosts_own_weights_is_bit_equal(model, folder, plain_samples, dispatched):
     chosen = small.Architecture.full(SD)
     units = tuple(u.address for u in chosen.kept if not u.address.startswith("stem."))
-    small.packs.write_pack(folder / "own.safetensors", small.surgery.extract(small.weights(SD), chosen, units),
-                           small.packs.Description("pack", chosen, units), None)
+    small.packs.write_pack(
+        folder / "own.safetensors",
+        small.surgery.extract(small.weights(SD), chosen, units),
+        small.packs.Description("pack", chosen, units),
+        None,
+    )
     assert torch.equal(small.sample(small.with_pack(model, folder / "own.safetensors")), plain_samples)
     assert len(dispatched) == len(units) * 2  # cond and uncond go together
 
@@ -82,7 +93,9 @@ def test_pack_for_sd2_plays_what_the_combined_file_plays(folder):
     # v-prediction, by the stock loader's rule for this family.
     path = small.write_pack(folder / "sd2.safetensors", small.SD2, seed=1)
     played = small.with_pack(small.model(folder, small.SD2), path)
-    assert torch.equal(small.sample(played, small.SD2), small.sample(small.combined(folder, small.SD2, prediction="v"), small.SD2))
+    assert torch.equal(
+        small.sample(played, small.SD2), small.sample(small.combined(folder, small.SD2, prediction="v"), small.SD2)
+    )
 
 
 def test_pack_in_fp16_plays_in_the_hosts_dtype(model, folder):
@@ -97,10 +110,21 @@ def test_pack_in_int8_plays(model, folder):
     assert small.difference(small.sample(small.with_pack(model, path)), small.sample(small.combined(folder))) < 0.2
 
 
-@pytest.mark.parametrize("run", [
-    {"batch": 1}, {"batch": 2}, {"batch": 4}, {"cfg": 1.0}, {"sampler": "heun", "steps": 3}, {"sampler": "dpmpp_2m", "scheduler": "karras"},
-    {"sampler": "dpmpp_2m_sde", "scheduler": "karras"}, {"sampler": "uni_pc"}, {"steps": 4, "start_step": 1, "last_step": 3},
-], ids=str)
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"batch": 1},
+        {"batch": 2},
+        {"batch": 4},
+        {"cfg": 1.0},
+        {"sampler": "heun", "steps": 3},
+        {"sampler": "dpmpp_2m", "scheduler": "karras"},
+        {"sampler": "dpmpp_2m_sde", "scheduler": "karras"},
+        {"sampler": "uni_pc"},
+        {"steps": 4, "start_step": 1, "last_step": 3},
+    ],
+    ids=str,
+)
 def test_ways_of_sampling(model, folder, m2, run):
     assert torch.equal(small.sample(small.with_pack(model, m2), **run), small.sample(small.combined(folder), **run))
 
@@ -157,7 +181,9 @@ def test_of_overlapping_packs_the_later_one_holds(model, folder, m1, m2):
     m1_units = set(small.Architecture.preset("m1", SD).pack_units())
     weights = small.surgery.combine(small.weights(SD, 0), small.weights(SD, 1), chosen, chosen.pack_units())
     weights |= {k: small.weights(SD, 2)[k] for k, s in chosen.keys().items() if s.unit.address in m1_units}
-    small.packs.write_unet(folder / "both.safetensors", weights, small.packs.Description("unet", chosen, prediction="eps"))
+    small.packs.write_unet(
+        folder / "both.safetensors", weights, small.packs.Description("unet", chosen, prediction="eps")
+    )
     mixed = small.models.load_unet(str(folder / "both.safetensors"))
     assert close(both, in_two_halves(mixed, small.combined(folder)))
 
@@ -172,7 +198,9 @@ def test_pack_applied_twice_is_applied_once(model, m2):
 def test_empty_window_gives_the_model_back(model, m2, monkeypatch):
     monkeypatch.setattr(small.apply_pack.files, "pack_path", lambda name: m2)
     for at in (0.0, 0.5, 1.0):
-        (given,) = execute("ASDMApplyPack", model=model, pack_name=m2.name, start_percent=at, end_percent=at, strength=1.0)
+        (given,) = execute(
+            "ASDMApplyPack", model=model, pack_name=m2.name, start_percent=at, end_percent=at, strength=1.0
+        )
         assert given is model
 
 
@@ -312,10 +340,14 @@ def test_pack_plays_when_work_is_split_over_devices(model, m2, plain_samples, sp
 
 
 def dual(model, negative_model):
-    guider = nodes_custom_sampler.DualModelGuider.execute(model, small.cond(seed=1), 3.0, negative_model, small.cond(seed=2)).args[0]
+    guider = nodes_custom_sampler.DualModelGuider.execute(
+        model, small.cond(seed=1), 3.0, negative_model, small.cond(seed=2)
+    ).args[0]
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 2)
-    return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+    return guider.sample(
+        noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True
+    )
 
 
 def test_pack_plays_in_its_own_model_only(model, folder, m2, dispatched):

@@ -31,21 +31,37 @@ def refused(model, pack, message):
 
 def test_pack_of_another_family(tmp_path, sd_model):
     pack = small.write_pack(tmp_path / "xl.safetensors", SDXL, "vega")
-    refused(sd_model, pack, r"xl.safetensors is a pack for small-sdxl UNets \(32 channels, text width 48\); this MODEL is small-sd ")
-    refused(small.model(tmp_path, small.SD2), small.write_pack(tmp_path / "m2.safetensors"), "is a pack for small-sd .* this MODEL is small-sd2 ")
+    refused(
+        sd_model,
+        pack,
+        r"xl.safetensors is a pack for small-sdxl UNets \(32 channels, text width 48\); this MODEL is small-sd ",
+    )
+    refused(
+        small.model(tmp_path, small.SD2),
+        small.write_pack(tmp_path / "m2.safetensors"),
+        "is a pack for small-sd .* this MODEL is small-sd2 ",
+    )
 
 
 def test_pack_on_a_pruned_unet_from_the_stock_loader(tmp_path, m2):
     path = small.write_unet(tmp_path / "base.safetensors", cut=small.architecture.PRESETS["base"].cut)
-    refused(comfy.sd.load_diffusion_model(path), m2, "load it with Load Pruned UNet, which keeps every layer at its address")
+    refused(
+        comfy.sd.load_diffusion_model(path), m2, "load it with Load Pruned UNet, which keeps every layer at its address"
+    )
 
 
 def test_pack_on_a_pruned_unet_from_our_loader_plays(tmp_path, m2):
     base = small.Architecture.preset("base", SD)
-    model = models.load_unet(small.write_unet(tmp_path / "base.safetensors", cut=small.architecture.PRESETS["base"].cut))
-    weights = small.surgery.combine(small.weights(SD, 0), small.weights(SD, 1), base, small.Architecture.preset("m2", SD).pack_units())
+    model = models.load_unet(
+        small.write_unet(tmp_path / "base.safetensors", cut=small.architecture.PRESETS["base"].cut)
+    )
+    weights = small.surgery.combine(
+        small.weights(SD, 0), small.weights(SD, 1), base, small.Architecture.preset("m2", SD).pack_units()
+    )
     packs.write_unet(tmp_path / "both.safetensors", weights, packs.Description("unet", base, prediction="eps"))
-    assert torch.equal(small.sample(small.with_pack(model, m2)), small.sample(models.load_unet(str(tmp_path / "both.safetensors"))))
+    assert torch.equal(
+        small.sample(small.with_pack(model, m2)), small.sample(models.load_unet(str(tmp_path / "both.safetensors")))
+    )
 
 
 def test_model_without_a_unet(m2):
@@ -80,14 +96,30 @@ def damage(pack, name, change):
 KEY = "input_blocks.1.0.in_layers.2.weight"
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda sd: sd.pop(KEY), rf"bad.safetensors: {KEY} is missing \(down.0.0.resnet, wanted shape \[32, 32, 3, 3\]\)"),
-    (lambda sd: sd.update(more=torch.zeros(1)), "bad.safetensors: unknown tensor more"),
-    (lambda sd: sd.update({KEY: torch.zeros(32, 32, 1, 1)}), rf"{KEY} \(down.0.0.resnet\) has shape \[32, 32, 1, 1\], wanted \[32, 32, 3, 3\]"),
-    (lambda sd: sd[KEY].view(-1)[5:6].fill_(float("nan")), rf"bad.safetensors: tensor {KEY} holds numbers that are not finite"),
-    (lambda sd: sd.update({KEY: sd[KEY].to(torch.int32)}), rf"bad.safetensors: tensor {KEY} has dtype I32"),
-    (lambda sd: sd.update({KEY: sd[KEY].to(torch.int8)}), rf"bad.safetensors: tensor {KEY} has dtype I8; .*int8 weights need {KEY}.scale"),
-], ids=["missing", "extra", "shape", "nan", "dtype", "int8 without scale"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda sd: sd.pop(KEY),
+            rf"bad.safetensors: {KEY} is missing \(down.0.0.resnet, wanted shape \[32, 32, 3, 3\]\)",
+        ),
+        (lambda sd: sd.update(more=torch.zeros(1)), "bad.safetensors: unknown tensor more"),
+        (
+            lambda sd: sd.update({KEY: torch.zeros(32, 32, 1, 1)}),
+            rf"{KEY} \(down.0.0.resnet\) has shape \[32, 32, 1, 1\], wanted \[32, 32, 3, 3\]",
+        ),
+        (
+            lambda sd: sd[KEY].view(-1)[5:6].fill_(float("nan")),
+            rf"bad.safetensors: tensor {KEY} holds numbers that are not finite",
+        ),
+        (lambda sd: sd.update({KEY: sd[KEY].to(torch.int32)}), rf"bad.safetensors: tensor {KEY} has dtype I32"),
+        (
+            lambda sd: sd.update({KEY: sd[KEY].to(torch.int8)}),
+            rf"bad.safetensors: tensor {KEY} has dtype I8; .*int8 weights need {KEY}.scale",
+        ),
+    ],
+    ids=["missing", "extra", "shape", "nan", "dtype", "int8 without scale"],
+)
 def test_damaged_pack(sd_model, m2, change, message):
     refused(sd_model, damage(m2, "bad", change), message)
 
@@ -106,6 +138,10 @@ def test_checkpoint_without_its_other_parts(tmp_path):
     with pytest.raises(ValueError, match="unet.safetensors: there is no text encoder in this file.*Load Pruned UNet"):
         models.load_checkpoint(tmp_path / "unet.safetensors")
     full = small.Architecture.full(SD)
-    packs.write_unet(path, small.weights(SD), packs.Description("unet", full, companions={"text_encoder": "../gone.safetensors", "vae": "v.safetensors"}))
+    packs.write_unet(
+        path,
+        small.weights(SD),
+        packs.Description("unet", full, companions={"text_encoder": "../gone.safetensors", "vae": "v.safetensors"}),
+    )
     with pytest.raises(ValueError, match="its text encoder .*gone.safetensors is not beside it"):
         models.load_checkpoint(tmp_path / "unet.safetensors")

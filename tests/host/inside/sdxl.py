@@ -1,4 +1,6 @@
-"""The SDXL family: its pruned UNets take LoRAs, packs, inherited features, GRI attention and switches at their addresses."""
+"""The SDXL family: its pruned UNets take LoRAs, packs, inherited features, GRI attention and switches at their
+addresses.
+"""
 
 import pytest
 import small
@@ -24,7 +26,9 @@ def sample(model, **more):
 
 
 def load(path, chosen, weights):
-    small.packs.write_unet(path, surgery.cut(weights, chosen)[0], small.packs.Description("unet", chosen, prediction="eps"))
+    small.packs.write_unet(
+        path, surgery.cut(weights, chosen)[0], small.packs.Description("unet", chosen, prediction="eps")
+    )
     return small.models.load_unet(str(path))
 
 
@@ -53,7 +57,9 @@ DIALECTS = {
     "kohya": lambda ldm, diffusers: f"lora_unet_{diffusers.replace('.', '_')}",
     "kohya, LDM names": lambda ldm, diffusers: f"lora_unet_{ldm.replace('.', '_')}",
     # As the host knows diffusers' names: attention by its processor. It has no name for PEFT's plain `to_q.lora_A`.
-    "diffusers": lambda ldm, diffusers: f"unet.{diffusers}".replace(".to_", ".processor.to_").replace(".to_out.0", ".to_out"),
+    "diffusers": lambda ldm, diffusers: f"unet.{diffusers}".replace(".to_", ".processor.to_").replace(
+        ".to_out.0", ".to_out"
+    ),
 }
 
 
@@ -63,7 +69,9 @@ def in_dialect(lora, dialect):
     for slot in addresses.keys(SDXL).values():
         ldm, diffusers = (slot.unit.key(slot.tensor, layout).removesuffix(".weight") for layout in ("ldm", "diffusers"))
         modules[DIALECTS["kohya"](ldm, diffusers)] = DIALECTS[dialect](ldm, diffusers)
-    ends = {"lora_down.weight": "_lora.down.weight", "lora_up.weight": "_lora.up.weight"} if dialect == "diffusers" else {}
+    ends = (
+        {"lora_down.weight": "_lora.down.weight", "lora_up.weight": "_lora.up.weight"} if dialect == "diffusers" else {}
+    )
     split = ((*name.partition(".")[::2], tensor) for name, tensor in lora.items())
     return {f"{modules[name]}{ends.get(end, f'.{end}')}": tensor for name, end, tensor in split}
 
@@ -110,11 +118,18 @@ def test_which_blocks_were_kept_matters_to_a_lora_only(folder, pruned, koala, lo
     names = surgery.readdressed(koala, assumed)
     really = surgery.cut(small.weights(SDXL), koala)[0]
     path = folder / "assumed.safetensors"
-    small.packs.write_unet(path, {new: really[old] for new, old in names.items()}, small.packs.Description("unet", assumed, prediction="eps"))
+    small.packs.write_unet(
+        path,
+        {new: really[old] for new, old in names.items()},
+        small.packs.Description("unet", assumed, prediction="eps"),
+    )
     first, right = small.models.load_unet(str(path)), pruned["koala-1b, other blocks"]
     assert host.architecture_of(right).cut == koala.cut != assumed.cut
     assert torch.equal(sample(first, steps=1), sample(right, steps=1))
-    assert small.difference(sample(small.add_lora(first, lora), steps=1), sample(small.add_lora(right, lora), steps=1)) > 0.01
+    assert (
+        small.difference(sample(small.add_lora(first, lora), steps=1), sample(small.add_lora(right, lora), steps=1))
+        > 0.01
+    )
 
 
 # Combinations and packs -----------------------------------------------------------------------------
@@ -169,7 +184,9 @@ def test_gri_attention_plays(both):
 
 
 def continued(first, second, steps):
-    """What two samplers in a row make: the first model for two steps, the second for the others. For a sampler without memory."""
+    """What two samplers in a row make: the first model for two steps, the second for the others. For a sampler without
+    memory.
+    """
     half = sample(first, steps=steps, last_step=2)
     return small.run(second, torch.zeros_like(half), half, SDXL, steps=steps, seed=0, start_step=2, disable_noise=True)
 

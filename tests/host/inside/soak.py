@@ -13,11 +13,22 @@ from in_host import module
 inheritance, replay = module("asdm_core.inheritance"), module("nodes.replay")
 host, Schedule = small.host, inheritance.Schedule
 RUNS = 40
-PLANS = [inheritance.deepcache(small.SD, 1), inheritance.attention(small.SD), inheritance.deepcache(small.SD, 0).reusing("forecast"),
-         inheritance.deepcache(small.SD, 2, Schedule("adaptive", threshold=0.5))]
+PLANS = [
+    inheritance.deepcache(small.SD, 1),
+    inheritance.attention(small.SD),
+    inheritance.deepcache(small.SD, 0).reusing("forecast"),
+    inheritance.deepcache(small.SD, 2, Schedule("adaptive", threshold=0.5)),
+]
 # Few enough that the fresh runs, one of each, do not take longer than the others.
-CASES = [{"size": size, "batch": batch, "sampler": sampler, "steps": 4}
-         for size, batch, sampler in (((8, 8), 1, "euler"), ((8, 16), 2, "heun"), ((16, 8), 1, "dpmpp_2m"), ((8, 8), 3, "dpmpp_sde"))]
+CASES = [
+    {"size": size, "batch": batch, "sampler": sampler, "steps": 4}
+    for size, batch, sampler in (
+        ((8, 8), 1, "euler"),
+        ((8, 16), 2, "heun"),
+        ((16, 8), 1, "dpmpp_2m"),
+        ((8, 8), 3, "dpmpp_sde"),
+    )
+]
 
 
 def interrupt(i, x0, x, n):
@@ -32,8 +43,14 @@ def tensors():
 def test_many_runs_leave_nothing_and_equal_fresh_ones(tmp_path, monkeypatch):
     memories = []
     create = replay.Memory.__init__
-    monkeypatch.setattr(replay.Memory, "__init__", lambda self, *args: (memories.append(weakref.ref(self)), create(self, *args))[1])
-    fresh = {(p, c): small.sample(host.with_plan(small.model(tmp_path), plan), **case) for p, plan in enumerate(PLANS) for c, case in enumerate(CASES)}
+    monkeypatch.setattr(
+        replay.Memory, "__init__", lambda self, *args: (memories.append(weakref.ref(self)), create(self, *args))[1]
+    )
+    fresh = {
+        (p, c): small.sample(host.with_plan(small.model(tmp_path), plan), **case)
+        for p, plan in enumerate(PLANS)
+        for c, case in enumerate(CASES)
+    }
     models = [host.with_plan(small.model(tmp_path), plan) for plan in PLANS]
     choose, counts = random.Random(0), []
     for n in range(RUNS):
@@ -47,4 +64,4 @@ def test_many_runs_leave_nothing_and_equal_fresh_ones(tmp_path, monkeypatch):
         assert not any(memory() for memory in memories)
     assert len(memories) == len(fresh) + RUNS
     # The host keeps a model loaded after its first run; from then on the count must not move.
-    assert len(set(counts[RUNS // 2:])) == 1, counts
+    assert len(set(counts[RUNS // 2 :])) == 1, counts

@@ -47,8 +47,20 @@ def m2(folder):
 
 
 def state(m):
-    return (id(m.model), repr(m.model_options), dict(m.patches), m.patches_uuid, dict(m.object_patches), repr(m.wrappers), repr(m.callbacks),
-            dict(m.attachments), repr(m.additional_models), m.hook_mode, m.hook_patches_backup, m.model.current_patcher)
+    return (
+        id(m.model),
+        repr(m.model_options),
+        dict(m.patches),
+        m.patches_uuid,
+        dict(m.object_patches),
+        repr(m.wrappers),
+        repr(m.callbacks),
+        dict(m.attachments),
+        repr(m.additional_models),
+        m.hook_mode,
+        m.hook_patches_backup,
+        m.model.current_patcher,
+    )
 
 
 def at(first, second, where, unit="step", crossfade=0):
@@ -75,13 +87,23 @@ def one_evaluation(m, x, timestep, positive=None, negative=None):
         found.append(model(x, timestep, **extra_args))
         return x_
 
-    comfy.sample.sample_custom(m, torch.zeros_like(x), 3.0, comfy.samplers.KSAMPLER(function), torch.tensor([1.0, 0.0]),
-                               positive or small.cond(SD, 1), negative or small.cond(SD, 2), torch.zeros_like(x), disable_pbar=True)
+    comfy.sample.sample_custom(
+        m,
+        torch.zeros_like(x),
+        3.0,
+        comfy.samplers.KSAMPLER(function),
+        torch.tensor([1.0, 0.0]),
+        positive or small.cond(SD, 1),
+        negative or small.cond(SD, 2),
+        torch.zeros_like(x),
+        disable_pbar=True,
+    )
     return found[0]
 
 
 def reference(models, plays, sampler, **more):
     """The same run by a sampler whose model function swaps whole models, each in a guider of its own."""
+
     class Guider(comfy.samplers.CFGGuider):
         def predict_noise(self, x, timestep, model_options={}, seed=None):
             return one_evaluation(models[plays(float(timestep.flatten()[0]))], x, timestep, **more)
@@ -90,7 +112,9 @@ def reference(models, plays, sampler, **more):
     guider.set_conds(more.get("positive") or small.cond(SD, 1), more.get("negative") or small.cond(SD, 2))
     guider.set_cfg(3.0)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    return guider.sample(noise, torch.zeros(1, 4, 16, 16), comfy.samplers.sampler_object(sampler), sigmas(), seed=0, disable_pbar=True)
+    return guider.sample(
+        noise, torch.zeros(1, 4, 16, 16), comfy.samplers.sampler_object(sampler), sigmas(), seed=0, disable_pbar=True
+    )
 
 
 def run(m, sampler="euler", **more):
@@ -101,7 +125,9 @@ def run(m, sampler="euler", **more):
 
 
 def test_at_either_end_one_of_the_models_is_the_result(first, second):
-    assert at(first, second, 0) is at(first, second, 0.0, "percent") is at(first, second, 0.0, "share of steps") is second
+    assert (
+        at(first, second, 0) is at(first, second, 0.0, "percent") is at(first, second, 0.0, "share of steps") is second
+    )
     assert at(first, second, 1.0, "percent") is at(first, second, 0.0, "sigma") is first
 
 
@@ -186,38 +212,63 @@ def test_a_crossfade_mixes_the_predictions(first, second):
         def function(model, x, s, extra_args, **_):
             out.extend(model(torch.ones_like(x), sigma[None], **extra_args) for sigma in s[:-1])
             return x
+
         return comfy.samplers.KSAMPLER(function)
 
     for m, out in ((switched, faded), (first, plain[0]), (second, plain[1])):
-        comfy.sample.sample_custom(m, torch.zeros(1, 4, 16, 16), 3.0, collect(out), sigmas(), small.cond(SD, 1), small.cond(SD, 2),
-                                   torch.zeros(1, 4, 16, 16), disable_pbar=True)
+        comfy.sample.sample_custom(
+            m,
+            torch.zeros(1, 4, 16, 16),
+            3.0,
+            collect(out),
+            sigmas(),
+            small.cond(SD, 1),
+            small.cond(SD, 2),
+            torch.zeros(1, 4, 16, 16),
+            disable_pbar=True,
+        )
     assert torch.equal(faded[0], plain[0][0])
     assert torch.equal(faded[1], plain[0][1] * 0.5 + plain[1][1] * 0.5)
     assert torch.equal(faded[2], plain[1][2])
 
 
 def test_cfg_plus_plus_samplers_see_the_guidance_of_both(first, second, folder):
-    assert torch.equal(sample(at(first, small.model(folder), 2), sampler="euler_cfg_pp"), sample(first, sampler="euler_cfg_pp"))
+    assert torch.equal(
+        sample(at(first, small.model(folder), 2), sampler="euler_cfg_pp"), sample(first, sampler="euler_cfg_pp")
+    )
     assert torch.equal(run(at(first, second, 1000.0, "sigma"), "euler_cfg_pp"), run(second, "euler_cfg_pp"))
 
 
 def test_in_a_crossfade_cfg_plus_plus_samplers_see_the_mixed_guidance_once(first, second):
     """CFG++ samplers keep what their function saw last."""
+
     def looking(seen):
         def function(model, x, s, extra_args, **_):
             def look(args):
                 seen.append((args["denoised"], args["uncond_denoised"]))
                 return args["denoised"] + 1
 
-            options = comfy.model_patcher.set_model_options_post_cfg_function(dict(extra_args["model_options"]), look, True)
+            options = comfy.model_patcher.set_model_options_post_cfg_function(
+                dict(extra_args["model_options"]), look, True
+            )
             seen.append(model(torch.ones_like(x), s[1][None], **{**extra_args, "model_options": options}))
             return x
+
         return comfy.samplers.KSAMPLER(function)
 
     found = {}
     for name, m in (("a", first), ("b", second), ("both", at(first, second, 1, crossfade=1))):
-        comfy.sample.sample_custom(m, torch.zeros(1, 4, 16, 16), 3.0, looking(found.setdefault(name, [])), sigmas(), small.cond(SD, 1),
-                                   small.cond(SD, 2), torch.zeros(1, 4, 16, 16), disable_pbar=True)
+        comfy.sample.sample_custom(
+            m,
+            torch.zeros(1, 4, 16, 16),
+            3.0,
+            looking(found.setdefault(name, [])),
+            sigmas(),
+            small.cond(SD, 1),
+            small.cond(SD, 2),
+            torch.zeros(1, 4, 16, 16),
+            disable_pbar=True,
+        )
     ((denoised, uncond), out), (a, _), (b, _) = found["both"], found["a"], found["b"]
     assert torch.equal(denoised, 0.5 * a[0] + 0.5 * b[0]) and torch.equal(out, denoised + 1)
     assert torch.equal(uncond, 0.5 * a[1] + 0.5 * b[1])
@@ -251,7 +302,11 @@ def test_each_keeps_its_own_lora(first, second, shared):
 def test_pack_on_the_second_shares_the_trunk(first, m2, monkeypatch):
     packed, listed = small.with_pack(first, m2), []
     load = comfy.model_management.load_models_gpu
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models, *a, **k: listed.append(list(models)) or load(models, *a, **k))
+    monkeypatch.setattr(
+        comfy.model_management,
+        "load_models_gpu",
+        lambda models, *a, **k: listed.append(list(models)) or load(models, *a, **k),
+    )
     switched = at(first, packed, 2)
     assert torch.equal(run(switched), reference((first, packed), lambda sigma: int(sigma <= 2), "euler"))
     pack = next(iter(host.packs_of(packed).values())).model
@@ -261,8 +316,11 @@ def test_pack_on_the_second_shares_the_trunk(first, m2, monkeypatch):
 def test_packs_and_loras_on_both(first, second, m2, folder):
     other = small.write_pack(folder / "m1.safetensors", preset="m1", seed=4)
     a = small.add_lora(small.with_pack(first, m2), small.lora(seed=0))
-    for b in (small.add_lora(small.with_pack(second, m2), small.lora(seed=1)), small.add_lora(small.with_pack(first, m2), small.lora(seed=1)),
-              small.with_pack(a, other)):
+    for b in (
+        small.add_lora(small.with_pack(second, m2), small.lora(seed=1)),
+        small.add_lora(small.with_pack(first, m2), small.lora(seed=1)),
+        small.with_pack(a, other),
+    ):
         assert torch.equal(run(at(a, b, 2)), reference((a, b), lambda sigma: int(sigma <= 2), "euler"))
 
 
@@ -273,7 +331,8 @@ def test_a_pack_after_the_switch_plays_in_the_first(first, second, m2):
 def test_a_control_net_is_mapped_to_each(first, second):
     net, v = small.control_net(), v_prediction(second)
     positive, negative = ControlNetApplyAdvanced().apply_controlnet(
-        small.cond(SD, 1), small.cond(SD, 2), net, torch.rand(1, 128, 128, 3), 0.8, 0.0, 0.9)
+        small.cond(SD, 1), small.cond(SD, 2), net, torch.rand(1, 128, 128, 3), 0.8, 0.0, 0.9
+    )
     more = {"positive": positive, "negative": negative}
     found = run(at(first, v, 2), **more)
     assert torch.equal(found, reference((first, v), lambda sigma: int(sigma <= 2), "euler", **more))
@@ -301,7 +360,10 @@ def test_hook_loras_on_a_shared_trunk_in_run_after_run(first, m2):
 
 def test_inpainting_from_a_latent(first, second):
     generator = torch.Generator().manual_seed(5)
-    more = {"latent": torch.randn(1, 4, 16, 16, generator=generator), "noise_mask": (torch.rand(1, 1, 16, 16, generator=generator) > 0.5).float()}
+    more = {
+        "latent": torch.randn(1, 4, 16, 16, generator=generator),
+        "noise_mask": (torch.rand(1, 1, 16, 16, generator=generator) > 0.5).float(),
+    }
     assert torch.equal(run(at(first, second, 1000.0, "sigma"), **more), run(second, **more))
     found = run(at(first, second, 2), **more)
     assert small.difference(found, run(first, **more)) > 0.001

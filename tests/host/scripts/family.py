@@ -17,9 +17,16 @@ Architecture, Description = architecture.Architecture, packs.Description
 
 WIDTH, LAYERS = 128, 2
 TEXT_CONFIG = {
-    "vocab_size": 49408, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "projection_dim": WIDTH,
-    "eos_token_id": 49407, "model_type": "clip_text_model",
+    "vocab_size": 49408,
+    "hidden_size": WIDTH,
+    "intermediate_size": 2 * WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "projection_dim": WIDTH,
+    "eos_token_id": 49407,
+    "model_type": "clip_text_model",
 }
 
 
@@ -29,19 +36,30 @@ def write_text_encoder(path):
 
     model = comfy.clip_model.CLIPTextModel(TEXT_CONFIG, torch.float32, "cpu", comfy.ops.disable_weight_init)
     torch.manual_seed(1)
-    tensors = {k: torch.randn_like(t) * 0.1 + k.endswith("norm.weight") for k, t in model.state_dict().items() if "text_model." in k}
+    tensors = {
+        k: torch.randn_like(t) * 0.1 + k.endswith("norm.weight")
+        for k, t in model.state_dict().items()
+        if "text_model." in k
+    }
     name = "text_model.embeddings.token_embedding.weight"
     ids = torch.cat([torch.arange(1000), torch.tensor([49406, 49407])])
     tensors[name] = torch.randn(len(ids), WIDTH)
-    packs.write_file(path, {**tensors, "token_ids": ids.int()}, {"format": "pt", "text_config": json.dumps(TEXT_CONFIG)})
+    packs.write_file(
+        path, {**tensors, "token_ids": ids.int()}, {"format": "pt", "text_config": json.dumps(TEXT_CONFIG)}
+    )
 
 
 def write_vae(path):
     torch.manual_seed(2)
     shapes = {k: t.shape for k, t in TAESD().state_dict().items()}
-    tensors = {k: torch.randn(shape) / shape[1:].numel() ** 0.5 if len(shape) > 1 else torch.zeros(shape) for k, shape in shapes.items()}
+    tensors = {
+        k: torch.randn(shape) / shape[1:].numel() ** 0.5 if len(shape) > 1 else torch.zeros(shape)
+        for k, shape in shapes.items()
+    }
     tensors |= {"vae_scale": torch.tensor(0.18215), "vae_shift": torch.tensor(0.0)}
-    last = max((k for k in tensors if k.startswith("taesd_decoder") and k.endswith("bias")), key=lambda k: int(k.split(".")[1]))
+    last = max(
+        (k for k in tensors if k.startswith("taesd_decoder") and k.endswith("bias")), key=lambda k: int(k.split(".")[1])
+    )
     tensors[last] += 0.5  # grey on average; without it all is black
     packs.write_file(path, tensors, {"format": "pt"})
 
@@ -58,6 +76,8 @@ def main(folder):
     packs.write_unet(checkpoints / "random.safetensors", teacher, described, torch.float16)
     m2 = Architecture.preset("m2", config)
     described = Description("pack", m2, units=m2.pack_units())
-    packs.write_pack(pack_folder / "random-m2.safetensors", {k: teacher[k] for k in described.keys()}, described, "int8")
+    packs.write_pack(
+        pack_folder / "random-m2.safetensors", {k: teacher[k] for k in described.keys()}, described, "int8"
+    )
     write_text_encoder(checkpoints / companions["text_encoder"])
     write_vae(checkpoints / companions["vae"])

@@ -24,7 +24,10 @@ class Outcomes:
             found.append(f"{report.nodeid} was skipped; nothing may be skipped")
         if report.failed:
             # The report first: a long log must not push it out.
-            found.append(f"{report.nodeid} ({report.when})\n{report.longreprtext[-6000:]}\n{(report.capstdout + report.caplog)[-2000:]}")
+            found.append(
+                f"{report.nodeid} "
+                f"({report.when})\n{report.longreprtext[-6000:]}\n{(report.capstdout + report.caplog)[-2000:]}"
+            )
 
     def pytest_collectreport(self, report):
         if report.failed:
@@ -40,7 +43,22 @@ def main(path, names, base):
     outcomes = Outcomes()
     tests = [f"{path}::{name}" for name in names]
     # The pack's own pytest settings would put its folder on sys.path, where its nodes/ hides the host's nodes.py.
-    options = ["-c", str(SETTINGS), "--rootdir", str(Path(path).parent), "--noconftest", "-p", "no:cacheprovider",
-               "-p", "no:randomly", "--basetemp", base, "--import-mode=importlib", "-q", "--durations=15", "--durations-min=0.5"]
+    options = [
+        "-c",
+        str(SETTINGS),
+        "--rootdir",
+        str(Path(path).parent),
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:randomly",
+        "--basetemp",
+        base,
+        "--import-mode=importlib",
+        "-q",
+        "--durations=15",
+        "--durations-min=0.5",
+    ]
     pytest.main([*options, *tests, "-p", "shared"], plugins=[outcomes])
     return outcomes.failures

@@ -1,13 +1,19 @@
 """What asdm's techniques are promised to do beside what others do to a UNet: plain data, without the host.
 
-tests/host/inside/compatibility.py and compiled.py test every cell in the real host, and docs/compatibility.md shows this very
-table (tests/core/test_compatibility.py).
+tests/host/inside/compatibility.py and compiled.py test every cell in the real host, and docs/compatibility.md shows
+this very table (tests/core/test_compatibility.py).
 """
 
 from dataclasses import dataclass
 
 TECHNIQUES = PRUNED, PACK, EXPERTS, INHERITANCE, GRI, SWITCH = (
-    "Pruned UNet", "Pack", "CondConv pack", "Feature Inheritance", "GRI Attention", "Switch UNet")
+    "Pruned UNet",
+    "Pack",
+    "CondConv pack",
+    "Feature Inheritance",
+    "GRI Attention",
+    "Switch UNet",
+)
 
 # Feature -> how the page names it.
 FEATURES = {
@@ -56,24 +62,46 @@ WORKS, REFUSED, OFF = "works", "refused", "off"
 
 @dataclass(frozen=True)
 class Note:
-    """What the page says about a cell. status: works, refused (the run ends with a message) or off (one of the two stands back)."""
+    """What the page says about a cell. status: works, refused (the run ends with a message) or off (one of the two
+    stands back).
+    """
 
     status: str
     text: str
 
 
-_CONTROL_LORA = Note(REFUSED, "A Control-LoRA rebuilds its network from the UNet's own encoder. Where units of the encoder or the mid "
-                              "block are cut, the run ends at once with a message; use an ordinary ControlNet. On a Pack it works: the "
-                              "checkpoint below still has them.")
-_GRI_OFF = Note(OFF, "Where HyperTile or Token Merging change what self-attention sees, GRI stands back: the picture is theirs alone, and "
-                     "the log says so.")
-_OWN_CACHE = Note(WORKS, "Each of the two models has its own cache, which is empty when it takes over: the first steps after the switch "
-                         "compute in full.")
-_OTHERS_STEPS = Note(WORKS, "The two work on different steps: what the other cache skipped was never computed, so nothing inherits from it. "
-                            "The losses add up; one of the two is usually enough.")
-_FEW_STEPS = Note(WORKS, "Works, but with so few steps each differs so much from the last that inheriting hurts the picture; the log says so.")
-_BY_LEVEL = Note(WORKS, "On flipped sigmas, too, each model plays its own noise levels: the second one those below the switch, which come "
-                        "first. So sampling from there meets the same models again.")
+_CONTROL_LORA = Note(
+    REFUSED,
+    "A Control-LoRA rebuilds its network from the UNet's own encoder. Where units of the encoder or the mid "
+    "block are cut, the run ends at once with a message; use an ordinary ControlNet. On a Pack it works: the "
+    "checkpoint below still has them.",
+)
+_GRI_OFF = Note(
+    OFF,
+    "Where HyperTile or Token Merging change what self-attention sees, GRI stands back: the picture is theirs alone, "
+    "and "
+    "the log says so.",
+)
+_OWN_CACHE = Note(
+    WORKS,
+    "Each of the two models has its own cache, which is empty when it takes over: the first steps after the switch "
+    "compute in full.",
+)
+_OTHERS_STEPS = Note(
+    WORKS,
+    "The two work on different steps: what the other cache skipped was never computed, so nothing inherits from it. "
+    "The losses add up; one of the two is usually enough.",
+)
+_FEW_STEPS = Note(
+    WORKS,
+    "Works, but with so few steps each differs so much from the last that inheriting hurts the picture; the log says "
+    "so.",
+)
+_BY_LEVEL = Note(
+    WORKS,
+    "On flipped sigmas, too, each model plays its own noise levels: the second one those below the switch, which come "
+    "first. So sampling from there meets the same models again.",
+)
 
 NOTES = {
     ("Control-LoRA", "Pruned UNet"): _CONTROL_LORA,
@@ -94,7 +122,8 @@ def status(feature: str, technique: str) -> str:
     return note.status if note else WORKS
 
 
-# Under TorchCompileModel: graphs that a first run of four steps traces, and how many more a second one with the same settings.
+# Under TorchCompileModel: graphs that a first run of four steps traces, and how many more a second one with the same
+# settings.
 ALONE = "the checkpoint alone"
 GRAPHS = {
     ALONE: (1, 0),
@@ -112,7 +141,14 @@ GRAPHS = {
 
 def numbered() -> list[Note]:
     """The notes in the order in which the table's cells come to them."""
-    return list(dict.fromkeys(NOTES[feature, technique] for feature in FEATURES for technique in TECHNIQUES if (feature, technique) in NOTES))
+    return list(
+        dict.fromkeys(
+            NOTES[feature, technique]
+            for feature in FEATURES
+            for technique in TECHNIQUES
+            if (feature, technique) in NOTES
+        )
+    )
 
 
 def cell(feature: str, technique: str) -> str:
@@ -125,7 +161,9 @@ def _rows(head, rows) -> str:
 
 
 def table() -> str:
-    return _rows(["", *TECHNIQUES], [[title, *(cell(feature, t) for t in TECHNIQUES)] for feature, title in FEATURES.items()])
+    return _rows(
+        ["", *TECHNIQUES], [[title, *(cell(feature, t) for t in TECHNIQUES)] for feature, title in FEATURES.items()]
+    )
 
 
 def notes() -> str:
@@ -133,4 +171,7 @@ def notes() -> str:
 
 
 def graphs() -> str:
-    return _rows(["", "first run of 4 steps", "second run"], [[technique, *map(str, counts)] for technique, counts in GRAPHS.items()])
+    return _rows(
+        ["", "first run of 4 steps", "second run"],
+        [[technique, *map(str, counts)] for technique, counts in GRAPHS.items()],
+    )

@@ -15,8 +15,8 @@ units, host = module("nodes.units"), small.host
 class Inheriting:
     """Feature inheritance by forward hooks on the host's modules.
 
-    A chunk of a batch is told from others by the step (from its sigma), its uuid, its kind of conditioning and how often
-    these were seen in the step. full: steps that compute whatever the plan says. Forecasts are beyond it.
+    A chunk of a batch is told from others by the step (from its sigma), its uuid, its kind of conditioning and how
+    often these were seen in the step. full: steps that compute whatever the plan says. Forecasts are beyond it.
     """
 
     def __init__(self, model, config, plan, full=()):
@@ -57,7 +57,9 @@ class Inheriting:
             return fresh + torch.cat([value for _, value in held])
         if self.source == self.step:
             values = (out - fresh).chunk(len(self.chunks))
-            self.held.update({(address, chunk): (self.step, value) for chunk, value in zip(self.chunks, values, strict=True)})
+            self.held.update(
+                {(address, chunk): (self.step, value) for chunk, value in zip(self.chunks, values, strict=True)}
+            )
         return None
 
     def __enter__(self):
@@ -70,7 +72,9 @@ class Inheriting:
 
 @contextmanager
 def _other_forwards(forwards):
-    """forwards: module -> what it computes meanwhile. Nothing stays loaded, so that others who wrap forwards come after us."""
+    """forwards: module -> what it computes meanwhile. Nothing stays loaded, so that others who wrap forwards come after
+    us.
+    """
     comfy.model_management.unload_all_models()
     for layer, forward in forwards.items():
         layer.forward = forward
@@ -89,18 +93,23 @@ def cut(model, architecture):
     def passing(unit):
         return lambda x, *args, **kwargs: small.surgery.pass_through(unit, x).clone()
 
-    return _other_forwards({layers[a]: passing(small.addresses.unit(architecture.config, a)) for a in architecture.cut_units})
+    return _other_forwards(
+        {layers[a]: passing(small.addresses.unit(architecture.config, a)) for a in architecture.cut_units}
+    )
 
 
 def mixed_convolution(layer, tensors, strength=1.0):
     """The forward of a convolution with further experts: the formula, sample by sample, on its own weights."""
+
     def forward(x):
         out = []
         kernel, offset, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
         for sample in x:
             r = torch.sigmoid(tensors["router.weight"] @ sample.mean((1, 2)) + tensors["router.bias"])
             weight, bias = kernel.clone(), offset.clone()
-            for r_k, w, b in zip(r, tensors["experts.weight"].chunk(len(r)), tensors["experts.bias"].chunk(len(r)), strict=True):
+            for r_k, w, b in zip(
+                r, tensors["experts.weight"].chunk(len(r)), tensors["experts.bias"].chunk(len(r)), strict=True
+            ):
                 weight, bias = weight + strength * r_k * w, bias + strength * r_k * b
             out.append(torch.nn.functional.conv2d(sample[None], weight, bias, layer.stride, layer.padding))
         comfy.ops.uncast_bias_weight(layer, kernel, offset, stream)
@@ -114,5 +123,9 @@ def experts(model, path, strength=1.0):
     pack = small.packs.open_pack(path)
     layers = {conv: model.model.diffusion_model.get_submodule(conv.path("ldm")) for conv in pack.description.convs}
     leaves = pack.description.condconv.shapes
-    return _other_forwards({layer: mixed_convolution(layer, {leaf: pack.tensors[conv.key(leaf)] for leaf in leaves(conv)}, strength)
-                            for conv, layer in layers.items()})
+    return _other_forwards(
+        {
+            layer: mixed_convolution(layer, {leaf: pack.tensors[conv.key(leaf)] for leaf in leaves(conv)}, strength)
+            for conv, layer in layers.items()
+        }
+    )

@@ -32,11 +32,22 @@ Architecture = architecture.Architecture
 _SD = {"down": ((1, 1), (1, 1), (1, 1), (0, 0)), "mid": 1, "up": ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))}
 SD = addresses.UNetConfig("small-sd", 32, (1, 2, 4, 4), **_SD, context_dim=48, num_heads=4)
 SD2 = addresses.UNetConfig("small-sd2", 32, (1, 2, 4, 4), **_SD, context_dim=48, head_channels=16, use_linear=True)
-SDXL = addresses.UNetConfig("small-sdxl", 32, (1, 2, 4), ((0, 0), (2, 2), (10, 10)), 10,
-                            ((10, 10, 10), (2, 2, 2), (0, 0, 0)), context_dim=48, head_channels=16, use_linear=True, adm_channels=2816)
+SDXL = addresses.UNetConfig(
+    "small-sdxl",
+    32,
+    (1, 2, 4),
+    ((0, 0), (2, 2), (10, 10)),
+    10,
+    ((10, 10, 10), (2, 2, 2), (0, 0, 0)),
+    context_dim=48,
+    head_channels=16,
+    use_linear=True,
+    adm_channels=2816,
+)
 # Few layers, for tests that trace the whole network; no stock loader knows this one.
-TWO_LEVELS = addresses.UNetConfig("two-levels", 32, (1, 2), ((1, 0), (0,)), addresses.RESNET_MID, ((0, 0), (1, 0, 0)),
-                                  context_dim=48, num_heads=4)
+TWO_LEVELS = addresses.UNetConfig(
+    "two-levels", 32, (1, 2), ((1, 0), (0,)), addresses.RESNET_MID, ((0, 0), (1, 0, 0)), context_dim=48, num_heads=4
+)
 CONFIGS = {"sd": SD, "sd2": SD2, "sdxl": SDXL}
 
 # Files without a description are recognised as members of these families too, by us and by the stock loaders.
@@ -47,12 +58,19 @@ def _stock_class(config, base):
     host_config = config.to_host()
     names = ("context_dim", "model_channels", "use_linear_in_transformer", "adm_in_channels", "use_temporal_attention")
     heads = {name: host_config[name] for name in ("num_heads", "num_head_channels")}
-    return type(f"Small{base.__name__}", (base,), {
-        "unet_config": {name: host_config[name] for name in names}, "unet_extra_config": {**base.unet_extra_config, **heads}})
+    return type(
+        f"Small{base.__name__}",
+        (base,),
+        {
+            "unet_config": {name: host_config[name] for name in names},
+            "unet_extra_config": {**base.unet_extra_config, **heads},
+        },
+    )
 
 
 comfy.supported_models.models[:0] = [
-    _stock_class(SD, comfy.supported_models.SD15), _stock_class(SD2, comfy.supported_models.SD20),
+    _stock_class(SD, comfy.supported_models.SD15),
+    _stock_class(SD2, comfy.supported_models.SD20),
     _stock_class(SDXL, comfy.supported_models.SDXL),
 ]
 
@@ -81,8 +99,9 @@ def write_unet(path, config=SD, cut="", on="*", seed=0, prediction="eps", dtype=
 def write_pack(path, config=SD, preset="m2", seed=0, dtype=None, units=None, chosen=None):
     chosen = chosen or Architecture.preset(preset, config)
     units = units or chosen.pack_units()
-    packs.write_pack(path, surgery.extract(weights(config, seed), chosen, units),
-                     packs.Description("pack", chosen, units), dtype)
+    packs.write_pack(
+        path, surgery.extract(weights(config, seed), chosen, units), packs.Description("pack", chosen, units), dtype
+    )
     return Path(path)
 
 
@@ -106,7 +125,9 @@ def combined(folder, config=SD, preset="m2", trunk=0, student=1, prediction="eps
 def write_experts(path, settings, config=SD, seed=0, how="random", scale=1.0, units=(), preset="m2", student=1):
     """A pack of experts; with `units` (of `preset`, weights of `student`) it plays these too."""
     chosen = Architecture.preset(preset, config) if units else Architecture.full(config)
-    tensors = {k: t * (scale if ".experts." in k else 1) for k, t in condconv.start(config, settings, how, seed).items()}
+    tensors = {
+        k: t * (scale if ".experts." in k else 1) for k, t in condconv.start(config, settings, how, seed).items()
+    }
     tensors |= surgery.extract(weights(config, student), chosen, units)
     packs.write_pack(path, tensors, packs.Description("pack", chosen, units, condconv=settings), None)
     return Path(path)
@@ -116,7 +137,12 @@ def write_gains(path, units, config=SD, seed=0, scale=1.0):
     """A pack of gains for GRI attention in these transformers."""
     generator = torch.Generator().manual_seed(seed)
     description = packs.Description("pack", Architecture.full(config), gri=gri.Gains(tuple(units)))
-    packs.write_pack(path, {k: torch.randn(s.shape, generator=generator) * scale for k, s in description.keys().items()}, description, None)
+    packs.write_pack(
+        path,
+        {k: torch.randn(s.shape, generator=generator) * scale for k, s in description.keys().items()},
+        description,
+        None,
+    )
     return Path(path)
 
 
@@ -135,8 +161,12 @@ def lora(config=SD, seed=0, rank=2, size=0.5):
             continue
         name = "lora_unet_" + slot.unit.key(slot.tensor, "diffusers").removesuffix(".weight").replace(".", "_")
         c_out, c_in, *kernel = slot.shape
-        sd[f"{name}.lora_down.weight"] = torch.randn(rank, c_in, *kernel, generator=generator) * size / slot.tensor.numel ** 0.25
-        sd[f"{name}.lora_up.weight"] = torch.randn(c_out, rank, *[1] * len(kernel), generator=generator) * size / slot.tensor.numel ** 0.25
+        sd[f"{name}.lora_down.weight"] = (
+            torch.randn(rank, c_in, *kernel, generator=generator) * size / slot.tensor.numel**0.25
+        )
+        sd[f"{name}.lora_up.weight"] = (
+            torch.randn(c_out, rank, *[1] * len(kernel), generator=generator) * size / slot.tensor.numel**0.25
+        )
         sd[f"{name}.alpha"] = torch.tensor(float(rank))
     return sd
 
@@ -149,7 +179,11 @@ def add_lora(model, lora, strength=1.0):
 def control_net(config=SD, seed=4):
     """A random ControlNet for a family, as the stock loader would give it."""
     # The host's ControlNet builds its transformers from scalars of these, so they are given whole.
-    whole = {k: v for k, v in config.to_host().items() if k not in ("out_channels", "transformer_depth_output", "use_temporal_resblock")}
+    whole = {
+        k: v
+        for k, v in config.to_host().items()
+        if k not in ("out_channels", "transformer_depth_output", "use_temporal_resblock")
+    }
     torch.manual_seed(seed)
     net = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, **whole)
     for p in net.parameters():
@@ -172,9 +206,32 @@ def sample(model, config=SD, size=(16, 16), batch=1, seed=0, latent=None, **more
     return run(model, noise, latent, config, seed=seed, **more)
 
 
-def run(model, noise, latent, config=SD, steps=2, cfg=3.0, sampler="euler", scheduler="normal", positive=None, negative=None, **more):
-    return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive or cond(config, 1),
-                               negative or cond(config, 2), latent, disable_pbar=True, **more)
+def run(
+    model,
+    noise,
+    latent,
+    config=SD,
+    steps=2,
+    cfg=3.0,
+    sampler="euler",
+    scheduler="normal",
+    positive=None,
+    negative=None,
+    **more,
+):
+    return comfy.sample.sample(
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler,
+        scheduler,
+        positive or cond(config, 1),
+        negative or cond(config, 2),
+        latent,
+        disable_pbar=True,
+        **more,
+    )
 
 
 def sigmas_of(model, steps, scheduler="normal"):
@@ -200,7 +257,9 @@ def _collect(graph, inputs):
 def compiled(model):
     """What the stock node makes, but for a backend that only collects the graphs."""
     clone = model.clone(disable_dynamic=True)
-    set_torch_compile_wrapper(model=clone, backend=_collect, options={"guard_filter_fn": nodes_torch_compile.skip_torch_compile_dict})
+    set_torch_compile_wrapper(
+        model=clone, backend=_collect, options={"guard_filter_fn": nodes_torch_compile.skip_torch_compile_dict}
+    )
     return clone
 
 
