@@ -1,0 +1,293 @@
+"""Whole-step forecasts: evaluations of the network that are not made, and what stands for their results.
+
+What is drawn on from earlier evaluations is v, whatever the network predicts, over the numbers of the steps: for
+x = x0 + sigma n (the k-diffusion form) and a variance of data of 1, v is the prediction of Salimans and Ho
+(arXiv 2202.00512) and changes least from step to step. The denoised result then follows from v and the latent of now,
+so a forecast goes on answering to the sampler.
+
+A plan is plain, frozen data: for each evaluation of a run whether it is made in full, inherits features, is made for
+the prompt alone, or not at all, and with which weights earlier evaluations stand for what is missing. `forecast_fit`
+finds plans and weights for a recorded run; `nodes/` carries them out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from . import inheritance
+from .addresses import UNetConfig
+
+FORMAT = 1
+TECHNIQUE = "forecast"
+FULL, FEATURES, RESULT, COND, UNGUIDED = KINDS = ("full", "features", "result", "cond", "unguided")
+TOLERANCE = 1e-3  # of positions: two evaluations this close, in steps, are at the same noise level
+
+Weights = tuple[tuple[int, float], ...]
+
+
+# The variable ---------------------------------------------------------------------------------------
+
+
+def v_of(x, denoised, sigma):
+    """v from a latent x, its denoised result and the noise level sigma > 0. Numbers, arrays or tensors of any shape."""
+    return (x / (sigma**2 + 1) - denoised) * ((sigma**2 + 1) ** 0.5 / sigma)
+
+
+def denoised_of(x, v, sigma):
+    """The denoised result from a latent x, v and the noise level; the inverse of `v_of`."""
+    return x / (sigma**2 + 1) - v * (sigma / (sigma**2 + 1) ** 0.5)
+
+
+def line(position: float, points: Sequence[tuple[int, float]]) -> Weights:
+    """Weights of the straight line at `position` through evaluations, given as (number, position), the newest first.
+
+    It runs through the newest and the next at another position; a single one is held. Raises ValueError without any.
+    """
+    if not points:
+        raise ValueError("forecast: there is nothing to draw on from; an evaluation must be made first")
+    (newest, at), *rest = points
+    older = next(((q, p) for q, p in rest if abs(p - at) >= TOLERANCE), None)
+    if older is None:
+        return ((newest, 1.0),)
+    slope = (position - at) / (at - older[1])
+    return ((newest, 1 + slope), (older[0], -slope))
+
+
+# The plan -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Action:
+    """What happens at one evaluation.
+
+    kind:
+      full      the network computes everything.
+      features  it computes the shallow layers and inherits what lies beneath skip branch `branch` (see `inheritance`).
+      result    the network is not called: every result is a forecast.
+      cond      only the positive prompt is computed; its difference to the others is a forecast.
+      unguided  only the positive prompt is computed and stands for the others too: guidance is off.
+    weights: (evaluation, weight) of the earlier evaluations that v is a sum of; empty: the straight line through the
+             last two that were made.
+    difference: the same for the difference between the positive prompt and each of the others. Empty for a result:
+             everything takes `weights`.
+    """
+
+    kind: str = FULL
+    weights: Weights = ()
+    difference: Weights = ()
+    branch: int = 0
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"forecast: an evaluation must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.weights and self.kind != RESULT:
+            raise ValueError(f"forecast: only a result is a sum of earlier ones, not {self.kind!r}")
+        if self.difference and self.kind not in (RESULT, COND):
+            raise ValueError(f"forecast: {self.kind!r} has no difference to forecast")
+        if isinstance(self.branch, bool) or not isinstance(self.branch, int) or self.branch < 0:
+            raise ValueError(f"forecast: branch must be a whole number of at least 0, got {self.branch!r}")
+        for name, weights in (("weights", self.weights), ("difference", self.difference)):
+            for pair in weights:
+                if len(pair) != 2 or not isinstance(pair[0], int) or not math.isfinite(pair[1]):
+                    raise ValueError(f"forecast: {name} must be (evaluation, finite number) pairs, got {pair!r}")
+
+    @property
+    def computes(self) -> bool:
+        """Whether the network computes everything, so that later evaluations can be drawn on from this one."""
+        return self.kind == FULL
+
+    @property
+    def knows_cond(self) -> bool:
+        """Whether the positive prompt is computed in full."""
+        return self.kind in (FULL, COND, UNGUIDED)
+
+
+@dataclass(frozen=True)
+class ForecastPlan:
+    """What happens at each evaluation of a run. JSON both ways. Raises ValueError.
+
+    positions: where in the run each evaluation lies, in steps; empty: one evaluation for each step. A sampler that
+    comes back to a noise level has several with the same position.
+    """
+
+    actions: tuple[Action, ...]
+    positions: tuple[float, ...] = ()
+    name: str = ""
+
+    def __post_init__(self):
+        if not self.actions:
+            raise ValueError("forecast: a plan needs at least one evaluation")
+        if not self.positions:
+            object.__setattr__(self, "positions", tuple(float(i) for i in range(len(self.actions))))
+        if len(self.positions) != len(self.actions):
+            raise ValueError(f"forecast: {len(self.actions)} evaluations need as many positions, got {self.positions}")
+        if not all(math.isfinite(p) and p >= 0 for p in self.positions):
+            raise ValueError(f"forecast: positions are steps from 0 on, got {self.positions}")
+        branches = {a.branch for a in self.actions if a.kind == FEATURES}
+        if len(branches) > 1:
+            raise ValueError(f"forecast: one plan inherits at one branch, got {sorted(branches)}")
+        for k, action in enumerate(self.actions):
+            self._check(k, action)
+
+    def _check(self, k: int, action: Action) -> None:
+        if action.kind in (FULL, UNGUIDED):
+            return
+        if not any(a.computes for a in self.actions[:k]):
+            raise ValueError(f"forecast: evaluation {k} is {action.kind!r}, and no evaluation before it is full")
+        apart = bool(action.difference)
+        for weights, usable in ((action.weights, _knows_cond if apart else _computes), (action.difference, _computes)):
+            for source, _ in weights:
+                if not 0 <= source < k or not usable(self.actions[source]):
+                    raise ValueError(
+                        f"forecast: evaluation {k} draws on {source}, which must be an earlier one that is full"
+                    )
+
+    def sources(self, k: int) -> frozenset[int]:
+        """The earlier evaluations that evaluation k is made from."""
+        action = self.actions[k]
+        if action.kind not in (RESULT, COND):
+            return frozenset()
+        given = action.difference if action.kind == COND else (*action.weights, *action.difference)
+        found = {source for source, _ in given}
+        if not action.difference and not action.weights or action.kind == RESULT and not action.weights:
+            points = [(q, self.positions[q]) for q in range(k - 1, -1, -1) if self.actions[q].computes]
+            found.update(q for q, _ in line(self.positions[k], points))
+        return frozenset(found)
+
+    def live(self, k: int) -> frozenset[int]:
+        """Evaluations up to k that a later one is made from."""
+        return frozenset(q for later in range(k + 1, len(self.actions)) for q in self.sources(later) if q <= k)
+
+    @property
+    def remembered(self) -> int:
+        """So many evaluations are remembered at most, for each prompt."""
+        return max(len(self.live(k)) for k in range(len(self.actions)))
+
+    def find(self, position: float, after: int) -> int | None:
+        """Number of the evaluation at a position, the first one from `after` on; None where the plan has none."""
+        return next(
+            (k for k in range(after, len(self.positions)) if abs(self.positions[k] - position) < TOLERANCE), None
+        )
+
+    def for_steps(self, n: int) -> ForecastPlan:
+        """The plan for a run of n steps, one evaluation each: full and shared ones at the same place of the run.
+
+        In another run than its own, weights mean nothing and become straight lines.
+        """
+        if self.positions == tuple(range(n)):
+            return self
+        of = int(max(self.positions)) + 1
+        actions = [Action(RESULT)] * n
+        for action, position in zip(reversed(self.actions), reversed(self.positions), strict=True):
+            if action.kind != RESULT:
+                actions[min(round(position * n / of), n - 1)] = replace(action, difference=())
+        actions[0] = actions[0] if actions[0].kind in (FULL, UNGUIDED) else Action()
+        return ForecastPlan(tuple(actions), name=self.name)
+
+    def saving(self, conds: int = 2, shared: Mapping[int, float] = {}) -> float:
+        """Share of the network's multiplications that the plan saves, 0..1.
+
+        conds: prompts of a run (2 with guidance). shared: skip branch -> share of a full evaluation that one which
+        inherits there still costs.
+        """
+        cost = {FULL: 1.0, RESULT: 0.0, COND: 1 / conds, UNGUIDED: 1 / conds}
+        return 1 - sum(shared[a.branch] if a.kind == FEATURES else cost[a.kind] for a in self.actions) / len(
+            self.actions
+        )
+
+    def features(self, config: UNetConfig) -> inheritance.Plan | None:
+        """The plan of feature inheritance for the evaluations that inherit features; None where there are none."""
+        branch = next((a.branch for a in self.actions if a.kind == FEATURES), None)
+        if branch is None:
+            return None
+        steps = {int(p) for a, p in zip(self.actions, self.positions, strict=True) if a.kind != FEATURES}
+        schedule = inheritance.Schedule("explicit", steps=tuple(sorted(steps)), of=int(max(self.positions)) + 1)
+        return inheritance.deepcache(config, branch, schedule).reusing("forecast")
+
+    def letters(self) -> str:
+        """One letter for each evaluation: F full, f features, r result, c cond, u unguided."""
+        letter = {FULL: "F", FEATURES: "f", RESULT: "r", COND: "c", UNGUIDED: "u"}
+        return "".join(letter[a.kind] for a in self.actions)
+
+    def to_dict(self) -> dict:
+        def entry(action: Action, position: float) -> dict:
+            found = {"kind": action.kind, "at": position}
+            if action.weights:
+                found["weights"] = [list(pair) for pair in action.weights]
+            if action.difference:
+                found["difference"] = [list(pair) for pair in action.difference]
+            return found | ({"branch": action.branch} if action.kind == FEATURES else {})
+
+        entries = [entry(a, p) for a, p in zip(self.actions, self.positions, strict=True)]
+        return {"technique": TECHNIQUE, "format": FORMAT, "name": self.name, "evaluations": entries}
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> ForecastPlan:
+        if not isinstance(data, Mapping) or (data.get("technique"), data.get("format")) != (TECHNIQUE, FORMAT):
+            raise ValueError(
+                f"forecast plan: wanted a JSON object with technique {TECHNIQUE!r} and format {FORMAT}, "
+                f"got {str(data)[:80]}"
+            )
+
+        def pairs(value) -> Weights:
+            return tuple((int(source), float(weight)) for source, weight in value)
+
+        try:
+            entries = data["evaluations"]
+            actions = tuple(
+                Action(e["kind"], pairs(e.get("weights", ())), pairs(e.get("difference", ())), int(e.get("branch", 0)))
+                for e in entries
+            )
+            return cls(actions, tuple(float(e["at"]) for e in entries), str(data.get("name", "")))
+        except (KeyError, TypeError, AttributeError, OverflowError) as e:
+            raise ValueError(f"forecast plan: {e}") from None
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> ForecastPlan:
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ValueError("forecast plan: this is not valid JSON") from None
+        return cls.from_dict(data)
+
+
+def _computes(action: Action) -> bool:
+    return action.computes
+
+
+def _knows_cond(action: Action) -> bool:
+    return action.knows_cond
+
+
+# Plans that need no measuring -----------------------------------------------------------------------
+
+
+def every(n: int, interval: int, first: int = 1, last: int = 0) -> ForecastPlan:
+    """Every `interval`-th of n steps is full, and so many at the ends; all others are results."""
+    if interval < 1 or first < 1 or last < 0:
+        raise ValueError(f"forecast: interval and first must be at least 1, got {interval} and {first}")
+    full = {s for s in range(n) if s % interval == 0 or s < first or s >= n - last}
+    return ForecastPlan(tuple(Action(FULL if s in full else RESULT) for s in range(n)), name=f"every {interval}")
+
+
+def guided_within(plan: ForecastPlan, start: float, end: float) -> ForecastPlan:
+    """The plan with guidance only from `start` to `end` of the run, both in 0..1 (Kynkaanniemi et al. 2024).
+
+    What would be computed in full outside is computed for the positive prompt alone. Raises ValueError for a plan that
+    leaves out whole evaluations there: they would be drawn on from guided ones.
+    """
+    if not 0 <= start <= end <= 1:
+        raise ValueError(f"forecast: guidance needs 0 <= start <= end <= 1, got {start} and {end}")
+    steps = int(max(plan.positions)) + 1
+    outside = [not start <= p / steps < end for p in plan.positions]
+    left_out = [k for k, a in enumerate(plan.actions) if outside[k] and a.kind in (RESULT, FEATURES)]
+    if left_out:
+        raise ValueError(f"forecast: evaluation {left_out[0]} lies outside of the guidance and is not made in full")
+    actions = tuple(Action(UNGUIDED) if out else a for a, out in zip(plan.actions, outside, strict=True))
+    return replace(plan, actions=actions)

@@ -1,0 +1,370 @@
+"""Which evaluations to leave out, and the weights that stand for them, from a recorded run of the user's own model.
+
+Errors of forecasts that are small one by one can add up along a run, so weights and schedule are chosen together, for
+the error in the *result*: how far the result moves by an error of one evaluation is known from the sampler alone,
+which is linear in the denoised results it is given (`Response`).
+
+With e_s the error of v at a left-out evaluation s and T_s what becomes of it in the result, all weights of a run
+minimise |sum_s T_s e_s|^2 + lambda sum_s T_s^2 |e_s|^2, one linear system over the Gram matrix of the recorded v.
+The schedule is found by local search, since joint errors cannot be taken apart by steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .forecast import COND, FULL, RESULT, Action, ForecastPlan, line
+
+LAMBDA = 0.2  # how much each error counts by itself, beside their sum
+POWER = 0.7  # of 1 / (1 + sigma^2): how much a computed result follows its latent
+POINTS = 3  # earlier evaluations that a forecast is a sum of
+RIDGE = 3e-3
+BETTER = 0.999  # a move is made where the objective falls below this share
+
+
+# The sampler ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Response:
+    """How a sampler answers to the denoised results it is given, one evaluation at a time.
+
+    sigmas: (N,) noise level of each evaluation. matrix: (N, N + 1); matrix[s, m] is how far the latent at evaluation m
+    (N: the result) moves if the denoised result of evaluation s moves by 1 and all others stay.
+    """
+
+    sigmas: np.ndarray
+    matrix: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+
+def response(sample: Callable, tolerance: float = 1e-3) -> Response:
+    """The response of a sampler, by running it on numbers.
+
+    sample: called as sample(denoise, rows), it runs the sampler from x = 0 of `rows` numbers at the noise levels of
+    the run, asks denoise(x, sigma) for each denoised result, and returns the result; x are arrays (rows,).
+    Raises ValueError for a sampler that is not linear, or whose evaluations depend on what it is given.
+    """
+    sigmas: list[float] = []
+
+    def count(x, sigma):
+        sigmas.append(float(sigma))
+        return np.zeros_like(x)
+
+    sample(count, 1)
+    n = len(sigmas)
+    # One row for each evaluation whose result moves; the last two hold everything at 0 and move all at once.
+    moves = np.concatenate([np.eye(n), np.zeros((1, n)), np.random.default_rng(0).standard_normal((1, n))])
+    seen: list[np.ndarray] = []
+
+    def denoise(x, sigma):
+        k = len(seen)
+        if k >= n or abs(float(sigma) - sigmas[k]) > 1e-4 * max(abs(sigmas[k]), 1e-8):
+            raise ValueError("this sampler chooses its noise levels by what it sees, so its response is not one table")
+        seen.append(np.array(x, dtype=float))
+        return moves[:, k].copy()
+
+    result = np.array(sample(denoise, n + 2), dtype=float)
+    if len(seen) != n:
+        raise ValueError("this sampler chooses its noise levels by what it sees, so its response is not one table")
+    table = np.stack([*seen, result], axis=1)  # (n + 2, n + 1)
+    matrix = table[:n] - table[n]
+    off = np.abs(moves[-1] @ matrix - (table[-1] - table[n])).max()
+    if not off <= tolerance * max(1.0, np.abs(table[-1]).max()):
+        raise ValueError(f"this sampler is not linear in the denoised results: {off:.2g} off their sum")
+    return Response(np.array(sigmas), matrix)
+
+
+def transfer(response: Response, computed: Sequence[bool], power: float = POWER) -> np.ndarray:
+    """T (N,): what becomes in the result of an error of 1 in v at each evaluation.
+
+    The latents after it move as the sampler answers, and what is denoised from them moves along: of a left-out
+    evaluation by 1 / (1 + sigma^2), as v is drawn on whatever the latent; of a computed one by that to a power.
+    """
+    s2 = response.sigmas**2
+    gain = np.where(np.asarray(computed, bool), (1 + s2) ** -power, 1 / (1 + s2))
+    n, carried = len(response), np.zeros(len(response))
+    for s in range(n - 1, -1, -1):
+        carried[s] = response.matrix[s, n] + response.matrix[s, s + 1 : n] @ (gain[s + 1 :] * carried[s + 1 :])
+    return -response.sigmas / np.sqrt(1 + s2) * carried
+
+
+# The recorded run -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a run in full told: of its v only the inner products.
+
+    gram: (2N, 2N), the mean over all numbers of the products of [v of the positive prompt at each evaluation, its
+    difference to the negative one at each]. guidance: CFG scale. positions: (N,), of the evaluations, in steps.
+    size: root mean square of the result. pictures: so many were recorded.
+    """
+
+    response: Response
+    gram: np.ndarray
+    guidance: float
+    positions: tuple[float, ...]
+    size: float
+    pictures: int = 1
+
+    def __post_init__(self):
+        n = len(self.response)
+        if self.gram.shape != (2 * n, 2 * n) or len(self.positions) != n:
+            raise ValueError(
+                f"forecast: a run of {n} evaluations has a Gram matrix of {2 * n} x {2 * n} and {n} positions, got "
+                f"{self.gram.shape} and {len(self.positions)}"
+            )
+        if not np.isfinite(self.gram).all():
+            raise ValueError("forecast: the recorded run holds numbers that are not finite; its pictures are broken")
+
+    def __len__(self) -> int:
+        return len(self.response)
+
+
+def gram_of(cond: Sequence, difference: Sequence) -> np.ndarray:
+    """The Gram matrix of a recording from flat arrays (numbers of a latent,), one for each evaluation."""
+    rows = np.stack([np.asarray(row, dtype=np.float32).ravel() for row in (*cond, *difference)])
+    return (rows @ rows.T).astype(float) / rows.shape[1]
+
+
+# Weights --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A plan with its weights. error: predicted, of the result, as a share of its size; accumulated: the same without
+    what each error counts by itself, which is the error of the result to first order.
+    """
+
+    plan: ForecastPlan
+    saving: float
+    error: float
+    accumulated: float
+
+
+class Fit:
+    """Fits weights and schedules to a recording.
+
+    apart: the difference between prompts has weights of its own.
+    """
+
+    def __init__(self, recording: Recording, apart: bool = False, strength: float = LAMBDA, power: float = POWER):
+        self.recording, self.apart, self._strength, self._power = recording, apart, strength, power
+        self._n = len(recording)
+        n, w = self._n, recording.guidance - 1
+        # With weights alike only the sum matters: v of the guided result.
+        both = np.concatenate([np.eye(n), w * np.eye(n)], axis=1)
+        self._guided = both @ recording.gram @ both.T
+        self._known: dict[tuple[str, bool], tuple] = {}
+
+    def weights(self, kinds: Sequence[str], fitted: bool = True) -> Fitted:
+        """The plan that has these kinds of evaluation (full, result, cond), with its weights.
+
+        fitted: otherwise all are straight lines.
+        """
+        left_out, forecasts, _, objective, accumulated = self._solve(tuple(kinds), fitted)
+        actions = [Action(kind) for kind in kinds]
+        for i, s in enumerate(left_out):
+            rows = [_pairs(row) for row in forecasts[i]]
+            if kinds[s] == COND:
+                actions[s] = Action(COND, difference=rows[1])
+            else:
+                actions[s] = Action(RESULT, rows[0], rows[1] if self.apart else ())
+        plan = ForecastPlan(tuple(actions), self.recording.positions)
+        size = self.recording.size or 1.0
+        return Fitted(plan, plan.saving(), max(objective, 0.0) ** 0.5 / size, max(accumulated, 0.0) ** 0.5 / size)
+
+    def objective(self, kinds: Sequence[str], fitted: bool = True) -> float:
+        """What the weights of these kinds of evaluation minimise, at its minimum."""
+        key = "".join(kind[0] for kind in kinds), fitted
+        if key not in self._known:
+            self._known[key] = self._solve(tuple(kinds), fitted)[3]
+        return self._known[key]
+
+    def _solve(self, kinds: tuple[str, ...], fitted: bool):
+        """(left-out evaluations, their forecasts (S, 2, N) of cond and difference, T, objective, accumulated)."""
+        n = self._n
+        left_out = [s for s in range(n) if kinds[s] != FULL]
+        t = transfer(self.recording.response, [kind != RESULT for kind in kinds], self._power)[left_out]
+        if not left_out:
+            return left_out, np.zeros((0, 2, n)), t, 0.0, 0.0
+        bases, directions, owners = [], [], []
+        for i, s in enumerate(left_out):
+            base, found = self._forecast(kinds, s)
+            bases.append(base)
+            if fitted:
+                directions += found
+                owners += [i] * len(found)
+        forecasts = np.stack(bases)  # (S, 2, N)
+        mixed = self.apart or COND in kinds
+        gram, flat = (self.recording.gram, self._flat_apart) if mixed else (self._guided, self._flat_alike)
+        truth = np.stack([self._truth(kinds, s) for s in left_out])
+        errors = flat(truth - forecasts)  # (S, nodes)
+        counts = np.outer(t, t) + self._strength * np.diag(t**2)
+        if directions:
+            ways, owner = np.stack(directions), np.array(owners)
+            flat_ways = flat(ways)
+            products = flat_ways @ gram
+            system = counts[np.ix_(owner, owner)] * (products @ flat_ways.T)
+            wanted = (counts[owner] * (products @ errors.T)).sum(1)
+            ridge = RIDGE * np.diag(np.diag(system)) + 1e-14 * np.eye(len(system))
+            steps = np.linalg.solve(system + ridge, wanted)
+            np.add.at(forecasts, owner, steps[:, None, None] * ways)
+            errors = flat(truth - forecasts)
+        products = errors @ gram @ errors.T
+        return (
+            left_out,
+            forecasts,
+            t,
+            float((counts * products).sum()),
+            float(t @ products @ t),
+        )
+
+    def _flat_apart(self, rows: np.ndarray) -> np.ndarray:
+        """(S, 2, N) as errors of the guided v over the nodes of the recording, (S, 2N)."""
+        return np.concatenate([rows[:, 0], (self.recording.guidance - 1) * rows[:, 1]], axis=1)
+
+    @staticmethod
+    def _flat_alike(rows: np.ndarray) -> np.ndarray:
+        return rows[:, 0]
+
+    def _truth(self, kinds: Sequence[str], s: int) -> np.ndarray:
+        truth = np.zeros((2, self._n))
+        truth[1, s] = 1
+        if kinds[s] == RESULT:
+            truth[0, s] = 1
+        return truth
+
+    def _forecast(self, kinds: Sequence[str], s: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The straight lines of a left-out evaluation, (2, N), and the directions in which they may be moved."""
+        both = [q for q in range(s - 1, -1, -1) if kinds[q] == FULL][:POINTS]
+        cond = [q for q in range(s - 1, -1, -1) if kinds[q] in (FULL, COND)][:POINTS] if self.apart else both
+        base, directions = np.zeros((2, self._n)), []
+        where = self.recording.positions
+        if kinds[s] == RESULT:
+            for q, weight in line(where[s], [(q, where[q]) for q in cond]):
+                base[0, q] = weight
+        for q, weight in line(where[s], [(q, where[q]) for q in both]):
+            base[1, q] = weight
+
+        def move(row: int | slice, points: Sequence[int]) -> Iterator[np.ndarray]:
+            for newer, older in zip(points, points[1:], strict=False):
+                way = np.zeros((2, self._n))
+                way[row, newer], way[row, older] = 1, -1
+                yield way
+
+        if kinds[s] == COND:
+            directions += move(1, both)
+        elif self.apart:
+            directions += [*move(0, cond), *move(1, both)]
+        else:
+            directions += move(slice(None), both)
+        return base, directions
+
+    # the schedule ------------------------------------------------------------------------------------
+
+    def search(self, cost: float, conds: bool = False, fitted: bool = True) -> Fitted:
+        """The best plan that costs at most as much as `cost` full evaluations.
+
+        conds: also with evaluations for the positive prompt alone, which cost half of one. Raises ValueError for less
+        than one evaluation.
+        """
+        if cost < 1:
+            raise ValueError(f"forecast: at least one evaluation must be made, got {cost:g}")
+        starts = [self._spread(min(int(cost), self._n), power) for power in (1.0, 1.3, 0.8)]
+        best = min((self._descend(start, conds, fitted) for start in starts), key=lambda k: self.objective(k, fitted))
+        return self.weights(best, fitted)
+
+    def _spread(self, full: int, power: float) -> tuple[str, ...]:
+        places = [min(int(self._n * (j / full) ** power), self._n - 1) for j in range(full)]
+        chosen, free = set(places), [s for s in range(self._n) if s not in places]
+        chosen.update(free[: full - len(chosen)])
+        return tuple(FULL if s in chosen else RESULT for s in range(self._n))
+
+    def _descend(self, kinds: tuple[str, ...], conds: bool, fitted: bool) -> tuple[str, ...]:
+        value, moved = self.objective(kinds, fitted), True
+        while moved:
+            moved = False
+            for other in self._moves(kinds, conds):
+                new = self.objective(other, fitted)
+                if new < BETTER * value:
+                    kinds, value, moved = other, new, True
+                    break
+        return kinds
+
+    def _moves(self, kinds: tuple[str, ...], conds: bool) -> Iterator[tuple[str, ...]]:
+        """Plans of the same cost that differ in one move. The first evaluation stays full."""
+
+        def with_(*changes: tuple[int, str]) -> tuple[str, ...]:
+            changed = dict(changes)
+            return tuple(changed.get(s, kind) for s, kind in enumerate(kinds))
+
+        n = self._n
+        for s in range(1, n):
+            for other in (s - 2, s - 1, s + 1, s + 2):
+                if 1 <= other < n and kinds[other] != kinds[s] and kinds[s] != RESULT:
+                    yield with_((s, kinds[other]), (other, kinds[s]))
+        if not conds:
+            return
+        for s in range(1, n):
+            for other in range(1, n):
+                if kinds[s] == FULL and kinds[other] == RESULT:
+                    yield with_((s, COND), (other, COND))
+                elif kinds[s] == kinds[other] == COND and s != other:
+                    yield with_((s, FULL), (other, RESULT))
+
+
+def _pairs(row: np.ndarray) -> tuple[tuple[int, float], ...]:
+    return tuple((int(q), float(row[q])) for q in np.flatnonzero(row))
+
+
+# The offer ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One way of saving work: a plan, or (plan None) the same sampler in `steps` steps. error: of the result, as a
+    share of its size; predicted for a plan, measured for fewer steps.
+    """
+
+    saving: float
+    error: float
+    steps: int
+    plan: ForecastPlan | None = None
+
+
+def offers(recording: Recording, steps: int, costs: Sequence[float], fewer: Mapping[int, float] = {}) -> list[Offer]:
+    """The best plan for each cost (in full evaluations), with and without the difference apart, and fewer steps.
+
+    fewer: number of steps -> measured error of the same sampler in so many, as a share of the result's size.
+    """
+    found = [Offer(1 - m / steps, error, m) for m, error in fewer.items()]
+    fits = [Fit(recording), Fit(recording, apart=True)] if recording.guidance != 1 else [Fit(recording)]
+    for cost in costs:
+        best = min((fit.search(cost, conds=fit.apart) for fit in fits), key=lambda f: f.error)
+        found.append(Offer(best.saving, best.error, steps, best.plan))
+    return sorted(found, key=lambda offer: offer.saving)
+
+
+def best_offer(found: Sequence[Offer], saving: float | None = None, error: float | None = None) -> Offer:
+    """The offer with the least error that saves at least `saving`, or with the largest saving below `error`.
+
+    Raises ValueError where there is none.
+    """
+    if saving is not None:
+        enough = [o for o in found if o.saving >= saving - 1e-9]
+        if not enough:
+            most = max((o.saving for o in found), default=0.0)
+            raise ValueError(f"nothing saves {saving:.0%} of the work; the most that can be saved here is {most:.0%}.")
+        return min(enough, key=lambda o: (o.error, -o.saving))
+    near = [o for o in found if error is None or o.error <= error]
+    if not near:
+        least = min((o.error for o in found), default=0.0)
+        raise ValueError(f"nothing stays within {error:.1%} of the full run; the closest is {least:.1%} off.")
+    return max(near, key=lambda o: (o.saving, -o.error))

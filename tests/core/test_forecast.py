@@ -1,0 +1,161 @@
+"""Plans of whole-step forecasts, against the definition of v and straight lines written out."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asdm_core import forecast
+from asdm_core.architecture import FAMILIES
+from asdm_core.forecast import COND, FEATURES, RESULT, UNGUIDED, Action, ForecastPlan, denoised_of, line, v_of
+
+
+@given(st.floats(0.03, 15), st.integers(0, 100))
+def test_v_is_what_a_v_network_predicts_and_eps_gives_the_same(sigma, seed):
+    # x0 from either parametrisation, by the formulas of k-diffusion's wrappers.
+    rng = np.random.default_rng(seed)
+    x0, noise = rng.standard_normal((2, 3, 5))
+    x = x0 + sigma * noise
+    alpha = 1 / (1 + sigma**2) ** 0.5
+    v = alpha * noise - alpha * sigma * x0  # Salimans and Ho, with alpha_t = alpha, sigma_t = alpha sigma
+    from_v = x / (sigma**2 + 1) - v * sigma / (sigma**2 + 1) ** 0.5
+    from_eps = x - noise * sigma
+    assert from_v == pytest.approx(from_eps, abs=1e-9)
+    for denoised in (from_v, from_eps):
+        assert v_of(x, denoised, sigma) == pytest.approx(v, abs=1e-6)
+    assert denoised_of(x, v_of(x, x0, sigma), sigma) == pytest.approx(x0, abs=1e-9)
+
+
+def test_tensors_keep_their_type():
+    x, sigma = torch.randn(2, 4, 8, 8), torch.tensor(2.0)
+    v = v_of(x, x * 0.5, sigma)
+    assert v.dtype == x.dtype and torch.allclose(denoised_of(x, v, sigma), x * 0.5, atol=1e-6)
+
+
+@given(st.floats(-3, 3), st.floats(-3, 3), st.floats(3, 30))
+def test_a_line_goes_on_straight(offset, slope, position):
+    def value(p):
+        return offset + slope * p
+
+    points = [(7, 2.5), (6, 2.5), (4, 1.0), (0, 0.0)]  # 7 and 6 are at one noise level
+    at = dict(points)
+    weights = line(position, points)
+    assert [q for q, _ in weights] == [7, 4]
+    assert sum(w * value(at[q]) for q, w in weights) == pytest.approx(value(position), abs=1e-6)
+
+
+def test_a_line_from_one_point_holds_and_from_none_is_an_error():
+    assert line(3, [(2, 1.0)]) == ((2, 1.0),) == line(3, [(2, 1.0), (1, 1.0)])
+    with pytest.raises(ValueError, match="must be made first"):
+        line(3, [])
+
+
+PLAN = ForecastPlan(
+    (
+        Action(),
+        Action(),
+        Action(RESULT, ((1, 1.5), (0, -0.5)), ((1, 1.0),)),
+        Action(COND, difference=((1, 2.0), (0, -1.0))),
+        Action(FEATURES, branch=3),
+        Action(RESULT, ((3, 1.0),), ((0, 1.0),)),
+        Action(),
+        Action(UNGUIDED),
+    ),
+    name="mixed",
+)
+
+
+def test_a_plan_is_the_same_after_json():
+    assert ForecastPlan.from_json(PLAN.to_json()) == PLAN
+    heun = ForecastPlan((Action(), Action(), Action(RESULT)), (0.0, 1.0, 1.0))
+    assert ForecastPlan.from_dict(json.loads(heun.to_json())) == heun
+    assert PLAN.letters() == "FFrcfrFu"
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100000, "not valid JSON"),
+        ("[]", "technique 'forecast'"),
+        ('{"technique": "forecast", "format": 2, "evaluations": []}', "format 1"),
+        ('{"technique": "forecast", "format": 1}', "evaluations"),
+        ('{"technique": "forecast", "format": 1, "evaluations": []}', "at least one"),
+        (
+            '{"technique": "forecast", "format": 1, "evaluations": [{"kind": "result", "at": 0}]}',
+            "no evaluation before",
+        ),
+        ('{"technique": "forecast", "format": 1, "evaluations": [{"kind": "half", "at": 0}]}', "must be one of"),
+        ('{"technique": "forecast", "format": 1, "evaluations": [{"kind": "full", "at": 1e999}]}', "positions"),
+        ('{"technique": "forecast", "format": 1, "evaluations": [3]}', "forecast plan"),
+    ],
+)
+def test_what_is_no_plan_is_one_sentence(text, wanted):
+    with pytest.raises(ValueError, match=wanted) as e:
+        ForecastPlan.from_json(text)
+    assert len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        (Action(), Action(RESULT, ((1, 1.0),))),  # from itself
+        (Action(), Action(RESULT), Action(RESULT, ((1, 1.0),))),  # from a forecast
+        (Action(), Action(COND), Action(RESULT, ((1, 1.0),))),  # the negative prompt was not computed there
+        (Action(), Action(UNGUIDED), Action(RESULT, ((1, 1.0),), ((1, 1.0),))),
+    ],
+)
+def test_a_plan_draws_only_on_what_was_computed(actions):
+    with pytest.raises(ValueError, match="earlier one that is full"):
+        ForecastPlan(actions)
+
+
+def test_what_is_remembered_is_what_somebody_still_needs():
+    assert [sorted(PLAN.live(k)) for k in range(8)] == [[0], [0, 1], [0, 1], [0, 3], [0, 3], [], [], []]
+    assert PLAN.remembered == 2
+    long = forecast.every(20, 3)
+    assert long.remembered == 2 and sorted(long.live(10)) == [6, 9]
+    assert forecast.every(5, 1).remembered == 0
+
+
+def test_the_saving_counts_evaluations():
+    assert PLAN.saving(shared={3: 0.4}) == pytest.approx(1 - (3 + 2 * 0.5 + 0.4) / 8)
+    assert forecast.every(20, 4).saving() == 0.75
+    assert forecast.every(10, 1).saving() == 0
+
+
+def test_a_plan_scales_to_another_number_of_steps():
+    scaled = forecast.every(10, 5).for_steps(20)
+    assert scaled.letters() == "F" + "r" * 9 + "F" + "r" * 9
+    weighted = ForecastPlan((Action(), Action(), Action(RESULT, ((1, 3.0), (0, -2.0)))))
+    assert weighted.for_steps(3) is weighted
+    assert all(not a.weights and not a.difference for a in weighted.for_steps(6).actions)
+    assert weighted.for_steps(6).letters() == "FrFrrr"
+    assert weighted.for_steps(1).letters() == "F"
+
+
+def test_guidance_in_an_interval():
+    plan = forecast.guided_within(forecast.every(10, 1), 0.2, 0.7)
+    assert plan.letters() == "uuFFFFFuuu"
+    assert plan.saving() == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="evaluation 1 lies outside"):
+        forecast.guided_within(forecast.every(10, 2), 0.2, 0.7)
+    with pytest.raises(ValueError, match="0 <= start <= end <= 1"):
+        forecast.guided_within(plan, 0.7, 0.2)
+
+
+def test_evaluations_are_found_by_where_they_lie():
+    plan = ForecastPlan((Action(), Action(), Action(), Action(RESULT)), (0.0, 1.0, 1.0, 2.5))
+    assert [plan.find(1.0, k) for k in range(5)] == [1, 1, 2, None, None]
+    assert plan.find(2.5, 0) == 3 and plan.find(1.5, 0) is None
+
+
+def test_features_of_a_mixed_plan_are_a_plan_of_inheritance():
+    sd = FAMILIES["sd15"]
+    plan = PLAN.features(sd)
+    assert [s for s, full in enumerate(plan.schedule.computed(8)) if not full] == [4]
+    assert plan.rules[0].reuse == "forecast" and plan.name.startswith("deepcache-3")
+    assert forecast.every(10, 2).features(sd) is None

@@ -1,0 +1,262 @@
+"""The fit, against runs of a toy network in which its prediction is exact, and samplers written out."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asdm_core import forecast_fit
+from asdm_core.forecast import COND, FULL, RESULT, denoised_of, v_of
+from asdm_core.forecast_fit import Fit, Offer, Recording, best_offer, gram_of, offers, response, transfer
+
+SIGMAS = np.array([14.6, 9.0, 5.7, 3.7, 2.4, 1.5, 0.95, 0.55, 0.25, 0.0])
+
+
+def euler(denoise, x, sigmas):
+    for a, b in itertools.pairwise(sigmas):
+        x = x + (x - denoise(x, a)) / a * (b - a)
+    return x
+
+
+def heun(denoise, x, sigmas):
+    for a, b in itertools.pairwise(sigmas):
+        d = (x - denoise(x, a)) / a
+        if b == 0:
+            return x + d * (b - a)
+        ahead = x + d * (b - a)
+        x = x + (d + (ahead - denoise(ahead, b)) / b) / 2 * (b - a)
+    return x
+
+
+def dpmpp_2m(denoise, x, sigmas):
+    old = before = None
+    for a, b in itertools.pairwise(sigmas):
+        now = denoise(x, a)
+        if old is None or b == 0:
+            mixed = now
+        else:
+            r = np.log(before / a) / np.log(a / b)
+            mixed = (1 + 1 / (2 * r)) * now - old / (2 * r)
+        x = b / a * x + (1 - b / a) * mixed
+        old, before = now, a
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+# Where the evaluations of each lie, in steps.
+POSITIONS = {
+    "euler": tuple(range(9)),
+    "dpmpp_2m": tuple(range(9)),
+    "heun": tuple(p for s in range(8) for p in (s, s + 1)) + (8,),
+}
+
+
+def response_of(sampler):
+    return response(lambda denoise, rows: SAMPLERS[sampler](denoise, np.zeros(rows), SIGMAS))
+
+
+def test_the_response_of_euler_is_its_algebra():
+    # x_{i+1} = (b/a) x_i + (1 - b/a) D_i, so D_s moves x_m by (1 - b/a) times the product of the ratios between.
+    found = response_of("euler")
+    n = len(SIGMAS) - 1
+    wanted = np.zeros((n, n + 1))
+    for s in range(n):
+        for m in range(s + 1, n + 1):
+            wanted[s, m] = (1 - SIGMAS[s + 1] / SIGMAS[s]) * SIGMAS[m] / SIGMAS[s + 1] if SIGMAS[s + 1] else 1.0
+    assert found.matrix == pytest.approx(wanted) and list(found.sigmas) == list(SIGMAS[:-1])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@given(seed=st.integers(0, 1000))
+def test_a_run_is_the_sum_of_its_responses(sampler, seed):
+    rng = np.random.default_rng(seed)
+    found = response_of(sampler)
+    given_, moved = rng.standard_normal((2, len(found)))
+    start = rng.standard_normal()
+
+    def run(values):
+        left = iter(values)
+        return float(SAMPLERS[sampler](lambda x, sigma: next(left), start, SIGMAS))
+
+    assert run(given_ + moved) - run(given_) == pytest.approx(moved @ found.matrix[:, -1], abs=1e-8)
+
+
+def test_a_sampler_that_is_not_linear_is_refused():
+    with pytest.raises(ValueError, match="not linear"):
+        response(lambda denoise, rows: np.tanh(euler(denoise, np.zeros(rows), SIGMAS)))
+
+    def choosy(denoise, rows):
+        x = np.zeros(rows)
+        for a in (3.0, 2.0):
+            d = denoise(x, a)
+            x = x + d
+        return denoise(x, 1.0) if np.abs(d).max() > 0 else x
+
+    with pytest.raises(ValueError, match="chooses its noise levels"):
+        response(choosy)
+
+
+# A network whose v does not depend on the latent ------------------------------------------------------
+
+
+class Toy:
+    """v of the positive and negative prompt at each evaluation, smooth over the run; the error of a run with forecasts
+    is then linear in theirs, and nothing of the prediction is approximate.
+    """
+
+    def __init__(self, sampler, guidance, seed=0, size=64):
+        rng = np.random.default_rng(seed)
+        self.sampler, self.guidance = sampler, guidance
+        self.at = POSITIONS[sampler]
+        shape = rng.standard_normal((2, 4, size))
+        waves = [np.array([1, np.cos(p / 3), np.sin(p / 2), (p / 5) ** 2]) for p in self.at]
+        self.cond, self.difference = ([wave @ part for wave in waves] for part in shape)
+        self.start = SIGMAS[0] * rng.standard_normal(size)
+
+    def run(self, plan=None):
+        """The sampler over the full model, or with what the plan leaves out drawn on, straight from its weights."""
+        n, w = itertools.count(), self.guidance
+        cond, difference = {}, {}
+
+        def denoise(x, sigma):
+            k = next(n)
+            action = plan.actions[k] if plan else None
+            if plan and action.kind == RESULT:
+                c = sum(weight * cond[q] for q, weight in action.weights)
+                d = sum(weight * difference[q] for q, weight in action.difference or action.weights)
+            else:
+                c = cond[k] = self.cond[k]
+                d = self.difference[k]
+                if plan and action.kind == COND:
+                    d = sum(weight * difference[q] for q, weight in action.difference)
+                else:
+                    difference[k] = d
+            positive, negative = denoised_of(x, c, sigma), denoised_of(x, c - d, sigma)
+            assert v_of(x, positive, sigma) == pytest.approx(c)
+            return negative + w * (positive - negative)
+
+        return SAMPLERS[self.sampler](denoise, self.start, SIGMAS)
+
+    def recording(self):
+        size = float((self.run() ** 2).mean() ** 0.5)
+        gram = gram_of(self.cond, self.difference)
+        return Recording(response_of(self.sampler), gram, self.guidance, self.at, size)
+
+
+def kinds_of(letters):
+    return [{"F": FULL, "r": RESULT, "c": COND}[letter] for letter in letters]
+
+
+CASES = [
+    ("euler", "FFrrFrrFr"),
+    ("euler", "Frrcrcccr"),
+    ("dpmpp_2m", "FFrFrrFrF"),
+    ("dpmpp_2m", "FcFrrcrcr"),
+    ("heun", "FFrrFFrrFrFrrrFrr"),
+]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("sampler, letters", CASES)
+def test_the_predicted_error_is_the_error_of_the_run(sampler, letters, apart, fitted):
+    toy = Toy(sampler, 3.5)
+    found = Fit(toy.recording(), apart=apart, power=1.0).weights(kinds_of(letters), fitted)
+    full, skipped = toy.run(), toy.run(found.plan)
+    actual = ((skipped - full) ** 2).mean() ** 0.5 / (full**2).mean() ** 0.5
+    assert actual > 1e-4
+    assert found.accumulated == pytest.approx(actual, rel=1e-3)
+    assert found.plan.letters() == letters
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_no_other_weights_have_a_smaller_objective(apart):
+    recording = Toy("dpmpp_2m", 5.0).recording()
+    kinds = kinds_of("FFrFrrFrr" if not apart else "FFcFrcFrr")
+    fit = Fit(recording, apart=apart)
+    best = fit.objective(kinds)
+    assert best < fit.objective(kinds, fitted=False)
+    # The ridge keeps it from the very minimum: moving single weights gains next to nothing.
+    left_out, forecasts, t, _, _ = fit._solve(tuple(kinds), True)
+    counts = np.outer(t, t) + forecast_fit.LAMBDA * np.diag(t**2)
+    w = recording.guidance - 1
+
+    def objective(rows):
+        total = np.zeros((len(left_out), 2 * len(recording)))
+        for i, s in enumerate(left_out):
+            truth = np.zeros((2, len(recording)))
+            truth[1, s], truth[0, s] = 1, kinds[s] == RESULT
+            error = truth - rows[i]
+            total[i] = np.concatenate([error[0], w * error[1]])
+        return float((counts * (total @ recording.gram @ total.T)).sum())
+
+    assert objective(forecasts) == pytest.approx(best, rel=1e-6)
+    plain = objective(fit._solve(tuple(kinds), False)[1])
+    for i, s in enumerate(left_out):
+        full = [q for q in range(s) if kinds[q] == FULL]
+        for newer, older in itertools.pairwise(full[-3:]):
+            for amount in (-0.03, 0.03):
+                moved = forecasts.copy()
+                rows = slice(1, 2) if kinds[s] == COND else slice(None)
+                moved[i, rows, newer] += amount
+                moved[i, rows, older] -= amount
+                assert objective(moved) > best - 0.02 * plain
+
+
+def test_weights_of_a_forecast_sum_to_one():
+    plan = Fit(Toy("euler", 4.0).recording(), apart=True).weights(kinds_of("FFFrcrFrr")).plan
+    for action in plan.actions:
+        for weights in (action.weights, action.difference):
+            assert not weights or sum(w for _, w in weights) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("full", [3, 5])
+def test_the_search_comes_close_to_trying_everything(full):
+    fit = Fit(Toy("dpmpp_2m", 3.0, seed=3).recording())
+    found = fit.search(full)
+    objectives = [
+        fit.objective([FULL if s in (0, *rest) else RESULT for s in range(9)])
+        for rest in itertools.combinations(range(1, 9), full - 1)
+    ]
+    assert found.plan.letters().count("F") == full and found.saving == pytest.approx(1 - full / 9)
+    kinds = [a.kind for a in found.plan.actions]
+    assert sorted(objectives).index(fit.objective(kinds)) <= len(objectives) // 10
+
+
+def test_evaluations_for_the_prompt_alone_are_taken_where_they_help():
+    # Nearly all that changes is the positive prompt's result, so its difference is cheap to forecast.
+    toy = Toy("euler", 3.0, seed=1)
+    toy.difference = [0.1 * d / (1 + p) for d, p in zip(toy.difference, toy.at, strict=True)]
+    recording = toy.recording()
+    alone, together = (Fit(recording, apart=True).search(5, conds=conds) for conds in (False, True))
+    assert together.error < alone.error and COND in [a.kind for a in together.plan.actions]
+    assert together.saving == pytest.approx(alone.saving)
+
+
+def test_transfer_of_the_last_euler_step_is_its_own():
+    # What the last step denoises is the result: T = kappa.
+    t = transfer(response_of("euler"), [True] * 9)
+    assert t[-1] == pytest.approx(-0.25 / (1 + 0.25**2) ** 0.5)
+
+
+def test_fewer_steps_are_offered_and_taken_where_they_win():
+    recording = Toy("euler", 3.0).recording()
+    found = offers(recording, 9, (3, 5), {5: 1e-9, 3: 10.0})
+    assert best_offer(found, saving=4 / 9) == Offer(1 - 5 / 9, 1e-9, 5)
+    third = best_offer(found, saving=6 / 9)
+    assert third.plan is not None and third.plan.letters().count("F") + third.plan.letters().count("c") / 2 <= 3
+    assert best_offer(found, error=1e-6).steps == 5
+    with pytest.raises(ValueError, match="nothing saves 90%"):
+        best_offer(found, saving=0.9)
+    with pytest.raises(ValueError, match="the closest is"):
+        best_offer(found, error=1e-12)
+
+
+def test_a_recording_is_checked():
+    recording = Toy("euler", 3.0).recording()
+    with pytest.raises(ValueError, match="18 x 18"):
+        Recording(recording.response, recording.gram[:9, :9], 3.0, recording.positions, 1.0)
+    with pytest.raises(ValueError, match="not finite"):
+        Recording(recording.response, recording.gram * np.nan, 3.0, recording.positions, 1.0)
