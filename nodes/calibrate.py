@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import comfy.sample
 import comfy.samplers
-import latent_preview
 import numpy as np
 import torch
 from comfy_api.latest import io
@@ -22,6 +21,7 @@ from .inherit import describe, summary
 from .inspect_model import PIXELS
 from .load import CATEGORY
 from .picture import draw_plan, preview, to_image
+from .progress import Progress
 from .replay import RECORD, REPLAY, Log, Memory
 
 SAVINGS = (0.2, 0.3, 0.4, 0.5, 0.6)  # that are told beside the one chosen
@@ -242,7 +242,14 @@ class ASDMCalibrateInheritance(io.ComfyNode):
             "measures how much each step changes, then the steps that compute in full are chosen so that the error "
             "is as "
             "small as it can be. Keep the plan and use it with Feature Inheritance.",
-            search_aliases=["feature inheritance", "deepcache", "optimal steps", "auto tune"],
+            search_aliases=[
+                "feature inheritance",
+                "deepcache",
+                "optimal steps",
+                "auto tune",
+                "optimise my model",
+                "optimize my model",
+            ],
             inputs=[
                 io.Model.Input("model"),
                 io.Conditioning.Input("positive"),
@@ -329,7 +336,8 @@ class ASDMCalibrateInheritance(io.ComfyNode):
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
 
         def sample(m):
-            return comfy.sample.sample(
+            progress = Progress(m, 1, steps)
+            result = comfy.sample.sample(
                 m,
                 noise,
                 steps,
@@ -341,8 +349,10 @@ class ASDMCalibrateInheritance(io.ComfyNode):
                 samples,
                 seed=seed,
                 noise_mask=latent_image.get("noise_mask"),
-                callback=latent_preview.prepare_callback(m, steps),
+                callback=progress.callback,
             )
+            progress.run_done()
+            return result
 
         height, width = samples.shape[-2:]
         found, result = calibrate(model, sample, longest, height, width)

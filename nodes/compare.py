@@ -243,7 +243,7 @@ class ASDMABCompare(io.ComfyNode):
         plain = original_of(model) if original is None else original
         sample = sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
         a, b = Side(label_a or techniques(plain), plain, sample), Side(label_b or techniques(model), model, sample)
-        alternate((a, b), rounds)
+        alternate((a, b), rounds, steps)
         batches = [decode(vae, side.latent) for side in (a, b)]
         pairs, size = alike(*batches), batches[0].shape[1:3]
         report = {

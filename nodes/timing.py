@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,6 +12,8 @@ from itertools import pairwise
 import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
+
+from .progress import Progress
 
 KEY = "asdm_timing"
 
@@ -24,12 +26,13 @@ class Stopwatch:
     says nothing about one of two models that lie there together.
 
     settling: evaluate the network once instead of sampling, so that weights are loaded and patched when the next run
-    begins.
+    begins. progress: where the steps of a run are told instead of on a bar of its own.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
         self.settling, self.seconds, self.peak = False, 0.0, None
+        self.progress: Progress | None = None
 
     def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
         if self.settling:
@@ -37,6 +40,8 @@ class Stopwatch:
             guider(noise * sigmas[0], sigmas[0] * noise.new_ones(len(noise)), **options)
             comfy.model_management.synchronize()
             return noise
+        if self.progress is not None:
+            callback = self.progress.callback
         cuda = self._device.type == "cuda"
         comfy.model_management.synchronize()
         if cuda:
@@ -45,6 +50,8 @@ class Stopwatch:
         out = executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
         comfy.model_management.synchronize()
         self.seconds = time.perf_counter() - start
+        if self.progress is not None:
+            self.progress.run_done()
         self.peak = torch.cuda.max_memory_allocated(self._device) if cuda else None
         return out
 
@@ -174,6 +181,10 @@ class Side:
         self._timed = self.model.clone()
         self._timed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self._watch.sampler_sample)
 
+    def tell(self, progress: Progress) -> None:
+        """From now on the steps of its runs are told there."""
+        self._watch.progress = progress
+
     def warm_up(self) -> None:
         """The first run, whose time tells what is paid only once."""
         start = time.perf_counter()
@@ -220,8 +231,14 @@ class Side:
         }
 
 
-def alternate(sides, rounds: int) -> None:
-    """A warm-up of each side, then so many rounds in which they take turns, so that noise hits all alike."""
+def alternate(sides: Sequence[Side], rounds: int, steps: int) -> None:
+    """A warm-up of each side, then so many rounds in which they take turns, so that noise hits all alike.
+
+    steps: of each run, for one progress bar over all of them.
+    """
+    progress = Progress(sides[0].model, len(sides) * (rounds + 1), steps)
+    for side in sides:
+        side.tell(progress)
     for side in sides:
         side.warm_up()
     for _ in range(rounds):
