@@ -412,6 +412,11 @@ def open_pack(path: str | os.PathLike) -> Loaded:
     """Open a pack file. Checks names, shapes, dtypes and that every number is finite. Raises BadFile."""
     file = TensorFile(path)
     description = describe(file)
+    if description is None and any("lora" in name for name in file):
+        raise BadFile(
+            f"{file.path.name}: this is a LoRA, not a pack. Put it into models/loras and use Load LoRA before "
+            "or after Apply Pack: it reaches the pack too."
+        )
     if description is None:
         raise BadFile(
             f"{file.path.name}: this is no pack (it has no description of itself). "

@@ -123,7 +123,7 @@ class ASDMApplyPack(io.ComfyNode):
             "whether they come before or after it. Packs live in models/asdm_packs. Saving the MODEL with stock "
             "nodes saves it without "
             "the pack; use Save UNet (asdm) to keep both.",
-            search_aliases=["asdm", "combined unet", "m2", "condconv", "experts", "faster", "speed up", "accelerate"],
+            search_aliases=["asdm", "combined unet", "m2", "condconv", "experts", "distilled", "stand-in"],
             inputs=[
                 io.Model.Input("model"),
                 io.Combo.Input(

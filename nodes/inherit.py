@@ -74,6 +74,11 @@ def chosen_plan(config, settings: dict) -> Plan:
     settings = dict(settings)
     preset = settings.pop("preset")
     if preset == "plan":
+        if not settings["plan"].strip():
+            raise ValueError(
+                "the plan is empty. Connect the `plan` output of Calibrate Inheritance, paste a plan that was kept or "
+                "shared, or choose another preset."
+            )
         return Plan.from_json(settings["plan"])
     return custom_plan(config, **settings) if preset == "custom" else inheritance.dial(config, preset)
 
@@ -175,14 +180,23 @@ class ASDMFeatureInheritance(io.ComfyNode):
             "layers keep the features of "
             "an earlier step and only the shallow layers compute. Best from 15 steps on; below 8 it hurts the picture.",
             search_aliases=[
-                "deepcache",
-                "cache",
                 "faster",
+                "speed up",
+                "accelerate",
+                "optimize",
+                "optimise",
+                "performance",
+                "quick",
+                "deepcache",
+                "easycache",
+                "teacache",
+                "cache",
+                "freeze",
                 "t-gate",
                 "faster diffusion",
                 "skip steps",
-                "speed up",
-                "accelerate",
+                "sd1.5",
+                "sdxl",
             ],
             inputs=[
                 io.Model.Input("model"),

@@ -46,6 +46,8 @@ class ASDMLoadPrunedUNet(io.ComfyNode):
                 "koala",
                 "distilled",
                 "faster model",
+                "less memory",
+                "sd1.5",
                 "load diffusion model",
                 "unet loader",
             ],

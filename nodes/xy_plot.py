@@ -21,10 +21,11 @@ from .compare import alike, cell_of, decode, sampler, sampling_inputs
 from .load import CATEGORY
 from .picture import from_image, preview, to_image
 from .regional import Regional
-from .switch import beside, with_switch
+from .switch import beside, switches_of, with_switch
 from .timing import Side, alternate
 
 OFF = "off"
+ENDING = ".safetensors"  # of a pack's name; may be left out
 WHOLE = Window()
 
 
@@ -66,9 +67,11 @@ def _window(model, value: str, pack_name: str):
 
 
 def _with_pack(model, name: str, window: Window, strength: float = 1.0):
-    if name not in files.packs():
-        raise ValueError(f"XY Plot: there is no pack {name!r}. There are {', '.join(files.packs()) or 'none'}.")
-    return apply_pack(model, files.pack_path(name), name, window, strength)
+    known = {known.removesuffix(ENDING): known for known in files.packs()}
+    short = name.removesuffix(ENDING)
+    if short not in known:
+        raise ValueError(f"XY Plot: there is no pack {name!r}. There are {', '.join(known) or 'none'}.")
+    return apply_pack(model, files.pack_path(known[short]), known[short], window, strength)
 
 
 def _regional(model, value: str):
@@ -120,7 +123,7 @@ AXES = {
         f"{OFF}, {', '.join(DIALS)}, skip branch/interval (0/3), or plans as JSON, one a line",
         place=1,
     ),
-    "pack": Axis(_pack, OFF, f"{OFF} and names of packs"),
+    "pack": Axis(_pack, OFF, f"{OFF} and names of packs, as Apply Pack lists them, with or without the ending"),
     "pack strength": Axis(_strength, "0, 0.5, 1", "of the experts and gains of a pack", _pack_input),
     "pack window": Axis(_window, "0-1, 0-0.5, 0.5-1", "where in the run the pack begins and ends to play", _pack_input),
     "GRI window": Axis(_regional, f"{OFF}, auto", f"{OFF}, auto, or sides of the regions in tokens", place=1),
@@ -170,9 +173,14 @@ def points(name: str, settings: dict, model) -> list[tuple[str, int, Callable]]:
         return [("", 0, lambda model: model)]
     axis, found = AXES[kind], []
     for value in values(settings.pop("values")):
-        shown = Plan.from_json(value).name or "plan" if value.startswith("{") else value.removesuffix(".safetensors")
+        shown = Plan.from_json(value).name or "plan" if value.startswith("{") else value.removesuffix(ENDING)
         found.append((f"{kind}: {shown}", axis.place, lambda model, value=value: axis.apply(model, value, **settings)))
     return found
+
+
+def same(a, b) -> bool:
+    """Whether asdm does the same on two MODELs that come from one."""
+    return host.setup_of(a) == host.setup_of(b) and switches_of(a) == switches_of(b)
 
 
 class ASDMXYPlot(io.ComfyNode):
@@ -234,15 +242,17 @@ class ASDMXYPlot(io.ComfyNode):
     ):
         columns, lines = points("x", x, model), points("y", y, model)
         sample = sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
-        cells = []
+        plain = Side("as it came in", model, sample)
+        cells, labels = [], []
         for row, y_place, set_y in lines:
             for column, x_place, set_x in columns:
                 changed = model
                 for _, change in sorted(((x_place, set_x), (y_place, set_y)), key=lambda both: both[0]):
                     changed = change(changed)
-                cells.append(Side(", ".join(filter(None, (column, row))), changed, sample))
-        plain = Side("as it came in", model, sample)
-        alternate((plain, *cells), rounds)
+                labels.append(", ".join(filter(None, (column, row))))
+                # A cell that changes nothing is the reference itself, at 1.00, and not the same once more.
+                cells.append(plain if same(changed, model) else Side(labels[-1], changed, sample))
+        alternate([plain, *(cell for cell in cells if cell is not plain)], rounds, steps)
         reference = decode(vae, plain.latent)
         images = [decode(vae, cell.latent) for cell in cells]
         likenesses = [alike(reference, picture) for picture in images]
@@ -265,11 +275,12 @@ class ASDMXYPlot(io.ComfyNode):
             "cells": [
                 {
                     **cell.facts(steps),
+                    "label": label,
                     "speedup": round(plain.median / cell.median, 4),
                     "psnr": [finite(psnr) for psnr, _ in pairs],
                     "ssim": [ssim for _, ssim in pairs],
                 }
-                for cell, pairs in zip(cells, likenesses, strict=True)
+                for label, cell, pairs in zip(labels, cells, likenesses, strict=True)
             ],
             "seed": seed,
             "steps": steps,
@@ -287,7 +298,7 @@ class ASDMXYPlot(io.ComfyNode):
             plot,
             torch.cat(images),
             json.dumps(report, indent=1),
-            ui=preview(cls, plot, "\n".join(f"{cell.label}: {text}" for cell, text in zip(cells, notes, strict=True))),
+            ui=preview(cls, plot, "\n".join(f"{label}: {text}" for label, text in zip(labels, notes, strict=True))),
         )
 
 

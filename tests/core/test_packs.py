@@ -325,6 +325,14 @@ def test_pack_and_unet_are_told_apart(pack, unet):
         open_unet(pack)
 
 
+def test_a_lora_is_told_where_loras_go(tmp_path):
+    save_file(
+        {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": torch.zeros(4, 4)}, tmp_path / "l.safetensors"
+    )
+    with pytest.raises(BadFile, match="^l.safetensors: this is a LoRA, not a pack. Put it into models/loras"):
+        open_pack(tmp_path / "l.safetensors")
+
+
 def test_a_file_without_a_description_is_no_pack(pack):
     rewritten(pack, lambda sd: None, {})
     with pytest.raises(BadFile, match="^pack.safetensors: this is no pack"):

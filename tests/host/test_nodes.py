@@ -343,6 +343,7 @@ def test_a_plan_travels_as_text(client, family):
     "settings, said",
     [
         ({"preset": "plan", "plan": "{"}, "not valid JSON"),
+        ({"preset": "plan", "plan": " "}, "the plan is empty. Connect the `plan` output of Calibrate Inheritance"),
         ({"preset": "plan", "plan": '{"format": 1, "rules": [{"targets": "down.7"}]}'}, r"down\.7"),
         ({"preset": "custom", **CUSTOM, "when": "windows", "windows": "0.2, 0.8"}, "start, end, interval"),
         ({"preset": "custom", **CUSTOM, "what": "encoder", "reuse": "branch"}, "has no residual"),
