@@ -32,12 +32,14 @@ from asdm_core.architecture import Architecture
 from asdm_core.packs import TensorFile, describe
 from asdm_core.surgery import cut_diffusers
 from train.config import Config, load
-from train.emoji.compare import FIXED, REFERENCE, Judge, Switched, named
-from train.emoji.training import plain_errors
+from train.emoji.compare import FIXED, REFERENCE, Judge, Switched
+from train.progress import plain_errors
+from train.provenance import named
+from train.emoji.features import ClassifierFeatures
 from train.emoji.unet import CONFIG
 from train.loop import Criterion, train
-from train.outputs import write_outputs
-from train.stages import assembled
+from train.teacher_outputs import write_teacher_outputs
+from train.networks import assembled
 
 from . import _evidence as evidence
 from ._common import record
@@ -57,7 +59,7 @@ LR, WARMUP, COOLDOWN, EMA = (
 
 
 @dataclass(frozen=True)
-class Run:
+class Row:
     """One training run.
 
     what: it is, for the tables. cut: the preset its gap is measured from. recipe: of train/configs/. start: the run
@@ -84,10 +86,10 @@ SEEN = ("loss.perceptual=0.1", "loss.perceptual_warmup=1")
 
 # In order of importance: what is not finished is said to be not run.
 RUNS = (
-    Run("base", "stage 1, Base", "base", "emoji-base"),
-    Run("m2", "M2: stage 1, then stage 2 with the original frozen", "m2", "emoji-m2", "base"),
-    Run("m2-direct", "M2 without stage 1, stage 2 for as many samples as both", "m2", "emoji-m2", share=2),
-    Run(
+    Row("base", "stage 1, Base", "base", "emoji-base"),
+    Row("m2", "M2: stage 1, then stage 2 with the original frozen", "m2", "emoji-m2", "base"),
+    Row("m2-direct", "M2 without stage 1, stage 2 for as many samples as both", "m2", "emoji-m2", share=2),
+    Row(
         "m2-alone",
         "M2 without stage 1 and without distillation, as many samples as both",
         "m2",
@@ -95,20 +97,20 @@ RUNS = (
         share=2,
         changes=ALONE,
     ),
-    Run("m5", "M5: as M2, nothing frozen", "m2", "emoji-m5", "base"),
-    Run(
+    Row("m5", "M5: as M2, nothing frozen", "m2", "emoji-m5", "base"),
+    Row(
         "teacher-on", "the teacher trained on, no distillation", "", "emoji-m5", changes=("student.preset=full", *ALONE)
     ),
-    Run("tiny", "stage 1, Tiny", "tiny", "emoji-tiny"),
-    Run("tiny-on", "Tiny trained on", "tiny", "emoji-tiny", "tiny"),
-    Run("tiny-e2", "Tiny trained on with two experts", "tiny", "emoji-tiny-e2", "tiny"),
-    Run("m1", "M1: stage 1, then stage 2 with the original frozen", "m1", "emoji-m1", "base"),
-    Run("m3", "M3: stage 1, then stage 2 with the original frozen", "m3", "emoji-m3", "base"),
-    Run("base-alone", "Base without distillation", "base", "emoji-base", changes=ALONE),
-    Run("small", "stage 1, Small", "small", "emoji-small"),
-    Run("small-on", "Small trained on", "small", "emoji-small", "small"),
-    Run("small-e2", "Small trained on with two experts", "small", "emoji-small-e2", "small"),
-    Run(
+    Row("tiny", "stage 1, Tiny", "tiny", "emoji-tiny"),
+    Row("tiny-on", "Tiny trained on", "tiny", "emoji-tiny", "tiny"),
+    Row("tiny-e2", "Tiny trained on with two experts", "tiny", "emoji-tiny-e2", "tiny"),
+    Row("m1", "M1: stage 1, then stage 2 with the original frozen", "m1", "emoji-m1", "base"),
+    Row("m3", "M3: stage 1, then stage 2 with the original frozen", "m3", "emoji-m3", "base"),
+    Row("base-alone", "Base without distillation", "base", "emoji-base", changes=ALONE),
+    Row("small", "stage 1, Small", "small", "emoji-small"),
+    Row("small-on", "Small trained on", "small", "emoji-small", "small"),
+    Row("small-e2", "Small trained on with two experts", "small", "emoji-small-e2", "small"),
+    Row(
         "tiny-e2-fixed",
         "Tiny trained on with two experts, router frozen",
         "tiny",
@@ -116,7 +118,7 @@ RUNS = (
         "tiny",
         changes=("experts.router=false",),
     ),
-    Run(
+    Row(
         "small-e2-fixed",
         "Small trained on with two experts, router frozen",
         "small",
@@ -124,17 +126,17 @@ RUNS = (
         "small",
         changes=("experts.router=false",),
     ),
-    Run("tiny-clme", "Tiny trained on with experts of the original's layers (CLME)", "tiny", "emoji-tiny-clme", "tiny"),
-    Run(
+    Row("tiny-clme", "Tiny trained on with experts of the original's layers (CLME)", "tiny", "emoji-tiny-clme", "tiny"),
+    Row(
         "small-clme",
         "Small trained on with experts of the original's layers (CLME)",
         "small",
         "emoji-small-clme",
         "small",
     ),
-    Run("m5-seconds", "M5 for as many seconds as M2", "m2", "emoji-m5", "base", seconds_of=("m2", "m5")),
-    Run("m2-mid", "M2 with the mid-block loss as well", "m2", "emoji-m2", "base", changes=("loss.mid=1",)),
-    Run(
+    Row("m5-seconds", "M5 for as many seconds as M2", "m2", "emoji-m5", "base", seconds_of=("m2", "m5")),
+    Row("m2-mid", "M2 with the mid-block loss as well", "m2", "emoji-m2", "base", changes=("loss.mid=1",)),
+    Row(
         "m2-paper",
         "M2 with the denoising and the mid-block loss, not those of the blocks",
         "m2",
@@ -142,14 +144,14 @@ RUNS = (
         "base",
         changes=PAPER,
     ),
-    Run("base-task", "stage 1, Base, with the denoising loss as well", "base", "emoji-base", changes=("loss.task=1",)),
-    Run("base-on", "Base trained on", "base", "emoji-base", "base"),
-    Run("base-e2", "Base trained on with two experts", "base", "emoji-base-e2", "base"),
-    Run("base-clme", "Base trained on with experts of the original's layers (CLME)", "base", "emoji-base-clme", "base"),
-    Run("m4", "M4: as M1, nothing frozen", "m1", "emoji-m4", "base"),
-    Run("tiny-alone", "Tiny without distillation", "tiny", "emoji-tiny", changes=ALONE),
-    Run("small-alone", "Small without distillation", "small", "emoji-small", changes=ALONE),
-    Run(
+    Row("base-task", "stage 1, Base, with the denoising loss as well", "base", "emoji-base", changes=("loss.task=1",)),
+    Row("base-on", "Base trained on", "base", "emoji-base", "base"),
+    Row("base-e2", "Base trained on with two experts", "base", "emoji-base-e2", "base"),
+    Row("base-clme", "Base trained on with experts of the original's layers (CLME)", "base", "emoji-base-clme", "base"),
+    Row("m4", "M4: as M1, nothing frozen", "m1", "emoji-m4", "base"),
+    Row("tiny-alone", "Tiny without distillation", "tiny", "emoji-tiny", changes=ALONE),
+    Row("small-alone", "Small without distillation", "small", "emoji-small", changes=ALONE),
+    Row(
         "m1-alone",
         "M1 without stage 1 and without distillation, as many samples as both",
         "m1",
@@ -157,7 +159,7 @@ RUNS = (
         share=2,
         changes=ALONE,
     ),
-    Run(
+    Row(
         "m3-alone",
         "M3 without stage 1 and without distillation, as many samples as both",
         "m3",
@@ -165,8 +167,8 @@ RUNS = (
         share=2,
         changes=ALONE,
     ),
-    Run("m2-features", "M2 with the classifier's features as well", "m2", "emoji-m2", "base", changes=SEEN),
-    Run(
+    Row("m2-features", "M2 with the classifier's features as well", "m2", "emoji-m2", "base", changes=SEEN),
+    Row(
         "m2-both",
         "M2 with the mid-block loss and the classifier's features as well",
         "m2",
@@ -228,7 +230,7 @@ class Settings:
         log = (self.product(run, seed).parent / "log.jsonl").read_text().splitlines()
         return json.loads(log[-1])["seconds"]
 
-    def recipe(self, run: Run, seed: int) -> Config:
+    def recipe(self, run: Row, seed: int) -> Config:
         """The recipe of a run with everything that is equal for all."""
         share = run.share
         if run.seconds_of:
@@ -244,7 +246,7 @@ class Settings:
                 f"student.start={start}",
                 f"data.path={self.family / 'cache.safetensors'}",
                 f"network.teacher={self.models / 'emoji-teacher.safetensors'}",
-                f"network.outputs={self.outputs(seed)}",
+                f"network.teacher_outputs={self.outputs(seed)}",
                 f"loss.classifier={self.models}",
                 f"run.folder={self.folder / self.seeded(run.name, seed)}",
                 f"run.steps={steps}",
@@ -267,7 +269,7 @@ class Settings:
         return self.folder / f"outputs-s{seed}"
 
 
-def runs(seed: int, rows: Sequence[str] = ()) -> Iterator[Run]:
+def runs(seed: int, rows: Sequence[str] = ()) -> Iterator[Row]:
     """Those that are trained with this seed; seeds begin at 1. rows: only these, of any seed, where there are any."""
     return (run for run in RUNS if (run.name in rows if rows else seed == 1 or run.name in KEY))
 
@@ -275,18 +277,22 @@ def runs(seed: int, rows: Sequence[str] = ()) -> Iterator[Run]:
 def compute_outputs(settings: Settings, seed: int, rows: Sequence[str] = ()) -> None:
     """The teacher's outputs for the longest run, with every feature any run compares."""
     recipes = [settings.recipe(run, seed) for run in runs(seed, rows) if not run.seconds_of]
-    paths = {path for recipe in recipes for path in Criterion(recipe, torch.device("cpu")).teacher_paths}
+    criteria = [Criterion(recipe, torch.device("cpu"), ClassifierFeatures) for recipe in recipes]
+    paths = {path for criterion in criteria for path in criterion.teacher_paths}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    write_outputs(settings.outputs(seed), recipes[0], paths, max(r.run.steps * r.run.batch for r in recipes), device)
+    write_teacher_outputs(
+        settings.outputs(seed), recipes[0], paths, max(r.run.steps * r.run.batch for r in recipes), device
+    )
 
 
-def make(run: Run, settings: Settings, seed: int) -> None:
+def make(run: Row, settings: Settings, seed: int) -> None:
     """Train a run, or go on with it."""
     product = settings.product(run.name, seed)
     if product.exists():
         return
     recipe = settings.recipe(run, seed)
-    train(recipe, Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=recipe.run.precision))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=recipe.run.precision)
+    train(recipe, accelerator, classifier=ClassifierFeatures)
     for checkpoint in product.parent.glob("checkpoint-*.safetensors"):
         checkpoint.unlink()
 
@@ -444,11 +450,11 @@ def gathered(settings: Settings, seeds: Sequence[int]) -> dict[str, dict[str, di
     return found
 
 
-def find(name: str) -> Run | None:
+def find(name: str) -> Row | None:
     return next((run for run in RUNS if run.name == name), None)
 
 
-def samples(settings: Settings, run: Run, seed: int) -> int:
+def samples(settings: Settings, run: Row, seed: int) -> int:
     """What a finished run learned from. Raises ValueError where --samples says something else."""
     product = settings.product(run.name, seed)
     found, wanted = describe(TensorFile(product)).training["samples"], settings.updates(run.share) * BATCH
@@ -461,13 +467,13 @@ def samples(settings: Settings, run: Run, seed: int) -> int:
     return found
 
 
-def learned(settings: Settings, run: Run, seed: int) -> int:
+def learned(settings: Settings, run: Row, seed: int) -> int:
     """Samples of a finished run and of those before it."""
     first = find(run.start)
     return samples(settings, run, seed) + (learned(settings, first, seed) if first else 0)
 
 
-def spent(settings: Settings, run: Run, seed: int) -> float:
+def spent(settings: Settings, run: Row, seed: int) -> float:
     """Seconds of training of a run and of those before it, the teacher's outputs not counted."""
     first = find(run.start)
     return settings.seconds(run.name, seed) + (spent(settings, first, seed) if first else 0)

@@ -34,11 +34,11 @@ from accelerate import Accelerator
 
 from asdm_core.packs import write_file
 from bench._common import add_common_arguments, clock_of, command_line, record
-from train import losses, loop, stages
+from train import losses, loop, networks
 from train.config import Config, load
 from train.data import Batch
-from train.emoji.diffusion import STEPS, coefficients
-from train.emoji.unet import BmmAttention
+from train.diffusion import STEPS, coefficients
+from train.attention import BmmAttention
 
 CONFIGS = Path(loop.__file__).parent / "configs"
 RUNS = {"stage1": "emoji-base", "stage2": "emoji-m2", "full_student": "emoji-m5"}
@@ -107,8 +107,8 @@ class Reference:
 
     def __init__(self, config: Config, device: torch.device):
         self.config = config
-        self.teacher = stages.load_teacher(config).to(device)
-        self.student = stages.make_student(self.teacher, config).to(device).train()
+        self.teacher = networks.load_teacher(config).to(device)
+        self.student = networks.make_student(self.teacher, config).to(device).train()
         for net in (self.teacher, self.student) if device.type == "cpu" else ():
             net.set_attn_processor(BmmAttention())
         g = torch.Generator().manual_seed(0)

@@ -14,12 +14,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from . import plan
+from . import dry_run
 from .config import load
-from .loop import train
+from .loop import Classifier, train
 
 
-def main() -> None:
+def main(classifier: Classifier | None = None) -> None:
+    """classifier: see train.loop.Criterion."""
     parser = argparse.ArgumentParser(
         prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -35,7 +36,7 @@ def main() -> None:
     try:
         config = load(args.recipe, args.set)
         if args.dry_run:
-            print(plan.report(config, int(os.environ.get("WORLD_SIZE", "1"))))
+            print(dry_run.report(config, int(os.environ.get("WORLD_SIZE", "1"))))
             return
         accelerator = Accelerator(cpu=args.cpu, mixed_precision=config.run.precision)
         if accelerator.distributed_type == DistributedType.FSDP:
@@ -44,7 +45,7 @@ def main() -> None:
                 "--use_fsdp, and "
                 "give --set run.shard=true"
             )
-        product = train(config, accelerator)
+        product = train(config, accelerator, classifier=classifier)
         accelerator.print(f"wrote {product}")
     except (ValueError, FloatingPointError, OSError) as e:
         raise SystemExit(str(e)) from None

@@ -22,8 +22,9 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from .emoji.training import Progress, seeded
-from .stages import assembled
+from .progress import Progress
+from .seeds import seeded
+from .networks import assembled
 
 SIZE = 256
 CLIP = ("ViT-g-14", "laion2b_s34b_b88k")

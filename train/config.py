@@ -48,14 +48,15 @@ class Network:
 
     shape: the UNet of a family as a table, where it is none of FAMILIES.
     teacher: its weights, any file or folder Load Pruned UNet takes; "random" draws them from the run's seed.
-    outputs: folder of its outputs for the samples of this run (train/outputs.py); empty: they are computed as the run
+    teacher_outputs: folder of its outputs for the samples of this run (train/teacher_outputs.py); empty: they are
+    computed as the run
     goes.
     """
 
     family: str = "sd15"
     teacher: str = ""
     prediction: str = "eps"
-    outputs: str = ""
+    teacher_outputs: str = ""
     shape: dict | None = None
 
     @property
@@ -208,7 +209,7 @@ class Optimiser:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSettings:
     """How long, how large, how exact, where.
 
     batch: samples of one update, over all processes; micro_batch: of one forward pass of one process. The
@@ -249,7 +250,7 @@ class Config:
     samples: Samples = field(default_factory=Samples)
     loss: Loss = field(default_factory=Loss)
     optimiser: Optimiser = field(default_factory=Optimiser)
-    run: Run = field(default_factory=Run)
+    run: RunSettings = field(default_factory=RunSettings)
 
     def __post_init__(self):
         for key, allowed in (
@@ -400,7 +401,7 @@ class Config:
         return "\n".join(lines)
 
 
-LOSSES = ("task", "output", "blocks", "layers", "attention", "mid", "perceptual")
+LOSSES = tuple(f.name for f in dataclasses.fields(Loss) if f.default.__class__ is float)  # all weights are numbers
 
 
 def load(path: str | Path, changes: Iterable[str] = ()) -> Config:

@@ -34,8 +34,8 @@ from asdm_core.addresses import UNetConfig
 from asdm_core.packs import read_header
 
 from .config import Config
-from .emoji.diffusion import STEPS, step_weights
-from .emoji.training import seeded
+from .diffusion import STEPS, step_weights
+from .seeds import seeded
 from .encoders import Text
 
 TENSORS = {"latents": 4, "captions": 2, "states": 3, "empty": 2}  # dimensions of each
@@ -221,7 +221,7 @@ def pooled_width(unet: UNetConfig) -> int:
     return unet.adm_channels - 6 * 256 if unet.adm_channels else 0
 
 
-def cast(added: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
+def cast_added(added: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
     """SDXL's further conditions for a UNet in a dtype. Its sizes stay as they are: bfloat16 would make 1368 of 1365 px,
     and diffusers casts what it makes of them itself.
     """

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from asdm_core.packs import read_header, write_file
 
-from .emoji.training import Progress, plain_errors
+from .progress import Progress, plain_errors
 from .encoders import ToLatents, ToText, latents_of, load_text, load_vae
-from .settings import digest, made, same_file
+from .provenance import digest, made, same_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 BROKEN = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)  # what a broken picture raises

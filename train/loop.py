@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from asdm_core.packs import BadFile, TensorFile, write_file
 
-from . import losses, sharding, stages, taps
+from . import losses, sharding, networks, taps
 from .config import LOSSES, Config
-from .data import Batch, Batches, Source, cast
-from .emoji.diffusion import STEPS, coefficients
-from .emoji.features import ClassifierFeatures
-from .emoji.training import Progress
-from .emoji.unet import BmmAttention
-from .outputs import Outputs
-from .settings import difference
+from .data import Batch, Batches, Source, cast_added
+from .diffusion import STEPS, coefficients
+from .optimisation import Average, trapezoid
+from .progress import Progress
+from .attention import BmmAttention
+from .teacher_outputs import TeacherOutputs
+from .provenance import difference
 from .show import Show, decoder, predictor, write_card
 from .sources import open_source
 from .vgg import load_vgg
@@ -70,19 +70,29 @@ class State:
     source: dict = field(default_factory=dict)
 
 
+Classifier = Callable[[Path], nn.Module]  # with `pictures`: latents -> pictures
+
+
 # Losses of a batch ----------------------------------------------------------------------------------
 
 
 class Criterion:
-    """The losses a recipe asks for, per sample, and their weights."""
+    """The losses a recipe asks for, per sample, and their weights.
 
-    def __init__(self, config: Config, device: torch.device):
+    classifier: what makes a perceptual network of the folder in loss.classifier.
+    """
+
+    def __init__(self, config: Config, device: torch.device, classifier: Classifier | None = None):
         self.config = config
         self.taps = config.taps
         self.weights = {name: getattr(config.loss, name) for name in LOSSES if getattr(config.loss, name)}
         self.net, self.picture = None, partial(losses.latent_rgb, family=config.network.family)
         if config.loss.perceptual and config.loss.classifier:
-            self.net = ClassifierFeatures(Path(config.loss.classifier)).to(device)
+            if classifier is None:
+                raise ValueError(
+                    "loss.classifier belongs to the emoji family alone: start the recipe with `python -m train.emoji`"
+                )
+            self.net = classifier(Path(config.loss.classifier)).to(device)
             self.picture = self.net.pictures
         elif config.loss.perceptual:
             self.net = load_vgg(config.loss.vgg).to(device)
@@ -103,27 +113,9 @@ class Criterion:
         self, batch: Batch, x: Tensor, student: tuple[Tensor, Mapping], teacher: tuple[Tensor, Mapping] | None
     ) -> Tensor:
         """(losses, B), in the order of `weights`."""
-        prediction = self.config.network.prediction
         a, s = coefficients(batch.t)
-        parts = []
-        for name in self.weights:
-            if name == "task":
-                value = losses.task(student[0], batch.x0, batch.noise, a, s, prediction)
-            elif name == "output":
-                value = losses.output(student[0], teacher[0])
-            elif name == "perceptual":
-                pictures = [self.picture(losses.denoised(x, p[0], a, s, prediction)) for p in (student, teacher)]
-                value = losses.perceptual(*pictures, self.net, batch.t < self.config.loss.perceptual_until)
-            else:
-                chosen = self.taps[name]
-                value = losses.features(
-                    {tap.name: student[1][tap.student] for tap in chosen},
-                    {tap.name: teacher[1][tap.teacher] for tap in chosen},
-                    {tap.name: tap.weight for tap in chosen},
-                    self.config.loss.relative,
-                )
-            parts.append(value)
-        return torch.stack(parts)
+        given = Compared(self, batch, x, a, s, student, teacher)
+        return torch.stack([VALUES[name](given) for name in self.weights])
 
     def factors(self, step: int) -> list[float]:
         """The weights at a step: that of the perceptual loss rises first."""
@@ -132,10 +124,61 @@ class Criterion:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """A trapezoid: warm-up, constant, linear cooldown to zero at the last step."""
-    o, left = config.optimiser, config.run.steps - step
-    factor = min(1.0, (step + 1) / o.warmup if o.warmup else 1.0, left / o.cooldown if o.cooldown else 1.0)
-    return o.lr * factor
+    """That of a step: a trapezoid that ends at zero."""
+    o = config.optimiser
+    return o.lr * trapezoid(step, o.warmup, config.run.steps - step, o.cooldown)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a loss may look at: x_t and its coefficients, predictions and features of student and teacher."""
+
+    criterion: Criterion
+    batch: Batch
+    x: Tensor
+    a: Tensor
+    s: Tensor
+    student: tuple[Tensor, Mapping]
+    teacher: tuple[Tensor, Mapping] | None
+
+    @property
+    def prediction(self) -> str:
+        return self.criterion.config.network.prediction
+
+
+def _task(c: Compared) -> Tensor:
+    return losses.task(c.student[0], c.batch.x0, c.batch.noise, c.a, c.s, c.prediction)
+
+
+def _output(c: Compared) -> Tensor:
+    return losses.output(c.student[0], c.teacher[0])
+
+
+def _features(c: Compared, kind: str) -> Tensor:
+    chosen = c.criterion.taps[kind]
+    return losses.features(
+        {tap.name: c.student[1][tap.student] for tap in chosen},
+        {tap.name: c.teacher[1][tap.teacher] for tap in chosen},
+        {tap.name: tap.weight for tap in chosen},
+        c.criterion.config.loss.relative,
+    )
+
+
+def _perceptual(c: Compared) -> Tensor:
+    pictures = [
+        c.criterion.picture(losses.denoised(c.x, predicted, c.a, c.s, c.prediction))
+        for predicted in (c.student[0], c.teacher[0])
+    ]
+    return losses.perceptual(*pictures, c.criterion.net, c.batch.t < c.criterion.config.loss.perceptual_until)
+
+
+# The value of each weight in config.Loss, (B,).
+VALUES: dict[str, Callable[[Compared], Tensor]] = {
+    "task": _task,
+    "output": _output,
+    **{kind: partial(_features, kind=kind) for kind in taps.KINDS},
+    "perceptual": _perceptual,
+}
 
 
 # Checkpoints ----------------------------------------------------------------------------------------
@@ -206,19 +249,6 @@ def _completed(saved: dict) -> dict:
     return saved | {name: values | saved.get(name, {}) for name, values in defaults.items()}
 
 
-class Average:
-    """Exponential average of the trained weights. It warms up: decay = min(ema, (1 + n) / (10 + n))."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], ema: float):
-        self.weights = {k: p.detach().clone() for k, p in parameters.items()}
-        self.ema = ema
-
-    @torch.no_grad()
-    def update(self, parameters: Mapping[str, nn.Parameter], updates: int) -> None:
-        weight = 1 - min(self.ema, (1 + updates) / (10 + updates))
-        torch._foreach_lerp_(list(self.weights.values()), [parameters[k].detach() for k in self.weights], weight)
-
-
 @contextmanager
 @torch.no_grad()
 def averaged(parameters: Mapping[str, nn.Parameter], average: Average) -> Iterator[None]:
@@ -268,24 +298,33 @@ def _restore(
 # The loop -------------------------------------------------------------------------------------------
 
 
-def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] = time.perf_counter) -> Path:
+def train(
+    config: Config,
+    accelerator: Accelerator,
+    clock: Callable[[], float] = time.perf_counter,
+    classifier: Classifier | None = None,
+) -> Path:
     """Train, or go on training, and write the product. Every process calls it. Returns the product's path.
 
     Raises ValueError for files and settings that do not fit, FloatingPointError where the loss is not
-    finite BAD_STEPS times in a row. clock: what a step's time is taken with.
+    finite BAD_STEPS times in a row. clock: what a step's time is taken with. classifier: see Criterion.
     """
     device, main = accelerator.device, accelerator.is_main_process
     accumulation = config.accumulation(accelerator.num_processes)
-    criterion = Criterion(config, device)
-    original = stages.load_teacher(config)
-    student = stages.make_student(original, config).to(device).train()
+    criterion = Criterion(config, device, classifier)
+    original = networks.load_teacher(config)
+    student = networks.make_student(original, config).to(device).train()
     if config.run.shard:
         sharding.shard(student, device)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[config.run.precision]
-    computed = Outputs(config, criterion.teacher_paths) if config.network.outputs and criterion.needs_teacher else None
+    computed = (
+        TeacherOutputs(config, criterion.teacher_paths)
+        if config.network.teacher_outputs and criterion.needs_teacher
+        else None
+    )
     teacher = taps.Tapped(original, criterion.teacher_paths) if criterion.needs_teacher and not computed else None
     if device.type == "cpu":  # fused attention is slow to train through on a CPU
-        stages.set_attention(original, BmmAttention()), stages.set_attention(student, BmmAttention())
+        networks.set_attention(original, BmmAttention()), networks.set_attention(student, BmmAttention())
     if config.run.checkpoint_gradients:
         student.enable_gradient_checkpointing()
 
@@ -353,7 +392,7 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
             wanted = computed(numbers, device) if computed else None
             if teacher is not None:
                 with torch.no_grad():
-                    wanted = teacher(x.to(half), batch.t, batch.context.to(half), cast(batch.added, half))
+                    wanted = teacher(x.to(half), batch.t, batch.context.to(half), cast_added(batch.added, half))
             last = part == accumulation - 1
             if config.run.shard:
                 student.set_requires_gradient_sync(last)
@@ -424,7 +463,7 @@ def train(config: Config, accelerator: Accelerator, clock: Callable[[], float] =
         if main:
             progress.end()
             training = provenance(config, state, log) | {"trained": sum(p.numel() for p in parameters.values())}
-            stages.write_product(student, config, training)
+            networks.write_product(student, config, training)
             write_card(config, training)
     accelerator.wait_for_everyone()
     return config.product

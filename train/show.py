@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from asdm_core.architecture import Architecture
 
-from . import stages
+from . import networks
 from .config import Config
-from .data import Source, cast
-from .emoji.training import save_grid, seeded
+from .data import Source, cast_added
+from .figures import save_grid
+from .seeds import seeded
 from .encoders import load_vae
 from .losses import LATENT_RGB, latent_rgb
 from .sources import Predict, draw, encoders
@@ -25,7 +26,7 @@ def predictor(unet: nn.Module, dtype: torch.dtype) -> Predict:
     """A diffusers UNet as a function of x, t, context and SDXL's conditions, computed in a dtype."""
 
     def predict(x: Tensor, t: Tensor, context: Tensor, added: Mapping[str, Tensor] | None) -> Tensor:
-        return unet(x.to(dtype), t, context.to(dtype), added_cond_kwargs=cast(added, dtype), return_dict=False)[0]
+        return unet(x.to(dtype), t, context.to(dtype), added_cond_kwargs=cast_added(added, dtype), return_dict=False)[0]
 
     return predict
 
@@ -91,7 +92,7 @@ class Show:
 
 def write_card(config: Config, training: Mapping) -> Path:
     """Write the model card, NAME.md beside the product."""
-    description = stages.describe_product(config, training)
+    description = networks.describe_product(config, training)
     architecture = config.architecture
     kind = "A pack" if description.kind == "pack" else "A pruned UNet"
     node = "Apply Pack on any checkpoint of its family" if description.kind == "pack" else "Load Pruned UNet"

@@ -23,11 +23,12 @@ from asdm_core.packs import write_file
 
 from .config import Config
 from .data import Cache, Examples, Numbered, Random, Source, pooled_width, whole
-from .emoji.diffusion import coefficients, ddim
-from .emoji.training import Progress, seeded
+from .diffusion import coefficients, ddim
+from .progress import Progress
+from .seeds import seeded
 from .encode import BROKEN, SUFFIXES, captioned, read_picture
 from .encoders import Text, ToLatents, ToText, latents_of, load_text, load_vae
-from .settings import digest, made, same_file
+from .provenance import digest, made, same_file
 
 SHUFFLED = 1000  # pictures of shards and streams that are shuffled together: reading stays within few files
 TRIES = 100  # pictures in a row that may be broken

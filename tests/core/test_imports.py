@@ -1,5 +1,6 @@
 """What importing the pack costs a ComfyUI that does not use it: nothing it would notice."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -58,3 +59,35 @@ def test_import_brings_no_large_packages_writes_nothing_and_opens_no_socket(impo
     assert not [m for m in modules if m.split(".")[0] in forbidden and m.split(".")[0] not in ours]
     assert not seen
     assert not list(tmp_path.iterdir())
+
+
+def imported(path):
+    """Modules a file of the repository imports, by their full names."""
+    package = list(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{name.name}" for name in node.names)
+
+
+@pytest.mark.parametrize(
+    ("files", "forbidden"),
+    [
+        ("train/*.py", ("train.emoji", "nodes", "bench", "comfy")),
+        ("train/emoji/*.py", ("nodes", "bench", "comfy")),
+    ],
+)
+def test_what_is_general_does_not_know_the_special(files, forbidden):
+    paths = sorted(ROOT.glob(files))
+    assert len(paths) > 10
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in paths
+        for name in imported(path)
+        if any(name == other or name.startswith(f"{other}.") for other in forbidden)
+    ]
+    assert not wrong

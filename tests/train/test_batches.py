@@ -7,7 +7,7 @@ from asdm_core.packs import write_file
 from tests.train.recipes import CONFIGS, NARROW
 from train.config import load
 from train.data import Batches, Cache, Random
-from train.emoji.diffusion import STEPS
+from train.diffusion import STEPS
 from train.sources import open_source
 
 

@@ -7,7 +7,7 @@ from train.emoji.captions import caption, held_out, own_tags, prompt, vocabulary
 from train.emoji.data import Variant, draw, variants
 from train.emoji.render import BACKGROUNDS, IDENTITY, compose, jitter
 from train.emoji.sources import STYLES, _split_sprite, plain, read_groups
-from train.emoji.training import seeded
+from train.seeds import seeded
 
 
 def test_concepts_are_many_distinct_and_few_faces():

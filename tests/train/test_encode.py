@@ -17,7 +17,7 @@ from train.config import load
 from train.data import Cache
 from train.encode import captioned, encode, read_picture
 from train.encoders import Text, latents_of, load_text, load_vae
-from train.settings import made, same_file
+from train.provenance import made, same_file
 
 
 def to_latents(pictures):

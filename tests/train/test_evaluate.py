@@ -16,7 +16,7 @@ from train import coco, evaluate
 from train.emoji import compare, unet
 from train.emoji.classifier import Classifier, save_classifier
 from train.emoji.compare import Judge, Switched
-from train.emoji.diffusion import schedule
+from train.diffusion import schedule
 from train.emoji.text import TextEncoder
 
 # The emoji family ------------------------------------------------------------------------------------
@@ -208,7 +208,6 @@ def test_scores_come_from_the_libraries_as_the_protocol_has_them(prompts, tmp_pa
     # The whole command, twice: the second time it has nothing to draw.
     monkeypatch.setattr(coco, "load_pipeline", lambda models, product, device: Pipeline())
     command = [
-        "sd",
         "--models",
         "x",
         "--prompts",
@@ -247,7 +246,7 @@ def test_missing_libraries_and_prompts_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="need clean-fid, torch-fidelity: pip install clean-fid torch-fidelity"):
         coco.libraries()
     with pytest.raises(SystemExit, match="need clean-fid"):
-        evaluate.main(["sd", "--models", "x", "--prompts", "x", "--real", "x", "--out", str(tmp_path)])
+        evaluate.main(["--models", "x", "--prompts", "x", "--real", "x", "--out", str(tmp_path)])
     with pytest.raises(ValueError, match="none.csv: cannot be read"):
         coco.read_prompts(tmp_path / "none.csv")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")

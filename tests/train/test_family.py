@@ -16,7 +16,7 @@ from asdm_core.packs import TensorFile, describe, open_pack, open_unet
 from train.emoji.codec import load_codec
 from train.emoji.text import Tokens, load_text
 from train.emoji.unet import CONFIG, addressed, load_unet
-from train.stages import joining, open_product
+from train.networks import joining, open_product
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models" / "emoji"

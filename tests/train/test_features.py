@@ -10,7 +10,8 @@ from train.config import load
 from train.data import Batch
 from train.emoji.classifier import Classifier, save_classifier
 from train.emoji.codec import Codec, to_taesd
-from train.emoji.diffusion import coefficients
+from train.emoji.features import ClassifierFeatures
+from train.diffusion import coefficients
 from train.loop import Criterion
 
 
@@ -24,7 +25,7 @@ def models(tmp_path):
 
 def test_the_classifier_sees_what_a_prediction_stands_for(models):
     recipe = load(CONFIGS / "emoji-m2.toml", [f"loss.classifier={models}", "loss.perceptual=0.1", "loss.blocks=0"])
-    criterion = Criterion(recipe, torch.device("cpu"))
+    criterion = Criterion(recipe, torch.device("cpu"), ClassifierFeatures)
     assert list(criterion.weights) == ["output", "perceptual"] and not any(
         p.requires_grad for p in criterion.net.parameters()
     )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from asdm_core.packs import open_pack
 from asdm_core.surgery import load_units
 from tests.train.recipes import CONFIGS, NARROW
-from train import loop, stages
+from train import loop, networks
 from train.config import load
 from train.data import Random
 from train.loop import Criterion, learning_rate, train
@@ -319,17 +319,17 @@ def test_overflows_while_fp16_finds_its_scale_are_counted_and_do_not_stop_the_ru
 def test_a_run_ends_in_a_pack_that_holds_its_average(unbroken):
     recipe = settings(unbroken)
     opened = open_pack(recipe.product)
-    assert opened.description.units == stages.trained_units(recipe) and opened.description.prediction == "v"
+    assert opened.description.units == networks.trained_units(recipe) and opened.description.prediction == "v"
     training = opened.description.training
     assert (training["steps"], training["samples"], training["recipe"]) == (6, 24, "narrow")
     assert training["losses"] == {"task": 1, "output": 1, "blocks": 1, "mid": 1} and set(training["final"]) == set(
         training["losses"]
     )
-    teacher = stages.load_teacher(recipe)
-    student = stages.make_student(teacher, recipe)
-    before = {k: v.clone() for k, v in stages.addressed(student, recipe.architecture).items()}
+    teacher = networks.load_teacher(recipe)
+    student = networks.make_student(teacher, recipe)
+    before = {k: v.clone() for k, v in networks.addressed(student, recipe.architecture).items()}
     load_units(student, "diffusers", recipe.architecture, {k: v.float() for k, v in opened.tensors.items()})
-    after, average = stages.addressed(student, recipe.architecture), load_file(newest(unbroken))
+    after, average = networks.addressed(student, recipe.architecture), load_file(newest(unbroken))
     names = {slot.unit.key(slot.tensor): key for key, slot in recipe.architecture.keys("diffusers").items()}
     for key, value in after.items():
         if key in opened.tensors:

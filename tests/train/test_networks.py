@@ -1,130 +1,387 @@
-import json
+"""Taps, freeze masks, starts of a stage and products, on narrow networks."""
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
-from safetensors import safe_open
 
-from asdm_core.architecture import FAMILIES
-from train.emoji import unet as unets
-from train.emoji.diffusion import ALPHAS, coefficients, ddim, noised, schedule, step_weights
-from train.emoji.text import LENGTH, VOCABULARY, TextEncoder, expanded, host_folder, load_text, save_text
-
-TABLE = "text_model.embeddings.token_embedding.weight"
-
-
-@torch.no_grad()
-def test_own_attention_equals_fused_attention(tiny):
-    torch.manual_seed(0)
-    net = unets.build(tiny).eval()
-    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randn(2, 77, 32)
-    ours = net(x, t, context).sample
-    net.set_attn_processor(AttnProcessor2_0())
-    torch.testing.assert_close(ours, net(x, t, context).sample, rtol=1e-4, atol=1e-5)
+from asdm_core.architecture import Architecture
+from asdm_core.packs import Description, open_pack, open_unet, write_unet
+from tests.train.recipes import CONFIGS, NARROW, RECIPES
+from train import networks, taps
+from train.config import Regional, load
+from train.attention import BmmAttention
+from train.dry_run import activations, meta_student, report
+from train.taps import Tap, Tapped, caught
 
 
-def test_the_family_has_the_shape_of_sd15():
-    net = unets.build()
-    config = FAMILIES["emoji"]
-    assert set(unets.addressed(net)) == set(unets.addressed(net, config))
-    assert [b.heads for b in net.modules() if hasattr(b, "heads")] == [4] * 32
-    assert net.time_embedding.linear_1.out_features == 4 * 64
+def paths(found):
+    return [tap.student if tap.student == tap.teacher else (tap.student, tap.teacher) for tap in found]
 
 
-@torch.no_grad()
-def test_a_stored_unet_is_the_network_after_int8(tiny, tmp_path):
-    torch.manual_seed(0)
-    net = unets.build(tiny)
-    unets.save_unet(tmp_path / "a.safetensors", net, "CC0-1.0", {"steps": 1}, tiny)
-    back = unets.load_unet(tmp_path / "a.safetensors")
-    wanted = unets.as_stored(unets.addressed(net, tiny))
-    for key, value in unets.addressed(back, tiny).items():
-        assert torch.equal(value, wanted[key]), key
-    # Once stored, storing again changes nothing: everything later starts from the same network.
-    unets.save_unet(tmp_path / "b.safetensors", back, "CC0-1.0", {"steps": 1}, tiny)
-    again = unets.load_unet(tmp_path / "b.safetensors")
-    for key, value in again.state_dict().items():
-        torch.testing.assert_close(value, back.state_dict()[key], rtol=1e-6, atol=1e-9)
-    with safe_open(tmp_path / "a.safetensors", framework="pt") as f:
-        description = json.loads(f.metadata()["asdm"])
-        assert f.get_tensor("input_blocks.1.0.in_layers.2.weight").dtype == torch.int8
-        assert f.get_tensor("input_blocks.1.0.in_layers.2.weight.scale").shape == (32,)
-    assert description["prediction"] == "v" and description["companions"]["vae"] == "emoji-vae.safetensors"
+# Taps -----------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def test_text_rows_expand_to_the_full_table(tmp_path):
-    torch.manual_seed(0)
-    ids = [0, 5, 320, 49406, 49407]
-    encoder = TextEncoder(ids)
-    save_text(tmp_path / "text.safetensors", encoder, {"steps": 1})
-    with safe_open(tmp_path / "text.safetensors", framework="pt") as f:
-        sd = {k: f.get_tensor(k) for k in f.keys()}
-    full = expanded(sd)
-    assert full[TABLE].shape == (VOCABULARY, 128) and "token_ids" not in full
-    assert torch.equal(full[TABLE][ids], sd[TABLE])
-    rest = full[TABLE].clone()
-    rest[ids] = 0
-    assert not rest.any()
+def test_block_taps_are_those_of_bk_sdm():
+    down, up = [f"down_blocks.{n}" for n in range(4)], [f"up_blocks.{n}" for n in range(4)]
+    for preset in ("base", "small"):
+        assert paths(taps.blocks(Architecture.preset(preset))) == down + up
+    tiny = taps.blocks(Architecture.preset("tiny"))
+    assert paths(tiny) == [
+        *down[:2],
+        ("down_blocks.2.attentions.0.proj_out", "down_blocks.2.attentions.1.proj_out"),
+        *up[1:],
+    ]
+    assert paths(taps.blocks(Architecture.preset("m2"))) == [*down[:2], *up[2:]]
+    assert all(tap.weight == 1 for tap in tiny)
 
-    # The full table on real ids computes what the compact one computes on rows.
-    back = load_text(tmp_path / "text.safetensors")
-    rows = torch.tensor([[3, 1, 2, 4] + [4] * (LENGTH - 4)])
-    whole = TextEncoder(list(range(VOCABULARY)))
-    names = {k if k.startswith("text_model.") else f"text_model.{k}": p for k, p in whole.clip.named_parameters()}
-    assert set(names) == set(full)
-    for key, p in names.items():
-        p.copy_(full[key])
-    torch.testing.assert_close(whole.eval()(torch.tensor(ids)[rows]), back(rows), rtol=1e-5, atol=1e-6)
+
+def test_layer_and_attention_taps_of_a_block_share_a_weight_of_one():
+    architecture = Architecture.preset("koala-700m")
+    found = taps.layers(architecture)
+    assert paths(found)[:4] == [
+        "down_blocks.0.resnets.0",
+        "down_blocks.1.resnets.0",
+        "down_blocks.1.attentions.0",
+        "down_blocks.2.resnets.0",
+    ]
+    for kind in (found, taps.attention(architecture)):
+        for block in {tap.name[: tap.name.index(".") + 2] for tap in kind}:
+            assert sum(tap.weight for tap in kind if tap.name.startswith(block)) == pytest.approx(1)
+    # Five of ten transformer blocks are kept; each is compared with the one it was.
+    deep = [p for p in paths(taps.attention(architecture)) if p.startswith("down_blocks.2")]
+    assert deep == [f"down_blocks.2.attentions.0.transformer_blocks.{i}.attn1" for i in range(5)]
+    assert taps.attention(Architecture.preset("m1"))[0] == Tap(
+        "down.0.0.transformer.0.attn1", *["down_blocks.0.attentions.0.transformer_blocks.0.attn1"] * 2, 1.0
+    )
+
+
+def test_units_with_experts_or_gains_are_compared_as_well():
+    full = ["student.preset=full", "loss.mid=0"]
+    assert paths(load(NARROW, [*full, "gri.on=down.0, up.3", "gri.window=4", "gri.pool=2"]).taps["blocks"]) == [
+        "down_blocks.0",
+        "up_blocks.3",
+    ]
+    assert paths(load(NARROW, [*full, "experts.on=down.1"]).taps["blocks"]) == ["down_blocks.1"]
+    assert paths(load(NARROW, ["student.preset=m2", "loss.mid=0", "experts.on=down.0"]).taps["blocks"]) == paths(
+        taps.blocks(Architecture.preset("m2"))
+    )
+    with pytest.raises(ValueError, match=r"loss\.blocks has nothing to compare"):
+        load(NARROW, [*full, "student.trained=all"])
+
+
+def test_a_mid_tap_needs_a_mid_block():
+    assert paths(taps.mid(Architecture.preset("m3"))) == ["mid_block"]
+    with pytest.raises(ValueError, match="small has no mid block"):
+        taps.mid(Architecture.preset("small"))
 
 
 @torch.no_grad()
-def test_the_text_encoder_reads_from_left_to_right():
-    torch.manual_seed(0)
-    encoder = TextEncoder(list(range(8))).eval()
-    a, b = torch.randint(0, 7, (1, LENGTH)), torch.randint(0, 7, (1, LENGTH))
-    b[:, :5] = a[:, :5]
-    torch.testing.assert_close(encoder(a)[:, :5], encoder(b)[:, :5])
+def test_features_are_caught_and_no_hook_stays():
+    recipe = load(NARROW, ["student.preset=tiny", "loss.mid=0"])
+    teacher = networks.load_teacher(recipe)
+    student = networks.make_student(teacher, recipe)
+    found = [*taps.blocks(recipe.architecture), *taps.layers(recipe.architecture), *taps.attention(recipe.architecture)]
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
+    predicted, mine = Tapped(student, [tap.student for tap in found])(x, t, context)
+    _, its = Tapped(teacher, [tap.teacher for tap in found])(x, t, context)
+    for tap in found:
+        assert mine[tap.student].shape == its[tap.teacher].shape, tap
+    assert torch.equal(predicted, student(x, t, context).sample)
+    assert not any(m._forward_hooks for m in student.modules())
+    with pytest.raises(RuntimeError), caught(student, ["conv_in"]):
+        student(x[:, :3], t, context)
+    assert not any(m._forward_hooks for m in student.modules())
 
 
-def test_a_wrong_host_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match="sd1_tokenizer"):
-        host_folder(tmp_path)
+# Freeze masks ---------------------------------------------------------------------------------------
 
 
-def test_noise_schedule_is_sd15s():
-    from diffusers import DDIMScheduler
-
-    wanted = DDIMScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-    ).alphas_cumprod
-    torch.testing.assert_close(ALPHAS, wanted, rtol=1e-4, atol=1e-7)
-
-
-def test_v_and_x0_are_two_views_of_one_thing():
-    g = torch.Generator().manual_seed(0)
-    x0, eps = torch.randn(3, 4, 8, 8, generator=g), torch.randn(3, 4, 8, 8, generator=g)
-    t = torch.tensor([0, 500, 999])
-    x, v = noised(x0, eps, t)
-    a, s = coefficients(t)
-    torch.testing.assert_close(a * x - s * v, x0, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(s * x + a * v, eps, rtol=1e-4, atol=1e-5)
-
-
-def test_a_perfect_network_samples_the_picture():
-    x0 = torch.randn(2, 4, 8, 8)
-
-    def predict_v(x, t, context):
-        a, s = coefficients(t)
-        target = x0.repeat(len(x) // 2, 1, 1, 1)
-        return a * (x - a * target) / s - s * target
-
-    out = ddim(predict_v, torch.randn(2, 4, 8, 8), torch.zeros(2, 1, 1), torch.zeros(1, 1, 1), steps=5, cfg=3.0)
-    torch.testing.assert_close(out, x0, rtol=1e-4, atol=1e-4)
-    assert schedule(20)[0] == 999 and len(schedule(20)) == 20
+@pytest.mark.parametrize(
+    ("changes", "blocks"),
+    [
+        (["student.preset=m1"], {"down_blocks.0", "up_blocks.3"}),
+        (["student.preset=m2"], {"down_blocks.0", "down_blocks.1", "up_blocks.2", "up_blocks.3"}),
+        (
+            ["student.preset=m3"],
+            {"down_blocks.0", "down_blocks.1", "down_blocks.2", "up_blocks.1", "up_blocks.2", "up_blocks.3"},
+        ),
+        (
+            ["student.preset=m1", "student.stem=true"],
+            {"down_blocks.0", "up_blocks.3", "conv_in", "conv_norm_out", "conv_out"},
+        ),
+        (["student.preset=m2", "student.trained=all"], None),
+        (["student.preset=base"], None),
+        (["student.preset=tiny"], None),
+    ],
+)
+def test_only_the_blocks_of_the_student_have_gradients(changes, blocks):
+    student = meta_student(load(NARROW, [*changes, "loss.mid=0"]))
+    trained = {k for k, p in student.named_parameters() if p.requires_grad}
+    if blocks is None:
+        assert trained == set(dict(student.named_parameters()))
+    else:
+        assert trained == {k for k, _ in student.named_parameters() if k.startswith(tuple(f"{b}." for b in blocks))}
 
 
-def test_time_steps_are_drawn_where_there_is_noise():
-    p = step_weights()
-    assert abs(float(p.sum()) - 1) < 1e-4 and float(p.min()) >= 0.2 / 1000
-    assert p[900] > 4 * p[10]
+def test_the_trained_part_of_sd15_has_the_sizes_of_the_paper():
+    millions = {}
+    for name in ("m1", "m2", "m3", "m5", "tiny"):
+        student = meta_student(load(CONFIGS / f"sd15-{name}.toml"))
+        millions[name] = round(sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6, 1)
+    assert millions == {"m1": 18.6, "m2": 87.6, "m3": 336.1, "m5": 809.5, "tiny": 323.4}
+
+
+# Starts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The product of a stage 1 whose weights are not the teacher's."""
+    recipe = load(
+        NARROW,
+        [
+            "student.preset=base",
+            "seed=99",
+            "loss.mid=0",
+            f"run.folder={tmp_path_factory.mktemp('base')}",
+            "run.stored=float32",
+        ],
+    )
+    networks.write_product(networks.make_student(networks.load_teacher(recipe), recipe), recipe, {})
+    return recipe.product
+
+
+@pytest.mark.parametrize("preset", ["m1", "m2"])
+def test_stage_two_takes_its_own_units_from_stage_one_and_the_rest_from_the_teacher(base, preset):
+    recipe = load(NARROW, [f"student.preset={preset}", f"student.start={base}"])
+    teacher = networks.load_teacher(recipe)
+    start, mine = (
+        open_unet(base).tensors,
+        networks.addressed(networks.make_student(teacher, recipe), recipe.architecture),
+    )
+    original = networks.addressed(teacher, Architecture.full(recipe.network.config))
+    own = set(recipe.architecture.own)
+    for key, slot in recipe.architecture.keys().items():
+        assert torch.equal(mine[key], start[key] if slot.unit.address in own else original[key]), key
+    assert any(not torch.equal(start[key], original[key]) for key in start)
+
+
+def test_a_start_that_does_not_fit_is_named(base, tmp_path):
+    with pytest.raises(ValueError, match="none.safetensors.*Train the stage before"):
+        networks.make_student(
+            networks.load_teacher(load(NARROW)), load(NARROW, [f"student.start={tmp_path / 'none.safetensors'}"])
+        )
+    wide = load(NARROW, ["student.preset=", "student.cut=down.0.1", "student.on=down.0-1", f"student.start={base}"])
+    with pytest.raises(ValueError, match=r"does not have down.1.1.resnet, which narrow trains"):
+        networks.make_student(networks.load_teacher(wide), wide)
+
+
+def test_a_wrong_teacher_is_named(base, tmp_path):
+    with pytest.raises(
+        ValueError,
+        match=r"teacher: narrow.safetensors is a UNet of smoke, cut to base; wanted an unpruned one of smoke",
+    ):
+        networks.load_teacher(load(NARROW, [f"network.teacher={base}"]))
+    recipe = load(NARROW)
+    whole, path = networks.load_teacher(recipe), tmp_path / "whole.safetensors"
+    full = Architecture.full(recipe.network.config)
+    write_unet(path, networks.addressed(whole, full), Description("unet", full, prediction="eps"))
+    with pytest.raises(ValueError, match="predicts eps, the recipe says network.prediction = 'v'"):
+        networks.load_teacher(load(NARROW, [f"network.teacher={path}"]))
+    again = networks.load_teacher(load(NARROW, [f"network.teacher={path}", "network.prediction=eps"]))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    with pytest.raises(ValueError, match="give the file"):
+        networks.load_teacher(load(NARROW, ["network.teacher="]))
+
+
+def test_a_product_is_under_its_teachers_licence_and_a_unet_keeps_its_companions(tmp_path):
+    recipe = load(NARROW)
+    full, path = Architecture.full(recipe.network.config), tmp_path / "whole.safetensors"
+    told = Description("unet", full, prediction="v", licence="CC-BY-4.0", companions={"vae": "its-vae.safetensors"})
+    write_unet(path, networks.addressed(networks.load_teacher(recipe), full), told)
+    for changes, has_companions in ((["student.preset=m2"], False), (["student.preset=base", "loss.mid=0"], True)):
+        recipe = load(NARROW, [*changes, f"network.teacher={path}", f"run.folder={tmp_path}"])
+        networks.write_product(networks.make_student(networks.load_teacher(recipe), recipe), recipe, {})
+        description = networks.open_product(recipe.product).description
+        assert description.licence == told.licence and dict(description.companions) == (
+            dict(told.companions) if has_companions else {}
+        )
+
+
+# Further experts ------------------------------------------------------------------------------------
+
+E2 = ["student.preset=tiny", "loss.mid=0", "experts.on=down.0.*.resnet, up.3.*.resnet"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ([], 1e-4),
+        (["experts.start=clme"], 0.05),
+        (["experts.start=clme", "experts.form=mixture"], 0.05),
+        (["student.preset=m2"], 1e-4),
+    ],
+)
+@torch.no_grad()
+def test_experts_change_nothing_at_first(changes, tolerance):
+    recipe = load(NARROW, [*E2, *changes])
+    plain = load(NARROW, [*E2[:2], *[c for c in changes if "preset" in c]])
+    teacher = networks.load_teacher(recipe)
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
+    with_experts, without = (networks.make_student(teacher, r)(x, t, context).sample for r in (recipe, plain))
+    assert (with_experts - without).norm() <= tolerance * without.norm()
+
+
+@pytest.mark.parametrize("router", [True, False])
+@pytest.mark.parametrize("preset", ["tiny", "m1"])
+def test_experts_are_trained_wherever_they_are_and_routers_as_asked(preset, router):
+    # Of m1, up.2 belongs to the frozen original.
+    recipe = load(
+        NARROW,
+        [
+            f"student.preset={preset}",
+            "loss.mid=0",
+            "experts.on=up.2-3.*.resnet",
+            f"experts.router={str(router).lower()}",
+        ],
+    )
+    student = meta_student(recipe)
+    for name, p in student.named_parameters():
+        part = name.split(".")[-2]
+        if part in ("experts", "router"):
+            assert p.requires_grad == (part == "experts" or router), name
+        elif preset == "m1":
+            assert p.requires_grad == name.startswith(("down_blocks.0.", "up_blocks.3.")), name
+    assert sum(".experts." in name for name, _ in student.named_parameters()) == 2 * len(recipe.condconv.experts)
+
+
+@pytest.mark.parametrize("changes", [[], ["experts.start=clme"], ["student.preset=m2", "experts.on=down.0-1.*.resnet"]])
+@torch.no_grad()
+def test_a_product_with_experts_plays_what_was_trained(changes, tmp_path):
+    recipe = load(NARROW, [*E2, *changes, f"run.folder={tmp_path}", "run.stored=float32"])
+    teacher = networks.load_teacher(recipe)
+    student = networks.make_student(teacher, recipe)
+    for p in student.parameters():
+        if p.requires_grad:
+            p.add_(0.05 * torch.randn_like(p))
+    networks.write_product(student, recipe, {})
+    # A pack cannot carry the stem of a student that was trained whole: there its experts are a pack of their own.
+    whole = recipe.architecture.name == "tiny"
+    pack = open_pack(networks.joining(recipe.product) if whole else recipe.product).description
+    assert pack.condconv == recipe.condconv and pack.units == (() if whole else recipe.architecture.own)
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
+    assert torch.equal(
+        networks.assembled(teacher, recipe.product)(x, t, context).sample, student.eval()(x, t, context).sample
+    )
+    with pytest.raises(ValueError, match="has further experts or gains, which the next stage would lose"):
+        networks.make_student(
+            teacher, load(NARROW, [*E2[:2], *[c for c in changes if "preset" in c], f"student.start={recipe.product}"])
+        )
+
+
+# GRI -------------------------------------------------------------------------------------------------
+
+GAINS = ["student.preset=full", "loss.mid=0", "loss.blocks=0", "gri.on=down.0, up.3", "gri.window=4", "gri.pool=2"]
+
+
+def test_of_gri_only_the_gains_are_trained():
+    student = meta_student(load(NARROW, GAINS))
+    trained = {name: p.shape for name, p in student.named_parameters() if p.requires_grad}
+    assert list(trained.values()) == [(4,)] * 5 and all(name.endswith(".attn1.processor.gain") for name in trained)
+    with pytest.raises(ValueError, match=r"narrow trains nothing: student.preset = 'full'"):
+        load(NARROW, GAINS[:3])
+    with pytest.raises(ValueError, match="'down.3' holds no transformer"):
+        load(NARROW, [*GAINS, "gri.on=down.3"])
+    with pytest.raises(ValueError, match="window and shift must be multiples of pool"):
+        load(NARROW, [*GAINS, "gri.pool=3"])
+    with pytest.raises(
+        ValueError,
+        match=r"data.size = 64 the maps of down.0.0.transformer are 8 x 8 tokens, and a window of 8 covers them",
+    ):
+        load(NARROW, [*GAINS, "gri.window=8"])
+
+
+@torch.no_grad()
+def test_a_window_over_the_whole_map_is_the_teacher_whatever_the_gains(tmp_path):
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
+    recipe = load(NARROW, [*GAINS, f"run.folder={tmp_path}", "run.stored=float32"])
+    teacher = networks.load_teacher(recipe)
+    wanted = teacher(x, t, context).sample
+    student = networks.make_student(teacher, recipe)
+    for p in student.parameters():
+        if p.requires_grad:
+            p.add_(1.0)
+    for same in (False, True):
+        networks.set_attention(student, BmmAttention())  # leaves GRI where it is
+        assert sum(isinstance(p, networks.RegionalAttention) for p in student.attn_processors.values()) == 5
+        for p in student.attn_processors.values():
+            if same and isinstance(p, networks.RegionalAttention):
+                p.settings = Regional(window=8, pool=4)
+        assert ((student(x, t, context).sample - wanted).norm() < 1e-3 * wanted.norm()) == same
+
+    # A product plays the same gains in the same windows.
+    again = networks.make_student(teacher, recipe)
+    for p in again.parameters():
+        if p.requires_grad:
+            p.copy_(torch.randn(p.shape))
+    networks.write_product(again, recipe, {})
+    opened = open_pack(recipe.product)
+    assert opened.description.units == () and set(opened.tensors) == set(recipe.gains.keys(recipe.network.config))
+    assert torch.equal(
+        networks.assembled(teacher, recipe.product)(x, t, context).sample, again.eval()(x, t, context).sample
+    )
+
+
+# Products -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "stored"),
+    [
+        (["student.preset=m2"], "pack", "float32"),
+        (["student.preset=m2", "student.trained=all"], "unet", "float32"),
+        (["student.preset=tiny", "loss.mid=0"], "unet", "float16"),
+    ],
+)
+def test_products_hold_the_student(changes, kind, stored, tmp_path):
+    recipe = load(NARROW, [*changes, f"run.folder={tmp_path}", f"run.stored={stored}"])
+    student = networks.make_student(networks.load_teacher(recipe), recipe)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.25)
+    networks.write_product(student, recipe, {"steps": 3})
+    opened = (open_pack if kind == "pack" else open_unet)(recipe.product)
+    description = opened.description
+    assert (description.kind, description.prediction, description.training["steps"]) == (kind, "v", 3)
+    assert description.architecture == recipe.architecture
+    mine = networks.addressed(student, recipe.architecture)
+    units = set(networks.trained_units(recipe))
+    assert set(opened.tensors) == {k for k, s in recipe.architecture.keys().items() if s.unit.address in units}
+    for key, value in opened.tensors.items():
+        assert torch.equal(value, mine[key].to(value.dtype)), key
+
+
+# Plans ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_has_a_plan(path):
+    recipe = load(path)
+    text = report(recipe, 2 if recipe.run.batch > recipe.run.micro_batch else 1)
+    whole = len(networks.trained_units(recipe)) == len(recipe.architecture.kept)
+    assert f"ends in {recipe.product} ({'unet' if whole else 'pack'})" in text
+    further = sum(
+        slot.tensor.numel
+        for extra in (recipe.condconv, recipe.gains)
+        if extra
+        for slot in extra.keys(recipe.network.config).values()
+    )
+    assert f"{(recipe.architecture.params + further) / 1e6:.3f}" in text.split("all", 1)[1]
+    assert "activations" in text
+
+
+def test_the_plan_counts_what_the_backward_pass_keeps():
+    one, two = (load(NARROW, [f"run.micro_batch={n}", "run.batch=4"]) for n in (1, 2))
+    assert activations(meta_student(two), two) == pytest.approx(2 * activations(meta_student(one), one), rel=0.02)
+    saved = load(NARROW, ["run.micro_batch=2", "run.batch=4", "run.checkpoint_gradients=true"])
+    assert activations(meta_student(saved), saved) < 0.5 * activations(meta_student(two), two)

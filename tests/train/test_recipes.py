@@ -10,7 +10,7 @@ from tests.train.recipes import RECIPES
 from train import loop
 from train.config import LOSSES, load
 from train.loop import train
-from train.stages import open_product
+from train.networks import open_product
 
 SHAPES = {
     "sd15": "{model_channels = 32, channel_mult = [1, 1, 2, 2], down = [[1, 1], [1, 1], [1, 1], [0, 0]], mid = 1, "

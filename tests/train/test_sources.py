@@ -17,11 +17,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from asdm_core.architecture import Architecture
 from asdm_core.packs import open_pack
 from tests.train.recipes import CONFIGS, NARROW
-from train import loop, sources, stages
+from train import loop, sources, networks
 from train.config import load
 from train.data import Batches, Cache
-from train.emoji.diffusion import STEPS, coefficients
-from train.emoji.training import seeded
+from train.diffusion import STEPS, coefficients
+from train.seeds import seeded
 from train.encoders import load_text
 from train.loop import train
 from train.sources import open_source
@@ -257,10 +257,10 @@ def test_a_checkpoint_brings_its_own_text_encoder(classic, models, tmp_path):
 
 def test_the_teacher_lies_in_a_whole_checkpoint(models, tmp_path):
     config = load(CONFIGS / "emoji-base.toml", ["network.teacher=random"])
-    teacher = stages.load_teacher(config)
+    teacher = networks.load_teacher(config)
     sd = {
         f"model.diffusion_model.{k}": v.half()
-        for k, v in stages.addressed(teacher, Architecture.full(config.network.config)).items()
+        for k, v in networks.addressed(teacher, Architecture.full(config.network.config)).items()
     }
     text = {
         f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v.half()
@@ -268,7 +268,7 @@ def test_the_teacher_lies_in_a_whole_checkpoint(models, tmp_path):
     }
     whole = sd | text | {"first_stage_model.x": torch.zeros(1)}
     save_file({k: v.contiguous() for k, v in whole.items()}, tmp_path / "finetune.safetensors")
-    found = stages.load_teacher(
+    found = networks.load_teacher(
         load(CONFIGS / "emoji-base.toml", [f"network.teacher={tmp_path / 'finetune.safetensors'}"])
     ).state_dict()
     assert all(torch.equal(found[k], v.half().float()) for k, v in teacher.state_dict().items())

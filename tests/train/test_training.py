@@ -13,7 +13,8 @@ from train.emoji.data import variants
 from train.emoji.latents import load_latents
 from train.emoji.teacher import Batches
 from train.emoji.text import TextEncoder
-from train.emoji.training import Checkpoint, Optimiser, Run, save_curve, save_grid
+from train.emoji.training import Checkpoint, Optimiser, TrainingState
+from train.figures import save_curve, save_grid
 
 
 @pytest.fixture()
@@ -112,7 +113,7 @@ def test_the_loss_decreases(tiny, glyphs, data, tokens, encoder):
 
 
 def test_the_rate_is_a_trapezoid_that_ends_at_zero():
-    run, rates = Run(minutes=1, total=400), []
+    run, rates = TrainingState(minutes=1, total=400), []
     while not run.done:
         rates.append(run.rate(1.0))
         run.step += 1
@@ -122,14 +123,14 @@ def test_the_rate_is_a_trapezoid_that_ends_at_zero():
 
 def test_a_time_box_ends_and_its_cooldown_survives_resuming(tmp_path):
     parameters = {"p": torch.nn.Parameter(torch.zeros(2))}
-    optimiser, run = Optimiser(parameters), Run(minutes=1)
+    optimiser, run = Optimiser(parameters), TrainingState(minutes=1)
     while not run.done and run.step < 1000:
         run.rate(1.0)
         run.step, run.seconds = run.step + 1, run.seconds + 0.5
         run._recent = [0.5] * 20
     assert 115 <= run.step <= 121
     Checkpoint(tmp_path / "c.safetensors").save(optimiser, run)
-    back = Checkpoint(tmp_path / "c.safetensors").load(optimiser, Run(minutes=1))
+    back = Checkpoint(tmp_path / "c.safetensors").load(optimiser, TrainingState(minutes=1))
     assert (back.cooldown_from, back.cooldown_steps, back.step) == (
         run.cooldown_from,
         run.cooldown_steps,

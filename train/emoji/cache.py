@@ -20,7 +20,8 @@ from .data import Glyphs, load_glyphs
 from .latents import LatentSet, load_latents
 from .teacher import TEACHER_STYLES
 from .text import Tokens, host_folder, load_text
-from .training import Progress, add_common_arguments, plain_errors, start
+from ..progress import Progress, plain_errors
+from .training import add_common_arguments, start
 
 
 def write_cache(

@@ -25,17 +25,10 @@ from asdm_core.packs import write_file
 from .codec import load_codec
 from .data import ALL_COPIES, Variant, draw, load_glyphs, variants
 from .sources import STYLES
-from .training import (
-    Checkpoint,
-    Optimiser,
-    Progress,
-    Run,
-    add_common_arguments,
-    plain_errors,
-    save_curve,
-    seeded,
-    start,
-)
+from .training import Checkpoint, Optimiser, TrainingState, add_common_arguments, start
+from ..progress import Progress, plain_errors
+from ..figures import save_curve
+from ..seeds import seeded
 
 FEATURES = 64
 SIZE = 64  # pixels it looks at
@@ -185,7 +178,7 @@ def main() -> None:
     model = Classifier(len(glyphs.concepts)).to(args.device)
     optimiser = Optimiser(dict(model.named_parameters()), weight_decay=0.02, ema=0.998)
     checkpoint = Checkpoint(args.runs / "classifier.safetensors")
-    run = Run(args.minutes, args.steps)
+    run = TrainingState(args.minutes, args.steps)
     if not args.fresh:
         run = checkpoint.load(optimiser, run)
 

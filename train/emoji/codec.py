@@ -28,18 +28,10 @@ from asdm_core.packs import write_file
 
 from .data import ALL_COPIES, draw, load_glyphs, variants
 from .sources import STYLES
-from .training import (
-    Checkpoint,
-    Optimiser,
-    Progress,
-    Run,
-    add_common_arguments,
-    plain_errors,
-    save_curve,
-    save_grid,
-    seeded,
-    start,
-)
+from .training import Checkpoint, Optimiser, TrainingState, add_common_arguments, start
+from ..progress import Progress, plain_errors
+from ..figures import save_curve, save_grid
+from ..seeds import seeded
 
 WIDTH = 64  # of every layer of TAESD
 DECODER = (64, 64, 32, 16)  # trained widths at 16, 32, 64 and 128 px
@@ -289,7 +281,7 @@ def main() -> None:
     codec = codec.to(args.device).train()
     optimiser = Optimiser({k: p for k, p in codec.named_parameters() if p.requires_grad}, weight_decay=0.0, ema=0.998)
     checkpoint = Checkpoint(args.runs / f"{name}.safetensors")
-    run = Run(args.minutes, args.steps)
+    run = TrainingState(args.minutes, args.steps)
     if not args.fresh:
         run = checkpoint.load(optimiser, run)
 

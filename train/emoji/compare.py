@@ -1,5 +1,9 @@
 """Networks of the family measured against a teacher: the same inputs, prompts and noises for all.
 
+    python -m train.emoji.compare runs/emoji-m2/emoji-m2.safetensors runs/emoji-tiny/emoji-tiny.safetensors
+
+With --on openmoji against the finetune. The same command goes on where it stopped; other settings want another --out.
+
 Two measures need no sampling and a few seconds: the squared difference of v to the teacher's, and to the data's, on
 fixed inputs. The others are of pictures drawn from paired noise: PSNR and SSIM to the teacher's own, recognition
 by the classifier, and the Frechet and kernel distances of its features to those of real glyphs after the codec.
@@ -8,10 +12,11 @@ Distances to the teacher punish a network that is better than it; recognition an
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -21,28 +26,27 @@ from torch import Tensor, nn
 from asdm_core.measure import psnr, ssim
 from asdm_core.packs import write_file
 
+from ..figures import save_grid
 from ..metrics import by_bins, frechet, kid, standard_error
-from ..settings import fingerprint, same_folder
+from ..provenance import fingerprint, named, same_folder
 from .captions import prompt
 from .classifier import load_classifier, top_k
 from .codec import load_codec
 from .data import load_glyphs
-from .diffusion import STEPS, noised, schedule
+from ..diffusion import STEPS, noised, schedule
 from .latents import load_latents
 from .teacher import TEACHER_STYLES, Batches, background_share, codec_images, sample_latents
 from .text import LENGTH, Tokens, host_folder, load_text
-from .training import Progress, seeded
+from ..networks import assembled, open_product
+from ..progress import Progress, plain_errors
+from ..seeds import seeded
 from .unet import load_unet
 
 FIXED = 512  # inputs of the v-MSE
 FIXED_STEP = 10**9  # their samples lie far beyond any training step
 REFERENCE = 2048  # real glyphs
+SHOWN = 16  # pictures of each network
 STYLES = {"teacher": TEACHER_STYLES, "openmoji": ("openmoji",)}
-
-
-def named(path: Path) -> str:
-    """Name of a product in the results, other for other contents: a file trained anew is measured anew."""
-    return f"{path.stem}-{fingerprint(path)}"
 
 
 class Switched(nn.Module):
@@ -228,3 +232,61 @@ class Judge:
         temporary.write_text(json.dumps(found, indent=1) + "\n")
         temporary.replace(path)
         return found
+
+
+def compare(args: argparse.Namespace) -> None:
+    """The products and the original itself, each row below the one before in the picture."""
+    torch.set_num_threads(args.threads)
+    judge = Judge(args.on, args.out, args.runs, args.family, args.prompts, args.steps, args.cfg, args.comfy)
+
+    def load(path: Path) -> nn.Module:
+        return assembled(judge.whole, path)
+
+    for path in args.products:
+        open_product(path)  # better asked before the work than after it
+    networks = {"whole": lambda: judge.whole} | {named(path): partial(load, path) for path in args.products}
+    rows = [judge.measure(name, network, args.rounds) for name, network in networks.items()]
+    (args.out / f"evaluation-{args.on}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    pictures = [judge.pictures(name, network, 0)["images"] for name, network in networks.items()]
+    every = max(1, len(pictures[0]) // SHOWN)
+    save_grid(args.out / f"evaluation-{args.on}.png", torch.cat([x[::every][:SHOWN] for x in pictures]), columns=SHOWN)
+    for row in rows:
+        print(
+            " ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                for k, v in row.items()
+                if not isinstance(v, dict)
+            )
+        )
+
+
+@plain_errors
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.emoji.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("products", type=Path, nargs="*", help="packs and pruned UNets")
+    parser.add_argument("--on", choices=tuple(STYLES), default="teacher", help="the network packs are played in")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/emoji"), help="folder of the family's glyphs and latents"
+    )
+    parser.add_argument("--family", type=Path, default=Path("models/emoji"), help="folder of the family's weights")
+    parser.add_argument("--comfy", help="ComfyUI folder, for the CLIP tokeniser")
+    parser.add_argument("--prompts", type=int, default=360)
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        help="noises of each prompt; from 65 pictures in all on there is a Frechet distance",
+    )
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/evaluation"))
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    compare(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,10 @@ from asdm_core.packs import write_file
 from .captions import held_out
 from .render import BACKGROUNDS, IDENTITY, compose, jitter, render
 from .sources import STYLES, Concept, fetch, read_concepts, read_graphics
-from .training import Progress, add_common_arguments, plain_errors, save_grid, seeded
+from ..progress import Progress, plain_errors
+from .training import add_common_arguments
+from ..figures import save_grid
+from ..seeds import seeded
 
 ALL_COPIES = 2  # pictures of a glyph on each background that the codec and the classifier learn from
 

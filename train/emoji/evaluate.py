@@ -33,7 +33,9 @@ from .render import BACKGROUNDS
 from .sources import STYLES
 from .teacher import TEACHER_STYLES, codec_images, sample_latents
 from .text import Tokens, host_folder, load_text
-from .training import Progress, add_common_arguments, plain_errors, save_grid, start
+from ..progress import Progress, plain_errors
+from .training import add_common_arguments, start
+from ..figures import save_grid
 from .unet import load_unet
 
 STEPS, CFG, SEEDS = 20, 3.0, 4

@@ -15,7 +15,8 @@ from .data import load_glyphs
 from .latents import load_latents
 from .teacher import Batches, add_unet_arguments, provenance, train
 from .text import Tokens, host_folder, load_text
-from .training import add_common_arguments, plain_errors, start
+from .training import add_common_arguments, start
+from ..progress import plain_errors
 from .unet import load_unet, save_unet
 
 STYLE = ("openmoji",)

@@ -18,7 +18,8 @@ from asdm_core.packs import write_file
 from .codec import load_codec
 from .data import Glyphs, Variant, draw, load_glyphs, variants
 from .sources import STYLES
-from .training import Progress, add_common_arguments, plain_errors, start
+from ..progress import Progress, plain_errors
+from .training import add_common_arguments, start
 
 
 @dataclass(frozen=True)

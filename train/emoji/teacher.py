@@ -23,22 +23,14 @@ from torch import Tensor, nn
 from .captions import caption, own_tags, prompt, vocabulary
 from .codec import load_codec
 from .data import Glyphs, Variant, load_glyphs
-from .diffusion import ddim, noised, step_weights
+from ..diffusion import ddim, noised, step_weights
 from .latents import LatentSet, load_latents
 from .sources import STYLES
 from .text import TextEncoder, Tokens, host_folder, save_text
-from .training import (
-    Checkpoint,
-    Optimiser,
-    Progress,
-    Run,
-    add_common_arguments,
-    plain_errors,
-    save_curve,
-    save_grid,
-    seeded,
-    start,
-)
+from .training import Checkpoint, Optimiser, TrainingState, add_common_arguments, start
+from ..progress import Progress, plain_errors
+from ..figures import save_curve, save_grid
+from ..seeds import seeded
 from .unet import build, save_unet
 
 TEACHER_STYLES = STYLES[:2]
@@ -177,7 +169,7 @@ def train(
     batches: Batches,
     styles: tuple[str, ...],
     joint: bool,
-) -> tuple[nn.Module, TextEncoder, Run]:
+) -> tuple[nn.Module, TextEncoder, TrainingState]:
     """The loop shared by teacher and finetune. Returns averaged networks in float32 and the finished Run."""
     device = torch.device(args.device)
     averaged_unet, averaged_encoder = copy.deepcopy(unet).to(device), copy.deepcopy(encoder).to(device)
@@ -192,9 +184,9 @@ def train(
         for key, p in source.named_parameters():
             if prefix + key in optimiser.master:
                 optimiser.master[prefix + key].data.copy_(p.data)
-                optimiser.average[prefix + key].copy_(p.data)
+                optimiser.average.weights[prefix + key].copy_(p.data)
     checkpoint = Checkpoint(args.runs / f"{name}.safetensors")
-    run = Run(args.minutes, args.steps)
+    run = TrainingState(args.minutes, args.steps)
     if not args.fresh:
         run = checkpoint.load(optimiser, run)
     codec = load_codec(args.models).to(device)
@@ -238,7 +230,7 @@ def train(
     return averaged_unet.cpu().eval(), averaged_encoder.cpu().eval(), run
 
 
-def provenance(args: argparse.Namespace, run: Run) -> dict:
+def provenance(args: argparse.Namespace, run: TrainingState) -> dict:
     return {
         "minutes": round(run.seconds / 60, 1),
         "steps": run.step,

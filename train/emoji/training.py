@@ -1,44 +1,26 @@
-"""What every training script here shares: seeds, the optimiser with its average, checkpoints, the time box,
-pictures.
-"""
+"""What every training script here shares: the optimiser with its average, checkpoints, the time box."""
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from asdm_core.packs import write_file
 
+from ..optimisation import Average, trapezoid
+
 CHECKPOINT_SECONDS = 150
 COOLDOWN = 0.4  # last part of a run, in which the learning rate falls to zero: short runs want a long one
 WARMUP = 50  # steps
-
-
-# Seeds ----------------------------------------------------------------------------------------------
-
-
-def seeded(*numbers: int) -> torch.Generator:
-    """A generator that depends on the numbers only: (seed, step) makes a resumed run draw what an unbroken
-    one draws.
-    """
-    # Weyl-style mixing keeps neighbouring steps apart; the generator scrambles the rest.
-    state = 0
-    for n in numbers:
-        state = (state * 6364136223846793005 + n + 1442695040888963407) % 2**63
-    return torch.Generator().manual_seed(state)
 
 
 # Optimiser ------------------------------------------------------------------------------------------
@@ -48,7 +30,7 @@ class Optimiser:
     """AdamW on float32 master weights, with an exponential average of them.
 
     The network itself may be in bfloat16: gradients come from it, updates go to the master and are
-    copied back. The average warms up, so early steps are forgotten: decay = min(ema, (1+n)/(10+n)).
+    copied back.
     """
 
     def __init__(
@@ -61,8 +43,8 @@ class Optimiser:
     ):
         self.live = dict(parameters)
         self.master = {k: p.detach().float().clone() for k, p in self.live.items()}
-        self.average = {k: p.clone() for k, p in self.master.items()}
-        self.ema, self.clip = ema, clip
+        self.average = Average(self.master, ema)
+        self.clip = clip
         decay = [p for p in self.master.values() if p.dim() > 1]
         rest = [p for p in self.master.values() if p.dim() <= 1]
         self.adamw = torch.optim.AdamW(
@@ -87,13 +69,12 @@ class Optimiser:
         self.adamw.step()
         self.steps += 1
         torch._foreach_copy_(list(self.live.values()), list(self.master.values()))
-        weight = 1 - min(self.ema, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.average.values()), list(self.master.values()), weight)
+        self.average.update(self.master, self.steps)
         return norm
 
     def state(self) -> dict[str, Tensor]:
         tensors = {f"master.{k}": v for k, v in self.master.items()} | {
-            f"average.{k}": v for k, v in self.average.items()
+            f"average.{k}": v for k, v in self.average.weights.items()
         }
         for key, p in self.master.items():
             for name, value in self.adamw.state.get(p, {}).items():
@@ -104,7 +85,7 @@ class Optimiser:
     def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         for key, p in self.master.items():
             p.copy_(tensors[f"master.{key}"])
-            self.average[key].copy_(tensors[f"average.{key}"])
+            self.average.weights[key].copy_(tensors[f"average.{key}"])
             self.live[key].copy_(p)
             if f"exp_avg.{key}" in tensors:
                 self.adamw.state[p] = {
@@ -117,7 +98,7 @@ class Optimiser:
     def averaged(self, module: nn.Module, prefix: str = "") -> nn.Module:
         """Put the averaged weights into another copy of the network (or of the part under `prefix`)."""
         own = dict(module.named_parameters())
-        for key, value in self.average.items():
+        for key, value in self.average.weights.items():
             if key.startswith(prefix):
                 own[key.removeprefix(prefix)].copy_(value)
         return module.eval()
@@ -127,7 +108,7 @@ class Optimiser:
 
 
 @dataclass
-class Run:
+class TrainingState:
     """Where a run stands: everything a resumed run must know besides tensors.
 
     The learning rate is a trapezoid: warm-up, constant, linear cooldown to zero. With `steps` the
@@ -155,10 +136,8 @@ class Run:
                 per_step = sum(self._recent) / len(self._recent)
                 self.cooldown_from = self.step
                 self.cooldown_steps = max(1, int((60 * self.minutes - self.seconds) / per_step))
-        factor = min(1.0, (self.step + 1) / WARMUP)
-        if self.cooldown_from is not None:
-            factor = min(factor, 1 - (self.step - self.cooldown_from) / max(1, self.cooldown_steps))
-        return lr * factor
+        left = None if self.cooldown_from is None else self.cooldown_from + self.cooldown_steps - self.step
+        return lr * trapezoid(self.step, WARMUP, left, max(1, self.cooldown_steps))
 
     def advance(self, samples: int, value: float, started: float) -> None:
         took = time.perf_counter() - started
@@ -178,15 +157,15 @@ class Run:
 
 
 class Checkpoint:
-    """A training state in one safetensors file: tensors, and the Run as JSON in the metadata. Written whole or not at
+    """A training state in one safetensors file: tensors, and the rest as JSON in the metadata. Written whole or not at
     all.
     """
 
     def __init__(self, path: Path):
         self.path, self.last = path, time.monotonic()
 
-    def load(self, optimiser: Optimiser, run: Run) -> Run:
-        """The Run to go on with, and the optimiser filled; `run` itself where there is no checkpoint yet."""
+    def load(self, optimiser: Optimiser, run: TrainingState) -> TrainingState:
+        """The TrainingState to go on with, and the optimiser filled; `run` itself where there is no checkpoint yet."""
         if not self.path.exists():
             return run
         with safe_open(self.path, framework="pt") as f:
@@ -201,14 +180,14 @@ class Checkpoint:
                 "cooldown_steps": 0,
                 "_recent": [],
             }
-        resumed = Run(**saved)
+        resumed = TrainingState(**saved)
         print(f"resuming at step {resumed.step} after {resumed.seconds / 60:.1f} min")
         return resumed
 
     def due(self) -> bool:
         return time.monotonic() - self.last > CHECKPOINT_SECONDS
 
-    def save(self, optimiser: Optimiser, run: Run) -> None:
+    def save(self, optimiser: Optimiser, run: TrainingState) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_file(self.path, optimiser.state(), {"run": json.dumps(asdict(run))})
         self.last = time.monotonic()
@@ -243,84 +222,3 @@ def start(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     args.runs.mkdir(parents=True, exist_ok=True)
     args.models.mkdir(parents=True, exist_ok=True)
-
-
-def plain_errors(main: Callable) -> Callable:
-    """Let a script's main end in the message alone where its input was wrong."""
-
-    @functools.wraps(main)
-    def called(*arguments):
-        try:
-            return main(*arguments)
-        except (ValueError, OSError) as e:
-            raise SystemExit(str(e)) from None
-
-    return called
-
-
-class Progress:
-    """One status line: rewritten on a terminal, printed now and then into a log."""
-
-    def __init__(self, label: str, total: int | None = None):
-        self.label, self.total = label, total
-        self.started = self.shown = time.monotonic()
-        self.live = sys.stdout.isatty()
-        self.line = ""
-
-    def show(self, done: int, detail: str = "") -> None:
-        now = time.monotonic()
-        if self.total:
-            filled = int(20 * done / self.total)
-            bar = f"[{'#' * filled}{'.' * (20 - filled)}] {done}/{self.total}"
-        else:
-            bar = f"step {done}"
-        self.line = f"{self.label} {bar} {detail}".rstrip()
-        if now - self.shown > (0.2 if self.live else 20):
-            print(f"\r{self.line:<100}" if self.live else self.line, end="" if self.live else "\n", flush=True)
-            self.shown = now
-
-    def end(self) -> None:
-        print(
-            f"\r{self.line:<100}" if self.live else f"{self.line} ({time.monotonic() - self.started:.0f} s)", flush=True
-        )
-
-
-# Pictures -------------------------------------------------------------------------------------------
-
-
-def save_grid(path: Path, images: Tensor, columns: int, scale: float = 1.0, gap: int = 2) -> None:
-    """Write pictures (B, 3, H, W) in [0, 1] as one PNG."""
-    images = images.detach().float().clamp(0, 1).cpu()
-    if scale != 1:
-        images = torch.nn.functional.interpolate(images, scale_factor=scale, mode="area")
-    b, _, h, w = images.shape
-    rows = -(-b // columns)
-    canvas = torch.full((3, rows * (h + gap), columns * (w + gap)), 0.5)
-    for i, image in enumerate(images):
-        y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
-        canvas[:, y : y + h, x : x + w] = image
-    temporary = path.with_suffix(".part.png")
-    Image.fromarray((canvas.permute(1, 2, 0) * 255).round().byte().numpy()).save(temporary)
-    os.replace(temporary, path)
-
-
-def save_curve(path: Path, curve: Iterable, title: str, ylabel: str = "loss") -> None:
-    """Write a loss curve over the minutes of training as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    points = np.array(list(curve), dtype=float)
-    if len(points) < 2:
-        return
-    width = max(1, len(points) // 40)
-    smooth = np.convolve(points[:, 3], np.ones(width) / width, mode="valid")
-    figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(points[:, 2] / 60, points[:, 3], alpha=0.25)
-    axes.plot(points[width - 1 :, 2] / 60, smooth)
-    axes.set(xlabel="minutes", ylabel=ylabel, title=title, yscale="log")
-    axes.grid(True, alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from asdm_core.architecture import Architecture
 from asdm_core.surgery import cut_diffusers
 
-from . import stages
+from . import networks
 from .config import LOSSES, Config
 from .data import pooled_width
 
@@ -22,7 +22,7 @@ BYTES = {"no": 4, "bf16": 2, "fp16": 2}  # of an activation and of a teacher's w
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one process. Not counted: buffers of the libraries, the perceptual network, a sharded run's layer at
     work.
     """
@@ -60,12 +60,12 @@ class _CountingProcessor:
 def meta_student(config: Config) -> nn.Module:
     """The student of a recipe without weights, with the trained units marked."""
     with torch.device("meta"):
-        student = stages.build(config)
-        teacher = stages.build(config) if config.experts.start == "clme" else student
+        student = networks.build(config)
+        teacher = networks.build(config) if config.experts.start == "clme" else student
     cut_diffusers(student, config.architecture)
-    stages.give_experts(student, teacher, config)
-    stages.give_gains(student, config.network.config, config.gains, config.gri)
-    stages.freeze(student, config)
+    networks.give_experts(student, teacher, config)
+    networks.give_gains(student, config.network.config, config.gains, config.gri)
+    networks.freeze(student, config)
     return student
 
 
@@ -122,12 +122,12 @@ def activations(student: nn.Module, config: Config) -> int:
     return kept[""] + sum(inputs.values()) + max(n for name, n in kept.items() if name)
 
 
-def memory(student: nn.Module, config: Config, processes: int) -> Memory:
+def memory(student: nn.Module, config: Config, processes: int) -> MemoryEstimate:
     shared = processes if config.run.shard else 1
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     needs_teacher = any(getattr(config.loss, name) for name in LOSSES if name != "task")
     teacher = Architecture.full(config.network.config).params if needs_teacher else 0
-    return Memory(
+    return MemoryEstimate(
         teacher=teacher * BYTES[config.run.precision],
         student=4 * sum(p.numel() for p in student.parameters()) // shared,
         gradients=4 * trained // shared,
@@ -143,7 +143,7 @@ def report(config: Config, processes: int) -> str:
     accumulation = config.accumulation(processes)
     trained, kept = Counter(), Counter()
     for unit in config.architecture.kept:
-        block = stages.block_of(config, unit.address)
+        block = networks.block_of(config, unit.address)
         # Not unit.params: a transformer may have lost some of its blocks.
         parameters = list(student.get_submodule(unit.diffusers).parameters())
         kept[block] += sum(p.numel() for p in parameters)
@@ -152,7 +152,7 @@ def report(config: Config, processes: int) -> str:
     lines += [f"{block:<8}{kept[block] / 1e6:>14.3f}{trained[block] / 1e6:>12.3f}" for block in kept]
     lines += [f"{'all':<8}{kept.total() / 1e6:>14.3f}{trained.total() / 1e6:>12.3f}", ""]
     lines += [f"taps of {kind}: {', '.join(tap.name for tap in found)}" for kind, found in config.taps.items()]
-    need, product = memory(student, config, processes), stages.describe_product(config, {})
+    need, product = memory(student, config, processes), networks.describe_product(config, {})
     lines += ["", "memory of one process, estimated:"]
     lines += [f"  {name:<12}{_size(value):>12}" for name, value in vars(need).items()]
     lines += [

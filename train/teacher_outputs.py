@@ -22,11 +22,11 @@ from asdm_core.packs import write_file
 
 from .config import Config
 from .data import Batches
-from .emoji.diffusion import coefficients
-from .emoji.training import Progress
-from .emoji.unet import BmmAttention
+from .diffusion import coefficients
+from .progress import Progress
+from .attention import BmmAttention
 from .sources import open_source
-from .stages import load_teacher
+from .networks import load_teacher
 from .taps import Tapped
 
 SHARD = 1024
@@ -43,7 +43,7 @@ def stream_of(config: Config) -> dict:
 
 
 @torch.no_grad()
-def write_outputs(
+def write_teacher_outputs(
     folder: Path, config: Config, paths: Iterable[str], count: int, device: torch.device, batch: int = 32
 ) -> None:
     """Compute the outputs for the first `count` samples of a recipe's stream, or what is missing of them.
@@ -72,32 +72,33 @@ def write_outputs(
         for name, value in whole.items():
             if not value.isfinite().all():
                 raise ValueError(
-                    f"the teacher's {name} is not finite, or too large for float16; train without network.outputs"
+                    f"the teacher's {name} is not finite, or too large for float16; train without "
+                    "network.teacher_outputs"
                 )
         write_file(folder / f"{start // SHARD:05d}.safetensors", whole, {"stream": json.dumps(stream_of(config))})
     progress.end()
 
 
-class Outputs:
-    """The outputs in a folder of `write_outputs`. Raises ValueError where they are not those of this recipe."""
+class TeacherOutputs:
+    """The outputs in a folder of `write_teacher_outputs`. Raises ValueError where they are not those of this recipe."""
 
     def __init__(self, config: Config, paths: Iterable[str]):
-        folder, self.paths = Path(config.network.outputs), tuple(dict.fromkeys(paths))
+        folder, self.paths = Path(config.network.teacher_outputs), tuple(dict.fromkeys(paths))
         found = sorted(folder.glob("*.safetensors"))
         if not found:
-            raise ValueError(f"network.outputs: {folder} holds no .safetensors file")
+            raise ValueError(f"network.teacher_outputs: {folder} holds no .safetensors file")
         self.files = [safe_open(path, framework="pt") for path in found]
         saved, wanted = json.loads(self.files[0].metadata()["stream"]), json.loads(json.dumps(stream_of(config)))
         if saved != wanted:
-            raise ValueError(f"network.outputs: {folder} was made for another stream: {saved}, wanted {wanted}")
+            raise ValueError(f"network.teacher_outputs: {folder} was made for another stream: {saved}, wanted {wanted}")
         missing = set(self.paths) - set(self.files[0].keys())
         if missing:
             raise ValueError(
-                f"network.outputs: {folder} does not hold {min(missing)}, with which {config.name} compares"
+                f"network.teacher_outputs: {folder} does not hold {min(missing)}, with which {config.name} compares"
             )
         if config.run.steps * config.run.batch > len(found) * SHARD:
             raise ValueError(
-                f"network.outputs: {folder} holds {len(found) * SHARD} samples, {config.name} takes "
+                f"network.teacher_outputs: {folder} holds {len(found) * SHARD} samples, {config.name} takes "
                 f"{config.run.steps * config.run.batch}"
             )
 

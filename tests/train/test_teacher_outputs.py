@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tests.train.recipes import NARROW
 from train.config import load
 from train.loop import Criterion, train
-from train.outputs import Outputs, write_outputs
+from train.teacher_outputs import TeacherOutputs, write_teacher_outputs
 
 CPU = torch.device("cpu")
 
@@ -22,17 +22,17 @@ def outputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outputs")
     recipe = load(NARROW)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("train.outputs.SHARD", 16)
-        write_outputs(folder, recipe, paths(recipe), count=24, device=CPU, batch=4)
+        m.setattr("train.teacher_outputs.SHARD", 16)
+        write_teacher_outputs(folder, recipe, paths(recipe), count=24, device=CPU, batch=4)
     return folder
 
 
 def settings(folder, outputs, *changes):
-    return load(NARROW, [f"run.folder={folder}", f"network.outputs={outputs}", "run.stored=float32", *changes])
+    return load(NARROW, [f"run.folder={folder}", f"network.teacher_outputs={outputs}", "run.stored=float32", *changes])
 
 
 def test_a_run_on_them_equals_one_with_the_teacher(outputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.outputs.SHARD", 16)
+    monkeypatch.setattr("train.teacher_outputs.SHARD", 16)
     assert [p.name for p in sorted(outputs.iterdir())] == ["00000.safetensors", "00001.safetensors"]
     products = []
     for name, given in (("live", ""), ("computed", outputs)):
@@ -45,9 +45,9 @@ def test_a_run_on_them_equals_one_with_the_teacher(outputs, tmp_path, monkeypatc
 
 
 def test_features_are_those_of_the_sample(outputs, monkeypatch):
-    monkeypatch.setattr("train.outputs.SHARD", 16)
+    monkeypatch.setattr("train.teacher_outputs.SHARD", 16)
     recipe = settings("unused", outputs)
-    found = Outputs(recipe, paths(recipe))
+    found = TeacherOutputs(recipe, paths(recipe))
     predicted, features = found(range(14, 18), CPU)
     first, second = (load_file(p) for p in sorted(outputs.iterdir()))
     assert torch.equal(predicted, torch.cat([first["predicted"][14:], second["predicted"][:2]]))
@@ -56,11 +56,11 @@ def test_features_are_those_of_the_sample(outputs, monkeypatch):
 
 
 def test_a_stopped_computation_goes_on(outputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.outputs.SHARD", 16)
+    monkeypatch.setattr("train.teacher_outputs.SHARD", 16)
     recipe = load(NARROW)
-    write_outputs(tmp_path, recipe, paths(recipe), count=16, device=CPU, batch=4)
+    write_teacher_outputs(tmp_path, recipe, paths(recipe), count=16, device=CPU, batch=4)
     changed = (tmp_path / "00000.safetensors").stat().st_mtime_ns
-    write_outputs(tmp_path, recipe, paths(recipe), count=24, device=CPU, batch=4)
+    write_teacher_outputs(tmp_path, recipe, paths(recipe), count=24, device=CPU, batch=4)
     assert (tmp_path / "00000.safetensors").stat().st_mtime_ns == changed
     for a, b in zip(sorted(tmp_path.iterdir()), sorted(outputs.iterdir()), strict=True):
         one, two = load_file(a), load_file(b)
@@ -77,9 +77,9 @@ def test_a_stopped_computation_goes_on(outputs, tmp_path, monkeypatch):
     ],
 )
 def test_outputs_that_do_not_fit_are_named(outputs, changes, message, monkeypatch):
-    monkeypatch.setattr("train.outputs.SHARD", 16)
+    monkeypatch.setattr("train.teacher_outputs.SHARD", 16)
     recipe = settings("unused", outputs, *changes)
     with pytest.raises(ValueError, match=message):
-        Outputs(recipe, paths(recipe))
+        TeacherOutputs(recipe, paths(recipe))
     with pytest.raises(ValueError, match="holds no .safetensors file"):
-        Outputs(settings("unused", outputs / "none"), [])
+        TeacherOutputs(settings("unused", outputs / "none"), [])

@@ -22,6 +22,11 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
 
 
+def named(path: Path) -> str:
+    """Name of a product in the results, other for other contents: a file trained anew is measured anew."""
+    return f"{path.stem}-{fingerprint(path)}"
+
+
 def difference(old: Mapping, new: Mapping, prefix: str = "") -> str:
     """The first settings that differ, as text; empty where none do."""
     for key in {**old, **new}:
