@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import math
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -19,36 +16,19 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from card.host import PACK, ROOT, machine, pack_module, start  # noqa: F401  for the benchmarks
+from card.host import versions as host_versions
+
 RESULTS = ROOT / "bench" / "results"
-PACK = "asdm_under_bench"
 
 
 def start_host(*flags: str) -> Path:
-    """Put ComfyUI on the path and let it read its flags, as its main.py would. Call before importing comfy."""
+    """Put ComfyUI on the path and let it read its flags. Call before importing comfy."""
     if "COMFYUI_PATH" not in os.environ:
         raise SystemExit("start benchmarks with `python bootstrap.py bench`, which finds ComfyUI")
     host = Path(os.environ["COMFYUI_PATH"])
-    sys.path.insert(0, str(host))  # first: the host's nodes.py must not be hidden by our nodes/
-    arguments, sys.argv = sys.argv, ["main.py", *flags, *([] if torch.cuda.is_available() else ["--cpu"])]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import comfy.cli_args  # noqa: F401  reads sys.argv, now
-
-    sys.argv = arguments
+    start(host, (*flags, *([] if torch.cuda.is_available() else ["--cpu"])))
     return host
-
-
-def pack_module(name: str):
-    """A module of the pack (`nodes.host`), imported as the host would."""
-    if PACK not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        sys.modules[PACK] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[PACK])
-    return importlib.import_module(f"{PACK}.{name}")
 
 
 @torch.no_grad()
@@ -114,30 +94,12 @@ def command_line(name: str) -> str:
     return f"python bootstrap.py bench NAME={name}" + (f" ARGS={shlex.join(sys.argv[1:])!r}" if sys.argv[1:] else "")
 
 
-def machine() -> dict:
-    """What the numbers were made on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
-            cpu,
-        )
-    found = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system()}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
 def versions(host: Path | None = None) -> dict:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    if host is not None:
-        text = (host / "comfyui_version.py").read_text()
-        found["comfyui"] = text.split('"')[1]
+    """Those of the machine, and the commit of the pack where this is a checkout."""
+    if not (ROOT / ".git").exists():
+        return host_versions(host)
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode == 0:
-        found["asdm"] = done.stdout.strip()
-    return found
+    return host_versions(host) | ({"asdm": done.stdout.strip()} if done.returncode == 0 else {})
 
 
 def beside_earlier(

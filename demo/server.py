@@ -1,6 +1,6 @@
 """A real ComfyUI in a child process, and a client for its HTTP interface.
 
-Shared by the demo, `make serve` and the host tests. Standard library only.
+Shared by the demo, `make serve` and the host tests.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import urllib.request
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from card.host import device_flags  # noqa: F401  for those who start a Server
 
 PACK = Path(__file__).resolve().parent.parent
 LAUNCHER = Path(__file__).resolve().with_name("launcher.py")
@@ -71,14 +73,6 @@ def link_folder(link: Path, target: Path) -> None:
         _winapi.CreateJunction(str(target), str(link))
     else:
         link.symlink_to(target, target_is_directory=True)
-
-
-def device_flags() -> list[str]:
-    """["--cpu"] on a machine without a graphics card that torch can use."""
-    import torch
-
-    gpu = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
-    return [] if gpu else ["--cpu"]
 
 
 def model_folders(folder: Path) -> dict[str, list[Path]]:

@@ -1,0 +1,1 @@
+"""The check of a graphics card: `python card.py`. What runs inside the host is imported as a part of the pack."""
