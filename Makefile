@@ -2,8 +2,8 @@
 #   python bootstrap.py demo CHECKPOINT=my-model.safetensors
 PYTHON ?= python3
 
-TARGETS := demo test serve bench setup clean
-SETTINGS := CHECKPOINT PACK STEPS ARGS PORT NAME ALL
+TARGETS := demo test lint serve bench setup clean
+SETTINGS := CHECKPOINT PACK STEPS ARGS PORT NAME ALL FAST
 
 .PHONY: help $(TARGETS)
 

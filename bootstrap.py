@@ -59,6 +59,7 @@ EXIT_SETUP = 2
 TARGETS = {
     "demo": "compare the teacher (A) with its combined UNet (B) in a real ComfyUI",
     "test": "run all tests, those against a real ComfyUI included",
+    "lint": "check the format, the rules and the types of all Python here, with ruff and mypy",
     "serve": "open ComfyUI with this pack for a person, until Ctrl-C",
     "bench": "run the benchmarks in bench/",
     "setup": "only set up what the others need",
@@ -70,7 +71,11 @@ SETTINGS = {
         "PACK": "the pack file for B; without one a checkpoint of yours gets Feature Inheritance",
         "STEPS": "sampling steps, 20 if not given",
     },
-    "test": {"ARGS": "further arguments for pytest, such as ARGS='-k switching'"},
+    "test": {
+        "FAST": "FAST=1 runs only what needs neither a ComfyUI nor a training",
+        "ARGS": "further arguments for pytest, such as ARGS='-k switching'",
+    },
+    "lint": {},
     "serve": {"PORT": "port of the web page, 8188 if not given; any free one where it is taken"},
     "bench": {"NAME": "only bench/NAME.py", "ARGS": "further arguments for it"},
     "setup": {},
@@ -651,10 +656,31 @@ def words(text):
         ) from None
 
 
+def on(settings, name):
+    """Whether a switch such as ALL=1 is set."""
+    return settings.get(name, "0") not in ("", "0")
+
+
+# What needs neither a ComfyUI nor a training: for a look after each change of the core.
+FAST_TESTS = ["--ignore=tests/host", "--ignore=tests/train", "-m", "not slow"]
+
+
 def target_test(python, settings):
     # Small networks gain more from a second process than from a second thread.
     workers = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadscope", "--no-loadscope-reorder"]
-    return [[python, "-m", "demo.browser"], [python, "-m", "pytest", *workers, *words(settings.get("ARGS", ""))]]
+    tests = [python, "-m", "pytest", *workers]
+    arguments = words(settings.get("ARGS", ""))
+    if on(settings, "FAST"):
+        return [[*tests, *FAST_TESTS, *arguments]]
+    return [[python, "-m", "demo.browser"], [*tests, *arguments]]
+
+
+def target_lint(python, settings):
+    return [
+        [python, "-m", "ruff", "format", "--check", "."],
+        [python, "-m", "ruff", "check", "."],
+        [python, "-m", "mypy"],
+    ]
 
 
 def target_serve(python, settings):
@@ -686,7 +712,7 @@ def clean(everything):
     """Remove what the targets made here. A person's files (models, workflows, images) stay."""
     unlink_folder(ROOT / ".host" / "custom_nodes" / "asdm")
     made = [ROOT / ".host" / "custom_nodes", ROOT / ".host" / "temp", ROOT / "output" / "demo"]
-    made += [ROOT / name for name in (".pytest_cache", ".hypothesis", "junit.xml")]
+    made += [ROOT / name for name in (".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache", "junit.xml")]
     made += [path for path in ROOT.glob("**/__pycache__") if ".git" not in path.parts]
     for path in made:
         if path.is_dir():
@@ -752,7 +778,7 @@ def parse(arguments):
 def run(target, settings):
     """Set up what a target needs and run it; returns its exit status."""
     if target == "clean":
-        clean(settings.get("ALL", "0") not in ("", "0"))
+        clean(on(settings, "ALL"))
         return 0
     started = time.monotonic()
     host = host_path()
@@ -762,10 +788,17 @@ def run(target, settings):
         say(f"this ComfyUI is version {version}; the pack is tested with {HOST_VERSION}")
     say(f"ComfyUI {version} in {host}, ready after {time.monotonic() - started:.1f} s")
     if target == "setup":
+        say(f"the environment's interpreter is {python}")
         return 0
     env = clean_environment()
     env["COMFYUI_PATH"] = str(host)
-    commands = {"demo": target_demo, "test": target_test, "serve": target_serve, "bench": target_bench}
+    commands = {
+        "demo": target_demo,
+        "test": target_test,
+        "lint": target_lint,
+        "serve": target_serve,
+        "bench": target_bench,
+    }
     codes = [run_target(command, env) for command in commands[target](python, settings)]
     return 1 if any(codes) else 0
 

@@ -66,7 +66,7 @@ def match(
     config = architecture.config
     check(shapes_of(student), architecture.keys(), "student")
     check(shapes_of(original), Architecture.full(config).keys(), "original")
-    architecture.renumbered  # what has no renumbered form says itself where its layers belong, and raises here
+    _ = architecture.renumbered  # what has no renumbered form says itself where its layers belong, and raises here
     kept = {u.address for u in architecture.kept}
     cut, pairs = {a for a in architecture.cut_units if a.endswith(".sampler")}, []
 

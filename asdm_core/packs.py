@@ -373,7 +373,7 @@ class Description:
 def standalone_form(architecture: Architecture) -> Form:
     """The form a standalone pruned UNet is written in: renumbered, or addressed where no renumbered one exists."""
     try:
-        architecture.renumbered
+        _ = architecture.renumbered
     except ValueError:
         return ADDRESSED
     return Form("ldm", "renumbered")

@@ -82,7 +82,7 @@ def run(job: Job, host: Path, output: Path) -> dict:
             first, _ = (timed(client, job, side, 0, WARM_UP_STEPS) for side in SIDES)
             pictures = 2 * len(job.prompts)
             say(f"sampling {pictures} pictures takes up to {duration(pictures * job.steps * first.step_seconds[-1])}")
-            runs = {side: [] for side in SIDES}
+            runs: dict[str, list[TimedRun]] = {side: [] for side in SIDES}
             for index, prompt in enumerate(job.prompts):
                 # A and B in turn, so that whatever else the machine does hits both alike.
                 for side in SIDES:

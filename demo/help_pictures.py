@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 from playwright.sync_api import sync_playwright
@@ -74,7 +75,7 @@ def graph(text: str, checkpoint: str = TEACHER, **nodes: tuple[str, Mapping]) ->
     """An API graph: the loader "1", the prompts "2" and "3", an empty latent "4", and further nodes (class, inputs) by
     their ids.
     """
-    base = {
+    base: dict[str, tuple[str, Mapping]] = {
         "1": ("ASDMCheckpointLoader", {"ckpt_name": checkpoint}),
         "2": ("CLIPTextEncode", {"clip": ["1", 1], "text": text}),
         "3": ("CLIPTextEncode", {"clip": ["1", 1], "text": ""}),
@@ -99,16 +100,16 @@ def sampling(model: list, **changes) -> dict:
     } | changes
 
 
-def decoded(source: str) -> tuple[str, dict]:
+def decoded(source: str) -> Any:
     """A node for `graph` that decodes the latent of another."""
     return "VAEDecode", {"samples": [source, 0], "vae": ["1", 2]}
 
 
-PACKED = (
+PACKED: Any = (
     "ASDMApplyPack",
     {"model": ["1", 0], "pack_name": TEACHER_PACK, "start_percent": 0.0, "end_percent": 1.0, "strength": 1.0},
 )
-INHERITING = (
+INHERITING: Any = (
     "ASDMFeatureInheritance",
     {"model": ["1", 0], "preset": "balanced", "memory_limit_mb": 0, "keep_on_cpu": False},
 )
@@ -227,7 +228,8 @@ class Studio:
     def calibrated(self) -> Image.Image:
         inputs = sampling(["1", 0], goal="saving", longest=2) | {"goal.saving": 0.4}
         del inputs["denoise"]
-        return self.saved("5", 2, **{"5": ("ASDMCalibrateInheritance", inputs)})
+        nodes: dict[str, Any] = {"5": ("ASDMCalibrateInheritance", inputs)}
+        return self.saved("5", 2, **nodes)
 
     def speed(self) -> Image.Image:
         inheriting = INHERITING[0], INHERITING[1] | {"model": ["5", 0]}

@@ -20,6 +20,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from card.host import device_flags  # noqa: F401  for those who start a Server
 
@@ -67,7 +68,7 @@ def link_folder(link: Path, target: Path) -> None:
     elif os.path.lexists(link):
         os.rmdir(link)  # a dead junction; refuses a real folder with files in it
     link.parent.mkdir(parents=True, exist_ok=True)
-    if WINDOWS:
+    if sys.platform == "win32":
         import _winapi
 
         _winapi.CreateJunction(str(target), str(link))
@@ -155,24 +156,26 @@ class Server:
             write_model_paths(self.base / "model_paths.yaml", self.models)
         self.port = free_port(self.port)
         # A group of its own: Ctrl-C reaches us alone, and we stop the host in order.
-        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if WINDOWS else {"start_new_session": True}
+        group: dict[str, Any] = {"start_new_session": True}
+        if sys.platform == "win32":
+            group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         with open(self.log_file, "wb") as log:
             self._process = subprocess.Popen(
                 self.command(), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=self.base, **group
             )
         atexit.register(self.stop)
         try:
-            self._wait_until_ready()
+            self._wait_until_ready(self._process)
         except BaseException:
             self.stop()
             raise
         return self
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, process: subprocess.Popen) -> None:
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
-            if not self.alive:
-                raise ServerError(f"ComfyUI ended with status {self._process.returncode} while starting:\n{self.log()}")
+            if process.poll() is not None:
+                raise ServerError(f"ComfyUI ended with status {process.returncode} while starting:\n{self.log()}")
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/system_stats", timeout=5):
                 return
             time.sleep(0.1)
@@ -195,7 +198,8 @@ class Server:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 self._signal(process, force=True)
             process.wait()
-            process.stdin.close()
+            if process.stdin:
+                process.stdin.close()
 
     @staticmethod
     def _signal(process: subprocess.Popen, force: bool) -> None:
@@ -227,7 +231,7 @@ class Client:
         with urllib.request.urlopen(request, timeout=120) as response:
             return response.read()
 
-    def get(self, path: str) -> object:
+    def get(self, path: str) -> Any:
         """The JSON under a path."""
         return json.loads(self.request(path))
 

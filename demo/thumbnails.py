@@ -41,35 +41,35 @@ def api_graph(workflow: Path) -> dict:
 
 def on_embedded_family(graph: Mapping, prompt: str, checkpoint: str) -> dict:
     """The graph with the embedded family in place of a stock loader's checkpoint, at its size."""
-    graph = json.loads(json.dumps(graph))
-    loaders = [key for key, node in graph.items() if node["class_type"] == "CheckpointLoaderSimple"]
+    made: dict = json.loads(json.dumps(graph))
+    loaders = [key for key, node in made.items() if node["class_type"] == "CheckpointLoaderSimple"]
     for key in loaders:
-        graph[key] |= {"class_type": "ASDMCheckpointLoader", "inputs": {"ckpt_name": f"{checkpoint}.safetensors"}}
+        made[key] |= {"class_type": "ASDMCheckpointLoader", "inputs": {"ckpt_name": f"{checkpoint}.safetensors"}}
     if loaders:
-        texts = [node for node in graph.values() if node["class_type"] == "CLIPTextEncode"]
+        texts = [node for node in made.values() if node["class_type"] == "CLIPTextEncode"]
         for node, text in zip(texts, (prompt, ""), strict=True):
             node["inputs"]["text"] = text
-        for node in graph.values():
+        for node in made.values():
             inputs = node["inputs"]
             inputs.update({side: 128 for side in ("width", "height") if isinstance(inputs.get(side), int)})
             inputs.update({"cfg": 3.0} if "cfg" in inputs else {})
-    return graph
+    return made
 
 
 def without_asdm(graph: Mapping) -> dict:
     """The graph with each asdm node that turns a MODEL into a MODEL taken out."""
-    graph = json.loads(json.dumps(graph))
+    made: dict = json.loads(json.dumps(graph))
     source = {
         key: node["inputs"].get("model", node["inputs"].get("model_second"))
-        for key, node in graph.items()
+        for key, node in made.items()
         if node["class_type"].startswith("ASDM") and node["class_type"] != "ASDMCheckpointLoader"
     }
-    for node in graph.values():
+    for node in made.values():
         for name, value in node["inputs"].items():
             while isinstance(value, list) and value[0] in source and name.startswith("model"):
                 value = source[value[0]]
             node["inputs"][name] = value
-    return graph
+    return made
 
 
 def first_of(graph: Mapping, kind: str) -> str | None:
@@ -88,19 +88,23 @@ def thumbnail(client: Client, graph: Mapping) -> Image.Image:
     comparison = first_of(graph, "ASDMABCompare")
     if comparison:
         sides = [
-            graph
-            | {
+            {
+                **graph,
                 "side": {
                     "class_type": "SaveImage",
                     "inputs": {"images": [comparison, output], "filename_prefix": "side"},
-                }
+                },
             }
             for output in (1, 2)
         ]
         inputs = graph[comparison]["inputs"]
-        return split(*(saved_picture(client, side, "side") for side in sides), (inputs["label_a"], inputs["label_b"]))
+        a, b = (saved_picture(client, side, "side") for side in sides)
+        return split(a, b, (inputs["label_a"], inputs["label_b"]))
     key = first_of(graph, "SaveImage")
-    return split(*(saved_picture(client, g, key) for g in (without_asdm(graph), graph)), ("in full", "asdm"))
+    if key is None:
+        raise ValueError("a workflow with neither A/B Compare nor Save Image has no picture to show")
+    plain, fast = (saved_picture(client, g, key) for g in (without_asdm(graph), graph))
+    return split(plain, fast, ("in full", "asdm"))
 
 
 def split(left: Image.Image, right: Image.Image, labels: tuple[str, str]) -> Image.Image:

@@ -434,10 +434,9 @@ def command_line(*arguments, **env):
         [sys.executable, "bootstrap.py", *arguments],
         cwd=ROOT,
         env={**os.environ, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -488,6 +487,19 @@ def test_arguments_are_split_as_a_shell_does(monkeypatch):
         bootstrap.target_test("python", {"ARGS": "-k it's"})
     monkeypatch.setattr(bootstrap.os, "name", "nt")
     assert bootstrap.words(r"tests\core -k 'a b\c' #x") == [r"tests\core", "-k", r"a b\c", "#x"]
+
+
+def test_fast_tests_need_no_host_and_no_browser():
+    (everything,) = (c for c in bootstrap.target_test("python", {"FAST": "0"}) if "pytest" in c)
+    (fast,) = bootstrap.target_test("python", {"FAST": "1", "ARGS": "-k pack"})
+    assert "--ignore=tests/host" in fast and fast[-2:] == ["-k", "pack"]
+    assert not any(word.startswith("--ignore") for word in everything)
+
+
+def test_the_gate_is_the_same_in_lint_and_before_a_commit():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
+    for python, *command in bootstrap.target_lint("python", {}):
+        assert f"entry: {' '.join([python, *command]).replace(' .', '')}\n" in hooks
 
 
 def test_unknown_benchmark_lists_those_there_are(tmp_path, monkeypatch):

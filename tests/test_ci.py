@@ -1,12 +1,17 @@
 """The check behind .ci/run: host tests that did not run must not look like success."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-CHECK = Path(__file__).parent.parent / ".ci" / "check_host_tests.py"
+import bootstrap
+
+ROOT = Path(__file__).parent.parent
+CHECK = ROOT / ".ci" / "check_host_tests.py"
 CORE = '<testcase classname="tests.test_core" name="test_a"/>'
 PASSED = '<testcase classname="tests.host.test_server" name="test_b"/>'
 SKIPPED = '<testcase classname="tests.host.test_server" name="test_c"><skipped/></testcase>'
@@ -30,3 +35,20 @@ def test_host_tests_must_all_pass(cases, code, words, tmp_path):
     done = subprocess.run([sys.executable, CHECK, report], stdout=subprocess.PIPE, text=True)
     assert done.returncode == code
     assert words in done.stdout
+
+
+def test_every_supported_python_is_in_the_matrix():
+    (row,) = re.findall(r"python: \[(.*)\]", (ROOT / ".github" / "workflows" / "tests.yml").read_text("utf-8"))
+    major, oldest = bootstrap.PYTHON_MIN
+    assert row == ", ".join(f'"{major}.{minor}"' for minor in range(oldest, bootstrap.PYTHON_BELOW[1]))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda p: p.stem)
+def test_whoever_reports_a_fault_is_asked_for_what_helps(path):
+    form = yaml.safe_load(path.read_text("utf-8"))
+    if path.stem == "config":
+        assert form["blank_issues_enabled"] is False
+        return
+    assert form["name"] and form["description"]
+    required = {part["id"] for part in form["body"] if part.get("validations", {}).get("required")}
+    assert required >= ({"host", "nodes", "card"} if path.stem in ("bug", "speed") else {"idea"})

@@ -7,9 +7,8 @@ import zipfile
 
 import pytest
 
+import bootstrap
 from tools import registry
-
-HOST_VERSION = re.search(r'HOST_VERSION = "(.*)"', (registry.ROOT / "bootstrap.py").read_text("utf-8"))[1]
 
 
 def test_the_tree_can_be_published():
@@ -17,7 +16,7 @@ def test_the_tree_can_be_published():
 
 
 def test_the_version_of_comfyui_is_the_one_that_is_tested():
-    assert f'requires-comfyui = ">={HOST_VERSION}"' in (registry.ROOT / "pyproject.toml").read_text("utf-8")
+    assert f'requires-comfyui = ">={bootstrap.HOST_VERSION}"' in (registry.ROOT / "pyproject.toml").read_text("utf-8")
 
 
 def test_the_zip_holds_the_nodes_and_none_of_the_tests(tmp_path):

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ICON_SIZE, ICON_TYPES = (400, 400), (".svg", ".png")
 MOST = 25 * 2**20  # bytes of the zip; it is downloaded for every update
 PREFIX = "ASDM"
-NEVER = ("tests/", "bench/", "runs/", "demo/", ".github/", ".ci/")  # not for artists
+NEVER = ("tests/", "bench/", "runs/", "demo/", ".github/", ".ci/", ".pre-commit", "CONTRIBUTING")  # not for artists
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
 BANNED_MODULES = {"subprocess", "ctypes", "pickle", "marshal", "pip", "requests", "urllib", "socket", "http"}
 LONGEST_LINE = 400  # longer ones hide code, or are data that belongs in a file of its own
@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = ROOT / "pyproject.toml"
         path.write_text(addressed(path.read_text("utf-8"), options.address), "utf-8")
     names = published()
-    folders = Counter()
+    folders: Counter[str] = Counter()
     for name in names:
         folders[name.partition("/")[0] + ("/" if "/" in name else "")] += (ROOT / name).stat().st_size
     for folder, size in folders.most_common():

@@ -75,7 +75,7 @@ def nodes_of(pack: Path, host: Path, python: Path) -> dict[str, dict]:
     """{node: its info} of a folder with the pack, from a running ComfyUI."""
     with (
         tempfile.TemporaryDirectory() as base,
-        Server(host, base, flags=["--cpu", "--disable-api-nodes"], pack=pack, python=str(python)) as server,
+        Server(host, Path(base), flags=["--cpu", "--disable-api-nodes"], pack=pack, python=str(python)) as server,
     ):
         return {
             name: info

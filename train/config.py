@@ -303,7 +303,7 @@ class Config:
                 "weights it begins "
                 "with; set student.start to nothing"
             )
-        self.taps  # raises as well
+        _ = self.taps  # raises as well
 
     @property
     def architecture(self) -> Architecture:

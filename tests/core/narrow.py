@@ -1,12 +1,17 @@
 """UNets of narrow layers, with random weights."""
 
 import functools
+from typing import Any
 
 import torch
 
 from asdm_core.addresses import UNetConfig, keys
 
-_SD = {"down": ((1, 1), (1, 1), (1, 1), (0, 0)), "mid": 1, "up": ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))}
+_SD: dict[str, Any] = {
+    "down": ((1, 1), (1, 1), (1, 1), (0, 0)),
+    "mid": 1,
+    "up": ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
+}
 SD = UNetConfig("narrow-sd", 8, (1, 2, 4, 4), **_SD, context_dim=6, num_heads=2)
 SD2 = UNetConfig("narrow-sd2", 8, (1, 2, 4, 4), **_SD, context_dim=6, head_channels=4, use_linear=True)
 SDXL = UNetConfig(

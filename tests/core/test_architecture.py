@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ SD, SDXL = FAMILIES["sd15"], FAMILIES["sdxl"]
 LDM = surgery.Form("ldm", "renumbered")
 
 # Narrow skeletons with the block structure of SD1.5 and SDXL, quick to run.
-_SD = {"down": SD.down, "mid": 1, "up": SD.up}
+_SD: dict[str, Any] = {"down": SD.down, "mid": 1, "up": SD.up}
 NARROW = UNetConfig("narrow", 32, (1, 2, 4, 4), **_SD, context_dim=24, num_heads=4)
 NARROW_XL = UNetConfig(
     "narrow-xl",
@@ -388,7 +389,7 @@ def test_no_renumbered_form(cut, why):
         ValueError,
         match=re.escape(f"this choice of units has no renumbered form ({why}); it can only be kept addressed"),
     ):
-        chosen.renumbered
+        _ = chosen.renumbered
     assert chosen.keys("ldm") and chosen.keys("diffusers")
 
 
@@ -402,7 +403,7 @@ def test_other_layers_than_the_presets_can_go():
         ValueError,
         match=r"up\.0\.1\.resnet takes its skip from down\.3\.0, the small network would give it down\.2\.sampler",
     ):
-        Architecture.choose(SD, "down.3.1, up.0.2").renumbered
+        _ = Architecture.choose(SD, "down.3.1, up.0.2").renumbered
 
 
 def test_unknown_layout_and_numbering():
@@ -622,7 +623,7 @@ STEPS = (
 def test_random_choices_compute_what_the_renumbered_network_computes(steps):
     chosen = Architecture.choose(NARROW, ", ".join(steps))
     try:
-        chosen.renumbered
+        _ = chosen.renumbered
     except ValueError:
         assume(False)
     full = network(NARROW, seed=1)

@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "compatibility.md").read_text("utf-8")
 _spec = importlib.util.spec_from_file_location("matrix", ROOT / "tests" / "host" / "scripts" / "matrix.py")
+assert _spec and _spec.loader
 matrix = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(matrix)
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,14 +45,14 @@ def host() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(host, tmp_path_factory) -> Server:
+def server(host, tmp_path_factory) -> Iterator[Server]:
     """A running ComfyUI with this pack, one for all tests; its folders lie under `server.base`."""
     with Server(host, tmp_path_factory.mktemp("comfyui"), flags=["--cpu", "--disable-api-nodes"]) as running:
         yield running
 
 
 @pytest.fixture
-def client(server) -> Client:
+def client(server) -> Iterator[Client]:
     """A client for the server. What a test left in the queue is dropped after it."""
     client = Client(server.url)
     yield client

@@ -19,9 +19,10 @@ def test_concepts_are_many_distinct_and_few_faces():
 
 def test_captions_come_from_the_state_of_the_generator_alone(concepts):
     tags = own_tags(concepts)
-    write = lambda seed: [
-        caption(c, "noto", "blue", tags[c.code], random.Random(f"{seed}/{i}")) for i, c in enumerate(concepts)
-    ]  # noqa: E731
+
+    def write(seed):
+        return [caption(c, "noto", "blue", tags[c.code], random.Random(f"{seed}/{i}")) for i, c in enumerate(concepts)]
+
     assert write(1) == write(1)
     assert write(1) != write(2)
 

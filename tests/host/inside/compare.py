@@ -335,7 +335,7 @@ def xy(model, x, y, **given):
     return plot, images, json.loads(report), given
 
 
-NOTHING = ("nothing", {})
+NOTHING: tuple[str, dict] = ("nothing", {})
 
 
 def test_cells_are_what_the_nodes_give(model, known_pack):

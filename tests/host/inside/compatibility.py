@@ -482,7 +482,7 @@ FEATURES |= {
 class Bench:
     """A feature on the checkpoints it needs, and its pictures."""
 
-    without = {}  # pictures without any feature, for all
+    without: dict = {}  # pictures without any feature, for all
 
     def __init__(self, name, checkpoints):
         self.name, self.feature = name, FEATURES[name]

@@ -8,7 +8,7 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy_extras import nodes_freelunch, nodes_hypertile, nodes_pag, nodes_sag
 from in_host import module
-from nodes import ControlNetApplyAdvanced
+from nodes import ControlNetApplyAdvanced  # type: ignore[attr-defined]  # ComfyUI's nodes.py
 
 units = module("nodes.units")
 addresses, surgery, Architecture, SD = small.addresses, small.surgery, small.Architecture, small.SD

@@ -10,7 +10,7 @@ import small
 import torch
 from comfy_extras import nodes_model_advanced, nodes_pag
 from in_host import module
-from nodes import ControlNetApplyAdvanced
+from nodes import ControlNetApplyAdvanced  # type: ignore[attr-defined]  # ComfyUI's nodes.py
 
 switch, switching, host, SD = module("nodes.switch"), module("asdm_core.switching"), small.host, small.SD
 STEPS = 4

@@ -99,7 +99,7 @@ def sigmas_of(model, steps, scheduler="normal"):
 
 # Compiling ------------------------------------------------------------------------------------------
 
-GRAPHS = []  # made since the compiler was last reset
+GRAPHS: list = []  # made since the compiler was last reset
 
 
 def _collect(graph, inputs):
