@@ -83,6 +83,7 @@ def pack_module(name: str):
         spec = importlib.util.spec_from_file_location(
             PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
         )
+        assert spec and spec.loader
         sys.modules[PACK] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[PACK])
     return importlib.import_module(f"{PACK}.{name}")
