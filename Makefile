@@ -3,7 +3,7 @@
 PYTHON ?= python3
 
 TARGETS := demo test lint serve bench setup clean
-SETTINGS := CHECKPOINT PACK STEPS ARGS PORT NAME ALL FAST
+SETTINGS := CHECKPOINT PACK STEPS ARGS PORT OPEN NAME ALL FAST
 
 .PHONY: help $(TARGETS)
 
@@ -11,6 +11,7 @@ help:
 	@$(PYTHON) bootstrap.py --help
 
 # Only settings given on make's command line are handed on; the shell takes their values from the
-# environment, where make puts them, so that quotes and spaces survive.
+# environment, where make puts them, so that quotes and spaces survive. exec: a shell in between would die of Ctrl-C,
+# and make would call that an error.
 $(TARGETS):
-	@$(PYTHON) bootstrap.py $@ $(foreach name,$(SETTINGS),$(if $(filter command,$(firstword $(origin $(name)))),"$(name)=$$$(name)"))
+	@exec $(PYTHON) bootstrap.py $@ $(foreach name,$(SETTINGS),$(if $(filter command,$(firstword $(origin $(name)))),"$(name)=$$$(name)"))

@@ -76,7 +76,10 @@ SETTINGS = {
         "ARGS": "further arguments for pytest, such as ARGS='-k switching'",
     },
     "lint": {},
-    "serve": {"PORT": "port of the web page, 8188 if not given; any free one where it is taken"},
+    "serve": {
+        "PORT": "port of the web page, 8188 if not given; any free one where it is taken",
+        "OPEN": "OPEN=0 does not open the page in a browser",
+    },
     "bench": {"NAME": "only bench/NAME.py", "ARGS": "further arguments for it"},
     "setup": {},
     "clean": {"ALL": "ALL=1 removes the shared cache (environments, ComfyUI) as well"},
@@ -685,6 +688,7 @@ def target_lint(python, settings):
 
 def target_serve(python, settings):
     flags = [f"--port={settings['PORT']}"] if "PORT" in settings else []
+    flags += ["--no-open"] if settings.get("OPEN", "1") in ("", "0") else []
     return [[python, "-m", "demo.serve", *flags]]
 
 

@@ -18,7 +18,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,22 @@ def free_port(preferred: int = 0) -> int:
         raise ServerError(f"a port is a number from 0 to {2**16 - 1}, got {preferred}")
     for port in (preferred, 0):
         with socket.socket() as probe, contextlib.suppress(OSError):
+            # As the host's own server binds it. On POSIX this passes over connections of an earlier server that are
+            # closing still; on Windows it would pass over a server that listens.
+            if not WINDOWS:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if port and listens(port):
+                continue
             probe.bind(("127.0.0.1", port))
             return probe.getsockname()[1]
     raise ServerError("no free port on 127.0.0.1")
+
+
+def listens(port: int) -> bool:
+    """Whether somebody answers at a port of this machine, also where he listens at all of its addresses."""
+    with socket.socket() as visitor:
+        visitor.settimeout(1)
+        return visitor.connect_ex(("127.0.0.1", port)) == 0
 
 
 def link_folder(link: Path, target: Path) -> None:
@@ -99,6 +112,7 @@ class Server:
     models: further model folders by kind.
     python: interpreter with the host's requirements.
     pack: folder to link as custom_nodes/asdm; None where base has one already, installed or disabled.
+    waiting: called again and again while the host starts.
     """
 
     def __init__(
@@ -111,6 +125,7 @@ class Server:
         port: int = 0,
         python: str = sys.executable,
         pack: Path | None = PACK,
+        waiting: Callable[[Server], None] | None = None,
     ):
         self.host = Path(host)
         self.base = Path(base).resolve()
@@ -119,6 +134,7 @@ class Server:
         self.port = port
         self.python = python
         self.pack = pack
+        self.waiting = waiting
         self.log_file = self.base / "comfyui.log"
         self._process: subprocess.Popen | None = None
 
@@ -178,6 +194,8 @@ class Server:
                 raise ServerError(f"ComfyUI ended with status {process.returncode} while starting:\n{self.log()}")
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/system_stats", timeout=5):
                 return
+            if self.waiting:
+                self.waiting(self)
             time.sleep(0.1)
         raise ServerError(f"ComfyUI did not answer within {START_TIMEOUT} s:\n{self.log()}")
 

@@ -1,9 +1,12 @@
 """The real ComfyUI starts with the pack, and the client talks to it."""
 
+import contextlib
 import io
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +15,7 @@ import urllib.request
 import pytest
 from PIL import Image
 
-from demo.server import PACK, Client, PromptError, PromptInterrupted, Server, ServerError
+from demo.server import PACK, Client, PromptError, PromptInterrupted, Server, ServerError, free_port
 
 RED = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 16, "batch_size": 1, "color": 0xFF0000}},
@@ -145,3 +148,43 @@ def test_interrupt(client):
     client.interrupt()
     with pytest.raises(PromptInterrupted):
         client.wait(run, timeout=60)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals and terminals")
+def test_serve_keeps_its_port_opens_the_browser_and_ends_in_order(tmp_path, host):
+    """Under make in a terminal, twice in a row on one port, with a browser that stays connected."""
+    import fcntl
+    import termios
+
+    page, port = tmp_path / "page", free_port()
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" >> "{page}"\n')
+    browser.chmod(0o755)
+    (tmp_path / "Makefile").write_text(
+        f"serve:\n\t@cd '{PACK}'; exec '{sys.executable}' -m demo.serve --port={port} --folder='{tmp_path / 'host'}'\n"
+    )
+    env = {**os.environ, "BROWSER": f"{browser} %s", "COMFYUI_PATH": str(host)}
+    urls = []
+    for _ in range(2):
+        leader, follower = os.openpty()
+        make = subprocess.Popen(
+            ["make", "serve"], cwd=tmp_path, env=env, stdin=follower, stdout=follower, stderr=follower,
+            preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+        )  # fmt: skip
+        os.close(follower)
+        said = b""
+        while b"Ctrl-C stops it" not in said:
+            said += os.read(leader, 1000)
+        url = re.search(rb"asdm is at http://127.0.0.1:(\d+)", said)
+        urls.append(url[1])
+        visitor = socket.create_connection(("127.0.0.1", int(url[1])))
+        os.write(leader, b"\x03")
+        make.wait(60)
+        with contextlib.suppress(OSError):  # a terminal that nobody has open any more
+            while more := os.read(leader, 1000):
+                said += more
+        visitor.close()
+        os.close(leader)
+        assert b"serve: stopped" in said and b"Traceback" not in said and b"***" not in said
+    assert urls == [str(port).encode()] * 2
+    assert page.read_text().split() == [f"http://127.0.0.1:{port}"] * 2
