@@ -28,7 +28,7 @@ PACK = Path(__file__).resolve().parent.parent
 LAUNCHER = Path(__file__).resolve().with_name("launcher.py")
 WINDOWS = os.name == "nt"
 
-START_TIMEOUT = 300  # a cold disk and a slow machine; the host needs about 10 s
+START_TIMEOUT = 900  # a cold disk and a slow or busy machine; the host needs about 10 s
 STOP_TIMEOUT = 10
 
 

@@ -207,6 +207,7 @@ def test_wrong_comfyui_path_is_an_error_not_a_fallback(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the managed host
 
 
+@pytest.mark.slow
 def test_managed_host_is_made_once(sdist, monkeypatch):
     folder = bootstrap.ensure_managed_host()
     assert bootstrap.is_host(folder)
@@ -227,6 +228,7 @@ def test_managed_host_is_made_once(sdist, monkeypatch):
     ],
     ids=["no stamp", "torn stamp", "another archive", "cut file", "lost file", "left-over build"],
 )
+@pytest.mark.slow
 def test_damaged_or_unfinished_host_is_made_again(sdist, damage):
     folder = bootstrap.ensure_managed_host()
     damage(folder)
@@ -235,6 +237,7 @@ def test_damaged_or_unfinished_host_is_made_again(sdist, damage):
     assert (folder / "main.py").read_text() == HOST_FILES["main.py"]
 
 
+@pytest.mark.slow
 def test_archive_with_a_wrong_hash_is_never_used(sdist, index, capsys):
     write_sdist(index, note="not what was expected")
     with pytest.raises(
@@ -246,6 +249,7 @@ def test_archive_with_a_wrong_hash_is_never_used(sdist, index, capsys):
     assert not list(bootstrap.cache_dir().glob("**/*.tar.gz"))
 
 
+@pytest.mark.slow
 def test_damaged_download_is_fetched_again(sdist, monkeypatch):
     real = bootstrap.run_logged
     calls = []
@@ -316,6 +320,7 @@ def test_lock_is_waited_for_and_dies_with_its_holder(tmp_path, capsys, monkeypat
     assert out.count("waiting") == 1
 
 
+@pytest.mark.slow
 def test_two_at_once_build_one_host(sdist, cache):
     code = (
         "import sys, bootstrap, pathlib\n"
@@ -327,7 +332,7 @@ def test_two_at_once_build_one_host(sdist, cache):
     both = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
+    outputs = [process.communicate(timeout=1800)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert "".join(outputs).count("getting ComfyUI") == 1
     assert {output.splitlines()[-1] for output in outputs} == {str(bootstrap.managed_host_folder())}
@@ -353,6 +358,7 @@ def imports(python, module):
     return subprocess.run([str(python), "-c", f"import {module}"]).returncode == 0
 
 
+@pytest.mark.slow
 def test_environment_life(small_host, monkeypatch, capsys):
     python = bootstrap.ensure_environment(small_host)
     assert imports(python, "asdm_fake")
@@ -376,6 +382,7 @@ def test_environment_life(small_host, monkeypatch, capsys):
     assert len({folder, other, bootstrap.environment_folder(small_host)}) == 3
 
 
+@pytest.mark.slow
 def test_environment_interrupted_in_the_middle_is_made_again(small_host, monkeypatch):
     real = bootstrap.run_logged
 
@@ -398,6 +405,7 @@ def test_environment_without_its_interpreter_is_incomplete(tmp_path):
     assert not bootstrap.environment_is_complete(tmp_path, "k")
 
 
+@pytest.mark.slow
 def test_missing_package_is_one_clear_message(small_host):
     (small_host / "requirements.txt").write_text("asdm-no-such-package\n")
     with pytest.raises(
@@ -436,10 +444,11 @@ def command_line(*arguments, **env):
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
 
 
+@pytest.mark.slow
 def test_without_a_network_one_message_and_status_2(index, monkeypatch):
     monkeypatch.delenv("PIP_NO_INDEX")
     # Nobody listens on port 9: the refusal is as quick and as real as a pulled cable.

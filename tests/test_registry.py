@@ -10,6 +10,8 @@ import pytest
 import bootstrap
 from tools import registry
 
+pytestmark = pytest.mark.slow  # of who publishes
+
 
 def test_the_tree_can_be_published():
     assert registry.problems() == []

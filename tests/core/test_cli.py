@@ -624,7 +624,7 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(run, folder, tmp_pat
 
 
 def python(*argv):
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
 def test_a_full_disk_costs_one_line_and_no_file(folder, tmp_path):

@@ -6,7 +6,6 @@ Nothing here skips: a host that cannot be had is a failure.
 import functools
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 import bootstrap
 from demo.server import Client, Server
+from tests.host.limits import run_within
 
 FOLDER = Path(__file__).parent
 RUNNER = FOLDER / "runner.py"
@@ -65,7 +65,7 @@ def client(server) -> Iterator[Client]:
 def call_in_host(host):
     """call_in_host(folder, script, function, ...): run_in_host with a folder of the caller's."""
 
-    def call_in_host(folder, script, function="main", *args, timeout=300, flags=(), **kwargs):
+    def call_in_host(folder, script, function="main", *args, cpu_seconds=900, flags=(), **kwargs):
         call, result = folder / "call.json", folder / "result.json"
         result.unlink(missing_ok=True)
         path = FOLDER / "scripts" / script
@@ -75,22 +75,11 @@ def call_in_host(host):
             (base / name).mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(RUNNER), str(host), str(call), str(result)]
         command += ["--cpu", "--use-pytorch-cross-attention", "--base-directory", str(base), *flags]
-        done = subprocess.run(
-            command,
-            cwd=base,
-            env=dict(os.environ, PYTHONUNBUFFERED="1"),
-            timeout=timeout,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            encoding="utf-8",
-            errors="replace",
+        ended, output = run_within(
+            command, cpu_seconds=cpu_seconds, cwd=base, env=dict(os.environ, PYTHONUNBUFFERED="1")
         )
-        if done.returncode or not result.exists():
-            pytest.fail(
-                f"{script}:{function} ended with status {done.returncode} in the host:\n{done.stdout[-8000:]}",
-                pytrace=False,
-            )
+        if ended != "ended with status 0" or not result.exists():
+            pytest.fail(f"{script}:{function} {ended} in the host:\n{output[-8000:]}", pytrace=False)
         return json.loads(result.read_text())
 
     return call_in_host

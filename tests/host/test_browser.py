@@ -22,7 +22,7 @@ READY = (
     "() => window.LiteGraph?.registered_node_types?.ASDMApplyPack"
     " && window.app?.extensionManager?.workflow?.activeWorkflow"
 )
-PATIENCE = 120_000  # ms; a busy machine. Nothing here waits for a fixed time.
+PATIENCE = 600_000  # ms; a busy machine. Nothing here waits for a fixed time.
 expect.set_options(timeout=PATIENCE)
 DROP = """([name, text]) => {
   const data = new DataTransfer()

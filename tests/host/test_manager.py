@@ -64,7 +64,7 @@ def manage(client, kind, **params):
     """Have the Manager do one thing, as its page does."""
     client.request("/v2/manager/queue/task", {"ui_id": kind, "client_id": client.id, "kind": kind, "params": params})
     client.request("/v2/manager/queue/start", {})
-    for _ in range(300):
+    for _ in range(6000):
         done = client.get("/v2/manager/queue/history?ui_id=" + kind)["history"]
         if done:
             return done

@@ -79,7 +79,7 @@ def command(folder, *changes, processes=1):
 
 def test_a_killed_run_goes_on_and_equals_an_unbroken_one(unbroken, tmp_path):
     killed = command(tmp_path, "run.steps=100000")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 1800
     while not list(tmp_path.glob("checkpoint-*.safetensors")) and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
@@ -195,7 +195,7 @@ def assert_same_gradients(one, two):
 
 def test_two_processes_of_half_a_batch_equal_one(whole_batch, tmp_path):
     process = command(tmp_path, *ONE_STEP, "run.micro_batch=2", processes=2)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output
     assert_same_gradients(whole_batch, tmp_path)
     assert (tmp_path / "narrow.safetensors").exists() and output.count("wrote") == 1
@@ -220,7 +220,7 @@ def test_two_processes_that_share_the_weights_go_on_as_one_would(tmp_path):
         "run.picture_every=1",
         processes=2,
     )
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0 and "going on at step 1" in output, output
     assert_same_gradients(tmp_path / "one", tmp_path / "two")
     one, two = (load_file(folder / "narrow.safetensors") for folder in (tmp_path / "one", tmp_path / "two"))

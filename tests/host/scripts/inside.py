@@ -1,5 +1,6 @@
 """Runs the tests of one file of tests/host/inside within the host process, and reports each outcome."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,10 +13,25 @@ SETTINGS = Path(__file__).with_name("inside.ini")
 
 
 class Outcomes:
-    """Collects what failed, by the name of the test function; parameters of one function together."""
+    """Collects what failed, by the name of the test function; parameters of one function together.
 
-    def __init__(self):
+    A file holds the failures and the name of the test under way, at each moment: what is known when this process dies.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
         self.failures: dict[str, list[str]] = {}
+
+    def pytest_runtest_logstart(self, nodeid, location):
+        self.write(location[2].partition("[")[0])
+
+    def pytest_sessionfinish(self):
+        self.write(None)
+
+    def write(self, under_way: str | None):
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps({"failures": self.failures, "under_way": under_way}), "utf-8")
+        part.replace(self.file)
 
     def pytest_runtest_logreport(self, report):
         name = report.location[2].partition("[")[0]
@@ -39,8 +55,8 @@ class Outcomes:
         comfy.model_management.unload_all_models()
 
 
-def main(path, names, base):
-    outcomes = Outcomes()
+def main(path, names, base, file):
+    outcomes = Outcomes(Path(file))
     tests = [f"{path}::{name}" for name in names]
     # The pack's own pytest settings would put its folder on sys.path, where its nodes/ hides the host's nodes.py.
     options = [
@@ -61,4 +77,3 @@ def main(path, names, base):
         "--durations-min=0.5",
     ]
     pytest.main([*options, *tests, "-p", "shared"], plugins=[outcomes])
-    return outcomes.failures
