@@ -166,6 +166,7 @@ def gri_attention(
     gri: GRI,
     gain: Tensor | None = None,
     attend: Callable[..., Tensor] = sdpa,
+    steps: int = STEPS,
 ) -> Tensor:
     """Self-attention of a map of height x width tokens, row by row.
 
@@ -173,6 +174,7 @@ def gri_attention(
     gain: (heads,), added to the logits of the cells; trainable, None is 0.
     attend: fused attention (q, k, v, scale, bias) on (B', heads, N', dim'), returning the shape of q. bias is None or
             (B', heads, 1, N'') in float32, for all queries alike; it is only given on the CPU.
+    steps: of k-means, in which tokens of a window change their cells; 0 leaves these squares.
     Raises ValueError where N is not height * width or q, k and v differ in shape.
     """
     if q.shape[1] != height * width or not q.shape == k.shape == v.shape:
@@ -187,7 +189,7 @@ def gri_attention(
     maps = [t.unflatten(1, (height, width)) for t in (q, k, v)]
     places = [(r, c) for r in _spans(height, gri) for c in _spans(width, gri)]
     own = [[_windows(t, r, c) for t in maps] for r, c in places]
-    cells = [_cells(mean, k, v, r.size, c.size, gri.pool) for (r, c), (_, k, v) in zip(places, own, strict=True)]
+    cells = [_cells(mean, k, v, r.size, c.size, gri.pool, steps) for (r, c), (_, k, v) in zip(places, own, strict=True)]
     counts = [of_windows[0].shape[3] for of_windows in cells]
     # (B, heads, cells of the map, ...), twice, so that the cells outside of a window are one stretch, from its end
     # round to its start
@@ -227,7 +229,9 @@ def _unfold(x: Tensor, r: _Span, c: _Span) -> Tensor:
     return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
 
 
-def _cells(mean: Tensor, k: Tensor, v: Tensor, height: int, width: int, pool: int) -> tuple[Tensor, Tensor, Tensor]:
+def _cells(
+    mean: Tensor, k: Tensor, v: Tensor, height: int, width: int, pool: int, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values of the cells of windows of height x width tokens, (B, windows, heads, cells, dim), and their
     biases, (B, windows, heads, cells, 1) in the dtype of the mean query.
 
@@ -242,16 +246,16 @@ def _cells(mean: Tensor, k: Tensor, v: Tensor, height: int, width: int, pool: in
     squares = torch.kron(rows, columns)  # (cells, tokens)
     at_once = max(1, _MOST // (k.shape[2] * squares.numel()))
     windows = (t.flatten(0, 1).split(at_once) for t in (mean[:, None].expand(-1, k.shape[1], -1, -1), k, v))
-    found = [_gathered(squares, *of_windows) for of_windows in zip(*windows, strict=True)]
+    found = [_gathered(squares, steps, *of_windows) for of_windows in zip(*windows, strict=True)]
     return tuple(torch.cat(kind).unflatten(0, k.shape[:2]) for kind in zip(*found, strict=True))
 
 
-def _gathered(members: Tensor, mean: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gathered(members: Tensor, steps: int, mean: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cells of windows (B, heads, tokens, dim) that begin with the members (cells, tokens), 0 or 1."""
     dtype, mean = k.dtype, mean[..., None]
     k, v = k.to(mean.dtype), v.to(mean.dtype)
     with torch.no_grad():
-        for _ in range(STEPS):
+        for _ in range(steps):
             count = members.sum(-1, keepdim=True)
             centres = members @ k / count.clamp(min=1)
             nearness = centres @ k.transpose(-1, -2) - torch.where(

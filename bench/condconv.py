@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from asdm_core.architecture import Architecture
 from asdm_core.condconv import CondConv, CondConv2d, convolution, convolutions, further_experts, start
 from asdm_core.measure import ratio, time_alternating
+from asdm_core.packs import Description
 from bench._common import add_common_arguments, begin, beside_earlier, command_line, pack_module, record
-from bench.unet import DTYPES, SD15, Cutter, build
+from bench._unets import DTYPES, SD15, Cutter, build
 
 COUNTS = (2, 4)
 BATCHES = (1, 2, 4, 8)
@@ -40,15 +41,11 @@ LAYERS = {"up.3.0.resnet.conv1": 64, "up.2.0.resnet.conv1": 32}
 
 def expert_players(cutter: Cutter, count: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.nn.Module]:
     """The layers of M2's own units with `count` experts in their 3 x 3 convolutions, by unit address."""
-    condconv, packs = pack_module("asdm_core.condconv"), pack_module("asdm_core.packs")
-    full, own = pack_module("asdm_core.architecture").Architecture.full, Architecture.preset("m2").own
-    config = full(pack_module("asdm_core.architecture").FAMILIES["sd15"]).config
-    settings = condconv.CondConv({a: count for a, conv in convolutions(SD15).items() if conv.unit.address in own})
-    description = packs.Description("pack", full(config), condconv=settings)
+    own = Architecture.preset("m2").own
+    settings = CondConv({a: count for a, conv in convolutions(SD15).items() if conv.unit.address in own})
+    description = Description("pack", Architecture.full(SD15), condconv=settings)
     pack = (
-        pack_module("nodes.units")
-        .PackModel.load(description, condconv.start(config, settings, "random"), dtype, None)
-        .to(device)
+        pack_module("nodes.units").PackModel.load(description, start(SD15, settings, "random"), dtype, None).to(device)
     )
     return {address: pack.with_experts(address, cutter.units[address][1], 1.0) for address in description.expert_units}
 

@@ -31,20 +31,33 @@ is not fp32.
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import statistics
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from asdm_core import gri as core_gri
+from asdm_core import packs
+from asdm_core.architecture import Architecture
+from asdm_core.cast import Window
 from asdm_core.measure import psnr, ratio, time_alternating
-from bench._common import ROOT, add_common_arguments, begin, beside_earlier, command_line, pack_module, record
-from bench.inheritance import Family, at_saving, upper_edge
-from bench.unet import DTYPES, SD15, build
+from bench._attention import Larger, Map, error, full, recorded
+from bench._common import (
+    ROOT,
+    add_common_arguments,
+    at_saving,
+    begin,
+    beside_earlier,
+    command_line,
+    pack_module,
+    record,
+    upper_edge,
+)
+from bench._unets import DTYPES, SD15, build
 
 BATCH, HEADS, DIM = 2, 8, 40
 SIDES = {512: 64, 1024: 128}
@@ -59,26 +72,6 @@ MERGES = (
     (0.3, 2),
 )  # ratio, side of its cells: 2 allows at most 0.75
 GAINS = torch.arange(-3, 1.01, 0.25)  # that a fit tries
-DENOISE, CFG = 0.5, 3.0
-
-
-@dataclass(frozen=True)
-class Map:
-    """Queries, keys and values (B, N, heads * dim) of one self-attention, at `block` of the host's network."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    heads: int
-    block: tuple = ("input", 1)
-
-    @property
-    def side(self) -> int:
-        return int(self.q.shape[1] ** 0.5)
-
-    @functools.cached_property
-    def wanted(self) -> torch.Tensor:
-        return full(self)
 
 
 def smooth(side: int, channels: int, seed: int) -> torch.Tensor:
@@ -89,23 +82,13 @@ def smooth(side: int, channels: int, seed: int) -> torch.Tensor:
     return (F.interpolate(coarse, (side, side), mode="bicubic") + fine).flatten(2).transpose(1, 2).contiguous()
 
 
-def error(out: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((out - wanted).float().norm() / wanted.float().norm())
-
-
 # Ways to attend: a Map -> (B, N, heads * dim) --------------------------------------------------------
-
-
-def full(m: Map):
-    from comfy.ldm.modules.attention import optimized_attention
-
-    return optimized_attention(m.q, m.k, m.v, m.heads)
 
 
 def gri(window: int, pool: int, gains: dict | None = None):
     """gains: block -> (heads,)"""
     regional = pack_module("nodes.regional")
-    played = regional.Attention(regional.Regional(window, pool), pack_module("asdm_core.architecture").FAMILIES["sd15"])
+    played = regional.Attention(regional.Regional(window, pool), SD15)
     names = regional.Regional(stages=4).blocks(SD15)
     played.gains = {names[block]: {0: lambda q, g=g: g} for block, g in (gains or {}).items()}
 
@@ -225,7 +208,7 @@ def compare(maps: list[Map], attend: dict, rounds: int, device: torch.device, cl
 
 
 def automatic(side: int) -> str:
-    settings = pack_module("asdm_core.gri").GRI.choose(side, side)
+    settings = core_gri.GRI.choose(side, side)
     return f"gri {settings.window}/{settings.pool}"
 
 
@@ -279,24 +262,6 @@ def show(rows: list[dict], what: str) -> None:
 # What networks attend to ----------------------------------------------------------------------------
 
 
-def recorded(model, run) -> list[Map]:
-    """The self-attentions of the first level in a run of a MODEL, of the prompted half of each batch."""
-    found, regional = [], pack_module("nodes.regional")
-    config = pack_module("nodes.host").architecture_of(model).config
-    clone = model.clone()
-
-    def remember(q, k, v, options):
-        half = len(q) // 2
-        prompted = slice(half) if options["cond_or_uncond"][0] == 0 else slice(half, None)
-        found.append(Map(*(t[prompted].clone() for t in (q, k, v)), options["n_heads"], options["block"]))
-        return full(replace(found[-1], q=q, k=k, v=v))
-
-    for block in regional.Regional(stages=1).blocks(config):
-        clone.set_model_attn1_replace(remember, *block)
-    run(clone)
-    return found
-
-
 def random_weights(side: int, device: torch.device, dtype: torch.dtype) -> list[Map]:
     """The self-attentions of a network of one level of SD1.5's width, with random weights."""
     config = replace(SD15, family="", channel_mult=(1,), down=((1, 1),), mid=1, up=((1, 1, 1),))
@@ -320,69 +285,6 @@ def random_weights(side: int, device: torch.device, dtype: torch.dtype) -> list[
             transformer_options={"patches_replace": {"attn1": dict.fromkeys(blocks, remember)}},
         )
     return found
-
-
-class Larger(Family):
-    """The emoji family on maps larger than it was trained for."""
-
-    def sample(self, model, noise, cond, steps: int = 6, latent=None):
-        """Latents of a run from noise, or from noised latents."""
-        import comfy.samplers
-
-        sampler = comfy.samplers.KSampler(
-            model, steps, noise.device, "euler", "normal", 1.0 if latent is None else DENOISE, model.model_options
-        )
-        uncond = [[self.uncond[0][0][:1].repeat(len(noise), 1, 1), {}]]
-        with torch.inference_mode():
-            return sampler.sample(
-                noise,
-                cond,
-                uncond,
-                CFG,
-                latent_image=torch.zeros_like(noise) if latent is None else latent,
-                disable_pbar=True,
-                seed=1,
-            )
-
-    @functools.cached_property
-    def originals(self) -> torch.Tensor:
-        """An emoji of each concept chosen, as latents (N, 4, 16, 16)."""
-        return torch.cat(
-            [
-                self.sample(self.model, noise, [[context, {}]])
-                for noise, context in zip(self.noise.split(16), self.cond[0][0].split(16), strict=True)
-            ]
-        )
-
-    def sheets(self, side: int) -> torch.Tensor:
-        """The originals side by side, (sheets, 4, side, side), moved so that no border of a tile is one of an emoji."""
-        n = side // 16
-        sheets = self.originals[: len(self.originals) // n**2 * n**2].unflatten(0, (-1, n, n))
-        return sheets.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3).roll((5, 7), (2, 3))
-
-    def cut_out(self, pictures: torch.Tensor) -> torch.Tensor:
-        """The emoji of sheets (S, 3, 8 side, 8 side), one by one."""
-        n = pictures.shape[-1] // 128
-        parts = pictures.roll((-40, -56), (2, 3)).unflatten(3, (n, 128)).unflatten(2, (n, 128))
-        return parts.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-
-    def again(self, model, latents: torch.Tensor, seed: int = 5, steps: int = 4) -> torch.Tensor:
-        """Image to image: each sheet with the prompt of nothing in particular."""
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-        cond = [[self.uncond[0][0][:1].repeat(len(latents), 1, 1), {}]]
-        return self.sample(model, noise, cond, steps, latents)
-
-    def maps(self, side: int, number: int) -> list[Map]:
-        """What the first level attends to in runs on a sheet and on an enlarged emoji, at their first and
-        third step.
-        """
-        large = F.interpolate(self.pictures(self.originals[number : number + 1]), 8 * side, mode="bicubic").clamp(0, 1)
-        found = []
-        for latents in (self.sheets(side)[number : number + 1], self.vae.encode(large.movedim(1, -1))):
-            of_run = recorded(self.model, lambda model, latents=latents: self.again(model, latents, number))
-            of_step = len(of_run) // 4
-            found += of_run[:of_step] + of_run[2 * of_step : 3 * of_step]
-        return found
 
 
 def fit_gains(maps: list[Map], window: int, pool: int) -> dict:
@@ -429,19 +331,18 @@ def bench_activations(family: Larger, rounds: int, device: torch.device, clock) 
 
 def with_gains(model, config, gains: dict, folder: Path):
     """A clone of MODEL with gains from a pack, as Apply Pack would give it."""
-    packs, architecture, cast = (pack_module(f"asdm_core.{name}") for name in ("packs", "architecture", "cast"))
     names = pack_module("nodes.regional").Regional(stages=4).blocks(config)
     description = packs.Description(
         "pack",
-        architecture.Architecture.full(config),
-        gri=pack_module("asdm_core.gri").Gains(tuple(names[block] for block in gains)),
+        Architecture.full(config),
+        gri=core_gri.Gains(tuple(names[block] for block in gains)),
     )
     by_unit = {names[block]: gain for block, gain in gains.items()}
     path = folder / "gains.safetensors"
     packs.write_pack(
         path, {key: by_unit[slot.unit.address] for key, slot in description.keys().items()}, description, None
     )
-    return pack_module("nodes.apply_pack").apply_pack(model, path, path.name, cast.Window())
+    return pack_module("nodes.apply_pack").apply_pack(model, path, path.name, Window())
 
 
 def show_pictures(columns: list[torch.Tensor], path: Path) -> None:
@@ -495,9 +396,7 @@ def bench_pictures(family: Larger, trained: Path, clock) -> tuple[dict, list[dic
                 "full": family.model,
                 "gri": played,
                 "gri, gains": with_gains(played, config, gains, Path(folder)),
-                "gri, trained gains": apply_pack.apply_pack(
-                    played, trained, trained.name, pack_module("asdm_core.cast").Window()
-                ),
+                "gri, trained gains": apply_pack.apply_pack(played, trained, trained.name, Window()),
             }
             made = {name: draw(model) for name, model in models.items()}
         sheets, emoji, _ = made["full"]
@@ -541,7 +440,7 @@ def bench_unet(name: str, rounds: int, device: torch.device, clock) -> tuple[dic
     regional = pack_module("nodes.regional")
     unet, played = (
         build(SD15, dtype, device),
-        regional.Attention(regional.Regional(), pack_module("asdm_core.architecture").FAMILIES["sd15"]),
+        regional.Attention(regional.Regional(), SD15),
     )
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, 4, 128, 128, generator=generator).to(device, dtype)

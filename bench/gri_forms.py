@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asdm_core import gri
+from bench._attention import Larger, Map, error
 from bench._common import add_common_arguments, begin, command_line, record
-from bench.gri import Larger, Map, error
 
 FORMS = ("sum", "mean", "isotropic", "diagonal", "exact", "mean query", "window query")
 # side of the map: window, pool, halo, seen, forms
@@ -108,9 +108,8 @@ def attend(m: Map, height: int, width: int, pool: int, form: str, halo: int = 0,
 
 
 def gathered(m: Map, window: int, pool: int, steps: int) -> Tensor:
-    gri.STEPS = steps
     q, k, v = (t.unflatten(2, (m.heads, -1)) for t in (m.q, m.k, m.v))
-    return gri.gri_attention(q, k, v, m.side, m.side, gri.GRI(window, pool)).flatten(2)
+    return gri.gri_attention(q, k, v, m.side, m.side, gri.GRI(window, pool), steps=steps).flatten(2)
 
 
 def shapes(m: Map, pool: int, form: str) -> Tensor:

@@ -16,27 +16,28 @@ method's quality at 40% less time is read off the upper edge of its settings, be
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from asdm_core import inheritance
 from asdm_core.measure import psnr, ratio, ssim, time_alternating
 from bench._common import (
     ROOT,
     add_common_arguments,
+    at_saving,
     begin,
     beside_earlier,
     command_line,
     pack_module,
-    randomise,
     record,
+    upper_edge,
 )
+from bench._family import Family
+from bench._unets import DTYPES, full_size
 
-FAMILY = ROOT / "models" / "emoji"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RUNS = {
     f"{sampler}-{steps}": (sampler, scheduler, steps)
     for sampler, scheduler, steps in (
@@ -55,22 +56,6 @@ EASY, LAZY = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8), (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
 
 
 # Part one: cost -------------------------------------------------------------------------------------
-
-
-def full_size(dtype: torch.dtype):
-    import comfy.model_management as management
-    import comfy.model_patcher
-
-    architecture = pack_module("asdm_core.architecture")
-    config = pack_module("nodes.models").model_config(
-        architecture.Architecture.full(architecture.FAMILIES["sd15"]), "eps"
-    )
-    config.set_inference_dtype(dtype, None)
-    base = config.get_model({}, "")
-    randomise(base.diffusion_model)
-    return comfy.model_patcher.CoreModelPatcher(
-        base, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
-    )
 
 
 def steps_of(model, clock: Callable[[], float], steps: int, size: int = 64) -> list[float]:
@@ -119,7 +104,7 @@ def unit_times(model, config, clock, rounds: int) -> dict[str, float]:
 
 
 def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
-    inheritance, host = pack_module("asdm_core.inheritance"), pack_module("nodes.host")
+    host = pack_module("nodes.host")
     model = full_size(DTYPES[dtype])
     architecture = host.architecture_of(model)
     config, every = architecture.config, inheritance.Schedule("explicit", steps=(0,))
@@ -191,70 +176,11 @@ def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
 # Part two: quality ----------------------------------------------------------------------------------
 
 
-class Family:
-    """The emoji teacher, prompts for it, and the pictures of a run."""
-
-    def __init__(self, pictures: int):
-        from safetensors import safe_open
-
-        from train.emoji.classifier import load_classifier
-
-        self.model, clip, self.vae = pack_module("nodes.models").load_checkpoint(FAMILY / "emoji-teacher.safetensors")
-        with safe_open(FAMILY / "emoji-classifier.safetensors", framework="pt") as f:
-            codes = json.loads(f.metadata()["codes"])
-        self.classifier = load_classifier(FAMILY, codes)
-        names = json.loads((FAMILY / "concepts.json").read_text("utf-8"))
-        chosen = list(names.items())[:: max(1, len(names) // pictures)][:pictures]
-        self.targets = torch.tensor([codes.index(code) for code, _ in chosen])
-
-        def encode(text):
-            return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]
-
-        self.cond = [[torch.cat([encode(name) for _, name in chosen]), {}]]
-        self.uncond = [[encode("").repeat(len(chosen), 1, 1), {}]]
-        self.noise = torch.cat(
-            [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(len(chosen))]
-        )
-
-    def latents(self, model, sampler: str, scheduler: str, steps: int) -> torch.Tensor:
-        """Latents (N, 4, 16, 16) of a run."""
-        import comfy.sample
-
-        with torch.inference_mode():
-            return comfy.sample.sample(
-                model,
-                self.noise,
-                steps,
-                3.0,
-                sampler,
-                scheduler,
-                self.cond,
-                self.uncond,
-                torch.zeros_like(self.noise),
-                seed=1,
-                disable_pbar=True,
-            )
-
-    def run(self, model, sampler: str, scheduler: str, steps: int, clock) -> tuple[torch.Tensor, float]:
-        """Pictures (N, 3, 128, 128) and the seconds of sampling."""
-        before = clock()
-        return self.pictures(self.latents(model, sampler, scheduler, steps)), clock() - before
-
-    @torch.inference_mode()
-    def pictures(self, latents):
-        return self.vae.decode(latents).movedim(-1, 1).float().clamp(0, 1)
-
-    def top1(self, pictures) -> float:
-        from train.emoji.classifier import top_k
-
-        return float(top_k(self.classifier, pictures, self.targets)[0].float().mean())
-
-
 def methods(model) -> dict[str, tuple[str, object]]:
     """Label -> (method, MODEL)."""
     from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 
-    inheritance, host = pack_module("asdm_core.inheritance"), pack_module("nodes.host")
+    host = pack_module("nodes.host")
     config, schedule = host.architecture_of(model).config, inheritance.Schedule
     found = {}
     for branch in (0, 1, 3):
@@ -282,26 +208,6 @@ def methods(model) -> dict[str, tuple[str, object]]:
             LazyCacheNode.execute(model, threshold, 0.15, 0.95, False).args[0],
         )
     return found
-
-
-def upper_edge(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points (saving, dB) that no other one beats in both, by saving."""
-    edge = []
-    for saving, quality in sorted(points, reverse=True):
-        if not edge or quality > edge[-1][1]:
-            edge.append((saving, quality))
-    return edge[::-1]
-
-
-def at_saving(points: list[tuple[float, float]], wanted: float) -> float | None:
-    """Quality at a saving, read off the upper edge between its points; None beyond its ends."""
-    edge = upper_edge(points)
-    if edge[0][0] >= wanted:  # everything saves more and is as good
-        return edge[0][1]
-    for (s0, q0), (s1, q1) in zip(edge, edge[1:], strict=False):
-        if s0 <= wanted <= s1:
-            return q0 + (q1 - q0) * (wanted - s0) / (s1 - s0)
-    return None
 
 
 def bench_quality(family: Family, rounds: int, clock, names: list[str]) -> list[dict]:

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from asdm_core import inheritance
+from asdm_core.architecture import FAMILIES, Architecture
 from bench._common import pack_module, randomise, record, start_host
 
 BOUND_MB = 32
@@ -39,9 +41,8 @@ def narrow():
     import comfy.model_management as management
     import comfy.model_patcher
 
-    architecture = pack_module("asdm_core.architecture")
-    sd15 = replace(architecture.FAMILIES["sd15"], model_channels=32)
-    config = pack_module("nodes.models").model_config(architecture.Architecture.full(sd15), "eps")
+    sd15 = replace(FAMILIES["sd15"], model_channels=32)
+    config = pack_module("nodes.models").model_config(Architecture.full(sd15), "eps")
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model({}, "")
     randomise(base.diffusion_model)
@@ -110,7 +111,7 @@ def main() -> None:
     host_path = start_host("--use-pytorch-cross-attention")
     import comfy.model_management as management
 
-    inheritance, host = pack_module("asdm_core.inheritance"), pack_module("nodes.host")
+    host = pack_module("nodes.host")
     memories = watch(pack_module("nodes.replay").Memory)
     model = narrow()
     config = host.architecture_of(model).config

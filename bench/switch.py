@@ -29,7 +29,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from asdm_core import packs
+from asdm_core.architecture import Architecture
+from asdm_core.cast import Window
 from asdm_core.measure import psnr, ratio, ssim, time_alternating
+from asdm_core.switching import PRESETS, SwitchPoint
 from bench._common import (
     ROOT,
     add_common_arguments,
@@ -37,10 +41,10 @@ from bench._common import (
     beside_earlier,
     command_line,
     pack_module,
-    randomise,
     record,
 )
-from bench.inheritance import DTYPES, FAMILY, Family, full_size
+from bench._family import FAMILY, Family
+from bench._unets import DTYPES, full_size
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
 FADE = 5  # steps of the cross-fade that is shown
@@ -48,32 +52,14 @@ FADE = 5  # steps of the cross-fade that is shown
 
 def switched(first, second, at: float, crossfade: int = 0):
     """What the node Switch UNet makes, at a share of the steps."""
-    return pack_module("nodes.switch").with_switch(
-        first, second, pack_module("asdm_core.switching").SwitchPoint(at, "share of steps"), crossfade
-    )
+    return pack_module("nodes.switch").with_switch(first, second, SwitchPoint(at, "share of steps"), crossfade)
 
 
 def with_pack(model, path: Path):
-    return pack_module("nodes.apply_pack").apply_pack(model, path, path.name, pack_module("asdm_core.cast").Window())
+    return pack_module("nodes.apply_pack").apply_pack(model, path, path.name, Window())
 
 
 # SD1.5 at full size -----------------------------------------------------------------------------------
-
-
-def base_size(dtype: torch.dtype):
-    """BK-SDM Base with random weights, as Load Pruned UNet gives it."""
-    import comfy.model_management as management
-    import comfy.model_patcher
-
-    config = pack_module("nodes.models").model_config(
-        pack_module("asdm_core.architecture").Architecture.preset("base"), "eps"
-    )
-    config.set_inference_dtype(dtype, None)
-    base = config.get_model({}, "")
-    randomise(base.diffusion_model, seed=1)
-    return comfy.model_patcher.CoreModelPatcher(
-        base, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
-    )
 
 
 def sample(model, steps: int):
@@ -88,8 +74,8 @@ def sample(model, steps: int):
 
 
 def bench_full_size(dtype: str, steps: int, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
-    packs, model = pack_module("asdm_core.packs"), full_size(DTYPES[dtype])
-    m2 = pack_module("asdm_core.architecture").Architecture.preset("m2")
+    model = full_size(DTYPES[dtype])
+    m2 = Architecture.preset("m2")
     state, description = model.model.diffusion_model.state_dict(), packs.Description("pack", m2, m2.pack_units())
 
     def memory() -> int:
@@ -112,8 +98,12 @@ def bench_full_size(dtype: str, steps: int, rounds: int, device: torch.device, c
     rows = [
         {"part": "memory", "switch": "SD1.5 to SD1.5 with M2", "dtype": dtype, "file_bytes": size, "extra_bytes": extra}
     ]
+    base = full_size(DTYPES[dtype], Architecture.preset("base"), seed=1)
     rows += bench_overhead(
-        {"SD1.5 to SD1.5 with M2": (model, packed), "Base to SD1.5": (base_size(DTYPES[dtype]), model)},
+        {
+            "SD1.5 to SD1.5 with M2": (model, packed),
+            "Base to SD1.5": (base, model),
+        },
         lambda m: sample(m, steps),
         rounds,
         clock,
@@ -157,7 +147,7 @@ def over_parts(times: dict, name: str, first: str, second: str, at: float) -> fl
 def settings(large, small) -> dict[str, tuple[dict, object]]:
     """Label -> (what it is, MODEL)."""
     found = {"large": ({"small_share": 0.0}, large), "small": ({"small_share": 1.0}, small)}
-    presets = {(p.small_first, p.at.at): name for name, p in pack_module("asdm_core.switching").PRESETS.items()}
+    presets = {(p.small_first, p.at.at): name for name, p in PRESETS.items()}
     for small_first in (True, False):
         first, second = (small, large) if small_first else (large, small)
         for at in SHARES:
@@ -165,7 +155,7 @@ def settings(large, small) -> dict[str, tuple[dict, object]]:
             preset = presets.get((small_first, at))
             name = f"{'small' if small_first else 'large'} for {at:.0%}"
             found[name] = (row | ({"preset": preset} if preset else {}), switched(first, second, at))
-    s1 = pack_module("asdm_core.switching").PRESETS["S1"].at.at
+    s1 = PRESETS["S1"].at.at
     found[f"small for {s1:.0%}, cross-fade over {FADE} steps"] = (
         {"small_first": True, "at": s1, "crossfade": FADE},
         switched(small, large, s1, FADE),

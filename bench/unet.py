@@ -18,42 +18,15 @@ import time
 
 import torch
 
-from asdm_core.architecture import FAMILIES, Architecture
+from asdm_core import packs
+from asdm_core.architecture import Architecture
+from asdm_core.cast import Window
 from asdm_core.measure import costs, ratio, time_alternating, total
-from bench._common import add_common_arguments, begin, command_line, pack_module, randomise, record
+from bench._common import add_common_arguments, begin, command_line, pack_module, record
+from bench._unets import DTYPES, SD15, Cutter, build, full_size
 
 CONTROL = "base"
 VARIANTS = ("m1", "m2", "m3", "base", "small", "tiny")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SD15 = FAMILIES["sd15"]
-
-
-def build(config, dtype: torch.dtype, device: torch.device):
-    from comfy import ops
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
-    unet = UNetModel(**config.to_host(), dtype=dtype, device=device, operations=ops.disable_weight_init)
-    randomise(unet.requires_grad_(False).eval())
-    return unet
-
-
-class Cutter:
-    """One skeleton that becomes any of the variants by exchanging its units."""
-
-    def __init__(self, unet):
-        stand_in = pack_module("nodes.units").stand_in
-        self.unet = unet
-        full = Architecture.full(SD15)
-        self.units = {
-            u.address: (u, unet.get_submodule(u.ldm), stand_in(u))
-            for u in full.kept
-            if u.kind in ("resnet", "transformer", "downsampler", "upsampler")
-        }
-
-    def become(self, architecture: Architecture) -> None:
-        for address, (unit, layer, stand_in) in self.units.items():
-            parent, _, name = unit.ldm.rpartition(".")
-            self.unet.get_submodule(parent).add_module(name, stand_in if address in architecture.cut else layer)
 
 
 def bench_variants(name: str, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
@@ -104,25 +77,14 @@ def bench_pack(device: torch.device) -> tuple[dict, list[dict]]:
     import tempfile
     from pathlib import Path
 
-    import comfy.model_management as management
-    import comfy.model_patcher
     import comfy.sample
     import psutil
 
-    models, apply_pack = pack_module("nodes.models"), pack_module("nodes.apply_pack")
-    cast, packs = pack_module("asdm_core.cast"), pack_module("asdm_core.packs")
-    architecture = pack_module("asdm_core.architecture").Architecture
+    apply_pack = pack_module("nodes.apply_pack")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-
-    config = models.model_config(architecture.full(pack_module("asdm_core.architecture").FAMILIES["sd15"]), "eps")
-    config.set_inference_dtype(dtype, None)
-    base = config.get_model({}, "")
-    randomise(base.diffusion_model)
-    model = comfy.model_patcher.CoreModelPatcher(
-        base, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
-    )
-    m2 = architecture.preset("m2")
-    state = base.diffusion_model.state_dict()
+    model = full_size(dtype)
+    m2 = Architecture.preset("m2")
+    state = model.model.diffusion_model.state_dict()
     description = packs.Description("pack", m2, m2.pack_units())
 
     def memory() -> int:
@@ -142,7 +104,7 @@ def bench_pack(device: torch.device) -> tuple[dict, list[dict]]:
         step(model)
         before = memory()
         start = time.perf_counter()
-        with_pack = apply_pack.apply_pack(model, path, path.name, cast.Window())
+        with_pack = apply_pack.apply_pack(model, path, path.name, Window())
         seconds = time.perf_counter() - start
         step(with_pack)
         extra, size = memory() - before, path.stat().st_size

@@ -81,10 +81,10 @@ def link_folder(link: Path, target: Path) -> None:
     elif os.path.lexists(link):
         os.rmdir(link)  # a dead junction; refuses a real folder with files in it
     link.parent.mkdir(parents=True, exist_ok=True)
-    if sys.platform == "win32":
+    if WINDOWS:
         import _winapi
 
-        _winapi.CreateJunction(str(target), str(link))
+        _winapi.CreateJunction(str(target), str(link))  # type: ignore[attr-defined]
     else:
         link.symlink_to(target, target_is_directory=True)
 
@@ -173,8 +173,8 @@ class Server:
         self.port = free_port(self.port)
         # A group of its own: Ctrl-C reaches us alone, and we stop the host in order.
         group: dict[str, Any] = {"start_new_session": True}
-        if sys.platform == "win32":
-            group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        if WINDOWS:
+            group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
         with open(self.log_file, "wb") as log:
             self._process = subprocess.Popen(
                 self.command(), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=self.base, **group
