@@ -21,6 +21,7 @@ from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.condconv import FORMS, CondConv, convolutions, sharing
 from asdm_core.gri import GRI, Gains
 
+from .diffusion import simple_times
 from .losses import LATENT_RGB, PREDICTIONS
 from .taps import KINDS, Tap
 
@@ -34,11 +35,13 @@ except ModuleNotFoundError:  # Python 3.10
             "recipes are TOML, which Python 3.10 cannot read by itself: pip install tomli"
         ) from None
 
-TRAINED = ("own", "all")
+TRAINED = ("own", "all", "none")
 STARTS = (*condconv.STARTS, "clme")
 SOURCES = ("cache", "folder", "shards", "hub", "prompts", "random")
 TIMESTEPS = ("uniform", "snr")
 PRECISIONS = ("no", "bf16", "fp16")
+SAMPLERS = ("dpmpp_2m", "ddim")
+STATES = ("own", "teacher", "pairs")
 STORED = ("float32", "float16", "bfloat16", "int8")
 
 
@@ -72,7 +75,7 @@ class Student:
 
     preset: a row of asdm_core.architecture.PRESETS, or "full" to train the teacher on; or cut and on: range expressions
     of Architecture.choose. start: product of the stage before, whose weights its own units take; empty: the teacher's.
-    trained: "own": the units the architecture calls its own, everything else frozen; "all".
+    trained: "own": the units the architecture calls its own, everything else frozen; "all"; "none", for a LoRA alone.
     stem: whether a combined UNet's conv_in, norm_out and conv_out are trained too. They belong to the host
     by default: a pack must fit any finetune.
     """
@@ -118,6 +121,58 @@ class Regional:
     def sized(self, side: int) -> GRI:
         """The settings for a square map."""
         return GRI.choose(side, side, self.window, self.pool)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA (train/lora.py) on what is not trained itself.
+
+    rank: 0 for none; no layer gets more than its own rank. alpha: 0 for the rank. on: range expression of units.
+    convolutions: whether convolutions get one (LoCon), or linear layers alone. start: LoRA file of the stage before.
+    """
+
+    rank: int = 0
+    alpha: float = 0.0
+    on: str = "*"
+    convolutions: bool = True
+    start: str = ""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A student of few steps without guidance (train/rollout.py).
+
+    steps: evaluations of the student in a run, in turn: [8, 4, 2] gives each a third of the training; empty: no
+    rollout. teacher_steps: of the teacher, a multiple of each. times: its time steps, descending; empty: those of the
+    host's scheduler "simple". sampler, guidance: of the teacher.
+    uses: how often each trajectory is walked; window: how many are shuffled together; bank: folder for them, which runs
+    with the same teacher and prompts may share; empty: in the run's folder.
+    states: "own" of the student; "teacher": its trajectory's; "pairs": of noise and picture of a trajectory
+    (Rectified Diffusion).
+    """
+
+    steps: tuple[int, ...] = ()
+    teacher_steps: int = 8
+    times: tuple[int, ...] = ()
+    sampler: str = "dpmpp_2m"
+    guidance: float = 3.0
+    uses: int = 3
+    window: int = 128
+    states: str = "own"
+    bank: str = ""
+
+    @property
+    def scheduler(self) -> str:
+        """The host's name of the time steps."""
+        return "custom" if self.times else "simple"
+
+    @property
+    def teacher_times(self) -> tuple[int, ...]:
+        return self.times or simple_times(self.teacher_steps)
+
+    def student_times(self, steps: int) -> tuple[int, ...]:
+        times = self.teacher_times
+        return times[:: len(times) // steps]
 
 
 @dataclass(frozen=True)
@@ -188,6 +243,7 @@ class Loss:
     attention: float = 0.0
     mid: float = 0.0
     perceptual: float = 0.0
+    rollout: float = 0.0
     relative: bool = False
     vgg: str = ""
     classifier: str = ""
@@ -245,6 +301,8 @@ class Config:
     student: Student = field(default_factory=Student)
     experts: Experts = field(default_factory=Experts)
     gri: Regional = field(default_factory=Regional)
+    lora: Lora = field(default_factory=Lora)
+    rollout: Rollout = field(default_factory=Rollout)
     data: Data = field(default_factory=Data)
     encoders: Encoders = field(default_factory=Encoders)
     samples: Samples = field(default_factory=Samples)
@@ -260,13 +318,26 @@ class Config:
             ("experts.form", FORMS),
             ("data.source", SOURCES),
             ("data.timesteps", TIMESTEPS),
+            ("rollout.sampler", SAMPLERS),
+            ("rollout.states", STATES),
             ("run.precision", PRECISIONS),
             ("run.stored", STORED),
         ):
             section, _, name = key.partition(".")
             _one_of(dict.fromkeys(allowed), getattr(getattr(self, section), name), key)
         least = {f"run.{key}": 1 for key in ("steps", "batch", "micro_batch", "save_every", "keep", "log_every")}
-        for key, low in (least | {"run.picture_every": 0, "samples.count": 0, "samples.steps": 1}).items():
+        for key, low in (
+            least
+            | {
+                "run.picture_every": 0,
+                "samples.count": 0,
+                "samples.steps": 1,
+                "lora.rank": 0,
+                "rollout.teacher_steps": 1,
+                "rollout.uses": 1,
+                "rollout.window": 1,
+            }
+        ).items():
             section, _, name = key.partition(".")
             if (value := getattr(getattr(self, section), name)) < low:
                 raise ValueError(f"{key} must be at least {low}, got {value}")
@@ -291,11 +362,12 @@ class Config:
         if self.gri.window and self.gri.pool:
             GRI(self.gri.window, self.gri.pool)
         # Raises for a choice of units that cannot work, of the network, its experts or its gains.
-        if not (self.condconv or self.gains or self.architecture.own or self.student.trained == "all"):
+        trains = {"all": True, "own": bool(self.architecture.own), "none": False}[self.student.trained]
+        if not (self.condconv or self.gains or trains or self.lora.rank):
             raise ValueError(
                 f"{self.name} trains nothing: student.preset = {self.student.preset!r} leaves the original as it is; "
                 "set "
-                "student.trained = all, experts.on or gri.on"
+                "student.trained = all, experts.on, gri.on or lora.rank"
             )
         if self.student.start and not (self.architecture.own or self.student.stem):
             raise ValueError(
@@ -303,7 +375,50 @@ class Config:
                 "weights it begins "
                 "with; set student.start to nothing"
             )
+        self._check_lora()
+        self._check_rollout()
         _ = self.taps  # raises as well
+
+    def _check_lora(self) -> None:
+        if not self.lora.rank:
+            if self.lora.start:
+                raise ValueError("lora.start: set lora.rank to that of the file")
+            return
+        if self.student.trained == "all":
+            raise ValueError("lora.rank: with student.trained = all nothing is left for a LoRA; choose own or none")
+        if self.condconv or self.gains:
+            raise ValueError("lora.rank does not go with further experts or gains; train one after the other")
+        if self.run.shard:
+            raise ValueError("lora.rank does not go with run.shard, which splits the weights it changes; leave it out")
+        select(self.network.config, self.lora.on)
+
+    def _check_rollout(self) -> None:
+        rollout, others = self.rollout, [n for n in LOSSES if n != "rollout" and getattr(self.loss, n)]
+        if bool(rollout.steps) != bool(self.loss.rollout):
+            raise ValueError(
+                "loss.rollout and rollout.steps go together: one is the weight of the loss, the other the steps of the "
+                f"student; got {self.loss.rollout} and {list(rollout.steps)}"
+            )
+        if not rollout.steps:
+            return
+        if others:
+            raise ValueError(
+                f"loss.{others[0]}: a rollout has nothing to compare but where its steps land; set all other losses "
+                "to 0"
+            )
+        times = rollout.teacher_times
+        if any(not 0 <= t < 1000 for t in times) or list(times) != sorted(set(times), reverse=True):
+            raise ValueError(f"rollout.times: wanted descending whole numbers from 999 to 0, got {list(times)}")
+        for steps in rollout.steps:
+            if steps < 1 or len(times) % steps:
+                raise ValueError(
+                    f"rollout.steps: {steps} does not divide the teacher's {len(times)} steps; change "
+                    "rollout.teacher_steps"
+                )
+        if rollout.guidance < 1:
+            raise ValueError(f"rollout.guidance must be at least 1, got {rollout.guidance}")
+        if self.run.shard:
+            raise ValueError("rollout does not go with run.shard; leave it out")
 
     @property
     def architecture(self) -> Architecture:
@@ -373,6 +488,17 @@ class Config:
     @property
     def folder(self) -> Path:
         return Path(self.run.folder or f"runs/{self.name}")
+
+    @property
+    def makes_network(self) -> bool:
+        """Whether the run ends in a pack or a UNet: not where a LoRA is all it trains."""
+        own = self.architecture.own and self.student.trained == "own"
+        return bool(own or self.student.stem or not self.lora.rank)
+
+    @property
+    def lora_file(self) -> Path:
+        """The file of the LoRA: the product, or beside it where there is a pack as well."""
+        return self.folder / f"{self.name}-lora.safetensors" if self.makes_network else self.product
 
     @property
     def product(self) -> Path:
@@ -477,6 +603,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         hint = get_args(hint)[0]
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
+        if kinds[1:] == (Ellipsis,) and isinstance(value, list):
+            return tuple(_typed(kinds[0], v, where) for v in value)
         if not isinstance(value, list) or len(value) != len(kinds):
             raise ValueError(f"{where}: wanted a list of {len(kinds)}, got {value!r}")
         return tuple(_typed(k, v, where) for k, v in zip(kinds, value, strict=True))

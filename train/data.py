@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     """x0, noise: (B, 4, h, w) float32; t: (B,); context: (B, L, D) float32.
 
     pooled: (B, P), sizes: (B, 6), for SDXL. left_out: (B,), how many pictures could not be read before the one that was
-    taken.
+    taken. x, v: (B, 4, h, w), weight: (B,), for rollouts: the state, the v wanted there, its weight in the loss.
     """
 
     x0: Tensor
@@ -55,6 +55,9 @@ class Batch(NamedTuple):
     pooled: Tensor | None = None
     sizes: Tensor | None = None
     left_out: Tensor | None = None
+    x: Tensor | None = None
+    v: Tensor | None = None
+    weight: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(part if part is None else part.to(device) for part in self))
@@ -78,7 +81,7 @@ class Source(Protocol):
     """Pictures by number. `empty`: the empty caption, (1, L, D). len: pictures of an epoch.
 
     order: the numbers of an epoch, shuffled by a generator. examples: some by number, each caption drawn by a number in
-    [0, 1). text: of the first few captions, the same ones always.
+    [0, 1); texts: their conditions alone. text: of the first few captions, the same ones always.
     state: what besides the step a resumed run must know, for going on with sample n of the run; restore: takes it.
     """
 
@@ -89,6 +92,8 @@ class Source(Protocol):
     def order(self, generator: torch.Generator) -> Sequence[int]: ...
 
     def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples: ...
+
+    def texts(self, numbers: Sequence[int], draws: Sequence[float]) -> Text: ...
 
     def text(self, count: int) -> Text: ...
 
@@ -102,6 +107,9 @@ class Numbered:
 
     def order(self, generator: torch.Generator) -> Sequence[int]:
         return torch.randperm(len(self), generator=generator).tolist()
+
+    def texts(self, numbers: Sequence[int], draws: Sequence[float]) -> Text:
+        return self.examples(numbers, draws).text
 
     def text(self, count: int) -> Text:
         few = range(min(count, len(self)))

@@ -50,6 +50,11 @@ def schedule(steps: int) -> list[int]:
     return torch.linspace(STEPS - 1, 0, steps + 1)[:-1].round().long().tolist()
 
 
+def simple_times(steps: int) -> tuple[int, ...]:
+    """Time steps of ComfyUI's scheduler `simple`, from 999 down."""
+    return tuple(STEPS - 1 - k * STEPS // steps for k in range(steps))
+
+
 @torch.no_grad()
 def ddim(
     predict_v: Callable[[Tensor, Tensor, Tensor], Tensor],

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from asdm_core.architecture import Architecture
+from asdm_core.measure import costs, total
 from asdm_core.surgery import cut_diffusers
 
 from . import networks
 from .config import LOSSES, Config
 from .data import pooled_width
+from .rollout import Course, few_steps
 
 BYTES = {"no": 4, "bf16": 2, "fp16": 2}  # of an activation and of a teacher's weight
 
@@ -65,6 +67,7 @@ def meta_student(config: Config) -> nn.Module:
     cut_diffusers(student, config.architecture)
     networks.give_experts(student, teacher, config)
     networks.give_gains(student, config.network.config, config.gains, config.gri)
+    networks.give_lora(student, config, set(networks.trained_units(config)))
     networks.freeze(student, config)
     return student
 
@@ -152,7 +155,7 @@ def report(config: Config, processes: int) -> str:
     lines += [f"{block:<8}{kept[block] / 1e6:>14.3f}{trained[block] / 1e6:>12.3f}" for block in kept]
     lines += [f"{'all':<8}{kept.total() / 1e6:>14.3f}{trained.total() / 1e6:>12.3f}", ""]
     lines += [f"taps of {kind}: {', '.join(tap.name for tap in found)}" for kind, found in config.taps.items()]
-    need, product = memory(student, config, processes), networks.describe_product(config, {})
+    need = memory(student, config, processes)
     lines += ["", "memory of one process, estimated:"]
     lines += [f"  {name:<12}{_size(value):>12}" for name, value in vars(need).items()]
     lines += [
@@ -161,11 +164,45 @@ def report(config: Config, processes: int) -> str:
         f"{config.run.steps} steps of {config.run.batch} samples: {processes} x {accumulation} x "
         f"{config.run.micro_batch} "
         f"(processes, parts, micro batch)",
-        f"ends in {config.product} ({product.kind})"
-        + (f" and {product.training['pack']}" if "pack" in product.training else ""),
+        *_rollout(config),
+        f"ends in {_products(config)}",
     ]
     return "\n".join(lines)
 
 
 def _size(n: int) -> str:
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
+
+
+def _products(config: Config) -> str:
+    if not config.makes_network:
+        return f"{config.lora_file} (LoRA)"
+    product = networks.describe_product(config, {})
+    further = [product.training["pack"]] if "pack" in product.training else []
+    further += [f"{config.lora_file.name} (LoRA)"] if config.lora.rank else []
+    return " and ".join([f"{config.product} ({product.kind})", *further])
+
+
+def _rollout(config: Config) -> list[str]:
+    """What the bank of a rollout run takes, and the work of both networks."""
+    if not config.rollout.steps:
+        return []
+    course, unet, side = Course(config), config.network.config, config.data.side
+    numbers = {course.trajectory(course.place(config.run.steps - 1, i).walk) for i in range(config.run.batch)}
+    window = config.rollout.window
+    count = (max(numbers) // window + 1) * window
+    points = len(config.rollout.teacher_times) + 1
+    size = 2 * count * (points * unet.in_channels * side**2 + 77 * unet.context_dim + pooled_width(unet))
+    each = len(config.rollout.teacher_times) * (1 if config.rollout.guidance == 1 else 2)
+    whole, kept = (total(costs(a, side, side)).total for a in (Architecture.full(unet), config.architecture))
+    bank = count * each * whole
+    # A step forward and backward is three forwards; where weights are frozen, somewhat less.
+    student = 3 * config.run.steps * config.run.batch * kept
+    few = few_steps(config.rollout)
+    return [
+        f"{few.steps} steps without guidance at t = {', '.join(map(str, few.times))}; the host's sampler "
+        f"{few.sampler}, scheduler {few.scheduler}",
+        f"bank: {count} trajectories of {each} forwards, {_size(size)} on disk",
+        f"work: {2 * (bank + student) / 1e15:.3g} PFLOP, {bank / (bank + student):.0%} of it the bank; "
+        f"{2 * (bank + student) / 50e12 / 3600:.3g} hours for each 50 TFLOP/s that a machine sustains",
+    ]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from asdm_core.packs import BadFile, TensorFile, write_file
 
-from . import losses, sharding, networks, taps
+from . import losses, networks, rollout, sharding, taps
 from .config import LOSSES, Config
 from .data import Batch, Batches, Source, cast_added
 from .diffusion import STEPS, coefficients
@@ -59,7 +59,8 @@ FREE = (
 class State:
     """Where a run stands. skipped: steps whose loss or gradient was not finite; in_a_row: of these, the latest.
 
-    left_out: pictures that could not be read. source: where the data stand (data.Source.state).
+    left_out: pictures that could not be read. source: where the data stand (data.Source.state). bank_seconds: those of
+    `seconds` in which the teacher drew trajectories (train/rollout.py).
     """
 
     step: int = 0
@@ -68,6 +69,7 @@ class State:
     in_a_row: list[int] = field(default_factory=list)
     left_out: int = 0
     source: dict = field(default_factory=dict)
+    bank_seconds: float = 0.0
 
 
 Classifier = Callable[[Path], nn.Module]  # with `pictures`: latents -> pictures
@@ -107,7 +109,8 @@ class Criterion:
 
     @property
     def needs_teacher(self) -> bool:
-        return set(self.weights) != {"task"}
+        """For each batch. A rollout needs it for the bank alone."""
+        return not set(self.weights) <= {"task", "rollout"}
 
     def __call__(
         self, batch: Batch, x: Tensor, student: tuple[Tensor, Mapping], teacher: tuple[Tensor, Mapping] | None
@@ -164,6 +167,11 @@ def _features(c: Compared, kind: str) -> Tensor:
     )
 
 
+def _rollout(c: Compared) -> Tensor:
+    v = rollout.as_v(c.student[0], c.x, c.a, c.s, c.prediction)
+    return losses.rollout(v, c.batch.v, c.batch.weight)
+
+
 def _perceptual(c: Compared) -> Tensor:
     pictures = [
         c.criterion.picture(losses.denoised(c.x, predicted, c.a, c.s, c.prediction))
@@ -178,6 +186,7 @@ VALUES: dict[str, Callable[[Compared], Tensor]] = {
     "output": _output,
     **{kind: partial(_features, kind=kind) for kind in taps.KINDS},
     "perceptual": _perceptual,
+    "rollout": _rollout,
 }
 
 
@@ -191,7 +200,8 @@ class Checkpoints:
         self.config, self.folder = config, config.folder
         # What must not change: everything but how the work is cut up, saved and shown.
         fixed = config.to_dict()
-        fixed["run"] = {k: v for k, v in fixed["run"].items() if k not in FREE}
+        free = set(FREE) - ({"steps"} if len(config.rollout.steps) > 1 else set())
+        fixed["run"] = {k: v for k, v in fixed["run"].items() if k not in free}
         self.fixed = json.loads(json.dumps(fixed))
 
     def paths(self) -> list[Path]:
@@ -328,7 +338,7 @@ def train(
     if config.run.checkpoint_gradients:
         student.enable_gradient_checkpointing()
 
-    if teacher is not None or config.data.source == "prompts":
+    if teacher is not None or config.data.source == "prompts" or config.rollout.steps:
         nn.Module.to(original, device, half)  # diffusers' own `to` warns about dtypes, without need here
     config.folder.mkdir(parents=True, exist_ok=True)
     source = open_source(
@@ -339,7 +349,11 @@ def train(
         accelerator.num_processes,
         accelerator.wait_for_everyone,
     )
-    batches = Batches(source, config)
+    batches, rollouts = Batches(source, config), None
+    if config.rollout.steps:
+        everyone = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
+        bank = rollout.Bank(config, source, predictor(original, half), device, *everyone)
+        rollouts = rollout.Rollouts(config, bank, device)
 
     parameters = {k: p for k, p in student.named_parameters() if p.requires_grad}
     adamw = torch.optim.AdamW(
@@ -356,6 +370,8 @@ def train(
         _restore(tensors, parameters, adamw, average)
         if state.source:
             source.restore(state.source)
+        if rollouts:
+            rollouts.x.copy_(tensors["rollout.x"])
         accelerator.print(f"going on at step {state.step}")
     steps = accelerator.gather(torch.tensor([state.step], device=device))
     if steps.min() != steps.max():
@@ -381,14 +397,22 @@ def train(
 
     while state.step < config.run.steps:
         began = clock()
+        if rollouts:
+            rollouts.prepare(state.step)
+            state.bank_seconds += clock() - began
 
         # Forward and backward, in as many parts as the batch takes.
         factors, values = torch.tensor(criterion.factors(state.step), device=device), []
         for part in range(accumulation):
             numbers = _numbers(config, accelerator, state.step, part)
-            batch = batches(numbers).to(device)
-            a, s = coefficients(batch.t)
-            x = a * batch.x0 + s * batch.noise
+            if rollouts:
+                slots = [n - state.step * config.run.batch for n in numbers]
+                batch = rollouts.batch(state.step, slots)
+                x = batch.x
+            else:
+                batch = batches(numbers).to(device)
+                a, s = coefficients(batch.t)
+                x = a * batch.x0 + s * batch.noise
             wanted = computed(numbers, device) if computed else None
             if teacher is not None:
                 with torch.no_grad():
@@ -397,8 +421,12 @@ def train(
             if config.run.shard:
                 student.set_requires_gradient_sync(last)
             with nullcontext() if last or config.run.shard else accelerator.no_sync(model):
-                value = criterion(batch, x, model(x, batch.t, batch.context, batch.added), wanted)
+                mine = model(x, batch.t, batch.context, batch.added)
+                value = criterion(batch, x, mine, wanted)
                 accelerator.backward((factors @ value).mean() / accumulation)
+            if rollouts:
+                v = rollout.as_v(mine[0].detach(), x, *coefficients(batch.t), config.network.prediction)
+                rollouts.advance(state.step, slots, x, v)
             values.append(torch.cat([value.detach(), batch.t[None].float(), batch.left_out[None].float()]))
         norm = accelerator.clip_grad_norm_(parameters.values(), config.optimiser.clip)
         norm = float(sharding.gathered({"norm": norm}, keep=True)["norm"])
@@ -446,12 +474,12 @@ def train(
                 "instead of "
                 f"fp16, or look at the data of these steps"
             )
-        if (
-            not state.in_a_row
-            and (state.step % config.run.save_every == 0 or state.step == config.run.steps)
-            and (main or config.run.shard)
-        ):
+        saves = not state.in_a_row and (state.step % config.run.save_every == 0 or state.step == config.run.steps)
+        states = rollouts.gathered(accelerator) if rollouts and saves else None
+        if saves and (main or config.run.shard):
             tensors = sharding.gathered(_tensors(parameters, adamw, average), keep=main)
+            if rollouts:
+                tensors["rollout.x"] = states
             if main:
                 state.source = source.state(state.step * config.run.batch)
                 checkpoints.save(state, tensors)
@@ -579,6 +607,7 @@ def provenance(config: Config, state: State, log: Log) -> dict:
         "skipped": state.skipped,
         "left_out": state.left_out,
         "minutes": round(state.seconds / 60, 1),
+        **({"minutes_of_the_bank": round(state.bank_seconds / 60, 1)} if config.rollout.steps else {}),
         "torch": torch.__version__,
         "machine": platform.machine(),
         "final": {k: log.last[k] for k in log.names if k in log.last},

@@ -7,6 +7,7 @@ Whoever calls them averages and weighs; `train/taps.py` says which features are 
     features     sum over taps of  w || f_S - f_T ||^2            equation 3: blocks, with w = 1; also layers (SSD-1B,
                                                                   arXiv 2401.02677), self-attention (KOALA, arXiv
                                                                   2312.04005), and the mid block of A-SDM
+    rollout      (sin / mean sin) || v - v* ||^2                  train/rollout.py
     perceptual   levels of one frozen network on both pictures    A-SDM (arXiv 2312.15516), section 2.5
 
 Every || ||^2 is the mean over the elements of a sample, as in the published code, and in float32: features
@@ -76,6 +77,11 @@ def features(
     """
     error = relative_error if relative else squared_error
     return torch.stack([w * error(student[tap], teacher[tap]) for tap, w in weights.items()]).sum(0)
+
+
+def rollout(v: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """Where a step lands against where it should, (B,); train/rollout.py. weight: (B,)."""
+    return weight * squared_error(v, wanted)
 
 
 # Semantic-aware supervision -------------------------------------------------------------------------

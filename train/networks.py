@@ -18,14 +18,17 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from asdm_core import condconv
+from asdm_core import condconv, few_step
 from asdm_core.addresses import UNetConfig, in_order, unit
 from asdm_core.architecture import Architecture
 from asdm_core.gri import Gains, gri_attention
 from asdm_core.packs import Description, Loaded, TensorFile, describe, open_pack, open_unet, write_pack, write_unet
 from asdm_core.surgery import ADDRESSED, Form, convert, cut_diffusers, extract, load_units, modules
 
+from . import lora
 from .config import Config, Regional
+from .lora import give_lora, write_lora
+from .rollout import few_steps
 
 OWN_STEM = ("stem.conv_in", "stem.norm_out", "stem.conv_out")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": "int8"}
@@ -71,7 +74,8 @@ def trained_units(config: Config) -> tuple[str, ...]:
     architecture = config.architecture
     if config.student.trained == "all":
         return tuple(u.address for u in architecture.kept)
-    return in_order(architecture.config, {*architecture.own, *(OWN_STEM if config.student.stem else ())})
+    own = architecture.own if config.student.trained == "own" else ()
+    return in_order(architecture.config, {*own, *(OWN_STEM if config.student.stem else ())})
 
 
 def make_student(teacher: nn.Module, config: Config) -> nn.Module:
@@ -85,6 +89,7 @@ def make_student(teacher: nn.Module, config: Config) -> nn.Module:
         load_units(student, "diffusers", architecture, _started(config))
     give_experts(student, teacher, config)
     give_gains(student, config.network.config, config.gains, config.gri)
+    give_lora(student, config, set(trained_units(config)))
     freeze(student, config)
     return student
 
@@ -152,6 +157,8 @@ def freeze(student: nn.Module, config: Config) -> None:
             layer.router.requires_grad_(config.experts.router)
         elif isinstance(layer, RegionalAttention):
             layer.gain.requires_grad_(True)
+        elif isinstance(layer, lora.Change):
+            layer.requires_grad_(True)
 
 
 def _started(config: Config) -> dict[str, Tensor]:
@@ -226,17 +233,27 @@ def addressed(student: nn.Module, architecture: Architecture) -> dict[str, Tenso
     deeper = {f"{name}.conv.": f"{name}." for name, m in student.named_modules() if isinstance(m, condconv.CondConv2d)}
     live = {}
     for key, p in student.named_parameters():
+        key = key.replace(f"{lora.MERGED}.original", "weight")
         path = key[: key.rindex(".") + 1]
         live[deeper.get(path, path) + key[len(path) :]] = p
     return {slot.unit.key(slot.tensor): live[key] for key, slot in architecture.keys("diffusers").items()}
 
 
-def describe_product(config: Config, training: Mapping) -> Description:
-    """A pack where something is frozen, else a pruned UNet. Only a pack can hold further experts and gains itself."""
-    architecture, units = config.architecture, trained_units(config)
+def full_training(config: Config, training: Mapping) -> dict:
+    """What the metadata of a product say of its training."""
     training = dict(training) | {"recipe": config.name, "seed": config.seed}
+    if config.rollout.steps:
+        training[few_step.KEY] = few_steps(config.rollout).to_dict()
+    if config.lora.rank and config.makes_network:
+        training["lora"] = config.lora_file.name
     if config.gains:
         training["gri"] = {"window": config.gri.window, "pool": config.gri.pool}
+    return training
+
+
+def describe_product(config: Config, training: Mapping) -> Description:
+    """A pack where something is frozen, else a pruned UNet. Only a pack can hold further experts and gains itself."""
+    architecture, units, training = config.architecture, trained_units(config), full_training(config, training)
     if len(units) < len(architecture.kept):
         return Description(
             "pack",
@@ -258,12 +275,20 @@ def joining(product: Path) -> Path:
 
 
 def write_product(student: nn.Module, config: Config, training: Mapping) -> None:
-    """Write the pack, or the pruned UNet and the pack of its experts and gains, of a finished run, under the teacher's
-    licence.
+    """Write the pack, or the pruned UNet and the pack of its experts and gains, and the LoRA of a finished run, under
+    the teacher's licence.
     """
-    unet, description, dtype = config.network.config, describe_product(config, training), DTYPES[config.run.stored]
+    unet, dtype, teacher = config.network.config, DTYPES[config.run.stored], None
     if config.network.teacher != "random":
         teacher = open_unet(config.network.teacher).description
+    if config.lora.rank:
+        few = few_steps(config.rollout) if config.rollout.steps else None
+        licence = teacher and teacher.licence
+        write_lora(config.lora_file, student, config, full_training(config, training), few, licence)
+        if not config.makes_network:
+            return
+    description = describe_product(config, training)
+    if teacher:
         # A UNet of the embedded family goes with the teacher's text encoder and VAE.
         description = replace(
             description, licence=teacher.licence, companions=teacher.companions if description.kind == "unet" else {}

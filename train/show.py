@@ -92,12 +92,20 @@ class Show:
 
 def write_card(config: Config, training: Mapping) -> Path:
     """Write the model card, NAME.md beside the product."""
-    description = networks.describe_product(config, training)
-    architecture = config.architecture
-    kind = "A pack" if description.kind == "pack" else "A pruned UNet"
-    node = "Apply Pack on any checkpoint of its family" if description.kind == "pack" else "Load Pruned UNet"
-    if further := description.training.get("pack"):
+    architecture, training = config.architecture, networks.full_training(config, training)
+    if not config.makes_network:
+        kind, node = "A LoRA", "Load LoRA"
+    else:
+        description = networks.describe_product(config, training)
+        training = description.training
+        kind, node = {
+            "pack": ("A pack", "Apply Pack on any checkpoint of its family"),
+            "unet": ("A pruned UNet", "Load Pruned UNet"),
+        }[description.kind]
+    if further := training.get("pack"):
         node += f", with the pack of its experts and gains, {further}, applied to it (Apply Pack)"
+    if further := training.get("lora"):
+        node += f", with its LoRA, {further} (Load LoRA)"
     settings = {
         "teacher": training["teacher"],
         "start": training["start"],

@@ -323,8 +323,11 @@ class Prompts(Numbered):
     def text(self, count: int) -> Text:
         return _on_cpu(self.to_text(self.prompts[:count]))
 
+    def texts(self, numbers: Sequence[int], draws: Sequence[float]) -> Text:
+        return _on_cpu(self.to_text([self.prompts[n % len(self.prompts)] for n in numbers]))
+
     def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
-        text = _on_cpu(self.to_text([self.prompts[n % len(self.prompts)] for n in numbers]))
+        text = self.texts(numbers, draws)
         side, channels = self.config.data.side, self.config.network.config.in_channels
         noise = torch.stack(
             [torch.randn(channels, side, side, generator=seeded(self.config.seed, 8, n)) for n in numbers]
@@ -440,7 +443,7 @@ def open_source(
         return source
     source = Prompts(config, predict, to_text, torch.device(device))
     _check_width(source.empty, config)
-    if not config.samples.count:
+    if not config.samples.count or config.rollout.steps:  # a rollout takes the prompts alone
         return source
     folder = config.folder / "samples"
     write_samples(folder, source, config.samples.count, config.run.micro_batch, process, processes)

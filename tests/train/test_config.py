@@ -16,6 +16,8 @@ def test_recipes_are_what_their_names_say(path):
     recipe = load(path)
     assert recipe.name == path.stem and recipe.product == Path("runs", path.stem, f"{path.stem}.safetensors")
     family, _, name = path.stem.partition("-")
+    if "-steps-" in name:
+        return _check_few_steps(recipe, family, name.rpartition("-")[2])
     name, _, experts = name.partition("-")
     if name:
         frozen = {"m4": "m1", "m5": "m2", "gri": "full"}
@@ -30,6 +32,14 @@ def test_recipes_are_what_their_names_say(path):
             "e2": set(recipe.condconv.experts.values() if experts else ()) == {2},
             "clme": recipe.experts.start == "clme",
         }[experts]
+
+
+def _check_few_steps(recipe, family, kind):
+    """kind: "lora" for a LoRA on the original, else the preset whose own units are trained beside one."""
+    assert recipe.network.family == family and recipe.rollout.steps[-1] == 2 and recipe.lora.convolutions
+    assert recipe.architecture.name == ("full" if kind == "lora" else kind)
+    assert recipe.makes_network == (kind != "lora") and bool(recipe.student.start) == (kind != "lora")
+    assert recipe.data.caption_dropout == 0 and recipe.optimiser.weight_decay == 0
 
 
 def test_experts_sit_where_the_recipe_says():

@@ -1,6 +1,9 @@
 """The family's latents and captions as a cache for the recipes of `train/configs/emoji-*.toml`.
 
-python -m train.emoji.cache
+    python -m train.emoji.cache
+    python -m train.emoji.cache --out prompts.safetensors --captions 2 --plain 0.6
+
+The second is for rollouts, which take the captions alone: most of people's prompts are a plain name.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from asdm_core.packs import write_file
 
-from .captions import caption, own_tags
+from .captions import caption, own_tags, prompt
 from .data import Glyphs, load_glyphs
 from .latents import LatentSet, load_latents
 from .teacher import TEACHER_STYLES
@@ -25,9 +28,18 @@ from .training import add_common_arguments, start
 
 
 def write_cache(
-    path: Path, glyphs: Glyphs, data: LatentSet, to_states: Callable[[Sequence[str]], Tensor], captions: int, seed: int
+    path: Path,
+    glyphs: Glyphs,
+    data: LatentSet,
+    to_states: Callable[[Sequence[str]], Tensor],
+    captions: int,
+    seed: int,
+    plain: float = 0.0,
 ) -> None:
-    """Write a cache of `train/data.py` with some captions of each picture. to_states: B texts -> (B, L, D)."""
+    """Write a cache of `train/data.py` with some captions of each picture. to_states: B texts -> (B, L, D).
+
+    plain: share of them that is the name of what is shown and nothing else.
+    """
     tags, rng = own_tags(glyphs.concepts), random.Random(seed)
     rows: list[list[int]] = []
     texts: dict[str, int] = {}
@@ -35,7 +47,8 @@ def write_cache(
         concept, chosen = glyphs.concepts[v.concept], []
         while len(chosen) < captions:
             # Empty captions are the recipe's caption dropout.
-            if text := caption(concept, v.style, v.background, tags[concept.code], rng):
+            bare = plain and rng.random() < plain
+            if text := prompt(concept) if bare else caption(concept, v.style, v.background, tags[concept.code], rng):
                 chosen.append(texts.setdefault(text, len(texts)))
         rows.append(chosen)
     every, states, progress = list(texts), [], Progress("text states", len(texts))
@@ -61,6 +74,8 @@ def main() -> None:
     add_common_arguments(parser, training=False)
     parser.add_argument("--host", help="ComfyUI folder, for the CLIP tokeniser")
     parser.add_argument("--captions", type=int, default=4, help="different captions of each picture")
+    parser.add_argument("--plain", type=float, default=0.0, help="share of the captions that is the name alone")
+    parser.add_argument("--out", default="cache.safetensors", help="name of the file in the runs folder")
     args = parser.parse_args()
     start(args)
     glyphs = load_glyphs(args.runs)
@@ -71,8 +86,10 @@ def main() -> None:
     def to_states(texts: Sequence[str]) -> Tensor:
         return encoder(tokens(texts).to(args.device))
 
-    path = args.runs / "cache.safetensors"
-    write_cache(path, glyphs, load_latents(args.runs, glyphs, TEACHER_STYLES), to_states, args.captions, args.seed)
+    path = args.runs / args.out
+    write_cache(
+        path, glyphs, load_latents(args.runs, glyphs, TEACHER_STYLES), to_states, args.captions, args.seed, args.plain
+    )
     print(f"wrote {path}")
 
 

@@ -1,0 +1,54 @@
+"""How a run must be set up for weights that were trained for a few steps without guidance: data in a file's metadata.
+
+The field `few_step` of a pack's training, and the metadata key `asdm_few_step` of a LoRA file, hold the same table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+KEY = "few_step"  # of a pack's training
+METADATA_KEY = "asdm_few_step"  # of a LoRA file's metadata
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """steps: evaluations of the UNet in a run; sampler, scheduler: the host's names; cfg: the guidance to set, 1 for
+    none. times: the time steps of the evaluations, for other hosts.
+    """
+
+    steps: int
+    sampler: str
+    scheduler: str
+    cfg: float
+    times: tuple[int, ...]
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"times": list(self.times)}
+
+    @classmethod
+    def from_dict(cls, data: object) -> FewStep:
+        """Raises ValueError where the table is not one of these."""
+        wanted = {"steps": int, "sampler": str, "scheduler": str, "cfg": (int, float), "times": list}
+        if not isinstance(data, Mapping) or any(not isinstance(data.get(k), kind) for k, kind in wanted.items()):
+            raise ValueError(f"few_step: wanted {', '.join(wanted)}, got {data!r}")
+        if not all(isinstance(t, int) for t in data["times"]):
+            raise ValueError(f"few_step: times must be whole numbers, got {data['times']!r}")
+        return cls(data["steps"], data["sampler"], data["scheduler"], float(data["cfg"]), tuple(data["times"]))
+
+
+def of_pack(training: Mapping) -> FewStep | None:
+    """What a pack's training says; None where it was trained for no number of steps. Raises ValueError."""
+    return FewStep.from_dict(training[KEY]) if KEY in training else None
+
+
+def of_lora(metadata: Mapping[str, str]) -> FewStep | None:
+    """What the metadata of a LoRA file say; None where they say nothing. Raises ValueError."""
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        return FewStep.from_dict(json.loads(metadata[METADATA_KEY]))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"few_step: not valid JSON ({e})") from None
