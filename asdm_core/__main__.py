@@ -28,6 +28,7 @@ from .architecture import NUMBERINGS, PRESETS, Architecture
 from .measure import costs, total
 from .packs import BadFile, Description, TensorFile
 from .recognise import Unrecognised, recognise
+from .text import MESSAGE, TEXT, printable
 
 DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int8": "int8"}
 STOCK_DTYPES = [
@@ -131,7 +132,7 @@ def inspect(args) -> None:
     if description.prediction:
         print(f"  predicts: {description.prediction}")
     if description.licence:
-        print(f"  licence: {description.licence}")
+        print(f"  licence: {printable(description.licence, TEXT)}")
     if loaded.unknown:
         print(f"  unknown, which ComfyUI ignores: {packs.some(loaded.unknown)}")
 
@@ -363,7 +364,8 @@ def assemble(args) -> None:
 
 def lora_onto(args) -> None:
     name = Path(args.file).name
-    result = lora.report(TensorFile(args.file), Architecture.preset(args.onto))
+    reading = None if args.names == "auto" else args.names
+    result = lora.report(TensorFile(args.file).shapes, Architecture.preset(args.onto), reading)
     lost = sum(map(len, result.dropped.values()))
     if args.json:
         print(json.dumps({"file": args.file, "onto": args.onto, **dataclasses.asdict(result)}, indent=1))
@@ -373,19 +375,27 @@ def lora_onto(args) -> None:
         f"{name} onto {args.onto}: {len(result.kept)} of {total_modules} modules act, each at its own address; "
         f"{lost} are dropped"
     )
+    whose = "the original, unpruned UNet" if result.reading == lora.ORIGINAL else f"{args.onto} itself"
+    sure = "" if result.told or reading else "; neither names nor shapes tell, so say it with --names"
+    print(f"  it names the layers of {whose}{sure}")
     print("  modules of the UNet: " + ", ".join(f"{count} {kind}" for kind, count in result.kinds.items()))
     for address, modules in result.dropped.items():
         print(f"  {address} is cut: {len(modules)} dropped")
     if result.text:
         print(f"  {result.text} modules are for text encoders, which pruning does not touch")
-    if result.unread:
+    if result.peft:
         print(
-            f"  {len(result.unread)} are named as PEFT does, as {result.unread[0]}, which ComfyUI's Load LoRA does "
-            "not read"
+            f"  {len(result.peft)} are named as PEFT does, as {printable(result.peft[0])}: these act on a MODEL of "
+            "Load Pruned UNet; elsewhere ComfyUI's Load LoRA does not read them"
+        )
+    if result.misfits:
+        print(
+            f"  {len(result.misfits)} have another shape than the layer they name, as {printable(result.misfits[0])}: "
+            "ComfyUI cannot add them"
         )
     if result.unknown:
         print(
-            f"  {len(result.unknown)} names belong to no layer of this family, as {result.unknown[0]}; "
+            f"  {len(result.unknown)} names belong to no layer of this family, as {printable(result.unknown[0])}; "
             "many of them mean that the LoRA was made for another family"
         )
 
@@ -507,10 +517,18 @@ def parser() -> argparse.ArgumentParser:
         "lora",
         lora_onto,
         "Say which modules of a LoRA (kohya, diffusers, LyCORIS) act on a pruned UNet and which are "
-        "dropped because their unit is cut. Only names are read.",
+        "dropped because their unit is cut. Only names and shapes are read.",
     )
     p.add_argument("file", metavar="FILE")
     p.add_argument("--onto", metavar="PRESET", choices=PRESETS, required=True, help=f"one of {', '.join(PRESETS)}")
+    p.add_argument(
+        "--names",
+        choices=["auto", *lora.READINGS],
+        default="auto",
+        help="whose layers the file names: those of the original UNet, or the pruned UNet's own, on which it was "
+        "trained; "
+        "auto tells by names and shapes where they do",
+    )
     p.add_argument("--json", action="store_true", help="print everything as JSON")
 
     p = command("presets", presets, "List the pruned UNets asdm knows: source, family, parameters, MACs, cut units.")
@@ -525,7 +543,7 @@ def main(argv: list[str] | None = None) -> int:
             packs.check_output(args.output)
         args.run(args)
     except (BadFile, ValueError, OSError) as e:
-        print(f"asdm: {e}", file=sys.stderr)
+        print(f"asdm: {printable(e, 2 * MESSAGE)}", file=sys.stderr)
         return 2
     return 0
 

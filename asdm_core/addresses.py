@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from .text import printable
+
 LAYOUTS = ("ldm", "diffusers")
 STEM = ("stem.conv_in", "stem.time_embed", "stem.label_embed", "stem.norm_out", "stem.conv_out")
 NO_MID, RESNET_MID = -2, -1  # UNetConfig.mid, in the convention of ComfyUI's transformer_depth_middle
@@ -68,8 +70,8 @@ class UNetConfig:
         def wrong(what: str):
             return ValueError(f"UNet config: {what}")
 
-        if not isinstance(self.family, str):
-            raise wrong(f"family must be a text, got {self.family!r}")
+        if not isinstance(self.family, str) or printable(self.family) != self.family:
+            raise wrong(f"family must be a short text in one line, got {printable(repr(self.family))}")
         if not isinstance(self.use_linear, bool):
             raise wrong(f"use_linear must be true or false, got {self.use_linear!r}")
         for name in ("model_channels", "context_dim", "in_channels", "out_channels"):
@@ -570,17 +572,17 @@ def translate(config: UNetConfig, source: str, target: str) -> dict[str, str]:
     return {s.unit.key(s.tensor, source): s.unit.key(s.tensor, target) for s in keys(config, source).values()}
 
 
-def lora_names(config: UNetConfig) -> dict[str, str]:
+def lora_names(config: UNetConfig, norms: bool = False) -> dict[str, str]:
     """Every name of a UNet's module under which ComfyUI finds it in a LoRA file, with the LDM module it means.
 
     Dialects: kohya over diffusers names (`lora_unet_down_blocks_0_attentions_0_proj_in`), the same of SimpleTuner's
     LyCORIS (`lycoris_down_blocks...`), kohya over LDM names (`lora_unet_input_blocks_1_1_proj_in`, usual for SDXL),
     generic LDM (`diffusion_model.input_blocks...`), and diffusers with its attention processors
     (`unet.down_blocks.0.attentions.0.proj_in`, `unet...attn1.processor.to_q`, both without `unet.` as well). Both sides
-    are without `.weight`; the LDM side has no prefix. Norms are never LoRA targets.
+    are without `.weight`; the LDM side has no prefix. norms: those of norms too, which LyCORIS can train.
     """
     names = {}
-    for ldm, diffusers in _matrices(config):
+    for ldm, diffusers in _modules(config, norms):
         spelled = re.sub(r"(?<=\.processor\.to_out)\.0$", "", diffusers.replace(".to_", ".processor.to_"))
         kohya = diffusers.replace(".", "_")
         names |= dict.fromkeys(
@@ -598,18 +600,24 @@ def lora_names(config: UNetConfig) -> dict[str, str]:
 
 
 def peft_names(config: UNetConfig) -> dict[str, str]:
-    """Names of attention modules as PEFT writes them (`unet...attn1.to_q`), which ComfyUI does not read, with the LDM
-    module they mean.
+    """Names of modules as PEFT writes them, which ComfyUI does not read, with the LDM module they mean:
+    `unet.down_blocks.0.attentions.0...attn1.to_q`, and with PEFT's own prefix `base_model.model.` before any module.
     """
-    return {f"unet.{diffusers}": ldm for ldm, diffusers in _matrices(config) if ".to_" in diffusers}
+    names = {}
+    for ldm, diffusers in _modules(config):
+        names |= dict.fromkeys((f"base_model.model.{diffusers}", f"unet.base_model.model.{diffusers}"), ldm)
+        names |= dict.fromkeys((f"base_model.model.unet.{diffusers}", f"base_model.model.{ldm}"), ldm)
+        if ".to_" in diffusers:
+            names[f"unet.{diffusers}"] = ldm
+    return names
 
 
-def _matrices(config: UNetConfig) -> Iterable[tuple[str, str]]:
+def _modules(config: UNetConfig, norms: bool = False) -> Iterable[tuple[str, str]]:
     """The modules LoRAs can act on, under their LDM and their diffusers names."""
     return (
         tuple(slot.unit.key(slot.tensor, layout).removesuffix(".weight") for layout in ("ldm", "diffusers"))
         for slot in keys(config, "ldm").values()
-        if len(slot.shape) > 1
+        if len(slot.shape) > 1 or norms and slot.unit.key(slot.tensor).endswith(".weight")
     )
 
 

@@ -27,6 +27,7 @@ from .addresses import (
     unit,
     walk,
 )
+from .text import printable, read_json
 
 FORMAT = 1  # version of the JSON form; readers refuse a newer one
 NUMBERINGS = ("addressed", "renumbered")
@@ -395,8 +396,8 @@ class Architecture:
                 f"architecture: format {version} is newer than this version of asdm reads ({FORMAT}); update asdm"
             )
         family, name = data.get("family"), data.get("name", "")
-        if not isinstance(name, str):
-            raise ValueError(f"architecture: name must be a text, got {name!r}")
+        if not isinstance(name, str) or printable(name) != name:
+            raise ValueError(f"architecture: name must be a short text in one line, got {printable(repr(name))}")
         if "config" in data:
             config = UNetConfig.from_dict(data["config"])
         elif isinstance(family, str) and family in FAMILIES:
@@ -416,8 +417,8 @@ class Architecture:
     @classmethod
     def from_json(cls, text: str) -> Architecture:
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as e:
+            data = read_json(text)
+        except ValueError as e:
             raise ValueError(f"architecture: not valid JSON ({e})") from None
         return cls.from_dict(data)
 

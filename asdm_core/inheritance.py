@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from .addresses import NO_MID, Unit, UNetConfig, select, unit, walk
 from .architecture import Architecture
 from .measure import UnitCost, costs, sizes
+from .text import read_json
 
 FORMAT = 1
 REUSE = ("output", "branch", "forecast")
@@ -305,8 +306,8 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError):
+            data = read_json(text)
+        except ValueError:
             raise ValueError("inheritance plan: this is not valid JSON") from None
         return cls.from_dict(data)
 

@@ -32,6 +32,7 @@ from .condconv import CondConv, Conv
 from .gri import Gains
 from .recognise import Recognised, Unrecognised, recognise, unet_prefix
 from .surgery import ADDRESSED, Form, Mismatch, StateDict, check, convert, shapes_of
+from .text import MESSAGE, printable, read_json
 
 METADATA_KEY = "asdm"
 FORMAT = 1
@@ -43,7 +44,10 @@ V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 MARKERS = (V_MARKER, ZERO_SNR_MARKER, "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 SCALE = ".scale"  # int8 weights have their per-output-channel scale under <key>.scale
 
-_MAX_HEADER = 100_000_000  # the limit of the safetensors format
+# Bounds for what a header may claim, each some ten times what any known file has: a checkpoint of 2,600 tensors has a
+# header of 0.3 MB. They keep a crafted file from taking time and memory.
+_MAX_HEADER, _MAX_TENSORS, _MAX_RANK, _MAX_SIDE, _MAX_NUMBERS = 16_000_000, 65_536, 8, 2**31, 2**40
+_MAX_MARKER = 16  # numbers in a tensor that only says how a UNet was trained
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -63,7 +67,12 @@ _WEIGHT_DTYPES = _SCALE_DTYPES | {"F8_E4M3", "F8_E5M2", "I8"}
 
 
 class BadFile(ValueError):
-    """A file that cannot be used. The message says which, what was wanted, what came and what to do."""
+    """A file that cannot be used. The message says which, what was wanted, what came and what to do; it is one line of
+    bounded length, whatever names the file holds.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message, MESSAGE))
 
 
 # Headers --------------------------------------------------------------------------------------------
@@ -85,7 +94,7 @@ def parse_header(data: bytes, size: int, name: str) -> Header:
     """
 
     def bad(why: str, do: str = "Download or export it again.") -> BadFile:
-        return BadFile(f"{name}: {why}. {do}")
+        return BadFile(f"{printable(name)}: {why}. {do}")
 
     # The first bytes alone do not tell: they can be the length of a header, which a brace follows.
     if (data[:2] == b"PK" or data[:1] == b"\x80") and data[8:9] != b"{":
@@ -97,28 +106,44 @@ def parse_header(data: bytes, size: int, name: str) -> Header:
     if len(data) < 8:
         raise bad(f"only {len(data)} bytes long; wanted a safetensors file")
     length = struct.unpack("<Q", data[:8])[0]
-    if length > min(_MAX_HEADER, max(size - 8, 0)) or length > len(data) - 8:
+    if _MAX_HEADER < length <= size - 8:
+        raise bad(f"its header is {length} bytes long; wanted at most {_MAX_HEADER}")
+    if length > max(size - 8, 0) or length > len(data) - 8:
         raise bad(f"its header claims {length} bytes and the file has {size}; it is cut short, or no safetensors file")
     try:
-        header = json.loads(data[8 : 8 + length])
-    except (ValueError, RecursionError):
+        header = read_json(data[8 : 8 + length])
+    except ValueError:
         raise bad("its header is not valid JSON, so it is no safetensors file") from None
     if not isinstance(header, dict):
         raise bad("its header is not a table of tensors")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise bad("its metadata is not a table of texts")
+    if len(header) > _MAX_TENSORS:
+        raise bad(f"its header names {len(header)} tensors; wanted at most {_MAX_TENSORS}")
     tensors, end = {}, 0
     for key, entry in header.items():
         try:
             dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             numbers = (*shape, start, stop)
         except (TypeError, KeyError, ValueError):
-            raise bad(f"the entry of tensor {key} is malformed") from None
+            raise bad(f"the entry of tensor {printable(key)} is malformed") from None
         if not isinstance(dtype, str) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-            raise bad(f"the entry of tensor {key} is malformed")
+            raise bad(f"the entry of tensor {printable(key)} is malformed")
+        if (
+            len(shape) > _MAX_RANK
+            or max(shape, default=0) >= _MAX_SIDE
+            or math.prod(n for n in shape if n) >= _MAX_NUMBERS
+        ):
+            raise bad(
+                f"tensor {printable(key)} claims the shape {printable(list(shape[: _MAX_RANK + 1]))}; wanted at most "
+                f"{_MAX_RANK} dimensions, below {_MAX_SIDE} each and below {_MAX_NUMBERS} numbers in all"
+            )
         if dtype in _DTYPES and stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
-            raise bad(f"tensor {key} ({dtype}, {list(shape)}) takes {stop - start} bytes, which does not fit its shape")
+            raise bad(
+                f"tensor {printable(key)} ({dtype}, {list(shape)}) takes {stop - start} bytes, which does "
+                f"not fit its shape"
+            )
         tensors[key] = (dtype, shape)
         end = max(end, stop)
     if 8 + length + end != size:
@@ -164,7 +189,8 @@ class TensorFile(Mapping[str, Tensor]):
             (dtype, shape), wanted = header.tensors[key], list(header.tensors[key.removesuffix(SCALE)][1][:1])
             if dtype not in _SCALE_DTYPES or list(shape) != wanted:
                 raise BadFile(
-                    f"{self.path.name}: tensor {key} ({dtype}, {list(shape)}) is no scale of int8 weights; wanted "
+                    f"{self.path.name}: tensor {printable(key)} ({printable(dtype)}, {list(shape)}) is no "
+                    f"scale of int8 weights; wanted "
                     f"{wanted}, one number per output channel, as one of {', '.join(sorted(_SCALE_DTYPES))}"
                 )
         try:
@@ -177,6 +203,12 @@ class TensorFile(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         if key not in self.shapes:
             raise KeyError(key)
+        if self.dtypes[key] not in _DTYPES:
+            raise BadFile(
+                f"{self.path.name}: tensor {printable(key)} has dtype {printable(self.dtypes[key])}, which "
+                f"asdm does not "
+                f"read; wanted one of {', '.join(sorted(_DTYPES))}"
+            )
         tensor = self._file.get_tensor(key)
         if key + SCALE in self._scales:
             return dequantise(tensor, self._file.get_tensor(key + SCALE))
@@ -260,9 +292,9 @@ class Description:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
+            raise ValueError(f"kind must be one of {KINDS}, got {printable(repr(self.kind))}")
         if self.prediction not in (None, *PREDICTIONS):
-            raise ValueError(f"prediction must be one of {PREDICTIONS}, got {self.prediction!r}")
+            raise ValueError(f"prediction must be one of {PREDICTIONS}, got {printable(repr(self.prediction))}")
         units = in_order(self.architecture.config, self.units)
         kept = {u.address for u in self.architecture.kept}
         if self.kind == "pack" and not units:
@@ -339,15 +371,16 @@ class Description:
     def from_json(cls, text: str) -> Description:
         """Raises ValueError for anything that is not a description this version can use."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError):
+            data = read_json(text)
+        except ValueError:
             raise ValueError("its description is not valid JSON") from None
         if not isinstance(data, dict):
             raise ValueError("its description is not a JSON object")
         version = data.get("format")
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT:
             raise ValueError(
-                f"its description has format {version!r}; this version of asdm reads up to {FORMAT}, so update asdm"
+                f"its description has format {printable(repr(version))}; this version of asdm reads up to "
+                f"{FORMAT}, so update asdm"
             )
         units = data.get("units", [])
         if not isinstance(units, list) or not all(isinstance(a, str) for a in units):
@@ -355,7 +388,13 @@ class Description:
         tables = {name: {} if data.get(name) is None else data[name] for name in ("training", "companions")}
         for name, value in tables.items():
             if not isinstance(value, dict):
-                raise ValueError(f"{name} in its description must be a JSON object, got {value!r}")
+                raise ValueError(f"{name} in its description must be a JSON object, got {printable(value)}")
+        for role, file in tables["companions"].items():
+            if not isinstance(file, str) or not file or not file.isprintable() or Path(file).name != file:
+                raise ValueError(
+                    f"companions in its description must be names of files beside it; for {printable(role)} it has "
+                    f"{printable(file)}"
+                )
         condconv = None if data.get("condconv") is None else CondConv.from_dict(data["condconv"])
         gri = None if data.get("gri") is None else Gains.from_dict(data["gri"])
         return cls(
@@ -473,9 +512,20 @@ def open_unet(path: str | os.PathLike, drop_unknown: bool = False) -> Loaded:
         file.path,
         description,
         Renamed(file, names),
-        {name: file[name] for name in MARKERS if name in file.shapes},
+        _markers_of(file),
         found.unknown,
     )
+
+
+def _markers_of(file: TensorFile) -> StateDict:
+    found = {name: file.shapes[name] for name in MARKERS if name in file.shapes}
+    for name, shape in found.items():
+        if math.prod(shape) > _MAX_MARKER or name.startswith("edm_vpred.") and math.prod(shape) != 1:
+            raise BadFile(
+                f"{file.path.name}: {name}, which says how a UNet was trained, has shape {list(shape)}; wanted "
+                + ("one number" if name.startswith("edm_vpred.") else f"at most {_MAX_MARKER} numbers")
+            )
+    return {name: file[name] for name in found}
 
 
 def _check_unknown(file: TensorFile, found: Recognised, drop: bool) -> None:
@@ -483,7 +533,8 @@ def _check_unknown(file: TensorFile, found: Recognised, drop: bool) -> None:
     beside = [key for key in found.unknown if key.rpartition(".")[0] in modules]
     if beside:  # without it the weights of this layer may mean something else, as they do without their scale
         raise BadFile(
-            f"{file.path.name}: {beside[0]} stands beside the weights of a layer, in a form that asdm does not read "
+            f"{file.path.name}: {printable(beside[0])} stands beside the weights of a layer, in a form "
+            f"that asdm does not read "
             "(as scaled fp8). "
             "Load this file with the stock nodes, or take one in fp16, bf16 or fp32."
         )
@@ -497,8 +548,8 @@ def _check_unknown(file: TensorFile, found: Recognised, drop: bool) -> None:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of many names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """The first of many names, for people."""
+    return ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_values(file: TensorFile, names: Iterable[str]) -> None:
@@ -506,8 +557,8 @@ def _check_values(file: TensorFile, names: Iterable[str]) -> None:
         dtype = file.dtypes[key]
         if dtype not in _WEIGHT_DTYPES or dtype == "I8" and key + SCALE not in file.dtypes:
             raise BadFile(
-                f"{file.path.name}: tensor {key} has dtype {dtype}; wanted one of {', '.join(sorted(_WEIGHT_DTYPES))}"
-                + (f" (int8 weights need {key}{SCALE})" if dtype == "I8" else "")
+                f"{file.path.name}: tensor {key} has dtype {printable(dtype)}; wanted one of "
+                f"{', '.join(sorted(_WEIGHT_DTYPES))}" + (f" (int8 weights need {key}{SCALE})" if dtype == "I8" else "")
             )
         tensor = file[key]
         # fp8 has no isfinite of its own on CPU.
@@ -556,6 +607,93 @@ def _folder_prediction(path: Path) -> str | None:
                 raise BadFile(f"{config}: prediction type {kind!r} is not supported; wanted one of {', '.join(names)}")
             return names[kind]
     return None
+
+
+# Text encoders of the embedded family ---------------------------------------------------------------
+
+# What the config of one must say, with the largest value that is taken: some ten times what known ones have.
+_TEXT_CONFIG = {
+    "hidden_size": 8192,
+    "intermediate_size": 65_536,
+    "num_hidden_layers": 200,
+    "num_attention_heads": 200,
+    "max_position_embeddings": 4096,
+    "projection_dim": 8192,
+    "vocab_size": 500_000,
+}
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
+
+
+def _text_shapes(config: Mapping, rows: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a text encoder in CLIP's layout, with so many rows in its table of tokens."""
+    wide, inner = config["hidden_size"], config["intermediate_size"]
+    shapes = {
+        TOKEN_TABLE: (rows, wide),
+        "text_model.embeddings.position_embedding.weight": (config["max_position_embeddings"], wide),
+        "text_model.final_layer_norm.weight": (wide,),
+        "text_model.final_layer_norm.bias": (wide,),
+    }
+    for i in range(config["num_hidden_layers"]):
+        at = f"text_model.encoder.layers.{i}"
+        linears = {f"self_attn.{to}": (wide, wide) for to in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        for name, shape in (linears | {"mlp.fc1": (inner, wide), "mlp.fc2": (wide, inner)}).items():
+            shapes |= {f"{at}.{name}.weight": shape, f"{at}.{name}.bias": shape[:1]}
+        for norm in ("layer_norm1", "layer_norm2"):
+            shapes |= {f"{at}.{norm}.weight": (wide,), f"{at}.{norm}.bias": (wide,)}
+    return shapes
+
+
+def open_text_encoder(path: str | os.PathLike) -> tuple[dict, StateDict]:
+    """Config and weights of a text encoder of the embedded family, in CLIP's layout and with the whole table of tokens.
+
+    Its file holds only the rows in use (`token_ids`); words that were never trained are zero vectors: they say nothing,
+    instead of something random. Raises BadFile.
+    """
+    file = TensorFile(path)
+
+    def bad(why: str) -> BadFile:
+        return BadFile(f"{file.path.name}: this is no text encoder of the embedded family: {why}")
+
+    if "text_config" not in file.metadata or "token_ids" not in file:
+        raise bad("no text_config or no token_ids in it")
+    try:
+        config = read_json(file.metadata["text_config"])
+    except ValueError:
+        raise bad("its text_config is not valid JSON") from None
+    if not isinstance(config, dict):
+        raise bad("its text_config is not a JSON object")
+    for name, highest in _TEXT_CONFIG.items():
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
+            raise bad(f"{name} must be a whole number from 1 to {highest}, got {printable(repr(value))}")
+    for name in _TOKENS:
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < config["vocab_size"]:
+            raise bad(f"{name} must be a token below {config['vocab_size']}, got {printable(repr(value))}")
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise bad(f"{config['num_attention_heads']} heads cannot share {config['hidden_size']} channels")
+    epsilon = config.get("layer_norm_eps")
+    if config.get("hidden_act") not in ("quick_gelu", "gelu") or not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        raise bad("hidden_act must be quick_gelu or gelu, and layer_norm_eps lie between 0 and 1")
+    (rows, *rest), kind = file.shapes["token_ids"] or (0, 0), file.dtypes["token_ids"]  # a single number has no rows
+    if rest or kind not in ("I32", "I64") or rows > config["vocab_size"]:
+        raise bad(f"token_ids ({printable(kind)}, {list(file.shapes['token_ids'])}) must be a list of whole numbers")
+    ids, wanted = file["token_ids"].long(), _text_shapes(config, rows)
+    if rows and not 0 <= int(ids.min()) <= int(ids.max()) < config["vocab_size"]:
+        raise bad(f"token_ids must lie below {config['vocab_size']}, got {int(ids.min())} to {int(ids.max())}")
+    found = {k: s for k, s in file.shapes.items() if k != "token_ids"}
+    for key in sorted(wanted.keys() | found.keys()):
+        if wanted.get(key) != found.get(key):
+            raise bad(
+                f"{printable(key)} has shape {printable(found.get(key, 'none (it is missing)'))}; wanted "
+                f"{wanted.get(key, 'no such tensor')}"
+            )
+    _check_values(file, found)
+    weights = {key: file[key] for key in found}
+    table = torch.zeros(config["vocab_size"], config["hidden_size"], dtype=weights[TOKEN_TABLE].dtype)
+    table[ids] = weights[TOKEN_TABLE]
+    return config, weights | {TOKEN_TABLE: table}
 
 
 # Writing --------------------------------------------------------------------------------------------

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .text import printable
+
 CELL = 256
 GAP = 8
 MARGIN = 32
 CAPTION, NOTE = 44, 30  # heights of the texts above and below pictures
+_LONGEST, _LINES = 1000, 20  # letters and lines of a text that are looked at: more than fit on any sheet
 FULL_HEAT = 1 / 3  # a difference from here on is drawn in the brightest colour
 
 INK, QUIET, EDGE, PAPER = "#16181d", "#5c626e", "#d5d9e0", "#ffffff"
@@ -62,17 +66,21 @@ def finite(psnr: float) -> float | None:
     return None if math.isinf(psnr) else psnr
 
 
+@lru_cache(maxsize=32)
 def font(size: int) -> ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
 def fitted(draw: ImageDraw.ImageDraw, text: str, size: int, width: float) -> str:
-    """The text, shortened to a width."""
+    """The text in one line, shortened to a width."""
+    text = printable(text.replace("\r\n", " ").replace("\n", " ").replace("\t", " "), _LONGEST)
     if draw.textlength(text, font(size)) <= width:
         return text
-    while text and draw.textlength(text + "...", font(size)) > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
+    low, high = 0, len(text)  # so many letters fit, and so many do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if draw.textlength(text[:middle] + "...", font(size)) <= width else (low, middle)
+    return text[:low].rstrip() + "..."
 
 
 def shown(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -100,11 +108,11 @@ def grid(
 ) -> Image.Image:
     """The labelled grid: one column for each of `heads`, one line of pictures for each row, `groups` rows side by side.
 
-    title: may be empty. subtitle: any number of lines.
+    title: may be empty. subtitle: up to 20 lines. Texts that are too long are shortened.
     """
     lines, below = -(-len(rows) // groups), NOTE if any(row.notes for row in rows) else 0
     above = CAPTION if any(row.caption or row.note for row in rows) else GAP
-    small = subtitle.split("\n") if subtitle else []
+    small = subtitle.split("\n", _LINES)[:_LINES] if subtitle else []
     over = 72 if title else 14
     header = over + 28 * len(small) + 50
     group, tall = len(heads) * (cell[0] + GAP) - GAP, above + cell[1] + below
@@ -120,9 +128,10 @@ def grid(
             draw.text((left + i * (cell[0] + GAP), header - 30), fitted(draw, head, 20, cell[0]), INK, font(20))
     for index, row in enumerate(rows):
         left, top = MARGIN + (index % groups) * (group + MARGIN), header + (index // groups) * tall
-        note = draw.textlength(row.note, font(18))
+        short = fitted(draw, row.note, 18, group / 2)
+        note = draw.textlength(short, font(18))
         draw.text((left, top + 12), fitted(draw, row.caption, 22, group - note - 20), INK, font(22))
-        draw.text((left + group - note, top + 15), row.note, QUIET, font(18))
+        draw.text((left + group - note, top + 15), short, QUIET, font(18))
         for i, image in enumerate(row.images):
             x, y = left + i * (cell[0] + GAP), top + above
             draw.rectangle((x - 1, y - 1, x + cell[0], y + cell[1]), outline=EDGE)  # white pictures end somewhere too

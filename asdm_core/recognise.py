@@ -8,12 +8,12 @@ block, the first and the last of an up block; the first transformer blocks of a 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from .addresses import NO_MID, RESNET_MID, UNetConfig, keys, walk
 from .architecture import FAMILIES, Architecture
+from .text import MESSAGE, printable
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -22,7 +22,10 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "")
 
 
 class Unrecognised(ValueError):
-    """The file is not a UNet of a known family, or differs from one; the message says in what."""
+    """The file is not a UNet of a known family, or differs from one; the message says in what, in one bounded line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message, MESSAGE))
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def unet_prefix(names: Iterable[str]) -> tuple[str, str]:
             return prefix, "ldm"
         if f"{prefix}conv_in.weight" in names and any(n.startswith(f"{prefix}down_blocks.") for n in names):
             return prefix, "diffusers"
-    some = ", ".join(sorted(names)[:3]) or "nothing"
+    some = ", ".join(map(printable, sorted(names)[:3])) or "nothing"
     hint = ""
     if any("lora" in n for n in names):
         hint = " It looks like a LoRA; load it with a LoRA node."
@@ -111,7 +114,9 @@ def _read_stem(unet: Shapes, layout: str) -> dict:
     conv_out = unet.get("out.2.weight" if ldm else "conv_out.weight", (4,))
     label = unet.get("label_emb.0.0.weight" if ldm else "add_embedding.linear_1.weight")
     if len(conv_in) != 4 or label is not None and len(label) != 2:
-        raise Unrecognised(f"the first convolution has shape {tuple(conv_in)}; wanted 4 dimensions (out, in, 3, 3)")
+        raise Unrecognised(
+            f"the first convolution has shape {printable(tuple(conv_in))}; wanted 4 dimensions (out, in, 3, 3)"
+        )
     if not all(conv_in) or len(conv_out) < 1 or not all(conv_out):
         raise Unrecognised(
             f"the first convolution has shape {tuple(conv_in)} and the last {tuple(conv_out)}; wanted (out, in, 3, "
@@ -171,42 +176,52 @@ class _Counts:
     mid: int
 
 
-def _read_counts(unet: Shapes, layout: str) -> _Counts:
-    def depth(path: str) -> int:
-        found = {m[1] for n in unet if (m := re.match(re.escape(path) + r"\.transformer_blocks\.(\d+)\.", n))}
-        return len(found)
+# Deeper than any path that is asked for below (down_blocks.0.attentions.0); names can have any number of parts.
+_PARTS = 4
 
-    def has(path: str) -> bool:
-        return any(n.startswith(f"{path}.") for n in unet)
+
+def _read_counts(unet: Shapes, layout: str) -> _Counts:
+    modules: set[str] = set()
+    blocks: dict[str, set[str]] = {}
+    for name in unet:
+        parts = name.split(".", _PARTS)[:-1]
+        modules.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
+        path, _, inside = name.partition(".transformer_blocks.")
+        number, dot, _ = inside.partition(".")
+        if dot and number.isascii() and number.isdecimal():
+            blocks.setdefault(path, set()).add(number)
+
+    def depth(path: str) -> int:
+        return len(blocks.get(path, ()))
 
     down: list[list[int]] = [[]]
     up: list[list[int]] = [[]]
     if layout == "ldm":
         n = 1
-        while has(f"input_blocks.{n}"):
-            if has(f"input_blocks.{n}.0.op"):
+        while f"input_blocks.{n}" in modules:
+            if f"input_blocks.{n}.0.op" in modules:
                 down.append([])
             else:
                 down[-1].append(depth(f"input_blocks.{n}.1"))
             n += 1
         n = 0
-        while has(f"output_blocks.{n}"):
+        while f"output_blocks.{n}" in modules:
             up[-1].append(depth(f"output_blocks.{n}.1"))
-            if has(f"output_blocks.{n}.1.conv") or has(f"output_blocks.{n}.2.conv"):
+            if f"output_blocks.{n}.1.conv" in modules or f"output_blocks.{n}.2.conv" in modules:
                 up.append([])
             n += 1
         mid_transformer, mid_resnet = "middle_block.1", "middle_block.0"
     else:
         for side, name in ((down, "down_blocks"), (up, "up_blocks")):
             side.clear()
-            while has(f"{name}.{len(side)}"):
+            while f"{name}.{len(side)}" in modules:
                 block, i = f"{name}.{len(side)}", 0
                 side.append([])
-                while has(f"{block}.resnets.{i}"):
+                while f"{block}.resnets.{i}" in modules:
                     side[-1].append(depth(f"{block}.attentions.{i}"))
                     i += 1
         mid_transformer, mid_resnet = "mid_block.attentions.0", "mid_block.resnets.0"
-    mid = depth(mid_transformer) or (RESNET_MID if has(mid_resnet) else NO_MID)
+    mid = depth(mid_transformer) or (RESNET_MID if mid_resnet in modules else NO_MID)
     return _Counts(down, up, mid)
 
 
@@ -273,12 +288,13 @@ def _difference(wanted: Shapes, got: Shapes, candidate: Architecture, prefix: st
     if shapes:
         k = shapes[0]
         parts.append(
-            f"{len(shapes)} tensors of another shape (first: {prefix}{k} is {list(got[k])}, wanted {list(wanted[k])})"
+            f"{len(shapes)} tensors of another shape (first: {printable(prefix + k)} is {printable(list(got[k]))}, "
+            f"wanted {list(wanted[k])})"
         )
     if missing:
-        parts.append(f"{len(missing)} missing (first: {prefix}{missing[0]})")
+        parts.append(f"{len(missing)} missing (first: {printable(prefix + missing[0])})")
     if extra:
-        parts.append(f"{len(extra)} unknown (first: {prefix}{extra[0]})")
+        parts.append(f"{len(extra)} unknown (first: {printable(prefix + extra[0])})")
     title = f"{candidate.config.family} {candidate.name}".strip()
     return len(shapes) + len(missing) + len(
         extra

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .addresses import Slot, Unit, walk
 from .architecture import Architecture
+from .text import printable
 
 StateDict = dict[str, Tensor]
 
@@ -40,11 +41,12 @@ def check(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Slot], wha
             raise Mismatch(f"{what}: {key} is missing ({slot.unit.address}, wanted shape {list(slot.shape)})")
         if tuple(shapes[key]) != slot.shape:
             raise Mismatch(
-                f"{what}: {key} ({slot.unit.address}) has shape {list(shapes[key])}, wanted {list(slot.shape)}"
+                f"{what}: {key} ({slot.unit.address}) has shape {printable(list(shapes[key]))}, wanted "
+                f"{list(slot.shape)}"
             )
     for key in shapes:
         if key not in wanted:
-            raise Mismatch(f"{what}: unknown tensor {key}")
+            raise Mismatch(f"{what}: unknown tensor {printable(key)}")
 
 
 def shapes_of(sd: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

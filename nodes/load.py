@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import files, host, models
+from ..asdm_core.lora import READINGS
+from . import files, host, lora_keys, models
 
 CATEGORY = "model/asdm"
 
@@ -70,14 +71,23 @@ class ASDMLoadPrunedUNet(io.ComfyNode):
                     advanced=True,
                     tooltip="As in Load Diffusion Model: fp8 halves the memory and costs some quality.",
                 ),
+                io.Combo.Input(
+                    "lora_names",
+                    options=[lora_keys.AUTO, *READINGS],
+                    default=lora_keys.AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Whose layers LoRAs name: those of the original UNet, or of this pruned one itself, on "
+                    "which they were trained. auto tells by names and shapes, and says so in the log where it cannot.",
+                ),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="found", tooltip="What this file is.")],
         )
 
     @classmethod
-    def execute(cls, unet_name, prediction, weight_dtype):
+    def execute(cls, unet_name, prediction, weight_dtype, lora_names=lora_keys.AUTO):
         path = files.unet_path(unet_name)
-        model = models.load_unet(str(path), weight_dtype, None if prediction == "auto" else prediction)
+        model = models.load_unet(str(path), weight_dtype, None if prediction == "auto" else prediction, lora_names)
         found = found_text(model, unet_name)
         return io.NodeOutput(model, found, ui={"text": (found,)})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from functools import lru_cache, partial
@@ -26,7 +25,8 @@ from ..asdm_core.addresses import UNetConfig
 from ..asdm_core.architecture import Architecture
 from ..asdm_core.packs import BadFile, Description, TensorFile
 from ..asdm_core.surgery import ADDRESSED, cut_modules
-from . import units
+from ..asdm_core.text import TEXT, printable
+from . import lora_keys, units
 
 WEIGHT_DTYPES = {
     "default": {},
@@ -46,10 +46,11 @@ def _base_class(config: UNetConfig):
     return comfy.supported_models.SD20 if config.use_linear else comfy.supported_models.SD15
 
 
-def model_config(architecture: Architecture, prediction: str | None = None):
+def model_config(architecture: Architecture, prediction: str | None = None, lora_names: str = lora_keys.AUTO):
     """The host's model config for an architecture: the unpruned skeleton, cut while the network is built.
 
-    prediction: "eps" or "v"; None asks the host's own rule for the family.
+    prediction: "eps" or "v"; None asks the host's own rule for the family. lora_names: whose layers LoRAs name, one of
+    lora.READINGS, or "auto".
     """
     base = _base_class(architecture.config)
     host = architecture.config.to_host()
@@ -71,7 +72,7 @@ def model_config(architecture: Architecture, prediction: str | None = None):
             return super().process_unet_state_dict_for_saving(_standalone_names(state_dict, architecture))
 
     config = AddressedUNet(host)
-    config.asdm_architecture = architecture
+    config.asdm_architecture, config.asdm_lora_names = architecture, lora_names
     return config
 
 
@@ -94,7 +95,13 @@ def _standalone_names(state_dict: Mapping[str, Tensor], architecture: Architectu
     return renamed
 
 
-def load_unet(path: str, weight_dtype: str = "default", prediction: str | None = None, disable_dynamic: bool = False):
+def load_unet(
+    path: str,
+    weight_dtype: str = "default",
+    prediction: str | None = None,
+    lora_names: str = lora_keys.AUTO,
+    disable_dynamic: bool = False,
+):
     """MODEL from a UNet file of any known form (also inside a checkpoint), in addressed form.
 
     Tensors that belong to no layer are left out with a word in the log. Raises packs.BadFile. Follows
@@ -109,7 +116,8 @@ def load_unet(path: str, weight_dtype: str = "default", prediction: str | None =
     weights = dict(loaded.tensors)
     parameters = comfy.utils.calculate_parameters(weights)
     management = comfy.model_management
-    config = model_config(loaded.description.architecture, prediction or loaded.description.prediction)
+    lora_keys.install()
+    config = model_config(loaded.description.architecture, prediction or loaded.description.prediction, lora_names)
 
     dtype = options.get("dtype") or management.unet_dtype(
         model_params=parameters,
@@ -129,7 +137,7 @@ def load_unet(path: str, weight_dtype: str = "default", prediction: str | None =
     if not management.is_device_cpu(patcher.offload_device):
         model.to(patcher.offload_device)
     model.load_model_weights(weights, "", assign=patcher.is_dynamic())
-    patcher.cached_patcher_init = (load_unet, (path, weight_dtype, prediction))
+    patcher.cached_patcher_init = (load_unet, (path, weight_dtype, prediction, lora_names))
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "asdm_pruned", _refuse_control_lora)
     return patcher
 
@@ -235,7 +243,17 @@ def _companion_vae(path: Path, description: Description):
 
 
 def _load_companion_vae(path: str):
-    return _vae(dict(TensorFile(path)), (_load_companion_vae, path))
+    file = TensorFile(path)
+    weights = {k: file[k] for k in file}
+    try:
+        vae = _vae(weights, (_load_companion_vae, path))
+    except (RuntimeError, ValueError, TypeError, LookupError) as e:
+        raise BadFile(f"{file.path.name}: this is no VAE that ComfyUI reads ({printable(e, TEXT)})") from None
+    # The host takes a file that lacks some of its tensors, with a word in its log, and plays random numbers there.
+    missing = sorted(vae.first_stage_model.state_dict().keys() - weights.keys() - {"vae_scale", "vae_shift"})
+    if missing:
+        raise BadFile(f"{file.path.name}: this VAE lacks {packs.some(missing)}. Download or export it again.")
+    return vae
 
 
 def _companion_clip(path: Path, description: Description):
@@ -244,21 +262,10 @@ def _companion_clip(path: Path, description: Description):
 
 def load_small_clip(path: str):
     """CLIP from a text encoder in CLIP layout with its own config and only the token rows in use."""
-    file = TensorFile(path)
-    if "text_config" not in file.metadata or "token_ids" not in file:
-        raise BadFile(
-            f"{Path(path).name}: this is no text encoder of the embedded family (no text_config or no token_ids in it)"
-        )
-    config = json.loads(file.metadata["text_config"])
-    table_name = "text_model.embeddings.token_embedding.weight"
-    weights = {k: file[k] for k in file if k != "token_ids"}
-    rows = weights[table_name]
-    # Words that were never trained are zero vectors: they say nothing, instead of something random.
-    table = torch.zeros(config["vocab_size"], rows.shape[1], dtype=rows.dtype)
-    table[file["token_ids"].long()] = rows
-    weights[table_name] = table
+    config, weights = packs.open_text_encoder(path)
+    width = config["hidden_size"]
     # The host's class has a projection of the pooled output, which SD1.x does not use.
-    weights.setdefault("text_projection.weight", torch.eye(rows.shape[1], dtype=rows.dtype))
+    weights.setdefault("text_projection.weight", torch.eye(width, dtype=weights[packs.TOKEN_TABLE].dtype))
 
     class SmallTextModel(comfy.sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options={}):
@@ -271,9 +278,7 @@ def load_small_clip(path: str):
             )
 
     target = comfy.supported_models_base.ClipTarget(
-        partial(
-            comfy.sd1_clip.SD1Tokenizer, tokenizer=partial(comfy.sd1_clip.SDTokenizer, embedding_size=rows.shape[1])
-        ),
+        partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=partial(comfy.sd1_clip.SDTokenizer, embedding_size=width)),
         partial(comfy.sd1_clip.SD1ClipModel, clip_model=SmallTextModel),
     )
     clip = comfy.sd.CLIP(target, state_dict=[weights], parameters=comfy.utils.calculate_parameters(weights))

@@ -14,6 +14,7 @@ from ..asdm_core.addresses import Unit, UNetConfig, walk
 from ..asdm_core.architecture import Architecture
 from ..asdm_core.inheritance import flow
 from ..asdm_core.pictures import duration
+from ..asdm_core.text import printable
 
 BACKGROUND, INK, FAINT = "#ffffff", "#1c2330", "#8a94a6"
 COLOURS = {"host": "#a9bfdc", "pack": "#f4a261", "cut": "#f1f3f6"}
@@ -42,7 +43,7 @@ class _Sheet:
         self.draw = ImageDraw.Draw(self.image)
 
     def text(self, x, y, text, size=13, fill=INK, anchor="la"):
-        self.draw.text((2 * x, 2 * y), text, font=_font(2 * size), fill=fill, anchor=anchor)
+        self.draw.text((2 * x, 2 * y), printable(text, 500), font=_font(2 * size), fill=fill, anchor=anchor)
 
     def box(self, x, y, w, h, fill, outline=None, dashed=False):
         self.draw.rounded_rectangle(

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from asdm_core import packs, surgery
+from asdm_core import packs, recognise, surgery
 from asdm_core.architecture import FAMILIES, PRESETS, Architecture
 from asdm_core.gri import Gains
 from asdm_core.packs import BadFile, Description, TensorFile, open_pack, open_unet, parse_header
@@ -430,6 +430,53 @@ def entry(**changes):
     return {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
 
 
+def test_names_in_files_are_printed_in_one_short_line_without_control_characters(tmp_path, unet):
+    evil = "\x1b[2Jasdm: all is well\r\n\u202e\ud800" + "x" * 100_000
+    path = tmp_path / "evil.safetensors"
+    messages = []
+    data = header_bytes({evil: {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}})
+    for attempt in (
+        lambda: parse_header(data, len(data) + 4, evil),
+        lambda: surgery.check({evil: (1,)}, {}, "file"),
+        lambda: recognise.recognise({evil: (1,)}),
+        lambda: recognise.recognise({"input_blocks.0.0.weight": (1, 2, 3), evil: (1,)}),
+        lambda: recognise.recognise(
+            {k: s.shape for k, s in BASE.keys("ldm", "renumbered").items()} | {"out.2.bias": ()}
+        ),
+    ):
+        with pytest.raises(ValueError) as e:
+            attempt()
+        messages.append(str(e.value))
+    save_file({"a": torch.zeros(1)}, path, {"asdm": json.dumps({"format": 1, "kind": evil})})
+    with pytest.raises(BadFile) as e:
+        open_unet(path)
+    messages.append(str(e.value))
+    for message in messages:
+        assert len(message) < 1000 and message.isprintable() and message.isascii(), message
+
+
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        ("v_pred", torch.zeros(17), "at most 16 numbers"),
+        ("edm_vpred.sigma_max", torch.zeros(2), "one number"),
+        ("edm_mean", torch.zeros(4, dtype=torch.complex64), "dtype C64"),
+    ],
+)
+def test_markers_are_small(tmp_path, unet, name, tensor, message):
+    path = tmp_path / "marked.safetensors"
+    save_file(load_file(unet) | {name: tensor}, path)
+    with pytest.raises(BadFile, match=message):
+        open_unet(path)
+
+
+@pytest.mark.parametrize("name", [5, ["vae"], "../vae.safetensors", "a\nb", ""])
+def test_companions_are_names_of_files_beside_it(pack, name):
+    text = json.dumps(json.loads(packs.TensorFile(pack).metadata["asdm"]) | {"companions": {"vae": name}})
+    with pytest.raises(ValueError, match="names of files beside it"):
+        Description.from_json(text)
+
+
 @pytest.mark.parametrize(
     "header, message",
     [
@@ -444,7 +491,14 @@ def entry(**changes):
         (entry(dtype=None), "malformed"),
         (entry(data_offsets=[0]), "malformed"),
         (entry(data_offsets=[0, 4]), "does not fit its shape"),
-        (entry(shape=[2**70]), "does not fit its shape"),
+        (entry(shape=[2**60]), "claims the shape"),
+        (entry(shape=[0, 2**31]), "claims the shape"),
+        (entry(shape=[0, 2**30, 2**30]), "claims the shape"),
+        (entry(shape=[1] * 9), "at most 8 dimensions"),
+        (entry(shape=[2**70]), "not valid JSON"),
+        (entry(dtype="F4", data_offsets=[0, 10**4000]), "not valid JSON"),
+        ({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(65_537)}, "at most 65536"),
+        (b"{" + b" " * 16_000_000 + b"}", "at most 16000000"),
         (entry(data_offsets=[8, 16]), "should be"),
         ({"__metadata__": {"a": 1}}, "metadata is not a table of texts"),
         ({"__metadata__": [1]}, "metadata"),
@@ -598,3 +652,76 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(pack, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         packs.write_file(pack, {"a": torch.zeros(1)}, {})
     assert pack.read_bytes() == before and list(pack.parent.iterdir()) == [pack]
+
+
+# Text encoders --------------------------------------------------------------------------------------
+
+TEXT = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 5,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 8,
+    "bos_token_id": 18,
+    "eos_token_id": 19,
+    "pad_token_id": 19,
+    "vocab_size": 20,
+}
+
+
+def write_text_encoder(path, config=TEXT, **changes):
+    """As transformers' own model has it, with three rows of the table; changes: tensors by name, None for none."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model = CLIPTextModel(CLIPTextConfig(**(TEXT | {"vocab_size": 3, "bos_token_id": 0, "eos_token_id": 2})))
+    sd = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in model.named_parameters()}
+    sd |= {"token_ids": torch.tensor([4, 18, 19], dtype=torch.int32)} | changes
+    text = config if isinstance(config, str) else json.dumps(config)
+    save_file({k: v.detach() for k, v in sd.items() if v is not None}, path, {"text_config": text})
+    return sd
+
+
+def test_text_encoders_get_their_whole_table(tmp_path):
+    sd = write_text_encoder(tmp_path / "text.safetensors")
+    config, weights = packs.open_text_encoder(tmp_path / "text.safetensors")
+    table = weights.pop(packs.TOKEN_TABLE)
+    assert config == TEXT and table.shape == (20, 8)
+    assert torch.equal(table[[4, 18, 19]], sd[packs.TOKEN_TABLE]) and table.count_nonzero() == 24
+    assert equal(weights, {k: v for k, v in sd.items() if k not in (packs.TOKEN_TABLE, "token_ids")})
+
+
+BIAS = "text_model.encoder.layers.1.mlp.fc1.bias"
+
+
+@pytest.mark.parametrize(
+    "config, changes, message",
+    [
+        ("[" * 100_000, {}, "not valid JSON"),
+        ("[]", {}, "not a JSON object"),
+        ({k: v for k, v in TEXT.items() if k != "vocab_size"}, {}, "vocab_size must be"),
+        (TEXT | {"vocab_size": 10**12}, {}, "vocab_size must be"),
+        (TEXT | {"num_hidden_layers": "2"}, {}, "num_hidden_layers must be"),
+        (TEXT | {"num_hidden_layers": 3}, {}, "missing"),
+        (TEXT | {"num_attention_heads": 3}, {}, "cannot share"),
+        (TEXT | {"eos_token_id": 20}, {}, "eos_token_id must be"),
+        (TEXT | {"hidden_act": "rm"}, {}, "hidden_act"),
+        (TEXT, {BIAS: None}, f"{BIAS} has shape none"),
+        (TEXT, {BIAS: torch.zeros(13)}, f"{BIAS} has shape \\(13,\\)"),
+        (TEXT, {BIAS: torch.full((12,), torch.nan)}, "not finite"),
+        (TEXT, {BIAS: torch.zeros(12, dtype=torch.int64)}, "dtype I64"),
+        (TEXT, {"more": torch.zeros(1)}, "no such tensor"),
+        (TEXT, {"token_ids": torch.tensor([4, 18, 20])}, "must lie below 20"),
+        (TEXT, {"token_ids": torch.tensor([-1, 18, 19])}, "must lie below 20"),
+        (TEXT, {"token_ids": torch.tensor([4.0, 18.0, 19.0])}, "list of whole numbers"),
+        (TEXT, {"token_ids": torch.tensor(4)}, "list of whole numbers"),
+        (TEXT, {"token_ids": torch.tensor([4, 18], dtype=torch.int64)}, "token_embedding"),
+        (TEXT, {"token_ids": None}, "no token_ids"),
+    ],
+)
+def test_wrong_text_encoders(tmp_path, config, changes, message):
+    write_text_encoder(tmp_path / "text.safetensors", config, **changes)
+    with pytest.raises(BadFile, match=message):
+        packs.open_text_encoder(tmp_path / "text.safetensors")

@@ -25,6 +25,31 @@ def test_long_texts_are_shortened_not_painted_over():
     assert (sheet[:, -5:] == 255).all()
 
 
+class Counting:
+    """A drawing that counts the letters it was asked to measure, and knows each to be 10 wide."""
+
+    letters = 0
+
+    def textlength(self, text, font):
+        self.letters += len(text)
+        return 10 * len(text)
+
+
+@pytest.mark.parametrize("length", [5, 100, 10_000, 1_000_000])
+def test_a_text_is_fitted_with_a_bounded_effort(length):
+    drawing = Counting()
+    fitting = pictures.fitted(drawing, "W" * length, 20, 505)
+    assert fitting == ("W" * 5 if length == 5 else "W" * 47 + "...")
+    assert drawing.letters < 5000
+
+
+def test_texts_of_any_content_are_drawn():
+    picture = Image.new("RGB", (64, 64))
+    for text in ("two\nlines", "\r\n\t\x1b[31m\0", "\ud800", "\u202ertl", "", "\n" * 10_000):
+        sheet = grid(text, text, [text, text], [Row((picture, picture), text, text, [text, text])])
+        assert sheet.height < 2000
+
+
 @pytest.mark.parametrize("size", [(100, 50), (50, 100), (1000, 10)])
 def test_proportions_are_kept(size):
     cell = np.asarray(shown(Image.new("RGB", size, (255, 0, 0)), (64, 64)))

@@ -1,6 +1,8 @@
 """Family, cut units and layout of a UNet, read off its names and shapes."""
 
+import contextlib
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -202,3 +204,36 @@ def test_any_names_and_shapes_are_recognised_or_refused(other, changed, dropped,
         return
     assert recognised.keys().keys() | set(recognised.unknown) <= found.keys()
     assert not recognised.keys().keys() & set(recognised.unknown)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "output_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight",
+        "output_blocks.0.1.transformer_blocks.{}.attn2.to_k.weight",
+        "input_blocks.{}.0.op.weight",
+        "{}.transformer_blocks.0.attn2.to_k.weight",
+        "output_blocks.0.1." + "a." * 500 + "{}",
+    ],
+)
+def test_the_effort_grows_as_the_number_of_names(name):
+    def effort(count):
+        """Calls of functions, Python's and built-in ones."""
+        shapes = {"input_blocks.0.0.weight": (320, 4, 3, 3)} | {name.format(i): (0, 768) for i in range(count)}
+        calls = 0
+
+        def count_call(frame, event, argument):
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count_call)
+        try:
+            with contextlib.suppress(Unrecognised):
+                recognise(shapes)
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    effort(10)  # tables that are made once
+    few, more = effort(1000), effort(3000)
+    assert more < 4 * few

@@ -3,6 +3,7 @@
 import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import pytest
 import small
 import torch
@@ -23,6 +24,67 @@ def test_lora_before_and_after_the_pack(model, m2, combined, lora):
     assert torch.equal(small.sample(before), wanted)
     assert torch.equal(small.sample(after), wanted)
     assert small.difference(wanted, small.sample(combined)) > 0.01
+
+
+# LoRAs trained on a pruned UNet itself --------------------------------------------------------------------
+
+MATCHED = "down.2.*.transformer.0|3|6|9, up.0.0-1.transformer.0|3|6|9"
+PRUNED = {
+    "base": (SD, lambda: small.Architecture.preset("base", SD)),
+    "small": (SD, lambda: small.Architecture.preset("small", SD)),
+    "ssd-1b": (small.SDXL, lambda: small.Architecture.preset("ssd-1b", small.SDXL)),
+    "koala-700m": (small.SDXL, lambda: small.Architecture.preset("koala-700m", small.SDXL)),
+    "ssd-1b, matched": (small.SDXL, lambda: small.Architecture.preset("ssd-1b", small.SDXL).keeping(MATCHED)),
+}
+
+
+def spelled_by_peft(lora, config):
+    """A LoRA of kohya's under the names of PEFT, by way of diffusers' own names."""
+    modules = {
+        "lora_unet_" + (name := slot.unit.key(slot.tensor, "diffusers").removesuffix(".weight")).replace(".", "_"): name
+        for slot in small.addresses.keys(config, "diffusers").values()
+    }
+    endings = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight", "alpha": "alpha"}
+    return {
+        f"base_model.model.{modules[module]}.{endings[ending]}": tensor
+        for (module, _, ending), tensor in ((key.partition("."), tensor) for key, tensor in lora.items())
+    }
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_a_lora_of_the_pruned_unet_acts_as_with_the_stock_loader(folder, caplog, name):
+    config, chosen = PRUNED[name][0], PRUNED[name][1]()
+    path = folder / f"{name}-with-its-own-lora.safetensors"
+    description = small.packs.Description("unet", chosen, prediction="eps")
+    small.packs.write_unet(path, small.surgery.cut(small.weights(config), chosen)[0], description)
+    own = small.lora(chosen.renumbered.config)
+    stock = small.sample(small.add_lora(comfy.sd.load_diffusion_model(str(path)), own), config)
+    loaded = small.models.load_unet(str(path))
+    caplog.clear()
+    ours = small.sample(small.add_lora(loaded, own), config)
+    assert "ot loaded" not in caplog.text and "NOT LOADED" not in caplog.text
+    assert small.difference(ours, stock) < 1e-5 < 0.01 < small.difference(ours, small.sample(loaded, config))
+    by_peft = small.sample(small.add_lora(loaded, spelled_by_peft(own, chosen.renumbered.config)), config)
+    assert torch.equal(by_peft, ours)
+    # One of the original still lands at its own addresses: what it does to the layers that are left.
+    of_original = small.lora(config)
+    here = chosen.keys()
+    names = small.addresses.lora_names(config)
+    left = {k: v for k, v in of_original.items() if f"{names[k.split('.')[0]]}.weight" in here}
+    both = [
+        small.sample(small.add_lora(small.models.load_unet(str(path), lora_names=how), file), config)
+        for how, file in (("auto", of_original), ("original", left))
+    ]
+    assert torch.equal(*both) and not torch.equal(both[0], ours)
+
+
+def test_a_lora_that_could_be_either_is_told(folder, caplog):
+    path = small.write_unet(folder / "base-either.safetensors", cut="down.0-2.1, up.1-3.1")
+    loaded = small.models.load_unet(path)
+    name = "lora_unet_up_blocks_1_attentions_1_proj_out"
+    one = {k: v for k, v in small.lora().items() if k.startswith(f"{name}.")}
+    small.add_lora(loaded, one)
+    assert "set lora_names of Load Pruned UNet to own" in caplog.text
 
 
 def test_lora_acts_on_the_packs_own_units(model, m2, lora):
