@@ -171,7 +171,16 @@ def write_lora(
     write_file(path, tensors, metadata)
 
 
-def merge(student: nn.Module) -> None:
-    """Make the merged weights the layers' own, in place."""
-    for name in list(changes(student)):
-        parametrize.remove_parametrizations(student.get_submodule(name), "weight", leave_parametrized=True)
+@torch.no_grad()
+def merge_file(unet: nn.Module, config: UNetConfig, path: Path) -> None:
+    """Merge a LoRA file of `write_lora` into a live diffusers UNet, in place. Raises ValueError for another's names."""
+    file, names = TensorFile(path), {v: k for k, v in file_names(config).items()}
+    for module in sorted({key.split(".")[0] for key in file}):
+        if module not in names:
+            raise ValueError(
+                f"{path.name}: {module} is no layer of a UNet of {config.family}, under its name in kohya's form"
+            )
+        weight = unet.get_submodule(names[module]).weight
+        down, up = file[f"{module}.lora_down.weight"].float(), file[f"{module}.lora_up.weight"].float()
+        scale = float(file[f"{module}.alpha"]) / len(down)
+        weight += scale * (up.flatten(1) @ down.flatten(1)).view_as(weight)

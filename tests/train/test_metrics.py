@@ -4,7 +4,7 @@ import torch
 from train.emoji.classifier import FEATURES, Classifier, augment, load_classifier, save_classifier, top_k
 from train.emoji.evaluate import background_of, summary
 from train.emoji.render import BACKGROUNDS
-from train.metrics import by_bins, frechet, kid
+from train.metrics import border, by_bins, frechet, gradient, kid
 
 
 def test_top_k_counts_first_and_first_five():
@@ -81,3 +81,12 @@ def test_the_kernel_distance_is_unbiased():
 def test_means_by_bins_of_t():
     found = by_bins(torch.tensor([1.0, 2.0, 6.0, 7.0]), torch.tensor([0, 499, 500, 999]), bins=2)
     assert found == {"all": 4.0, "0-499": 1.5, "500-999": 6.5}
+
+
+def test_borders_of_one_colour_and_sharp_edges():
+    grey, half = torch.full((1, 3, 16, 16), 0.3), torch.full((1, 3, 16, 16), 0.3)
+    grey[..., 5:11, 5:11] = 1.0  # what is shown is no border
+    half[..., :8] = 0.9  # half of the frame has another colour
+    assert border(grey) == 0 and border(half) == pytest.approx(0.6 * 0.5, abs=0.05)
+    # One edge of height .6 in 15 steps across, none down.
+    assert gradient(half) == pytest.approx(0.6 / 15) and gradient(torch.full((1, 3, 8, 8), 0.5)) == 0

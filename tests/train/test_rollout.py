@@ -18,7 +18,7 @@ from train.data import Random
 from train.diffusion import ALPHAS, coefficients, simple_times
 from train.encoders import Text
 from train.loop import Criterion, train
-from train.lora import file_names, merge
+from train.lora import file_names, merge_file
 from train.rollout import Bank, Course, Rollouts, as_prediction, as_v, guided_trajectory, landing, rotations, table
 
 CPU = torch.device("cpu")
@@ -312,11 +312,12 @@ def test_units_and_lora_together_are_a_pack_and_a_lora(tmp_path):
     modules = {names[key.removesuffix(".weight")]: slot.unit.address for key, slot in keys if len(slot.shape) > 1}
     reached = {modules[key.split(".")[0]] for key in lora}
     assert reached == set(modules.values()) - own and own == set(pack.description.units)
-    # A run that goes on from both begins with the pack's units and, merged, the LoRA on the rest.
-    start = (f"student.start={recipe.product}", f"lora.start={recipe.lora_file}")
-    again = settings(tmp_path / "on", "student.preset=m2", "student.trained=own", *start)
+    # Played together: the pack's units as they are, and the LoRA on the rest.
+    again = settings(
+        tmp_path / "on", "student.preset=m2", f"student.start={recipe.product}", "student.trained=own", "lora.rank=0"
+    )
     both = networks.make_student(networks.load_teacher(again), again)
-    merge(both)
+    merge_file(both, recipe.network.config, recipe.lora_file)
     alone = networks.addressed(networks.assembled(networks.load_teacher(recipe), recipe.product), recipe.architecture)
     slots = recipe.architecture.keys()
     differ = {k for k, v in networks.addressed(both, recipe.architecture).items() if not torch.equal(v, alone[k])}
