@@ -133,6 +133,38 @@ def gram_of(cond: Sequence, difference: Sequence) -> np.ndarray:
     return (rows @ rows.T).astype(float) / rows.shape[1]
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What v of one model does over the noise levels, on the way of a run with guidance: enough to fit any run like it.
+
+    sigmas: (M,) falling, close together. gram: (2M, 2M) as in `Recording`. guidance: of the runs recorded.
+    size: root mean square of their results.
+    """
+
+    sigmas: np.ndarray
+    gram: np.ndarray
+    guidance: float
+    size: float
+
+    def recording(self, response: Response, guidance: float, positions: Sequence[float]) -> Recording:
+        """A recording of a run at other noise levels, with v between those of the statistics; beyond them it stays."""
+        ways = _between(np.log(self.sigmas), np.log(np.maximum(response.sigmas, 1e-6)))
+        both = np.kron(np.eye(2), ways)
+        return Recording(response, both @ self.gram @ both.T, guidance, tuple(positions), self.size)
+
+
+def _between(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Weights (N, M) of cubic interpolation (Lagrange, four points) at `wanted` between falling points `known`."""
+    rows = np.zeros((len(wanted), len(known)))
+    for row, at in zip(rows, np.clip(wanted, known[-1], known[0]), strict=True):
+        first = int(np.clip(np.searchsorted(-known, -at) - 2, 0, len(known) - 4))
+        points = known[first : first + 4]
+        for j, p in enumerate(points):
+            others = np.delete(points, j)
+            row[first + j] = np.prod((at - others) / (p - others))
+    return rows
+
+
 # Weights --------------------------------------------------------------------------------------------
 
 
@@ -291,33 +323,31 @@ class Fit:
         value, moved = self.objective(kinds, fitted), True
         while moved:
             moved = False
-            for other in self._moves(kinds, conds):
-                new = self.objective(other, fitted)
-                if new < BETTER * value:
-                    kinds, value, moved = other, new, True
-                    break
+            for s in range(1, self._n):  # goes on after a move: the next one is likely to be near
+                for other in self._moves(kinds, s, conds):
+                    new = self.objective(other, fitted)
+                    if new < BETTER * value:
+                        kinds, value, moved = other, new, True
+                        break
         return kinds
 
-    def _moves(self, kinds: tuple[str, ...], conds: bool) -> Iterator[tuple[str, ...]]:
-        """Plans of the same cost that differ in one move. The first evaluation stays full."""
+    @staticmethod
+    def _moves(kinds: tuple[str, ...], s: int, conds: bool) -> Iterator[tuple[str, ...]]:
+        """Plans of the same cost that differ in one move of evaluation s. The first evaluation stays full."""
 
         def with_(*changes: tuple[int, str]) -> tuple[str, ...]:
             changed = dict(changes)
-            return tuple(changed.get(s, kind) for s, kind in enumerate(kinds))
+            return tuple(changed.get(k, kind) for k, kind in enumerate(kinds))
 
-        n = self._n
-        for s in range(1, n):
+        if kinds[s] != RESULT:
             for other in (s - 2, s - 1, s + 1, s + 2):
-                if 1 <= other < n and kinds[other] != kinds[s] and kinds[s] != RESULT:
+                if 1 <= other < len(kinds) and kinds[other] != kinds[s]:
                     yield with_((s, kinds[other]), (other, kinds[s]))
-        if not conds:
-            return
-        for s in range(1, n):
-            for other in range(1, n):
-                if kinds[s] == FULL and kinds[other] == RESULT:
-                    yield with_((s, COND), (other, COND))
-                elif kinds[s] == kinds[other] == COND and s != other:
-                    yield with_((s, FULL), (other, RESULT))
+        for other in range(1, len(kinds)) if conds else ():
+            if kinds[s] == FULL and kinds[other] == RESULT:
+                yield with_((s, COND), (other, COND))
+            elif kinds[s] == kinds[other] == COND and s != other:
+                yield with_((s, FULL), (other, RESULT))
 
 
 def _pairs(row: np.ndarray) -> tuple[tuple[int, float], ...]:

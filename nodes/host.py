@@ -25,6 +25,7 @@ from ..asdm_core.architecture import FAMILIES, Architecture
 from ..asdm_core.cast import Cast, Line, Part, fingerprint
 from ..asdm_core.inheritance import Plan
 from . import units
+from .forecasts import Forecasts
 from .regional import Attention, Regional
 from .replay import COMPUTE, PROBE, REPLAY, Inheritance, Log, Misfit, Report, step_of
 from .timing import Laps, Record, Recorder
@@ -75,13 +76,15 @@ def same_skeleton(a: UNetConfig, b: UNetConfig) -> bool:
 @dataclass(frozen=True)
 class Setup:
     """The data asdm keeps on a MODEL: its cast, the ids of its packs in the order of their patchers, its feature
-    inheritance, its GRI attention, and where the times of its runs go if they are measured."""
+    inheritance, its GRI attention, where the times of its runs go if they are measured, and its forecasts of whole
+    evaluations."""
 
     cast: Cast
     packs: tuple[str, ...] = ()
     inheritance: Inheritance | None = None
     regional: Regional | None = None
     speed: Log | None = None
+    forecasts: Forecasts | None = None
 
 
 def setup_of(model) -> Setup:
@@ -133,6 +136,11 @@ def with_plan(model, plan: Plan | None, **keeping):
 def with_regional(model, regional: Regional | None):
     """A clone of MODEL with GRI attention in the shallow levels. The MODEL that came in is not altered."""
     return _set_up(model.clone(), replace(setup_of(model), regional=regional))
+
+
+def with_forecasts(model, forecasts: Forecasts | None):
+    """A clone of MODEL that leaves out evaluations of the network. The MODEL that came in is not altered."""
+    return _set_up(model.clone(), replace(setup_of(model), forecasts=forecasts))
 
 
 def with_survey(model, survey):
@@ -200,6 +208,7 @@ class Run:
             w: (sampling.percent_to_sigma(w.start), sampling.percent_to_sigma(w.end) if w.end < 1 else -1.0)
             for w in (*self.cast.windows, *([self._regional.when] if self._regional else []))
         }
+        self.forecaster = None
         # One stage per UNet object: multi-GPU clones have their own modules and their own packs.
         self._stages = {
             id(m.model): Stage(m, sigmas, cache, self._recorder)
@@ -216,6 +225,8 @@ class Run:
             stage.assign(parts, experts, gains, regional)
             if stage.memory is not None:
                 stage.memory.begin_evaluation(sigma)
+        if self.forecaster is not None:
+            self.forecaster.begin_evaluation(sigma)
         memory = self._memory()
         if memory is not None:
             self._laps.begin(memory.step)
@@ -240,6 +251,8 @@ class Run:
         return self._stages.get(id(base_model))
 
     def close(self) -> None:
+        if self.forecaster is not None:
+            self.forecaster.close()
         memory = self._memory()
         if self._inheritance is not None:  # without a memory it was off in this run
             self._inheritance.log.last = memory and Report(
@@ -426,6 +439,9 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     guider.model_patcher.match_multigpu_clones()
     cache = cache_bytes(guider.model_patcher, noise.shape, sum(map(len, guider.conds.values())))
     run = Run(guider.model_patcher, sigmas.tolist(), cache, tuple(noise.shape))
+    forecasts = setup_of(guider.model_patcher).forecasts
+    if forecasts is not None:
+        run.forecaster = forecasts.begin_run(sigmas, guider, sampler)
     guider.model_options["transformer_options"][KEY] = run  # the run's own copy; the guider restores the original
     try:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -443,6 +459,13 @@ def _predict_noise(executor, x, timestep, model_options={}, seed=None):
         out = executor(x, timestep, model_options, seed)
     run.evaluated()
     return out
+
+
+def _calc_cond_batch(executor, model, conds, x, timestep, model_options):
+    run = model_options.get("transformer_options", {}).get(KEY)
+    if run is None or run.forecaster is None:
+        return executor(model, conds, x, timestep, model_options)
+    return run.forecaster.calc_cond_batch(executor, model, conds, x, timestep, model_options)
 
 
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
@@ -498,11 +521,14 @@ def _diffusion_model(executor, x, timesteps=None, context=None, y=None, control=
 def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
     for base in (model, *model.get_additional_models_with_key("multigpu")):
         sync_patches(model, base.get_additional_models_with_key(KEY))
-    inheritance = setup_of(model).inheritance
-    if inheritance is not None and not inheritance.on_cpu:
-        # The host plans memory by the shape of the latents alone and knows nothing of remembered features:
-        # a batch that is larger by as much makes it leave room for them.
-        extra = cache_bytes(model, noise_shape, sum(map(len, conds.values())))
+    setup, extra = setup_of(model), 0
+    if setup.inheritance is not None and not setup.inheritance.on_cpu:
+        extra += cache_bytes(model, noise_shape, sum(map(len, conds.values())))
+    if setup.forecasts is not None:
+        extra += setup.forecasts.bytes(noise_shape, len(conds))
+    if extra:
+        # The host plans memory by the shape of the latents alone and knows nothing of what is remembered:
+        # a batch that is larger by as much makes it leave room for it.
         planned = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
         noise_shape = [noise_shape[0] * (1 + extra / planned), *noise_shape[1:]]
     return executor(model, noise_shape, conds, *args, **kwargs)
@@ -559,6 +585,7 @@ def _on_clone(old, new):
 _WRAPPERS = (
     (WrappersMP.OUTER_SAMPLE, _outer_sample),
     (WrappersMP.PREDICT_NOISE, _predict_noise),
+    (WrappersMP.CALC_COND_BATCH, _calc_cond_batch),
     (WrappersMP.APPLY_MODEL, _apply_model),
     (WrappersMP.DIFFUSION_MODEL, _diffusion_model),
     (WrappersMP.PREPARE_SAMPLING, _prepare_sampling),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from asdm_core import forecast_fit
 from asdm_core.forecast import COND, FULL, RESULT, denoised_of, v_of
-from asdm_core.forecast_fit import Fit, Offer, Recording, best_offer, gram_of, offers, response, transfer
+from asdm_core.forecast_fit import Fit, Offer, Recording, Statistics, best_offer, gram_of, offers, response, transfer
 
 SIGMAS = np.array([14.6, 9.0, 5.7, 3.7, 2.4, 1.5, 0.95, 0.55, 0.25, 0.0])
 
@@ -252,6 +252,25 @@ def test_fewer_steps_are_offered_and_taken_where_they_win():
         best_offer(found, saving=0.9)
     with pytest.raises(ValueError, match="the closest is"):
         best_offer(found, error=1e-12)
+
+
+def test_statistics_give_the_recording_of_a_run_at_other_noise_levels():
+    # v as smooth functions of the noise level, known at many of them; the run is at nine of its own.
+    parts = np.random.default_rng(2).standard_normal((2, 3, 40))
+
+    def v(sigma):
+        waves = np.array([1 / (1 + sigma), np.cos(np.log(sigma)), np.sin(0.7 * np.log(sigma))])
+        return waves @ parts[0], waves @ parts[1]
+
+    known = np.geomspace(20, 0.02, 60)
+    statistics = Statistics(known, gram_of(*zip(*map(v, known), strict=True)), 4.0, 1.0)
+    found = statistics.recording(response_of("euler"), 6.0, POSITIONS["euler"])
+    wanted = gram_of(*zip(*map(v, SIGMAS[:-1]), strict=True))
+    assert found.gram == pytest.approx(wanted, abs=1e-4) and found.guidance == 6.0
+    # Differences between steps, which all forecasts are made of, are right too.
+    step = np.zeros(18)
+    step[[3, 4, 5]] = 1, -2, 1
+    assert step @ found.gram @ step == pytest.approx(step @ wanted @ step, rel=0.01)
 
 
 def test_a_recording_is_checked():

@@ -1,0 +1,541 @@
+"""Whole-step forecasts in a run: which calls of the network are made, and what is returned in place of the others.
+
+Everything stands around the host's calc_cond_batch, which gives one denoised result for each list of conds, with areas,
+masks and ControlNets already in it. What is remembered is v of such a result (see `asdm_core.forecast`). A result is
+forecast only if for every list that is asked for the evaluations that the plan draws on are remembered, made under the
+circumstances of now; in any other case the call is made in full.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..asdm_core.forecast import (
+    COND,
+    FULL,
+    RESULT,
+    TOLERANCE,
+    UNGUIDED,
+    Action,
+    ForecastPlan,
+    Weights,
+    denoised_of,
+    line,
+    v_of,
+)
+from ..asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, response
+from .replay import position_of, step_of
+
+SAME_CONTENT = 0.5  # cosine of the latents of a call and of the same call one evaluation before, at least
+
+
+@dataclass
+class ForecastReport:
+    """What one run did. letters: one for each evaluation (see `ForecastPlan.letters`; "F" also where a forecast was
+    planned and everything had to be computed). asked, computed: results of lists of conds. peak: bytes remembered at
+    most. notes: what kept the plan from being carried out.
+    """
+
+    letters: str
+    asked: int
+    computed: int
+    peak: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def saving(self) -> float:
+        """Share of the results that were not computed."""
+        return 1 - self.computed / self.asked if self.asked else 0.0
+
+
+@dataclass
+class ForecastLog:
+    """The report of the last run of a MODEL and its clones. Numbers only, so that it may outlive the run."""
+
+    last: ForecastReport | None = None
+
+
+@dataclass(frozen=True)
+class Forecasts:
+    """A forecast plan on a MODEL."""
+
+    plan: ForecastPlan
+    log: ForecastLog = field(default_factory=ForecastLog, compare=False)
+
+    def bytes(self, shape: Sequence[int], conds: int, itemsize: int = 4) -> int:
+        """Bytes that a run on latents of a shape (B, C, H, W) remembers, with so many lists of conds."""
+        kept = self.plan.remembered
+        return (kept * conds + 1) * math.prod(shape) * itemsize if kept else 0
+
+    def begin_run(self, sigmas: Tensor, guider, sampler) -> Forecaster:
+        """For one run of a guider with a sampler at these noise levels."""
+        return Forecaster(self.plan, self.log, sigmas.tolist(), positives(guider))
+
+
+def positives(guider) -> frozenset:
+    """The uuids of the conds that guidance is towards."""
+    return frozenset(cond["uuid"] for cond in guider.conds.get("positive") or ())
+
+
+class Same:
+    """A thing that equals itself, and tensors that equal its own. Keeps it alive: a bare id may come to mean others."""
+
+    __slots__ = ("thing",)
+
+    def __init__(self, thing):
+        self.thing = thing
+
+    def __eq__(self, other) -> bool:
+        a, b = self.thing, other.thing
+        if a is b:
+            return True
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            return False
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+    __hash__ = None  # found by comparing alone
+
+
+@dataclass
+class Point:
+    """v of one list of conds at one evaluation, and the circumstances it was made under.
+
+    whole: whether all lists of the call were computed.
+    """
+
+    position: float
+    v: Tensor
+    circumstances: tuple
+    whole: bool
+
+
+@dataclass
+class Track:
+    """What is remembered of one list of conds: points by the number of their evaluation, the oldest first."""
+
+    points: dict[int, Point] = field(default_factory=dict)
+
+    def usable(self, circumstances: tuple) -> dict[int, Point]:
+        return {k: point for k, point in self.points.items() if point.circumstances == circumstances}
+
+
+class Forecaster:
+    """Carries a plan out in one run. Holds no model."""
+
+    def __init__(self, plan: ForecastPlan, log: ForecastLog, sigmas: Sequence[float], positive: frozenset):
+        self._log, self._sigmas, self._positive = log, list(sigmas), positive
+        steps = max(len(self._sigmas) - 1, 1)
+        self._notes: list[str] = []
+        if int(max(plan.positions)) + 1 != steps:
+            self.note(f"the plan is for {int(max(plan.positions)) + 1} steps and was fitted to {steps}")
+            plan = plan.for_steps(steps)
+        self.plan = plan
+        self._step, self._next = 0, 0
+        self._sigma, self._position, self._number = 0.0, 0.0, 0
+        self._action, self._planned = Action(), True
+        self._unplanned = 0
+        self._forced: list[int] = []  # evaluations that were made though the plan forecasts them
+        self._wanted = 1  # points of a straight line
+        self._ordinals: Counter = Counter()
+        self._several: set = set()  # keys that an evaluation asks for more than once
+        self._tracks: dict[tuple, Track] = {}
+        self._latents: dict[tuple, tuple[int, Tensor]] = {}  # of each call of the evaluation before
+        self._moving = False
+        self._evaluation = -1
+        self._done: list[set[str]] = []
+        self._asked = self._computed = self.peak = 0
+
+    def note(self, text: str) -> None:
+        """Something that a person should know about this run; once in the log and in the report."""
+        if text not in self._notes:
+            self._notes.append(text)
+            logging.warning(f"asdm: whole-step forecasts: {text}.")
+
+    # once per evaluation ----------------------------------------------------------------------------
+
+    def begin_evaluation(self, sigma: float) -> None:
+        """An evaluation at a noise level begins; it may come in several calls."""
+        step = step_of(sigma, self._sigmas, self._step)
+        position = position_of(sigma, self._sigmas, step)
+        self._step, self._sigma = step, sigma
+        self._position = float(step) if position is None else position
+        self._evaluation += 1
+        self._ordinals.clear()
+        self._done.append(set())
+        found = self.plan.find(self._position, self._next)
+        self._planned = found is not None
+        if found is not None:
+            self._next, self._number, self._action = found + 1, found, self.plan.actions[found]
+        else:
+            # A sampler that looks between the steps, or comes back: as its step does, in straight lines.
+            before = [k for k, p in enumerate(self.plan.positions) if p <= self._position + TOLERANCE]
+            kind = self.plan.actions[before[-1]].kind if before else FULL
+            self._unplanned -= 1
+            self._number, self._action = self._unplanned, Action(kind if kind in (RESULT, COND, UNGUIDED) else FULL)
+        if not sigma > 0:  # there is no v
+            self._action = Action()
+        before = {p for a, p in zip(self.plan.actions, self.plan.positions, strict=True) if a.computes}
+        self._wanted = min(2, max(1, sum(p < self._position - TOLERANCE for p in before)))
+
+    @property
+    def action(self) -> Action:
+        """What the plan wants of this evaluation."""
+        return self._action
+
+    # once per call ----------------------------------------------------------------------------------
+
+    def calc_cond_batch(self, executor, model, conds, x: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
+        """The host's calc_cond_batch, or forecasts of what it would give."""
+        if not self._draws:
+            return executor(model, conds, x, timestep, model_options)
+        live = [i for i, cond in enumerate(conds) if cond and any(self._active(c) for c in cond)]
+        for i in live:
+            self._next_keyframe(model, conds[i], timestep, model_options)
+        keys = {i: self._key(model, conds[i], x, model_options) for i in live}
+        now = {i: self._circumstances(conds[i]) for i in live}
+        moved = self._moved(keys, x)
+        first = next((i for i in live if conds[i][0]["uuid"] in self._positive), None)
+        self._asked += len(live)
+        results = (
+            None if moved else self._forecast(executor, model, conds, x, timestep, model_options, keys, now, first)
+        )
+        if results is None:
+            results = executor(model, conds, x, timestep, model_options)
+            self._computed += len(live)
+            self._done[-1].add("F")
+            self._remember(live, keys, now, x, results)
+        self.peak = max(self.peak, self.bytes())
+        return results
+
+    @property
+    def _draws(self) -> bool:
+        return any(action.kind in (RESULT, COND, UNGUIDED) for action in self.plan.actions)
+
+    def _forecast(self, executor, model, conds, x, timestep, options, keys, now, first) -> list[Tensor] | None:
+        """The results of a call of which some or all are not computed; None if all must be."""
+        kind = self._action.kind
+        others = [i for i in keys if i != first]
+        if kind in (COND, UNGUIDED):
+            if first is None or not others:
+                return None  # nothing that could be left out
+            differences = {i: None for i in others}
+            if kind == COND:
+                differences = {i: self._difference(keys, now, first, i) for i in others}
+                if any(d is None for d in differences.values()):
+                    return None
+            alone = [cond if i == first else None for i, cond in enumerate(conds)]
+            results = executor(model, alone, x, timestep, options)
+            self._computed += 1
+            self._done[-1].add("c" if kind == COND else "u")
+            v = v_of(x, results[first], self._sigma)
+            for i in others:
+                results[i] = (
+                    results[first].clone()
+                    if differences[i] is None
+                    else denoised_of(x, v - differences[i], self._sigma).to(results[first].dtype)
+                )
+            self._remember([first], keys, now, x, results)
+            return results
+        if kind != RESULT:
+            return None
+        found = self._results(keys, now, first)
+        if found is None:
+            return None
+        self._done[-1].add("r")
+        return [
+            denoised_of(x, found[i], self._sigma).to(x.dtype) if i in found else torch.zeros_like(x)
+            for i in range(len(conds))
+        ]
+
+    def _results(self, keys, now, first) -> dict[int, Tensor] | None:
+        """v of each list at an evaluation that is not made; None where something it is drawn on from is missing."""
+        found: dict[int, Tensor | None] = {}
+        apart = self._action.difference and first is not None
+        if apart:
+            v = self._sum(self._tracks.get(keys[first]), now[first], self._action.weights)
+            if v is None:
+                return None
+            found[first] = v
+        for i in keys:
+            if i == first and apart:
+                continue
+            if apart:
+                difference = self._difference(keys, now, first, i)
+                found[i] = None if difference is None else found[first] - difference
+            else:
+                weights = () if self._action.difference else self._action.weights
+                found[i] = self._sum(self._tracks.get(keys[i]), now[i], weights)
+        return None if any(v is None for v in found.values()) else found
+
+    def _sum(self, track: Track | None, circumstances: tuple, weights: Weights) -> Tensor | None:
+        usable = track.usable(circumstances) if track else {}
+        weights = weights or self._straight(usable)
+        if not weights or any(k not in usable for k, _ in weights):
+            return None
+        return sum(w * usable[k].v for k, w in weights)
+
+    def _difference(self, keys, now, first: int, other: int) -> Tensor | None:
+        """v of the positive list less that of another, as forecast for now."""
+        mine, its = (self._tracks.get(keys[i]) for i in (first, other))
+        if mine is None or its is None:
+            return None
+        usable, against = mine.usable(now[first]), its.usable(now[other])
+        both = {k: point for k, point in usable.items() if k in against}
+        weights = self._action.difference or self._straight(both)
+        if not weights or any(k not in both for k, _ in weights):
+            return None
+        return sum(w * (usable[k].v - against[k].v) for k, w in weights)
+
+    def _straight(self, points: dict[int, Point]) -> Weights:
+        """The straight line through what is remembered; none where the plan would have had more points for it."""
+        newest = [(k, point.position) for k, point in reversed(points.items()) if point.whole]
+        weights = line(self._position, newest) if newest else ()
+        return weights if len(weights) >= self._wanted else ()
+
+    def _remember(self, computed, keys, now, x, results) -> None:
+        if not self._sigma > 0:
+            return
+        needed = self.plan.live(self._next - 1) if self._next else frozenset()
+        if not self._planned or len(computed) == len(keys) and self._action.kind != FULL:
+            # Made though the plan knows nothing of it: the next straight lines start here.
+            self._forced = [*[k for k in self._forced if k != self._number][-1:], self._number]
+        keep, whole = {*needed, *self._forced}, len(computed) == len(keys)
+        for i in computed:
+            track = self._tracks.setdefault(keys[i], Track())
+            if self._number in keep:
+                track.points[self._number] = Point(self._position, v_of(x, results[i], self._sigma), now[i], whole)
+            track.points = {k: point for k, point in track.points.items() if k in keep}
+
+    # circumstances ----------------------------------------------------------------------------------
+
+    def _key(self, model, cond, x: Tensor, model_options: dict) -> tuple:
+        """What must be the same for two results to be of one list: the list (context windows and others make it anew,
+        its conds keep their uuids), the model, the size, what is patched, the frames, and, as all that may be asked for
+        more than once in an evaluation, how often it was.
+        """
+        options = model_options.get("transformer_options", {})
+        window = options.get("context_window")
+        replaced = frozenset((kind, at) for kind, places in options.get("patches_replace", {}).items() for at in places)
+        patched = frozenset((name, len(found)) for name, found in options.get("patches", {}).items() if found)
+        base = (
+            _Id(model),
+            tuple(c["uuid"] for c in cond),
+            tuple(x.shape),
+            x.dtype,
+            replaced,
+            patched,
+            tuple(window.index_list) if window else (),
+        )
+        self._ordinals[base] += 1
+        return (*base, self._ordinals[base])
+
+    def _active(self, cond: dict) -> bool:
+        """Whether the host would use a cond at this noise level."""
+        return not (self._sigma > cond.get("timestep_start", math.inf) or self._sigma < cond.get("timestep_end", 0.0))
+
+    def _circumstances(self, cond) -> tuple:
+        """What must be as it was: which conds are active with which content, weight, area and mask, where control acts,
+        the strengths of hook LoRAs.
+        """
+        found = []
+        for c in cond:
+            if not self._active(c):
+                found.append(None)
+                continue
+            content = [(name, Same(getattr(value, "cond", value))) for name, value in c.get("model_conds", {}).items()]
+            controls, control = [], c.get("control")
+            while control is not None:
+                high, low = control.timestep_range or (math.inf, -math.inf)
+                controls.append((Same(control), low <= self._sigma <= high, control.strength))
+                control = control.previous_controlnet
+            hooks = c.get("hooks")
+            found.append(
+                (
+                    content,
+                    controls,
+                    c.get("strength", 1.0),
+                    c.get("mask_strength", 1.0),
+                    tuple(c.get("area") or ()),
+                    Same(c.get("mask")),
+                    tuple(hook.strength for hook in hooks.hooks) if hooks else (),
+                )
+            )
+        return tuple(found)
+
+    def _next_keyframe(self, model, cond, timestep, model_options) -> None:
+        # The host counts evaluations by this call, and a forecast one would be missing.
+        for c in cond:
+            if c.get("hooks") is not None and self._active(c):
+                model.current_patcher.prepare_hook_patches_current_keyframe(timestep, c["hooks"], model_options)
+
+    def _moved(self, keys, x: Tensor) -> bool:
+        """Whether the call is about another part of the latent than the one in its place an evaluation before, as with
+        windows that move. Only calls that come several times in an evaluation can be.
+        """
+        for key in keys.values():
+            if key[-1] > 1:
+                self._several.add(key[:-1])
+        mine = {key for key in keys.values()}
+        before = [self._latents.get(key) for key in mine]
+        for key in mine:
+            self._latents[key] = self._evaluation, x
+        if self._moving or not any(key[:-1] in self._several for key in keys.values()):
+            return self._moving
+        for found in before:
+            if found is not None and found[0] == self._evaluation - 1:
+                alike = torch.cosine_similarity(found[1].flatten().float(), x.flatten().float(), 0)
+                if float(alike) < SAME_CONTENT:
+                    self._moving = True
+                    self._tracks.clear()
+                    self.note("the latent is sampled in parts that move from step to step, so every step is computed")
+                    break
+        return self._moving
+
+    # the sheet --------------------------------------------------------------------------------------
+
+    def bytes(self) -> int:
+        """Bytes held at the moment."""
+        held = [point.v for track in self._tracks.values() for point in track.points.values()]
+        held += [x for _, x in self._latents.values()]
+        return sum({t.data_ptr(): t.nbytes for t in held}.values())
+
+    def close(self) -> None:
+        letters = "".join("F" if "F" in done or not done else min(done) for done in self._done)
+        self._log.last = ForecastReport(letters, self._asked, self._computed, self.peak, tuple(self._notes))
+        self._tracks.clear()
+        self._latents.clear()
+
+
+# Measuring ------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands in a MODEL's Setup where its forecasts would: its next run computes everything and is recorded."""
+
+    def __init__(self):
+        self.log = ForecastLog()
+        self.cond: list[Tensor] = []
+        self.difference: list[Tensor] = []
+        self.sigmas: list[float] = []
+        self.positions: list[float] = []
+        self._step, self._sigma = 0, 0.0
+
+    def bytes(self, shape: Sequence[int], conds: int, itemsize: int = 4) -> int:
+        return 0  # what is recorded lies in main memory
+
+    def begin_run(self, sigmas: Tensor, guider, sampler) -> Recorder:
+        self._nodes, self._positive = sigmas.tolist(), positives(guider)
+        self.cond, self.difference, self.sigmas, self.positions, self._step = [], [], [], [], 0
+        return self
+
+    def begin_evaluation(self, sigma: float) -> None:
+        self._step, self._sigma = step_of(sigma, self._nodes, self._step), sigma
+        position = position_of(sigma, self._nodes, self._step)
+        self.sigmas.append(sigma)
+        self.positions.append(float(self._step) if position is None else position)
+
+    def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
+        results = executor(model, conds, x, timestep, model_options)
+        first = next((i for i, c in enumerate(conds) if c and c[0]["uuid"] in self._positive), None)
+        if first is not None and len(self.cond) < len(
+            self.sigmas
+        ):  # the first call of an evaluation; others are guidance
+            cond = v_of(x, results[first], self._sigma).float()
+            other = next((i for i, c in enumerate(conds) if c and i != first), None)
+            difference = torch.zeros_like(cond)
+            if other is not None:
+                difference = cond - v_of(x, results[other], self._sigma).float()
+            self.cond.append(cond.cpu())
+            self.difference.append(difference.cpu())
+        return results
+
+    def close(self) -> None:
+        pass
+
+    def statistics(self, guidance: float, size: float) -> Statistics:
+        """What was recorded, for runs of other samplers and steps."""
+        self._check()
+        return Statistics(np.array(self.sigmas), gram_of(self.cond, self.difference), guidance, size)
+
+    def recording(self, response: Response, guidance: float, size: float) -> Recording:
+        """What was recorded, for runs like it; response: of its sampler."""
+        self._check()
+        gram = gram_of(self.cond, self.difference)
+        return Recording(response, gram, guidance, tuple(self.positions), size, len(self.cond[0]))
+
+    def _check(self) -> None:
+        if not self.cond or len(self.cond) != len(self.sigmas):
+            raise ValueError(
+                "this run cannot be recorded: its guider does not ask for the positive prompt's result once in every "
+                "evaluation. Calibrate with an ordinary guider."
+            )
+
+
+def adds_noise(sampler) -> bool:
+    """Whether a sampler draws fresh noise on its way (ancestral and SDE samplers)."""
+    return "noise_sampler" in inspect.signature(sampler.sampler_function).parameters
+
+
+def response_of(sampler, sigmas: Tensor, model) -> Response:
+    """The response of one of the host's samplers at these noise levels; model: the MODEL it samples.
+
+    Raises ValueError for samplers that are not the host's own, draw noise, or are not linear.
+    """
+    function = getattr(sampler, "sampler_function", None)
+    if function is None or not function.__module__.startswith("comfy."):
+        raise ValueError(
+            f"{getattr(function, '__name__', type(sampler).__name__)} is not one of ComfyUI's own samplers"
+        )
+    if adds_noise(sampler):
+        raise ValueError(f"{function.__name__.removeprefix('sample_')} draws fresh noise at every step")
+
+    class Denoiser:
+        inner_model = SimpleNamespace(inner_model=model.model, model_patcher=model)
+
+        def __init__(self, denoise):
+            self.denoise = denoise
+
+        def __call__(self, x, sigma, **_):
+            found = self.denoise(x.flatten().numpy(), float(sigma.flatten()[0]))
+            return torch.from_numpy(found).to(x).reshape(x.shape)
+
+    def sample(denoise, rows):
+        x = torch.zeros(rows, 1, 1, 1)
+        with torch.random.fork_rng(devices=[]):
+            out = function(
+                Denoiser(denoise), x, nodes, extra_args={}, callback=None, disable=True, **sampler.extra_options
+            )
+        return out.flatten().numpy()
+
+    nodes = sigmas.detach().cpu().float()
+    try:
+        with torch.no_grad():
+            return response(sample)
+    except (TypeError, AttributeError, IndexError, RuntimeError) as e:
+        # A sampler that wants more of a model than its results, as those of CFG++ do.
+        raise ValueError(f"{function.__name__.removeprefix('sample_')} cannot be tried on numbers ({e})") from None
+
+
+class _Id:
+    """A model as part of a key, by identity, kept alive as long as the key."""
+
+    __slots__ = ("thing",)
+
+    def __init__(self, thing):
+        self.thing = thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _Id) and self.thing is other.thing
