@@ -116,8 +116,9 @@ def test_a_file_lands_whole_and_goes_on_exactly(tmp_path):
     net, path = student(recipe), tmp_path / "a.safetensors"
     write_lora(path, net, recipe, {"steps": 1}, None, "CC0-1.0")
     file = TensorFile(path)
-    found = report(list(file), recipe.architecture)
-    assert len(found.kept) == len(changes(net)) and not (found.dropped or found.unread or found.unknown or found.text)
+    found = report(file.shapes, recipe.architecture)
+    assert len(found.kept) == len(changes(net)) and not (found.dropped or found.peft or found.unknown or found.text)
+    assert not found.misfits
     assert file.metadata["ss_network_dim"] == "4" and file.metadata["modelspec.license"] == "CC0-1.0"
     conv = file["lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight"]
     assert conv.shape[2:] == (3, 3) and file["lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight"].shape[2:] == (
