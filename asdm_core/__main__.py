@@ -95,7 +95,7 @@ def inspect(args) -> None:
     path = Path(args.file)
     loaded = None
     if path.is_file():
-        file = TensorFile(path)
+        file = packs.open_file(path)
         description = packs.describe(file)
         if description is not None and description.kind == "pack":
             loaded = packs.open_pack(path)

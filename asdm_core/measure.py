@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,19 @@ def total(unit_costs: Mapping[str, UnitCost]) -> UnitCost:
     return UnitCost("", sum(c.params for c in unit_costs.values()), dict(macs), dict(attention))
 
 
+def output_size(u: Unit, cut: bool, size: Sequence[int], wanted: Sequence[int] | None = None) -> tuple[int, int]:
+    """Height and width of what a unit makes of an input of `size` (height, width).
+
+    cut: nobody plays it, so it passes its input on, samplers too. wanted: the size of the skip an upsampler is to meet,
+    which may be odd; None for twice its input.
+    """
+    if cut or u.kind not in ("downsampler", "upsampler"):
+        return tuple(size)
+    if u.kind == "downsampler":
+        return tuple((n + 1) // 2 for n in size)
+    return tuple(2 * n for n in size) if wanted is None else tuple(wanted)
+
+
 def sizes(architecture: Architecture, height: int, width: int) -> dict[str, tuple[int, int]]:
     """Height and width of each kept unit's output. A cut sampler leaves the size as it is."""
     size, skips, sizes = (height, width), [], {}
@@ -76,10 +89,7 @@ def sizes(architecture: Architecture, height: int, width: int) -> dict[str, tupl
         kept = u.address not in architecture.cut
         if u.kind == "resnet" and u.side == "up":
             skips.pop()
-        if kept and u.kind == "downsampler":
-            size = tuple((n + 1) // 2 for n in size)
-        elif kept and u.kind == "upsampler":
-            size = skips[-1]
+        size = output_size(u, not kept, size, skips[-1] if u.kind == "upsampler" else None)
         if kept:
             sizes[u.address] = size
         ends_layer = i + 1 == len(units) or units[i + 1].layer != u.layer

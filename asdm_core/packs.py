@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -493,21 +494,24 @@ def identify_unet(file: TensorFile) -> tuple[Description, Recognised]:
     return description, found
 
 
-def open_unet(path: str | os.PathLike, drop_unknown: bool = False) -> Loaded:
+def open_unet(path: str | os.PathLike, drop_unknown: bool = False, prediction: str | None = None) -> Loaded:
     """Open a UNet in any known form: ours, an LDM or diffusers single file, or a diffusers folder.
 
     The UNet may lie inside a whole checkpoint. drop_unknown: leave out, as ComfyUI does, tensors that belong to no
-    layer. Raises BadFile, also for such tensors unless they are to be left out.
+    layer. prediction: "eps" or "v" where somebody chose it; nothing that the folder says is asked for then. Raises
+    BadFile, also for such tensors unless they are to be left out.
     """
     path = Path(path)
-    prediction = _folder_prediction(path)
-    file = TensorFile(_file_in_folder(path) if path.is_dir() else path)
+    file = open_file(_file_in_folder(path) if path.is_dir() else path)
+    predicted = prediction or _folder_prediction(path)
     description, found = identify_unet(file)
     _check_unknown(file, found, drop_unknown)
     names = {slot.unit.key(slot.tensor): key for key, slot in found.keys().items()}
     _check_values(file, names.values())
-    if description.prediction is None:
-        description = replace(description, prediction=prediction or ("v" if V_MARKER in file.shapes else None))
+    if prediction:
+        description = replace(description, prediction=prediction)
+    elif description.prediction is None:
+        description = replace(description, prediction=predicted or ("v" if V_MARKER in file.shapes else None))
     return Loaded(
         file.path,
         description,
@@ -569,33 +573,109 @@ def _check_values(file: TensorFile, names: Iterable[str]) -> None:
             )
 
 
-_FOLDER_NAMES = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "model.safetensors",
-)
+# What a UNet's file is called in a diffusers folder, and the subfolders it may lie in. A variant (fp16, bf16, non_ema)
+# stands before the ending, or before the number of a shard.
+_STEMS = ("diffusion_pytorch_model", "model")
+_SUBFOLDERS = ("unet", "", "unet_ema")
+_UNET_FILE = re.compile(rf"({'|'.join(_STEMS)})(?P<variant>(\.\w+)?)\.safetensors")
+_UNET_INDEX = re.compile(rf"({'|'.join(_STEMS)})\.safetensors\.index(?P<variant>(\.\w+)?)\.json")
+_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
+
+
+def unet_in_folder(folder: str | os.PathLike) -> Path | None:
+    """The file that stands for the UNet of a diffusers folder (a pipeline's or the unet's own): a safetensors file, the
+    index of one in shards, or None where there is neither. Files without a variant in their name come first, then fp16.
+    """
+    for sub in _SUBFOLDERS:
+        found = []
+        for path in sorted(Path(folder, sub).glob("*")):
+            for sharded, pattern in enumerate((_UNET_FILE, _UNET_INDEX)):
+                match = pattern.fullmatch(path.name)
+                if match and path.is_file():
+                    variant = match["variant"].lstrip(".")
+                    found.append((variant != "", variant != "fp16", sharded, path.name, path))
+        if found:
+            return min(found)[-1]
+    return None
 
 
 def _file_in_folder(folder: Path) -> Path:
-    """The UNet file of a diffusers folder (the pipeline's or the unet's own)."""
-    for sub in (folder / "unet", folder):
-        for name in _FOLDER_NAMES:
-            if (sub / name).is_file():
-                return sub / name
-        pickles = sorted(sub.glob("*.bin"))
+    """As `unet_in_folder`. Raises BadFile where there is none."""
+    found = unet_in_folder(folder)
+    if found is not None:
+        return found
+    for sub in _SUBFOLDERS:
+        pickles = sorted(p for ending in ("*.bin", "*.ckpt", "*.pt") for p in Path(folder, sub).glob(ending))
         if pickles:
             raise BadFile(
-                f"{folder.name}: it holds only {pickles[0].name}, a pickle file, which can run code when it is "
-                "opened; asdm reads only safetensors. Convert it first."
+                f"{folder.name}: it holds only {pickles[0].name}, a pickle file, which can run code when it is opened; "
+                "asdm reads only safetensors. Look for the same model in safetensors, or convert it where "
+                "you trust the "
+                "file: in Python, diffusers.UNet2DConditionModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
             )
-    raise BadFile(f"{folder.name}: this folder holds no UNet; wanted {_FOLDER_NAMES[0]} in it or in its subfolder unet")
+    raise BadFile(
+        f"{folder.name}: this folder holds no UNet; wanted {_STEMS[0]}.safetensors (with a variant, as .fp16, or in "
+        f"shards with their index) in it or in its subfolder {_SUBFOLDERS[0]} or {_SUBFOLDERS[-1]}"
+    )
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of this name is only a part of a model."""
+    return _SHARD.fullmatch(name) is not None
+
+
+class Shards(TensorFile):
+    """The tensors of several safetensors files that one index lists, as one."""
+
+    def __init__(self, index: str | os.PathLike):
+        self.path = Path(index)
+
+        def bad(why: str) -> BadFile:
+            return BadFile(f"{self.path.name}: {why}. Download the folder again.")
+
+        try:
+            if self.path.stat().st_size > _MAX_HEADER:
+                raise bad(f"this index is longer than {_MAX_HEADER} bytes")
+            places = read_json(self.path.read_bytes())["weight_map"]
+        except (ValueError, TypeError, KeyError) as e:
+            if isinstance(e, BadFile):
+                raise
+            raise bad("this is no index of shards (a JSON object with weight_map)") from None
+        except OSError as e:
+            raise bad(f"cannot be read ({e.strerror or e})") from None
+        if not isinstance(places, dict) or not all(
+            isinstance(n, str) and n.isprintable() and Path(n).name == n for n in places.values()
+        ):
+            raise bad("its weight_map does not name files beside it")
+        files = {name: TensorFile(self.path.parent / name) for name in sorted(set(places.values()))}
+        self._places = {key: files[name] for key, name in places.items()}
+        for key, name in places.items():
+            if key not in files[name].dtypes:
+                raise bad(f"{printable(name)} has no tensor {printable(key)}, which it says is there")
+        self.metadata, self.dtypes, self.shapes = {}, {}, {}
+        for file in files.values():
+            if twice := self.dtypes.keys() & file.dtypes.keys():
+                raise bad(f"tensor {printable(min(twice))} is in two of its files")
+            self._places |= dict.fromkeys(file.dtypes, file)
+            self.metadata = {**file.metadata, **self.metadata}
+            self.dtypes |= file.dtypes
+            self.shapes |= file.shapes
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._places[key][key]
+
+
+def open_file(path: str | os.PathLike) -> TensorFile:
+    """The tensors of a safetensors file, or of the shards an index lists. Raises BadFile."""
+    path = Path(path)
+    return Shards(path) if _UNET_INDEX.fullmatch(path.name) else TensorFile(path)
 
 
 def _folder_prediction(path: Path) -> str | None:
     """Prediction type from the scheduler config of a diffusers folder, where there is one."""
     if not path.is_dir():
         return None
-    for folder in (path, path.parent):
+    for folder in (path, path.parent):  # a pipeline's folder, or the unet's own
         config = folder / "scheduler" / "scheduler_config.json"
         if config.is_file():
             try:

@@ -165,6 +165,10 @@ class ASDMApplyPack(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, pack_name=None, **_):
+        return files.changed(files.pack_path, pack_name)
+
+    @classmethod
     def execute(cls, model, pack_name, start_percent, end_percent, strength):
         if start_percent == end_percent:  # an empty window: the pack never plays
             return io.NodeOutput(model)

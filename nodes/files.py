@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import folder_paths
 
-from ..asdm_core.packs import BadFile, TensorFile, describe
+from ..asdm_core.packs import BadFile, TensorFile, describe, is_shard, unet_in_folder
+from ..asdm_core.text import read_json
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "models" / "emoji"
 PACK_FOLDER = "asdm_packs"
@@ -41,20 +42,45 @@ def _embedded(kind: str) -> dict[str, Path]:
     return found
 
 
-def _is_unet_folder(path: Path) -> bool:
-    return any(
-        (path / sub / "config.json").is_file() and any((path / sub).glob("*.safetensors")) for sub in ("", "unet")
-    )
+_EMA = "unet_ema"  # training writes averaged weights there, beside the last ones
+_DEEPEST = 3  # folders within folders, as in author/model/unet
 
 
-def _diffusers_folders(kind: str) -> dict[str, Path]:
-    found = {}
-    for root in map(Path, folder_paths.get_folder_paths(kind)):
-        if root.is_dir():
-            found.update(
-                {p.name + _FOLDER_MARK: p for p in sorted(root.iterdir()) if p.is_dir() and _is_unet_folder(p)}
-            )
+def _diffusers_folders() -> dict[str, Path]:
+    """UNets in diffusers form by name, from where the host keeps UNets and whole diffusers pipelines."""
+    found: dict[str, Path] = {}
+
+    def look(folder: Path, name: str, depth: int) -> None:
+        try:
+            inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        except OSError:  # unreadable, or gone in the meantime
+            return
+        for path in inside:
+            here = f"{name}{path.name}{_FOLDER_MARK}"
+            if unet_in_folder(path) is not None and _is_diffusers(path):
+                found.setdefault(here, path)
+                if (path / "unet").is_dir() and unet_in_folder(path / _EMA) is not None:
+                    found.setdefault(f"{here}{_EMA}{_FOLDER_MARK}", path / _EMA)
+            elif depth > 1:
+                look(path, here, depth - 1)
+
+    for kind in ("diffusion_models", "diffusers"):
+        for root in map(Path, folder_paths.get_folder_paths(kind)):
+            look(root, "", _DEEPEST)
     return found
+
+
+def _is_diffusers(folder: Path) -> bool:
+    """Whether a folder is a pipeline's or a UNet's, and not another network's: a VAE's has a file of the same name."""
+    if (folder / "model_index.json").is_file() or (folder / "unet").is_dir() or (folder / "unet_ema").is_dir():
+        return True
+    try:
+        config = read_json((folder / "config.json").read_bytes())
+    except (ValueError, OSError):
+        return False
+    if not isinstance(config, dict) or {"architectures", "model_type"} & config.keys():  # those of transformers
+        return False
+    return config.get("_class_name", "UNet2DConditionModel") == "UNet2DConditionModel"
 
 
 def checkpoints() -> list[str]:
@@ -62,14 +88,27 @@ def checkpoints() -> list[str]:
     embedded = sorted(
         _embedded("unet"), key=lambda name: "teacher" not in name
     )  # the teacher first: the packs are made for it
-    return [*embedded, *folder_paths.get_filename_list("checkpoints")]
+    return [*embedded, *filter(_readable, folder_paths.get_filename_list("checkpoints"))]
 
 
 def unets() -> list[str]:
     """Names for Load Pruned UNet: diffusers folders (with a trailing slash) and single files; NO_UNET alone where there
     are none.
     """
-    return [*_diffusers_folders("diffusion_models"), *folder_paths.get_filename_list("diffusion_models")] or [NO_UNET]
+    folders = _diffusers_folders()
+    files = filter(_readable, folder_paths.get_filename_list("diffusion_models"))
+    return [*folders, *(name for name in files if not _is_other_part(name, folders))] or [NO_UNET]
+
+
+def _readable(name: str) -> bool:
+    return name.endswith(".safetensors") and not is_shard(name)
+
+
+def _is_other_part(name: str, folders: dict[str, Path]) -> bool:
+    """Whether a file belongs to a listed pipeline and is not its UNet, but its VAE or text encoder."""
+    parts = PurePath(name).parts
+    owners = [n for n in range(1, len(parts)) if _FOLDER_MARK.join((*parts[:n], "")) in folders]
+    return bool(owners) and len(parts) - owners[0] > 1 and parts[owners[0]] not in ("unet", _EMA)
 
 
 def packs() -> list[str]:
@@ -88,11 +127,45 @@ def unet_path(name: str) -> Path:
             f"there is no UNet to load yet. Put a .safetensors file or a diffusers folder into one of {places}, "
             "press R to refresh the lists, and choose it."
         )
-    return _diffusers_folders("diffusion_models").get(name) or _in_folder("diffusion_models", name)
+    return _diffusers_folders().get(name) or _in_folder("diffusion_models", name)
 
 
 def pack_path(name: str) -> Path:
     return _embedded("pack").get(name) or _in_folder(PACK_FOLDER, name)
+
+
+def fingerprint(path: Path) -> list:
+    """What tells the host that a file was replaced, for its cache of results: names, times and sizes of all that is
+    read with it.
+    """
+    beside: list[Path] = [path]
+    if path.is_dir():
+        beside = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json"))
+    else:
+        try:
+            description = describe(TensorFile(path))
+        except BadFile:
+            description = None
+        beside += [path.parent / name for name in description.companions.values()] if description else []
+    return [[str(p), *_stamp(p)] for p in beside]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size
+
+
+def changed(find, name: str) -> list:
+    """The fingerprint of the file behind a name in a list; `find` is one of the functions above. A file that is gone is
+    for the node itself to report.
+    """
+    try:
+        return fingerprint(find(name)) if isinstance(name, str) else []  # a name that comes by a link is not known yet
+    except ValueError:
+        return [name]
 
 
 def _in_folder(kind: str, name: str) -> Path:

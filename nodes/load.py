@@ -37,7 +37,7 @@ class ASDMLoadPrunedUNet(io.ComfyNode):
             "ControlNets and "
             "attention patches made for the unpruned model go on working: BK-SDM base, small and tiny (v1 and v2), "
             "small-sd, tiny-sd, A-SDM M1 to M3, SSD-1B, Segmind Vega, KOALA. Files in the LDM or the diffusers "
-            "layout, or a diffusers folder, from models/diffusion_models or models/unet.",
+            "layout, or a diffusers folder, from models/diffusion_models, models/unet or models/diffusers.",
             search_aliases=[
                 "bk-sdm",
                 "small-sd",
@@ -85,6 +85,10 @@ class ASDMLoadPrunedUNet(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, unet_name=None, **_):
+        return files.changed(files.unet_path, unet_name)
+
+    @classmethod
     def execute(cls, unet_name, prediction, weight_dtype, lora_names=lora_keys.AUTO):
         path = files.unet_path(unet_name)
         model = models.load_unet(str(path), weight_dtype, None if prediction == "auto" else prediction, lora_names)
@@ -112,6 +116,10 @@ class ASDMCheckpointLoader(io.ComfyNode):
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, ckpt_name=None):
+        return files.changed(files.checkpoint_path, ckpt_name)
 
     @classmethod
     def execute(cls, ckpt_name):

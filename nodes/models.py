@@ -107,7 +107,7 @@ def load_unet(
     Tensors that belong to no layer are left out with a word in the log. Raises packs.BadFile. Follows
     comfy.sd.load_diffusion_model_state_dict in the choice of dtypes.
     """
-    loaded = packs.open_unet(path, drop_unknown=True)
+    loaded = packs.open_unet(path, drop_unknown=True, prediction=prediction)
     if loaded.unknown:
         logging.warning(
             f"asdm: {loaded.path.name}: no layer of this UNet has {packs.some(loaded.unknown)}, which is ignored."
@@ -117,7 +117,7 @@ def load_unet(
     parameters = comfy.utils.calculate_parameters(weights)
     management = comfy.model_management
     lora_keys.install()
-    config = model_config(loaded.description.architecture, prediction or loaded.description.prediction, lora_names)
+    config = model_config(loaded.description.architecture, loaded.description.prediction, lora_names)
 
     dtype = options.get("dtype") or management.unet_dtype(
         model_params=parameters,

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asdm_core.addresses import UNetConfig, walk
 from asdm_core.architecture import FAMILIES, Architecture
-from asdm_core.measure import PARTS, costs, psnr, ratio, ssim, time_alternating, total
+from asdm_core.measure import PARTS, costs, output_size, psnr, ratio, ssim, time_alternating, total
 
 SD15, SDXL = Architecture.full(FAMILIES["sd15"]), Architecture.full(FAMILIES["sdxl"])
 
@@ -182,6 +182,24 @@ def test_odd_sizes_by_hand():
 def positions(cost, channels):
     """At how many places a transformer works, read off its projections of channels x channels."""
     return cost.macs["proj"] / (2 * channels**2)
+
+
+@pytest.mark.parametrize("height, width", [(16, 16), (15, 16), (9, 7), (1, 1)])
+def test_the_size_that_units_make_is_that_of_the_layers_themselves(height, width):
+    x = torch.zeros(1, 2, height, width)
+    wanted = 2 * height - 1, 2 * width
+    made = {
+        "downsampler": torch.nn.Conv2d(2, 2, 3, stride=2, padding=1)(x),
+        "upsampler": torch.nn.functional.interpolate(x, wanted),
+    }
+    for u in walk(FAMILIES["sd15"]):
+        size = output_size(u, False, (height, width), wanted if u.kind == "upsampler" else None)
+        assert size == (tuple(made[u.kind].shape[2:]) if u.kind in made else (height, width))
+        assert output_size(u, True, (height, width), wanted) == (height, width)  # the input is passed on
+        if u.kind == "upsampler":
+            assert output_size(u, False, (height, width)) == tuple(
+                torch.nn.functional.interpolate(x, scale_factor=2).shape[2:]
+            )
 
 
 def test_tiny_keeps_the_size_where_its_samplers_are_cut():

@@ -1,6 +1,7 @@
 """UNet files of every form load to the same MODEL, and what is saved loads again, in stock ComfyUI too."""
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ import pytest
 import small
 import torch
 from comfy_extras import nodes_model_merging
-from in_host import execute
+from in_host import execute, node_classes
 from in_host import module as in_pack
 from safetensors.torch import load_file, save_file
 
@@ -59,6 +60,76 @@ def test_a_list_without_unets_says_so_and_what_to_do(monkeypatch, tmp_path):
         execute("ASDMLoadPrunedUNet", unet_name=files.NO_UNET, prediction="auto", weight_dtype="default")
     (tmp_path / "some.safetensors").touch()
     assert files.unets() == ["some.safetensors"]
+
+
+def test_what_is_listed_of_diffusers_folders_is_what_loads(monkeypatch, tmp_path):
+    roots = {kind: tmp_path / kind for kind in ("diffusion_models", "diffusers")}
+    for kind, root in roots.items():
+        root.mkdir()
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(root)], {".safetensors", ".bin"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    sd = tensors("base", layout="diffusers")
+    write_folder(roots["diffusers"] / "author" / "pipeline", sd)
+    write_folder(roots["diffusers"] / "author" / "averaged", sd, unet="unet_ema")
+    both = write_folder(roots["diffusion_models"] / "both", sd)
+    write_folder(both, sd, unet="unet_ema")
+    (both / "vae").mkdir()
+    save_file({"x": torch.zeros(1)}, both / "vae" / "diffusion_pytorch_model.safetensors")
+    (both / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    plain = write_folder(roots["diffusion_models"] / "bf16", sd, unet="")
+    (plain / "diffusion_pytorch_model.safetensors").rename(plain / "diffusion_pytorch_model.bf16.safetensors")
+    for name in ("pickled", "encoder"):
+        (roots["diffusion_models"] / name).mkdir()
+    (roots["diffusion_models"] / "pickled" / "diffusion_pytorch_model.bin").touch()
+    (roots["diffusion_models"] / "encoder" / "config.json").write_text('{"architectures": ["CLIPTextModel"]}')
+    (roots["diffusion_models"] / "encoder" / "model-00001-of-00002.safetensors").touch()
+    listed = files.unets()
+    assert {name for name in listed if name.endswith("/")} == {
+        "author/pipeline/",
+        "author/averaged/",
+        "both/",
+        "both/unet_ema/",
+        "bf16/",
+    }
+    assert not any("vae" in name or "-of-" in name or name.endswith(".bin") for name in listed)
+    for name in listed:
+        models.load_unet(str(files.unet_path(name)))
+
+
+# The host's cache ---------------------------------------------------------------------------------------
+
+
+def test_a_replaced_file_has_another_fingerprint(monkeypatch, tmp_path):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, files.PACK_FOLDER, ([str(tmp_path)], {".safetensors"}))
+    write_folder(tmp_path / "folder", {"a": torch.zeros(1)}, "epsilon")
+    for name in ("file", "vae"):
+        save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    chosen = small.Architecture.full(SD)
+    description = packs.Description("unet", chosen, companions={"vae": "vae.safetensors"})
+    packs.write_file(tmp_path / "whole.safetensors", {"a": torch.zeros(1)}, {"asdm": description.to_json()})
+    nodes = node_classes()
+    cases = [
+        ("ASDMLoadPrunedUNet", "unet_name", "folder/", "folder/unet/diffusion_pytorch_model.safetensors"),
+        ("ASDMLoadPrunedUNet", "unet_name", "folder/", "folder/scheduler/scheduler_config.json"),
+        ("ASDMLoadPrunedUNet", "unet_name", "file.safetensors", "file.safetensors"),
+        ("ASDMCheckpointLoader", "ckpt_name", "file.safetensors", "file.safetensors"),
+        ("ASDMCheckpointLoader", "ckpt_name", "whole.safetensors", "vae.safetensors"),
+        ("ASDMApplyPack", "pack_name", "file.safetensors", "file.safetensors"),
+    ]
+    for node, name, value, replaced in cases:
+        before = nodes[node].fingerprint_inputs(**{name: value})
+        assert nodes[node].fingerprint_inputs(**{name: value}) == before
+        path = tmp_path / replaced
+        stat = path.stat()
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+        later = nodes[node].fingerprint_inputs(**{name: value})
+        assert later != before
+        path.write_bytes(path.read_bytes() + b" ")
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+        assert nodes[node].fingerprint_inputs(**{name: value}) != later
+        assert nodes[node].fingerprint_inputs(**{name: "gone.safetensors"}) == ["gone.safetensors"]
 
 
 # Loading --------------------------------------------------------------------------------------------
