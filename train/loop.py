@@ -555,6 +555,7 @@ class Log:
         self.last = {
             "step": state.step,
             "seconds": round(state.seconds, 4),
+            **({"bank_seconds": round(state.bank_seconds, 4)} if self.config.rollout.steps else {}),
             "skipped": state.skipped,
             "left_out": state.left_out,
             "lr": lr,

@@ -17,6 +17,7 @@ from .figures import save_grid
 from .seeds import seeded
 from .encoders import load_vae
 from .losses import LATENT_RGB, latent_rgb
+from .rollout import few_steps, guided_trajectory
 from .sources import Predict, draw, encoders
 
 PICTURES = 4
@@ -74,14 +75,24 @@ class Show:
                 for i in range(len(self.text.states))
             ]
         ).to(device)
-        self.teacher = self._pictures(teacher)
+        self.teacher = self._pictures(teacher, few=False)
 
-    def _pictures(self, predict: Predict) -> Tensor:
-        return self.decode(draw(self.config, predict, self.noise, self.text, self.empty)).float().clamp(0, 1).cpu()
+    def _pictures(self, predict: Predict, few: bool) -> Tensor:
+        """few: whether it is a student of few steps, who is drawn in as many as it is to be run in."""
+        rollout = self.config.rollout
+        if not rollout.steps:
+            latents = draw(self.config, predict, self.noise, self.text, self.empty)
+        else:
+            times, sampler, guidance = rollout.teacher_times, rollout.sampler, rollout.guidance
+            if few:
+                times, sampler, guidance = few_steps(rollout).times, "ddim", 1.0
+            given = self.noise, self.text, self.empty, times, sampler, guidance
+            latents = guided_trajectory(predict, *given, self.config.network.prediction, self.config.data.size)[:, -1]
+        return self.decode(latents).float().clamp(0, 1).cpu()
 
     def rows(self, student: Predict) -> Tensor:
         """Teacher's and student's pictures, (2, B, 3, H, W)."""
-        return torch.stack([self.teacher, self._pictures(student)])
+        return torch.stack([self.teacher, self._pictures(student, few=True)])
 
     def save(self, step: int, rows: Tensor) -> None:
         """Write pictures/STEP.png."""

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -11,13 +14,14 @@ from safetensors.torch import load_file
 
 from asdm_core import few_step
 from asdm_core.packs import TensorFile, open_pack
-from tests.train.recipes import NARROW
+from tests.train.recipes import CONFIGS, NARROW
 from train import dry_run, losses, networks
 from train.config import load
 from train.data import Random
 from train.diffusion import ALPHAS, coefficients, simple_times
 from train.encoders import Text
 from train.loop import Criterion, train
+from train.show import Show
 from train.lora import file_names, merge_file
 from train.rollout import Bank, Course, Rollouts, as_prediction, as_v, guided_trajectory, landing, rotations, table
 
@@ -325,6 +329,41 @@ def test_units_and_lora_together_are_a_pack_and_a_lora(tmp_path):
     assert {"stem.conv_in", "stem.time_embed", "mid.0.resnet", "up.0.0.resnet"} <= {
         slots[k].unit.address for k in differ
     }
+
+
+def test_pictures_on_the_way_are_drawn_as_teacher_and_student_are_run(tmp_path):
+    recipe, asked = settings(tmp_path), []
+
+    def predict(x, t, context, added):
+        asked.append((int(t[0]), len(x)))
+        return teacher(x, t, context, added)
+
+    show = Show(recipe, Random(recipe), predict, lambda latents: latents[:, :3], 1.0, CPU)
+    assert asked == [(t, 8) for t in simple_times(4)]  # four captions, guided
+    asked.clear()
+    assert show.rows(predict).shape[:2] == (2, 4) and asked == [(999, 4), (499, 4)]
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Each walks its own samples; what one does is what both do together, up to the order of sums."""
+    changes = ("run.micro_batch=2", "run.stored=float32", "optimiser.ema=0")
+    one = run(settings(tmp_path / "one", *changes))
+    sets = [f"run.folder={tmp_path / 'two'}", *LORA, *ROLLOUT, *changes]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "train", str(NARROW), "--cpu"]
+        + [part for change in sets for part in ("--set", change)],
+        cwd=CONFIGS.parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    mine, its = (load_file(tmp_path / name / "checkpoint-00000006.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(mine["rollout.x"], its["rollout.x"], rtol=1e-3, atol=1e-3)
+    assert all(mine["rollout.x"].abs().amax((1, 2, 3)) > 0)
+    for key, value in load_file(one.product).items():
+        other = load_file(tmp_path / "two" / one.product.name)[key].float()
+        torch.testing.assert_close(value.float(), other, rtol=1e-2, atol=1e-3)
 
 
 def test_the_dry_run_tells_steps_bank_and_files(tmp_path):
