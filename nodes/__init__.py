@@ -16,6 +16,7 @@ from . import (
     migrate,
     save_unet,
     speed,
+    speed_up,
     switch,
     xy_plot,
 )
@@ -32,6 +33,7 @@ NODES = [
     *compare.NODES,
     *xy_plot.NODES,
     *speed.NODES,
+    *speed_up.NODES,
 ]
 
 

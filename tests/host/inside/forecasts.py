@@ -25,7 +25,7 @@ from comfy_extras import (
 from in_host import module
 
 SD, SDXL, host = small.SD, small.SDXL, small.host
-forecast, forecasts = module("asdm_core.forecast"), module("nodes.forecasts")
+forecast, forecasts, speed_up = (module(name) for name in ("asdm_core.forecast", "nodes.forecasts", "nodes.speed_up"))
 Action, ForecastPlan, every = forecast.Action, forecast.ForecastPlan, forecast.every
 FULL, RESULT, COND, UNGUIDED = forecast.FULL, forecast.RESULT, forecast.COND, forecast.UNGUIDED
 STEPS = 8
@@ -505,3 +505,90 @@ def test_control_acts_on_every_result(model):
     letters = carried.report.letters
     assert letters[:3] == "FFr" and letters[2:].count("F") > 0
     assert small.difference(made, small.sample(carried.model, steps=STEPS, positive=controlled(0.0))) > 1e-4
+
+
+# The response of the host's samplers, recordings, and Speed Up ------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "uni_pc", "dpm_2", "lms", "ddim", "ipndm", "deis"])
+def test_a_run_of_the_host_answers_as_its_response_says(model, sampler):
+    # A network whose results are given: what moving one of them does to the latents of all later evaluations.
+    sigmas = small.sigmas_of(model, 6)
+    chosen = comfy.samplers.sampler_object(sampler)
+    found = forecasts.response_of(chosen, sigmas, model)
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(len(found), 1, 4, 8, 8, generator=generator)
+    moves = torch.randn(len(found), 1, 4, 8, 8, generator=generator)
+
+    def run(results):
+        left, latents = iter(results), []
+
+        def instead(executor, x, timestep, *args, **kwargs):
+            latents.append(x.clone())
+            return next(left).clone()
+
+        m = model.clone()
+        m.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "given", instead)
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        out = comfy.sample.sample_custom(
+            m,
+            noise,
+            1.0,
+            chosen,
+            sigmas,
+            small.cond(SD, 1),
+            small.cond(SD, 2),
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=0,
+        )
+        return torch.stack([*latents, model.model.process_latent_in(out)])
+
+    actual = run(given + moves) - run(given)
+    matrix = torch.from_numpy(found.matrix).float()
+    wanted = torch.einsum("sm,s...->m...", matrix, moves)
+    assert small.difference(actual, wanted) < 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "lcm", "euler_cfg_pp"])
+def test_samplers_that_cannot_be_foretold_compute_everything_and_say_so(model, sampler, caplog):
+    torch.manual_seed(0)
+    plain = small.sample(model, steps=10, sampler=sampler)
+    torch.manual_seed(0)
+    m = host.with_forecasts(model, speed_up.SpeedUp("same motif"))
+    assert torch.equal(small.sample(m, steps=10, sampler=sampler), plain)
+    assert "every step is computed" in caplog.text
+
+
+def test_a_recorded_run_is_the_plain_run_and_tells_its_v(model):
+    recorder = forecasts.Recorder()
+    latents = []
+    m = host.with_forecasts(model, recorder)
+    made = small.sample(m, steps=4, callback=lambda i, x0, x, n: latents.append((x.clone(), x0.clone())))
+    assert torch.equal(made, small.sample(model, steps=4))
+    sigmas = small.sigmas_of(model, 4)[:-1]
+    for s, (x, guided) in enumerate(latents):
+        v = recorder.cond[s] + (3.0 - 1) * recorder.difference[s]
+        assert small.difference(forecast.denoised_of(x, v, sigmas[s]), guided) < 1e-4
+    statistics = recorder.statistics(3.0, 1.0)
+    assert statistics.gram[0, 0] == pytest.approx(float(recorder.cond[0].square().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("sampler, scheduler", [("euler", "normal"), ("dpmpp_2m", "karras"), ("heun", "normal")])
+def test_speed_up_leaves_out_more_the_less_alike_it_may_be(model, sampler, scheduler):
+    found = {}
+    for likeness in speed_up.LIKENESS:
+        kept = speed_up.SpeedUp(likeness)
+        m = host.with_forecasts(model, kept)
+        made = small.sample(m, steps=20, sampler=sampler, scheduler=scheduler, cfg=7.0)
+        assert made.isfinite().all() and kept.log.last.peak <= kept.bytes((1, 4, 16, 16), 2)
+        assert torch.equal(small.sample(m, steps=20, sampler=sampler, scheduler=scheduler, cfg=7.0), made)
+        found[likeness] = kept.log.last.saving
+    assert 0 < found["same to the eye"] < found["close"] < found["same motif"] < 1
+
+
+def test_speed_up_of_an_image_to_image_run_is_for_its_noise_levels(model):
+    kept = speed_up.SpeedUp("same motif")
+    latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    small.sample(host.with_forecasts(model, kept), steps=20, latent=latent, denoise=0.5)
+    assert len(kept.log.last.letters) == 20 and kept.log.last.saving > 0 and not kept.log.last.notes
