@@ -74,6 +74,7 @@ SETTINGS = {
     "test": {
         "FAST": "FAST=1 runs only what needs neither a ComfyUI nor a training",
         "ARGS": "further arguments for pytest, such as ARGS='-k switching'",
+        "HOST": "the folder of a ComfyUI to test against, as COMFYUI_PATH",
     },
     "lint": {},
     "serve": {
@@ -785,6 +786,8 @@ def run(target, settings):
         clean(on(settings, "ALL"))
         return 0
     started = time.monotonic()
+    if settings.get("HOST"):
+        os.environ["COMFYUI_PATH"] = settings.pop("HOST")
     host = host_path()
     version = host_version(host)
     python = ensure_environment(host)

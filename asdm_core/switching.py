@@ -32,6 +32,8 @@ class SwitchPoint:
     def __post_init__(self):
         if self.unit not in UNITS:
             raise ValueError(f"unit must be one of {UNITS}, got {self.unit!r}")
+        if not math.isfinite(self.at):
+            raise ValueError(f"switch_at: wanted a number, got {self.at}")
         if self.unit == "step" and self.at != int(self.at):
             raise ValueError(
                 f"switch_at: wanted a whole number of steps, got {self.at:g}. "

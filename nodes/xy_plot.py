@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from ..asdm_core.cast import Window
 from ..asdm_core.inheritance import DIALS, Plan, Schedule
 from ..asdm_core.pictures import Row, duration, finite, grid
 from ..asdm_core.switching import UNITS, SwitchPoint
+from ..asdm_core.text import printable
 from . import files, host
 from .apply_pack import apply_pack
 from .compare import alike, cell_of, decode, sampler, sampling_inputs
@@ -27,6 +30,7 @@ from .timing import Side, alternate
 OFF = "off"
 ENDING = ".safetensors"  # of a pack's name; may be left out
 WHOLE = Window()
+MOST_CELLS = 400
 
 
 # What one value of an axis does to a MODEL: (model, value, the axis' other settings) -> model ----------
@@ -36,17 +40,18 @@ def _inherit(model, value: str):
     if value == OFF:
         return host.with_plan(model, None)
     config = host.architecture_of(model).config
-    branch, slash, interval = value.partition("/")
+    steps = re.fullmatch(r"([0-9]{1,2}) */ *([0-9]{1,4})", value)
     if value in DIALS:
         plan = inheritance.dial(config, value)
     elif value.startswith("{"):
         plan = Plan.from_json(value)
-    elif slash and branch.strip().isdigit() and interval.strip().isdigit():
-        plan = inheritance.deepcache(config, int(branch), Schedule(interval=int(interval))).reusing("forecast")
+    elif steps:
+        branch, interval = map(int, steps.groups())
+        plan = inheritance.deepcache(config, branch, Schedule(interval=interval)).reusing("forecast")
     else:
         raise ValueError(
             f"XY Plot, inheritance: wanted {OFF}, {', '.join(DIALS)}, a skip branch and an interval (0/3), or a plan "
-            f"as JSON; got {value!r}."
+            f"as JSON; got {printable(repr(value))}."
         )
     return host.with_plan(model, plan)
 
@@ -56,39 +61,49 @@ def _pack(model, value: str):
 
 
 def _strength(model, value: str, pack_name: str):
-    return _with_pack(model, pack_name, WHOLE, _number(value, "pack strength"))
+    return _with_pack(model, pack_name, WHOLE, _number(value, "pack strength", 0, 2))
 
 
 def _window(model, value: str, pack_name: str):
     start, dash, end = value.partition("-")
     if not dash:
-        raise ValueError(f"XY Plot, pack window: wanted where it begins and ends in the run (0-0.5), got {value!r}.")
-    return _with_pack(model, pack_name, Window(_number(start, "pack window"), _number(end, "pack window")))
+        raise ValueError(
+            f"XY Plot, pack window: wanted where it begins and ends in the run (0-0.5), got {printable(repr(value))}."
+        )
+    return _with_pack(model, pack_name, Window(_number(start, "pack window", 0, 1), _number(end, "pack window", 0, 1)))
 
 
 def _with_pack(model, name: str, window: Window, strength: float = 1.0):
     known = {known.removesuffix(ENDING): known for known in files.packs()}
     short = name.removesuffix(ENDING)
     if short not in known:
-        raise ValueError(f"XY Plot: there is no pack {name!r}. There are {', '.join(known) or 'none'}.")
+        raise ValueError(f"XY Plot: there is no pack {printable(repr(name))}. There are {', '.join(known) or 'none'}.")
     return apply_pack(model, files.pack_path(known[short]), known[short], window, strength)
 
 
 def _regional(model, value: str):
     return host.with_regional(
-        model, None if value == OFF else Regional(0 if value == "auto" else int(_number(value, "GRI window")))
+        model,
+        None if value == OFF else Regional(0 if value == "auto" else _number(value, "GRI window", 0, 1024, whole=True)),
     )
 
 
 def _switch(model, value: str, model_second, unit: str):
-    return with_switch(model, model_second, SwitchPoint(_number(value, "switch at"), unit))
+    return with_switch(model, model_second, SwitchPoint(_number(value, "switch at", 0, 10_000), unit))
 
 
-def _number(text: str, name: str) -> float:
+def _number(text: str, name: str, low: float, high: float, whole: bool = False) -> float:
+    """A value as the input of a node would take it. Raises ValueError."""
+    kind = "a whole number" if whole else "a number"
     try:
-        return float(text)
+        number = int(text) if whole else float(text)
     except ValueError:
-        raise ValueError(f"XY Plot, {name}: wanted a number, got {text.strip()!r}.") from None
+        number = math.nan
+    if not low <= number <= high:
+        raise ValueError(
+            f"XY Plot, {name}: wanted {kind} from {low:g} to {high:g}, got {printable(repr(text.strip()))}."
+        )
+    return number
 
 
 @dataclass(frozen=True)
@@ -241,6 +256,11 @@ class ASDMXYPlot(io.ComfyNode):
         rounds,
     ):
         columns, lines = points("x", x, model), points("y", y, model)
+        if len(columns) * len(lines) > MOST_CELLS:
+            raise ValueError(
+                f"XY Plot: {len(columns)} by {len(lines)} values make {len(columns) * len(lines)} cells, and each is a "
+                f"run of its own; at most {MOST_CELLS} are drawn. Take fewer values, or several plots."
+            )
         sample = sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
         plain = Side("as it came in", model, sample)
         cells, labels = [], []

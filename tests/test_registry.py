@@ -17,8 +17,10 @@ def test_the_tree_can_be_published():
     assert registry.problems() == []
 
 
-def test_the_version_of_comfyui_is_the_one_that_is_tested():
-    assert f'requires-comfyui = ">={bootstrap.HOST_VERSION}"' in (registry.ROOT / "pyproject.toml").read_text("utf-8")
+def test_the_version_of_comfyui_is_the_oldest_that_was_tried():
+    oldest = re.search(r'OLDEST_HOST = "(.+?)"', (registry.ROOT / "__init__.py").read_text("utf-8"))[1]
+    assert f'requires-comfyui = ">={oldest}"' in (registry.ROOT / "pyproject.toml").read_text("utf-8")
+    assert tuple(map(int, oldest.split("."))) <= tuple(map(int, bootstrap.HOST_VERSION.split(".")))
 
 
 def test_the_zip_holds_the_nodes_and_none_of_the_tests(tmp_path):
@@ -54,7 +56,7 @@ def commit(tree):
         ("pyproject.toml", '{ text = "GPL-3.0-or-later" }', '"GPL"', "license: wanted"),
         ("pyproject.toml", "dependencies = []", 'dependencies = ["torch"]', "dependencies: ComfyUI has all"),
         ("pyproject.toml", "PublisherId", "Publisher", "PublisherId is missing"),
-        ("pyproject.toml", '">=0.30.0"', '"new"', "requires-comfyui: wanted"),
+        ("pyproject.toml", '">=0.27.0"', '"new"', "requires-comfyui: wanted"),
         ("pyproject.toml", "icon.svg", "icon.gif", "Icon: wanted a .svg or .png"),
         ("web/icon.svg", 'height="400"', 'height="300"', "Icon: wanted a square"),
         ("LICENSE", "GNU GENERAL PUBLIC LICENSE", "SOME LICENCE", "LICENSE: wanted the GPL"),

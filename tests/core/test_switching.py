@@ -53,6 +53,7 @@ def test_a_point_is_a_noise_level(at, unit, sigma):
         (2, "percent", "from 0 to 1, got 2"),
         (-0.1, "share of steps", "from 0 to 1, got -0.1"),
         (1, "seconds", "got 'seconds'"),
+        *((at, unit, "wanted a number") for at in (math.nan, math.inf) for unit in ("step", "percent", "sigma")),
     ],
 )
 def test_points_that_cannot_be_meant_are_refused(at, unit, message):

@@ -19,6 +19,7 @@ SD, host, cast = small.SD, small.host, small.cast
 compare, timing, switch, regional, speed = (
     module(f"nodes.{name}") for name in ("compare", "timing", "switch", "regional", "speed")
 )
+xy_plot = module("nodes.xy_plot")
 inheritance, measure, switching = (module(f"asdm_core.{name}") for name in ("inheritance", "measure", "switching"))
 
 
@@ -358,6 +359,37 @@ def test_cells_are_what_the_nodes_give(model, known_pack):
     assert report["cells"][0]["psnr"] == [None] and report["cells"][4]["psnr"] != [None]
     for cell in report["cells"]:
         assert cell["speedup"] == pytest.approx(report["plain"]["median_seconds"] / cell["median_seconds"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "axis, value",
+    [
+        *(("pack strength", v) for v in ("nan", "inf", "-0.1", "2.1", "1e999", "two", "9" * 5000)),
+        *(("pack window", v) for v in ("nan-1", "0-inf", "-0.5-1", "0.5-0.5", "0-1.5", "0.5")),
+        *(("GRI window", v) for v in ("nan", "8.5", "-8", "1025", "inf", "\u00b2")),
+        *(("switch at", v) for v in ("nan", "inf", "-1", "1.5", "1e9")),
+        *(("inheritance", v) for v in ("0/0", "-1/2", "99/2", "\u00b2/3", "0/1.5", "0/" + "9" * 5000, '{"format": 1}')),
+    ],
+)
+def test_values_are_checked_as_the_nodes_would_before_the_first_cell(
+    model, folder, known_pack, monkeypatch, axis, value
+):
+    monkeypatch.setattr(xy_plot, "alternate", lambda *args: pytest.fail("a cell was sampled"))
+    settings = {"values": f"{value}\n{value}"}
+    if axis.startswith("pack "):
+        settings["pack_name"] = "known.safetensors"
+    if axis == "switch at":
+        settings |= {"model_second": model, "unit": "percent"}
+    with pytest.raises(ValueError) as e:
+        xy(model, (axis, settings), NOTHING)
+    assert len(str(e.value)) < 1000
+
+
+def test_too_many_cells_are_refused_before_the_first(model, monkeypatch):
+    monkeypatch.setattr(xy_plot, "alternate", lambda *args: pytest.fail("a cell was sampled"))
+    many = ("GRI window", {"values": ",".join(["8"] * 21)})
+    with pytest.raises(ValueError, match="21 by 20 values make 420 cells.*at most 400"):
+        xy(model, many, ("inheritance", {"values": ",".join(["0/3"] * 20)}))
 
 
 @pytest.mark.parametrize("swapped", [False, True])
