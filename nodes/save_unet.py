@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..asdm_core.architecture import Architecture
 from ..asdm_core.packs import ZERO_SNR_MARKER, Description, standalone_form, write_unet
 from ..asdm_core.surgery import ADDRESSED
+from ..asdm_core.text import printable
 from . import host, models, switch
 from .load import CATEGORY
 
@@ -56,6 +57,7 @@ def played_weights(model, architecture: Architecture, sources: dict[str, str]) -
     """Addressed weights of everything a MODEL plays, LoRAs and merges baked in. Raises ValueError for weights that the
     host quantised.
     """
+    check_plain(model, architecture, sources)
     packs = host.packs_of(model)
     host.sync_patches(model, packs.values())
     comfy.model_management.load_models_gpu([model, *packs.values()])
@@ -71,6 +73,30 @@ def played_weights(model, architecture: Architecture, sources: dict[str, str]) -
             "asdm cannot hold. Load the same checkpoint in fp16 or bf16 and save that."
         )
     return {key: _plain(weights[sources.get(slot.unit.address)][key]) for key, slot in architecture.keys().items()}
+
+
+def check_plain(model, architecture: Architecture, sources: dict[str, str]) -> None:
+    """Raise ValueError where a weight of the checkpoint is not the numbers themselves, but what somebody's own layers
+    make them of (blocks of GGUF).
+    """
+    held = model.model.diffusion_model.state_dict()
+    if any(key.endswith(".comfy_quant") for key in held):  # the host's own quantised layers: told below
+        return
+    for key, slot in architecture.keys().items():
+        tensor = held.get(key)
+        if slot.unit.address in sources or (
+            type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            and tensor.is_floating_point()
+            and tuple(tensor.shape) == slot.shape
+        ):
+            continue
+        came = "missing" if tensor is None else f"{type(tensor).__name__}, {tensor.dtype}, {list(tensor.shape)}"
+        raise ValueError(
+            f"the weights of this MODEL are quantised or otherwise no plain numbers: {key} is "
+            f"{printable(came)}, where a "
+            f"UNet file holds floating-point numbers of shape {list(slot.shape)}. Load the same checkpoint in fp16 or "
+            "bf16 and save that."
+        )
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -503,6 +503,26 @@ def test_quantised_weights_are_not_saved_as_if_they_were_plain(output):
     assert not list(output.glob("ours/*"))
 
 
+class Blocks(torch.Tensor):
+    """As GGUF's nodes hold weights: bytes, of which their layers make numbers."""
+
+
+@pytest.mark.parametrize("held", ["bytes", "own class", "packed"])
+def test_weights_that_are_no_plain_numbers_are_not_saved(folder, output, held):
+    model = models.load_unet(small.write_unet(folder / f"{held}.safetensors"))
+    layer = model.model.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn1.to_q
+    weight = {
+        "bytes": layer.weight.detach().to(torch.uint8),
+        "own class": layer.weight.detach().as_subclass(Blocks),
+        "packed": layer.weight.detach()[:, ::2],
+    }[held]
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    key = "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    with pytest.raises(ValueError, match=f"no plain numbers: {re.escape(key)} is .*in fp16 or bf16 and save that"):
+        save(model, output)
+    assert not list(output.glob("ours/*"))
+
+
 def test_saved_files_are_never_overwritten(output, reference):
     first, second = save(reference("base"), output), save(reference("base"), output)
     assert first != second
