@@ -16,8 +16,9 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,14 +38,14 @@ STOCK_DTYPES = [
 LATENT = {"sdxl": 128, "emoji": 16}  # side of the latent that MACs are given for; 64 (512 x 512 pixels) elsewhere
 
 
-class _Progress(Mapping):
+class _Progress(Mapping[str, Tensor]):
     """A state dict that tells on stderr how far the one pass over it has come."""
 
     def __init__(self, tensors: Mapping[str, Tensor], what: str):
         self.tensors, self.what, self.seen = tensors, what, 0
         self.shapes = surgery.shapes_of(tensors)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: str) -> Tensor:
         self.seen += 1
         if sys.stderr.isatty() or self.seen == len(self):
             print(
@@ -54,17 +55,17 @@ class _Progress(Mapping):
             )
         return self.tensors[key]
 
-    def __contains__(self, key):
+    def __contains__(self, key: object) -> bool:
         return key in self.tensors
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tensors)
 
 
-def facts(architecture: Architecture) -> dict:
+def facts(architecture: Architecture) -> dict[str, Any]:
     """Numbers of an architecture, as `inspect` and `presets` give them."""
     side = LATENT.get(architecture.config.family, 64)
     full = Architecture.full(architecture.config)
@@ -91,7 +92,7 @@ def _open_unet(path: str, drop_unknown: bool = False) -> packs.Loaded:
     return packs.open_unet(path, drop_unknown)
 
 
-def inspect(args) -> None:
+def inspect(args: argparse.Namespace) -> None:
     path = Path(args.file)
     loaded = None
     if path.is_file():
@@ -99,7 +100,7 @@ def inspect(args) -> None:
         description = packs.describe(file)
         if description is not None and description.kind == "pack":
             loaded = packs.open_pack(path)
-    loaded = loaded or _open_unet(path, drop_unknown=True)
+    loaded = loaded or _open_unet(args.file, drop_unknown=True)
     description = loaded.description
     result = {
         "file": str(loaded.path),
@@ -137,11 +138,11 @@ def inspect(args) -> None:
         print(f"  unknown, which ComfyUI ignores: {packs.some(loaded.unknown)}")
 
 
-def _headline(f: dict) -> str:
+def _headline(f: dict[str, Any]) -> str:
     return f"{f['family']} UNet, {'unpruned' if f['architecture'] == 'full' else f['architecture']}"
 
 
-def _print_numbers(f: dict) -> None:
+def _print_numbers(f: dict[str, Any]) -> None:
     print(
         f"  {f['params'] / 1e6:.2f} M parameters ({f['params'] / f['unpruned_params'] - 1:+.1%}), "
         f"{f['macs'] / 1e9:.1f} G MACs at a {f['latent']} x {f['latent']} latent "
@@ -151,7 +152,7 @@ def _print_numbers(f: dict) -> None:
     print("  cut: " + (", ".join(f["cut"]) or "nothing"))
 
 
-def convert(args) -> None:
+def convert(args: argparse.Namespace) -> None:
     loaded = _open_unet(args.input, args.drop_unknown)
     if args.keep:
         loaded = _readdressed(loaded, loaded.description.architecture.keeping(args.keep))
@@ -195,7 +196,7 @@ def _readdressed(loaded: packs.Loaded, architecture: Architecture) -> packs.Load
     return dataclasses.replace(loaded, tensors=packs.Renamed(loaded.tensors, names), description=description)
 
 
-def match_original(args) -> None:
+def match_original(args: argparse.Namespace) -> None:
     student, original = _open_unet(args.student), _open_unet(args.original)
     ours, whole = (loaded.description.architecture for loaded in (student, original))
     if ours.config != whole.config:
@@ -236,7 +237,7 @@ def match_original(args) -> None:
         )
 
 
-def _telling(what: str):
+def _telling(what: str) -> Callable[[str], None]:
     """Tells a person who waits how far a search has come."""
 
     def tell(place: str) -> None:
@@ -246,7 +247,7 @@ def _telling(what: str):
     return tell
 
 
-def extract_pack(args) -> None:
+def extract_pack(args: argparse.Namespace) -> None:
     if args.experts_only:
         return extract_experts(args)
     loaded = _open_unet(args.student)
@@ -274,7 +275,7 @@ def extract_pack(args) -> None:
         )
 
 
-def extract_experts(args) -> None:
+def extract_experts(args: argparse.Namespace) -> None:
     """A pack of nothing but experts: of a pack that has some, or gathered from a teacher."""
     path = Path(args.student)
     description = packs.describe(TensorFile(path)) if path.is_file() else None
@@ -310,7 +311,9 @@ def extract_experts(args) -> None:
     )
 
 
-def _gathered(args, student: packs.Loaded, units) -> tuple[condconv.CondConv, dict[str, Tensor]]:
+def _gathered(
+    args: argparse.Namespace, student: packs.Loaded, units: Iterable[str]
+) -> tuple[condconv.CondConv, dict[str, Tensor]]:
     """Experts for the 3x3 convolutions of units that the student keeps, from the other layers of a teacher's blocks
     (CLME).
     """
@@ -328,7 +331,7 @@ def _gathered(args, student: packs.Loaded, units) -> tuple[condconv.CondConv, di
     return experts, tensors
 
 
-def assemble(args) -> None:
+def assemble(args: argparse.Namespace) -> None:
     trunk, pack = _open_unet(args.checkpoint), packs.open_pack(args.pack)
     if pack.description.condconv or pack.description.gri:
         raise ValueError(
@@ -362,7 +365,7 @@ def assemble(args) -> None:
     print(f"wrote {args.output}: {_headline(facts(combined))}, {combined.params / 1e6:.2f} M parameters")
 
 
-def lora_onto(args) -> None:
+def lora_onto(args: argparse.Namespace) -> None:
     name = Path(args.file).name
     reading = None if args.names == "auto" else args.names
     result = lora.report(TensorFile(args.file).shapes, Architecture.preset(args.onto), reading)
@@ -400,7 +403,7 @@ def lora_onto(args) -> None:
         )
 
 
-def presets(args) -> None:
+def presets(args: argparse.Namespace) -> None:
     rows = {}
     for name, row in PRESETS.items():
         f = facts(Architecture.preset(name))
@@ -408,10 +411,10 @@ def presets(args) -> None:
     if args.json:
         print(json.dumps(rows, indent=1))
         return
-    for name, row in rows.items():
+    for name, told in rows.items():
         print(
-            f"{name:12}{row['family']:6}{row['params'] / 1e6:9.2f} M params {row['macs'] / 1e9:9.2f} G MACs  "
-            f"{row['source']}"
+            f"{name:12}{told['family']:6}{told['params'] / 1e6:9.2f} M params {told['macs'] / 1e9:9.2f} G MACs  "
+            f"{told['source']}"
         )
         print(f"{'':12}cut: {PRESETS[name].cut}" + (f"   in: {PRESETS[name].on}" if PRESETS[name].on != "*" else ""))
 
@@ -422,7 +425,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name, function, help):
+    def command(name: str, function: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
         p = commands.add_parser(name, help=help, description=help)
         p.set_defaults(run=function)
         return p

@@ -17,9 +17,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from .text import printable
 
@@ -32,11 +33,11 @@ NO_MID, RESNET_MID = -2, -1  # UNetConfig.mid, in the convention of ComfyUI's tr
 _MAX_DEPTH, _MAX_LEVELS, _MAX_LAYERS, _MAX_BLOCKS = 100, 16, 40, 1000
 
 
-def _is_whole(value, low: int, high: float = math.inf) -> bool:
+def _is_whole(value: Any, low: int, high: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _tuples(value):
+def _tuples(value: Any) -> Any:
     """Lists, as JSON gives them, as tuples all the way down."""
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
@@ -66,8 +67,8 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
 
-    def __post_init__(self):
-        def wrong(what: str):
+    def __post_init__(self) -> None:
+        def wrong(what: str) -> ValueError:
             return ValueError(f"UNet config: {what}")
 
         if not isinstance(self.family, str) or printable(self.family) != self.family:
@@ -120,7 +121,7 @@ class UNetConfig:
         for level in range(self.levels):
             deepest = level == self.levels - 1 and self.mid > 0
             if (deepest or any(self.down[level] + self.up[-1 - level])) and self.channels(level) % (
-                self.num_heads or self.head_channels
+                self.num_heads or self.head_channels or 1
             ):
                 raise wrong(
                     f"the {self.channels(level)} channels of level {level} cannot be shared out over attention heads "
@@ -139,13 +140,13 @@ class UNetConfig:
         return self.model_channels * self.channel_mult[level]
 
     def heads(self, channels: int) -> int:
-        return self.num_heads or channels // self.head_channels
+        return self.num_heads or channels // (self.head_channels or channels)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
     @classmethod
-    def from_dict(cls, data: Mapping) -> UNetConfig:
+    def from_dict(cls, data: Mapping[str, Any]) -> UNetConfig:
         """Inverse of `to_dict`, from JSON too. Raises ValueError for anything else."""
         if not isinstance(data, Mapping):
             raise ValueError(f"UNet config: wanted a JSON object, got {data!r}")
@@ -158,7 +159,7 @@ class UNetConfig:
             raise ValueError(f"UNet config: fields {missing} are missing")
         return cls(**{name: _tuples(value) for name, value in data.items()})
 
-    def to_host(self) -> dict:
+    def to_host(self) -> dict[str, Any]:
         """The arguments ComfyUI's UNetModel takes for this shape (without dtype, device, operations)."""
         config = {
             "image_size": 32,
@@ -187,7 +188,7 @@ class UNetConfig:
         return config
 
     @classmethod
-    def from_host(cls, config: Mapping, family: str = "") -> UNetConfig:
+    def from_host(cls, config: Mapping[str, Any], family: str = "") -> UNetConfig:
         """Inverse of `to_host`: the shape of a UNet that ComfyUI built from `config`."""
         counts = list(config["num_res_blocks"])
         down, up = iter(config["transformer_depth"]), iter(config["transformer_depth_output"][::-1])
@@ -207,7 +208,7 @@ class UNetConfig:
             **{name: None if n == -1 else n for name, n in given.items()},
         )
 
-    def to_diffusers(self) -> dict:
+    def to_diffusers(self) -> dict[str, Any]:
         """The arguments diffusers' UNet2DConditionModel takes for this shape.
 
         Raises ValueError for shapes that class cannot express (a block in which only some layers
@@ -379,10 +380,20 @@ def walk(config: UNetConfig) -> tuple[Unit, ...]:
     units: list[Unit] = []
     skips: list[tuple[str, int]] = []  # (layer address, channels), as the forward pass pushes them
 
-    def add(address, kind, ldm, diffusers, c_in, c_out, scale, tensors, **more):
+    def add(
+        address: str,
+        kind: str,
+        ldm: str,
+        diffusers: str,
+        c_in: int,
+        c_out: int,
+        scale: int,
+        tensors: Iterable[Tensor],
+        **more: Any,
+    ) -> None:
         units.append(Unit(address, kind, ldm, diffusers, c_in, c_out, scale, tensors=tuple(tensors), **more))
 
-    def resnet(address, ldm, diffusers, c_in, c_out, scale, **skip):
+    def resnet(address: str, ldm: str, diffusers: str, c_in: int, c_out: int, scale: int, **skip: Any) -> None:
         add(
             f"{address}.resnet",
             "resnet",
@@ -395,7 +406,7 @@ def walk(config: UNetConfig) -> tuple[Unit, ...]:
             **skip,
         )
 
-    def transformer(address, ldm, diffusers, c, scale, depth):
+    def transformer(address: str, ldm: str, diffusers: str, c: int, scale: int, depth: int) -> None:
         add(
             f"{address}.transformer",
             "transformer",
@@ -465,8 +476,8 @@ def walk(config: UNetConfig) -> tuple[Unit, ...]:
         resnet("mid.1", "middle_block.2", "mid_block.resnets.1", c, c, scale)
 
     n = 0
-    for block, depths in enumerate(config.up):
-        level = config.levels - 1 - block
+    for up_block, depths in enumerate(config.up):
+        level = config.levels - 1 - up_block
         c_out = config.channels(level)
         for i, depth in enumerate(depths):
             at, name = f"up.{block}.{i}", f"up_blocks.{block}"
@@ -581,7 +592,7 @@ def lora_names(config: UNetConfig, norms: bool = False) -> dict[str, str]:
     (`unet.down_blocks.0.attentions.0.proj_in`, `unet...attn1.processor.to_q`, both without `unet.` as well). Both sides
     are without `.weight`; the LDM side has no prefix. norms: those of norms too, which LyCORIS can train.
     """
-    names = {}
+    names: dict[str, str] = {}
     for ldm, diffusers in _modules(config, norms):
         spelled = re.sub(r"(?<=\.processor\.to_out)\.0$", "", diffusers.replace(".to_", ".processor.to_"))
         kohya = diffusers.replace(".", "_")
@@ -603,7 +614,7 @@ def peft_names(config: UNetConfig) -> dict[str, str]:
     """Names of modules as PEFT writes them, which ComfyUI does not read, with the LDM module they mean:
     `unet.down_blocks.0.attentions.0...attn1.to_q`, and with PEFT's own prefix `base_model.model.` before any module.
     """
-    names = {}
+    names: dict[str, str] = {}
     for ldm, diffusers in _modules(config):
         names |= dict.fromkeys((f"base_model.model.{diffusers}", f"unet.base_model.model.{diffusers}"), ldm)
         names |= dict.fromkeys((f"base_model.model.unet.{diffusers}", f"base_model.model.{ldm}"), ldm)
@@ -615,7 +626,10 @@ def peft_names(config: UNetConfig) -> dict[str, str]:
 def _modules(config: UNetConfig, norms: bool = False) -> Iterable[tuple[str, str]]:
     """The modules LoRAs can act on, under their LDM and their diffusers names."""
     return (
-        tuple(slot.unit.key(slot.tensor, layout).removesuffix(".weight") for layout in ("ldm", "diffusers"))
+        (
+            slot.unit.key(slot.tensor, "ldm").removesuffix(".weight"),
+            slot.unit.key(slot.tensor, "diffusers").removesuffix(".weight"),
+        )
         for slot in keys(config, "ldm").values()
         if len(slot.shape) > 1 or norms and slot.unit.key(slot.tensor).endswith(".weight")
     )
@@ -624,7 +638,7 @@ def _modules(config: UNetConfig, norms: bool = False) -> Iterable[tuple[str, str
 _SEGMENT = re.compile(r"(?P<any>\*)|(?P<low>\d+)-(?P<high>\d+)|(?P<words>[a-z0-9_]+(\|[a-z0-9_]+)*)")
 
 
-def _segment_test(segment: str, expression: str):
+def _segment_test(segment: str, expression: str) -> Callable[[str], bool]:
     match = _SEGMENT.fullmatch(segment)
     if match is None:
         raise ValueError(
@@ -655,7 +669,7 @@ def select(config: UNetConfig, expression: str | Iterable[str]) -> frozenset[str
     chosen: set[str] = set()
     for term in filter(None, terms):
         tests = [_segment_test(s, term) for s in term.removeprefix("!").split(".")]
-        found = set()
+        found: set[str] = set()
         for u in walk(config):
             names = (u.address,) if len(tests) <= len(u.address.split(".")) else u.blocks
             found.update(
@@ -683,7 +697,7 @@ def _without(config: UNetConfig, chosen: set[str], out: set[str]) -> set[str]:
 
 def in_order(config: UNetConfig, addresses: Iterable[str]) -> tuple[str, ...]:
     """The given unit and block addresses in the order of execution."""
-    order = {}
+    order: dict[str, int] = {}
     for u in walk(config):
         for name in (u.address, *u.blocks):
             order[name] = len(order)

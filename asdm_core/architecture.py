@@ -10,10 +10,11 @@ which of its units came from where.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 from .addresses import (
     NO_MID,
@@ -146,9 +147,9 @@ class Architecture:
     cut: frozenset[str] = frozenset()
     own: tuple[str, ...] = ()
     name: str = ""
-    _flow: Mapping[str, str] = field(default=None, init=False, repr=False, compare=False)
+    _flow: Mapping[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         config, cut = self.config, frozenset(self.cut)
         in_order(config, cut | set(self.own))  # unknown addresses raise here
         # A block inside a cut transformer says nothing new; one canonical set makes equality mean equality.
@@ -280,7 +281,7 @@ class Architecture:
         """
         config, cut = self.config, self.cut
 
-        def no_form(why: str):
+        def no_form(why: str) -> ValueError:
             return ValueError(f"this choice of units has no renumbered form ({why}); it can only be kept addressed")
 
         def layers(side: str, block: int, depths: tuple[int, ...]) -> list[tuple[str, int]]:
@@ -298,9 +299,11 @@ class Architecture:
         levels = [n for n in range(config.levels) if n == 0 or f"down.{n - 1}.sampler" not in cut]
         down = [layers("down", n, config.down[n]) for n in levels]
         up = [layers("up", config.levels - 1 - n, config.up[config.levels - 1 - n]) for n in reversed(levels)]
-        for n, d, u in zip(levels, down, reversed(up), strict=True):
-            if len(u) != len(d) + 1:
-                raise no_form(f"level {n} keeps {len(d)} down and {len(u)} up layers; the up side needs one more")
+        for n, d, opposite in zip(levels, down, reversed(up), strict=True):
+            if len(opposite) != len(d) + 1:
+                raise no_form(
+                    f"level {n} keeps {len(d)} down and {len(opposite)} up layers; the up side needs one more"
+                )
             if not d:  # ComfyUI counts levels by their layers and builds another network
                 raise no_form(f"level {n} keeps no down layer")
         mid = self._renumbered_mid(no_form)
@@ -317,8 +320,8 @@ class Architecture:
             for b, block in enumerate(blocks):
                 layer_origin.update({f"{side}.{b}.{i}": at for i, (at, _) in enumerate(block)})
                 level = levels[b] if side == "down" else levels[len(levels) - 1 - b]
-                home = level if side == "down" else config.levels - 1 - level
-                layer_origin[f"{side}.{b}.sampler"] = f"{side}.{home}.sampler"
+                whole_block = level if side == "down" else config.levels - 1 - level
+                layer_origin[f"{side}.{b}.sampler"] = f"{side}.{whole_block}.sampler"
 
         origin: dict[str, str] = {}
         for u in walk(small):
@@ -338,7 +341,7 @@ class Architecture:
                 )
         return Renumbered(small, origin)
 
-    def _renumbered_mid(self, no_form) -> int:
+    def _renumbered_mid(self, no_form: Callable[[str], ValueError]) -> int:
         if self.config.mid == NO_MID:
             return NO_MID
         kept = tuple(u.address for u in self.kept if u.side == "mid")
@@ -373,7 +376,7 @@ class Architecture:
 
     # JSON ---------------------------------------------------------------------------------------
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         standard = FAMILIES.get(self.config.family) == self.config
         data = {
             "format": FORMAT,
@@ -385,7 +388,7 @@ class Architecture:
         return data if standard else data | {"config": self.config.to_dict()}
 
     @classmethod
-    def from_dict(cls, data: Mapping) -> Architecture:
+    def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
         if not isinstance(data, Mapping):
             raise ValueError(f"architecture: wanted a JSON object, got {type(data).__name__}")
         version = data.get("format")

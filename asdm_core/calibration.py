@@ -33,7 +33,7 @@ class Candidate:
     @property
     def longest(self) -> int:
         """So many steps in a row may inherit."""
-        return self.errors.shape[1] - 1
+        return int(self.errors.shape[1] - 1)
 
 
 def best_steps(errors: np.ndarray, full: int) -> tuple[tuple[int, ...], float]:
@@ -41,19 +41,21 @@ def best_steps(errors: np.ndarray, full: int) -> tuple[tuple[int, ...], float]:
 
     errors: as in `Candidate`.
     """
-    n, longest = errors.shape[0], errors.shape[1] - 1
+    n = errors.shape[0]
+    longest = errors.shape[1] - 1
     # States after the j-th full step: (where it is, its distance to the one before) -> (error so far, the way here).
     states: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, (0,))}
 
     def skipped(last: int, gap: int, until: int) -> float:
         """Error of the steps between a full step and `until`, all inheriting from it."""
-        return sum(errors[s, s - last, gap] for s in range(last + 1, until))
+        return float(sum(errors[s, s - last, gap] for s in range(last + 1, until)))
 
     for _ in range(full - 1):
         following: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
         for (last, gap), (error, way) in states.items():
             for step in range(last + 1, min(last + longest + 2, n)):
-                total, key = error + skipped(last, gap, step), (step, step - last)
+                total = error + skipped(last, gap, step)
+                key = (step, step - last)
                 if total < following.get(key, (math.inf,))[0]:
                     following[key] = (total, (*way, step))
         states = following
@@ -102,4 +104,5 @@ def choose(found: Sequence[Choice], saving: float | None = None, error: float | 
                 "or allow more inherited steps in a row."
             )
         return min(enough, key=lambda c: (c.error, -c.saving))
-    return max((c for c in found if c.error <= error), key=lambda c: (c.saving, -c.error))
+    limit = math.inf if error is None else error
+    return max((c for c in found if c.error <= limit), key=lambda c: (c.saving, -c.error))

@@ -27,7 +27,7 @@ class Window:
     start: float = 0.0
     end: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0.0 <= self.start <= 1.0 or not 0.0 <= self.end <= 1.0:
             raise ValueError(f"a step window lies between 0 and 1, got {self.start} to {self.end}")
         if self.start >= self.end:
@@ -62,7 +62,7 @@ class Line:
     part: Part
     window: Window = Window()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.part.role not in ROLES:
             raise ValueError(f"role must be one of {ROLES}, got {self.part.role!r}")
         if not self.units:
@@ -76,7 +76,7 @@ class Cast:
     config: UNetConfig
     lines: tuple[Line, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for line in self.lines:
             for address in line.units:
                 if unit(self.config, address).address != address:
@@ -112,7 +112,8 @@ class Cast:
 
         Those of a unit that their pack has itself were trained for that unit: they join no other player.
         """
-        parts, found = self.parts(active), {}
+        parts = self.parts(active)
+        found = {}
         own = {(line.part.source, a) for line in self.lines if line.part.role == "pack" for a in line.units}
         for line in self._active(active):
             if line.part.role == role:
@@ -128,8 +129,8 @@ class Cast:
         return {a: found[a] for a in in_order(self.config, found)}
 
     def _active(self, windows: Sequence[Window] | None) -> list[Line]:
-        windows = {w for w in self.windows if w.whole} if windows is None else set(windows)
-        return [line for line in self.lines if line.window in windows]
+        on = {w for w in self.windows if w.whole} if windows is None else set(windows)
+        return [line for line in self.lines if line.window in on]
 
 
 def fingerprint(parts: dict[str, Part], extra: str = "") -> str:

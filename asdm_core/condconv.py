@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ class CondConv:
     experts: Mapping[str, int]
     form: str = "difference"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ValueError(f"condconv: form must be one of {FORMS}, got {self.form!r}")
         if not isinstance(self.experts, Mapping) or not self.experts:
@@ -127,7 +128,8 @@ class CondConv:
         """Shapes of what one convolution has besides expert 1, by name beneath the convolution's."""
         c_out, c_in, *kernel = conv.shape
         count = self.experts[conv.address]
-        stacked, routes = (count - 1) * c_out, count - (self.form == "difference")
+        stacked = (count - 1) * c_out
+        routes = count - (self.form == "difference")
         return {
             "experts.weight": (stacked, c_in, *kernel),
             "experts.bias": (stacked,),
@@ -135,18 +137,19 @@ class CondConv:
             "router.bias": (routes,),
         }
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"form": self.form, "experts": dict(self.experts)}
 
     @classmethod
-    def from_dict(cls, data: Mapping) -> CondConv:
+    def from_dict(cls, data: Mapping[str, Any]) -> CondConv:
         """Inverse of `to_dict`, from JSON too. Raises ValueError for anything else."""
         if not isinstance(data, Mapping):
             raise ValueError(f"condconv must be a JSON object, got {data!r}")
         unknown = sorted(set(data) - {"form", "experts"})
         if unknown:
             raise ValueError(f"condconv: unknown fields {unknown}; known are form and experts")
-        return cls(data.get("experts"), data.get("form", "difference"))
+        experts: Any = data.get("experts")
+        return cls(experts, data.get("form", "difference"))
 
 
 # The layer ------------------------------------------------------------------------------------------
@@ -161,7 +164,7 @@ def own_weights(module: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]
     Hosts that cast, patch or move weights on the fly bring a function of their own in its place; what it
     gives need not live longer than the `with` block.
     """
-    yield module.weight, module.bias
+    yield module.get_parameter("weight"), module.get_parameter("bias")
 
 
 class CondConv2d(nn.Module):
@@ -201,7 +204,8 @@ class CondConv2d(nn.Module):
     def forward(self, x: Tensor, routes: Tensor | None = None) -> Tensor:
         """routes: (B, R) to take in place of the router's, or (1, R): then all samples share one kernel, mixed once."""
         if self.strength == 0:
-            return self.conv(x)
+            plain: Tensor = self.conv(x)
+            return plain
         routes = self.routes(x) if routes is None else routes
         kept = None  # (B, 1): how much of expert 1; None for all of it
         if self.form == "mixture":
@@ -215,7 +219,8 @@ class CondConv2d(nn.Module):
             biases = _with_first(biases, bias, kept)  # (B, C_out)
             # _conv_forward is what hosts and seamless-tiling nodes steer padding by.
             if len(kernels) == 1:
-                return self.conv._conv_forward(x, kernels[0], biases[0])
+                shared: Tensor = self.conv._conv_forward(x, kernels[0], biases[0])
+                return shared
             samples = zip(x.split(1), kernels, biases, strict=True)
             return torch.cat([self.conv._conv_forward(sample, kernel, bias) for sample, kernel, bias in samples])
 
@@ -230,7 +235,7 @@ def _with_first(mixed: Tensor, first: Tensor, kept: Tensor | None) -> Tensor:
     return mixed.add_(row if kept is None else row * kept.to(row.dtype)).view(-1, *first.shape)
 
 
-def further_experts(settings: CondConv, conv: Conv, operations=nn, **kwargs) -> tuple[nn.Module, nn.Module]:
+def further_experts(settings: CondConv, conv: Conv, operations: Any = nn, **kwargs: Any) -> tuple[nn.Conv2d, nn.Linear]:
     """Modules for the further experts of a convolution and for its router.
 
     operations: a namespace with Conv2d and Linear (torch.nn, a host's own); kwargs (dtype, device) go to both.
@@ -345,7 +350,8 @@ def clme(
 
 
 def _take(sd: Mapping[str, Tensor], conv: Conv, leaf: str, what: str) -> Tensor:
-    key, shape = conv.key(leaf), conv.shape if leaf == "weight" else conv.shape[:1]
+    key = conv.key(leaf)
+    shape = conv.shape if leaf == "weight" else conv.shape[:1]
     if key not in sd or tuple(sd[key].shape) != shape:
         came = f"has shape {list(sd[key].shape)}" if key in sd else "is missing"
         raise Mismatch(f"{what}: {key} ({conv.address}) {came}, wanted {list(shape)}")
@@ -361,7 +367,7 @@ def install(
     config: UNetConfig,
     settings: CondConv,
     tensors: Mapping[str, Tensor],
-    operations=nn,
+    operations: Any = nn,
     weights: Weights = own_weights,
 ) -> None:
     """Give convolutions of a live UNet their further experts, in place. Their own weights stay as they are.
@@ -372,7 +378,7 @@ def install(
     check({k: s for k, s in shapes_of(tensors).items() if k in wanted}, wanted, "experts")
     for conv in settings.convs(config).values():
         parent, _, name = conv.path(layout).rpartition(".")
-        first = unet.get_submodule(conv.path(layout))
+        first: Any = unet.get_submodule(conv.path(layout))
         experts, router = further_experts(
             settings, conv, operations, device=first.weight.device, dtype=first.weight.dtype
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 KEY = "few_step"  # of a pack's training
 METADATA_KEY = "asdm_few_step"  # of a LoRA file's metadata
@@ -25,13 +26,19 @@ class FewStep:
     cfg: float
     times: tuple[int, ...]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"times": list(self.times)}
 
     @classmethod
     def from_dict(cls, data: object) -> FewStep:
         """Raises ValueError where the table is not one of these."""
-        wanted = {"steps": int, "sampler": str, "scheduler": str, "cfg": (int, float), "times": list}
+        wanted: dict[str, type | tuple[type, ...]] = {
+            "steps": int,
+            "sampler": str,
+            "scheduler": str,
+            "cfg": (int, float),
+            "times": list,
+        }
         if not isinstance(data, Mapping) or any(not isinstance(data.get(k), kind) for k, kind in wanted.items()):
             raise ValueError(f"few_step: wanted {', '.join(wanted)}, got {data!r}")
         if not all(isinstance(t, int) for t in data["times"]):
@@ -39,7 +46,7 @@ class FewStep:
         return cls(data["steps"], data["sampler"], data["scheduler"], float(data["cfg"]), tuple(data["times"]))
 
 
-def of_pack(training: Mapping) -> FewStep | None:
+def of_pack(training: Mapping[str, Any]) -> FewStep | None:
     """What a pack's training says; None where it was trained for no number of steps. Raises ValueError."""
     return FewStep.from_dict(training[KEY]) if KEY in training else None
 

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from . import inheritance
 from .addresses import UNetConfig
@@ -31,12 +32,12 @@ Weights = tuple[tuple[int, float], ...]
 # The variable ---------------------------------------------------------------------------------------
 
 
-def v_of(x, denoised, sigma):
+def v_of(x: Any, denoised: Any, sigma: Any) -> Any:
     """v from a latent x, its denoised result and the noise level sigma > 0. Numbers, arrays or tensors of any shape."""
     return (x / (sigma**2 + 1) - denoised) * ((sigma**2 + 1) ** 0.5 / sigma)
 
 
-def denoised_of(x, v, sigma):
+def denoised_of(x: Any, v: Any, sigma: Any) -> Any:
     """The denoised result from a latent x, v and the noise level; the inverse of `v_of`."""
     return x / (sigma**2 + 1) - v * (sigma / (sigma**2 + 1) ** 0.5)
 
@@ -80,7 +81,7 @@ class Action:
     difference: Weights = ()
     branch: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"forecast: an evaluation must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.weights and self.kind != RESULT:
@@ -117,7 +118,7 @@ class ForecastPlan:
     positions: tuple[float, ...] = ()
     name: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.actions:
             raise ValueError("forecast: a plan needs at least one evaluation")
         if not self.positions:
@@ -212,9 +213,9 @@ class ForecastPlan:
         letter = {FULL: "F", FEATURES: "f", RESULT: "r", COND: "c", UNGUIDED: "u"}
         return "".join(letter[a.kind] for a in self.actions)
 
-    def to_dict(self) -> dict:
-        def entry(action: Action, position: float) -> dict:
-            found = {"kind": action.kind, "at": position}
+    def to_dict(self) -> dict[str, Any]:
+        def entry(action: Action, position: float) -> dict[str, Any]:
+            found: dict[str, Any] = {"kind": action.kind, "at": position}
             if action.weights:
                 found["weights"] = [list(pair) for pair in action.weights]
             if action.difference:
@@ -225,14 +226,14 @@ class ForecastPlan:
         return {"technique": TECHNIQUE, "format": FORMAT, "name": self.name, "evaluations": entries}
 
     @classmethod
-    def from_dict(cls, data: Mapping) -> ForecastPlan:
+    def from_dict(cls, data: Mapping[str, Any]) -> ForecastPlan:
         if not isinstance(data, Mapping) or (data.get("technique"), data.get("format")) != (TECHNIQUE, FORMAT):
             raise ValueError(
                 f"forecast plan: wanted a JSON object with technique {TECHNIQUE!r} and format {FORMAT}, "
                 f"got {str(data)[:80]}"
             )
 
-        def pairs(value) -> Weights:
+        def pairs(value: Any) -> Weights:
             return tuple((int(source), float(weight)) for source, weight in value)
 
         try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Response:
         return len(self.sigmas)
 
 
-def response(sample: Callable, tolerance: float = 1e-3) -> Response:
+def response(sample: Callable[[Callable[[Any, Any], np.ndarray], int], Any], tolerance: float = 1e-3) -> Response:
     """The response of a sampler, by running it on numbers.
 
     sample: called as sample(denoise, rows), it runs the sampler from x = 0 of `rows` numbers at the noise levels of
@@ -52,7 +53,7 @@ def response(sample: Callable, tolerance: float = 1e-3) -> Response:
     """
     sigmas: list[float] = []
 
-    def count(x, sigma):
+    def count(x: Any, sigma: Any) -> np.ndarray:
         sigmas.append(float(sigma))
         return np.zeros_like(x)
 
@@ -62,12 +63,12 @@ def response(sample: Callable, tolerance: float = 1e-3) -> Response:
     moves = np.concatenate([np.eye(n), np.zeros((1, n)), np.random.default_rng(0).standard_normal((1, n))])
     seen: list[np.ndarray] = []
 
-    def denoise(x, sigma):
+    def denoise(x: Any, sigma: Any) -> np.ndarray:
         k = len(seen)
         if k >= n or abs(float(sigma) - sigmas[k]) > 1e-4 * max(abs(sigmas[k]), 1e-8):
             raise ValueError("this sampler chooses its noise levels by what it sees, so its response is not one table")
         seen.append(np.array(x, dtype=float))
-        return moves[:, k].copy()
+        return np.array(moves[:, k])
 
     result = np.array(sample(denoise, n + 2), dtype=float)
     if len(seen) != n:
@@ -91,7 +92,7 @@ def transfer(response: Response, computed: Sequence[bool], power: float = POWER)
     n, carried = len(response), np.zeros(len(response))
     for s in range(n - 1, -1, -1):
         carried[s] = response.matrix[s, n] + response.matrix[s, s + 1 : n] @ (gain[s + 1 :] * carried[s + 1 :])
-    return -response.sigmas / np.sqrt(1 + s2) * carried
+    return np.asarray(-response.sigmas / np.sqrt(1 + s2) * carried)
 
 
 # The recorded run -----------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ class Recording:
     size: float
     pictures: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n = len(self.response)
         if self.gram.shape != (2 * n, 2 * n) or len(self.positions) != n:
             raise ValueError(
@@ -127,10 +128,10 @@ class Recording:
         return len(self.response)
 
 
-def gram_of(cond: Sequence, difference: Sequence) -> np.ndarray:
+def gram_of(cond: Sequence[Any], difference: Sequence[Any]) -> np.ndarray:
     """The Gram matrix of a recording from flat arrays (numbers of a latent,), one for each evaluation."""
     rows = np.stack([np.asarray(row, dtype=np.float32).ravel() for row in (*cond, *difference)])
-    return (rows @ rows.T).astype(float) / rows.shape[1]
+    return np.asarray((rows @ rows.T).astype(float) / rows.shape[1])
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Fit:
         # With weights alike only the sum matters: v of the guided result.
         both = np.concatenate([np.eye(n), w * np.eye(n)], axis=1)
         self._guided = both @ recording.gram @ both.T
-        self._known: dict[tuple[str, bool], tuple] = {}
+        self._known: dict[tuple[str, bool], float] = {}
 
     def weights(self, kinds: Sequence[str], fitted: bool = True) -> Fitted:
         """The plan that has these kinds of evaluation (full, result, cond), with its weights.
@@ -219,7 +220,7 @@ class Fit:
             self._known[key] = self._solve(tuple(kinds), fitted)[3]
         return self._known[key]
 
-    def _solve(self, kinds: tuple[str, ...], fitted: bool):
+    def _solve(self, kinds: tuple[str, ...], fitted: bool) -> tuple[list[int], np.ndarray, np.ndarray, float, float]:
         """(left-out evaluations, their forecasts (S, 2, N) of cond and difference, T, objective, accumulated)."""
         n = self._n
         left_out = [s for s in range(n) if kinds[s] != FULL]
@@ -277,7 +278,8 @@ class Fit:
         """The straight lines of a left-out evaluation, (2, N), and the directions in which they may be moved."""
         both = [q for q in range(s - 1, -1, -1) if kinds[q] == FULL][:POINTS]
         cond = [q for q in range(s - 1, -1, -1) if kinds[q] in (FULL, COND)][:POINTS] if self.apart else both
-        base, directions = np.zeros((2, self._n)), []
+        base = np.zeros((2, self._n))
+        directions: list[np.ndarray] = []
         where = self.recording.positions
         if kinds[s] == RESULT:
             for q, weight in line(where[s], [(q, where[q]) for q in cond]):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class GRI:
     pool: int
     shift: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.window < 1 or self.pool < 1 or not 0 <= self.shift < self.window:
             raise ValueError(
                 f"GRI needs window and pool of at least 1 and a shift from 0 to below the window, got {self}"
@@ -95,7 +96,7 @@ class Gains:
 
     units: tuple[str, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.units or not all(isinstance(a, str) for a in self.units):
             raise ValueError(f"gri: gains must name at least one transformer, got {self.units!r}")
 
@@ -113,11 +114,11 @@ class Gains:
                 slots[u.key(tensor)] = Slot(u, tensor)
         return slots
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"gains": list(self.units)}
 
     @classmethod
-    def from_dict(cls, data: Mapping) -> Gains:
+    def from_dict(cls, data: Mapping[str, Any]) -> Gains:
         """Inverse of `to_dict`, from JSON too. Raises ValueError for anything else."""
         if not isinstance(data, Mapping) or set(data) != {"gains"} or not isinstance(data["gains"], list):
             raise ValueError(f"gri must be a JSON object with a list of transformers, gains, got {data!r}")
@@ -198,16 +199,20 @@ def gri_attention(
     )
     if gain is not None:
         bias = bias + gain.to(bias.dtype)[:, None, None]
-    total, start, out = keys.shape[2] // 2, 0, torch.empty_like(maps[0])
+    total = keys.shape[2] // 2
+    start = 0
+    out = torch.empty_like(maps[0])
     for (r, c), (queries, *tokens), count in zip(places, own, counts, strict=True):
         windows = r.count * c.count
         outside = [
             x[:, :, start + count :].unfold(2, total - count, count)[:, :, :windows].permute(0, 2, 1, 4, 3)
             for x in (keys, values, bias)
         ]
+        seen_keys, seen_values = (torch.cat(pair, 3) for pair in zip(tokens, outside[:2], strict=True))
         found = _biased(
             queries,
-            *(torch.cat(pair, 3) for pair in zip(tokens, outside[:2], strict=True)),
+            seen_keys,
+            seen_values,
             scale,
             F.pad(outside[2][..., 0], (r.size * c.size, 0)),
             attend,
@@ -274,14 +279,17 @@ def _gathered(members: Tensor, steps: int, mean: Tensor, k: Tensor, v: Tensor) -
 
 def _biased(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor, attend: Callable[..., Tensor]) -> Tensor:
     """Attention of (B, windows, heads, tokens, dim) with a bias (B, windows, heads, keys) for each key."""
-    shape, dim = q.shape[:2], q.shape[-1]
+    shape = q.shape[:2]
+    dim = q.shape[-1]
     q, k, v, bias = (t.flatten(0, 1) for t in (q, k, v, bias))
     if q.device.type == "cpu" and not bias.requires_grad:
-        return attend(q, k, v, scale, bias[:, :, None]).unflatten(0, shape)
+        plain: Tensor = attend(q, k, v, scale, bias[:, :, None]).unflatten(0, shape)
+        return plain
     further = F.pad(torch.stack(_halves(bias / (scale * _UNIT), k.dtype), -1), (0, _FURTHER - 2))
     units = q.new_tensor([_UNIT, _UNIT] + [0] * (_FURTHER - 2)).expand(*q.shape[:-1], -1)
-    out = attend(torch.cat([q, units], -1), torch.cat([k, further], -1), F.pad(v, (0, _FURTHER)), scale, None)
-    return out[..., :dim].unflatten(0, shape)
+    out: Tensor = attend(torch.cat([q, units], -1), torch.cat([k, further], -1), F.pad(v, (0, _FURTHER)), scale, None)
+    out = out[..., :dim].unflatten(0, shape)
+    return out
 
 
 def _halves(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

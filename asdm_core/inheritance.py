@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from .addresses import NO_MID, Unit, UNetConfig, select, unit, walk
 from .architecture import Architecture
@@ -65,8 +66,8 @@ class Schedule:
     last: int = 0
     repeats: bool = True
 
-    def __post_init__(self):
-        def wrong(what: str):
+    def __post_init__(self) -> None:
+        def wrong(what: str) -> ValueError:
             return ValueError(f"inheritance schedule: {what}")
 
         if self.mode not in MODES:
@@ -128,7 +129,8 @@ class Schedule:
 
     def _uneven(self, n: int) -> list[int]:
         """As many different steps as uniform has, where the mode's formula puts them."""
-        m, found = math.ceil(n / self.interval), []
+        m = math.ceil(n / self.interval)
+        found: list[int] = []
         for k in range(m):
             lowest = found[-1] + 1 if found else 0
             found.append(min(max(int(self._place(n, k / m) + 1e-9), lowest), n - m + k))
@@ -136,16 +138,16 @@ class Schedule:
 
     def _place(self, n: int, share: float) -> float:
         if self.mode == "early-dense":
-            return n * share**self.power
+            return float(n * share**self.power)
         if self.mode == "late-dense":
-            return n * (1 - (1 - share) ** self.power)
+            return float(n * (1 - (1 - share) ** self.power))
         centre = self.centre * n
         low, high = -(centre ** (1 / self.power)), (n - centre) ** (1 / self.power)
         x = low + (high - low) * share
         return centre + math.copysign(abs(x) ** self.power, x)
 
     def _windowed(self, n: int) -> Iterable[int]:
-        inside = {s: None for s in range(n)}
+        inside: dict[int, int | None] = {s: None for s in range(n)}
         for start, end, interval in self.windows:
             steps = [s for s in range(n) if start <= s / n < end]
             inside.update({s: i % interval for i, s in enumerate(steps)})
@@ -173,7 +175,7 @@ class Rule:
     targets: str
     reuse: str = "output"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.reuse not in REUSE:
             raise ValueError(f"inheritance: reuse must be one of {', '.join(REUSE)}, got {self.reuse!r}")
         if not isinstance(self.targets, str) or not self.targets.strip():
@@ -223,7 +225,7 @@ def _owner(part: str) -> str:
 
 def _blocks(config: UNetConfig, expression: str) -> set[str]:
     units = {u.address: u for u in walk(config)}
-    found = set()
+    found: set[str] = set()
     for address in select(config, expression):
         found.update(units[address].blocks if address in units else (address,))
     if not found:
@@ -239,7 +241,7 @@ class Plan:
     schedule: Schedule = Schedule()
     name: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.rules:
             raise ValueError("inheritance: a plan needs at least one rule")
 
@@ -280,7 +282,7 @@ class Plan:
             result.append(last)
         return tuple(result)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "name": self.name,
@@ -289,7 +291,7 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping) -> Plan:
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ValueError(f"inheritance plan: wanted a JSON object with format {FORMAT}, got {str(data)[:80]}")
         try:
@@ -407,7 +409,7 @@ def flow(config: UNetConfig, inherited: Iterable[str], probes: Iterable[str] = (
             recalls.add(u.address)
             continue
         computes.add(u.address)
-        read.update(a for a in (before[u.address], last_of_layer.get(u.skip)) if a)
+        read.update(a for a in (before[u.address], last_of_layer.get(u.skip or "")) if a)
     return Flow(frozenset(computes), frozenset(recalls))
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .addresses import Slot, in_order, keys, lora_names, peft_names, walk
+from .addresses import Slot, UNetConfig, in_order, keys, lora_names, peft_names, walk
 from .architecture import Architecture
 from .text import printable
 
@@ -140,9 +140,9 @@ def _fills(architecture: Architecture, names: Iterable[str]) -> bool:
     slots, table = keys(small), lora_names(small, norms=True) | peft_names(small)
     before = targets(architecture, ORIGINAL)
 
-    def groups(config):
+    def groups(config: UNetConfig) -> dict[tuple[str, str], int]:
         """(place, kind) -> how many there are: layers of a block by kind, and blocks of a transformer."""
-        found: dict[tuple, set] = {}
+        found: dict[tuple[str, str], set[str]] = {}
         for u in walk(config):
             if u.side in ("down", "up"):
                 found.setdefault((u.address.rsplit(".", 2)[0], u.kind), set()).add(u.address)
@@ -151,8 +151,8 @@ def _fills(architecture: Architecture, names: Iterable[str]) -> bool:
         return {group: len(members) for group, members in found.items()}
 
     ours, theirs = groups(small), groups(architecture.config)
-    named: dict[tuple, set] = {}
-    whole: dict[tuple, int] = {}
+    named: dict[tuple[str, str], set[str]] = {}
+    whole: dict[tuple[str, str], int] = {}
     for name in names:
         slot, old = slots[f"{table[name]}.weight"], before[name]
         places = []
@@ -196,7 +196,8 @@ def _size(parts: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int | None]
             w2 = side("lokr_w2_a", 1), side("lokr_w2_b", 1)
         else:
             w2 = side("lokr_w2", 0) or side("lokr_w2_a", 0), side("lokr_w2", 1) or side("lokr_w2_b", 1)
-        return tuple(a * b if a and b else None for a, b in zip(w1, w2, strict=True))
+        rows, columns = (a * b if a and b else None for a, b in zip(w1, w2, strict=True))
+        return rows, columns
     if "hada_w1_a" in parts:
         return side("hada_w1_a", 1 if "hada_t1" in parts else 0), side("hada_w1_b", 1)
     if "diff" in parts or "set_weight" in parts:
@@ -217,7 +218,10 @@ def report(shapes: Shapes | Iterable[str], architecture: Architecture, reading: 
     config, here, sizes = architecture.config, architecture.keys(), _sizes(shapes)
     known = targets(architecture, reading)
     by_peft = peft_names(config if reading == ORIGINAL else architecture.renumbered.config)
-    kept, dropped, peft, misfits, unknown, kinds, text = [], {}, [], [], [], {}, 0
+    kept, peft, misfits, unknown = [], [], [], []
+    dropped: dict[str, list[str]] = {}
+    kinds: dict[str, int] = {}
+    text = 0
     for module, kind in modules(shapes).items():
         slot = known.get(module)
         if slot is None:

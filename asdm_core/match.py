@@ -68,7 +68,8 @@ def match(
     check(shapes_of(original), Architecture.full(config).keys(), "original")
     _ = architecture.renumbered  # what has no renumbered form says itself where its layers belong, and raises here
     kept = {u.address for u in architecture.kept}
-    cut, pairs = {a for a in architecture.cut_units if a.endswith(".sampler")}, []
+    cut = {a for a in architecture.cut_units if a.endswith(".sampler")}
+    pairs: list[Pair] = []
 
     def assign(mine: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
         """Their address -> mine, for resnets or transformer blocks."""
@@ -143,9 +144,16 @@ def _nearest(
     return [(home, row[home], other) for row, home, other in zip(distances, homes, others, strict=True)]
 
 
-def _distances(student, original, mine, theirs) -> list[list[float]]:
+def _distances(
+    student: Mapping[str, Tensor],
+    original: Mapping[str, Tensor],
+    mine: Sequence[list[str]],
+    theirs: Sequence[list[str]],
+) -> list[list[float]]:
     """Distance of each of mine to each of theirs; infinite where shapes or the order of layers forbid it."""
-    shapes, others, spare = shapes_of(student), shapes_of(original), len(theirs) - len(mine)
+    shapes = shapes_of(student)
+    others = shapes_of(original)
+    spare = len(theirs) - len(mine)
     apart = {
         (i, j): 0.0
         for i, names in enumerate(mine)

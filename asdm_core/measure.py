@@ -61,7 +61,8 @@ def costs(architecture: Architecture, height: int = 64, width: int = 64, tokens:
 
 def total(unit_costs: Mapping[str, UnitCost]) -> UnitCost:
     """The sum of unit costs."""
-    macs, attention = Counter(), Counter()
+    macs: Counter[str] = Counter()
+    attention: Counter[str] = Counter()
     for cost in unit_costs.values():
         macs.update(cost.macs)
         attention.update(cost.attention)
@@ -83,7 +84,9 @@ def output_size(u: Unit, cut: bool, size: Sequence[int], wanted: Sequence[int] |
 
 def sizes(architecture: Architecture, height: int, width: int) -> dict[str, tuple[int, int]]:
     """Height and width of each kept unit's output. A cut sampler leaves the size as it is."""
-    size, skips, sizes = (height, width), [], {}
+    size = (height, width)
+    skips: list[tuple[int, int]] = []
+    sizes = {}
     units = [u for u in walk(architecture.config) if u.kind not in ("time_embed", "label_embed")]
     for i, u in enumerate(units):
         kept = u.address not in architecture.cut
@@ -100,7 +103,9 @@ def sizes(architecture: Architecture, height: int, width: int) -> dict[str, tupl
 
 def _cost(u: Unit, architecture: Architecture, size: tuple[int, int], tokens: int) -> UnitCost:
     n = math.prod(size)
-    macs, attention, params = Counter(), Counter(), 0
+    macs: Counter[str] = Counter()
+    attention: Counter[str] = Counter()
+    params = 0
     for t in u.tensors:
         if u.owner(t) in architecture.cut:
             continue

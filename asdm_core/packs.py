@@ -21,13 +21,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .addresses import in_order
+from .addresses import Slot, in_order
 from .architecture import Architecture
 from .condconv import CondConv, Conv
 from .gri import Gains
@@ -155,7 +156,7 @@ def parse_header(data: bytes, size: int, name: str) -> Header:
     return Header(tensors, metadata)
 
 
-def read_header(path: str | os.PathLike) -> Header:
+def read_header(path: str | os.PathLike[str]) -> Header:
     """Header of a safetensors file, without its tensors. Raises BadFile."""
     path = Path(path)
     try:
@@ -179,7 +180,7 @@ class TensorFile(Mapping[str, Tensor]):
     shapes: name -> shape of everything it holds, known without reading a tensor.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         header = read_header(path)
         self.metadata = header.metadata
@@ -210,7 +211,7 @@ class TensorFile(Mapping[str, Tensor]):
                 f"asdm does not "
                 f"read; wanted one of {', '.join(sorted(_DTYPES))}"
             )
-        tensor = self._file.get_tensor(key)
+        tensor: Tensor = self._file.get_tensor(key)
         if key + SCALE in self._scales:
             return dequantise(tensor, self._file.get_tensor(key + SCALE))
         return tensor
@@ -286,12 +287,12 @@ class Description:
     units: tuple[str, ...] = ()
     prediction: str | None = None
     licence: str = ""
-    training: Mapping = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
     companions: Mapping[str, str] = field(default_factory=dict)
     condconv: CondConv | None = None
     gri: Gains | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {printable(repr(self.kind))}")
         if self.prediction not in (None, *PREDICTIONS):
@@ -327,18 +328,18 @@ class Description:
         return in_order(self.architecture.config, {conv.unit.address for conv in self.convs})
 
     @property
-    def unit_keys(self):
+    def unit_keys(self) -> dict[str, Slot]:
         """Addressed tensor names of the units a pack plays, and their slots."""
         played = set(self.units)
         return {k: s for k, s in self.architecture.keys().items() if s.unit.address in played}
 
     @property
-    def expert_keys(self):
+    def expert_keys(self) -> dict[str, Slot]:
         """Tensor names of the further experts and their routers, and their slots."""
         return self.condconv.keys(self.architecture.config) if self.condconv else {}
 
     @property
-    def gain_keys(self):
+    def gain_keys(self) -> dict[str, Slot]:
         """Tensor names of the gains of GRI attention, and their slots."""
         return self.gri.keys(self.architecture.config) if self.gri else {}
 
@@ -347,7 +348,7 @@ class Description:
         """The transformers they belong to."""
         return in_order(self.architecture.config, {slot.unit.address for slot in self.gain_keys.values()})
 
-    def keys(self):
+    def keys(self) -> dict[str, Slot]:
         """Tensor names of the file and their slots: addressed for a pack, else the standalone form."""
         if self.kind == "pack":
             return self.unit_keys | self.expert_keys | self.gain_keys
@@ -400,7 +401,7 @@ class Description:
         gri = None if data.get("gri") is None else Gains.from_dict(data["gri"])
         return cls(
             kind=str(data.get("kind")),
-            architecture=Architecture.from_dict(data.get("architecture")),
+            architecture=Architecture.from_dict(data["architecture"] if "architecture" in data else {}),
             units=tuple(units),
             prediction=data.get("prediction"),
             licence=str(data.get("licence", "")),
@@ -448,7 +449,7 @@ def describe(file: TensorFile) -> Description | None:
         raise BadFile(f"{file.path.name}: {e}") from None
 
 
-def open_pack(path: str | os.PathLike) -> Loaded:
+def open_pack(path: str | os.PathLike[str]) -> Loaded:
     """Open a pack file. Checks names, shapes, dtypes and that every number is finite. Raises BadFile."""
     file = TensorFile(path)
     description = describe(file)
@@ -494,7 +495,7 @@ def identify_unet(file: TensorFile) -> tuple[Description, Recognised]:
     return description, found
 
 
-def open_unet(path: str | os.PathLike, drop_unknown: bool = False, prediction: str | None = None) -> Loaded:
+def open_unet(path: str | os.PathLike[str], drop_unknown: bool = False, prediction: str | None = None) -> Loaded:
     """Open a UNet in any known form: ours, an LDM or diffusers single file, or a diffusers folder.
 
     The UNet may lie inside a whole checkpoint. drop_unknown: leave out, as ComfyUI does, tensors that belong to no
@@ -582,7 +583,7 @@ _UNET_INDEX = re.compile(rf"({'|'.join(_STEMS)})\.safetensors\.index(?P<variant>
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 
 
-def unet_in_folder(folder: str | os.PathLike) -> Path | None:
+def unet_in_folder(folder: str | os.PathLike[str]) -> Path | None:
     """The file that stands for the UNet of a diffusers folder (a pipeline's or the unet's own): a safetensors file, the
     index of one in shards, or None where there is neither. Files without a variant in their name come first, then fp16.
     """
@@ -627,7 +628,7 @@ def is_shard(name: str) -> bool:
 class Shards(TensorFile):
     """The tensors of several safetensors files that one index lists, as one."""
 
-    def __init__(self, index: str | os.PathLike):
+    def __init__(self, index: str | os.PathLike[str]):
         self.path = Path(index)
 
         def bad(why: str) -> BadFile:
@@ -665,7 +666,7 @@ class Shards(TensorFile):
         return self._places[key][key]
 
 
-def open_file(path: str | os.PathLike) -> TensorFile:
+def open_file(path: str | os.PathLike[str]) -> TensorFile:
     """The tensors of a safetensors file, or of the shards an index lists. Raises BadFile."""
     path = Path(path)
     return Shards(path) if _UNET_INDEX.fullmatch(path.name) else TensorFile(path)
@@ -705,7 +706,7 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 
 
-def _text_shapes(config: Mapping, rows: int) -> dict[str, tuple[int, ...]]:
+def _text_shapes(config: Mapping[str, Any], rows: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a text encoder in CLIP's layout, with so many rows in its table of tokens."""
     wide, inner = config["hidden_size"], config["intermediate_size"]
     shapes = {
@@ -724,7 +725,7 @@ def _text_shapes(config: Mapping, rows: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def open_text_encoder(path: str | os.PathLike) -> tuple[dict, StateDict]:
+def open_text_encoder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], StateDict]:
     """Config and weights of a text encoder of the embedded family, in CLIP's layout and with the whole table of tokens.
 
     Its file holds only the rows in use (`token_ids`); words that were never trained are zero vectors: they say nothing,
@@ -779,7 +780,7 @@ def open_text_encoder(path: str | os.PathLike) -> tuple[dict, StateDict]:
 # Writing --------------------------------------------------------------------------------------------
 
 
-def check_output(path: str | os.PathLike) -> Path:
+def check_output(path: str | os.PathLike[str]) -> Path:
     """Raise ValueError where no model file can have this name: better asked before the work than after it."""
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -791,7 +792,7 @@ def check_output(path: str | os.PathLike) -> Path:
     return path
 
 
-def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whole or not at all (a temporary file in the same folder, then a rename).
 
     Raises ValueError for a name that cannot be, OSError where writing fails.
@@ -815,7 +816,7 @@ def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata:
 
 
 def write_pack(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     description: Description,
     dtype: torch.dtype | str | None = torch.float16,
@@ -830,7 +831,7 @@ def write_pack(
 
 
 def write_unet(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     description: Description,
     dtype: torch.dtype | str | None = None,

@@ -67,7 +67,7 @@ def finite(psnr: float) -> float | None:
 
 
 @lru_cache(maxsize=32)
-def font(size: int) -> ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 

@@ -8,10 +8,11 @@ block, the first and the last of an up block; the first transformer blocks of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from .addresses import NO_MID, RESNET_MID, UNetConfig, keys, walk
+from .addresses import NO_MID, RESNET_MID, Slot, UNetConfig, keys, walk
 from .architecture import FAMILIES, Architecture
 from .text import MESSAGE, printable
 
@@ -43,7 +44,7 @@ class Recognised:
     numbering: str
     unknown: tuple[str, ...] = ()
 
-    def keys(self):
+    def keys(self) -> dict[str, Slot]:
         """The file's UNet keys (with prefix) and the skeleton slots they fill."""
         table = self.architecture.keys(self.layout, self.numbering)
         return {self.prefix + key: slot for key, slot in table.items()}
@@ -108,7 +109,7 @@ def recognise(shapes: Shapes, families: Iterable[UNetConfig] = FAMILIES.values()
     )
 
 
-def _read_stem(unet: Shapes, layout: str) -> dict:
+def _read_stem(unet: Shapes, layout: str) -> dict[str, Any]:
     ldm = layout == "ldm"
     conv_in = unet["input_blocks.0.0.weight" if ldm else "conv_in.weight"]
     conv_out = unet.get("out.2.weight" if ldm else "conv_out.weight", (4,))
@@ -132,7 +133,7 @@ def _read_stem(unet: Shapes, layout: str) -> dict:
     }
 
 
-def _fit_stem(family: UNetConfig, stem: dict) -> UNetConfig | None:
+def _fit_stem(family: UNetConfig, stem: dict[str, Any]) -> UNetConfig | None:
     """The family's skeleton with the file's numbers of input and output channels (inpainting: 9 in)."""
     if any(getattr(family, n) != stem[n] for n in ("model_channels", "context_dim", "adm_channels")):
         return None
@@ -141,7 +142,7 @@ def _fit_stem(family: UNetConfig, stem: dict) -> UNetConfig | None:
     return replace(family, in_channels=stem["in_channels"], out_channels=stem["out_channels"])
 
 
-def _candidates(skeleton: UNetConfig, unet: Shapes, layout: str):
+def _candidates(skeleton: UNetConfig, unet: Shapes, layout: str) -> Iterator[tuple[Architecture, str]]:
     """Architectures the file might be, likeliest first.
 
     The convention goes first: a renumbered M1 in diffusers names could also be read as an addressed
@@ -157,7 +158,7 @@ def _candidates(skeleton: UNetConfig, unet: Shapes, layout: str):
         yield from _legal(skeleton, units - present, "addressed")
 
 
-def _legal(skeleton: UNetConfig, cut: Iterable[str], numbering: str):
+def _legal(skeleton: UNetConfig, cut: Iterable[str], numbering: str) -> Iterator[tuple[Architecture, str]]:
     try:
         candidate = Architecture(skeleton, frozenset(cut))
         candidate.keys("ldm", numbering)
@@ -232,7 +233,7 @@ def _conventional_cut(skeleton: UNetConfig, counts: _Counts) -> set[str] | None:
         return None
     cut: set[str] = set()
 
-    def cut_layer(at: str, depth: int):
+    def cut_layer(at: str, depth: int) -> None:
         cut.add(f"{at}.resnet")
         if depth:
             cut.add(f"{at}.transformer")

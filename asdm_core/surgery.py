@@ -8,7 +8,7 @@ Unless a function says otherwise, state dicts are in the addressed LDM form with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +191,7 @@ class PassThrough(nn.Module):
     def extra_repr(self) -> str:
         return f"cut {self.unit.address}" + (" block" if self.is_block else "")
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         if self.is_block:
             return hidden_states
         h = pass_through(self.unit, hidden_states)

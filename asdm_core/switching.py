@@ -29,7 +29,7 @@ class SwitchPoint:
     at: float
     unit: str = "percent"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise ValueError(f"unit must be one of {UNITS}, got {self.unit!r}")
         if not math.isfinite(self.at):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 # A name, a description, and a whole message: longer than any that is meant for people.
 NAME, TEXT, MESSAGE = 120, 300, 900
@@ -24,7 +25,7 @@ def printable(text: object, longest: int = NAME) -> str:
     return escaped
 
 
-def read_json(text: str | bytes) -> object:
+def read_json(text: str | bytes) -> Any:
     """What a JSON text says. Raises ValueError, also for what is nested too deep and for numbers of more than 20
     digits, which cost quadratic time.
     """

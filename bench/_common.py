@@ -136,7 +136,8 @@ def beside_earlier(
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return summary, rows
-    old, made = json.loads(path.read_text()), {part(row) for row in rows}
+    old = json.loads(path.read_text())
+    made = {part(row) for row in rows}
     return old["summary"] | summary, rows + [
         {"command": old["command"]} | row for row in old["rows"] if part(row) not in made
     ]

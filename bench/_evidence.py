@@ -147,7 +147,8 @@ def macs_share(architecture: Architecture) -> float:
 
 def compare(metric: str, a: Mapping, b: Mapping) -> tuple[int, float]:
     """1 where a is better than b by more than the margin, -1 where worse, 0 else; and the difference a - b."""
-    difference, margin = a[metric] - b[metric], MARGINS[metric]
+    difference = a[metric] - b[metric]
+    margin = MARGINS[metric]
     if metric == "accuracy":
         margin *= math.hypot(a["accuracy_se"], b["accuracy_se"])
     elif metric != "psnr":

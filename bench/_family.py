@@ -30,8 +30,8 @@ class Family:
         def encode(text):
             return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]
 
-        self.cond = [[torch.cat([encode(name) for _, name in chosen]), {}]]
-        self.uncond = [[encode("").repeat(len(chosen), 1, 1), {}]]
+        self.cond: list = [[torch.cat([encode(name) for _, name in chosen]), {}]]
+        self.uncond: list = [[encode("").repeat(len(chosen), 1, 1), {}]]
         self.noise = torch.cat(
             [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(len(chosen))]
         )

@@ -19,6 +19,8 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +71,7 @@ def bench_unet(name: str, rounds: int, device: torch.device, clock) -> tuple[dic
         assert out.isfinite().all()
 
     times = time_alternating(
-        {v: lambda p=p: call(p) for v, p in variants.items()}, rounds, sync=sync_of(device), clock=clock
+        {v: functools.partial(call, p) for v, p in variants.items()}, rounds, sync=sync_of(device), clock=clock
     )
     rows = [
         {
@@ -89,8 +91,10 @@ def bench_unet(name: str, rounds: int, device: torch.device, clock) -> tuple[dic
 
 
 def grouped(layer: CondConv2d, x: torch.Tensor) -> torch.Tensor:
-    routes, conv = layer.routes(x).to(x.dtype), layer.conv
-    experts, biases = layer.experts.weight.view(routes.shape[1], -1), layer.experts.bias.view(routes.shape[1], -1)
+    routes = layer.routes(x).to(x.dtype)
+    conv: Any = layer.conv
+    stacked: Any = layer.experts
+    experts, biases = stacked.weight.view(routes.shape[1], -1), stacked.bias.view(routes.shape[1], -1)
     kernels = torch.addmm(conv.weight.view(1, -1), routes, experts).view(-1, *conv.weight.shape[1:])
     out = F.conv2d(
         x.reshape(1, -1, *x.shape[2:]),
@@ -103,14 +107,15 @@ def grouped(layer: CondConv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 def per_expert(layer: CondConv2d, x: torch.Tensor) -> torch.Tensor:
-    routes, conv = layer.routes(x).to(x.dtype), layer.conv
+    routes = layer.routes(x).to(x.dtype)
+    conv = layer.conv
     added = F.conv2d(x, layer.experts.weight, layer.experts.bias, padding=conv.padding).unflatten(
         1, (routes.shape[1], -1)
     )
     return conv(x) + torch.einsum("bk,bkchw->bchw", routes, added)
 
 
-WAYS = {
+WAYS: dict[str, Callable[[CondConv2d, torch.Tensor], torch.Tensor]] = {
     "plain": lambda layer, x: layer.conv(x),
     "per sample": CondConv2d.forward,
     "grouped": grouped,
@@ -119,9 +124,11 @@ WAYS = {
 
 
 def bench_layer(address: str, count: int, name: str, rounds: int, device: torch.device, clock) -> list[dict]:
-    settings, conv, dtype = CondConv({address: count}), convolution(SD15, address), DTYPES[name]
-    c_out, c_in, *kernel = conv.shape
-    layer = CondConv2d(torch.nn.Conv2d(c_in, c_out, kernel, padding=1), *further_experts(settings, conv))
+    settings = CondConv({address: count})
+    conv = convolution(SD15, address)
+    dtype = DTYPES[name]
+    c_out, c_in, height, width = conv.shape
+    layer = CondConv2d(torch.nn.Conv2d(c_in, c_out, (height, width), padding=1), *further_experts(settings, conv))
     tensors = start(SD15, settings, "random")
     layer.load_state_dict({leaf: tensors[conv.key(leaf)] for leaf in settings.shapes(conv)}, strict=False)
     layer.requires_grad_(False).to(device, dtype)
@@ -165,7 +172,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     add_common_arguments(parser)
     args, host, device, clock = begin(parser)
-    summary, rows, command = {}, [], command_line("condconv")
+    summary: dict[str, float] = {}
+    rows = []
+    command = command_line("condconv")
     for dtype in args.dtypes:
         ratios, found = bench_unet(dtype, args.rounds, device, clock)
         summary |= ratios if dtype == "bf16" else {f"{name}_{dtype}": value for name, value in ratios.items()}

@@ -31,11 +31,13 @@ is not fp32.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +116,9 @@ def hypertile(rows: int, columns: int):
     """As published (tfernd/HyperTile): tiles attend to themselves alone."""
 
     def attend(m):
-        b, high, wide = len(m.q), m.side // rows, m.side // columns
+        b = len(m.q)
+        high = m.side // rows
+        wide = m.side // columns
 
         def fold(t):
             return t.view(b, high, rows, wide, columns, -1).transpose(2, 3).reshape(b * high * wide, rows * columns, -1)
@@ -186,7 +190,7 @@ def compare(maps: list[Map], attend: dict, rounds: int, device: torch.device, cl
         torch.manual_seed(0)  # of Token Merging
         errors = {name: [error(way(m), m.wanted) for m in maps] for name, way in attend.items()}
         times = time_alternating(
-            {name: lambda way=way: way(maps[0]) for name, way in attend.items()},
+            {name: functools.partial(way, maps[0]) for name, way in attend.items()},
             rounds,
             0,
             torch.cuda.synchronize if device.type == "cuda" else None,
@@ -240,9 +244,11 @@ def errors(rows: list[dict], side: int, suffix: str = "") -> dict[str, float]:
 
 
 def bench_calls(dtype: torch.dtype, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
-    summary, rows = {}, []
+    summary = {}
+    rows = []
     for pixels, side in SIDES.items():
-        m = Map(*(smooth(side, HEADS * DIM, seed).to(device, dtype) for seed in range(3)), HEADS)
+        q, k, v = (smooth(side, HEADS * DIM, seed).to(device, dtype) for seed in range(3))
+        m = Map(q, k, v, HEADS)
         found = compare([m], ways(), rounds, device, clock, part="calls")
         show(found, f"calls {pixels}")
         summary[f"attention_speedup_{pixels}"] = next(row["speedup"] for row in found if row["way"] == automatic(side))
@@ -265,7 +271,8 @@ def show(rows: list[dict], what: str) -> None:
 def random_weights(side: int, device: torch.device, dtype: torch.dtype) -> list[Map]:
     """The self-attentions of a network of one level of SD1.5's width, with random weights."""
     config = replace(SD15, family="", channel_mult=(1,), down=((1, 1),), mid=1, up=((1, 1, 1),))
-    unet, found = build(config, dtype, device), []
+    unet = build(config, dtype, device)
+    found = []
     torch.manual_seed(0)
     for p in unet.parameters():
         if p.dim() > 1:
@@ -294,7 +301,8 @@ def fit_gains(maps: list[Map], window: int, pool: int) -> dict:
         for block in dict.fromkeys(m.block for m in maps):
             tried = []
             for gain in GAINS:
-                attend, total = gri(window, pool, {block: gain.expand(maps[0].heads)}), 0
+                attend = gri(window, pool, {block: gain.expand(maps[0].heads)})
+                total = torch.zeros(maps[0].heads)
                 for m in (m for m in maps if m.block == block):
                     wanted = m.wanted.unflatten(2, (m.heads, -1))
                     total = total + (attend(m).unflatten(2, (m.heads, -1)) - wanted).square().sum(
@@ -359,7 +367,8 @@ def bench_pictures(family: Larger, trained: Path, clock) -> tuple[dict, list[dic
 
     host, regional, apply_pack = (pack_module(f"nodes.{name}") for name in ("host", "regional", "apply_pack"))
     config = host.architecture_of(family.model).config
-    summary, rows = {}, []
+    summary = {}
+    rows = []
     for side in (16, 32):
         window, pool = (16, 4) if side > 16 else (8, 4)
         if side == 16:
@@ -438,10 +447,8 @@ def bench_pictures(family: Larger, trained: Path, clock) -> tuple[dict, list[dic
 def bench_unet(name: str, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
     dtype = DTYPES[name]
     regional = pack_module("nodes.regional")
-    unet, played = (
-        build(SD15, dtype, device),
-        regional.Attention(regional.Regional(), SD15),
-    )
+    unet = build(SD15, dtype, device)
+    played = regional.Attention(regional.Regional(), SD15)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, 4, 128, 128, generator=generator).to(device, dtype)
     context = torch.randn(BATCH, 77, SD15.context_dim, generator=generator).to(device, dtype)
@@ -566,8 +573,10 @@ def main() -> None:
     )
     add_common_arguments(parser)
     args, host, device, clock = begin(parser)
-    dtype, summary, rows = DTYPES[args.dtype], {}, []
-    family = Larger(args.emoji) if {"activations", "pictures"} & set(args.parts) else None
+    dtype = DTYPES[args.dtype]
+    summary: dict[str, float] = {}
+    rows: list[dict] = []
+    family: Any = Larger(args.emoji) if {"activations", "pictures"} & set(args.parts) else None
     calls = {
         "calls": lambda: bench_calls(dtype, args.rounds, device, clock),
         "activations": lambda: bench_activations(family, args.rounds, device, clock),

@@ -80,7 +80,9 @@ def attend(m: Map, height: int, width: int, pool: int, form: str, halo: int = 0,
     cells = [
         t.unflatten(3, (-1, pool)).unflatten(2, (-1, pool)).transpose(3, 4).flatten(4, 5).flatten(2, 3) for t in (k, v)
     ]
-    out, most, mean = torch.empty_like(q), 0, q.mean((2, 3))
+    out = torch.empty_like(q)
+    most = 0
+    mean = q.mean((2, 3))
     for y in range(0, m.side, height):
         for x in range(0, m.side, width):
             rows = slice(max(y - halo, 0), min(y + height + halo, m.side))
@@ -90,7 +92,7 @@ def attend(m: Map, height: int, width: int, pool: int, form: str, halo: int = 0,
             queries = q[:, :, y : y + height, x : x + width].flatten(2, 3)
             own = [t[:, :, rows, columns].flatten(2, 3) for t in (k, v)]
             others = [t[:, :, outside.flatten()] for t in cells]
-            keys, values, bias = pooled(form, queries, *others, mean)
+            keys, values, bias = pooled(form, queries, others[0], others[1], mean)
             bias = bias.expand(-1, -1, queries.shape[2], -1)
             if seen:
                 logits = queries.mean(2, keepdim=True) @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
@@ -115,7 +117,9 @@ def gathered(m: Map, window: int, pool: int, steps: int) -> Tensor:
 def shapes(m: Map, pool: int, form: str) -> Tensor:
     """Windows of 8 x 32 for the first half of the heads, 32 x 8 for the second."""
     half = m.q.shape[2] // 2
-    parts = [Map(*(t[..., part] for t in (m.q, m.k, m.v)), m.heads // 2) for part in (slice(half), slice(half, None))]
+    parts = [
+        Map(m.q[..., part], m.k[..., part], m.v[..., part], m.heads // 2) for part in (slice(half), slice(half, None))
+    ]
     return torch.cat(
         [attend(part, *size, pool, form)[0] for part, size in zip(parts, ((8, 32), (32, 8)), strict=True)], 2
     )
@@ -125,7 +129,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
     args, host, _, _ = begin(parser)
-    family, rows = Larger(32), []
+    family = Larger(32)
+    rows = []
 
     def add(maps, outs, **more):
         errors = [error(out, m.wanted) for out, m in zip(outs, maps, strict=True)]

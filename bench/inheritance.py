@@ -86,7 +86,9 @@ def steps_of(model, clock: Callable[[], float], steps: int, size: int = 64) -> l
 def unit_times(model, config, clock, rounds: int) -> dict[str, float]:
     """Seconds that each unit takes in a full step; "" is all the rest. Median of the rounds."""
     host_units = pack_module("nodes.units")
-    times, started, handles = {}, {}, []
+    times: dict[str, list[float]] = {}
+    started = {}
+    handles = []
     for address, layer in host_units.layers(model.model.diffusion_model, config).items():
         handles.append(layer.register_forward_pre_hook(lambda *_, a=address: started.update({a: clock()})))
         handles.append(
@@ -107,7 +109,8 @@ def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
     host = pack_module("nodes.host")
     model = full_size(DTYPES[dtype])
     architecture = host.architecture_of(model)
-    config, every = architecture.config, inheritance.Schedule("explicit", steps=(0,))
+    config = architecture.config
+    every = inheritance.Schedule("explicit", steps=(0,))
     plans = {f"deepcache-{b}": inheritance.deepcache(config, b, every) for b in (0, 1, 2, 3)}
     plans |= {
         "shallow-only": inheritance.shallow_only(config, every),
@@ -118,7 +121,7 @@ def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
     units = unit_times(model, config, clock, rounds)
     never = inheritance.deepcache(config, 0, inheritance.Schedule(interval=1))
     steps_of(model, clock, 2)
-    times = {name: [] for name in ("off", *plans)}
+    times: dict[str, list[float]] = {name: [] for name in ("off", *plans)}
     short = time_alternating(
         {
             "off": lambda: sum(steps_of(model, clock, 4, 16)),
@@ -131,7 +134,9 @@ def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
         times["off"] += steps_of(model, clock, 2)
         for name, plan in plans.items():
             times[name] += steps_of(host.with_plan(model, plan), clock, 2)
-    rows, worst, beyond = [], [], []
+    rows: list[dict] = []
+    worst: list[float] = []
+    beyond: list[float] = []
     for name, plan in plans.items():
         full, inherited = inheritance.step_macs(plan, architecture)
         over = ratio(times, name, "off")
@@ -181,7 +186,8 @@ def methods(model) -> dict[str, tuple[str, object]]:
     from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 
     host = pack_module("nodes.host")
-    config, schedule = host.architecture_of(model).config, inheritance.Schedule
+    config = host.architecture_of(model).config
+    schedule = inheritance.Schedule
     found = {}
     for branch in (0, 1, 3):
         for interval in (2, 3):
@@ -219,7 +225,7 @@ def bench_quality(family: Family, rounds: int, clock, names: list[str]) -> list[
     for sampler, scheduler, steps in (RUNS[name] for name in names):
         full, _ = family.run(family.model, sampler, scheduler, steps, clock)
         run = {"part": "quality", "sampler": sampler, "scheduler": scheduler, "steps": steps}
-        made = {}
+        made: dict[str, torch.Tensor] = {}
 
         def call(label, model, sampler=sampler, scheduler=scheduler, steps=steps, made=made):
             made[label] = family.run(model, sampler, scheduler, steps, clock)[0]
@@ -237,10 +243,11 @@ def bench_quality(family: Family, rounds: int, clock, names: list[str]) -> list[
                 "top1": family.top1(full),
             }
         )
-        points = {m: [] for m in METHODS}
+        points: dict[str, list[tuple[float, float]]] = {m: [] for m in METHODS}
         for label, (method, _) in settings.items():
             pictures = made[label]
-            saving, quality = 1 - ratio(times, label, "full"), psnr(pictures, full).clamp(max=80)
+            saving = 1 - ratio(times, label, "full")
+            quality = psnr(pictures, full).clamp(max=80)
             points[method].append((saving, float(quality.mean())))
             rows.append(
                 run
@@ -320,7 +327,8 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="of part two")
     add_common_arguments(parser)
     args, host, device, clock = begin(parser)
-    summary, rows = {}, []
+    summary: dict[str, float] = {}
+    rows = []
     if "quality" in args.parts:
         rows += bench_quality(Family(args.pictures), args.rounds, clock, args.runs)
     if "cost" in args.parts:

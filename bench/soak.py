@@ -93,7 +93,8 @@ def tensors() -> int:
 
 def watch(memory_class) -> list[weakref.ref]:
     """References to all memories that will be made."""
-    made, create = [], memory_class.__init__
+    made = []
+    create = memory_class.__init__
 
     def init(self, *args):
         made.append(weakref.ref(self))
@@ -127,7 +128,9 @@ def main() -> None:
         for c, case in enumerate(CASES)
     }
     models = [host.with_plan(model, plan) for plan in plans]
-    choose, rows, began = random.Random(0), [], time.perf_counter()
+    choose = random.Random(0)
+    rows: list[dict] = []
+    began = time.perf_counter()
     for n in range(args.runs):
         p, c = choose.randrange(len(plans)), choose.randrange(len(CASES))
         equal = None

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import math
 import statistics
@@ -76,7 +77,8 @@ def sample(model, steps: int):
 def bench_full_size(dtype: str, steps: int, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
     model = full_size(DTYPES[dtype])
     m2 = Architecture.preset("m2")
-    state, description = model.model.diffusion_model.state_dict(), packs.Description("pack", m2, m2.pack_units())
+    state = model.model.diffusion_model.state_dict()
+    description = packs.Description("pack", m2, m2.pack_units())
 
     def memory() -> int:
         gc.collect()
@@ -94,8 +96,9 @@ def bench_full_size(dtype: str, steps: int, rounds: int, device: torch.device, c
         before = memory()
         packed = with_pack(model, path)
         sample(switched(model, packed, 0.5), 2)
-        extra, size = memory() - before, path.stat().st_size
-    rows = [
+        extra = memory() - before
+        size = path.stat().st_size
+    rows: list[dict] = [
         {"part": "memory", "switch": "SD1.5 to SD1.5 with M2", "dtype": dtype, "file_bytes": size, "extra_bytes": extra}
     ]
     base = full_size(DTYPES[dtype], Architecture.preset("base"), seed=1)
@@ -119,7 +122,7 @@ def bench_overhead(pairs: dict, run, rounds: int, clock) -> list[dict]:
     rows = []
     for name, (first, second) in pairs.items():
         trio = {"first": first, "second": second, "switched": switched(first, second, 0.5)}
-        times = time_alternating({label: lambda m=m: run(m) for label, m in trio.items()}, rounds, clock=clock)
+        times = time_alternating({label: functools.partial(run, m) for label, m in trio.items()}, rounds, clock=clock)
         rows.append(
             {
                 "part": "overhead",
@@ -146,7 +149,10 @@ def over_parts(times: dict, name: str, first: str, second: str, at: float) -> fl
 
 def settings(large, small) -> dict[str, tuple[dict, object]]:
     """Label -> (what it is, MODEL)."""
-    found = {"large": ({"small_share": 0.0}, large), "small": ({"small_share": 1.0}, small)}
+    found: dict[str, tuple[dict, object]] = {
+        "large": ({"small_share": 0.0}, large),
+        "small": ({"small_share": 1.0}, small),
+    }
     presets = {(p.small_first, p.at.at): name for name, p in PRESETS.items()}
     for small_first in (True, False):
         first, second = (small, large) if small_first else (large, small)
@@ -164,7 +170,8 @@ def settings(large, small) -> dict[str, tuple[dict, object]]:
 
 
 def bench_quality(pictures: int, rounds: int, clock) -> tuple[dict, list[dict]]:
-    family, latents = Family(pictures), {}
+    family = Family(pictures)
+    latents = {}
     chosen = settings(family.model, with_pack(family.model, FAMILY / "emoji-m2.safetensors"))
 
     def call(label):
@@ -172,9 +179,11 @@ def bench_quality(pictures: int, rounds: int, clock) -> tuple[dict, list[dict]]:
 
     for _, model in chosen.values():  # whatever a model does only once
         family.latents(model, "euler", "normal", 2)
-    times = time_alternating({label: lambda x=label: call(x) for label in chosen}, rounds, warmup=0, clock=clock)
+    times = time_alternating({label: functools.partial(call, label) for label in chosen}, rounds, warmup=0, clock=clock)
     made = {label: family.pictures(x) for label, x in latents.items()}
-    rows, summary, over = [], {}, []
+    rows = []
+    summary: dict[str, float] = {}
+    over = []
     for label, (row, _) in chosen.items():
         row = {
             "part": "quality",
@@ -303,7 +312,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=32)
     add_common_arguments(parser)
     args, host, device, clock = begin(parser)
-    summary, rows = {}, []
+    summary: dict[str, float] = {}
+    rows: list[dict] = []
     if "cost" in args.parts:
         summary, rows = bench_full_size(
             args.dtype or ("fp16" if device.type == "cuda" else "bf16"), args.steps, args.cost_rounds, device, clock

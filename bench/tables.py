@@ -336,7 +336,8 @@ def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = ()) -> 
         prompts=settings.prompts,
         steps=settings.steps,
     )
-    teacher, finetune = judge("teacher"), None if rows else judge("openmoji")
+    teacher = judge("teacher")
+    finetune = None if rows else judge("openmoji")
     measure = partial(teacher.measure, rounds=settings.rounds)
     yield "teacher", lambda: measure("whole", lambda: teacher.whole)
     for seed in seeds:
@@ -395,7 +396,8 @@ def drawn(settings: Settings) -> dict:
 
 def command(settings: Settings) -> str:
     """The command that makes what is there, in one process for all seeds."""
-    kept, skipped = [], False
+    kept = []
+    skipped = False
     for word in sys.argv[1:]:
         if word.startswith("--"):
             skipped = word in ("--notes", "--report", "--rows", "--seeds", "--prompts", "--steps")
@@ -423,12 +425,13 @@ def command(settings: Settings) -> str:
 
 def gathered(settings: Settings, seeds: Sequence[int]) -> dict[str, dict[str, dict]]:
     """The rows that are finished, by host and name."""
-    folder, found = settings.folder / "measured", {"teacher": {}, "openmoji": {}}
+    folder = settings.folder / "measured"
+    found: dict[str, dict[str, dict]] = {"teacher": {}, "openmoji": {}}
 
     def put(host: str, name: str, seeds: Sequence[int] | None, cut: str = "", measured_as: str = "") -> None:
         if measured := evidence.read(folder, host, measured_as or name, seeds):
             gap_from = evidence.read(folder, host, f"cut-{cut}", None) if cut else None
-            found[host][name] = evidence.row(measured, gap_from and gap_from[0])
+            found[host][name] = evidence.row(measured, gap_from[0] if gap_from else None)
 
     for host in found:
         put(host, "whole", None)
@@ -457,7 +460,8 @@ def find(name: str) -> Row | None:
 def samples(settings: Settings, run: Row, seed: int) -> int:
     """What a finished run learned from. Raises ValueError where --samples says something else."""
     product = settings.product(run.name, seed)
-    found, wanted = describe(TensorFile(product)).training["samples"], settings.updates(run.share) * BATCH
+    found = describe(TensorFile(product)).training["samples"]
+    wanted = settings.updates(run.share) * BATCH
     if found != wanted and not run.seconds_of:
         raise ValueError(
             f"{product} learned from {found:,} samples, with --samples {settings.samples} it would from {wanted:,}; "
@@ -492,7 +496,7 @@ def write(settings: Settings, notes: str = "") -> None:
     macs = {name: evidence.macs_share(a) for name, a in presets.items()} | {"whole": 1.0}
     macs |= {switch_name((a, b, at)): at * macs[a] + (1 - at) * macs[b] for a, b, at in SWITCHES}
     verdicts = [evidence.verdict(claim, mine) for claim in evidence.CLAIMS]
-    summary = {}
+    summary: dict[str, float] = {}
     for name, found in mine.items():
         key = name.replace("-", "_")
         summary |= {

@@ -76,7 +76,8 @@ def recipe(run: str, network: str, folder: Path, steps: int) -> Config:
 
 
 def write_cache(config: Config, pictures: int = 256, tokens: int = 77) -> None:
-    side, unet = config.data.size // 8, config.network.config
+    side = config.data.size // 8
+    unet = config.network.config
     g = torch.Generator().manual_seed(0)
     write_file(
         config.data.path,
@@ -112,9 +113,12 @@ class Reference:
         for net in (self.teacher, self.student) if device.type == "cpu" else ():
             net.set_attn_processor(BmmAttention())
         g = torch.Generator().manual_seed(0)
-        size, side, unet = config.run.micro_batch, config.data.size // 8, config.network.config
+        size = config.run.micro_batch
+        side = config.data.size // 8
+        unet = config.network.config
         x0, noise = torch.randn(2, size, unet.in_channels, side, side, generator=g)
-        t, context = torch.randint(STEPS, (size,), generator=g), torch.randn(size, 77, unet.context_dim, generator=g)
+        t = torch.randint(STEPS, (size,), generator=g)
+        context = torch.randn(size, 77, unet.context_dim, generator=g)
         self.batch = Batch(x0, noise, t, context).to(device)
 
     def step(self) -> None:
@@ -181,14 +185,15 @@ def memory(network: str, name: str, device: torch.device) -> int:
             return torch.cuda.max_memory_allocated()
         # Not ru_maxrss, which a process inherits from the one that started it.
         status = Path("/proc/self/status").read_text(encoding="ascii")
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
     before = peak()
     with tempfile.TemporaryDirectory() as folder:
         config = recipe(name.removesuffix("_reference"), network, Path(folder), 2)
         if name.endswith("_reference"):
             reference = Reference(config, device)
-            reference.step(), reference.step()
+            reference.step()
+            reference.step()
         else:
             write_cache(config)
             run_loop(config, lambda: 0.0)
@@ -219,7 +224,8 @@ def main() -> None:
     if args.memory:
         print(memory(args.network, args.memory, device))
         return
-    clock, rows = clock_of(args, parser, device), []
+    clock = clock_of(args, parser, device)
+    rows = []
     for network in NETWORKS if args.network == "all" else [args.network]:
         rows += measure(network, args.rounds, args.steps, device, clock)
     for row in rows:

@@ -107,7 +107,8 @@ def bench_pack(device: torch.device) -> tuple[dict, list[dict]]:
         with_pack = apply_pack.apply_pack(model, path, path.name, Window())
         seconds = time.perf_counter() - start
         step(with_pack)
-        extra, size = memory() - before, path.stat().st_size
+        extra = memory() - before
+        size = path.stat().st_size
     row = {"pack": "m2", "dtype": str(dtype), "file_bytes": size, "extra_bytes": extra, "apply_seconds": seconds}
     return {"pack_apply_seconds": seconds, "pack_extra_memory_over_pack_size": extra / size}, [row]
 

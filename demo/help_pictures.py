@@ -38,11 +38,13 @@ COLOURS = 96  # of drawings: enough for flat areas and smooth letters
 
 def sheet(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int = 2, cell: int = CELL) -> Image.Image:
     """Square pictures with a label below each."""
-    step, tall = cell + GAP, cell + GAP + LETTERS + 6
+    step = cell + GAP
+    tall = cell + GAP + LETTERS + 6
     made = Image.new("RGB", (columns * step + GAP, -(-len(pictures) // columns) * tall + GAP), PAPER)
     draw = ImageDraw.Draw(made)
     for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        x, y = GAP + i % columns * step, GAP + i // columns * tall
+        x = GAP + i % columns * step
+        y = GAP + i // columns * tall
         draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline=EDGE)
         made.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
         draw.text((x, y + cell + 4), fitted(draw, label, LETTERS, cell), INK, font(LETTERS))
@@ -119,7 +121,8 @@ class Studio:
     """Makes pictures in a running ComfyUI."""
 
     def __init__(self, url: str):
-        self._url, self._client = url, Client(url)
+        self._url = url
+        self._client = Client(url)
 
     def run(self, made: Mapping) -> tuple[list[Image.Image], dict]:
         """What the node "save" of a graph saves, and all outputs."""

@@ -113,7 +113,8 @@ def work(job: Job) -> dict[str, Work]:
     """
     file = TensorFile(job.checkpoint)
     whole = packs.identify_unet(file)[0].architecture
-    config, name = whole.config, job.checkpoint.name
+    config = whole.config
+    name = job.checkpoint.name
     if job.loader != EMBEDDED_LOADER:
         if config.family != SD15:
             raise DemoError(
@@ -145,7 +146,8 @@ def load_graph(name: str) -> dict:
 
 def needed(graph: Mapping, key: str) -> dict:
     """The part of a graph that one node needs."""
-    found, open_ = {}, [key]
+    found = {}
+    open_ = [key]
     while open_:
         key = open_.pop()
         found[key] = graph[key]

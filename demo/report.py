@@ -94,7 +94,8 @@ def write_results(job: Job, work: Mapping[str, Work], runs: Runs, system: Mappin
 
 
 def _side(side: str, job: Job, work: Work, runs: Sequence[TimedRun]) -> dict:
-    latent, full = job.size // 8, work.full_steps(job.steps)
+    latent = job.size // 8
+    full = work.full_steps(job.steps)
     cost = measure.total(measure.costs(work.architecture, latent, latent))
     inherited = step_macs(work.plan, work.architecture, latent, latent)[1] if work.plan else 0
     values = [seconds for run in runs for seconds in run.step_seconds]

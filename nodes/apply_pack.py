@@ -31,7 +31,8 @@ def lines_of(description: Description, pack_id: str, window: Window, strength: f
 
 def check_fit(model, description: Description, name: str) -> None:
     """Raise ValueError unless a pack can play in this MODEL."""
-    config, wanted = host.architecture_of(model).config, description.architecture.config
+    config = host.architecture_of(model).config
+    wanted = description.architecture.config
     if not host.same_skeleton(config, wanted):
         family = config.family or "a pruned UNet loaded in stock form, or an unknown one"
         raise ValueError(

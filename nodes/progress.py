@@ -23,11 +23,14 @@ class Progress:
     """Counts the steps of so many runs on the bar of the node that is executed; never runs backwards."""
 
     def __init__(self, model, runs: int, steps: int):
-        self._steps, self._total, self._run = steps, runs * steps, 0
+        self._steps = steps
+        self._total = runs * steps
+        self._run = 0
         self._bar = comfy.utils.ProgressBar(self._total)
         self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
         self._begun: tuple[float, float] | None = None  # when the first step ended, and where on the bar
-        self._said, self._made = 0.0, time.monotonic()
+        self._said = 0.0
+        self._made = time.monotonic()
 
     def callback(self, step: int, x0, x, total_steps: int) -> None:
         """For a sampler: a step of the present run is done."""
@@ -54,6 +57,7 @@ class Progress:
 
     @staticmethod
     def _write(words: str) -> None:
-        context, host = get_executing_context(), getattr(PromptServer, "instance", None)
+        context = get_executing_context()
+        host = getattr(PromptServer, "instance", None)
         if context is not None and host is not None:
             host.send_progress_text(words, context.node_id, host.client_id)

@@ -55,7 +55,8 @@ class Attention:
     """The self-attention of one UNet object during one run."""
 
     def __init__(self, settings: Regional, config: UNetConfig):
-        self._settings, self.blocks = settings, settings.blocks(config)
+        self._settings = settings
+        self.blocks = settings.blocks(config)
         self._said: set[str] = set()
         self.gains: dict[str, dict[int, Callable[[Tensor], Tensor]]] = {}  # transformer -> block -> gains of its heads
         self.name = f"gri{settings.window}x{settings.pool}x{settings.stages}{'s' * settings.shifted}"

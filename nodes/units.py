@@ -173,7 +173,8 @@ class Bypassed(nn.Module):
 
     def __init__(self, module: nn.Module, hook: BypassForwardHook):
         super().__init__()
-        self.module, twin = module, copy.copy(hook)
+        self.module = module
+        twin = copy.copy(hook)
         twin.original_forward = module
         self.play = twin._bypass_forward
 
@@ -183,7 +184,8 @@ class Bypassed(nn.Module):
 
 def with_bypass(player: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[BypassForwardHook]]:
     """The player of a unit under the bypass LoRAs that act on the layer it stands in for, and these."""
-    own, hooks = dict(player.named_modules()), {}
+    own = dict(player.named_modules())
+    hooks = {}
     for path, module in layer.named_modules():
         hook = getattr(vars(module).get("forward"), "__self__", None)
         # A player may share modules with the layer: those are wrapped already.
@@ -227,7 +229,8 @@ class PackModel(nn.Module):
                 _attach(self.diffusion_model, u.ldm, module)
                 self._paths[u.address] = u.ldm
         self.further = nn.Module()
-        self._condconv, self._convs = description.condconv, convs
+        self._condconv = description.condconv
+        self._convs = convs
         for conv in convs:
             experts, router = further_experts(self._condconv, conv, comfy.ops.manual_cast, dtype=dtype, device="meta")
             _attach(self.further, f"{conv.path('ldm')}.experts", experts)
@@ -296,7 +299,8 @@ class PackModel(nn.Module):
 def _build(u: Unit, architecture: Architecture, dtype: torch.dtype, attn_precision) -> nn.Module:
     # manual_cast, whatever the host's own operations are: a pack's dtype need not be the host's.
     # Weights are assigned afterwards, so nothing is allocated here.
-    config, operations = architecture.config, comfy.ops.manual_cast
+    config = architecture.config
+    operations = comfy.ops.manual_cast
     more = {"dtype": dtype, "device": "meta", "operations": operations}
     if u.kind == "resnet":
         return openaimodel.ResBlock(u.channels_in, config.time_channels, 0, out_channels=u.channels_out, **more)

@@ -67,7 +67,8 @@ def write_tar(path, files, links=()):
             tar.addfile(info, io.BytesIO(text.encode()))
         for name, target in links:
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = tarfile.SYMTYPE, target
+            info.type = tarfile.SYMTYPE
+            info.linkname = target
             tar.addfile(info)
     return path
 

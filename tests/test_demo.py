@@ -89,7 +89,8 @@ def test_pickles_are_refused(roots, tmp_path):
 
 def sparse_file(path, shapes, metadata=None):
     """A safetensors file with a header and no content, which takes no room on the disk."""
-    header, end = {}, 0
+    header = {}
+    end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape)
         header[name] = {"dtype": "F8_E4M3", "shape": list(shape), "data_offsets": [start, end]}

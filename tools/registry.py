@@ -181,7 +181,8 @@ def problems(root: Path = ROOT, publish: bool = False) -> list[str]:
     publish: require what may be missing until the first publishing, the address of the repository.
     """
     settings = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
-    project, comfy = settings["project"], settings.get("tool", {}).get("comfy", {})
+    project = settings["project"]
+    comfy = settings.get("tool", {}).get("comfy", {})
     names = published(root)
     found = [
         *metadata_problems(project, comfy, root),

@@ -21,7 +21,9 @@ def errors_of(seed, n, longest):
 
 def total(errors, steps):
     """The error of a set of full steps, from the definition; inf where too many steps in a row inherit."""
-    longest, error, before = errors.shape[1] - 1, 0.0, None
+    longest = errors.shape[1] - 1
+    error = 0.0
+    before = None
     for last, following in itertools.pairwise([*steps, len(errors)]):
         gap = 0 if before is None else last - before
         if following - last - 1 > longest:

@@ -5,7 +5,9 @@ import pytest
 from asdm_core.cast import HOST, Cast, Line, Part, Window, fingerprint
 from tests.core.narrow import SD
 
-PACK, OTHER, CUT = Part("pack", "a"), Part("pack", "b"), Part("cut")
+PACK = Part("pack", "a")
+OTHER = Part("pack", "b")
+CUT = Part("cut")
 EARLY, LATE = Window(0.0, 0.4), Window(0.4, 1.0)
 RESNET, TRANSFORMER = "down.0.0.resnet", "down.0.0.transformer"
 
@@ -40,7 +42,8 @@ def test_sources_are_the_packs_that_play():
     assert cast.sources == ("b", "a")
 
 
-EXPERTS, WEAK = Part("experts", "e"), Part("experts", "e", 0.5)
+EXPERTS = Part("experts", "e")
+WEAK = Part("experts", "e", 0.5)
 
 
 def test_experts_join_whoever_plays():

@@ -64,7 +64,8 @@ def described(path, architecture, tensors, **more):
 def folder(tmp_path_factory):
     """Files the commands read and never write: a full UNet, a base student, an SDXL-like UNet, an M2 pack."""
     at = tmp_path_factory.mktemp("models")
-    full, base = owning(Architecture.full(NARROW)), Architecture.preset("base", NARROW)
+    full = owning(Architecture.full(NARROW))
+    base = Architecture.preset("base", NARROW)
     described(at / "full.safetensors", full, weights(full, 1))
     described(at / "base.safetensors", base, weights(base, 2), prediction="v", licence="test only")
     other = owning(Architecture.full(NARROW_XL))
@@ -107,8 +108,10 @@ def described_as(path):
 
 def test_inspect_describes_a_student(run, folder):
     code, out, err = run("inspect", folder / "base.safetensors", "--json")
-    found, base = json.loads(out), Architecture.preset("base", NARROW)
-    work, whole = total(costs(base)), total(costs(Architecture.full(NARROW)))
+    found = json.loads(out)
+    base = Architecture.preset("base", NARROW)
+    work = total(costs(base))
+    whole = total(costs(Architecture.full(NARROW)))
     assert (code, err) == (0, "")
     assert found["file"] == str(folder / "base.safetensors")
     largest = found.pop("largest")
@@ -134,7 +137,8 @@ def test_inspect_describes_a_student(run, folder):
 
 def test_inspect_describes_a_pack(run, folder):
     code, out, _ = run("inspect", folder / "m2.safetensors", "--json")
-    found, m2 = json.loads(out), Architecture.preset("m2", NARROW)
+    found = json.loads(out)
+    m2 = Architecture.preset("m2", NARROW)
     assert code == 0
     assert (found["kind"], found["architecture"], found["licence"]) == ("pack", "m2", "pack licence")
     assert found["units"] == list(m2.own) and found["pack_params"] == m2.own_params
@@ -206,7 +210,9 @@ def test_no_tensor_is_lost_silently(run, folder, lcm, tmp_path):
 
 @pytest.mark.parametrize("name", ["full", "base"])
 def test_convert_to_diffusers_and_back_is_bit_equal(run, folder, tmp_path, name):
-    there, back, source = tmp_path / "there.safetensors", tmp_path / "back.safetensors", folder / f"{name}.safetensors"
+    there = tmp_path / "there.safetensors"
+    back = tmp_path / "back.safetensors"
+    source = folder / f"{name}.safetensors"
     code, out, _ = run("convert", source, there, "--layout", "diffusers")
     assert code == 0 and "diffusers layout, renumbered" in out
     small = (Architecture.preset(name, NARROW) if name != "full" else Architecture.full(NARROW)).renumbered.config
@@ -392,7 +398,8 @@ def test_extracting_the_units_of_m2_from_base_gives_the_m2_pack(run, folder, tmp
     code, text, _ = run(
         "extract-pack", folder / "base.safetensors", out, "--units", "down.0-1, up.2-3", "--licence", "mine"
     )
-    pack, m2 = packs.open_pack(out), Architecture.preset("m2", NARROW)
+    pack = packs.open_pack(out)
+    m2 = Architecture.preset("m2", NARROW)
     assert code == 0 and "(m2)" in text and f"{len(m2.own)} units" in text
     assert pack.description.architecture == m2 and pack.description.units == m2.own
     assert (pack.description.licence, pack.description.training) == ("mine", {"extracted_from": "base.safetensors"})
@@ -400,7 +407,8 @@ def test_extracting_the_units_of_m2_from_base_gives_the_m2_pack(run, folder, tmp
 
 
 def test_packs_are_fp16_unless_told(run, folder, tmp_path):
-    source, whole = tmp_path / "base32.safetensors", weights(Architecture.preset("base", NARROW), 2)
+    source = tmp_path / "base32.safetensors"
+    whole = weights(Architecture.preset("base", NARROW), 2)
     assert run("convert", folder / "base.safetensors", source, "--layout", "ldm", "--dtype", "fp32")[0] == 0
     for wanted, stored in ((None, {"F16"}), ("fp32", {"F32"}), ("int8", {"I8", "F32"})):
         out = tmp_path / f"{wanted}.safetensors"

@@ -76,26 +76,31 @@ def test_equals_the_formula_sample_by_sample(form, experts, batch, address):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_differences_of_zero_change_no_bit(batch):
-    made, x = layer(random=False), picture(batch)
+    made = layer(random=False)
+    x = picture(batch)
     assert torch.equal(made(x), torch.cat([made.conv(sample) for sample in x.split(1)]))
 
 
 @pytest.mark.parametrize("form", condconv.FORMS)
 def test_strength_zero_is_the_convolution_itself(form):
-    made, x = layer(form=form, strength=0.0), picture()
+    made = layer(form=form, strength=0.0)
+    x = picture()
     assert torch.equal(made(x), made.conv(x))
 
 
 @pytest.mark.parametrize("form", condconv.FORMS)
 def test_strength_is_the_way_between_the_convolution_and_all_experts(form):
-    made, x = layer(form=form), picture()
-    plain, whole = made.conv(x), made(x)
+    made = layer(form=form)
+    x = picture()
+    plain = made.conv(x)
+    whole = made(x)
     made.strength = 0.3
     torch.testing.assert_close(made(x), plain.lerp(whole, 0.3))
 
 
 def test_stride_and_padding_are_those_of_the_convolution():
-    made, x = layer(), picture(size=(8, 8))
+    made = layer()
+    x = picture(size=(8, 8))
     made.conv.stride = (2, 2)
     assert made(x).shape[2:] == (4, 4)
     torch.testing.assert_close(made(x), reference(made, x), atol=1e-5, rtol=1e-4)
@@ -134,7 +139,8 @@ def test_routes_are_float32_in_every_precision(dtype):
 
 @pytest.mark.parametrize("form", condconv.FORMS)
 def test_gradients_are_those_of_the_formula(form):
-    made, x = layer(form=form), picture().requires_grad_()
+    made = layer(form=form)
+    x = picture().requires_grad_()
     wanted = torch.autograd.grad(reference(made, x).square().sum(), [*made.parameters(), x])
     found = torch.autograd.grad(made(x).square().sum(), [*made.parameters(), x])
     for a, b in zip(found, wanted, strict=True):
@@ -144,7 +150,8 @@ def test_gradients_are_those_of_the_formula(form):
 
 def test_experts_that_start_at_zero_learn_at_once_and_apart():
     settings = CondConv({CONV2: 3})
-    made, x = layer(random=False), picture()
+    made = layer(random=False)
+    x = picture()
     made.load_state_dict(
         {k.removeprefix("output_blocks.11.0.out_layers.3."): v for k, v in condconv.start(SD, settings).items()},
         strict=False,
@@ -364,15 +371,14 @@ def network():
 
 def evaluate(unet, batch=1):
     generator = torch.Generator().manual_seed(0)
-    x, context = (
-        torch.randn(batch, 4, 16, 16, generator=generator),
-        torch.randn(batch, 3, SD.context_dim, generator=generator),
-    )
+    x = torch.randn(batch, 4, 16, 16, generator=generator)
+    context = torch.randn(batch, 3, SD.context_dim, generator=generator)
     return unet(x, torch.tensor(500), context).sample
 
 
 def test_a_network_gets_its_experts_from_a_pack_and_gives_them_back(network, pack):
-    tensors, unet = open_pack(pack).tensors, copy.deepcopy(network)
+    tensors = open_pack(pack).tensors
+    unet = copy.deepcopy(network)
     condconv.install(unet, "diffusers", SD, EXPERTS, tensors)
     found = condconv.extract(unet, "diffusers", SD, EXPERTS)
     assert set(found) == set(tensors) and all(torch.equal(found[k], tensors[k]) for k in found)
@@ -390,7 +396,8 @@ def test_a_network_gets_its_experts_from_a_pack_and_gives_them_back(network, pac
 
 
 def test_a_network_with_all_experts_at_zero_is_the_network_and_learns(network):
-    settings, unet = CondConv(dict.fromkeys(condconv.convolutions(SD), 2)), copy.deepcopy(network)
+    settings = CondConv(dict.fromkeys(condconv.convolutions(SD), 2))
+    unet = copy.deepcopy(network)
     condconv.install(unet, "diffusers", SD, settings, condconv.start(SD, settings))
     assert torch.equal(evaluate(unet), evaluate(network))
     torch.testing.assert_close(evaluate(unet, 3), evaluate(network, 3))

@@ -30,7 +30,8 @@ def test_v_is_what_a_v_network_predicts_and_eps_gives_the_same(sigma, seed):
 
 
 def test_tensors_keep_their_type():
-    x, sigma = torch.randn(2, 4, 8, 8), torch.tensor(2.0)
+    x = torch.randn(2, 4, 8, 8)
+    sigma = torch.tensor(2.0)
     v = v_of(x, x * 0.5, sigma)
     assert v.dtype == x.dtype and torch.allclose(denoised_of(x, v, sigma), x * 0.5, atol=1e-6)
 

@@ -32,7 +32,8 @@ def student_of(sd, chosen, noise=0.05, seed=0):
 
 def other_blocks(preset, seed):
     """A preset of SDXL with as many transformer blocks at each place, but others."""
-    chosen, rng = Architecture.preset(preset, SDXL), random.Random(seed)
+    chosen = Architecture.preset(preset, SDXL)
+    rng = random.Random(seed)
     return chosen.keeping(
         ", ".join(block for u in chosen.kept if u.depth for block in rng.sample(u.blocks, len(chosen.kept_blocks(u))))
     )
@@ -41,7 +42,8 @@ def other_blocks(preset, seed):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("seed", range(2))
 def test_the_blocks_that_were_kept_are_found(preset, seed):
-    chosen, original = other_blocks(preset, seed), weights(SDXL)
+    chosen = other_blocks(preset, seed)
+    original = weights(SDXL)
     student, read = student_of(original, chosen)
     assert read.cut == Architecture.preset(preset, SDXL).cut != chosen.cut
     found = match(student, read, original)
@@ -75,16 +77,19 @@ def test_students_of_sd15_are_where_the_convention_puts_them(preset):
 
 
 def test_a_finetune_of_the_original_will_do():
-    chosen, original = other_blocks("koala-1b", 3), weights(SDXL)
+    chosen = other_blocks("koala-1b", 3)
+    original = weights(SDXL)
     student, read = student_of(original, chosen)
-    finetune, noise = {}, torch.Generator().manual_seed(9)
+    finetune = {}
+    noise = torch.Generator().manual_seed(9)
     for k, t in original.items():
         finetune[k] = t + 0.5 * torch.randn(t.shape, generator=noise)
     assert match(student, read, finetune).architecture.cut == chosen.cut
 
 
 def test_one_block_that_was_trained_from_scratch_is_placed_by_its_order():
-    chosen, original = other_blocks("koala-700m", 1), weights(SDXL)
+    chosen = other_blocks("koala-700m", 1)
+    original = weights(SDXL)
     student, read = student_of(original, chosen)
     new = read.kept_blocks(unit(SDXL, "up.0.2.transformer"))[2]
     block = f"up.0.2.transformer.{new}"
@@ -124,7 +129,9 @@ def test_a_student_without_a_renumbered_form_needs_no_search():
 def test_tensors_are_read_when_they_are_compared_and_vectors_not_at_all():
     class Read(Mapping):
         def __init__(self, tensors):
-            self.tensors, self.shapes, self.seen = tensors, surgery.shapes_of(tensors), []
+            self.tensors = tensors
+            self.shapes = surgery.shapes_of(tensors)
+            self.seen = []
 
         def __getitem__(self, key):
             self.seen.append(key)

@@ -64,7 +64,8 @@ def test_sdxl_students_cost_what_their_authors_print(name, params, whole):
 
 @pytest.mark.parametrize(("name", "saved"), [("m1", "14.6"), ("m2", "24.4"), ("m3", "33.7")])
 def test_combined_unets_save_what_the_paper_prints(name, saved):
-    cost, whole = total(costs(Architecture.preset(name))), total(costs(SD15))
+    cost = total(costs(Architecture.preset(name)))
+    whole = total(costs(SD15))
     assert f"{100 * (1 - cost.total / whole.total):.1f}" == saved
 
 
@@ -371,7 +372,8 @@ def test_ssim_of_flat_pictures_is_the_luminance_term():
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.integers(11, 20), st.integers(11, 20))
 def test_quality_does_not_depend_on_the_order(seed, height, width):
-    a, b = pictures(2, height, width, seed), pictures(2, height, width, seed + 1)
+    a = pictures(2, height, width, seed)
+    b = pictures(2, height, width, seed + 1)
     assert torch.equal(psnr(a, b), psnr(b, a))
     assert torch.allclose(ssim(a, b), ssim(b, a), rtol=1e-12)
     assert (ssim(a, b) < 1).all()

@@ -58,7 +58,8 @@ def test_no_other_languages_and_no_other_nodes(translations):
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("node", IDS)
 def test_every_text_of_a_node_is_translated(client, translations, node, language):
-    info, translated = client.object_info(node), translations[language]["nodeDefs"][node]
+    info = client.object_info(node)
+    translated = translations[language]["nodeDefs"][node]
     named, said = [translated["display_name"]], [translated["description"]]
     tooltips = inputs(info["input"])
     explained = {

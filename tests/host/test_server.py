@@ -156,7 +156,8 @@ def test_serve_keeps_its_port_opens_the_browser_and_ends_in_order(tmp_path, host
     import fcntl
     import termios
 
-    page, port = tmp_path / "page", free_port()
+    page = tmp_path / "page"
+    port = free_port()
     browser = tmp_path / "browser"
     browser.write_text(f'#!/bin/sh\necho "$1" >> "{page}"\n')
     browser.chmod(0o755)

@@ -31,13 +31,12 @@ def recipe(*changes):
 
 def test_a_sample_depends_on_the_seed_and_its_number_alone():
     config = load(NARROW)
-    one, two, other = (
-        Batches(Random(config), config),
-        Batches(Random(config), config),
-        Batches(Random(config), load(NARROW, ["seed=5"])),
-    )
+    one = Batches(Random(config), config)
+    two = Batches(Random(config), config)
+    other = Batches(Random(config), load(NARROW, ["seed=5"]))
     one(range(100, 120))
-    whole, parts = one(range(4, 8)), [two(range(6, 8)), two(range(4, 6))]
+    whole = one(range(4, 8))
+    parts = [two(range(6, 8)), two(range(4, 6))]
     for a, *b in zip(whole, *reversed(parts), strict=True):
         assert a is None and b == [None, None] or torch.equal(a, torch.cat(b))
     assert not torch.equal(other(range(4, 8)).noise, whole.noise)

@@ -89,7 +89,8 @@ def test_a_few_steps_lower_the_loss():
     codec = Codec()
     optimiser = Optimiser(dict(codec.named_parameters()), weight_decay=0.0)
     x = torch.nn.functional.interpolate(torch.rand(2, 3, 8, 8), scale_factor=8, mode="bicubic").clamp(0, 1)
-    noise, amount = torch.randn(2, 4, 8, 8), torch.tensor([0.0, 0.1])
+    noise = torch.randn(2, 4, 8, 8)
+    amount = torch.tensor([0.0, 0.1])
     losses = []
     for _ in range(12):
         loss = loss_of(codec, x, noise, amount)

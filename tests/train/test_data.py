@@ -28,7 +28,8 @@ def test_captions_come_from_the_state_of_the_generator_alone(concepts):
 
 
 def test_style_and_background_are_left_out_of_some_captions(concepts):
-    tags, rng = own_tags(concepts), random.Random(0)
+    tags = own_tags(concepts)
+    rng = random.Random(0)
     texts = [caption(concepts[0], "noto", "blue", tags[concepts[0].code], rng) for _ in range(2000)]
     named = [t for t in texts if t]
     assert 0.07 < texts.count("") / len(texts) < 0.13
@@ -44,7 +45,8 @@ def test_only_a_keyword_of_one_concept_stands_for_its_name(concepts):
 
 def test_the_vocabulary_holds_every_word_of_captions_and_prompts(concepts):
     known = set(" ".join(vocabulary(concepts)).replace(",", " ").split())
-    tags, rng = own_tags(concepts), random.Random(0)
+    tags = own_tags(concepts)
+    rng = random.Random(0)
     for c in concepts:
         texts = [caption(c, s, b, tags[c.code], rng) for s in STYLES for b in BACKGROUNDS] + [
             prompt(c, "noto", "white")
@@ -64,7 +66,8 @@ def test_held_out_pairs():
 
 
 def test_training_pictures_leave_held_out_pairs_out(concepts):
-    kept, every = variants(concepts, STYLES[:2]), variants(concepts, STYLES[:2], everything=True)
+    kept = variants(concepts, STYLES[:2])
+    every = variants(concepts, STYLES[:2], everything=True)
     assert set(kept) < set(every)
     for v in set(every) - set(kept):
         code = concepts[v.concept].code

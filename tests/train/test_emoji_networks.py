@@ -17,7 +17,9 @@ TABLE = "text_model.embeddings.token_embedding.weight"
 def test_own_attention_equals_fused_attention(tiny):
     torch.manual_seed(0)
     net = unets.build(tiny).eval()
-    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randn(2, 77, 32)
+    x = torch.randn(2, 4, 16, 16)
+    t = torch.tensor([3, 900])
+    context = torch.randn(2, 77, 32)
     ours = net(x, t, context).sample
     net.set_attn_processor(AttnProcessor2_0())
     torch.testing.assert_close(ours, net(x, t, context).sample, rtol=1e-4, atol=1e-5)

@@ -73,7 +73,8 @@ def test_the_cache_holds_the_pictures_and_names_the_broken_ones(folder, tmp_path
         )
     )
     (folder / "1.png").write_bytes(b"no picture")
-    found, out = captioned(folder), tmp_path / "out"
+    found = captioned(folder)
+    out = tmp_path / "out"
     broken = encode(found, out, 8, to_latents, to_text, batch=2, shard=3)
     assert broken == [folder / "1.png"] and "left out" in capsys.readouterr().out
     source = Cache(out, load(NARROW))
@@ -184,7 +185,11 @@ def test_encoders_come_from_a_whole_model(tmp_path):
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 6, "pad_token": "<|endoftext|>"})
     )
-    to_latents, to_states = latents_of(load_vae(tmp_path)), lambda captions: load_text(tmp_path)(captions).states
+    to_latents = latents_of(load_vae(tmp_path))
+
+    def to_states(captions):
+        return load_text(tmp_path)(captions).states
+
     picture = torch.rand(2, 3, 16, 16) * 2 - 1
     torch.testing.assert_close(to_latents(picture), 0.5 * vae.encode(picture).latent_dist.mean)
     wanted = text(torch.tensor([[2, 0, 1, 3, 3, 3], [2, 3, 3, 3, 3, 3]])).last_hidden_state

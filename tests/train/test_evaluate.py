@@ -58,7 +58,8 @@ def cut(judge, preset, config):
 
 def test_networks_are_measured_against_the_teacher_and_only_once(judge, tiny):
     j = judge()
-    same, other = j.measure("same", lambda: j.whole), j.measure("cut", lambda: cut(j, "base", tiny), rounds=2)
+    same = j.measure("same", lambda: j.whole)
+    other = j.measure("cut", lambda: cut(j, "base", tiny), rounds=2)
     assert (
         same["mse"] == same["latent_mse"] == 0
         and same["ssim"] == pytest.approx(1)
@@ -149,7 +150,8 @@ def prompts(tmp_path):
 class Share:
     """An accelerator of one of several processes."""
 
-    device, num_processes = torch.device("cpu"), 2
+    device = torch.device("cpu")
+    num_processes = 2
 
     def __init__(self, index):
         self.process_index = index

@@ -36,7 +36,8 @@ def test_the_teacher_says_what_it_is():
 @pytest.mark.parametrize(("name", "kind"), [("m1", "pack"), ("m2", "pack"), ("small", "unet"), ("tiny", "unet")])
 def test_packs_and_students_say_what_they_are(name, kind):
     loaded = open_product(MODELS / f"emoji-{name}.safetensors")
-    description, teacher = loaded.description, open_unet(MODELS / "emoji-teacher.safetensors").description
+    description = loaded.description
+    teacher = open_unet(MODELS / "emoji-teacher.safetensors").description
     assert description.kind == kind and description.architecture == Architecture.preset(name, CONFIG)
     assert description.training["teacher"] == "emoji-teacher.safetensors" and description.licence == teacher.licence
     assert dict(description.companions) == (dict(teacher.companions) if kind == "unet" else {})
@@ -77,11 +78,9 @@ def test_every_further_unet_is_a_network_of_its_own():
 def test_comfyui_computes_the_same(tmp_path):
     host = bootstrap.host_path()
     g = torch.Generator().manual_seed(0)
-    codec, unet, encoder = (
-        load_codec(MODELS),
-        load_unet(MODELS / "emoji-teacher.safetensors"),
-        load_text(MODELS / "emoji-text.safetensors"),
-    )
+    codec = load_codec(MODELS)
+    unet = load_unet(MODELS / "emoji-teacher.safetensors")
+    encoder = load_text(MODELS / "emoji-text.safetensors")
     images = torch.rand(2, 3, 8, 8, generator=g).repeat_interleave(16, 2).repeat_interleave(16, 3)
     tokens = Tokens(Path(host), ids=encoder.ids.tolist())
     rows = tokens(["a cat face on blue, noto style", ""])
@@ -124,7 +123,8 @@ def test_comfyui_computes_the_same(tmp_path):
 
 def test_text_encoder_keeps_only_rows_in_use():
     with safe_open(MODELS / "emoji-text.safetensors", framework="pt") as f:
-        ids, table = f.get_tensor("token_ids"), f.get_slice("text_model.embeddings.token_embedding.weight").get_shape()
+        ids = f.get_tensor("token_ids")
+        table = f.get_slice("text_model.embeddings.token_embedding.weight").get_shape()
         config = json.loads(f.metadata()["text_config"])
     assert ids.dtype == torch.int32 and table == [len(ids), 128] and ids.tolist() == sorted(set(ids.tolist()))
     assert {49406, 49407} <= set(ids.tolist()) and config["hidden_act"] == "quick_gelu"

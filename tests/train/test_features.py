@@ -32,7 +32,8 @@ def test_the_classifier_sees_what_a_prediction_stands_for(models):
     x0, noise = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16)
     t = torch.tensor([100, 700, 900])
     a, s = coefficients(t)
-    x, v = a * x0 + s * noise, a * noise - s * x0
+    x = a * x0 + s * noise
+    v = a * noise - s * x0
     student = (v + 0.1 * torch.randn_like(v)).requires_grad_()
     value = criterion(Batch(x0, noise, t, torch.zeros(3, 1, 128)), x, (student, {}), (v, {}))
     assert value[1, 0] > 0 and value[1, 1] > 0 and value[1, 2] == 0  # x_0 of t = 900 shows nothing yet

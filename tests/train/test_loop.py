@@ -307,7 +307,8 @@ def test_a_loss_that_is_not_finite_leaves_the_scaler_of_fp16_ready(broken_sample
 
 def test_overflows_while_fp16_finds_its_scale_are_counted_and_do_not_stop_the_run(tmp_path, capsys):
     train(settings(tmp_path), scaled(init_scale=2.0**127, backoff_factor=0.25))
-    skipped, tensors = log(tmp_path)[-1]["skipped"], load_file(newest(tmp_path))
+    skipped = log(tmp_path)[-1]["skipped"]
+    tensors = load_file(newest(tmp_path))
     assert skipped > loop.BAD_STEPS and capsys.readouterr().out.count("not finite, skipped") == skipped
     assert all(v.isfinite().all() for v in tensors.values())
     assert {float(v) for k, v in tensors.items() if k.startswith("step.")} == {6 - skipped}  # updates
@@ -329,7 +330,8 @@ def test_a_run_ends_in_a_pack_that_holds_its_average(unbroken):
     student = networks.make_student(teacher, recipe)
     before = {k: v.clone() for k, v in networks.addressed(student, recipe.architecture).items()}
     load_units(student, "diffusers", recipe.architecture, {k: v.float() for k, v in opened.tensors.items()})
-    after, average = networks.addressed(student, recipe.architecture), load_file(newest(unbroken))
+    after = networks.addressed(student, recipe.architecture)
+    average = load_file(newest(unbroken))
     names = {slot.unit.key(slot.tensor): key for key, slot in recipe.architecture.keys("diffusers").items()}
     for key, value in after.items():
         if key in opened.tensors:

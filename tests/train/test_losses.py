@@ -46,7 +46,9 @@ def test_relative_features_do_not_depend_on_their_scale():
 
 
 def test_denoised_inverts_the_noising():
-    x0, noise, (a, s) = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2), HALF
+    x0 = torch.randn(2, 4, 2, 2)
+    noise = torch.randn(2, 4, 2, 2)
+    (a, s) = HALF
     x = a * x0 + s * noise
     for prediction in losses.PREDICTIONS:
         wanted = losses.target(x0, noise, a, s, prediction)

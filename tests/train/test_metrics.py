@@ -63,7 +63,8 @@ def test_distances_of_equal_sets_are_zero_and_of_shifted_ones_the_shift():
     a = torch.randn(400, 4, generator=g)
     assert abs(frechet(a, a)) < 1e-9 and abs(frechet(a, a + 3) - 4 * 9) < 1e-4
     # One dimension: (mu_a - mu_b)^2 + (sigma_a - sigma_b)^2.
-    x, y = a[:, :1], 2 * a[:, :1] + 1
+    x = a[:, :1]
+    y = 2 * a[:, :1] + 1
     wanted = float((x.mean() - y.mean()) ** 2 + (x.std() - y.std()) ** 2)
     assert frechet(x, y) == pytest.approx(wanted, rel=1e-5)
     with pytest.raises(ValueError, match="needs more than 4 pictures, got 400 and 4"):

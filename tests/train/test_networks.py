@@ -80,7 +80,9 @@ def test_features_are_caught_and_no_hook_stays():
     teacher = networks.load_teacher(recipe)
     student = networks.make_student(teacher, recipe)
     found = [*taps.blocks(recipe.architecture), *taps.layers(recipe.architecture), *taps.attention(recipe.architecture)]
-    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
+    x = torch.randn(2, 4, 8, 8)
+    t = torch.tensor([1, 999])
+    context = torch.randn(2, 5, 32)
     predicted, mine = Tapped(student, [tap.student for tap in found])(x, t, context)
     _, its = Tapped(teacher, [tap.teacher for tap in found])(x, t, context)
     for tap in found:
@@ -154,10 +156,8 @@ def base(tmp_path_factory):
 def test_stage_two_takes_its_own_units_from_stage_one_and_the_rest_from_the_teacher(base, preset):
     recipe = load(NARROW, [f"student.preset={preset}", f"student.start={base}"])
     teacher = networks.load_teacher(recipe)
-    start, mine = (
-        open_unet(base).tensors,
-        networks.addressed(networks.make_student(teacher, recipe), recipe.architecture),
-    )
+    start = open_unet(base).tensors
+    mine = networks.addressed(networks.make_student(teacher, recipe), recipe.architecture)
     original = networks.addressed(teacher, Architecture.full(recipe.network.config))
     own = set(recipe.architecture.own)
     for key, slot in recipe.architecture.keys().items():
@@ -182,7 +182,8 @@ def test_a_wrong_teacher_is_named(base, tmp_path):
     ):
         networks.load_teacher(load(NARROW, [f"network.teacher={base}"]))
     recipe = load(NARROW)
-    whole, path = networks.load_teacher(recipe), tmp_path / "whole.safetensors"
+    whole = networks.load_teacher(recipe)
+    path = tmp_path / "whole.safetensors"
     full = Architecture.full(recipe.network.config)
     write_unet(path, networks.addressed(whole, full), Description("unet", full, prediction="eps"))
     with pytest.raises(ValueError, match="predicts eps, the recipe says network.prediction = 'v'"):
@@ -196,7 +197,8 @@ def test_a_wrong_teacher_is_named(base, tmp_path):
 
 def test_a_product_is_under_its_teachers_licence_and_a_unet_keeps_its_companions(tmp_path):
     recipe = load(NARROW)
-    full, path = Architecture.full(recipe.network.config), tmp_path / "whole.safetensors"
+    full = Architecture.full(recipe.network.config)
+    path = tmp_path / "whole.safetensors"
     told = Description("unet", full, prediction="v", licence="CC-BY-4.0", companions={"vae": "its-vae.safetensors"})
     write_unet(path, networks.addressed(networks.load_teacher(recipe), full), told)
     for changes, has_companions in ((["student.preset=m2"], False), (["student.preset=base", "loss.mid=0"], True)):
@@ -227,7 +229,9 @@ def test_experts_change_nothing_at_first(changes, tolerance):
     recipe = load(NARROW, [*E2, *changes])
     plain = load(NARROW, [*E2[:2], *[c for c in changes if "preset" in c]])
     teacher = networks.load_teacher(recipe)
-    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
+    x = torch.randn(2, 4, 8, 8)
+    t = torch.tensor([1, 999])
+    context = torch.randn(2, 5, 32)
     with_experts, without = (networks.make_student(teacher, r)(x, t, context).sample for r in (recipe, plain))
     assert (with_experts - without).norm() <= tolerance * without.norm()
 
@@ -269,7 +273,9 @@ def test_a_product_with_experts_plays_what_was_trained(changes, tmp_path):
     whole = recipe.architecture.name == "tiny"
     pack = open_pack(networks.joining(recipe.product) if whole else recipe.product).description
     assert pack.condconv == recipe.condconv and pack.units == (() if whole else recipe.architecture.own)
-    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
+    x = torch.randn(2, 4, 8, 8)
+    t = torch.tensor([1, 999])
+    context = torch.randn(2, 5, 32)
     assert torch.equal(
         networks.assembled(teacher, recipe.product)(x, t, context).sample, student.eval()(x, t, context).sample
     )
@@ -303,7 +309,9 @@ def test_of_gri_only_the_gains_are_trained():
 
 @torch.no_grad()
 def test_a_window_over_the_whole_map_is_the_teacher_whatever_the_gains(tmp_path):
-    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
+    x = torch.randn(2, 4, 8, 8)
+    t = torch.tensor([1, 999])
+    context = torch.randn(2, 5, 32)
     recipe = load(NARROW, [*GAINS, f"run.folder={tmp_path}", "run.stored=float32"])
     teacher = networks.load_teacher(recipe)
     wanted = teacher(x, t, context).sample

@@ -107,7 +107,8 @@ def test_sizes_reach_teacher_and_student_unrounded(tmp_path, monkeypatch):
         load_file(config.data.path) | {"sizes": torch.tensor([[1365.0, 96, 0, 16, 64, 64]]).repeat(3, 1)},
         {},
     )
-    seen, original = [], Timesteps.forward
+    seen = []
+    original = Timesteps.forward
 
     def forward(self, t):
         seen.append(t)

@@ -53,7 +53,8 @@ def test_the_average_stands_in_for_the_weights_and_goes_again():
     weights = {"a": torch.nn.Parameter(torch.randn(5))}
     average = Average(weights, 0.9)
     average.weights["a"] += 1
-    before, mean = weights["a"].detach().clone(), average.weights["a"].clone()
+    before = weights["a"].detach().clone()
+    mean = average.weights["a"].clone()
     with pytest.raises(RuntimeError), averaged(weights, average):
         assert torch.equal(weights["a"], mean)
         raise RuntimeError

@@ -66,7 +66,9 @@ def run_training(tiny, encoder, glyphs, data, tokens, settings, monkeypatch):
 
 class _Wrapped:
     def __init__(self, batches, call):
-        self.concepts, self.tokens, self._call = batches.concepts, batches.tokens, call
+        self.concepts = batches.concepts
+        self.tokens = batches.tokens
+        self._call = call
 
     def __call__(self, *args):
         return self._call(*args)
@@ -102,7 +104,8 @@ def test_the_loss_decreases(tiny, glyphs, data, tokens, encoder):
     torch.manual_seed(0)
     net = unets.build(tiny)
     optimiser = Optimiser(dict(net.named_parameters()))
-    batches, losses = Batches(glyphs, data, tokens, 0), []
+    batches = Batches(glyphs, data, tokens, 0)
+    losses = []
     for _ in range(12):  # the same batch: it must be learnt
         x0, noise, t, rows = batches(0, 4, True)
         loss = teacher.v_loss(net, encoder(rows).detach(), x0, noise, t).mean()
@@ -113,7 +116,8 @@ def test_the_loss_decreases(tiny, glyphs, data, tokens, encoder):
 
 
 def test_the_rate_is_a_trapezoid_that_ends_at_zero():
-    run, rates = TrainingState(minutes=1, total=400), []
+    run = TrainingState(minutes=1, total=400)
+    rates = []
     while not run.done:
         rates.append(run.rate(1.0))
         run.step += 1
@@ -123,7 +127,8 @@ def test_the_rate_is_a_trapezoid_that_ends_at_zero():
 
 def test_a_time_box_ends_and_its_cooldown_survives_resuming(tmp_path):
     parameters = {"p": torch.nn.Parameter(torch.zeros(2))}
-    optimiser, run = Optimiser(parameters), TrainingState(minutes=1)
+    optimiser = Optimiser(parameters)
+    run = TrainingState(minutes=1)
     while not run.done and run.step < 1000:
         run.rate(1.0)
         run.step, run.seconds = run.step + 1, run.seconds + 0.5

@@ -8,7 +8,8 @@ from train.vgg import SIZE, VGG16, load_vgg
 
 def test_its_levels_are_the_last_relu_of_four_stages():
     with torch.device("meta"):
-        net, whole = VGG16(), vgg16(weights=None)
+        net = VGG16()
+        whole = vgg16(weights=None)
     shapes = [tuple(level.shape) for level in net(torch.empty(2, 3, 64, 64, device="meta"))]
     assert shapes == [(2, c, SIZE // s, SIZE // s) for c, s in ((64, 1), (128, 2), (256, 4), (512, 8))]
     # The names are torchvision's, so its files load.

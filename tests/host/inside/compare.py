@@ -202,7 +202,9 @@ def test_report_is_about_what_was_made(model, m2):
 @pytest.fixture
 def clock(monkeypatch):
     """A clock on which a load takes 100 seconds, one evaluation of the network 1 second, and all else nothing."""
-    now, load, evaluate = [0.0], comfy.model_management.load_models_gpu, comfy.samplers.sampling_function
+    now = [0.0]
+    load = comfy.model_management.load_models_gpu
+    evaluate = comfy.samplers.sampling_function
 
     def taking(seconds, call):
         def slow(*args, **kwargs):
@@ -244,7 +246,8 @@ def test_sides_take_turns(model):
 @pytest.mark.parametrize("after", [1, 2, 5])
 def test_an_interrupt_leaves_nothing_behind(model, m2, monkeypatch, after):
     packed = small.with_pack(model, m2)
-    before, plain = state(packed), small.sample(packed)
+    before = state(packed)
+    plain = small.sample(packed)
     calls = []
     run = comfy.samplers.sampling_function
 
@@ -413,7 +416,8 @@ def test_each_cell_is_timed_as_a_side_of_ab_compare(model, known_pack, clock):
 
 
 def test_cells_that_switch_share_one_copy_of_the_second_model(model):
-    second, copies = small.add_lora(model, small.lora()), []
+    second = small.add_lora(model, small.lora())
+    copies = []
     load, arguments = second.cached_patcher_init
     second.cached_patcher_init = (lambda *args, **kwargs: copies.append(1) or load(*args, **kwargs), arguments)
     _, images, _, given = xy(model, ("switch at", {"values": "1, 2", "model_second": second, "unit": "step"}), NOTHING)
@@ -492,7 +496,8 @@ def test_inheritance_saves_what_its_steps_are_shorter(model):
 def test_cut_layers_save_what_their_kind_would_have_taken(model, m2):
     macs = {a: c.total for a, c in measure.costs(small.Architecture.full(SD), 64, 64).items()}
     resnets = [u.address for u in small.addresses.walk(SD) if u.kind == "resnet"]
-    cut, played = resnets[0], resnets[1:]
+    cut = resnets[0]
+    played = resnets[1:]
     layers = {(a, "played"): (macs[a] * 1e-9 * 10, 10) for a in played} | {(cut, "cut"): (0.0, 10)}
     found = speed.savings(small.with_pack(model, m2), timing.Record((1, 4, 64, 64), record().evaluations, [], layers))
     assert found == [("layers cut (m2)", pytest.approx(macs[cut] * 1e-8), "estimated")]
@@ -518,7 +523,8 @@ def test_gri_saves_time_only_in_the_part_of_the_run_where_it_plays(model):
     layers = host.setup_of(timed).speed.last.layers
     assert layers[address, "regional"][1] + layers[address, "played"][1] == 4
     whole = small.Architecture.full(SD)
-    macs, left = measure.costs(whole, 64, 64)[address].total, speed.attention_left_out(settings, whole, 64, 64)[address]
+    macs = measure.costs(whole, 64, 64)[address].total
+    left = speed.attention_left_out(settings, whole, 64, 64)[address]
     layers = {(address, "played"): (3 * macs, 3), (address, "regional"): (macs - left, 1)}
     found = speed.savings(half, timing.Record((1, 4, 64, 64), record().evaluations, [], layers))
     assert found == [("GRI attention", pytest.approx(left), "estimated")]

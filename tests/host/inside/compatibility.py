@@ -172,7 +172,8 @@ def t2i_adapter(model):
 
 
 CONTROLLED = "input_blocks.1.0.in_layers.2"  # the layer on which the Control-LoRA has a difference of its own
-UP, DOWN = noise(32, 2, 1, 1), noise(2, 32, 3, 3) * 0.1
+UP = noise(32, 2, 1, 1)
+DOWN = noise(2, 32, 3, 3) * 0.1
 
 
 def control_lora(model):
@@ -187,7 +188,8 @@ def control_lora(model):
 
 def control_lora_written_out(model):
     """The same as an ordinary ControlNet."""
-    net, unet = small.control_net(), small.weights(SD, 0)
+    net = small.control_net()
+    unet = small.weights(SD, 0)
     net.control_model.load_state_dict(
         {k: v for k, v in unet.items() if k in net.control_model.state_dict()}, strict=False
     )
@@ -220,7 +222,8 @@ def ip_adapter(model):
 
     class Attend:
         def __init__(self, number):
-            self.number, self.projections = number, {}
+            self.number = number
+            self.projections = {}
 
         def __call__(self, q, k, v, extra_options):
             if q.shape[-1] not in self.projections:
@@ -323,7 +326,9 @@ def tiled(model):
     """As tiled samplers do: the network is called for each tile of the latents, and the tiles are averaged."""
 
     def each_tile(apply_model, args):
-        x, out, count = args["input"], torch.zeros_like(args["input"]), 0.0
+        x = args["input"]
+        out = torch.zeros_like(args["input"])
+        count = 0.0
         for left in (0, 4, 8):
             window = torch.zeros_like(x[:1, :1])
             window[..., left : left + 8] = 1
@@ -444,7 +449,8 @@ def perp_neg(model):
 @contextmanager
 def little_memory():
     """Models are loaded for a card with no room: weights stay where they are and come when they are needed."""
-    load, partial = comfy.model_patcher.ModelPatcher.load, []
+    load = comfy.model_patcher.ModelPatcher.load
+    partial = []
 
     def load_little(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
         load(self, device_to, lowvram_model_memory=1, force_patch_weights=force_patch_weights, full_load=False)
@@ -485,8 +491,10 @@ class Bench:
     without: dict = {}  # pictures without any feature, for all
 
     def __init__(self, name, checkpoints):
-        self.name, self.feature = name, FEATURES[name]
-        self.of, self.stock = checkpoints(self.feature.kind), checkpoints("SD")
+        self.name = name
+        self.feature = FEATURES[name]
+        self.of = checkpoints(self.feature.kind)
+        self.stock = checkpoints("SD")
         self.run = {"steps": 2, **self.feature.run(self.of.plain)}
 
     def __call__(self, model):
@@ -583,14 +591,14 @@ def test_pruned_unet(bench):
 
 
 def test_pack(bench):
-    wanted, tolerance = bench.on_combined, 0.0
+    wanted = bench.on_combined
+    tolerance = 0.0
     if bench.name == "Control-LoRA":  # the checkpoint below has what the combined file lacks
-        wanted, tolerance = (
-            small.sample(bench.of.combined, **{**bench.run, **control_lora_written_out(bench.of.plain)}),
-            1e-5,
-        )
+        wanted = small.sample(bench.of.combined, **{**bench.run, **control_lora_written_out(bench.of.plain)})
+        tolerance = 1e-5
     if bench.name == "fp8":  # on a checkpoint in fp8 a pack keeps its own precision
-        wanted, tolerance = bench.picture(bench.of.combined_on_stored()), 1e-5
+        wanted = bench.picture(bench.of.combined_on_stored())
+        tolerance = 1e-5
     for model in bench.with_technique(lambda model: small.with_pack(model, bench.of.pack), bench.of.plain):
         same(bench.picture(model), wanted, tolerance)
 
@@ -697,9 +705,13 @@ def test_dynamic_memory(checkpoints, on_a_card, technique):
     """In dynamic mode compiling and hook LoRAs move a MODEL to an ordinary patcher and a UNet object of its own."""
     of = checkpoints("SD")
     if technique == PRUNED:
-        stock, apply = of.combined, lambda model: model
+        stock = of.combined
+
+        def apply(model):
+            return model
     else:
-        stock, apply = of.plain, techniques(of)[technique]
+        stock = of.plain
+        apply = techniques(of)[technique]
     moved = apply(on_a_card(fresh(stock))).clone(disable_dynamic=True)
     for patcher in (moved, *moved.get_nested_additional_models()):
         assert not patcher.is_dynamic()

@@ -90,7 +90,8 @@ def test_every_plan_on_one_unet_has_graphs_of_its_own(model, pack, graphs):
     """One for steps that remember, also for the last, from which nobody inherits, and one for steps that inherit."""
     cases = [host.with_plan(model, PLANS[name]) for name in ("output", "branch", "parts")]
     cases.append(host.with_plan(small.with_pack(model, pack), PLANS["output"]))
-    plain, wanted = sample(model, steps=3), [sample(m, steps=3) for m in cases]
+    plain = sample(model, steps=3)
+    wanted = [sample(m, steps=3) for m in cases]
     assert all(small.difference(samples, plain) > 1e-3 for samples in wanted)
     for first in (True, False):
         for i, (m, samples) in enumerate(zip(cases, wanted, strict=True), 1):
@@ -159,7 +160,8 @@ def test_every_technique_has_so_many_graphs(folder, model, pack, graphs, techniq
     """Right pictures, and the graphs that docs/compatibility.md names for a first and a second run."""
     if technique == matrix.SWITCH:
         second = small.models.load_unet(small.write_unet(folder / "second.safetensors", CONFIG, seed=2))
-        made, plain = at(compiled(model), compiled(second), 2), at(model, second, 2)
+        made = at(compiled(model), compiled(second), 2)
+        plain = at(model, second, 2)
     else:
         plain = {
             matrix.ALONE: lambda: model,
@@ -179,7 +181,8 @@ def test_every_technique_has_so_many_graphs(folder, model, pack, graphs, techniq
             matrix.GRI: lambda: host.with_regional(model, regional.Regional(8, 8)),
         }[technique]()
         made = compiled(plain)
-    wanted, counts = sample(plain, steps=4), []
+    wanted = sample(plain, steps=4)
+    counts = []
     for _ in range(2):
         assert small.difference(sample(made, steps=4), wanted) <= 1e-5
         counts.append(len(graphs) - sum(counts))

@@ -84,7 +84,8 @@ def test_equals_the_formula_on_the_models_own_weights(model, experts, plain_samp
 def test_mixture_with_an_expert_that_is_the_model_itself(model, folder, plain_samples):
     # r_1 W_1 + r_2 W_1 = W_1 where the routes are 1/4 and 3/4.
     address = "up.3.2.resnet.conv2"
-    settings, conv = CondConv({address: 2}, "mixture"), small.condconv.convolution(SD, address)
+    settings = CondConv({address: 2}, "mixture")
+    conv = small.condconv.convolution(SD, address)
     tensors = {conv.key(f"experts.{leaf}"): small.weights(SD)[conv.key(leaf)] for leaf in ("weight", "bias")}
     tensors |= {
         conv.key("router.weight"): torch.zeros(2, 32),
@@ -239,7 +240,8 @@ def test_hook_lora_acts_on_the_first_expert(model, experts, mode):
 @pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_e5m2"])
 def test_models_in_fp8(folder, experts, dtype):
     path = small.write_unet(folder / "fp8.safetensors")
-    eight, lora = small.models.load_unet(path, dtype), small.lora()
+    eight = small.models.load_unet(path, dtype)
+    lora = small.lora()
     for m in (eight, small.add_lora(eight, lora)):
         played = small.sample(small.with_pack(m, experts))
         stored = m.clone(force_deepcopy=True)
@@ -263,7 +265,8 @@ def test_little_memory(model, experts, monkeypatch):
     lora = small.lora()
     wanted = small.sample(small.add_lora(small.with_pack(model, experts), lora))
     comfy.model_management.unload_all_models()
-    partial, load = [], comfy.model_patcher.ModelPatcher.load
+    partial = []
+    load = comfy.model_patcher.ModelPatcher.load
 
     def load_little(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
         load(self, device_to, lowvram_model_memory=1, force_patch_weights=force_patch_weights, full_load=False)

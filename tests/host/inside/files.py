@@ -20,13 +20,11 @@ from in_host import module as in_pack
 from safetensors.torch import load_file, save_file
 
 SD, SD2, SDXL = small.SD, small.SD2, small.SDXL
-Architecture, Form, surgery, packs, models = (
-    small.Architecture,
-    small.surgery.Form,
-    small.surgery,
-    small.packs,
-    small.models,
-)
+Architecture = small.Architecture
+Form = small.surgery.Form
+surgery = small.surgery
+packs = small.packs
+models = small.models
 Type = comfy.model_base.ModelType
 files, switch = in_pack("nodes.files"), in_pack("nodes.switch")
 
@@ -233,9 +231,11 @@ def test_unpruned_files_load_as_in_stock(tmp_path):
 
 
 def test_tensors_of_no_layer_are_ignored_as_in_stock(tmp_path, caplog):
-    path, unknown = tmp_path / "lcm.safetensors", "time_embed.cond_proj.weight"
+    path = tmp_path / "lcm.safetensors"
+    unknown = "time_embed.cond_proj.weight"
     save_file(tensors("") | {unknown: torch.ones(32, 16)}, path)
-    ours, stock = models.load_unet(str(path)), comfy.sd.load_diffusion_model(str(path))
+    ours = models.load_unet(str(path))
+    stock = comfy.sd.load_diffusion_model(str(path))
     assert caplog.messages == [
         f"asdm: lcm.safetensors: no layer of this UNet has {unknown}, which is ignored.",
         f"unet unexpected: ['{unknown}']",
@@ -261,7 +261,8 @@ def test_weight_dtypes_of_the_node(tmp_path):
     save_file(tensors("base"), path)
     for name in ("fp8_e4m3fn", "fp8_e5m2"):
         dtype = getattr(torch, {"fp8_e4m3fn": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}[name])
-        ours, stock = models.load_unet(str(path), name), comfy.sd.load_diffusion_model(str(path), {"dtype": dtype})
+        ours = models.load_unet(str(path), name)
+        stock = comfy.sd.load_diffusion_model(str(path), {"dtype": dtype})
         assert ours.model.diffusion_model.out[2].weight.dtype == dtype
         assert same(ours, stock)
 
@@ -412,14 +413,16 @@ def load_file_of(model):
 
 
 def test_loras_are_baked_into_what_is_saved(output, folder):
-    model, lora = small.model(folder), small.lora()
+    model = small.model(folder)
+    lora = small.lora()
     pack = small.write_pack(output / "m2.safetensors", seed=1)
     for played in (
         small.add_lora(small.with_pack(model, pack), lora, 0.7),
         small.with_pack(small.add_lora(model, lora, 0.7), pack),
     ):
         path = save(played, output)
-        saved, before = load_file(path), load_file_of(small.combined(folder))
+        saved = load_file(path)
+        before = load_file_of(small.combined(folder))
         changed = [k for k in saved if not torch.equal(saved[k], before[k])]
         assert len(changed) == sum(len(t.shape) > 1 for t in saved.values())
         wanted = small.sample(small.add_lora(small.combined(folder), lora, 0.7))

@@ -106,7 +106,8 @@ def test_it_plays_within_its_stretch_of_the_run(model, calls):
 def test_on_pruned_networks_and_packs_alike(model, folder, calls, preset):
     pack = small.write_pack(folder / f"{preset}.safetensors", preset=preset, seed=1)
     combined = small.combined(folder, preset=preset)
-    played, wanted = small.sample(gri(small.with_pack(model, pack), **ROUGH)), small.sample(gri(combined, **ROUGH))
+    played = small.sample(gri(small.with_pack(model, pack), **ROUGH))
+    wanted = small.sample(gri(combined, **ROUGH))
     assert torch.equal(played, wanted)
     assert torch.equal(small.sample(small.with_pack(gri(model, **ROUGH), pack)), wanted), (
         "the order of the nodes does not matter"
@@ -154,7 +155,8 @@ def test_gains_join_the_heads_they_were_trained_for(folder, monkeypatch, config,
     path = small.write_gains(folder / f"gains-{config.family}.safetensors", transformers(config), config)
     loaded = small.packs.open_pack(path)
     blocks = [loaded.tensors[k] for k, s in loaded.description.keys().items() if s.unit.scale == scale]
-    played, seen = gri(small.with_pack(small.model(folder, config), path, strength=strength), **ROUGH, stages=1), []
+    played = gri(small.with_pack(small.model(folder, config), path, strength=strength), **ROUGH, stages=1)
+    seen = []
 
     def gri_attention(q, k, v, height, width, gri, gain, **more):
         seen.append(gain)
@@ -173,10 +175,8 @@ def test_gains_do_nothing_without_gri_and_in_its_limits(model, plain, gains):
 
 
 def test_gains_play_within_their_window_and_in_either_order(model, gains):
-    one, other = (
-        gri(small.with_pack(model, gains, 0.3, 0.8), **ROUGH),
-        small.with_pack(gri(model, **ROUGH), gains, 0.3, 0.8),
-    )
+    one = gri(small.with_pack(model, gains, 0.3, 0.8), **ROUGH)
+    other = small.with_pack(gri(model, **ROUGH), gains, 0.3, 0.8)
     assert torch.equal(small.sample(one, steps=4), small.sample(other, steps=4))
     assert (
         small.difference(small.sample(one, steps=4), small.sample(gri(small.with_pack(model, gains), **ROUGH), steps=4))
@@ -261,7 +261,8 @@ def test_guidance_by_attention_keeps_its_own_pass_in_either_order(model, plain, 
 
     # They replace attention in the mid block, PAG for an evaluation of its own: four levels of GRI reach it too.
     settings = {"window": 1, "pool": 1, "stages": 4}
-    before, after = small.sample(guided(gri(model, **settings))), small.sample(gri(guided(model), **settings))
+    before = small.sample(guided(gri(model, **settings)))
+    after = small.sample(gri(guided(model), **settings))
     assert torch.equal(before, after) and calls
     assert small.difference(before, small.sample(guided(model))) < 1e-4
     assert small.difference(before, plain) > 1e-4
@@ -335,7 +336,8 @@ def test_overrides_of_attention_are_honoured(model):
 
 
 def test_the_node_says_from_which_size_on_it_plays():
-    node, settings = module("nodes.gri"), regional.Regional
+    node = module("nodes.gri")
+    settings = regional.Regional
     for config, side in ((SD, 512), (SDXL, 1024)):
         assert node.plays_from(settings(), config).startswith(f"plays in pictures of {side} x {side} and more")
         assert node.plays_from(settings(window=4, pool=2), config).startswith(

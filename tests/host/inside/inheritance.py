@@ -73,7 +73,8 @@ def test_a_forecast_on_a_straight_line_is_exact(model):
     memory = replay.Memory(
         Plan((Rule("mid", "forecast"),), Schedule("explicit", steps=(0, 2), first=1)), SD, frozenset(), range(6, 0, -1)
     )
-    x, options = torch.zeros(1, 4, 8, 8), {"uuids": ["a"], "cond_or_uncond": [0]}
+    x = torch.zeros(1, 4, 8, 8)
+    options = {"uuids": ["a"], "cond_or_uncond": [0]}
     for step, wanted in ((0, replay.RECORD), (2, replay.RECORD), (4, replay.REPLAY)):
         memory.begin_evaluation(6 - step)
         assert memory.begin_forward(x, options, "", {}) == wanted
@@ -86,7 +87,9 @@ def test_a_forecast_on_a_straight_line_is_exact(model):
 
 def test_a_forecast_reaches_into_a_step(model):
     memory = replay.Memory(Plan((Rule("mid", "forecast"),), EVERY_OTHER), SD, frozenset(), range(6, 0, -1))
-    x, options, values = torch.zeros(1, 4, 8, 8), {"uuids": ["a"], "cond_or_uncond": [0]}, []
+    x = torch.zeros(1, 4, 8, 8)
+    options = {"uuids": ["a"], "cond_or_uncond": [0]}
+    values = []
     for position in (0, 2, 2.5, 3, 3.5):
         memory.begin_evaluation(6 - position)
         value = torch.full((1, 2), 10.0 + 3 * position)

@@ -27,10 +27,14 @@ from comfy_extras import (
 )
 from in_host import module
 
-SD, SDXL, host, units = small.SD, small.SDXL, small.host, module("nodes.units")
+SD = small.SD
+SDXL = small.SDXL
+host = small.host
+units = module("nodes.units")
 inheritance = module("asdm_core.inheritance")
 Schedule, Plan, Rule, Architecture = inheritance.Schedule, inheritance.Plan, inheritance.Rule, small.Architecture
-EVERY_OTHER, ONCE = Schedule(interval=2), Schedule("explicit", steps=(0,))
+EVERY_OTHER = Schedule(interval=2)
+ONCE = Schedule("explicit", steps=(0,))
 PLAN = inheritance.deepcache(SD, 1, EVERY_OTHER)
 STEPS = 6
 
@@ -154,7 +158,8 @@ def test_parts_of_patched_blocks_compute(model, name, part):
 def test_a_block_with_another_forward_computes(model):
     # Some packs put a function over the forward of a single block. It must be called, and every time.
     block = units.layers(model.model.diffusion_model, SD)["mid.0.transformer"].transformer_blocks[0]
-    forward, calls = block.forward, []
+    forward = block.forward
+    calls = []
     block.forward = lambda *args, **more: (calls.append(1), forward(*args, **more) * 1.1)[1]
     try:
         small.sample(host.with_plan(model, inheritance.attention(SD, "attn1|attn2|ff", EVERY_OTHER)), steps=4)
@@ -189,7 +194,8 @@ def test_other_caches_on_top(model, node, interval):
     def apply(m):
         return node.execute(m, 0.5, 0.1, 1.0, False)[0]
 
-    run, forwards = partial(small.sample, steps=12), []
+    run = partial(small.sample, steps=12)
+    forwards = []
     hook = model.model.diffusion_model.input_blocks[0][0].register_forward_pre_hook(lambda *args: forwards.append(1))
     try:
         run(apply(model))

@@ -28,7 +28,8 @@ def network(config):
 
 def cut_and_renumbered(chosen):
     weights, _ = surgery.cut(small.weights(chosen.config), chosen)
-    skeleton, renumbered = network(chosen.config), network(chosen.renumbered.config)
+    skeleton = network(chosen.config)
+    renumbered = network(chosen.renumbered.config)
     surgery.cut_modules(skeleton, chosen, "ldm", units.stand_in)
     skeleton.load_state_dict(weights, assign=True)
     renumbered.load_state_dict(

@@ -136,7 +136,8 @@ def test_image_to_image(model, folder, m2):
 
 
 def test_sizes_change_between_runs(model, folder, m2):
-    played, wanted = small.with_pack(model, m2), small.combined(folder)
+    played = small.with_pack(model, m2)
+    wanted = small.combined(folder)
     for size in ((16, 16), (24, 16), (13, 19), (16, 16)):
         assert torch.equal(small.sample(played, size=size), small.sample(wanted, size=size)), size
 
@@ -246,7 +247,8 @@ def test_rerun_with_another_seed_and_back(model, m2, runs):
 @pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException, RuntimeError])
 def test_stopped_run_leaves_nothing(model, m2, runs, error):
     played = small.with_pack(model, m2)
-    whole, before = small.sample(played), state(played)
+    whole = small.sample(played)
+    before = state(played)
 
     def stop(step, *_):
         if step == 1:

@@ -87,7 +87,8 @@ def test_pack_with_a_stem(tmp_path, sd_model):
 
 
 def damage(pack, name, change):
-    sd, path = load_file(pack), pack.with_name(f"{name}.safetensors")
+    sd = load_file(pack)
+    path = pack.with_name(f"{name}.safetensors")
     change(sd)
     save_file(sd, path, packs.TensorFile(pack).metadata)
     return path

@@ -123,7 +123,8 @@ def test_which_blocks_were_kept_matters_to_a_lora_only(folder, pruned, koala, lo
         {new: really[old] for new, old in names.items()},
         small.packs.Description("unet", assumed, prediction="eps"),
     )
-    first, right = small.models.load_unet(str(path)), pruned["koala-1b, other blocks"]
+    first = small.models.load_unet(str(path))
+    right = pruned["koala-1b, other blocks"]
     assert host.architecture_of(right).cut == koala.cut != assumed.cut
     assert torch.equal(sample(first, steps=1), sample(right, steps=1))
     assert (

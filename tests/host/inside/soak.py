@@ -52,7 +52,8 @@ def test_many_runs_leave_nothing_and_equal_fresh_ones(tmp_path, monkeypatch):
         for c, case in enumerate(CASES)
     }
     models = [host.with_plan(small.model(tmp_path), plan) for plan in PLANS]
-    choose, counts = random.Random(0), []
+    choose = random.Random(0)
+    counts = []
     for n in range(RUNS):
         p, c = choose.randrange(len(PLANS)), choose.randrange(len(CASES))
         if n % 5 == 3:

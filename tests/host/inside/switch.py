@@ -12,7 +12,10 @@ from comfy_extras import nodes_model_advanced, nodes_pag
 from in_host import module
 from nodes import ControlNetApplyAdvanced  # type: ignore[attr-defined]  # ComfyUI's nodes.py
 
-switch, switching, host, SD = module("nodes.switch"), module("asdm_core.switching"), small.host, small.SD
+switch = module("nodes.switch")
+switching = module("asdm_core.switching")
+host = small.host
+SD = small.SD
 STEPS = 4
 
 
@@ -293,14 +296,16 @@ def test_v_prediction_with_eps(first, second, shared):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_each_keeps_its_own_lora(first, second, shared):
-    a, b = small.add_lora(first, small.lora(seed=0)), small.add_lora(first if shared else second, small.lora(seed=1))
+    a = small.add_lora(first, small.lora(seed=0))
+    b = small.add_lora(first if shared else second, small.lora(seed=1))
     assert (a.model is b.model) == shared
     assert torch.equal(run(at(a, b, 2)), reference((a, b), lambda sigma: int(sigma <= 2), "euler"))
     assert torch.equal(run(at(a, b, 1000.0, "sigma")), run(b))
 
 
 def test_pack_on_the_second_shares_the_trunk(first, m2, monkeypatch):
-    packed, listed = small.with_pack(first, m2), []
+    packed = small.with_pack(first, m2)
+    listed = []
     load = comfy.model_management.load_models_gpu
     monkeypatch.setattr(
         comfy.model_management,
@@ -329,7 +334,8 @@ def test_a_pack_after_the_switch_plays_in_the_first(first, second, m2):
 
 
 def test_a_control_net_is_mapped_to_each(first, second):
-    net, v = small.control_net(), v_prediction(second)
+    net = small.control_net()
+    v = v_prediction(second)
     positive, negative = ControlNetApplyAdvanced().apply_controlnet(
         small.cond(SD, 1), small.cond(SD, 2), net, torch.rand(1, 128, 128, 3), 0.8, 0.0, 0.9
     )
@@ -390,7 +396,8 @@ def test_a_lora_after_the_switch_acts_on_the_first(first, second):
 
 
 def test_a_unet_that_cannot_be_loaded_again_is_refused(first):
-    a, b = small.add_lora(first, small.lora()), first.clone()
+    a = small.add_lora(first, small.lora())
+    b = first.clone()
     b.cached_patcher_init = None
     with pytest.raises(ValueError, match="cannot be loaded a second time"):
         at(a, b, 2)
@@ -399,10 +406,12 @@ def test_a_unet_that_cannot_be_loaded_again_is_refused(first):
 def test_nothing_is_left_after_a_run_and_after_an_error(first, second, m2, monkeypatch):
     packed = small.with_pack(second, m2)
     switched = at(first, packed, 2)
-    wanted, before = sample(switched), [state(m) for m in (switched, *switch.others_of(switched))]
+    wanted = sample(switched)
+    before = [state(m) for m in (switched, *switch.others_of(switched))]
     closed = []
     monkeypatch.setattr(host.Run, "close", lambda self, close=host.Run.close: closed.append(self) or close(self))
-    evaluate, calls = switch.Run._evaluate, []
+    evaluate = switch.Run._evaluate
+    calls = []
 
     def fail_at_third(self, *args):
         calls.append(1)

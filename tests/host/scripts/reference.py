@@ -9,7 +9,8 @@ import small
 import torch
 from in_host import module
 
-units, host = module("nodes.units"), small.host
+units = module("nodes.units")
+host = small.host
 
 
 class Inheriting:
@@ -22,7 +23,10 @@ class Inheriting:
     def __init__(self, model, config, plan, full=()):
         self.plan, self.full = plan, full
         layers = units.layers(model.model.diffusion_model, config)
-        self.held, self.seen, self.step, self.chunks = {}, [], None, []
+        self.held = {}
+        self.seen = []
+        self.step = None
+        self.chunks = []
         self.hooks = [model.model.diffusion_model.register_forward_pre_hook(self.begin, with_kwargs=True)]
         for address, what in plan.reuse(config, host.architecture_of(model).cut).items():
             layer = layers[address] if address in layers else self.part(layers, address)
@@ -36,13 +40,15 @@ class Inheriting:
 
     def begin(self, unet, args, kwargs):
         options = kwargs["transformer_options"]
-        nodes, sigma = options["sample_sigmas"][:-1], options["sigmas"][0]
+        nodes = options["sample_sigmas"][:-1]
+        sigma = options["sigmas"][0]
         # The nearest level, and of two equal ones (restarts) the first that has not been passed.
         nearest = (nodes - sigma).abs()
         steps = (nearest == nearest.min()).nonzero().flatten().tolist()
         step = next((s for s in steps if s >= (self.step or 0)), steps[-1])
         if step != self.step:
-            self.step, self.seen = step, []
+            self.step = step
+            self.seen = []
             self.source = self.plan.sources(len(nodes))[step]
         self.chunks = []
         for chunk in zip(options["uuids"], options["cond_or_uncond"], strict=True):
