@@ -480,7 +480,7 @@ def walk(config: UNetConfig) -> tuple[Unit, ...]:
         level = config.levels - 1 - up_block
         c_out = config.channels(level)
         for i, depth in enumerate(depths):
-            at, name = f"up.{block}.{i}", f"up_blocks.{block}"
+            at, name = f"up.{up_block}.{i}", f"up_blocks.{up_block}"
             skip, c_skip = skips.pop()
             resnet(
                 at,
@@ -498,7 +498,7 @@ def walk(config: UNetConfig) -> tuple[Unit, ...]:
             if level and i == len(depths) - 1:
                 scale //= 2
                 add(
-                    f"up.{block}.sampler",
+                    f"up.{up_block}.sampler",
                     "upsampler",
                     f"output_blocks.{n}.{2 if depth else 1}",
                     f"{name}.upsamplers.0",
@@ -576,11 +576,6 @@ def keys(config: UNetConfig, layout: str = "ldm") -> dict[str, Slot]:
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     return {u.key(t, layout): Slot(u, t) for u in walk(config) for t in u.tensors}
-
-
-def translate(config: UNetConfig, source: str, target: str) -> dict[str, str]:
-    """Map of every state-dict key from one layout to the other."""
-    return {s.unit.key(s.tensor, source): s.unit.key(s.tensor, target) for s in keys(config, source).values()}
 
 
 def lora_names(config: UNetConfig, norms: bool = False) -> dict[str, str]:

@@ -164,7 +164,8 @@ def own_weights(module: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]
     Hosts that cast, patch or move weights on the fly bring a function of their own in its place; what it
     gives need not live longer than the `with` block.
     """
-    yield module.get_parameter("weight"), module.get_parameter("bias")
+    layer: Any = module
+    yield layer.weight, layer.bias
 
 
 class CondConv2d(nn.Module):

@@ -18,7 +18,6 @@ from asdm_core.addresses import (
     lora_names,
     peft_names,
     select,
-    translate,
     unit,
     walk,
 )
@@ -107,6 +106,11 @@ def test_to_diffusers_builds_the_same_network(family):
 @pytest.mark.parametrize("family", PARAMS)
 def test_parameters(family):
     assert sum(u.params for u in walk(FAMILIES[family])) == PARAMS[family]
+
+
+def translate(config, source, target):
+    """Map of every state-dict key from one layout to the other."""
+    return {s.unit.key(s.tensor, source): s.unit.key(s.tensor, target) for s in keys(config, source).values()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,9 +6,10 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors import safe_open
 
 from asdm_core.architecture import FAMILIES
+from asdm_core.packs import dequantise, quantise
 from train.emoji import unet as unets
 from train.diffusion import ALPHAS, coefficients, ddim, noised, schedule, step_weights
-from train.emoji.text import LENGTH, VOCABULARY, TextEncoder, expanded, host_folder, load_text, save_text
+from train.emoji.text import LENGTH, TextEncoder, host_folder
 
 TABLE = "text_model.embeddings.token_embedding.weight"
 
@@ -39,7 +40,11 @@ def test_a_stored_unet_is_the_network_after_int8(tiny, tmp_path):
     net = unets.build(tiny)
     unets.save_unet(tmp_path / "a.safetensors", net, "CC0-1.0", {"steps": 1}, tiny)
     back = unets.load_unet(tmp_path / "a.safetensors")
-    wanted = unets.as_stored(unets.addressed(net, tiny))
+    # After a round trip through int8 storage: the network everything later starts from.
+    wanted = {
+        k: v.detach().float() if v.dim() < 2 else dequantise(*quantise(v))
+        for k, v in unets.addressed(net, tiny).items()
+    }
     for key, value in unets.addressed(back, tiny).items():
         assert torch.equal(value, wanted[key]), key
     # Once stored, storing again changes nothing: everything later starts from the same network.
@@ -52,32 +57,6 @@ def test_a_stored_unet_is_the_network_after_int8(tiny, tmp_path):
         assert f.get_tensor("input_blocks.1.0.in_layers.2.weight").dtype == torch.int8
         assert f.get_tensor("input_blocks.1.0.in_layers.2.weight.scale").shape == (32,)
     assert description["prediction"] == "v" and description["companions"]["vae"] == "emoji-vae.safetensors"
-
-
-@torch.no_grad()
-def test_text_rows_expand_to_the_full_table(tmp_path):
-    torch.manual_seed(0)
-    ids = [0, 5, 320, 49406, 49407]
-    encoder = TextEncoder(ids)
-    save_text(tmp_path / "text.safetensors", encoder, {"steps": 1})
-    with safe_open(tmp_path / "text.safetensors", framework="pt") as f:
-        sd = {k: f.get_tensor(k) for k in f.keys()}
-    full = expanded(sd)
-    assert full[TABLE].shape == (VOCABULARY, 128) and "token_ids" not in full
-    assert torch.equal(full[TABLE][ids], sd[TABLE])
-    rest = full[TABLE].clone()
-    rest[ids] = 0
-    assert not rest.any()
-
-    # The full table on real ids computes what the compact one computes on rows.
-    back = load_text(tmp_path / "text.safetensors")
-    rows = torch.tensor([[3, 1, 2, 4] + [4] * (LENGTH - 4)])
-    whole = TextEncoder(list(range(VOCABULARY)))
-    names = {k if k.startswith("text_model.") else f"text_model.{k}": p for k, p in whole.clip.named_parameters()}
-    assert set(names) == set(full)
-    for key, p in names.items():
-        p.copy_(full[key])
-    torch.testing.assert_close(whole.eval()(torch.tensor(ids)[rows]), back(rows), rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()

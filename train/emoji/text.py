@@ -125,10 +125,3 @@ def load_text(path: Path) -> TextEncoder:
         for key, p in encoder.clip.named_parameters():
             p.copy_(sd[_clip_key(key)])
     return encoder.eval()
-
-
-def expanded(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A plain CLIP state dict from the compact one: the token table in full, rows not in use zero."""
-    table = torch.zeros(VOCABULARY, sd[_TABLE].shape[1], dtype=sd[_TABLE].dtype)
-    table[sd["token_ids"].long()] = sd[_TABLE]
-    return {k: v for k, v in sd.items() if k != "token_ids"} | {_TABLE: table}

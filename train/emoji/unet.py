@@ -10,7 +10,7 @@ from torch import Tensor
 
 from asdm_core.addresses import UNetConfig
 from asdm_core.architecture import FAMILIES, Architecture
-from asdm_core.packs import Description, dequantise, open_unet, quantise, write_unet
+from asdm_core.packs import Description, open_unet, write_unet
 from asdm_core.surgery import ADDRESSED, Form, convert
 
 from ..attention import BmmAttention
@@ -29,11 +29,6 @@ def build(config: UNetConfig = CONFIG) -> UNet2DConditionModel:
 def addressed(unet: UNet2DConditionModel, config: UNetConfig = CONFIG) -> dict[str, Tensor]:
     """The network's tensors under addressed LDM names."""
     return convert(dict(unet.named_parameters()), Architecture.full(config), DIFFUSERS, ADDRESSED)
-
-
-def as_stored(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors after a round trip through int8 storage: the network everything later starts from."""
-    return {k: v.detach().float() if v.dim() < 2 else dequantise(*quantise(v)) for k, v in sd.items()}
 
 
 def save_unet(
