@@ -76,10 +76,10 @@ def output_size(u: Unit, cut: bool, size: Sequence[int], wanted: Sequence[int] |
     which may be odd; None for twice its input.
     """
     if cut or u.kind not in ("downsampler", "upsampler"):
-        return tuple(size)
+        return size[0], size[1]
     if u.kind == "downsampler":
-        return tuple((n + 1) // 2 for n in size)
-    return tuple(2 * n for n in size) if wanted is None else tuple(wanted)
+        return (size[0] + 1) // 2, (size[1] + 1) // 2
+    return (2 * size[0], 2 * size[1]) if wanted is None else (wanted[0], wanted[1])
 
 
 def sizes(architecture: Architecture, height: int, width: int) -> dict[str, tuple[int, int]]:
