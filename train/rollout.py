@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -175,6 +175,7 @@ class Bank:
         self.folder = Path(config.rollout.bank) if config.rollout.bank else config.folder / "bank"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.window = config.rollout.window
+        self.upto = 0  # number of files that need no further look
         teacher = Path(config.network.teacher)
         self.settings = {
             "network.teacher": fingerprint(teacher) if teacher.is_file() else config.network.teacher,
@@ -195,15 +196,21 @@ class Bank:
     def path(self, n: int) -> Path:
         return self.folder / f"{n:06d}.safetensors"
 
-    def reach(self, number: int) -> None:
-        """Have the trajectories up to `number`. All processes call it with the same number; each draws its share."""
-        last = number // self.window
-        missing = [n for n in range(last + 1) if not self.path(n).exists()][: self.processes]
-        while missing:
-            for n in missing[self.process :: self.processes]:
+    def reach(self, numbers: Iterable[int]) -> None:
+        """Have these trajectories, and those between. All processes call it with the same numbers, which never go down.
+
+        Each draws every so many-th file, and whole rounds of them: who draws what must not depend on who is faster.
+        """
+        windows = {n // self.window for n in numbers}
+        first = max(self.upto, min(windows) // self.processes * self.processes)
+        upto = (max(windows) // self.processes + 1) * self.processes
+        if upto <= self.upto:
+            return
+        for n in range(first, upto):
+            if n % self.processes == self.process and not self.path(n).exists():
                 self._draw(n)
-            self.wait()
-            missing = [n for n in range(last + 1) if not self.path(n).exists()]
+        self.wait()
+        self.upto = upto
 
     def _draw(self, n: int) -> None:
         states, texts = [], []
@@ -331,15 +338,11 @@ class Rollouts:
         self.config, self.bank, self.device, self.course = config, bank, device, Course(config)
         side, channels = config.data.side, config.network.config.in_channels
         self.x = torch.zeros(config.run.batch, channels, side, side)  # own states, those of this process
-        self.reached = -1
 
     def prepare(self, step: int) -> None:
         """Have the trajectories of a step. All processes call it."""
         places = [self.course.place(step, i) for i in range(self.config.run.batch)]
-        need = max(self.course.trajectory(p.walk) for p in places)
-        if need > self.reached:
-            self.bank.reach(need)
-            self.reached = need
+        self.bank.reach({self.course.trajectory(p.walk) for p in places})
 
     def batch(self, step: int, samples: Sequence[int]) -> Batch:
         """The batch of some samples (numbers within the batch of a step), on the device."""

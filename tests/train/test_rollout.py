@@ -237,7 +237,7 @@ def test_the_bank_grows_as_it_is_needed_and_is_the_same_for_all(tmp_path, rollou
     r.prepare(0)
     assert [p.name for p in r.bank.folder.iterdir()] == ["000000.safetensors"]
     again = Bank(settings(tmp_path / "other"), Random(r.config), teacher, CPU)
-    again.reach(15)
+    again.reach([0, 15])
     assert len(list(again.folder.iterdir())) == 2
     for key, value in load_file(again.path(0)).items():
         assert torch.equal(value, load_file(r.bank.path(0))[key])
@@ -329,6 +329,19 @@ def test_units_and_lora_together_are_a_pack_and_a_lora(tmp_path):
     assert {"stem.conv_in", "stem.time_embed", "mid.0.resnet", "up.0.0.resnet"} <= {
         slots[k].unit.address for k in differ
     }
+
+
+def test_processes_draw_shares_that_do_not_depend_on_who_is_faster(tmp_path, monkeypatch):
+    drawn, waits, source = {0: [], 1: []}, [], Random(settings(tmp_path))
+    banks = [Bank(settings(tmp_path), source, teacher, CPU, i, 2, lambda i=i: waits.append(i)) for i in range(2)]
+    monkeypatch.setattr(Bank, "_draw", lambda self, n: (drawn[self.process].append(n), self.path(n).touch()))
+    for numbers in ([0, 3], [4, 7], [15, 17], [20, 24], [33]):
+        for bank in banks:
+            bank.reach(numbers)
+    assert drawn == {0: [0, 2, 4], 1: [1, 3, 5]} and waits == [0, 1] * 3
+    late = Bank(settings(tmp_path), source, teacher, CPU)
+    late.reach([60])  # a run that goes on needs nothing of what lies behind it
+    assert drawn[0][-1] == 7 and len(drawn[0]) == 4
 
 
 def test_pictures_on_the_way_are_drawn_as_teacher_and_student_are_run(tmp_path):
