@@ -2,7 +2,7 @@
 #   python bootstrap.py demo CHECKPOINT=my-model.safetensors
 PYTHON ?= python3
 
-TARGETS := demo test lint serve bench setup clean
+TARGETS := demo test lint serve bench card setup clean
 SETTINGS := CHECKPOINT PACK STEPS ARGS PORT OPEN NAME ALL FAST HOST
 
 .PHONY: help $(TARGETS)

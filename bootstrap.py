@@ -62,6 +62,8 @@ TARGETS = {
     "lint": "check the format, the rules and the types of all Python here, with ruff and mypy",
     "serve": "open ComfyUI with this pack for a person, until Ctrl-C",
     "bench": "run the benchmarks in bench/",
+    "card": "prove the pack on this machine's graphics card, output/card/report.md",
+    "bundle": "write OUT.tar for a machine without a network: bootstrap.py bundle OUT.tar (--help says more)",
     "setup": "only set up what the others need",
     "clean": "remove what the other targets made in this folder",
 }
@@ -82,6 +84,8 @@ SETTINGS = {
         "OPEN": "OPEN=0 does not open the page in a browser",
     },
     "bench": {"NAME": "only bench/NAME.py", "ARGS": "further arguments for it"},
+    "card": {"ARGS": "further arguments for card.py, such as ARGS=--fast"},
+    "bundle": {},
     "setup": {},
     "clean": {"ALL": "ALL=1 removes the shared cache (environments, ComfyUI) as well"},
 }
@@ -704,6 +708,27 @@ def target_bench(python, settings):
     return [[python, "-m", f"bench.{name}", *arguments] for name in ([wanted] if wanted else names)]
 
 
+def target_card(python, settings):
+    return [[python, "card.py", *words(settings.get("ARGS", ""))]]
+
+
+# What ComfyUI must find to sample without its web page.
+HOST_PROBE = "import torch, transformers, safetensors, einops, aiohttp, yaml, torchsde, comfy_aimdo"
+
+
+def own_python(host):
+    """A Python that a person's ComfyUI runs with: this one, or one that lies with it; None where none has its needs."""
+    folders = [host / name for name in ("venv", ".venv", "env")]
+    tried = [Path(sys.executable), *(environment_python(folder) for folder in folders)]
+    tried.append(host.parent / "python_embeded" / "python.exe")
+    for python in tried:
+        if python.is_file():
+            done = subprocess.run([str(python), "-s", "-c", HOST_PROBE], capture_output=True, env=clean_environment())
+            if done.returncode == 0:
+                return python
+    return None
+
+
 def unlink_folder(path):
     """Remove a link to a folder (symbolic link or Windows junction), never what it points to."""
     if os.path.islink(path):
@@ -717,6 +742,7 @@ def clean(everything):
     """Remove what the targets made here. A person's files (models, workflows, images) stay."""
     unlink_folder(ROOT / ".host" / "custom_nodes" / "asdm")
     made = [ROOT / ".host" / "custom_nodes", ROOT / ".host" / "temp", ROOT / "output" / "demo"]
+    made.append(ROOT / "output" / "card")
     made += [ROOT / name for name in (".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache", "junit.xml")]
     made += [path for path in ROOT.glob("**/__pycache__") if ".git" not in path.parts]
     for path in made:
@@ -790,7 +816,8 @@ def run(target, settings):
         os.environ["COMFYUI_PATH"] = settings.pop("HOST")
     host = host_path()
     version = host_version(host)
-    python = ensure_environment(host)
+    own = own_python(host) if target == "card" and own_host() else None
+    python = own or ensure_environment(host)
     if version != HOST_VERSION:
         say(f"this ComfyUI is version {version}; the pack is tested with {HOST_VERSION}")
     say(f"ComfyUI {version} in {host}, ready after {time.monotonic() - started:.1f} s")
@@ -805,15 +832,25 @@ def run(target, settings):
         "lint": target_lint,
         "serve": target_serve,
         "bench": target_bench,
+        "card": target_card,
     }
     codes = [run_target(command, env) for command in commands[target](python, settings)]
     return 1 if any(codes) else 0
 
 
+def bundle(arguments):
+    """Write the bundle with the managed environment, whose versions it takes."""
+    python = ensure_environment(ensure_managed_host())
+    return run_target([python, "-m", "tools.bundle", *arguments], clean_environment())
+
+
 def main(arguments=None):
     try:
         check_python()
-        return run(*parse(arguments))
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        if given[:1] == ["bundle"]:
+            return bundle(given[1:])
+        return run(*parse(given))
     except SetupError as error:
         print(f"asdm: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:

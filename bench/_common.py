@@ -112,6 +112,19 @@ def clock_of(args: argparse.Namespace, parser: argparse.ArgumentParser, device: 
     return clock
 
 
+def pyplot():
+    """matplotlib's pyplot for drawing into files; None, and a line that says so, where there is no matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure is drawn: matplotlib is not there")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def command_line(name: str) -> str:
     """The command that runs a benchmark as it was run now."""
     return f"python bootstrap.py bench NAME={name}" + (f" ARGS={shlex.join(sys.argv[1:])!r}" if sys.argv[1:] else "")

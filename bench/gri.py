@@ -56,6 +56,7 @@ from bench._common import (
     beside_earlier,
     command_line,
     pack_module,
+    pyplot,
     record,
     upper_edge,
 )
@@ -489,10 +490,8 @@ def bench_unet(name: str, rounds: int, device: torch.device, clock) -> tuple[dic
 
 def draw(rows: list[dict], path: Path) -> None:
     """Error against time, one plot for each kind of map."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    if (plt := pyplot()) is None:
+        return
 
     colours = {"gri": "#d1495b", "hypertile": "#2b59c3", "tome": "#3a9d5d"}
     plots = {

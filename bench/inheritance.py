@@ -32,6 +32,7 @@ from bench._common import (
     beside_earlier,
     command_line,
     pack_module,
+    pyplot,
     record,
     upper_edge,
 )
@@ -281,10 +282,8 @@ def quality_summary(rows: list[dict]) -> dict[str, float]:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Quality against time saved, one plot for each run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    if (plt := pyplot()) is None:
+        return
 
     colours = {"ours": "#d1495b", "deepcache": "#2b59c3", "easycache": "#3a9d5d", "lazycache": "#8a94a6"}
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), sharex=True)

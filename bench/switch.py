@@ -42,6 +42,7 @@ from bench._common import (
     beside_earlier,
     command_line,
     pack_module,
+    pyplot,
     record,
 )
 from bench._family import FAMILY, Family
@@ -230,10 +231,8 @@ def bench_quality(pictures: int, rounds: int, clock) -> tuple[dict, list[dict]]:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Similarity and recognition against time, for either order of the two UNets."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    if (plt := pyplot()) is None:
+        return
 
     rows = [row for row in rows if row["part"] == "quality"]
     ends = {row["setting"]: row for row in rows if row["setting"] in ("large", "small")}

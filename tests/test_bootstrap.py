@@ -137,7 +137,7 @@ def test_old_pythons_get_as_far_as_the_message():
     ast.parse((ROOT / "bootstrap.py").read_text("utf-8"), feature_version=(3, 7))
 
 
-@pytest.mark.parametrize("folder", ["asdm_core", "nodes", "demo", "train", "bench", "tools", "tests"])
+@pytest.mark.parametrize("folder", ["asdm_core", "nodes", "card", "demo", "train", "bench", "tools", "tests"])
 def test_no_syntax_is_newer_than_the_oldest_supported_python(folder):
     assert f'requires-python = ">={".".join(map(str, bootstrap.PYTHON_MIN))}"' in (ROOT / "pyproject.toml").read_text(
         "utf-8"

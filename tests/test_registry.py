@@ -27,6 +27,7 @@ def test_the_zip_holds_the_nodes_and_none_of_the_tests(tmp_path):
     registry.write_zip(tmp_path / "asdm.zip")
     with zipfile.ZipFile(tmp_path / "asdm.zip") as archive:
         names = archive.namelist()
+    assert {"card.py", "card/correct.py"} <= set(names)
     assert "__init__.py" in names and "models/emoji/emoji-teacher.safetensors" in names
     assert not [name for name in names if name.startswith(("tests", "bench", "runs", ".")) or "openmoji" in name]
 

@@ -1,0 +1,38 @@
+"""Every technique under the host's TorchCompileModel, by inductor, against itself uncompiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+from .correct import Check, Setting, near, of_network
+
+NEAR = 4  # as many times the rounding of the type: a compiled graph adds in another order
+
+
+def missing() -> str:
+    """Why inductor cannot work here; "" where it can."""
+    try:
+        torch.compile(lambda x: x.sin() + x, backend="inductor")(torch.ones(8))
+        if torch.cuda.is_available():
+            torch.compile(lambda x: x.cos() + x, backend="inductor")(torch.ones(8, device="cuda"))
+    except Exception as error:  # of its many kinds: no compiler, no triton, headers that are not there
+        return f"inductor does not work on this machine ({type(error).__name__})"
+    return ""
+
+
+def checks(s: Setting, network: str, only: tuple[str, ...] = ()) -> Iterator[tuple[str, Check]]:
+    def compiled(technique):
+        torch._dynamo.reset()
+        n = s.network(network)
+        model = technique.make(n)
+        wanted = n.sample(model, steps=3)
+        found = n.sample(TorchCompileModel.execute(model, "inductor")[0], steps=3)
+        return near(found, wanted, NEAR * s.rounding[1])
+
+    for t in of_network(network):
+        if (t.ours or t.name == "none") and (not only or t.name in only):
+            yield f"{network}: {t.name}, compiled", partial(compiled, t)

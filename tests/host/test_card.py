@@ -1,0 +1,45 @@
+"""The fast form of `make card`, on this machine, with the real host."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bootstrap
+from card import parts
+
+ROOT = Path(bootstrap.ROOT)
+
+
+def card(host, folder, *arguments):
+    command = [sys.executable, str(ROOT / "card.py"), "--to", str(folder), *arguments]
+    env = dict(os.environ, COMFYUI_PATH=str(host), CUDA_VISIBLE_DEVICES="")
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+
+
+def test_the_fast_form_passes_goes_on_and_says_so_in_one_sentence(host, tmp_path):
+    done = card(host, tmp_path, "--fast")
+    assert done.returncode == 0, done.stdout + done.stderr
+    page, found = (tmp_path / "report.md").read_text("utf-8"), json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert page.splitlines()[2] == found["sentence"]
+    assert "nothing failed in " in found["sentence"] and "inheritance 'balanced' is " in found["sentence"]
+    assert [part["state"] for part in found["parts"].values()] == ["done"] * len(parts.parts({}, True))
+    checks = [row for part in found["parts"].values() for row in part["rows"].values() if row["kind"] == "check"]
+    assert len(checks) > 15 and all(row["passed"] for row in checks)
+    exact = [row["found"] for row in checks if row["wanted"] == "0"]
+    assert exact and set(exact) == {0.0}
+    assert not [
+        text for text in (str(Path.home()), str(tmp_path), str(ROOT), str(host)) if text in page + json.dumps(found)
+    ]
+
+    # What is done is not done again; a part that was stopped goes on with what it lacks.
+    part = found["parts"]["correct fp32"]
+    lost = list(part["rows"])[-1]
+    del part["rows"][lost]
+    part["state"] = "unfinished"
+    (tmp_path / "report.json").write_text(json.dumps(found), "utf-8")
+    done = card(host, tmp_path, "--fast")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if " s: " in line]
+    assert len(lines) == 1 and lines[0].endswith(lost)
