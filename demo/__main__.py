@@ -1,6 +1,6 @@
 """make demo: A (the checkpoint) against B (the same, made faster) in a real headless ComfyUI.
 
-Writes output/demo/: compare.png, every image with its workflow in it, and report.json.
+Writes output/demo/: compare.png, headline.png, every image with its workflow in it, and report.json.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import bootstrap
 from asdm_core.packs import BadFile
-from demo.job import SIDES, DemoError, Job, find_job, node_id, work
-from demo.report import clear_results, image_name, seconds_per_step, summary, write_results
+from demo.job import DemoError, Job, find_job, node_id, work
+from demo.report import clear_results, image_name, summary, write_results
 from demo.server import PACK, Client, PromptError, Server, ServerError, device_flags
 from demo.timing import TimedRun, timed_run
 
@@ -65,7 +65,8 @@ def say(text: str) -> None:
 def run(job: Job, host: Path, output: Path) -> dict:
     """Run the whole comparison; writes the output folder and returns the report."""
     sides = work(job)
-    say(f"A is {job.checkpoint.name}, B is the same with {job.addition}")
+    others = ", ".join(f"{side.upper()} with {job.addition(side)}" for side in job.variants)
+    say(f"A is {job.checkpoint.name}; the same {others}")
     say(f"{len(job.prompts)} prompts, {job.size} x {job.size}, {job.steps} steps, CFG {job.cfg:g}")
     clear_results(output)
     with tempfile.TemporaryDirectory(prefix="asdm-demo-") as base:
@@ -79,17 +80,16 @@ def run(job: Job, host: Path, output: Path) -> dict:
                 f"ComfyUI {system['system']['comfyui_version']} answers after {time.monotonic() - started:.0f} s; "
                 "warming up"
             )
-            first, _ = (timed(client, job, side, 0, WARM_UP_STEPS) for side in SIDES)
-            pictures = 2 * len(job.prompts)
+            first, *_ = [timed(client, job, side, 0, WARM_UP_STEPS) for side in job.sides]
+            pictures = len(job.sides) * len(job.prompts)
             say(f"sampling {pictures} pictures takes up to {duration(pictures * job.steps * first.step_seconds[-1])}")
-            runs: dict[str, list[TimedRun]] = {side: [] for side in SIDES}
+            runs: dict[str, list[TimedRun]] = {side: [] for side in job.sides}
             for index, prompt in enumerate(job.prompts):
-                # A and B in turn, so that whatever else the machine does hits both alike.
-                for side in SIDES:
+                # All in turn, so that whatever else the machine does hits them alike. The times of one picture say
+                # little on a busy machine; the medians at the end are of all pictures.
+                for side in job.sides:
                     runs[side].append(run_one(client, job, side, index, output))
-                times = {side: seconds_per_step(runs[side][-1:], sides[side].full_steps(job.steps)) for side in SIDES}
-                shown = "  ".join(f"{side.upper()} {1000 * seconds:7.1f} ms/step" for side, seconds in times.items())
-                say(f"{index + 1}/{len(job.prompts)}  {shown}  {prompt}")
+                say(f"{index + 1}/{len(job.prompts)}  {prompt}")
     say("ComfyUI is stopped; comparing")
     return write_results(job, sides, runs, system, output)
 
@@ -97,7 +97,7 @@ def run(job: Job, host: Path, output: Path) -> dict:
 def check(client: Client, job: Job) -> None:
     """Refuse early, and in words, what the host would refuse late."""
     known = client.object_info()
-    missing = sorted({node["class_type"] for side in SIDES for node in job.graph(side, 0).values()} - known.keys())
+    missing = sorted({node["class_type"] for side in job.sides for node in job.graph(side, 0).values()} - known.keys())
     if missing:
         raise DemoError(f"this ComfyUI lacks the nodes {', '.join(missing)}; the pack did not load in it")
     for node, name, file in ((job.loader, "ckpt_name", job.checkpoint), ("ASDMApplyPack", "pack_name", job.pack)):

@@ -15,9 +15,10 @@ from demo.server import PACK
 
 EMBEDDED = PACK / "models" / "emoji"
 WORKFLOWS = PACK / "workflows" / "api"
-SIDES = ("a", "b")
+SIDES = ("a", "b")  # the pair of the headline
 PLAIN, WITH_PACK, INHERITING = "text_to_image.json", "text_to_image_pack.json", "feature_inheritance.json"
-DIAL = "balanced"  # of Feature Inheritance, where there is no pack
+DIAL = "balanced"  # of Feature Inheritance on a checkpoint of a person's
+HEADLINE_DIAL = "fast"  # of Feature Inheritance on the embedded family
 SD15 = "sd15"
 # The prefixes under which the host finds the other parts of an SD1.5 checkpoint.
 PARTS = {"text encoder": "cond_stage_model.", "VAE": "first_stage_model."}
@@ -54,10 +55,19 @@ class DemoError(Exception):
 
 
 @dataclass(frozen=True)
+class Variant:
+    """What a side has that A has not: a dial of Feature Inheritance, and whether the job's pack plays."""
+
+    dial: str | None = None
+    pack: bool = False
+
+
+@dataclass(frozen=True)
 class Job:
     """One comparison. ``models`` are further model folders for the host, by kind.
 
-    pack: what B is the checkpoint with; None for Feature Inheritance, which needs no weights.
+    pack: what B is the checkpoint with; None for Feature Inheritance, which needs no weights. showcase: inheritance as
+    B, the pack as C, and both as D.
     """
 
     loader: str
@@ -69,15 +79,31 @@ class Job:
     cfg: float
     steps: int = 20
     models: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    showcase: bool = False
 
     @property
-    def addition(self) -> str:
-        """What B has and A has not, for people."""
-        return f"Feature Inheritance ({DIAL})" if self.pack is None else self.pack.stem
+    def variants(self) -> dict[str, Variant]:
+        """What is compared with A, by side."""
+        if self.showcase:
+            return {"b": Variant(HEADLINE_DIAL), "c": Variant(pack=True), "d": Variant(HEADLINE_DIAL, True)}
+        return {"b": Variant(pack=True) if self.pack else Variant(DIAL)}
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return ("a", *self.variants)
+
+    def addition(self, side: str = "b") -> str:
+        """What a side has and A has not, for people."""
+        variant = self.variants[side]
+        inheritance = [f"Feature Inheritance ({variant.dial})"] if variant.dial else []
+        return " and ".join([*inheritance, *([self.pack.stem] if variant.pack and self.pack else [])])
 
     def graph(self, side: str, index: int, steps: int | None = None) -> dict:
-        """The API graph of one image: side "a" or "b", prompt and seed by index."""
-        graph = load_graph(PLAIN if side == "a" else WITH_PACK if self.pack else INHERITING)
+        """The API graph of one image: a side, prompt and seed by index."""
+        variant = self.variants.get(side, Variant())
+        graph = load_graph(WITH_PACK if variant.pack else INHERITING if variant.dial else PLAIN)
+        if variant.pack and variant.dial:
+            inherit(graph)
         graph = needed(graph, node_id(graph, "Save"))
         nodes = by_title(graph)
         nodes["Checkpoint"].update(class_type=self.loader)
@@ -87,10 +113,10 @@ class Job:
         nodes["Size"]["inputs"].update(width=self.size, height=self.size)
         nodes["Sampler"]["inputs"].update(seed=index + 1, steps=steps or self.steps, cfg=self.cfg)
         nodes["Save"]["inputs"]["filename_prefix"] = f"{index + 1:02}-{side}"
-        if side == "b" and self.pack:
+        if variant.pack and self.pack:
             nodes["Pack"]["inputs"]["pack_name"] = self.pack.name
-        elif side == "b":
-            nodes["Faster"]["inputs"]["preset"] = DIAL
+        if variant.dial:
+            nodes["Faster"]["inputs"]["preset"] = variant.dial
         return graph
 
 
@@ -119,7 +145,7 @@ def work(job: Job) -> dict[str, Work]:
         if config.family != SD15:
             raise DemoError(
                 f"{name} is of the family {config.family}; the demo compares SD1.5 checkpoints. For SD2 and SDXL run "
-                "`make serve` and take Templates, asdm, Speed up my checkpoint."
+                "`make serve` and take Templates, asdm, 02 Speed up my checkpoint."
             )
         if whole.cut:
             raise DemoError(
@@ -131,17 +157,34 @@ def work(job: Job) -> dict[str, Work]:
                 f"{name} holds no {' and no '.join(missing)}; wanted a whole checkpoint, as it lies in ComfyUI's "
                 "models/checkpoints."
             )
-    if job.pack is None:
-        return {"a": Work(whole), "b": Work(whole, inheritance.dial(config, DIAL))}
-    described = packs.open_pack(job.pack).description
-    if described.family != config.family:
-        raise DemoError(f"{job.pack.name} is a pack for the family {described.family}, {name} is of {config.family}.")
-    return {"a": Work(whole), "b": Work(described.architecture)}
+    with_pack = whole
+    if job.pack is not None:
+        described = packs.open_pack(job.pack).description
+        if described.family != config.family:
+            raise DemoError(
+                f"{job.pack.name} is a pack for the family {described.family}, {name} is of {config.family}."
+            )
+        with_pack = described.architecture
+    return {"a": Work(whole)} | {
+        side: Work(
+            with_pack if variant.pack else whole, inheritance.dial(config, variant.dial) if variant.dial else None
+        )
+        for side, variant in job.variants.items()
+    }
 
 
 def load_graph(name: str) -> dict:
     """A workflow file of workflows/api."""
     return json.loads((WORKFLOWS / name).read_text("utf-8"))
+
+
+def inherit(graph: dict) -> None:
+    """Put Feature Inheritance between the pack and the sampler of a graph."""
+    source = load_graph(INHERITING)
+    faster = source[node_id(source, "Faster")]
+    sampler = by_title(graph)["Sampler"]["inputs"]
+    faster["inputs"]["model"], sampler["model"] = sampler["model"], ["inheritance", 0]
+    graph["inheritance"] = faster
 
 
 def needed(graph: Mapping, key: str) -> dict:
@@ -171,18 +214,19 @@ def find_job(checkpoint: str | None, pack: str | None, steps: int, model_roots: 
     """The job for what a person asked for; DemoError when a file for it is missing.
 
     Files are given by path, or by the name they have in the pack or in one of the model folders
-    ``model_roots`` of a ComfyUI. The embedded family has a pack; any other checkpoint without one gets
-    Feature Inheritance.
+    ``model_roots`` of a ComfyUI. The embedded family shows inheritance, its pack, and both; any other checkpoint
+    without a pack gets Feature Inheritance.
     """
     file = find_file(checkpoint or TEACHER, "checkpoint", [EMBEDDED, *(root / "checkpoints" for root in model_roots)])
     embedded = file.parent == EMBEDDED
+    showcase = embedded and not pack
     pack = pack or (TEACHER_PACK if embedded else None)
     pack_file = find_file(pack, "pack", [EMBEDDED, *(root / "asdm_packs" for root in model_roots)]) if pack else None
     models = {
         kind: [f.parent] for kind, f in (("checkpoints", file), ("asdm_packs", pack_file)) if f and f.parent != EMBEDDED
     }
     if embedded:
-        return Job(EMBEDDED_LOADER, file, pack_file, EMOJI_PROMPTS, "", 128, 3.0, steps, models)
+        return Job(EMBEDDED_LOADER, file, pack_file, EMOJI_PROMPTS, "", 128, 3.0, steps, models, showcase)
     return Job("CheckpointLoaderSimple", file, pack_file, SD15_PROMPTS, SD15_NEGATIVE, 512, 7.0, steps, models)
 
 

@@ -8,14 +8,15 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from asdm_core import measure
 from asdm_core.inheritance import step_macs
-from asdm_core.pictures import HEAT_HEAD, Row, finite, grid, heat_map, likeness
+from asdm_core.pictures import HEAT_HEAD, INK, PAPER, QUIET, Row, finite, fitted, font, grid, heat_map, likeness, shown
 from demo.job import SIDES, Job, Work, by_title
 from demo.timing import TimedRun
 
@@ -30,7 +31,7 @@ def image_name(side: str, index: int) -> str:
 def clear_results(folder: Path) -> None:
     """Remove the results of an earlier run, so that all that lies there is of this one."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("??-[ab].png", "compare.png", "report.json"):
+    for pattern in ("??-[a-d].png", "compare.png", "headline.png", "report.json"):
         for file in folder.glob(pattern):
             file.unlink()
 
@@ -49,35 +50,29 @@ def seconds_per_step(runs: Sequence[TimedRun], full: Sequence[bool]) -> float:
     )
 
 
-def write_results(job: Job, work: Mapping[str, Work], runs: Runs, system: Mapping, output: Path) -> dict:
-    """Measure the images in ``output``, write compare.png and report.json there, return the report.
+def write_results(job: Job, work: Mapping[str, Work], runs: Runs, system: Mapping, output: Path) -> dict[str, Any]:
+    """Measure the images in ``output``, write compare.png, headline.png and report.json there, return the report.
 
-    system: the host's answer to /system_stats.
+    system: the host's answer to /system_stats. `a`, `b`, `speedup`, `psnr` and `ssim` of the report are the headline's;
+    `variants` has an entry for each of the others, B among them.
     """
-    full = {side: work[side].full_steps(job.steps) for side in SIDES}
-    images = {side: [_open(output / image_name(side, i)) for i in range(len(job.prompts))] for side in SIDES}
-    psnr, ssim = [], []
-    for a, b in zip(images["a"], images["b"], strict=True):
-        psnr.append(finite(float(measure.psnr(_tensor(a), _tensor(b)))))
-        ssim.append(float(measure.ssim(_tensor(a), _tensor(b))))
-    sampler = by_title(job.graph("a", 0))["Sampler"]["inputs"]
+    images = {side: [_open(output / image_name(side, i)) for i in range(len(job.prompts))] for side in job.sides}
+    sides = {side: _side(side, job, work[side], runs[side]) for side in job.sides}
+    variants = [_variant(side, job, sides, images) for side in job.variants]
+    headline, sampler = variants[0], by_title(job.graph("a", 0))["Sampler"]["inputs"]
     report = {
         "checkpoint": job.checkpoint.name,
         "pack": job.pack and job.pack.name,
-        "addition": job.addition,
+        "addition": headline["addition"],
         "prompts": list(job.prompts),
         "negative_prompt": job.negative,
         "seeds": [i + 1 for i in range(len(job.prompts))],
         "width": job.size,
         "height": job.size,
         **{key: sampler[key] for key in ("steps", "cfg", "sampler_name", "scheduler")},
-        "speedup": seconds_per_step(runs["a"], full["a"]) / seconds_per_step(runs["b"], full["b"]),
-        # Equal pairs have none; with a mean over the others the whole never looks more alike than it is.
-        "psnr": statistics.mean(unlike) if (unlike := [value for value in psnr if value is not None]) else None,
-        "ssim": statistics.mean(ssim),
-        "psnr_values": psnr,
-        "ssim_values": ssim,
-        **{side: _side(side, job, work[side], runs[side]) for side in SIDES},
+        **{key: headline[key] for key in ("speedup", "psnr", "ssim", "psnr_values", "ssim_values")},
+        **{side: sides[side] for side in SIDES},
+        "variants": variants,
         "host": {
             "comfyui": system["system"]["comfyui_version"],
             "torch": system["system"]["pytorch_version"],
@@ -87,15 +82,46 @@ def write_results(job: Job, work: Mapping[str, Work], runs: Runs, system: Mappin
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
     }
-    times = {side: [seconds_per_step([run], full[side]) for run in runs[side]] for side in SIDES}
-    draw_comparison(report, images, times).save(output / "compare.png")
+    draw_comparison(report, images).save(output / "compare.png")
+    draw_headline(report, images).save(output / "headline.png")
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     return report
 
 
-def _side(side: str, job: Job, work: Work, runs: Sequence[TimedRun]) -> dict:
-    latent = job.size // 8
-    full = work.full_steps(job.steps)
+def _variant(side: str, job: Job, sides: Mapping[str, Mapping], images: Mapping[str, Sequence[Image.Image]]) -> dict:
+    """One side against A: how much faster, how much less work, how alike."""
+    psnr, ssim = [], []
+    for a, b in zip(images["a"], images[side], strict=True):
+        psnr.append(finite(float(measure.psnr(_tensor(a), _tensor(b)))))
+        ssim.append(float(measure.ssim(_tensor(a), _tensor(b))))
+    unlike = [value for value in psnr if value is not None]
+    return {
+        "side": side,
+        "addition": job.addition(side),
+        "purpose": purpose(job, side),
+        "speedup": sides["a"]["seconds_per_step"]["whole_run"] / sides[side]["seconds_per_step"]["whole_run"],
+        "macs_share": sides[side]["unet_macs"] / sides["a"]["unet_macs"],
+        # Equal pairs have none; with a mean over the others the whole never looks more alike than it is.
+        "psnr": statistics.mean(unlike) if unlike else None,
+        "ssim": statistics.mean(ssim),
+        "psnr_values": psnr,
+        "ssim_values": ssim,
+        **sides[side],
+    }
+
+
+def purpose(job: Job, side: str) -> str:
+    """What a variant is for, in a sentence."""
+    variant = job.variants[side]
+    if variant.dial and variant.pack:
+        return "both at once: the least work, and the pack's rougher picture"
+    if variant.dial:
+        return "needs no training and works on any checkpoint; on some steps the deep layers keep earlier features"
+    return "a smaller trained UNet: every step gets cheaper and the file smaller, and it paints its own picture"
+
+
+def _side(side: str, job: Job, work: Work, runs: Sequence[TimedRun]) -> dict[str, Any]:
+    latent, full = job.size // 8, work.full_steps(job.steps)
     cost = measure.total(measure.costs(work.architecture, latent, latent))
     inherited = step_macs(work.plan, work.architecture, latent, latent)[1] if work.plan else 0
     values = [seconds for run in runs for seconds in run.step_seconds]
@@ -124,44 +150,80 @@ def _tensor(image: Image.Image) -> torch.Tensor:
 # texts ------------------------------------------------------------------------------------------
 
 
-def headline(report: Mapping) -> str:
-    a, b = (1000 * report[side]["seconds_per_step"]["whole_run"] for side in SIDES)
-    factor = report["speedup"]
+ALIKE = 30  # dB from which on two pictures of the family look the same side by side
+
+
+def headline(variant: Mapping) -> str:
+    """ "B is 2.10 times faster, the same picture: 54% fewer multiplications"."""
+    factor, psnr = variant["speedup"], variant["psnr"]
     verdict = f"{factor:.2f} times faster" if factor >= 1 else f"{1 / factor:.2f} times slower"
-    return f"B is {verdict} per step: {a:.1f} ms to {b:.1f} ms"
+    same = ", the same picture" if psnr is None or psnr >= ALIKE else ""
+    return f"{variant['side'].upper()} is {verdict}{same}: {1 - variant['macs_share']:.0%} fewer multiplications"
 
 
-def draw_comparison(
-    report: Mapping, images: Mapping[str, Sequence[Image.Image]], times: Mapping[str, Sequence[float]]
-) -> Image.Image:
-    """The labelled grid of a report. times: seconds per step of each run, by side."""
-    rows = []
-    for i, prompt in enumerate(report["prompts"]):
-        a, b = (1000 * times[side][i] for side in SIDES)
-        like = likeness(report["psnr_values"][i], report["ssim_values"][i])
-        pair = images["a"][i], images["b"][i]
-        rows.append(Row((*pair, heat_map(*pair)), prompt, f"{a:.0f} to {b:.0f} ms per step, {like}"))
+def draw_comparison(report: Mapping, images: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+    """One labelled grid below the other: each variant beside A."""
     host = report["host"]
-    subtitle = (
+    settings = (
         f"{report['steps']} steps, CFG {report['cfg']:g}, {report['sampler_name']}, {report['width']} x "
-        f"{report['height']}, "
-        f"same seeds; B against A: {likeness(report['psnr'], report['ssim'])}; "
-        f"ComfyUI {host['comfyui']}, torch {host['torch']}, {host['device']}"
+        f"{report['height']}, same seeds; ComfyUI {host['comfyui']}, torch {host['torch']}, {host['device']}"
     )
-    heads = [f"A  {Path(report['checkpoint']).stem}", f"B  with {report['addition']}", HEAT_HEAD]
-    return grid(headline(report), subtitle, heads, rows, groups=GROUPS)
+    sheets = []
+    for variant in report["variants"]:
+        side, rows = variant["side"], []
+        for i, prompt in enumerate(report["prompts"]):
+            pair = images["a"][i], images[side][i]
+            like = likeness(variant["psnr_values"][i], variant["ssim_values"][i])
+            rows.append(Row((*pair, heat_map(*pair)), prompt, like))
+        a, b = (1000 * of["seconds_per_step"]["whole_run"] for of in (report["a"], variant))
+        subtitle = (
+            f"{variant['addition']}: {variant['purpose']}\n"
+            f"{a:.1f} ms to {b:.1f} ms per step, medians over all pictures; against A: "
+            f"{likeness(variant['psnr'], variant['ssim'])}\n{settings}"
+        )
+        heads = [f"A  {Path(report['checkpoint']).stem}", f"{side.upper()}  {variant['addition']}", HEAT_HEAD]
+        sheets.append(grid(headline(variant), subtitle, heads, rows, groups=GROUPS))
+    whole = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)), PAPER)
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
+def draw_headline(report: Mapping, images: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+    """The headline alone, wide and low: all pictures of A above those of B."""
+    variant = report["variants"][0]
+    cell, gap, margin, over = 128, 6, 24, 64
+    count = len(report["prompts"])
+    labels = 150
+    sheet = Image.new("RGB", (2 * margin + labels + count * (cell + gap), over + 2 * (cell + gap) + margin), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    against = f"{headline(variant)}, {likeness(variant['psnr'], variant['ssim'])}"
+    draw.text((margin, 18), fitted(draw, against, 30, sheet.width - 2 * margin), INK, font(30))
+    names = (("a", "in full"), (variant["side"], variant["addition"]))
+    for row, (side, name) in enumerate(names):
+        top = over + row * (cell + gap)
+        draw.text((margin, top + cell // 2 - 28), side.upper(), INK, font(30))
+        for line, words in enumerate(name.split(" (")):
+            draw.text((margin, top + cell // 2 + 8 + 18 * line), words.rstrip(")"), QUIET, font(15))
+        for i, picture in enumerate(images[side]):
+            sheet.paste(shown(picture, (cell, cell)), (margin + labels + i * (cell + gap), top))
+    return sheet
 
 
 def summary(report: Mapping, output: Path) -> str:
     """What a person reads at the end."""
     lines = ["", f"     {'parameters':>13}{'MACs, batch 1':>16}{'s per step':>13}   UNet"]
-    names = (report["checkpoint"], f"{report['checkpoint']} + {report['addition']}")
-    for side, name in zip(SIDES, names, strict=True):
-        row = report[side]
+    named = [("a", report["a"], report["checkpoint"])]
+    named += [(of["side"], of, f"{report['checkpoint']} + {of['addition']}") for of in report["variants"]]
+    for side, row, name in named:
         lines.append(
             f"  {side.upper()}  {row['unet_params'] / 1e6:>11.2f} M{row['unet_macs'] / 1e9:>14.3f} G"
             f"{row['seconds_per_step']['whole_run']:>13.4f}   {name}"
         )
-    lines += ["", f"  {headline(report)}", f"  B against A: {likeness(report['psnr'], report['ssim'])}"]
-    lines += ["", f"  {output / 'compare.png'}", f"  {output / 'report.json'}"]
+    for variant in report["variants"]:
+        like = likeness(variant["psnr"], variant["ssim"])
+        lines += ["", f"  {headline(variant)}", f"     against A: {like}; {variant['purpose']}"]
+    lines += ["", f"  {output / 'compare.png'}", f"  {output / 'headline.png'}", f"  {output / 'report.json'}"]
     return "\n".join(lines)

@@ -42,6 +42,17 @@ def test_without_arguments_it_is_the_embedded_teacher(roots):
         "emoji-m2.safetensors",
     )
     assert (found.size, found.cfg, len(found.prompts), found.models) == (128, 3.0, 8, {})
+    assert found.sides == ("a", "b", "c", "d")
+    assert [found.addition(side) for side in "bcd"] == [
+        "Feature Inheritance (fast)",
+        "emoji-m2",
+        "Feature Inheritance (fast) and emoji-m2",
+    ]
+    both = job.by_title(found.graph("d", 0))
+    graph = found.graph("d", 0)
+    assert graph[both["Sampler"]["inputs"]["model"][0]]["class_type"] == "ASDMFeatureInheritance"
+    assert graph[both["Faster"]["inputs"]["model"][0]]["class_type"] == "ASDMApplyPack"
+    assert job.find_job(None, "emoji-m2.safetensors", 20, roots).sides == ("a", "b")  # a pack asked for is B
 
 
 def test_embedded_finetune_takes_the_teachers_pack(roots):
@@ -58,7 +69,11 @@ def test_own_checkpoint_by_name_and_by_path(roots, tmp_path):
 
 def test_own_checkpoint_without_a_pack_inherits_features(roots):
     found = job.find_job("anime.safetensors", None, 20, roots)
-    assert (found.pack, found.addition, list(found.models)) == (None, "Feature Inheritance (balanced)", ["checkpoints"])
+    assert (found.pack, found.addition(), list(found.models)) == (
+        None,
+        "Feature Inheritance (balanced)",
+        ["checkpoints"],
+    )
     a, b = (found.graph(side, 0) for side in job.SIDES)
     (faster,) = b.keys() - a.keys()
     assert b[faster]["class_type"] == "ASDMFeatureInheritance"
@@ -224,18 +239,18 @@ SYSTEM = {"system": {"comfyui_version": "0.30.0", "pytorch_version": "2.11.0"}, 
 
 @pytest.fixture
 def results(roots, tmp_path):
-    """A comparison of grey images, A 10 ms and B 5 ms a step; the first pair is identical."""
+    """A comparison of grey images, A 10 ms and B 5 ms a step, C and D as slow as A; the first pairs are identical."""
     found = job.find_job(None, None, 4, roots)
     output = tmp_path / "results"
     report.clear_results(output)
     for i in range(8):
         Image.new("RGB", (128, 128), (100, 100, 100)).save(output / report.image_name("a", i))
-        Image.new("RGB", (128, 128), (100 + i, 100, 100)).save(output / report.image_name("b", i))
-    runs = {
-        side: [TimedRun({}, (seconds, seconds, 9.0)) for _ in range(8)] for side, seconds in (("a", 0.01), ("b", 0.005))
-    }
+        for side in "bcd":
+            Image.new("RGB", (128, 128), (100 + i, 100, 100)).save(output / report.image_name(side, i))
+    seconds = {"a": 0.01, "b": 0.005, "c": 0.01, "d": 0.01}
+    runs = {side: [TimedRun({}, (each, each, 9.0)) for _ in range(8)] for side, each in seconds.items()}
     m2 = Architecture.preset("m2")
-    work = {"a": job.Work(Architecture.full(m2.config)), "b": job.Work(m2)}
+    work = {"a": job.Work(Architecture.full(m2.config))} | {side: job.Work(m2) for side in "bcd"}
     return report.write_results(found, work, runs, SYSTEM, output), output
 
 
@@ -252,6 +267,11 @@ def test_report_holds_what_was_measured(results):
     error = (1 / 255) ** 2 / 3
     assert written["psnr_values"][1] == pytest.approx(-10 * math.log10(error), abs=0.01)
     assert written["host"]["comfyui"] == "0.30.0"
+    # An entry for each variant; what stands at the top is the headline's.
+    assert [variant["side"] for variant in written["variants"]] == ["b", "c", "d"]
+    assert [variant["speedup"] for variant in written["variants"]] == pytest.approx([2, 1, 1])
+    assert all(written[key] == written["variants"][0][key] for key in ("speedup", "psnr", "ssim", "addition"))
+    assert (output / "headline.png").is_file()
     assert all((output / name).is_file() for side in job.SIDES for name in written[side]["images"])
 
 
@@ -279,8 +299,9 @@ def test_inherited_steps_count_by_their_share_of_the_run(results, roots):
 
 def test_texts_are_honest_in_both_directions(results):
     written, output = results
-    assert report.headline(written) == "B is 2.00 times faster per step: 10.0 ms to 5.0 ms"
-    assert report.headline({**written, "speedup": 0.8}).startswith("B is 1.25 times slower per step")
+    (b, *_), less = written["variants"], 1 - written["b"]["unet_macs"] / written["a"]["unet_macs"]
+    assert report.headline(b) == f"B is 2.00 times faster, the same picture: {less:.0%} fewer multiplications"
+    assert report.headline({**b, "psnr": 18.6, "speedup": 0.8}).startswith("B is 1.25 times slower: ")
     text = report.summary(written, output)
     assert "2.00 times faster" in text and str(output / "compare.png") in text
     assert pictures.likeness(None, 1.0) == "identical"
@@ -290,6 +311,9 @@ def test_grid_shows_every_pair_with_its_difference(results):
     _, output = results
     sheet = Image.open(output / "compare.png")
     group = 3 * pictures.CELL + 2 * pictures.GAP
+    # The panel of the headline, before those of C and D.
+    assert sheet.height % 3 == 0
+    sheet = sheet.crop((0, 0, sheet.width, sheet.height // 3))
     assert sheet.width == report.GROUPS * group + (report.GROUPS + 1) * pictures.MARGIN
     top = sheet.height - pictures.MARGIN - 10
     left = 2 * pictures.MARGIN + group + 10  # the eighth pair: B is seven brighter in red
