@@ -284,7 +284,7 @@ class Studio:
             page.wait_for_function(
                 "() => window.app?.graph && window.LiteGraph?.registered_node_types?.ASDMApplyPack", timeout=120_000
             )
-            workflow = json.loads((PACK / "workflows" / "Quick start.json").read_text("utf-8"))
+            workflow = json.loads((PACK / "workflows" / "01 Quick start.json").read_text("utf-8"))
             page.evaluate(
                 """async workflow => {
               await app.loadGraphData(workflow)
@@ -297,7 +297,7 @@ class Studio:
             view = page.locator(".asdm-compare").filter(has=page.locator("img")).last
             view.wait_for(timeout=300_000)
             page.evaluate(
-                "() => { const n = app.graph._nodes.find(n => n.type === 'ASDMCompareImages'); app.canvas.ds.scale = "
+                "() => { const n = app.graph._nodes.find(n => n.type === 'ASDMABCompare'); app.canvas.ds.scale = "
                 "1; app.canvas.centerOnNode(n) }"
             )
             page.wait_for_timeout(1000)

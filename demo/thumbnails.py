@@ -18,25 +18,39 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import bootstrap
+from asdm_core.architecture import FAMILIES, Architecture
+from asdm_core.inheritance import dial, saving
+from asdm_core.measure import costs, total
+from asdm_core.packs import open_pack
 from asdm_core.pictures import font
-from demo.job import needed
+from demo.job import EMBEDDED, needed
 from demo.server import PACK, Client, Server, device_flags
 
 WORKFLOWS = PACK / "workflows"
 SIDE = 512
-EMBEDDED = {"ckpt_name": "emoji-teacher.safetensors"}
 # In the words of the family; a finetune of its own stands in for a user's.
 STAND_INS = {
     "speed_up_my_checkpoint": ("sunflower on white", "emoji-teacher"),
     "anime_finetune": ("star on white", "emoji-openmoji"),
     "sdxl": ("four leaf clover on white", "emoji-teacher"),
 }
-INPUT = "example.png"
+PICTURES = WORKFLOWS / "pictures"
 
 
 def api_graph(workflow: Path) -> dict:
     """The API graph that belongs to a workflow file."""
-    return json.loads((WORKFLOWS / "api" / f"{workflow.stem.lower().replace(' ', '_')}.json").read_text("utf-8"))
+    return json.loads((WORKFLOWS / "api" / f"{api_name(workflow)}.json").read_text("utf-8"))
+
+
+def api_name(workflow: Path) -> str:
+    """Name of a workflow's API graph: "02 Speed up my checkpoint" has its place in the list, which a graph has not."""
+    return workflow.stem.lower().lstrip("0123456789 ").replace(" ", "_")
+
+
+def upload_pictures(client: Client) -> None:
+    """Put the pictures that workflows load into the host's input folder."""
+    for picture in PICTURES.glob("*.png"):
+        client.upload(picture.name, picture.read_bytes())
 
 
 def on_embedded_family(graph: Mapping, prompt: str, checkpoint: str) -> dict:
@@ -83,32 +97,71 @@ def saved_picture(client: Client, graph: Mapping, key: str) -> Image.Image:
     return Image.open(io.BytesIO(client.fetch(outputs[key]["images"][0]))).convert("RGB")
 
 
+def work_of(graph: Mapping, key: str, steps: int, pixels: tuple[int, int]) -> float:
+    """Multiplications of a run of the MODEL that a node gives, against those of the checkpoint in full."""
+    plan, architecture = None, None
+    while (kind := graph[key]["class_type"]) != "ASDMCheckpointLoader":
+        inputs = graph[key]["inputs"]
+        if kind == "ASDMSwitchUNet":
+            first, second = (
+                work_of(graph, inputs[f"model_{which}"][0], steps, pixels) for which in ("first", "second")
+            )
+            return (first * inputs["switch_at"] + second * (steps - inputs["switch_at"])) / steps
+        if kind == "ASDMCalibrateInheritance":
+            return 1 - inputs["goal.saving"]  # the least that its plan saves
+        if kind == "ASDMFeatureInheritance":
+            plan = inputs["preset"]
+        elif kind == "ASDMApplyPack":
+            architecture = open_pack(EMBEDDED / inputs["pack_name"]).description.architecture
+        key = inputs["model"][0]
+    full = Architecture.full(FAMILIES["emoji"])
+    architecture = architecture or full
+    latent = pixels[1] // 8, pixels[0] // 8
+    share = total(costs(architecture, *latent)).total / total(costs(full, *latent)).total
+    return share * (1 - saving(dial(full.config, plan), architecture, steps, *latent)) if plan else share
+
+
+def figure(graph: Mapping, pixels: tuple[int, int]) -> str:
+    """What a graph saves, in multiplications: times would tell of the machine that made the picture."""
+    sampler = first_of(graph, "ASDMABCompare") or first_of(graph, "KSampler")
+    if sampler is None:
+        raise ValueError("a workflow needs A/B Compare or KSampler for its thumbnail")
+    inputs = graph[sampler]["inputs"]
+    a, b = (
+        work_of(graph, inputs[name][0], inputs["steps"], pixels) if name in inputs else 1.0
+        for name in ("original", "model")
+    )
+    return f"-{1 - b / a:.0%} work"
+
+
 def thumbnail(client: Client, graph: Mapping) -> Image.Image:
-    """A and B of the graph's comparison, or without asdm and with it."""
+    """A and B of the graph's comparison, or without asdm and with it; and what is saved."""
+    graph = json.loads(json.dumps(graph))
+    for node in graph.values():
+        node["inputs"].update({"batch_size": 1} if "batch_size" in node["inputs"] else {})
     comparison = first_of(graph, "ASDMABCompare")
     if comparison:
         sides = [
             {
                 **graph,
-                "side": {
-                    "class_type": "SaveImage",
-                    "inputs": {"images": [comparison, output], "filename_prefix": "side"},
-                },
+                "side": {"class_type": "SaveImage", "inputs": {"images": [comparison, i], "filename_prefix": "side"}},
             }
-            for output in (1, 2)
+            for i in (1, 2)
         ]
+        left, right = (saved_picture(client, side, "side") for side in sides)
         inputs = graph[comparison]["inputs"]
-        a, b = (saved_picture(client, side, "side") for side in sides)
-        return split(a, b, (inputs["label_a"], inputs["label_b"]))
-    key = first_of(graph, "SaveImage")
-    if key is None:
-        raise ValueError("a workflow with neither A/B Compare nor Save Image has no picture to show")
-    plain, fast = (saved_picture(client, g, key) for g in (without_asdm(graph), graph))
-    return split(plain, fast, ("in full", "asdm"))
+        labels = inputs["label_a"], inputs["label_b"]
+    else:
+        key = first_of(graph, "SaveImage")
+        if key is None:
+            raise ValueError("a workflow needs A/B Compare or Save Image for its thumbnail")
+        left, right = (saved_picture(client, g, key) for g in (without_asdm(graph), graph))
+        labels = "in full", "with its pack"
+    return split(left, right, labels, figure(graph, left.size))
 
 
-def split(left: Image.Image, right: Image.Image, labels: tuple[str, str]) -> Image.Image:
-    """One picture made of two halves of the same place, with a handle between them."""
+def split(left: Image.Image, right: Image.Image, labels: tuple[str, str], figure: str) -> Image.Image:
+    """One picture made of two halves of the same place, with a handle between them and a figure above it."""
     left, right = (picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for picture in (left, right))
     middle = SIDE // 2
     left.paste(right.crop((middle, 0, SIDE, SIDE)), (middle, 0))
@@ -120,6 +173,9 @@ def split(left: Image.Image, right: Image.Image, labels: tuple[str, str]) -> Ima
         box = draw.textbbox((x, SIDE - 20), label, font=font(22), anchor=anchor)
         draw.rounded_rectangle((box[0] - 8, box[1] - 6, box[2] + 8, box[3] + 6), 8, fill="#202020")
         draw.text((x, SIDE - 20), label, font=font(22), fill="white", anchor=anchor)
+    box = draw.textbbox((middle, 20), figure, font=font(44), anchor="mt")
+    draw.rounded_rectangle((box[0] - 16, box[1] - 10, box[2] + 16, box[3] + 12), 14, fill="#f4a261")
+    draw.text((middle, 20), figure, font=font(44), fill="#1c2330", anchor="mt")
     return left
 
 
@@ -127,9 +183,9 @@ def main() -> int:
     host = bootstrap.host_path()
     with tempfile.TemporaryDirectory() as base, Server(host, Path(base), flags=device_flags()) as server:
         client = Client(server.url)
-        client.upload(INPUT, (host / "input" / INPUT).read_bytes())
+        upload_pictures(client)
         for path in sorted(WORKFLOWS.glob("*.json")):
-            graph = on_embedded_family(api_graph(path), *STAND_INS.get(path.stem.lower().replace(" ", "_"), ("", "")))
+            graph = on_embedded_family(api_graph(path), *STAND_INS.get(api_name(path), ("", "")))
             thumbnail(client, graph).save(path.with_suffix(".jpg"), quality=88)
             print(f"thumbnails: {path.with_suffix('.jpg').name}", flush=True)
     return 0

@@ -19,7 +19,7 @@ from ..asdm_core.inheritance import Plan, cache_elements, deepcache, step_macs
 from . import host
 from .inherit import describe, summary
 from .inspect_model import PIXELS
-from .load import CATEGORY
+from .load import CATEGORY, SHOWS_PICTURE
 from .picture import draw_plan, preview, to_image
 from .progress import Progress
 from .replay import RECORD, REPLAY, Log, Memory
@@ -251,7 +251,7 @@ class ASDMCalibrateInheritance(io.ComfyNode):
                 "optimize my model",
             ],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", extra_dict=SHOWS_PICTURE),
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),
                 io.Latent.Input(

@@ -13,7 +13,7 @@ from PIL import Image
 from ..asdm_core import measure
 from ..asdm_core.pictures import CELL, HEAT_HEAD, Row, duration, finite, grid, heat_map, likeness
 from . import host, switch
-from .load import CATEGORY
+from .load import CATEGORY, SHOWS_COMPARISON
 from .picture import from_image, to_image
 from .timing import Side, alternate
 
@@ -175,7 +175,7 @@ class ASDMABCompare(io.ComfyNode):
                 "ksampler",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="B: the model to be judged."),
+                io.Model.Input("model", tooltip="B: the model to be judged.", extra_dict=SHOWS_COMPARISON),
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),
                 io.Latent.Input("latent_image"),
@@ -316,7 +316,7 @@ class ASDMCompareImages(io.ComfyNode):
                 io.String.Input(
                     "labels", default="", tooltip="Names of the pictures, separated by commas. Empty: only A, B, ..."
                 ),
-                io.String.Input("title", default="", tooltip="Headline of the drawing."),
+                io.String.Input("title", default="", tooltip="Headline of the drawing.", extra_dict=SHOWS_COMPARISON),
             ],
             outputs=[
                 io.Image.Output(

@@ -10,7 +10,7 @@ from ..asdm_core.addresses import UNetConfig, walk
 from ..asdm_core.cast import Window
 from . import host
 from .inspect_model import PIXELS
-from .load import CATEGORY
+from .load import CATEGORY, SHOWS_WORDS
 from .regional import Regional
 
 
@@ -53,7 +53,7 @@ class ASDMGRIAttention(io.ComfyNode):
                 "memory",
             ],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", extra_dict=SHOWS_WORDS),
                 io.Int.Input(
                     "window",
                     default=0,

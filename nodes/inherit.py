@@ -10,7 +10,7 @@ from ..asdm_core import inheritance
 from ..asdm_core.inheritance import DIALS, MODES, PARTS, REUSE, Plan, Rule, Schedule, saving
 from . import host
 from .inspect_model import PIXELS
-from .load import CATEGORY
+from .load import CATEGORY, SHOWS_PICTURE
 from .picture import draw_plan, preview, to_image
 from .replay import FEW_STEPS
 
@@ -321,7 +321,7 @@ class ASDMInheritancePlan(io.ComfyNode):
             "sampler's result as well to see what happened in the run and how much time it saved.",
             search_aliases=["inheritance picture", "saving", "deepcache plan"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", extra_dict=SHOWS_PICTURE),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Of the planned run."),
                 io.Int.Input("width", default=512, min=64, max=8192, step=8, tooltip="Of the picture, in pixels."),
                 io.Int.Input("height", default=512, min=64, max=8192, step=8, tooltip="Of the picture, in pixels."),
@@ -332,6 +332,13 @@ class ASDMInheritancePlan(io.ComfyNode):
                     max=4096,
                     advanced=True,
                     tooltip="Pictures at once; matters for the memory.",
+                ),
+                io.Boolean.Input(
+                    "layers",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Draws every layer instead of the levels of the UNet; to be looked at in full size.",
                 ),
                 io.AnyType.Input(
                     "after",
@@ -351,10 +358,10 @@ class ASDMInheritancePlan(io.ComfyNode):
         return float("nan")  # a run leaves its report on the MODEL, which the host's cache does not see
 
     @classmethod
-    def execute(cls, model, steps, width, height, batch_size, after=None):
+    def execute(cls, model, steps, width, height, batch_size, layers=False, after=None):
         facts = describe(model, steps, width, height, batch_size)
         text = summary(facts)
-        picture = to_image(draw_plan(host.architecture_of(model), facts, text))
+        picture = to_image(draw_plan(host.architecture_of(model), facts, text, layers))
         return io.NodeOutput(json.dumps(facts, indent=1), picture, ui=preview(cls, picture, text))
 
 

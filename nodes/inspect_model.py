@@ -9,9 +9,9 @@ from comfy_api.latest import io
 from ..asdm_core.architecture import Architecture
 from ..asdm_core.cast import HOST, JOINING, Part
 from ..asdm_core.measure import costs, total
-from . import host
-from .load import CATEGORY
-from .picture import UnitView, draw_unet, preview, to_image
+from . import host, switch
+from .load import CATEGORY, SHOWS_PICTURE
+from .picture import UnitView, draw_levels, draw_unet, preview, to_image
 
 PIXELS = 8  # picture pixels per latent pixel, for every family here
 
@@ -76,9 +76,26 @@ def describe(model, width: int, height: int, percent: float) -> tuple[dict, dict
         "unpruned_macs": whole.total,
         "packs": [p.rpartition("@")[0] for p in dict.fromkeys(p.source for p in everybody if p.source)],
         "cut": [a for a in parts if parts[a].role == "cut"],
+        "on": in_runs(model),
         "units": rows,
     }
     return facts, views
+
+
+def in_runs(model) -> list[str]:
+    """What else asdm does in the runs of a MODEL, and where it is changed: a sentence for each."""
+    setup, said = host.setup_of(model), []
+    if setup.inheritance:
+        name = setup.inheritance.plan.name or "a custom plan"
+        said.append(
+            f"Feature Inheritance is on ({name}): Inheritance Plan shows its steps; bypass its node to leave it off."
+        )
+    if setup.regional:
+        said.append("GRI Attention is on, in pictures as large as its node says; bypass that node for full attention.")
+    points = ", ".join(f"{point.at:g} ({point.unit})" for one in switch.switches_of(model) for point in one.points)
+    if points:
+        said.append(f"Switch UNet: another model takes over at {points}; connect its MODEL here to inspect it.")
+    return said
 
 
 def summary(facts: dict) -> tuple[str, str]:
@@ -110,7 +127,7 @@ class ASDMInspectModel(io.ComfyNode):
             "multiplications and each layer's share of the work, as text and as a picture.",
             search_aliases=["model info", "unet picture", "macs", "parameters", "profile"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", extra_dict=SHOWS_PICTURE),
                 io.Int.Input("width", default=512, min=64, max=8192, step=8, tooltip="Of the picture, in pixels."),
                 io.Int.Input("height", default=512, min=64, max=8192, step=8, tooltip="Of the picture, in pixels."),
                 io.Float.Input(
@@ -122,6 +139,13 @@ class ASDMInspectModel(io.ComfyNode):
                     advanced=True,
                     tooltip="Which point of the sampling run to show; matters for packs with a step window.",
                 ),
+                io.Boolean.Input(
+                    "layers",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Draws every layer instead of the levels of the UNet; to be looked at in full size.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="All numbers, as JSON."),
@@ -131,11 +155,13 @@ class ASDMInspectModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, width, height, at_percent):
+    def execute(cls, model, width, height, at_percent, layers=False):
         facts, views = describe(model, width, height, at_percent)
         title, subtitle = summary(facts)
-        picture = to_image(draw_unet(host.architecture_of(model).config, views, title, subtitle))
-        return io.NodeOutput(json.dumps(facts, indent=1), picture, ui=preview(cls, picture, f"{title}\n{subtitle}"))
+        config, lines = host.architecture_of(model).config, [subtitle, *facts["on"]]
+        drawn = draw_unet(config, views, title, subtitle) if layers else draw_levels(config, views, title, lines)
+        picture = to_image(drawn)
+        return io.NodeOutput(json.dumps(facts, indent=1), picture, ui=preview(cls, picture, "\n".join([title, *lines])))
 
 
 NODES = [ASDMInspectModel]

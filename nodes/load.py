@@ -9,6 +9,10 @@ from . import files, host, lora_keys, models
 
 CATEGORY = "model/asdm"
 
+# What a node shows of itself after a run: said with one of its inputs, for web/.
+SHOWS = "asdm_shows"
+SHOWS_COMPARISON, SHOWS_PICTURE, SHOWS_WORDS = ({SHOWS: what} for what in ("comparison", "picture", "words"))
+
 
 def found_text(model, name: str) -> str:
     """One paragraph on what a loaded UNet is."""
@@ -54,7 +58,10 @@ class ASDMLoadPrunedUNet(io.ComfyNode):
             ],
             inputs=[
                 io.Combo.Input(
-                    "unet_name", options=files.unets(), tooltip="A folder in diffusers form ends in a slash."
+                    "unet_name",
+                    extra_dict=SHOWS_WORDS,
+                    options=files.unets(),
+                    tooltip="A folder in diffusers form ends in a slash.",
                 ),
                 io.Combo.Input(
                     "prediction",

@@ -64,6 +64,46 @@ class _Sheet:
         return self.image.resize((self.image.width // 2, self.image.height // 2), Image.LANCZOS)
 
 
+def draw_levels(config: UNetConfig, views: Mapping[str, UnitView], title: str, lines: Sequence[str]) -> Image.Image:
+    """The UNet by levels: for each its share of the work, in the colours of who plays it, and what is cut."""
+    blocks: dict[str, list[Unit]] = {}
+    for u in walk(config):
+        if u.side in ("down", "mid", "up"):
+            blocks.setdefault("mid" if u.side == "mid" else ".".join(u.address.split(".")[:2]), []).append(u)
+    width, row, left = PLAN_WIDTH, 30, 12
+    said = [line for whole in lines for line in wrapped(whole, 14, width - 2 * left)]
+    heads = wrapped(title, 17, width - 2 * left)
+    top = 20 + 24 * len(heads) + 20 * len(said) + 12
+    sheet = _Sheet(width, top + len(blocks) * row + 44)
+    for i, line in enumerate(heads):
+        sheet.text(left, 12 + 24 * i, line, 17)
+    for i, line in enumerate(said):
+        sheet.text(left, 16 + 24 * len(heads) + 20 * i, line, 14, FAINT)
+    shares = {block: sum(views[u.address].share for u in units) for block, units in blocks.items()}
+    longest, bars = max(shares.values()) or 1.0, 190
+    for i, (block, units) in enumerate(blocks.items()):
+        y, x = top + i * row, left + 66.0
+        sheet.text(x - 8, y + 11, block, 14, INK, "rm")
+        for role in ("host", "pack"):
+            share = sum(views[u.address].share for u in units if views[u.address].role == role)
+            if share:
+                wide = bars * share / longest
+                sheet.cell(x, y, wide, 22, COLOURS[role])
+                x += wide
+        cut, played = (sum(views[u.address].role == role for u in units) for role in ("cut", "pack"))
+        words = [f"{shares[block]:.0%}"]
+        words += [f"{played} of {len(units)} layers the pack's"] if played else []
+        words += [f"{cut} of {len(units)} cut"] if cut else []
+        sheet.text(x + 8, y + 11, ", ".join(words), 14, INK, "lm")
+    x, y = left, top + len(blocks) * row + 16
+    for role, meaning in (("host", "the checkpoint's own"), ("pack", "played by a pack")):
+        sheet.box(x, y, 20, 14, COLOURS[role], FAINT)
+        sheet.text(x + 28, y + 7, meaning, 14, INK, "lm")
+        x += 180
+    sheet.text(x, y + 7, "%: share of the work", 14, FAINT, "lm")
+    return sheet.done()
+
+
 def draw_unet(config: UNetConfig, views: Mapping[str, UnitView], title: str, subtitle: str) -> Image.Image:
     """A picture of the UNet: encoder on the left, decoder on the right, one row per resolution."""
     rows: dict[str, list[Unit]] = {}
@@ -129,7 +169,8 @@ MEANINGS = {
     "inherited": "keeps earlier features",
     "idle": "not needed",
 }
-CELL, LABELS = 13, 170  # height of a row; width of the column of addresses
+CELL, LABELS = 13, 150  # of the drawing by layers: height of a row; width of the column of addresses
+PLAN_WIDTH = 540
 
 
 def roles_when_inheriting(architecture: Architecture, reuse: Mapping[str, str]) -> dict[str, str]:
@@ -151,44 +192,77 @@ def roles_when_inheriting(architecture: Architecture, reuse: Mapping[str, str]) 
     }
 
 
-def draw_plan(architecture: Architecture, facts: Mapping, text: str) -> Image.Image:
-    """A plan as a grid, one row per unit in the order of the forward pass, one column per step; below it the last run.
+def by_level(roles: Mapping[str, str]) -> dict[str, str]:
+    """Block address ("down.0", "mid") -> what its units do together on an inherited step, in PLAN_COLOURS."""
+    blocks: dict[str, set[str]] = {}
+    for address, role in roles.items():
+        blocks.setdefault("mid" if address.startswith("mid") else ".".join(address.split(".")[:2]), set()).add(role)
+    found = {}
+    for block, did in blocks.items():
+        if "inherited" in did:
+            did.discard("idle")  # what nobody asks for, because all that follows is remembered
+        found[block] = did.pop() if len(did) == 1 else "partly"
+    return found
+
+
+def draw_plan(architecture: Architecture, facts: Mapping, text: str, by_layer: bool = False) -> Image.Image:
+    """A plan as a grid, one row per level of the UNet in the order of the forward pass, or per layer; one column per
+    step; below it the last run. As wide as a node shows it, so that its letters are read without zooming in.
 
     facts: see `nodes.inherit.describe`. An adaptive plan shows only the steps that must compute.
     """
     roles = roles_when_inheriting(architecture, facts["reuse"])
+    roles = roles if by_layer else by_level(roles)
+    tall, letters, labels = (CELL, 10, LABELS) if by_layer else (24, 14, 84)
     steps, computed = facts["steps"], set(facts["computed"])
-    run, lines = facts.get("last_run"), text.split("\n")
+    run = facts.get("last_run")
     columns = max(steps, run["steps"] if run else 0)
-    cell = max(6, min(26, 640 // columns))
-    width = max(MARGIN + LABELS + columns * cell + MARGIN, 700)
-    top = 30 + 22 * len(lines) + 24
-    below = top + len(roles) * CELL + 14
-    sheet = _Sheet(width, below + (110 if run else 0) + 40)
-    for i, line in enumerate(lines):
-        sheet.text(MARGIN, 18 + 22 * i, line, 18 if i == 0 else 14, INK if i == 0 else FAINT)
-    left = MARGIN + LABELS
+    cell = max(6, min(26, (PLAN_WIDTH - MARGIN - labels - 12) // columns))
+    width = max(MARGIN + labels + columns * cell + 12, PLAN_WIDTH)
+    lines = [
+        (line, size, INK if i == 0 else FAINT)
+        for i, whole in enumerate(text.split("\n"))
+        for size in (17 if i == 0 else 14,)
+        for line in wrapped(whole, size, width - 2 * 12)
+    ]
+    top = 22 + 22 * len(lines) + 24
+    below = top + len(roles) * tall + 14
+    sheet = _Sheet(width, below + (110 if run else 0) + 58)
+    for i, (line, size, colour) in enumerate(lines):
+        sheet.text(12, 12 + 22 * i, line, size, colour)
+    left = MARGIN + labels
     for step in range(0, columns, max(1, 60 // cell)):
-        sheet.text(left + (step + 0.5) * cell, top - 6, str(step), 11, FAINT, "mb")
+        sheet.text(left + (step + 0.5) * cell, top - 6, str(step), 13, FAINT, "mb")
     for row, (address, role) in enumerate(roles.items()):
-        y = top + row * CELL
-        sheet.text(left - 8, y + CELL / 2, address, 10, INK, "rm")
+        y = top + row * tall
+        sheet.text(left - 8, y + tall / 2, address, letters, INK, "rm")
         for step in range(steps):
             colour = PLAN_COLOURS["computed" if step in computed else role]
-            sheet.cell(left + step * cell, y, cell, CELL, colour)
+            sheet.cell(left + step * cell, y, cell, tall, colour)
     if run:
         _draw_run(sheet, run, left, below, cell)
-    x, y = MARGIN, sheet.image.height / 2 - 26
-    for role, meaning in MEANINGS.items():
-        sheet.cell(x, y, 20, 14, PLAN_COLOURS[role])
-        sheet.text(x + 28, y + 7, meaning, 12, INK, "lm")
-        x += 165
+    y = sheet.image.height / 2 - 48
+    for i, (role, meaning) in enumerate(MEANINGS.items()):
+        x, under = 12 + i % 2 * 260, y + i // 2 * 22
+        sheet.cell(x, under, 20, 14, PLAN_COLOURS[role])
+        sheet.text(x + 28, under + 7, meaning, 14, INK, "lm")
     return sheet.done()
+
+
+def wrapped(text: str, size: int, width: float) -> list[str]:
+    """A text in lines that fit a width."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and _font(size).getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def _draw_run(sheet: _Sheet, run: Mapping, left: float, top: float, cell: float) -> None:
     """What happened: a strip of steps, and the time of each as a bar (the sum of its evaluations)."""
-    sheet.text(left - 8, top + 8, "last run", 12, INK, "rm")
+    sheet.text(left - 8, top + 8, "last run", 13, INK, "rm")
     for step in range(run["steps"]):
         sheet.cell(left + step * cell, top, cell, 16, PLAN_COLOURS[run["roles"][step]])
     seconds = dict.fromkeys(range(run["steps"]), 0.0)
@@ -199,8 +273,8 @@ def _draw_run(sheet: _Sheet, run: Mapping, left: float, top: float, cell: float)
     if not highest:
         return
     base = top + 22 + 64
-    sheet.text(left - 8, base - 32, "time of a step", 12, INK, "rm")
-    sheet.text(left - 8, base - 16, f"highest {highest:.3g} s", 10, FAINT, "rm")
+    sheet.text(left - 8, base - 34, "time of a step", 13, INK, "rm")
+    sheet.text(left - 8, base - 14, f"up to {duration(highest)}", 13, FAINT, "rm")
     for step, t in seconds.items():
         tall = 64 * min(t / highest, 1)
         if tall:

@@ -14,7 +14,7 @@ from ..asdm_core.packs import ZERO_SNR_MARKER, Description, standalone_form, wri
 from ..asdm_core.surgery import ADDRESSED
 from ..asdm_core.text import printable
 from . import host, models, switch
-from .load import CATEGORY
+from .load import CATEGORY, SHOWS_WORDS
 
 DTYPES = {"as loaded": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -123,7 +123,7 @@ class ASDMSaveUNet(io.ComfyNode):
             "(Load Diffusion Model). Goes to the output folder.",
             search_aliases=["save model", "save diffusion model", "export", "merge pack", "assemble"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", extra_dict=SHOWS_WORDS),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/asdm",

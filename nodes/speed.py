@@ -14,7 +14,7 @@ from ..asdm_core.architecture import Architecture
 from ..asdm_core.measure import costs, sizes
 from ..asdm_core.pictures import duration
 from . import host
-from .load import CATEGORY
+from .load import CATEGORY, SHOWS_PICTURE
 from .picture import draw_speed, preview, to_image
 from .switch import on_each, others_of
 from .timing import Record
@@ -185,7 +185,11 @@ class ASDMSpeedReadout(io.ComfyNode):
             "Needs the MODEL of Measure Speed, and the sampler's result to wait for.",
             search_aliases=["profile", "profiler", "timing", "time per step", "saved time", "speed up"],
             inputs=[
-                io.Model.Input("model", tooltip="From Measure Speed; the same that goes into the sampler."),
+                io.Model.Input(
+                    "model",
+                    tooltip="From Measure Speed; the same that goes into the sampler.",
+                    extra_dict=SHOWS_PICTURE,
+                ),
                 io.AnyType.Input(
                     "after",
                     optional=True,

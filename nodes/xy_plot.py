@@ -21,7 +21,7 @@ from ..asdm_core.text import printable
 from . import files, host
 from .apply_pack import apply_pack
 from .compare import alike, cell_of, decode, sampler, sampling_inputs
-from .load import CATEGORY
+from .load import CATEGORY, SHOWS_PICTURE
 from .picture import from_image, preview, to_image
 from .regional import Regional
 from .switch import beside, switches_of, with_switch
@@ -212,7 +212,9 @@ class ASDMXYPlot(io.ComfyNode):
             "model as it came in.",
             search_aliases=["xy plot", "xyz plot", "grid", "parameter sweep", "benchmark", "compare settings"],
             inputs=[
-                io.Model.Input("model", tooltip="Cells are compared with this model as it is."),
+                io.Model.Input(
+                    "model", tooltip="Cells are compared with this model as it is.", extra_dict=SHOWS_PICTURE
+                ),
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),
                 io.Latent.Input("latent_image"),

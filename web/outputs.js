@@ -1,5 +1,20 @@
-// What a node made in its last run, said again when the node is new: after a change of tabs, an undo, a run taken from the history.
+// What a node shows after a run, and that it is said again when the node is new: after a change of tabs, an undo, a run
+// taken from the history. Which nodes show what, the nodes say themselves, with one of their inputs.
 import { app } from '../../scripts/app.js'
+
+// "comparison", "picture" or "words"; undefined for nodes that show nothing, and for those of others.
+export function shows(node) {
+  const { required, optional } = node.constructor.nodeData?.input ?? {}
+  return Object.values({ ...required, ...optional }).find((input) => input[1]?.asdm_shows)?.[1].asdm_shows
+}
+
+// Takes the words about the time left off a node: its run is over. The front end does so with the same steps.
+export function endProgress(node) {
+  const at = node.widgets?.findIndex((w) => w.name === '$$node-text-preview') ?? -1
+  if (at < 0) return
+  node.widgets[at].onRemove?.()
+  node.widgets.splice(at, 1)
+}
 
 function tell(node, outputs) {
   // The front end keeps outputs by id; of nodes in a subgraph, by its id and theirs.
@@ -7,9 +22,9 @@ function tell(node, outputs) {
   if (output) node.onExecuted?.(output)
 }
 
-// The hooks of an extension by which nodes of these types get their outputs.
-export function remembering(types) {
-  const ours = (node) => types.includes(node.comfyClass)
+// The hooks of an extension by which nodes that show this get their outputs.
+export function remembering(what) {
+  const ours = (node) => shows(node) === what
   return {
     // An undo keeps the outputs and makes new nodes.
     loadedGraphNode(node) {

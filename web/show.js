@@ -2,10 +2,8 @@
 // nodes only begin large enough to be read. Words it does not show: they get a widget.
 import { app } from '../../scripts/app.js'
 import { ComfyWidgets } from '../../scripts/widgets.js'
-import { remembering } from './outputs.js'
+import { endProgress, remembering, shows } from './outputs.js'
 
-const DRAWING = ['ASDMInspectModel', 'ASDMInheritancePlan', 'ASDMCalibrateInheritance', 'ASDMSpeedReadout', 'ASDMXYPlot']
-const SPEAKING = ['ASDMLoadPrunedUNet', 'ASDMSaveUNet', 'ASDMGRIAttention']
 const WIDTH = 520
 const PICTURE = 380 // height
 
@@ -24,21 +22,26 @@ function say(node, text) {
 app.registerExtension({
   name: 'asdm.show',
   nodeCreated(node) {
-    const type = node.constructor.comfyClass
-    if (DRAWING.includes(type)) {
+    const what = shows(node)
+    if (what === 'picture') {
       node.setSize([Math.max(node.size[0], WIDTH), node.size[1] + PICTURE])
       const configured = node.onConfigure
       node.onConfigure = function (saved) {
         configured?.apply(this, arguments)
         this.setSize([...saved.size]) // inputs behind a choice shrink the node to its widgets when they come
       }
+      const drawn = node.onExecuted
+      node.onExecuted = function () {
+        drawn?.apply(this, arguments)
+        endProgress(this)
+      }
     }
-    if (!SPEAKING.includes(type)) return
+    if (what !== 'words') return
     const executed = node.onExecuted
     node.onExecuted = function (output) {
       executed?.apply(this, arguments)
       if (output?.text?.length) say(this, output.text.join('\n'))
     }
   },
-  ...remembering(SPEAKING)
+  ...remembering('words')
 })

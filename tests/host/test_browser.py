@@ -172,6 +172,63 @@ def test_workflow_drops_onto_the_canvas(page, path):
     assert not overlaps
 
 
+SIZES = ((1366, 768), (1440, 800), (1600, 1000), (1920, 1080))
+LEAST_ZOOM = 8 / 14  # below it the classic front end draws no text
+# Titles wider than their node, and texts that need to be scrolled.
+CUT = """() => {
+  const measure = document.createElement("canvas").getContext("2d")
+  measure.font = "14px Inter, Arial"
+  const titles = app.graph._nodes.filter(n => measure.measureText(n.title).width > n.size[0] - 40).map(n => n.title)
+  const texts = app.graph._nodes.flatMap(n => n.widgets ?? []).map(w => w.element).filter(Boolean)
+    .flatMap(e => [e, ...e.querySelectorAll("*")])
+    .filter(e => e.clientHeight && e.scrollHeight > e.clientHeight + 4 && getComputedStyle(e).overflowY !== "visible")
+    .map(e => (e.value ?? e.textContent).slice(0, 40))
+  return [...titles, ...texts]
+}"""
+
+
+def test_workflows_open_legible_and_whole(page, front_end):
+    """At the smallest window; in the larger ones the saved view is the same, with more room around it."""
+    try:
+        for path in WORKFLOWS:
+            page.set_viewport_size(dict(zip(("width", "height"), SIZES[0], strict=True)))
+            drop(page, path, name=f"{path.stem} {front_end}.json")  # waits until every node is in view
+            assert page.evaluate("() => app.canvas.ds.scale") >= LEAST_ZOOM, path.stem
+            for width, height in SIZES:
+                page.set_viewport_size({"width": width, "height": height})
+                assert not page.evaluate("() => app.canvas.low_quality")
+                until(lambda: page.evaluate(CUT) == [])
+            page.screenshot(path=SHOTS / f"{path.stem}-{front_end}.png")
+    finally:
+        page.set_viewport_size({"width": 1600, "height": 1000})
+
+
+def test_three_clicks_from_the_templates_to_ones_own_checkpoint(page, server):
+    """Open the template, choose the checkpoint, Run."""
+    (server.base / "models" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    sent = []
+
+    def take(route):
+        sent.append(route.request.post_data_json["prompt"])
+        route.fulfill(json={"prompt_id": "none", "number": 1, "node_errors": {}})
+
+    page.get_by_test_id("side-toolbar").get_by_role("button", name="Templates").click()
+    dialog = page.get_by_role("dialog").filter(has_text="asdm")
+    dialog.get_by_text("asdm", exact=True).click()
+    dialog.get_by_text("02 Speed up my checkpoint", exact=True).first.click()
+    page.wait_for_function("() => app.graph._nodes.some(n => n.type === 'ASDMABCompare')")
+    first = page.evaluate("() => { const n = app.graph._nodes[0]; return [n.type, n.title, Boolean(n.color)] }")
+    assert first == ["CheckpointLoaderSimple", "1. Choose your checkpoint, then press Run", True]
+    set_widget(page, "CheckpointLoaderSimple", "ckpt_name", "mine.safetensors")
+    page.route("**/api/prompt", take)
+    run(page)
+    until(lambda: sent)
+    page.unroute("**/api/prompt")
+    expected = api_graph(PACK / "workflows" / "02 Speed up my checkpoint.json")
+    expected["1"]["inputs"]["ckpt_name"] = "mine.safetensors"
+    assert sent == [expected]
+
+
 @pytest.fixture(params=["canvas", "vue"])
 def front_end(page, request):
     """Both of the host's front ends for nodes: the one that draws them on the canvas, and the one of Vue components."""
@@ -181,20 +238,28 @@ def front_end(page, request):
     page.evaluate(choose, False)
 
 
+def view_of(page, type: str, id: str):
+    """The compare view of a node, by an id that it gets."""
+    page.evaluate(
+        f"([type, id]) => {{ {NODE}; node.widgets.find(w => w.name === 'asdm_compare').element.id = id }}", [type, id]
+    )
+    return page.locator(f"#{id}")
+
+
+def loaded(image) -> None:
+    until(lambda: image.evaluate("image => image.complete && image.naturalWidth > 0"))
+
+
 def test_quick_start_runs_to_a_comparison(page, front_end):
-    drop(page, PACK / "workflows" / "Quick start.json")
+    drop(page, PACK / "workflows" / "01 Quick start.json")
     for name, value in (("steps", 6), ("rounds", 1)):
         set_widget(page, "ASDMABCompare", name, value)
     run(page)
-    wait_for_picture(page)
-    select(page, "ASDMCompareImages")
-    page.evaluate(
-        f"type => {{ {NODE}; node.widgets.find(w => w.name === 'asdm_compare').element.id = 'compared' }}",
-        "ASDMCompareImages",
-    )
-    view = page.locator("#compared")
+    view = view_of(page, "ASDMABCompare", "compared")
+    expect(view.locator(".asdm-title")).to_have_text(re.compile(r"^\d+\.\d\dx, .* to "), timeout=2 * PATIENCE)
+    select(page, "ASDMABCompare")
     stage, second = view.locator(".asdm-stage"), view.locator("img").nth(1)
-    until(lambda: second.evaluate("image => image.complete && image.naturalWidth > 0"))
+    loaded(second)
 
     def at_rest():
         before = stage.bounding_box()
@@ -213,13 +278,100 @@ def test_quick_start_runs_to_a_comparison(page, front_end):
                 == pytest.approx(share * stage.evaluate("stage => stage.clientWidth"), abs=3)
             )
         )
+    # Small pictures are drawn smoothly until somebody zooms in; every mode shows the zoom and resets it.
+    zoom = view.locator(".asdm-zoom")
+    expect(zoom).to_have_text("1.0\u00d7")
+    expect(stage).not_to_have_class(re.compile("asdm-pixels"))
+    stage.click()
+    page.mouse.wheel(0, -1200)
+    expect(stage).to_have_class(re.compile("asdm-pixels"))
+    expect(zoom).not_to_have_text("1.0\u00d7")
+    zoom.click()
+    expect(zoom).to_have_text("1.0\u00d7")
     view.get_by_role("button", name="Flip").click()
     expect(second).to_be_hidden()
     stage.click()
     expect(second).to_be_visible()
     page.screenshot(path=SHOTS / f"flipped-{front_end}.png")
+    index = view.locator(".asdm-index")
+    expect(index).to_have_text("1 of 4")
+    page.keyboard.press("ArrowRight")
+    expect(index).to_have_text("2 of 4")
+    for _ in range(2):
+        page.keyboard.press("ArrowLeft")
+    expect(index).to_have_text("4 of 4")
     view.get_by_role("button", name="Difference").click()
     expect(second).to_have_css("mix-blend-mode", "difference")
+    pane = view.locator(".asdm-pane")
+    expect(pane).to_have_css("filter", "brightness(4)")
+    view.get_by_role("slider").fill("4")
+    expect(pane).to_have_css("filter", "brightness(16)")
+    expect(view.locator(".asdm-gain")).to_have_text("\u00d716")
+    view.get_by_role("button", name="Side by side").click()
+    expect(pane).to_have_count(2)
+    with page.expect_download() as saved:
+        view.get_by_role("button", name="Save").click()
+    assert saved.value.suggested_filename.startswith("asdm.compare.")
+
+
+def test_the_view_fills_the_window_and_goes_back(page, front_end):
+    drop(page, PACK / "workflows" / "01 Quick start.json", name=f"Large {front_end}.json")
+    show_pictures(page, "ASDMABCompare", 3)
+    view = view_of(page, "ASDMABCompare", "small")
+    select(page, "ASDMABCompare")
+    view.get_by_role("button", name="Side by side").click()
+    expect(view.locator(".asdm-pane")).to_have_count(3)  # more than two, with one zoom
+    view.get_by_role("button", name="Enlarge").click()
+    large = page.locator("dialog.asdm-compare")
+    expect(large.locator(".asdm-pane")).to_have_count(3)
+    assert large.locator(".asdm-stage").bounding_box()["width"] > 1500
+    page.screenshot(path=SHOTS / f"large-{front_end}.png")
+    page.keyboard.press("Escape")
+    expect(large).to_have_count(0)
+    expect(view.locator(".asdm-pane")).to_have_count(3)
+
+
+def test_two_fingers_zoom(page, front_end):
+    drop(page, PACK / "workflows" / "01 Quick start.json", name=f"Touch {front_end}.json")
+    show_pictures(page, "ASDMABCompare", 2)
+    view = view_of(page, "ASDMABCompare", "touched")
+    select(page, "ASDMABCompare")
+    stage = view.locator(".asdm-stage")
+    until(lambda: stage.bounding_box()["width"] > 400)
+    box = stage.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    device = page.context.new_cdp_session(page)
+
+    def touch(kind, *apart):
+        points = [{"x": x + side * far, "y": y, "id": i} for far in apart for i, side in enumerate((-1, 1))]
+        device.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", 30)
+    for far in (40, 60, 90):
+        touch("touchMove", far)
+    touch("touchEnd")
+    expect(view.locator(".asdm-zoom")).to_have_text(re.compile("^(2\\.[5-9]|3\\.\\d)\u00d7$"))
+
+
+def test_words_of_the_view_are_translated(page):
+    page.evaluate("() => app.extensionManager.setting.set('Comfy.Locale', 'ja')")
+    drop(page, PACK / "workflows" / "01 Quick start.json", name="Japanese.json")
+    show_pictures(page, "ASDMABCompare", 2)
+    view = view_of(page, "ASDMABCompare", "japanese")
+    expect(view.get_by_role("button", name="横並び")).to_have_count(1)
+    expect(view.locator(".asdm-likeness")).to_have_text("同一")
+    page.evaluate("() => app.extensionManager.setting.set('Comfy.Locale', 'en')")
+
+
+def show_pictures(page, type: str, count: int) -> None:
+    """What a node would show of so many pictures, which are those of the workflows' list."""
+    shown = {
+        "title": "",
+        "labels": [""] * count,
+        "batches": [[{"filename": f"{i}.png"}] for i in range(count)],
+        "likeness": {f"{i}{j}": ["identical"] for j in range(count) for i in range(j)},
+    }
+    page.evaluate(f"([type, shown]) => {{ {NODE}; node.onExecuted({{asdm_compare: [shown]}}) }}", [type, shown])
 
 
 def test_of_fewer_pictures_than_before_none_is_compared_with_itself(page):
@@ -232,15 +384,15 @@ def test_of_fewer_pictures_than_before_none_is_compared_with_itself(page):
             "likeness": dict.fromkeys(pairs, ["of two"]),
         }
         page.evaluate(
-            f"([type, shown]) => {{ {NODE}; node.onExecuted({{asdm_compare: [shown]}}) }}", ["ASDMCompareImages", shown]
+            f"([type, shown]) => {{ {NODE}; node.onExecuted({{asdm_compare: [shown]}}) }}", ["ASDMABCompare", shown]
         )
 
-    drop(page, PACK / "workflows" / "Quick start.json")
+    drop(page, PACK / "workflows" / "01 Quick start.json")
     page.evaluate(
         f"type => {{ {NODE}; node.widgets.find(w => w.name === 'asdm_compare').element.id = 'fewer' }}",
-        "ASDMCompareImages",
+        "ASDMABCompare",
     )
-    select(page, "ASDMCompareImages")
+    select(page, "ASDMABCompare")
     view = page.locator("#fewer")
     for chosen in (("2", "0"), ("0", "0")):
         show(3)
@@ -252,7 +404,7 @@ def test_of_fewer_pictures_than_before_none_is_compared_with_itself(page):
 
 
 def test_words_of_a_run_stand_on_the_node(page, front_end):
-    drop(page, PACK / "workflows" / "Speed up my checkpoint.json")
+    drop(page, PACK / "workflows" / "02 Speed up my checkpoint.json")
     page.evaluate(f"type => {{ {NODE}; node.onExecuted({{text: ['plays in large pictures']}}) }}", "ASDMGRIAttention")
     select(page, "ASDMGRIAttention")
     page.wait_for_function(
@@ -261,7 +413,7 @@ def test_words_of_a_run_stand_on_the_node(page, front_end):
     )
     # They are not sent with the next run.
     assert page.evaluate("async () => (await app.graphToPrompt()).output") == api_graph(
-        PACK / "workflows" / "Speed up my checkpoint.json"
+        PACK / "workflows" / "02 Speed up my checkpoint.json"
     )
 
 
@@ -272,7 +424,7 @@ SPOKEN = """([id, note, title]) => {
 }"""
 SHOWN = """([note, title]) => {
   const nodes = [app.rootGraph, ...app.rootGraph.subgraphs.values()].flatMap(graph => graph.nodes)
-  const [words, view] = ["ASDMGRIAttention", "ASDMCompareImages"].map(type => nodes.find(n => n.type === type)?.widgets)
+  const [words, view] = ["ASDMGRIAttention", "ASDMABCompare"].map(type => nodes.find(n => n.type === type)?.widgets)
   return words?.find(w => w.name === "note")?.value === note
     && view?.find(w => w.name === "asdm_compare").element.querySelector(".asdm-title")?.textContent === title
 }"""
@@ -280,16 +432,16 @@ SHOWN = """([note, title]) => {
 
 def test_what_a_run_showed_is_back_after_a_change_of_tabs_and_an_undo(page, front_end):
     name = f"Left and back, {front_end}"
-    drop(page, PACK / "workflows" / "Quick start.json", name=f"{name}.json")
+    drop(page, PACK / "workflows" / "01 Quick start.json", name=f"{name}.json")
     page.evaluate("() => app.graph.add(LiteGraph.createNode('ASDMGRIAttention'))")
     ids = [
         page.evaluate(f"type => {{ {NODE}; return String(node.id) }}", type)
-        for type in ("ASDMGRIAttention", "ASDMCompareImages")
+        for type in ("ASDMGRIAttention", "ASDMABCompare")
     ]
     for id in ids:
         page.evaluate(SPOKEN, [id, "large pictures", "1.5x"])
     page.wait_for_function(SHOWN, arg=["large pictures", "1.5x"])
-    drop(page, PACK / "workflows" / "Combined UNet from a pack.json")
+    drop(page, PACK / "workflows" / "09 Combined UNet from a pack.json")
     page.locator(".workflow-tab").filter(has_text=name).click()
     page.wait_for_function("name => app.extensionManager.workflow.activeWorkflow.filename === name", arg=name)
     page.wait_for_function(SHOWN, arg=["large pictures", "1.5x"])
@@ -317,7 +469,7 @@ def test_what_a_run_showed_is_back_after_a_change_of_tabs_and_an_undo(page, fron
 
 
 def test_help_opens_beside_the_graph(page):
-    drop(page, PACK / "workflows" / "Combined UNet from a pack.json")
+    drop(page, PACK / "workflows" / "09 Combined UNet from a pack.json")
     select(page, "ASDMApplyPack")
     page.get_by_test_id("info-button").click()
     panel = page.get_by_test_id("properties-panel")
@@ -339,7 +491,7 @@ def test_a_workflow_with_a_dead_deepcache_node_is_mended_with_a_click(page):
         }
         return json.dumps(workflow)
 
-    drop(page, PACK / "workflows" / "Combined UNet from a pack.json", older, "With DeepCache.json")
+    drop(page, PACK / "workflows" / "09 Combined UNet from a pack.json", older, "With DeepCache.json")
     page.get_by_test_id("error-overlay-see-errors").click()
     expect(page.get_by_role("button", name="Replace Node")).to_be_visible()
     page.screenshot(path=SHOTS / "deepcache.png")
@@ -363,7 +515,7 @@ def test_a_broken_pack_is_a_clear_error_and_the_graph_can_be_mended(page, server
     packs = server.base / "models" / "asdm_packs"
     packs.mkdir(parents=True, exist_ok=True)
     (packs / "cut off.safetensors").write_bytes((PACK / "models/emoji/emoji-m2.safetensors").read_bytes()[:3000])
-    drop(page, PACK / "workflows" / "Combined UNet from a pack.json")
+    drop(page, PACK / "workflows" / "09 Combined UNet from a pack.json")
     set_widget(page, "ASDMApplyPack", "pack_name", "cut off.safetensors")
     run(page)
     page.get_by_test_id("error-overlay-see-errors").click()
