@@ -331,28 +331,6 @@ def test_the_view_fills_the_window_and_goes_back(page, front_end):
     expect(view.locator(".asdm-pane")).to_have_count(3)
 
 
-def test_two_fingers_zoom(page, front_end):
-    drop(page, PACK / "workflows" / "01 Quick start.json", name=f"Touch {front_end}.json")
-    show_pictures(page, "ASDMABCompare", 2)
-    view = view_of(page, "ASDMABCompare", "touched")
-    select(page, "ASDMABCompare")
-    stage = view.locator(".asdm-stage")
-    until(lambda: stage.bounding_box()["width"] > 400)
-    box = stage.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    device = page.context.new_cdp_session(page)
-
-    def touch(kind, *apart):
-        points = [{"x": x + side * far, "y": y, "id": i} for far in apart for i, side in enumerate((-1, 1))]
-        device.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-
-    touch("touchStart", 30)
-    for far in (40, 60, 90):
-        touch("touchMove", far)
-    touch("touchEnd")
-    expect(view.locator(".asdm-zoom")).to_have_text(re.compile("^(2\\.[5-9]|3\\.\\d)\u00d7$"))
-
-
 def test_words_of_the_view_are_translated(page):
     page.evaluate("() => app.extensionManager.setting.set('Comfy.Locale', 'ja')")
     drop(page, PACK / "workflows" / "01 Quick start.json", name="Japanese.json")
