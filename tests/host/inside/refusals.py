@@ -142,7 +142,7 @@ def test_checkpoint_without_its_other_parts(tmp_path):
     packs.write_unet(
         path,
         small.weights(SD),
-        packs.Description("unet", full, companions={"text_encoder": "../gone.safetensors", "vae": "v.safetensors"}),
+        packs.Description("unet", full, companions={"text_encoder": "gone.safetensors", "vae": "v.safetensors"}),
     )
     with pytest.raises(ValueError, match="its text encoder .*gone.safetensors is not beside it"):
         models.load_checkpoint(tmp_path / "unet.safetensors")
