@@ -440,7 +440,7 @@ def test_windows_and_strengths_of_packs(model, known_pack):
     [
         ("inheritance", "slow", "wanted off, faithful, balanced, fast, a skip branch and an interval"),
         ("pack", "no-such.safetensors", "there is no pack 'no-such.safetensors'. There are .*known"),
-        ("GRI window", "large", "GRI window: wanted a number, got 'large'"),
+        ("GRI window", "large", "GRI window: wanted a whole number from 0 to 1024, got 'large'"),
         ("inheritance", " , ", "needs at least one value"),
     ],
 )
