@@ -113,7 +113,7 @@ def inspect(args: argparse.Namespace) -> None:
     if description.kind == "pack":
         result["units"] = list(description.units)
         result["experts"] = dict(description.condconv.experts) if description.condconv else {}
-        result["gains"] = list(description.gain_units)
+        result["log_gains"] = list(description.log_gain_units)
         result["pack_params"] = sum(s.tensor.numel for s in description.keys().values())
     if args.json:
         print(json.dumps(result, indent=1))
@@ -127,8 +127,8 @@ def inspect(args: argparse.Namespace) -> None:
                 "  experts per convolution: "
                 + ", ".join(f"{conv} {count}" for conv, count in result["experts"].items())
             )
-        if result["gains"]:
-            print("  gains for GRI attention: " + ", ".join(result["gains"]))
+        if result["log_gains"]:
+            print("  gains for GRI attention: " + ", ".join(result["log_gains"]))
     _print_numbers(result)
     if description.prediction:
         print(f"  predicts: {description.prediction}")

@@ -249,7 +249,7 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorSpec:
     """One parameter of a unit: its name beneath the unit's path in both layouts, and its shape.
 
     block: index of the transformer block it belongs to, None outside of one.
@@ -288,7 +288,7 @@ class Unit:
     skip: str | None = None
     skip_channels: int = 0
     depth: int = 0
-    tensors: tuple[Tensor, ...] = dataclasses.field(default=(), repr=False)
+    tensors: tuple[TensorSpec, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def side(self) -> str:
@@ -311,30 +311,30 @@ class Unit:
     def path(self, layout: str) -> str:
         return self.ldm if layout == "ldm" else self.diffusers
 
-    def key(self, tensor: Tensor, layout: str = "ldm") -> str:
+    def key(self, tensor: TensorSpec, layout: str = "ldm") -> str:
         """Full name of one of this unit's tensors in `layout`."""
         return f"{self.path(layout)}.{tensor.ldm if layout == 'ldm' else tensor.diffusers}"
 
-    def owner(self, tensor: Tensor) -> str:
+    def owner(self, tensor: TensorSpec) -> str:
         """Finest address a tensor belongs to: its transformer block, or the unit itself."""
         return self.address if tensor.block is None else f"{self.address}.{tensor.block}"
 
 
-def _affine(ldm: str, diffusers: str, channels: int, part: str, block: int | None = None) -> Iterator[Tensor]:
-    yield Tensor(f"{ldm}.weight", f"{diffusers}.weight", (channels,), part, block)
-    yield Tensor(f"{ldm}.bias", f"{diffusers}.bias", (channels,), part, block)
+def _affine(ldm: str, diffusers: str, channels: int, part: str, block: int | None = None) -> Iterator[TensorSpec]:
+    yield TensorSpec(f"{ldm}.weight", f"{diffusers}.weight", (channels,), part, block)
+    yield TensorSpec(f"{ldm}.bias", f"{diffusers}.bias", (channels,), part, block)
 
 
 def _linear(
     ldm: str, diffusers: str, shape: tuple[int, ...], part: str, block: int | None = None, bias: bool = True
-) -> Iterator[Tensor]:
+) -> Iterator[TensorSpec]:
     """A linear or convolution weight (out, in, ...) and its bias (out,)."""
-    yield Tensor(f"{ldm}.weight", f"{diffusers}.weight", shape, part, block)
+    yield TensorSpec(f"{ldm}.weight", f"{diffusers}.weight", shape, part, block)
     if bias:
-        yield Tensor(f"{ldm}.bias", f"{diffusers}.bias", shape[:1], part, block)
+        yield TensorSpec(f"{ldm}.bias", f"{diffusers}.bias", shape[:1], part, block)
 
 
-def _resnet_tensors(c_in: int, c_out: int, c_time: int) -> Iterator[Tensor]:
+def _resnet_tensors(c_in: int, c_out: int, c_time: int) -> Iterator[TensorSpec]:
     yield from _affine("in_layers.0", "norm1", c_in, "norm")
     yield from _linear("in_layers.2", "conv1", (c_out, c_in, 3, 3), "conv")
     yield from _linear("emb_layers.1", "time_emb_proj", (c_out, c_time), "time")
@@ -344,7 +344,7 @@ def _resnet_tensors(c_in: int, c_out: int, c_time: int) -> Iterator[Tensor]:
         yield from _linear("skip_connection", "conv_shortcut", (c_out, c_in, 1, 1), "skip")
 
 
-def _transformer_tensors(c: int, depth: int, c_context: int, use_linear: bool) -> Iterator[Tensor]:
+def _transformer_tensors(c: int, depth: int, c_context: int, use_linear: bool) -> Iterator[TensorSpec]:
     proj = (c, c) if use_linear else (c, c, 1, 1)
     yield from _affine("norm", "norm", c, "norm")
     yield from _linear("proj_in", "proj_in", proj, "proj")
@@ -363,12 +363,12 @@ def _transformer_tensors(c: int, depth: int, c_context: int, use_linear: bool) -
     yield from _linear("proj_out", "proj_out", proj, "proj")
 
 
-def _mlp_tensors(c_in: int, c_out: int) -> Iterator[Tensor]:
+def _mlp_tensors(c_in: int, c_out: int) -> Iterator[TensorSpec]:
     yield from _linear("0", "linear_1", (c_out, c_in), "time")
     yield from _linear("2", "linear_2", (c_out, c_out), "time")
 
 
-def _conv_tensors(c_in: int, c_out: int, ldm: str = "", diffusers: str = "") -> tuple[Tensor, ...]:
+def _conv_tensors(c_in: int, c_out: int, ldm: str = "", diffusers: str = "") -> tuple[TensorSpec, ...]:
     named = _linear(ldm, diffusers, (c_out, c_in, 3, 3), "conv")
     return tuple(dataclasses.replace(t, ldm=t.ldm.lstrip("."), diffusers=t.diffusers.lstrip(".")) for t in named)
 
@@ -388,7 +388,7 @@ def walk(config: UNetConfig) -> tuple[Unit, ...]:
         c_in: int,
         c_out: int,
         scale: int,
-        tensors: Iterable[Tensor],
+        tensors: Iterable[TensorSpec],
         **more: Any,
     ) -> None:
         units.append(Unit(address, kind, ldm, diffusers, c_in, c_out, scale, tensors=tuple(tensors), **more))
@@ -517,7 +517,7 @@ def walk(config: UNetConfig) -> tuple[Unit, ...]:
         c,
         c,
         1,
-        (Tensor("weight", "weight", (c,), "norm"), Tensor("bias", "bias", (c,), "norm")),
+        (TensorSpec("weight", "weight", (c,), "norm"), TensorSpec("bias", "bias", (c,), "norm")),
     )
     add(
         "stem.conv_out",
@@ -559,7 +559,7 @@ class Slot:
     """A named tensor of a state dict: which unit it belongs to and what its shape must be."""
 
     unit: Unit
-    tensor: Tensor
+    tensor: TensorSpec
 
     @property
     def shape(self) -> tuple[int, ...]:

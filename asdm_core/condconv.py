@@ -120,7 +120,7 @@ class CondConv:
         slots = {}
         for conv in self.convs(config).values():
             for leaf, shape in self.shapes(conv).items():
-                tensor = addresses.Tensor(f"{conv.ldm}.{leaf}", f"{conv.diffusers}.{leaf}", shape, "conv")
+                tensor = addresses.TensorSpec(f"{conv.ldm}.{leaf}", f"{conv.diffusers}.{leaf}", shape, "conv")
                 slots[conv.key(leaf)] = Slot(conv.unit, tensor)
         return slots
 

@@ -87,42 +87,44 @@ class GRI:
 
 
 @dataclass(frozen=True)
-class Gains:
-    """The self-attentions that a pack has trained gains for: of these transformers, all blocks.
+class LogGains:
+    """The self-attentions that a pack has trained log gains for: of these transformers, all blocks.
 
-    A gain is one number per head, added to the logits of the pooled keys; 0 changes nothing. In a pack file it lies at
-    `<transformer>.transformer_blocks.<i>.attn1.gain`, (heads,). Raises ValueError for anything but a list of addresses.
+    A log gain is one number per head, added to the logits of the pooled keys: it multiplies their weight by its
+    exponential, and 0 changes nothing. In a pack file it lies at
+    `<transformer>.transformer_blocks.<i>.attn1.log_gain`, (heads,). Raises ValueError for anything but a list of
+    addresses.
     """
 
     units: tuple[str, ...]
 
     def __post_init__(self) -> None:
         if not self.units or not all(isinstance(a, str) for a in self.units):
-            raise ValueError(f"gri: gains must name at least one transformer, got {self.units!r}")
+            raise ValueError(f"gri: log_gains must name at least one transformer, got {self.units!r}")
 
     def keys(self, config: UNetConfig) -> dict[str, Slot]:
-        """Names and shapes of the gains in a pack file. Raises ValueError for units this UNet has no self-
+        """Names and shapes of the log gains in a pack file. Raises ValueError for units this UNet has no self-
         attention in.
         """
         slots = {}
         for u in (unit(config, address) for address in in_order(config, self.units)):
             if u.kind != "transformer" or u.address not in self.units:
-                raise ValueError(f"gri: gains belong to whole transformers, and {u.address} is none")
+                raise ValueError(f"gri: log gains belong to whole transformers, and {u.address} is none")
             for i in range(u.depth):
-                name = f"transformer_blocks.{i}.attn1.gain"
-                tensor = addresses.Tensor(name, name, (config.heads(u.channels_out),), "attn1", i)
+                name = f"transformer_blocks.{i}.attn1.log_gain"
+                tensor = addresses.TensorSpec(name, name, (config.heads(u.channels_out),), "attn1", i)
                 slots[u.key(tensor)] = Slot(u, tensor)
         return slots
 
     def to_dict(self) -> dict[str, Any]:
-        return {"gains": list(self.units)}
+        return {"log_gains": list(self.units)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Gains:
+    def from_dict(cls, data: Mapping[str, Any]) -> LogGains:
         """Inverse of `to_dict`, from JSON too. Raises ValueError for anything else."""
-        if not isinstance(data, Mapping) or set(data) != {"gains"} or not isinstance(data["gains"], list):
-            raise ValueError(f"gri must be a JSON object with a list of transformers, gains, got {data!r}")
-        return cls(tuple(data["gains"]))
+        if not isinstance(data, Mapping) or set(data) != {"log_gains"} or not isinstance(data["log_gains"], list):
+            raise ValueError(f"gri must be a JSON object with a list of transformers, log_gains, got {data!r}")
+        return cls(tuple(data["log_gains"]))
 
 
 @dataclass(frozen=True)
@@ -165,14 +167,14 @@ def gri_attention(
     height: int,
     width: int,
     gri: GRI,
-    gain: Tensor | None = None,
+    log_gain: Tensor | None = None,
     attend: Callable[..., Tensor] = sdpa,
     steps: int = STEPS,
 ) -> Tensor:
     """Self-attention of a map of height x width tokens, row by row.
 
     q, k, v: (B, N, heads, dim) with N = height * width, the result too.
-    gain: (heads,), added to the logits of the cells; trainable, None is 0.
+    log_gain: (heads,), added to the logits of the cells; trainable, None is 0.
     attend: fused attention (q, k, v, scale, bias) on (B', heads, N', dim'), returning the shape of q. bias is None or
             (B', heads, 1, N'') in float32, for all queries alike; it is only given on the CPU.
     steps: of k-means, in which tokens of a window change their cells; 0 leaves these squares.
@@ -197,8 +199,8 @@ def gri_attention(
     keys, values, bias = (
         torch.cat(2 * [x.transpose(1, 2).flatten(2, 3) for x in kind], 2) for kind in zip(*cells, strict=True)
     )
-    if gain is not None:
-        bias = bias + gain.to(bias.dtype)[:, None, None]
+    if log_gain is not None:
+        bias = bias + log_gain.to(bias.dtype)[:, None, None]
     total = keys.shape[2] // 2
     start = 0
     out = torch.empty_like(maps[0])

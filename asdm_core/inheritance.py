@@ -22,8 +22,9 @@ from .architecture import Architecture
 from .measure import UnitCost, costs, sizes
 from .text import read_json
 
-FORMAT = 1
-REUSE = ("output", "branch", "forecast")
+FORMAT = 2
+REUSE = ("output", "residual", "forecast")
+_FORMAT_1 = {"branch": "residual"}  # values of `reuse` in plans of format 1
 MODES = ("uniform", "early-dense", "late-dense", "quadratic", "windows", "explicit", "adaptive")
 PARTS = ("attn1", "attn2", "ff")
 
@@ -167,9 +168,9 @@ class Rule:
 
     targets: a range expression of `addresses.select`; whole units, or parts of transformer blocks as
              `TRANSFORMERS.attn1` (`up.3.*.transformer.*.attn2`).
-    reuse:   "output": the tensor itself. "branch": what is added to the residual, so fresh input flows
+    reuse:   "output": the tensor itself. "residual": what is added to the unit's input, so fresh input flows
              on. "forecast": the output, extrapolated linearly over steps from the last two computed.
-             Parts always reuse their branch ("output" and "branch" mean the same there).
+             Parts always reuse their residual ("output" and "residual" mean the same there).
     """
 
     targets: str
@@ -258,15 +259,13 @@ class Plan:
                 owner = address if whole else _owner(address)
                 if owner in cut or not whole and address.rpartition(".")[0] in cut:
                     continue
-                if rule.reuse == "branch" and whole and units[address].kind not in ("resnet", "transformer"):
-                    raise ValueError(
-                        f"inheritance: {address} has no residual, so its branch cannot be reused; use output"
-                    )
-                chosen[address] = "branch" if rule.reuse == "output" and not whole else rule.reuse
+                if rule.reuse == "residual" and whole and units[address].kind not in ("resnet", "transformer"):
+                    raise ValueError(f"inheritance: {address} has no residual: it replaces its input; use output")
+                chosen[address] = "residual" if rule.reuse == "output" and not whole else rule.reuse
         return {a: r for a, r in chosen.items() if a in units or _owner(a) not in chosen}
 
     def reusing(self, what: str) -> Plan:
-        """The same plan with all rules reusing "output", "branch" or "forecast"."""
+        """The same plan with all rules reusing "output", "residual" or "forecast"."""
         name = self.name if what == "output" or not self.name else f"{self.name}, {what}"
         return replace(self, rules=tuple(replace(r, reuse=what) for r in self.rules), name=name)
 
@@ -292,14 +291,20 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            raise ValueError(f"inheritance plan: wanted a JSON object with format {FORMAT}, got {str(data)[:80]}")
+        version = data.get("format") if isinstance(data, Mapping) else None
+        if isinstance(version, bool) or version not in range(1, FORMAT + 1):
+            raise ValueError(f"inheritance plan: wanted a JSON object of format 1 to {FORMAT}, got {str(data)[:80]}")
+        renamed = _FORMAT_1 if version == 1 else {}
         try:
             schedule = dict(data.get("schedule", {}))
             schedule["windows"] = tuple((float(a), float(b), int(n)) for a, b, n in schedule.get("windows", ()))
             schedule["steps"] = tuple(int(s) for s in schedule.get("steps", ()))
-            return cls(tuple(Rule(**r) for r in data["rules"]), Schedule(**schedule), str(data.get("name", "")))
-        except (KeyError, TypeError, OverflowError) as e:
+            rules = tuple(
+                Rule(**{name: renamed.get(value, value) if name == "reuse" else value for name, value in r.items()})
+                for r in data["rules"]
+            )
+            return cls(rules, Schedule(**schedule), str(data.get("name", "")))
+        except (AttributeError, KeyError, TypeError, OverflowError) as e:
             raise ValueError(f"inheritance plan: {e}") from None
 
     def to_json(self) -> str:
@@ -419,18 +424,18 @@ def step_macs(
     """MACs of a full and of an inherited step, for a latent of height x width, batch 1 (see `measure.costs`)."""
     reuse = plan.reuse(architecture.config, architecture.cut)
     unit_costs = costs(architecture, height, width, tokens)
-    runs = flow(architecture.config, (a for a, r in reuse.items() if a in unit_costs and r != "branch")).computes
+    runs = flow(architecture.config, (a for a, r in reuse.items() if a in unit_costs and r != "residual")).computes
     inherited = 0
     for address, cost in unit_costs.items():
         if address.startswith("stem.") or address in runs and address not in reuse:
             inherited += cost.total - _parts_saved(architecture, address, cost, reuse)
-        elif address in runs:  # its branch is reused: only the residual path runs
-            inherited += _residual_macs(unit(architecture.config, address), cost)
+        elif address in runs:  # what it adds is reused: only its shortcut runs
+            inherited += _shortcut_macs(unit(architecture.config, address), cost)
     return sum(c.total for c in unit_costs.values()), inherited
 
 
-def _residual_macs(u: Unit, cost: UnitCost) -> int:
-    """MACs of a unit's residual path: the 1 x 1 convolution of a resnet that changes the number of channels."""
+def _shortcut_macs(u: Unit, cost: UnitCost) -> int:
+    """MACs of a unit's shortcut: the 1 x 1 convolution of a resnet that changes the number of channels."""
     weights = {
         part: sum(t.numel for t in u.tensors if t.part == part and len(t.shape) > 1)
         for part in ("conv", "skip", "time")
@@ -470,7 +475,9 @@ def cache_elements(plan: Plan, architecture: Architecture, height: int = 64, wid
     shapes = sizes(architecture, height, width)
     units = {u.address: u for u in walk(config)}
     whole = {a for a in reuse if a in units}
-    kept = flow(config, (a for a in whole if reuse[a] != "branch")).recalls | {a for a in whole if reuse[a] == "branch"}
+    kept = flow(config, (a for a in whole if reuse[a] != "residual")).recalls | {
+        a for a in whole if reuse[a] == "residual"
+    }
     each = [units[a] for a in kept if a in shapes] + [units[a.rsplit(".", 2)[0]] for a in reuse if a not in units]
     total = sum(u.channels_out * math.prod(shapes[u.address]) for u in each)
     if plan.schedule.mode == "adaptive":

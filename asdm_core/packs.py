@@ -17,7 +17,7 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -31,13 +31,13 @@ from torch import Tensor
 from .addresses import Slot, in_order
 from .architecture import Architecture
 from .condconv import CondConv, Conv
-from .gri import Gains
+from .gri import LogGains
 from .recognise import Recognised, Unrecognised, recognise, unet_prefix
 from .surgery import ADDRESSED, Form, Mismatch, StateDict, check, convert, shapes_of
 from .text import MESSAGE, printable, read_json
 
 METADATA_KEY = "asdm"
-FORMAT = 1
+FORMAT = 2  # 1 had "gains" where log gains are meant: keys `attn1.gain`, read as `attn1.log_gain`
 KINDS = ("pack", "unet")
 PREDICTIONS = ("eps", "v")
 # Empty tensors by which other programs tell v-prediction (for SDXL, the only way they have) and a schedule that ends in
@@ -276,7 +276,7 @@ class Description:
     """What a pack or a pruned UNet says about itself.
 
     kind: "pack" (only `units`, to be played inside a host checkpoint) or "unet" (stands for itself).
-    units: addresses a pack plays; none if it only has further experts or gains for units of others.
+    units: addresses a pack plays; none if it only has further experts or log gains for units of others.
     prediction: "eps" or "v"; None leaves it to the host checkpoint.
     companions: other files of an embedded checkpoint, by role ("vae", "text_encoder").
     training: where the weights came from; free form. condconv, gri: what it has of those techniques.
@@ -290,7 +290,7 @@ class Description:
     training: Mapping[str, Any] = field(default_factory=dict)
     companions: Mapping[str, str] = field(default_factory=dict)
     condconv: CondConv | None = None
-    gri: Gains | None = None
+    gri: LogGains | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -307,8 +307,8 @@ class Description:
                     f"a pack that plays no unit cannot cut units, and this one cuts {min(self.architecture.cut)}"
                 )
         if self.kind != "pack" and (self.condconv or self.gri):
-            raise ValueError("condconv, gri: further experts and gains come in packs only")
-        concerned = {*units, *self.expert_units, *self.gain_units}
+            raise ValueError("condconv, gri: further experts and log gains come in packs only")
+        concerned = {*units, *self.expert_units, *self.log_gain_units}
         if not kept.issuperset(concerned):
             raise ValueError(f"{min(concerned - kept)} is cut in this architecture, so no pack can play it")
         object.__setattr__(self, "units", units)
@@ -339,19 +339,19 @@ class Description:
         return self.condconv.keys(self.architecture.config) if self.condconv else {}
 
     @property
-    def gain_keys(self) -> dict[str, Slot]:
-        """Tensor names of the gains of GRI attention, and their slots."""
+    def log_gain_keys(self) -> dict[str, Slot]:
+        """Tensor names of the log gains of GRI attention, and their slots."""
         return self.gri.keys(self.architecture.config) if self.gri else {}
 
     @property
-    def gain_units(self) -> tuple[str, ...]:
+    def log_gain_units(self) -> tuple[str, ...]:
         """The transformers they belong to."""
-        return in_order(self.architecture.config, {slot.unit.address for slot in self.gain_keys.values()})
+        return in_order(self.architecture.config, {slot.unit.address for slot in self.log_gain_keys.values()})
 
     def keys(self) -> dict[str, Slot]:
         """Tensor names of the file and their slots: addressed for a pack, else the standalone form."""
         if self.kind == "pack":
-            return self.unit_keys | self.expert_keys | self.gain_keys
+            return self.unit_keys | self.expert_keys | self.log_gain_keys
         return self.architecture.keys(*standalone_form(self.architecture))
 
     def to_json(self) -> str:
@@ -398,7 +398,7 @@ class Description:
                     f"{printable(file)}"
                 )
         condconv = None if data.get("condconv") is None else CondConv.from_dict(data["condconv"])
-        gri = None if data.get("gri") is None else Gains.from_dict(data["gri"])
+        gri = None if data.get("gri") is None else LogGains.from_dict(_of_format(version, data["gri"]))
         return cls(
             kind=str(data.get("kind")),
             architecture=Architecture.from_dict(data["architecture"] if "architecture" in data else {}),
@@ -409,6 +409,13 @@ class Description:
             gri=gri,
             **tables,
         )
+
+
+def _of_format(version: int, gri: Any) -> Any:
+    """What a description of some format says of GRI attention, in the words of today's."""
+    if version == 1 and isinstance(gri, dict) and "gains" in gri:
+        return {"log_gains" if name == "gains" else name: value for name, value in gri.items()}
+    return gri
 
 
 def standalone_form(architecture: Architecture) -> Form:
@@ -465,12 +472,19 @@ def open_pack(path: str | os.PathLike[str]) -> Loaded:
         )
     if description.kind != "pack":
         raise BadFile(f"{file.path.name}: this is a whole UNet, not a pack. Load it with Load Pruned UNet.")
+    names = {_named_now(key, file.shapes): key for key in file.shapes}
     try:
-        check(file.shapes, description.keys(), file.path.name)
+        check({key: file.shapes[name] for key, name in names.items()}, description.keys(), file.path.name)
     except Mismatch as e:
         raise BadFile(f"{e}. The file does not hold what its description says; export it again.") from None
     _check_values(file, file.shapes)
-    return Loaded(file.path, description, file)
+    return Loaded(file.path, description, Renamed(file, names))
+
+
+def _named_now(key: str, keys: Collection[str]) -> str:
+    """Today's name of a tensor in a pack with these keys, which may be of an older format."""
+    now = re.sub(r"\.attn1\.gain$", ".attn1.log_gain", key)
+    return key if now in keys else now
 
 
 def identify_unet(file: TensorFile) -> tuple[Description, Recognised]:

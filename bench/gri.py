@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from asdm_core import gri as core_gri
 from asdm_core import packs
 from asdm_core.architecture import Architecture
-from asdm_core.cast import Window
+from asdm_core.assignment import Window
 from asdm_core.measure import psnr, ratio, time_alternating
 from bench._attention import Larger, Map, error, full, recorded
 from bench._common import (
@@ -93,7 +93,7 @@ def gri(window: int, pool: int, gains: dict | None = None):
     regional = pack_module("nodes.regional")
     played = regional.Attention(regional.Regional(window, pool), SD15)
     names = regional.Regional(stages=4).blocks(SD15)
-    played.gains = {names[block]: {0: lambda q, g=g: g} for block, g in (gains or {}).items()}
+    played.log_gains = {names[block]: {0: lambda q, g=g: g} for block, g in (gains or {}).items()}
 
     def attend(m):
         return played.play(
@@ -344,7 +344,7 @@ def with_gains(model, config, gains: dict, folder: Path):
     description = packs.Description(
         "pack",
         Architecture.full(config),
-        gri=core_gri.Gains(tuple(names[block] for block in gains)),
+        gri=core_gri.LogGains(tuple(names[block] for block in gains)),
     )
     by_unit = {names[block]: gain for block, gain in gains.items()}
     path = folder / "gains.safetensors"

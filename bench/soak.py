@@ -113,7 +113,7 @@ def main() -> None:
     import comfy.model_management as management
 
     host = pack_module("nodes.host")
-    memories = watch(pack_module("nodes.replay").Memory)
+    memories = watch(pack_module("nodes.feature_cache").Memory)
     model = narrow()
     config = host.architecture_of(model).config
     plans = [

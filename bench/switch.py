@@ -32,7 +32,7 @@ import torch
 
 from asdm_core import packs
 from asdm_core.architecture import Architecture
-from asdm_core.cast import Window
+from asdm_core.assignment import Window
 from asdm_core.measure import psnr, ratio, ssim, time_alternating
 from asdm_core.switching import PRESETS, SwitchPoint
 from bench._common import (

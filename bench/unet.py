@@ -20,7 +20,7 @@ import torch
 
 from asdm_core import packs
 from asdm_core.architecture import Architecture
-from asdm_core.cast import Window
+from asdm_core.assignment import Window
 from asdm_core.measure import costs, ratio, time_alternating, total
 from bench._common import add_common_arguments, begin, command_line, pack_module, record
 from bench._unets import DTYPES, SD15, Cutter, build, full_size

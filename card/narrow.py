@@ -115,7 +115,7 @@ def write_experts(path, settings, config=SD, seed=0, how="random", scale=1.0, un
 def write_gains(path, units, config=SD, seed=0, scale=1.0):
     """A pack of gains for GRI attention in these transformers."""
     generator = torch.Generator().manual_seed(seed)
-    description = packs.Description("pack", Architecture.full(config), gri=gri.Gains(tuple(units)))
+    description = packs.Description("pack", Architecture.full(config), gri=gri.LogGains(tuple(units)))
     packs.write_pack(
         path,
         {k: torch.randn(s.shape, generator=generator) * scale for k, s in description.keys().items()},

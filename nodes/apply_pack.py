@@ -9,24 +9,24 @@ from comfy_api.latest import io
 
 from ..asdm_core import packs
 from ..asdm_core.architecture import FAMILIES
-from ..asdm_core.cast import Line, Part, Window
+from ..asdm_core.assignment import Override, Provider, Window
 from ..asdm_core.packs import Description
 from . import files, host, models
 from .load import CATEGORY
 
 
-def lines_of(description: Description, pack_id: str, window: Window, strength: float = 1.0) -> list[Line]:
-    """What a pack says about the cast: its units play, the units its architecture cuts are cut, its experts and gains
-    join.
+def overrides_of(description: Description, pack_id: str, window: Window, strength: float = 1.0) -> list[Override]:
+    """What a pack says about the assignment: its units play, the units its architecture cuts are cut, its experts and
+    log gains join.
     """
-    experts, gains = (description.expert_units, description.gain_units) if strength else ((), ())
+    experts, gains = (description.expert_units, description.log_gain_units) if strength else ((), ())
     said = (
-        (description.units, Part("pack", pack_id)),
-        (description.architecture.cut_units, Part("cut")),
-        (experts, Part("experts", pack_id, strength)),
-        (gains, Part("gains", pack_id, strength)),
+        (description.units, Provider("pack", pack_id)),
+        (description.architecture.cut_units, Provider("cut")),
+        (experts, Provider("experts", pack_id, strength)),
+        (gains, Provider("log_gains", pack_id, strength)),
     )
-    return [Line(units, part, window) for units, part in said if units]
+    return [Override(units, provider, window) for units, provider in said if units]
 
 
 def check_fit(model, description: Description, name: str) -> None:
@@ -70,9 +70,9 @@ def check_experts(model, description: Description, name: str, strength: float) -
                 "Set strength to 1; it scales the experts and gains of packs that have them."
             )
         return
-    parts = host.setup_of(model).cast.parts()
-    cut = {a for a, part in parts.items() if part.role == "cut"} | {
-        a for a in host.architecture_of(model).cut if a not in parts
+    providers = host.setup_of(model).assignment.providers()
+    cut = {a for a, provider in providers.items() if provider.role == "cut"} | {
+        a for a in host.architecture_of(model).cut if a not in providers
     }
     missing = [a for a in description.expert_units if a in cut and a not in description.units]
     if missing:
@@ -89,7 +89,7 @@ def pack_dtype(model, stored: torch.dtype) -> torch.dtype:
 
 
 def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
-    """A clone of MODEL with a pack in its cast; MODEL itself where the pack would change nothing.
+    """A clone of MODEL with a pack in its assignment; MODEL itself where the pack would change nothing.
 
     Raises ValueError (packs.BadFile among them).
     """
@@ -100,7 +100,7 @@ def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
     check_fit(model, description, name)
     check_experts(model, description, name, strength)
     pack_id = f"{name}@{path.stat().st_mtime_ns}"
-    lines = lines_of(description, pack_id, window, strength)
+    lines = overrides_of(description, pack_id, window, strength)
     if not lines:
         return model
     stored = next(iter(file.values())).dtype

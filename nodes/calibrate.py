@@ -22,7 +22,7 @@ from .inspect_model import PIXELS
 from .load import CATEGORY, SHOWS_PICTURE
 from .picture import draw_plan, preview, to_image
 from .progress import Progress
-from .replay import RECORD, REPLAY, Log, Memory
+from .feature_cache import RECORD, REPLAY, FeatureCache, Log
 
 SAVINGS = (0.2, 0.3, 0.4, 0.5, 0.6)  # that are told beside the one chosen
 SAMPLE = 65536  # numbers of a feature that stand for all of it when two steps are compared
@@ -44,9 +44,9 @@ class Survey:
         one = sum(cache_elements(plan, architecture, *shape[-2:]) for plan in self.plans)
         return 3 * one * shape[0] * conds * itemsize
 
-    def memory(self, architecture: Architecture, sigmas: Sequence[float], size: int) -> _SurveyMemory:
+    def memory(self, architecture: Architecture, sigmas: Sequence[float], size: int) -> _SurveyCache:
         self.tracks = [_Track(plan, architecture.config, architecture.cut, sigmas) for plan in self.plans]
-        return _SurveyMemory(self, sigmas)
+        return _SurveyCache(self, sigmas)
 
     def candidates(self, architecture: Architecture, height: int, width: int) -> list[Candidate]:
         """What was measured, for latents of height x width."""
@@ -57,7 +57,7 @@ class Survey:
         return found
 
 
-class _Track(Memory):
+class _Track(FeatureCache):
     """What one plan would remember, recorded at every step.
 
     How much the result suffers is measured where the features come from the step before (and the one before
@@ -97,7 +97,7 @@ class _Track(Memory):
         self._distance = 2 if self._forecasts else 1
         if not all(
             len(p) == self._distance
-            and all(e.cast == self._cast and e.step == self.step - 1 - i for i, e in enumerate(p))
+            and all(e.circumstances == self._circumstances and e.step == self.step - 1 - i for i, e in enumerate(p))
             for p in past
         ):
             return False
@@ -146,7 +146,7 @@ class _Track(Memory):
         return float((samples[s] - value).square().mean())
 
 
-class _SurveyMemory(Memory):
+class _SurveyCache(FeatureCache):
     """Several tracks behind the interface of one memory."""
 
     def __init__(self, survey: Survey, sigmas: Sequence[float]):
@@ -174,9 +174,9 @@ class _SurveyMemory(Memory):
         self.step = self._tracks[0].step
         self.peak = max(self.peak, self.size())
 
-    def begin_forward(self, x, options, cast, playing):
+    def begin_forward(self, x, options, circumstances, playing):
         self._active = None
-        self.mode = {track.begin_forward(x, options, cast, playing) for track in self._tracks}.pop()
+        self.mode = {track.begin_forward(x, options, circumstances, playing) for track in self._tracks}.pop()
         return self.mode
 
     def trials(self):

@@ -34,7 +34,7 @@ from ..asdm_core.forecast import (
     v_of,
 )
 from ..asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, response
-from .replay import position_of, step_of
+from .feature_cache import position_of, step_of
 
 SAME_CONTENT = 0.5  # cosine of the latents of a call and of the same call one evaluation before, at least
 

@@ -7,7 +7,7 @@ from itertools import count
 from comfy_api.latest import io
 
 from ..asdm_core.addresses import UNetConfig, walk
-from ..asdm_core.cast import Window
+from ..asdm_core.assignment import Window
 from . import host
 from .inspect_model import PIXELS
 from .load import CATEGORY, SHOWS_WORDS

@@ -1,4 +1,4 @@
-"""Everything asdm knows about the host's ModelPatcher: how a cast gets onto a MODEL and into a run.
+"""Everything asdm knows about the host's ModelPatcher: how a assignment gets onto a MODEL and into a run.
 
 A node stores plain data on a clone (a `Setup`) and appends the pack's patcher to its additional models.
 Nothing is bound to modules then, because the host makes new UNet objects behind everybody's back
@@ -22,12 +22,12 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..asdm_core.addresses import UNetConfig, unit
 from ..asdm_core.architecture import FAMILIES, Architecture
-from ..asdm_core.cast import Cast, Line, Part, fingerprint
+from ..asdm_core.assignment import Assignment, Override, Provider, fingerprint
 from ..asdm_core.inheritance import Plan
 from . import units
 from .forecasts import Forecasts
 from .regional import Attention, Regional
-from .replay import COMPUTE, PROBE, REPLAY, Inheritance, Log, Misfit, Report, step_of
+from .feature_cache import COMPUTE, PROBE, REPLAY, Inheritance, Log, Misfit, Report, step_of
 from .timing import Laps, Record, Recorder
 
 KEY = "asdm"
@@ -75,11 +75,11 @@ def same_skeleton(a: UNetConfig, b: UNetConfig) -> bool:
 
 @dataclass(frozen=True)
 class Setup:
-    """The data asdm keeps on a MODEL: its cast, the ids of its packs in the order of their patchers, its feature
+    """The data asdm keeps on a MODEL: its assignment, the ids of its packs in the order of their patchers, its feature
     inheritance, its GRI attention, where the times of its runs go if they are measured, and its forecasts of whole
     evaluations."""
 
-    cast: Cast
+    assignment: Assignment
     packs: tuple[str, ...] = ()
     inheritance: Inheritance | None = None
     regional: Regional | None = None
@@ -88,7 +88,7 @@ class Setup:
 
 
 def setup_of(model) -> Setup:
-    return model.get_attachment(KEY) or Setup(Cast(architecture_of(model).config))
+    return model.get_attachment(KEY) or Setup(Assignment(architecture_of(model).config))
 
 
 def packs_of(model) -> dict[str, comfy.model_patcher.ModelPatcher]:
@@ -112,14 +112,14 @@ def pack_architecture(model, pack_id: str) -> Architecture:
     return packs_of(model)[pack_id].model.architecture
 
 
-def with_pack(model, pack_id: str, patcher, lines: Iterable[Line]):
+def with_pack(model, pack_id: str, patcher, lines: Iterable[Override]):
     """A clone of MODEL in which a pack plays some lines. The MODEL that came in is not altered."""
     clone = model.clone()
     setup, packs = setup_of(model), packs_of(clone)
     if pack_id not in packs:
         packs[pack_id] = clone_for(clone, patcher)
     clone.set_additional_models(KEY, list(packs.values()))
-    return _set_up(clone, replace(setup, cast=setup.cast.with_lines(lines), packs=tuple(packs)))
+    return _set_up(clone, replace(setup, assignment=setup.assignment.with_overrides(lines), packs=tuple(packs)))
 
 
 def with_plan(model, plan: Plan | None, **keeping):
@@ -191,14 +191,14 @@ def _set_up(clone, setup: Setup):
 
 
 class Run:
-    """The cast of one sampling run, bound to the modules of the model being sampled.
+    """The assignment of one sampling run, bound to the modules of the model being sampled.
 
     Holds modules, never a ModelPatcher, and is dropped when the run ends.
     """
 
     def __init__(self, model, sigmas=(), cache: int = 0, shape=()):
         setup = setup_of(model)
-        self.cast, self._inheritance, self._regional = setup.cast, setup.inheritance, setup.regional
+        self.assignment, self._inheritance, self._regional = setup.assignment, setup.inheritance, setup.regional
         self._speed, self._recorder = setup.speed, Recorder(model.load_device) if setup.speed else None
         self._nodes, self._step, self._shape = sigmas, 0, shape
         self._laps = Laps(model.load_device) if self._inheritance else None
@@ -206,7 +206,7 @@ class Run:
         # The last window also holds sigma 0, where some samplers ask once more.
         self._sigmas = {
             w: (sampling.percent_to_sigma(w.start), sampling.percent_to_sigma(w.end) if w.end < 1 else -1.0)
-            for w in (*self.cast.windows, *([self._regional.when] if self._regional else []))
+            for w in (*self.assignment.windows, *([self._regional.when] if self._regional else []))
         }
         self.forecaster = None
         # One stage per UNet object: multi-GPU clones have their own modules and their own packs.
@@ -218,11 +218,11 @@ class Run:
     def set_sigma(self, sigma: float) -> None:
         """Decide who plays at this noise level. Called once per evaluation."""
         active = tuple(w for w, (high, low) in self._sigmas.items() if low < sigma <= high)
-        parts, experts = self.cast.parts(active), self.cast.joining("experts", active)
+        parts, experts = self.assignment.providers(active), self.assignment.joining("experts", active)
         regional = self._regional is not None and self._regional.when in active
-        gains = self.cast.joining("gains", active) if regional else {}
+        log_gains = self.assignment.joining("log_gains", active) if regional else {}
         for stage in self._stages.values():
-            stage.assign(parts, experts, gains, regional)
+            stage.assign(parts, experts, log_gains, regional)
             if stage.memory is not None:
                 stage.memory.begin_evaluation(sigma)
         if self.forecaster is not None:
@@ -280,7 +280,7 @@ class Stage:
         self._cut = architecture.cut
         self._packs = {pack_id: patcher.model for pack_id, patcher in packs.items()}
         self._serials = ",".join(str(patcher.model.serial) for patcher in packs.values())
-        self._assigned: tuple[dict[str, Part], dict[str, Part], dict[str, Part], bool] = {}, {}, {}, False
+        self._assigned: tuple[dict[str, Provider], dict[str, Provider], dict[str, Provider], bool] = {}, {}, {}, False
         self._players: dict[int, torch.nn.Module] = {}
         self._playing = self._layers
         self._addresses = {id(layer): address for address, layer in self._layers.items()}
@@ -319,8 +319,8 @@ class Stage:
         """Name of what is about to be played; "" if the checkpoint plays everything itself, unrecorded."""
         if self.memory is None:
             return self._named(COMPUTE)
-        cast = self.name, _circumstances(control, transformer_options, hooks)
-        return self._named(self.memory.begin_forward(x, transformer_options, cast, self._playing))
+        assignment = self.name, _circumstances(control, transformer_options, hooks)
+        return self._named(self.memory.begin_forward(x, transformer_options, assignment, self._playing))
 
     def begin_again(self) -> str:
         """The same for a forward that inherited what did not fit."""
@@ -345,10 +345,12 @@ class Stage:
         for compare in self.memory.trials() if self.memory else ():
             yield self._named(REPLAY), compare
 
-    def assign(self, parts: dict[str, Part], experts: dict[str, Part], gains: dict[str, Part], regional: bool) -> None:
-        if (parts, experts, gains, regional) == self._assigned:
+    def assign(
+        self, parts: dict[str, Provider], experts: dict[str, Provider], log_gains: dict[str, Provider], regional: bool
+    ) -> None:
+        if (parts, experts, log_gains, regional) == self._assigned:
             return
-        self._assigned = parts, experts, gains, regional
+        self._assigned = parts, experts, log_gains, regional
         experts = {a: part for a, part in experts.items() if a in parts or a not in self._cut}
         players = {address: self._player(address, part) for address, part in parts.items()}
         for address, part in experts.items():
@@ -358,15 +360,16 @@ class Stage:
         self._players = {id(self._layers[address]): player for address, (player, _) in bypassed.items()}
         self._playing = {address: self._players.get(id(layer), layer) for address, layer in self._layers.items()}
         bypass = ";".join(f"{id(hook.adapter)}*{hook.multiplier}" for _, hooks in bypassed.values() for hook in hooks)
-        everybody = parts | {f"{a}.{p.role}": p for joining in (experts, gains) for a, p in joining.items()}
+        everybody = parts | {f"{a}.{p.role}": p for joining in (experts, log_gains) for a, p in joining.items()}
         self.name = fingerprint(everybody, self._serials + bypass) if everybody else ""
         if regional:
-            self._attention.gains = {
-                address: self._packs[part.source].gains(address, part.strength) for address, part in gains.items()
+            self._attention.log_gains = {
+                address: self._packs[part.source].log_gains(address, part.strength)
+                for address, part in log_gains.items()
             }
             self.name += self._attention.name
 
-    def _player(self, address: str, part: Part) -> torch.nn.Module:
+    def _player(self, address: str, part: Provider) -> torch.nn.Module:
         if part.role == "pack":
             return self._packs[part.source].layer(address)
         return units.shared_stand_in(unit(self._config, address))
@@ -418,7 +421,7 @@ class Stage:
 
 
 def _circumstances(control, transformer_options, hooks) -> tuple:
-    """What must be as it was, beside the cast, for features to be inherited: where control acts and others
+    """What must be as it was, beside the assignment, for features to be inherited: where control acts and others
     replace attention, the strengths of hook LoRAs, the window of frames."""
     window = transformer_options.get("context_window")
     return (
@@ -481,7 +484,7 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
             entries = [stage.entry, *patches.get(DOOR, [])]
             options = {**options, OTHERS: patches, "patches": {**patches, DOOR: entries}}
             # The host's TorchCompileModel keeps no guard on transformer_options, so a compiled graph would go
-            # on playing the cast of its first trace. It does guard the names of keyword arguments, which the
+            # on playing the assignment of its first trace. It does guard the names of keyword arguments, which the
             # UNet ignores: one name per assignment makes one graph per assignment.
             named[f"{KEY}_{name}"] = None
             if stage.remembers and not stage.probes:

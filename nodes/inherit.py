@@ -12,7 +12,7 @@ from . import host
 from .inspect_model import PIXELS
 from .load import CATEGORY, SHOWS_PICTURE
 from .picture import draw_plan, preview, to_image
-from .replay import FEW_STEPS
+from .feature_cache import FEW_STEPS
 
 WHAT = ("deepcache", "shallow-only", "encoder", "attention", "attn1", "attn2", "targets")
 
@@ -113,7 +113,7 @@ def custom_inputs() -> list[io.Input]:
             default="forecast",
             tooltip="output: the features as they were. forecast: drawn on in a straight line from the last two "
             "computed steps. "
-            "branch: only what a layer adds to its input.",
+            "residual: only what a layer adds to its input.",
         ),
         io.Combo.Input("when", options=list(MODES), default="uniform", tooltip="Which steps compute in full."),
         io.Int.Input(

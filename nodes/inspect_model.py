@@ -7,7 +7,7 @@ import json
 from comfy_api.latest import io
 
 from ..asdm_core.architecture import Architecture
-from ..asdm_core.cast import HOST, JOINING, Part
+from ..asdm_core.assignment import CHECKPOINT, JOINING, Provider
 from ..asdm_core.measure import costs, total
 from . import host, switch
 from .load import CATEGORY, SHOWS_PICTURE
@@ -16,37 +16,37 @@ from .picture import UnitView, draw_levels, draw_unet, preview, to_image
 PIXELS = 8  # picture pixels per latent pixel, for every family here
 
 
-def parts_at(model, percent: float) -> tuple[dict[str, Part], dict[str, dict[str, Part]]]:
+def providers_at(model, percent: float) -> tuple[dict[str, Provider], dict[str, dict[str, Provider]]]:
     """Unit address -> who plays it at a point of the run (0..1), for every unit but the host's own; and
-    for "experts" and "gains": unit address -> whose join it."""
-    cast = host.setup_of(model).cast
-    active = [w for w in cast.windows if w.start <= percent < w.end or w.end == percent == 1.0]
-    parts = dict.fromkeys(host.architecture_of(model).cut_units, Part("cut"))
-    return parts | cast.parts(active), {role: cast.joining(role, active) for role in JOINING}
+    for "experts" and "log_gains": unit address -> whose join it."""
+    assignment = host.setup_of(model).assignment
+    active = [w for w in assignment.windows if w.start <= percent < w.end or w.end == percent == 1.0]
+    providers = dict.fromkeys(host.architecture_of(model).cut_units, Provider("cut"))
+    return providers | assignment.providers(active), {role: assignment.joining(role, active) for role in JOINING}
 
 
-def playing(model, parts: dict[str, Part]) -> Architecture:
+def playing(model, providers: dict[str, Provider]) -> Architecture:
     """The network that plays at one point: its kept units and transformer blocks."""
     architecture = host.architecture_of(model)
-    cut = {a for a, p in parts.items() if p.role == "cut"}
-    cut |= {a for a in architecture.cut if a not in parts and a.rpartition(".")[0] not in parts}
-    for address, part in parts.items():
-        if part.role == "pack":
-            blocks = host.pack_architecture(model, part.source).cut
+    cut = {a for a, p in providers.items() if p.role == "cut"}
+    cut |= {a for a in architecture.cut if a not in providers and a.rpartition(".")[0] not in providers}
+    for address, provider in providers.items():
+        if provider.role == "pack":
+            blocks = host.pack_architecture(model, provider.source).cut
             cut |= {b for b in blocks if b.rpartition(".")[0] == address}
     return Architecture(architecture.config, frozenset(cut)).named()
 
 
 def describe(model, width: int, height: int, percent: float) -> tuple[dict, dict[str, UnitView]]:
     """Facts about a MODEL's UNet as a table for JSON, and how to draw each unit."""
-    parts, joining = parts_at(model, percent)
-    now = playing(model, parts)
+    providers, joining = providers_at(model, percent)
+    now = playing(model, providers)
     full = Architecture.full(now.config)
     cost = costs(now, height // PIXELS, width // PIXELS)
     work, whole = total(cost), total(costs(full, height // PIXELS, width // PIXELS))
     views, rows = {}, []
     for u in full.kept:
-        role = parts.get(u.address, HOST)
+        role = providers.get(u.address, CHECKPOINT)
         share = cost[u.address].total / work.total if u.address in cost else 0.0
         views[u.address] = UnitView(role.role, share)
         joined = {
@@ -64,7 +64,7 @@ def describe(model, width: int, height: int, percent: float) -> tuple[dict, dict
                 "share": round(share, 5),
             }
         )
-    everybody = [*parts.values(), *(part for found in joining.values() for part in found.values())]
+    everybody = [*providers.values(), *(provider for found in joining.values() for provider in found.values())]
     facts = {
         "family": now.config.family,
         "architecture": now.name or "custom",

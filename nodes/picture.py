@@ -176,7 +176,7 @@ PLAN_WIDTH = 540
 def roles_when_inheriting(architecture: Architecture, reuse: Mapping[str, str]) -> dict[str, str]:
     """Unit address -> what it does on an inherited step: a key of PLAN_COLOURS."""
     units = {u.address for u in architecture.kept}
-    whole = {a for a, what in reuse.items() if a in units and what != "branch"}
+    whole = {a for a, what in reuse.items() if a in units and what != "residual"}
     partly = {a if a in units else a.rsplit(".", 2)[0] for a in reuse} - whole
     does = flow(architecture.config, whole)
     return {

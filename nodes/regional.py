@@ -14,7 +14,7 @@ from comfy.ldm.modules import attention
 from torch import Tensor
 
 from ..asdm_core.addresses import UNetConfig, walk
-from ..asdm_core.cast import Window
+from ..asdm_core.assignment import Window
 from ..asdm_core.gri import GRI, PAYS_FROM, gri_attention
 
 
@@ -58,7 +58,9 @@ class Attention:
         self._settings = settings
         self.blocks = settings.blocks(config)
         self._said: set[str] = set()
-        self.gains: dict[str, dict[int, Callable[[Tensor], Tensor]]] = {}  # transformer -> block -> gains of its heads
+        self.log_gains: dict[
+            str, dict[int, Callable[[Tensor], Tensor]]
+        ] = {}  # transformer -> block -> log gains of its heads
         self.name = f"gri{settings.window}x{settings.pool}x{settings.stages}{'s' * settings.shifted}"
 
     def enter(self, options: dict) -> dict:
@@ -104,8 +106,8 @@ class Attention:
             return out.unflatten(2, (heads, -1)).transpose(1, 2)
 
         q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))
-        gain = self.gains.get(self.blocks.get(options["block"]), {}).get(options["block_index"])
-        return gri_attention(q, k, v, height, width, gri, gain=gain and gain(q), attend=attend).flatten(2)
+        log_gain = self.log_gains.get(self.blocks.get(options["block"]), {}).get(options["block_index"])
+        return gri_attention(q, k, v, height, width, gri, log_gain=log_gain and log_gain(q), attend=attend).flatten(2)
 
     def _say(self, text: str) -> None:
         if text not in self._said:

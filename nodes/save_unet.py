@@ -24,27 +24,27 @@ def played_architecture(model) -> tuple[Architecture, dict[str, str]]:
 
     Raises ValueError for what no single network is: a switch, a pack that plays within a window only, experts, gains.
     """
-    architecture, cast = host.architecture_of(model), host.setup_of(model).cast
+    architecture, assignment = host.architecture_of(model), host.setup_of(model).assignment
     if switch.switches_of(model):
         raise ValueError(
             "this MODEL has a second UNet from Switch UNet, and a file holds one. Save each MODEL before Switch UNet."
         )
-    for role, what in (("experts", "convolutions with several experts"), ("gains", "gains for GRI attention")):
-        if any(line.part.role == role for line in cast.lines):
+    for role, what in (("experts", "convolutions with several experts"), ("log_gains", "gains for GRI attention")):
+        if any(o.provider.role == role for o in assignment.overrides):
             raise ValueError(
                 f"a pack on this MODEL has {what}, which a UNet file of the ordinary form cannot hold. "
                 "Save the MODEL before that pack is applied, and keep the pack beside it."
             )
-    partial = [line for line in cast.lines if not line.window.whole]
+    partial = [o for o in assignment.overrides if not o.window.whole]
     if partial:
         w = partial[0].window
         raise ValueError(
             f"a pack plays from {w.start:.0%} to {w.end:.0%} of the run only; a file holds one network for all steps. "
             "Set the window of Apply Pack to 0 and 1, or save before it."
         )
-    parts = cast.parts()
-    sources = {a: p.source for a, p in parts.items() if p.role == "pack"}
-    cut = {a for a, p in parts.items() if p.role == "cut"} | {
+    providers = assignment.providers()
+    sources = {a: p.source for a, p in providers.items() if p.role == "pack"}
+    cut = {a for a, p in providers.items() if p.role == "cut"} | {
         a for a in architecture.cut if a not in sources and a.rpartition(".")[0] not in sources
     }
     for a in sources:  # blocks that a pack's own transformer lacks

@@ -17,7 +17,7 @@ from ..asdm_core.forecast_fit import Fit, Fitted, Response, Statistics
 from . import host
 from .forecasts import Forecaster, ForecastLog, positives, response_of
 from .load import CATEGORY
-from .replay import position_of, step_of
+from .feature_cache import position_of, step_of
 
 TABLE = Path(__file__).parent.parent / "models" / "forecasts.safetensors"
 # Predicted error of the result, as a share of its size, that each position allows: about 40, 32 and 26 dB of PSNR to

@@ -23,7 +23,7 @@ from comfy_api.latest import io
 from ..asdm_core.switching import UNITS, Switch, SwitchPoint, shares
 from . import host
 from .load import CATEGORY
-from .replay import step_of
+from .feature_cache import step_of
 
 KEY = "asdm_switch"
 POST_CFG = "sampler_post_cfg_function"

@@ -202,10 +202,10 @@ _serials = itertools.count()
 
 
 class PackModel(nn.Module):
-    """The units of a pack, under the paths they have inside the host's model, its further experts and its gains.
+    """The units of a pack, under the paths they have inside the host's model, its further experts and its log gains.
 
     Parameter names are the host's (`diffusion_model.input_blocks.1.0...`), so LoRA patches fit as they are.
-    Experts, routers and gains lie elsewhere (`further.input_blocks.1.0.in_layers.2.experts`): LoRAs are not for
+    Experts, routers and log gains lie elsewhere (`further.input_blocks.1.0.in_layers.2.experts`): LoRAs are not for
     them, and the host neither patches nor moves the weights of a module that has children with weights.
     serial: tells this module from any other one; compiled graphs are keyed by it.
     """
@@ -214,7 +214,7 @@ class PackModel(nn.Module):
         self,
         description: Description,
         convs: tuple[Conv, ...],
-        gains: Mapping[str, Slot],
+        log_gains: Mapping[str, Slot],
         dtype: torch.dtype,
         attn_precision,
     ):
@@ -235,21 +235,23 @@ class PackModel(nn.Module):
             experts, router = further_experts(self._condconv, conv, comfy.ops.manual_cast, dtype=dtype, device="meta")
             _attach(self.further, f"{conv.path('ldm')}.experts", experts)
             _attach(self.further, f"{conv.path('ldm')}.router", router)
-        self._gains: dict[str, dict[int, str]] = {}
-        for key, slot in gains.items():  # in the form of a layer, because the host moves and casts layers only
+        self._log_gains: dict[str, dict[int, str]] = {}
+        for key, slot in log_gains.items():  # in the form of a layer, because the host moves and casts layers only
             _attach(self.further, key, comfy.ops.manual_cast.Linear(1, *slot.shape, bias=False, device="meta"))
-            self._gains.setdefault(slot.unit.address, {})[slot.tensor.block] = key
+            self._log_gains.setdefault(slot.unit.address, {})[slot.tensor.block] = key
 
-    def gains(self, address: str, strength: float) -> dict[int, Callable[[Tensor], Tensor]]:
-        """For the blocks of a transformer that have them: the gains of its heads, (heads,) float32, where the queries
-        are.
+    def log_gains(self, address: str, strength: float) -> dict[int, Callable[[Tensor], Tensor]]:
+        """For the blocks of a transformer that have them: the log gains of its heads, (heads,) float32, where
+        the queries are.
         """
 
         def scaled(module: nn.Module, q: Tensor) -> Tensor:
             with host_weights(module, q[:0].float()) as (weight, _):
                 return strength * weight[:, 0]
 
-        return {i: partial(scaled, self.further.get_submodule(key)) for i, key in self._gains.get(address, {}).items()}
+        return {
+            i: partial(scaled, self.further.get_submodule(key)) for i, key in self._log_gains.get(address, {}).items()
+        }
 
     def with_experts(self, address: str, layer: nn.Module, strength: float) -> nn.Module:
         """The layer that plays a unit, with this pack's further experts in its convolutions; its own are expert 1."""
@@ -286,10 +288,10 @@ class PackModel(nn.Module):
             or any(experts[c.key(f"experts.{x}")].any() for x in ("weight", "bias"))
         )
         names = {c.key(leaf) for c in convs for leaf in description.condconv.shapes(c)}
-        gains = {k: slot for k, slot in description.gain_keys.items() if tensors[k].any()}  # likewise
-        model = cls(description, convs, gains, dtype, attn_precision)
+        log_gains = {k: slot for k, slot in description.log_gain_keys.items() if tensors[k].any()}  # likewise
+        model = cls(description, convs, log_gains, dtype, attn_precision)
         weights = {f"diffusion_model.{k}": t for k, t in units.items()} | {f"further.{k}": experts[k] for k in names}
-        weights |= {f"further.{k}.weight": tensors[k].float()[:, None] for k in gains}
+        weights |= {f"further.{k}.weight": tensors[k].float()[:, None] for k in log_gains}
         model.load_state_dict(weights, strict=True, assign=True)
         model.requires_grad_(False).eval()
         comfy.model_management.archive_model_dtypes(model)

@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io
 
 from ..asdm_core import inheritance
-from ..asdm_core.cast import Window
+from ..asdm_core.assignment import Window
 from ..asdm_core.inheritance import DIALS, Plan, Schedule
 from ..asdm_core.pictures import Row, duration, finite, grid
 from ..asdm_core.switching import UNITS, SwitchPoint

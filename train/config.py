@@ -19,7 +19,7 @@ from asdm_core import condconv
 from asdm_core.addresses import UNetConfig, in_order, select
 from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.condconv import FORMS, CondConv, convolutions, sharing
-from asdm_core.gri import GRI, Gains
+from asdm_core.gri import GRI, LogGains
 
 from .diffusion import simple_times
 from .losses import LATENT_RGB, PREDICTIONS
@@ -446,7 +446,7 @@ class Config:
         return CondConv(dict.fromkeys(chosen, self.experts.count), self.experts.form)
 
     @property
-    def gains(self) -> Gains | None:
+    def gains(self) -> LogGains | None:
         """The transformers with GRI attention; None where the recipe asks for none."""
         architecture = self.architecture
         if not self.gri.on:
@@ -467,7 +467,7 @@ class Config:
                     "pictures, a "
                     "smaller gri.window (with gri.pool), or fewer units"
                 )
-        return Gains(in_order(self.network.config, chosen))
+        return LogGains(in_order(self.network.config, chosen))
 
     @property
     def taps(self) -> dict[str, tuple[Tap, ...]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from asdm_core import condconv, few_step
 from asdm_core.addresses import UNetConfig, in_order, unit
 from asdm_core.architecture import Architecture
-from asdm_core.gri import Gains, gri_attention
+from asdm_core.gri import LogGains, gri_attention
 from asdm_core.packs import Description, Loaded, TensorFile, describe, open_pack, open_unet, write_pack, write_unet
 from asdm_core.surgery import ADDRESSED, Form, convert, cut_diffusers, extract, load_units, modules
 
@@ -118,16 +118,18 @@ class RegionalAttention(nn.Module):
         """hidden_states: (B, N, C)."""
         side = math.isqrt(hidden_states.shape[1])
         q, k, v = (to(hidden_states).unflatten(-1, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
-        return attn.to_out[0](gri_attention(q, k, v, side, side, self.settings.sized(side), gain=self.gain).flatten(2))
+        return attn.to_out[0](
+            gri_attention(q, k, v, side, side, self.settings.sized(side), log_gain=self.gain).flatten(2)
+        )
 
 
-def give_gains(student: nn.Module, config: UNetConfig, gains: Gains | None, settings: Regional) -> None:
+def give_gains(student: nn.Module, config: UNetConfig, gains: LogGains | None, settings: Regional) -> None:
     """Let self-attentions of a live student be GRI with gains of 0, in place."""
     for attn in regional(student, config, gains).values():
         attn.set_processor(RegionalAttention(attn.heads, settings, attn.to_q.weight.device))
 
 
-def regional(student: nn.Module, config: UNetConfig, gains: Gains | None) -> dict[str, nn.Module]:
+def regional(student: nn.Module, config: UNetConfig, gains: LogGains | None) -> dict[str, nn.Module]:
     """The self-attentions that gains are for, by the gain's name in a pack file."""
     slots = gains.keys(config) if gains else {}
     return {

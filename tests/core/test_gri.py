@@ -25,16 +25,16 @@ def full(q, k, v):
     )
 
 
-def by_definition(q, k, v, height, width, gri, gain=None):
+def by_definition(q, k, v, height, width, gri, log_gain=None):
     """Window by window and cell by cell, in loops; for each sample and head by itself."""
-    gain = torch.zeros(q.shape[2], dtype=q.dtype) if gain is None else gain
+    log_gain = torch.zeros(q.shape[2], dtype=q.dtype) if log_gain is None else log_gain
     out = torch.empty_like(q)
     for b, h in itertools.product(range(q.shape[0]), range(q.shape[2])):
-        out[b, :, h] = of_head(q[b, :, h], k[b, :, h], v[b, :, h], height, width, gri, gain[h])
+        out[b, :, h] = of_head(q[b, :, h], k[b, :, h], v[b, :, h], height, width, gri, log_gain[h])
     return out
 
 
-def of_head(q, k, v, height, width, gri, gain):
+def of_head(q, k, v, height, width, gri, log_gain):
     """q, k, v: (N, dim)"""
     scale = q.shape[1] ** -0.5
     grid = torch.arange(height * width).view(height, width)
@@ -45,7 +45,7 @@ def of_head(q, k, v, height, width, gri, gain):
         found = []
         for tokens in cells_of(window, k, gri.pool):
             w = (k[tokens] @ q.mean(0) * scale).softmax(0)
-            found.append((w @ k[tokens], w @ v[tokens], torch.special.entr(w).sum() + gain))
+            found.append((w @ k[tokens], w @ v[tokens], torch.special.entr(w).sum() + log_gain))
         cells.append(found)
     out = torch.empty_like(q)
     for i, window in enumerate(windows):
@@ -134,9 +134,9 @@ def test_equal_queries_are_full_attention(size, strength):
 def test_any_size_equals_the_definition(height, width, pool, cells, shift, seed):
     gri = GRI(pool * cells, pool, pool * min(shift, cells - 1))
     q, k, v = qkv(height, width, batch=1, heads=2, dim=4, seed=seed)
-    gain = torch.randn(2, generator=torch.Generator().manual_seed(seed))
-    out = gri_attention(q, k, v, height, width, gri, gain)
-    assert torch.allclose(out, by_definition(q, k, v, height, width, gri, gain.double()), atol=1e-12)
+    log_gain = torch.randn(2, generator=torch.Generator().manual_seed(seed))
+    out = gri_attention(q, k, v, height, width, gri, log_gain)
+    assert torch.allclose(out, by_definition(q, k, v, height, width, gri, log_gain.double()), atol=1e-12)
 
 
 def test_the_approximation_is_one_and_a_better_one_with_smaller_cells():
@@ -183,13 +183,13 @@ def test_windows_are_gathered_in_as_many_turns_as_the_memory_asks_for(monkeypatc
 
 def test_gain_of_zero_changes_nothing_and_learns():
     q, k, v = (t.requires_grad_() for t in qkv(13, 19))
-    gain = torch.zeros(3, requires_grad=True)
-    out = gri_attention(q, k, v, 13, 19, GRI(8, 4), gain)
+    log_gain = torch.zeros(3, requires_grad=True)
+    out = gri_attention(q, k, v, 13, 19, GRI(8, 4), log_gain)
     assert torch.allclose(
         out, gri_attention(q, k, v, 13, 19, GRI(8, 4)), atol=1e-12
     )  # torch picks another kernel to learn
     out.square().sum().backward()
-    for t in (q, k, v, gain):
+    for t in (q, k, v, log_gain):
         assert t.grad.isfinite().all() and t.grad.abs().sum() > 0
 
 

@@ -176,7 +176,7 @@ def test_attention_parts_reach_every_transformer_block():
         config = FAMILIES[family]
         blocks = sum(u.depth for u in walk(config))
         assert len(attention(config, "attn2").reuse(config)) == blocks
-        assert set(attention(config).reuse(config).values()) == {"branch"}
+        assert set(attention(config).reuse(config).values()) == {"residual"}
 
 
 def test_targets_of_a_block_are_its_parts():
@@ -193,9 +193,9 @@ def test_cut_units_inherit_nothing():
     assert not cut & set(shallow_only(SD).reuse(SD, cut))
 
 
-def test_a_sampler_has_no_branch():
+def test_a_sampler_has_no_residual():
     with pytest.raises(ValueError, match=r"down\.0\.sampler has no residual"):
-        Plan((Rule("down.0", "branch"),)).reuse(SD)
+        Plan((Rule("down.0", "residual"),)).reuse(SD)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_sampler_has_no_branch():
         "",
         "[]",
         "{}",
-        '{"format": 2, "rules": []}',
+        '{"format": 3, "rules": [{"targets": "mid"}]}',
         '{"format": 1, "rules": [{"x": 1}]}',
         '{"format": 1, "rules": []}',
         '{"format": 1, "rules": [{"targets": "mid"}], "schedule": {"x": 1}}',
@@ -215,6 +215,14 @@ def test_a_sampler_has_no_branch():
 def test_a_broken_plan_file_is_refused(text):
     with pytest.raises(ValueError, match="inheritance"):
         Plan.from_json(text)
+
+
+def test_plans_of_format_1_are_read():
+    rules = '[{"targets": "mid.0.resnet", "reuse": "branch"}, {"targets": "up.0", "reuse": "forecast"}]'
+    plan = Plan.from_json(f'{{"format": 1, "rules": {rules}}}')
+    assert plan == Plan((Rule("mid.0.resnet", "residual"), Rule("up.0", "forecast")))
+    with pytest.raises(ValueError, match="reuse must be one of"):
+        Plan.from_json(plan.to_json().replace("residual", "branch"))
 
 
 def test_json_both_ways():
@@ -277,8 +285,8 @@ def test_work_that_only_feeds_inherited_units_is_saved_too():
     assert saving(plan, Architecture.full(SD), 50) > 0.198
 
 
-def test_a_reused_branch_still_costs_its_residual_path():
-    plan = Plan((Rule("up.3.0.resnet", "branch"),))
+def test_a_reused_residual_still_costs_the_shortcut():
+    plan = Plan((Rule("up.3.0.resnet", "residual"),))
     full, inherited = step_macs(plan, Architecture.full(SD))
     resnet = next(u for u in walk(SD) if u.address == "up.3.0.resnet")
     convolutions = sum(t.numel for t in resnet.tensors if t.part == "conv" and len(t.shape) > 1) * 64 * 64

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from asdm_core import packs, recognise, surgery
 from asdm_core.architecture import FAMILIES, PRESETS, Architecture
-from asdm_core.gri import Gains
+from asdm_core.gri import LogGains
 from asdm_core.packs import BadFile, Description, TensorFile, open_pack, open_unet, parse_header
 from asdm_core.surgery import ADDRESSED, Form, Mismatch
 from tests.core.narrow import CONFIGS, SD, weights
@@ -350,38 +350,53 @@ def test_wrong_int8_scales(tmp_path, scale, message):
         open_pack(path)
 
 
-GAINS = Gains(("down.0.0.transformer", "mid.0.transformer"))
+GAINS = LogGains(("down.0.0.transformer", "mid.0.transformer"))
 
 
 def gain_tensors(description):
-    return {k: torch.full(slot.shape, 0.5) for k, slot in description.gain_keys.items()}
+    return {k: torch.full(slot.shape, 0.5) for k, slot in description.log_gain_keys.items()}
 
 
 @pytest.mark.parametrize("units", [(), M2.pack_units()], ids=["alone", "with units"])
 def test_gains_there_and_back(tmp_path, units):
     description = Description("pack", M2 if units else Architecture.full(SD), units, gri=GAINS)
-    assert list(description.gain_keys) == [
-        f"{at}.1.transformer_blocks.0.attn1.gain" for at in ("input_blocks.1", "middle_block")
+    assert list(description.log_gain_keys) == [
+        f"{at}.1.transformer_blocks.0.attn1.log_gain" for at in ("input_blocks.1", "middle_block")
     ]
-    assert {slot.shape for slot in description.gain_keys.values()} == {(SD.num_heads,)}
+    assert {slot.shape for slot in description.log_gain_keys.values()} == {(SD.num_heads,)}
     tensors = surgery.extract(weights(SD), M2, units) | gain_tensors(description)
     packs.write_pack(tmp_path / "pack.safetensors", tensors, description, None)
     found = open_pack(tmp_path / "pack.safetensors")
     assert found.description == description and equal(found.tensors, tensors)
 
 
+def test_gains_of_format_1_are_read(tmp_path):
+    description = Description("pack", Architecture.full(SD), gri=GAINS)
+    path = tmp_path / "pack.safetensors"
+    packs.write_pack(path, gain_tensors(description), description, None)
+    data = json.loads(TensorFile(path).metadata["asdm"]) | {"format": 1, "gri": {"gains": list(GAINS.units)}}
+
+    def as_it_was(sd):
+        for key in list(sd):
+            sd[key.replace("attn1.log_gain", "attn1.gain")] = sd.pop(key)
+
+    rewritten(path, as_it_was, {"asdm": json.dumps(data)})
+    found = open_pack(path)
+    assert found.description == description and equal(found.tensors, gain_tensors(description))
+
+
 @pytest.mark.parametrize(
     "gains, message",
     [
-        ({"gains": []}, "at least one transformer"),
-        ({"gains": ["down.0.0.resnet"]}, "down.0.0.resnet is none"),
-        ({"gains": ["moon"]}, "moon"),
-        ({"gains": ["down.0.0.transformer.0"]}, "down.0.0.transformer is none"),
-        ({"gains": "down"}, "list of transformers"),
-        ({"gains": ["down.0.1.transformer"]}, "is cut in this architecture"),
-        ({"gains": [1]}, "at least one transformer"),
+        ({"log_gains": []}, "at least one transformer"),
+        ({"log_gains": ["down.0.0.resnet"]}, "down.0.0.resnet is none"),
+        ({"log_gains": ["moon"]}, "moon"),
+        ({"log_gains": ["down.0.0.transformer.0"]}, "down.0.0.transformer is none"),
+        ({"log_gains": "down"}, "list of transformers"),
+        ({"log_gains": ["down.0.1.transformer"]}, "is cut in this architecture"),
+        ({"log_gains": [1]}, "at least one transformer"),
         (3, "JSON object"),
-        ({"gains": ["mid.0.transformer"], "window": 8}, "list of transformers"),
+        ({"log_gains": ["mid.0.transformer"], "window": 8}, "list of transformers"),
     ],
     ids=str,
 )
@@ -396,7 +411,7 @@ def test_gains_come_in_packs_only_and_whole(tmp_path):
     with pytest.raises(ValueError, match="come in packs only"):
         Description("unet", Architecture.full(SD), gri=GAINS)
     description = Description("pack", Architecture.full(SD), gri=GAINS)
-    with pytest.raises(Mismatch, match=r"attn1.gain is missing"):
+    with pytest.raises(Mismatch, match=r"attn1.log_gain is missing"):
         packs.write_pack(tmp_path / "pack.safetensors", dict(list(gain_tensors(description).items())[:1]), description)
 
 
@@ -426,7 +441,7 @@ def test_a_file_without_a_description_is_no_pack(pack):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"format": 2}, "format 2; this version of asdm reads up to 1, so update asdm"),
+        ({"format": 3}, "format 3; this version of asdm reads up to 2, so update asdm"),
         ({"format": None}, "format None"),
         ({"format": True}, "format True"),
         ({"format": "1"}, "format '1'"),

@@ -350,7 +350,7 @@ def test_a_plan_travels_as_text(client, family):
         ({"preset": "plan", "plan": " "}, "the plan is empty. Connect the `plan` output of Calibrate Inheritance"),
         ({"preset": "plan", "plan": '{"format": 1, "rules": [{"targets": "down.7"}]}'}, r"down\.7"),
         ({"preset": "custom", **CUSTOM, "when": "windows", "windows": "0.2, 0.8"}, "start, end, interval"),
-        ({"preset": "custom", **CUSTOM, "what": "encoder", "reuse": "branch"}, "has no residual"),
+        ({"preset": "custom", **CUSTOM, "what": "encoder", "reuse": "residual"}, "has no residual"),
     ],
 )
 def test_a_wrong_plan_is_one_clear_error(client, family, settings, said):

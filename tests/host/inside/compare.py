@@ -15,7 +15,7 @@ import torch
 from in_host import execute, module, node_classes
 from PIL import Image
 
-SD, host, cast = small.SD, small.host, small.cast
+SD, host, assignment = small.SD, small.host, small.assignment
 compare, timing, switch, regional, speed = (
     module(f"nodes.{name}") for name in ("compare", "timing", "switch", "regional", "speed")
 )
@@ -516,7 +516,7 @@ def test_gri_leaves_out_what_lies_outside_windows_and_cells():
 
 
 def test_gri_saves_time_only_in_the_part_of_the_run_where_it_plays(model):
-    settings = regional.Regional(window=8, pool=4, stages=1, when=cast.Window(0.5, 1))
+    settings = regional.Regional(window=8, pool=4, stages=1, when=assignment.Window(0.5, 1))
     half = host.with_regional(model, settings)
     _, timed = measured(half, steps=4)
     address = "down.0.0.transformer"

@@ -1,4 +1,4 @@
-"""The host's TorchCompileModel: right images with every technique, one graph per cast and role of a step."""
+"""The host's TorchCompileModel: right images with every technique, one graph per assignment and role of a step."""
 
 import matrix
 import pytest
@@ -81,14 +81,14 @@ DEEP = "down.1, mid, up.0"
 PLANS = {
     "output": Plan((Rule(DEEP),)),
     "forecast": Plan((Rule(DEEP, "forecast"),)),
-    "branch": Plan((Rule("mid, up.0.0", "branch"),)),
+    "residual": Plan((Rule("mid, up.0.0", "residual"),)),
     "parts": Plan((Rule("down.0.0.transformer.*.attn1|ff"),)),
 }
 
 
 def test_every_plan_on_one_unet_has_graphs_of_its_own(model, pack, graphs):
     """One for steps that remember, also for the last, from which nobody inherits, and one for steps that inherit."""
-    cases = [host.with_plan(model, PLANS[name]) for name in ("output", "branch", "parts")]
+    cases = [host.with_plan(model, PLANS[name]) for name in ("output", "residual", "parts")]
     cases.append(host.with_plan(small.with_pack(model, pack), PLANS["output"]))
     plain = sample(model, steps=3)
     wanted = [sample(m, steps=3) for m in cases]

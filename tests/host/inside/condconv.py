@@ -294,8 +294,8 @@ def test_experts_play_after_a_deep_copy_and_on_other_devices(model, experts, pla
 
 
 def test_inherited_features_with_experts(model, experts):
-    # Both kinds of reuse: whole outputs, and branches, of which the residual path is computed afresh.
-    plan = inheritance.Plan((inheritance.Rule("mid, up.0, up.1"), inheritance.Rule("down.1.0.resnet", "branch")))
+    # Both kinds of reuse: whole outputs, and residuals, onto shortcuts that are computed afresh.
+    plan = inheritance.Plan((inheritance.Rule("mid, up.0, up.1"), inheritance.Rule("down.1.0.resnet", "residual")))
     played = small.sample(host.with_plan(small.with_pack(model, experts), plan), steps=4)
     assert small.difference(played, small.sample(host.with_plan(with_reference(model, experts), plan), steps=4)) < 1e-4
     assert small.difference(played, small.sample(small.with_pack(model, experts), steps=4)) > 1e-3

@@ -13,7 +13,7 @@ import torch
 from in_host import module
 
 SD, SDXL, host = small.SD, small.SDXL, small.host
-inheritance, replay = module("asdm_core.inheritance"), module("nodes.replay")
+inheritance, replay = module("asdm_core.inheritance"), module("nodes.feature_cache")
 calibration, calibrate = module("asdm_core.calibration"), module("nodes.calibrate")
 Schedule, Plan, Rule = inheritance.Schedule, inheritance.Plan, inheritance.Rule
 EVERY_OTHER = Schedule(interval=2)
@@ -26,7 +26,7 @@ PLANS = {
     "encoder": inheritance.encoder(SD, EVERY_OTHER),
     "one layer": Plan((Rule("up.1.1"),), EVERY_OTHER),
     "samplers": Plan((Rule("down.*.sampler, up.*.sampler"),), EVERY_OTHER),
-    "branches": Plan((Rule("down.1.1, up.2.0-1", "branch"),), EVERY_OTHER),
+    "residuals": Plan((Rule("down.1.1, up.2.0-1", "residual"),), EVERY_OTHER),
     "attention": inheritance.attention(SD, "attn1|attn2", EVERY_OTHER),
     "parts": Plan((Rule("mid.0.transformer.0.ff, up.3.*.transformer.*.attn1|ff"),), EVERY_OTHER),
 }
@@ -70,7 +70,7 @@ def test_recording_changes_nothing(model):
 
 
 def test_a_forecast_on_a_straight_line_is_exact(model):
-    memory = replay.Memory(
+    memory = replay.FeatureCache(
         Plan((Rule("mid", "forecast"),), Schedule("explicit", steps=(0, 2), first=1)), SD, frozenset(), range(6, 0, -1)
     )
     x = torch.zeros(1, 4, 8, 8)
@@ -86,7 +86,7 @@ def test_a_forecast_on_a_straight_line_is_exact(model):
 
 
 def test_a_forecast_reaches_into_a_step(model):
-    memory = replay.Memory(Plan((Rule("mid", "forecast"),), EVERY_OTHER), SD, frozenset(), range(6, 0, -1))
+    memory = replay.FeatureCache(Plan((Rule("mid", "forecast"),), EVERY_OTHER), SD, frozenset(), range(6, 0, -1))
     x = torch.zeros(1, 4, 8, 8)
     options = {"uuids": ["a"], "cond_or_uncond": [0]}
     values = []
@@ -129,8 +129,8 @@ def test_a_second_look_at_one_latent_costs_no_full_evaluation(model, repeats):
 def test_steps_are_found_for_every_sampler(model, sampler, monkeypatch):
     plan = inheritance.deepcache(SD, 1, Schedule(interval=2, repeats=False))
     counts = []
-    close = replay.Memory.close
-    monkeypatch.setattr(replay.Memory, "close", lambda self: (counts.append(self.counts), close(self)))
+    close = replay.FeatureCache.close
+    monkeypatch.setattr(replay.FeatureCache, "close", lambda self: (counts.append(self.counts), close(self)))
     small.sample(host.with_plan(model, plan), steps=6, sampler=sampler)
     (found,) = counts
     assert {step for step, mode in found if mode == replay.REPLAY} == {1, 3, 5}
@@ -153,9 +153,11 @@ def test_a_second_run_of_another_size_or_batch_starts_from_nothing(model):
 
 def test_nothing_is_left_after_a_run_or_an_error(model, monkeypatch):
     memories = []
-    create = replay.Memory.__init__
+    create = replay.FeatureCache.__init__
     monkeypatch.setattr(
-        replay.Memory, "__init__", lambda self, *args: (memories.append(weakref.ref(self)), create(self, *args))[1]
+        replay.FeatureCache,
+        "__init__",
+        lambda self, *args: (memories.append(weakref.ref(self)), create(self, *args))[1],
     )
     m = host.with_plan(model, inheritance.deepcache(SD, 1, EVERY_OTHER))
     small.sample(m)
@@ -175,9 +177,9 @@ def test_a_pack_that_enters_in_mid_run_inherits_nothing_from_before(model, folde
     plan = inheritance.deepcache(SD, 1, Schedule("explicit", steps=(0,)))
     late = small.with_pack(model, pack, 0.5, 1.0)
     counts = {}
-    close = replay.Memory.close
+    close = replay.FeatureCache.close
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay.Memory, "close", lambda self: (counts.update(self.counts), close(self)))
+        patch.setattr(replay.FeatureCache, "close", lambda self: (counts.update(self.counts), close(self)))
         small.sample(host.with_plan(late, plan), steps=4)
     modes = {step: mode for step, mode in counts}
     assert modes[0] == replay.RECORD and replay.REPLAY in modes.values() and modes[3] == replay.COMPUTE
@@ -223,7 +225,7 @@ def kept(model):
     return host.setup_of(model).inheritance.log.last
 
 
-@pytest.mark.parametrize("name", ["deepcache-0", "encoder", "branches", "parts", "forecast"])
+@pytest.mark.parametrize("name", ["deepcache-0", "encoder", "residuals", "parts", "forecast"])
 def test_the_size_of_the_cache_is_known_before_the_run(model, name):
     plan = Plan((Rule("mid, up.0", "forecast"),), EVERY_OTHER) if name == "forecast" else PLANS[name]
     m = host.with_plan(model, plan)

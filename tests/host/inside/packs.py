@@ -1,4 +1,4 @@
-"""Packs in the cast of a MODEL: who plays when, and that nothing is left behind."""
+"""Packs in the assignment of a MODEL: who plays when, and that nothing is left behind."""
 
 import gc
 import os

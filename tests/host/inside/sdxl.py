@@ -172,7 +172,7 @@ def test_features_are_inherited(both):
 
 
 def gri(model, window, pool):
-    return host.with_regional(model, regional.Regional(window, pool, 2, False, small.cast.Window()))
+    return host.with_regional(model, regional.Regional(window, pool, 2, False, small.assignment.Window()))
 
 
 def test_gri_attention_plays(both):

@@ -10,7 +10,7 @@ import small
 import torch
 from in_host import module
 
-inheritance, replay = module("asdm_core.inheritance"), module("nodes.replay")
+inheritance, replay = module("asdm_core.inheritance"), module("nodes.feature_cache")
 host, Schedule = small.host, inheritance.Schedule
 RUNS = 40
 PLANS = [
@@ -42,9 +42,11 @@ def tensors():
 
 def test_many_runs_leave_nothing_and_equal_fresh_ones(tmp_path, monkeypatch):
     memories = []
-    create = replay.Memory.__init__
+    create = replay.FeatureCache.__init__
     monkeypatch.setattr(
-        replay.Memory, "__init__", lambda self, *args: (memories.append(weakref.ref(self)), create(self, *args))[1]
+        replay.FeatureCache,
+        "__init__",
+        lambda self, *args: (memories.append(weakref.ref(self)), create(self, *args))[1],
     )
     fresh = {
         (p, c): small.sample(host.with_plan(small.model(tmp_path), plan), **case)

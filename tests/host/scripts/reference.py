@@ -30,7 +30,7 @@ class Inheriting:
         self.hooks = [model.model.diffusion_model.register_forward_pre_hook(self.begin, with_kwargs=True)]
         for address, what in plan.reuse(config, host.architecture_of(model).cut).items():
             layer = layers[address] if address in layers else self.part(layers, address)
-            onto = what == "branch" and address in layers  # what a part makes is a branch already
+            onto = what == "residual" and address in layers  # what a part makes is a residual already
             self.hooks.append(layer.register_forward_hook(partial(self.play, address, onto)))
 
     @staticmethod

@@ -16,7 +16,7 @@ from in_host import module
 
 addresses = module("asdm_core.addresses")
 architecture = module("asdm_core.architecture")
-cast = module("asdm_core.cast")
+assignment = module("asdm_core.assignment")
 condconv = module("asdm_core.condconv")
 gri = module("asdm_core.gri")
 packs = module("asdm_core.packs")
@@ -50,7 +50,7 @@ def combined(folder, config=SD, preset="m2", trunk=0, student=1, prediction="eps
 def with_pack(model, path, start=0.0, end=1.0, strength=1.0):
     """What the node Apply Pack makes."""
     path = Path(path)
-    return apply_pack.apply_pack(model, path, path.name, cast.Window(start, end), strength)
+    return apply_pack.apply_pack(model, path, path.name, assignment.Window(start, end), strength)
 
 
 def lora(config=SD, seed=0, rank=2, size=0.5):

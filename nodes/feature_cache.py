@@ -1,6 +1,6 @@
 """Feature inheritance inside a run: what is remembered, and who plays from memory.
 
-A `Memory` belongs to one UNet object in one run. Per evaluation it learns the step; per forward it
+A `FeatureCache` belongs to one UNet object in one run. Per evaluation it learns the step; per forward it
 decides whether this forward computes, computes and records, or replays. It replays only if for every
 chunk of the batch it holds features of exactly the step the plan names as source, recorded under the
 same circumstances; in any other case the forward computes in full. Where a feature turns out not to fit
@@ -93,7 +93,7 @@ class Inheritance:
         """Size of the cache of a run on latents of a shape (B, C, H, W)."""
         return cache_elements(self.plan, architecture, *shape[-2:]) * shape[0] * conds * itemsize
 
-    def memory(self, architecture: Architecture, sigmas: Sequence[float], size: int) -> Memory | None:
+    def memory(self, architecture: Architecture, sigmas: Sequence[float], size: int) -> FeatureCache | None:
         """The memory of a run; None, with a word in the log, where its features would be more than the limit."""
         if self.limit_mb and size > self.limit_mb * 2**20:
             logging.warning(
@@ -108,7 +108,7 @@ class Inheritance:
                 "neighbouring "
                 "steps differ so much that the picture suffers."
             )
-        return Memory(self.plan, architecture.config, architecture.cut, sigmas, self.on_cpu)
+        return FeatureCache(self.plan, architecture.config, architecture.cut, sigmas, self.on_cpu)
 
 
 def step_of(sigma: float, sigmas: Sequence[float], last: int) -> int:
@@ -145,7 +145,7 @@ class Entry:
 
     step: int
     position: float
-    cast: Hashable
+    circumstances: Hashable
     tensors: dict[str, Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     before: Entry | None = None  # the full step before, for forecasts
@@ -153,7 +153,7 @@ class Entry:
     weight: Tensor | None = None
 
 
-class Memory:
+class FeatureCache:
     """Features of one UNet object during one run."""
 
     def __init__(
@@ -166,8 +166,8 @@ class Memory:
         self._sources = plan.sources(self.steps)
         self._units = {u.address: u for u in walk(config)}
         self.whole = {a: r for a, r in self.reuse.items() if a in self._units}
-        self._flow = flow(config, (a for a, r in self.whole.items() if r != "branch"))
-        self._kept = self._flow.recalls | {a for a, r in self.whole.items() if r == "branch"}
+        self._flow = flow(config, (a for a, r in self.whole.items() if r != "residual"))
+        self._kept = self._flow.recalls | {a for a, r in self.whole.items() if r == "residual"}
         self._with_parts = {a.rsplit(".", 2)[0] for a in self.reuse if a not in self._units}
         self._forecasts = "forecast" in self.reuse.values()
         self._entries: dict[tuple, Entry] = {}
@@ -208,10 +208,12 @@ class Memory:
         self.evaluations.append(Counter())
         self.peak = max(self.peak, self.size())
 
-    def begin_forward(self, x: Tensor, options: Mapping, cast: Hashable, playing: Mapping[str, nn.Module]) -> str:
+    def begin_forward(
+        self, x: Tensor, options: Mapping, circumstances: Hashable, playing: Mapping[str, nn.Module]
+    ) -> str:
         """Decide the mode of the forward that is about to run, and return it.
 
-        cast: who plays, and whatever else must be as it was for features to be inherited.
+        circumstances: who plays, and whatever else must be as it was for features to be inherited.
         playing: the module that plays each unit; always the same mapping while they are the same.
         """
         uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
@@ -219,7 +221,11 @@ class Memory:
         patched = self._with_parts and self._blocks_patched(options)
         if uuids and conds and x.shape[0] % len(conds) == 0 and not patched:
             self._keys = [self._key(u, c, x, len(conds)) for u, c in zip(uuids, conds, strict=True)]
-            self.held, self._cast, self._device = tuple(self._entries.get(k) for k in self._keys), cast, x.device
+            self.held, self._circumstances, self._device = (
+                tuple(self._entries.get(k) for k in self._keys),
+                circumstances,
+                x.device,
+            )
             self.mode = self._adaptive_mode() if self._probe else self._planned_mode()
             if self.mode != COMPUTE:
                 self._make_players(playing)
@@ -270,11 +276,13 @@ class Memory:
 
     def _holds(self, fits: Callable[[Entry], bool]) -> bool:
         """Whether for every chunk something fitting is remembered, made under the circumstances of now."""
-        return all(e is not None and e.cast == self._cast and fits(e) for e in self.held)
+        return all(e is not None and e.circumstances == self._circumstances and fits(e) for e in self.held)
 
     def _start_recording(self) -> None:
         self.mode = RECORD
-        entries = tuple(Entry(self.step, self.position, self._cast, before=self._earlier(e)) for e in self.held)
+        entries = tuple(
+            Entry(self.step, self.position, self._circumstances, before=self._earlier(e)) for e in self.held
+        )
         self._entries.update(zip(self._keys, entries, strict=True))
         self.held = entries
 
@@ -359,7 +367,7 @@ class Memory:
             # Zeros, not the input: the host writes into some of these, and the input may be somebody's skip.
             return lambda x, shape=None: x.new_zeros(self._shape(u, x, shape))
         if u.address in self.whole:
-            return lambda x, shape=None: self.onto(self._fresh(u, layer, x), u.address)
+            return lambda x, shape=None: self.onto(self._shortcut(u, layer, x), u.address)
         return None
 
     def after(self, address: str, current: nn.Module, x: Tensor, out: Tensor) -> None:
@@ -374,15 +382,15 @@ class Memory:
                 entry.shapes[address] = tuple(out.shape[1:])
         if self.mode != RECORD or address not in self._kept:
             return
-        if self.whole.get(address) == "branch":
-            self.store(address, out - self._fresh(self._units[address], current, x))
+        if self.whole.get(address) == "residual":
+            self.store(address, out - self._shortcut(self._units[address], current, x))
         else:
             # A copy: the host adds control residuals to this very tensor, FreeU writes into it.
             self.store(address, out.clone())
 
     @staticmethod
-    def _fresh(u: Unit, layer: nn.Module, x: Tensor) -> Tensor:
-        """The part of a unit's output that is never reused: its residual path."""
+    def _shortcut(u: Unit, layer: nn.Module, x: Tensor) -> Tensor:
+        """The part of a unit's output that is never reused: its shortcut."""
         return layer.skip_connection(x) if u.kind == "resnet" and hasattr(layer, "skip_connection") else x
 
     def store(self, address: str, value: Tensor) -> None:
@@ -401,7 +409,7 @@ class Memory:
         return torch.cat(values).to(self._device)
 
     def onto(self, x: Tensor, address: str) -> Tensor:
-        """A remembered branch on top of a fresh residual path x. Raises Misfit."""
+        """A remembered residual on top of a fresh shortcut x. Raises Misfit."""
         return self.recall(address, x.shape) + x
 
     def _value(self, entry: Entry, address: str, shape: Sequence[int]) -> Tensor:
@@ -467,19 +475,19 @@ def _is_plain(block: nn.Module) -> bool:
 
 
 class _PartsBlock(nn.Module):
-    """A transformer block whose attn1, attn2 and ff each compute, record or inherit their branch.
+    """A transformer block whose attn1, attn2 and ff each compute, record or inherit their residual.
 
     The one place where asdm has a forward of its own (the host has no door between these parts); used
     only when nobody patches the block. Same operations in the same order as the host's.
     """
 
-    def __init__(self, block: nn.Module, address: str, memory: Memory):
+    def __init__(self, block: nn.Module, address: str, memory: FeatureCache):
         super().__init__()
         self.block, self.address = block, address
         self._memory = [memory]  # in a list: not a submodule, and no cycle through nn.Module
 
     def forward(self, x: Tensor, context: Tensor | None = None, transformer_options={}) -> Tensor:
-        memory, block = self._memory[0], self.block
+        memory, block = self._cache[0], self.block
         for part in ("attn1", "attn2", "ff"):
             address = f"{self.address}.{part}"
             inherits = address in memory.reuse
