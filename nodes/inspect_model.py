@@ -75,7 +75,7 @@ def describe(model, width: int, height: int, percent: float) -> tuple[dict, dict
         "unpruned_params": whole.params,
         "unpruned_macs": whole.total,
         "packs": [p.rpartition("@")[0] for p in dict.fromkeys(p.source for p in everybody if p.source)],
-        "cut": [a for a in parts if parts[a].role == "cut"],
+        "cut": [a for a in providers if providers[a].role == "cut"],
         "on": in_runs(model),
         "units": rows,
     }

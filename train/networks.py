@@ -108,18 +108,18 @@ def give_experts(student: nn.Module, teacher: nn.Module, config: Config) -> None
 
 
 class RegionalAttention(nn.Module):
-    """GRI self-attention for a diffusers UNet on square maps, with a trainable gain for each head, (heads,)."""
+    """GRI self-attention for a diffusers UNet on square maps, with a trainable log gain for each head, (heads,)."""
 
     def __init__(self, heads: int, settings: Regional, device: torch.device | None = None):
         super().__init__()
-        self.gain, self.settings = nn.Parameter(torch.zeros(heads, device=device)), settings
+        self.log_gain, self.settings = nn.Parameter(torch.zeros(heads, device=device)), settings
 
     def forward(self, attn: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         """hidden_states: (B, N, C)."""
         side = math.isqrt(hidden_states.shape[1])
         q, k, v = (to(hidden_states).unflatten(-1, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
         return attn.to_out[0](
-            gri_attention(q, k, v, side, side, self.settings.sized(side), log_gain=self.gain).flatten(2)
+            gri_attention(q, k, v, side, side, self.settings.sized(side), log_gain=self.log_gain).flatten(2)
         )
 
 
@@ -130,10 +130,10 @@ def give_gains(student: nn.Module, config: UNetConfig, gains: LogGains | None, s
 
 
 def regional(student: nn.Module, config: UNetConfig, gains: LogGains | None) -> dict[str, nn.Module]:
-    """The self-attentions that gains are for, by the gain's name in a pack file."""
+    """The self-attentions that gains are for, by the log gain's name in a pack file."""
     slots = gains.keys(config) if gains else {}
     return {
-        key: student.get_submodule(slot.unit.key(slot.tensor, "diffusers").removesuffix(".gain"))
+        key: student.get_submodule(slot.unit.key(slot.tensor, "diffusers").removesuffix(".log_gain"))
         for key, slot in slots.items()
     }
 
@@ -158,7 +158,7 @@ def freeze(student: nn.Module, config: Config) -> None:
             layer.experts.requires_grad_(True)
             layer.router.requires_grad_(config.experts.router)
         elif isinstance(layer, RegionalAttention):
-            layer.gain.requires_grad_(True)
+            layer.log_gain.requires_grad_(True)
         elif isinstance(layer, lora.Change):
             layer.requires_grad_(True)
 
@@ -226,7 +226,7 @@ def _join(unet: nn.Module, opened: Loaded) -> None:
         )
     give_gains(unet, config, description.gri, Regional(**description.training.get("gri", {})))
     for key, attn in regional(unet, config, description.gri).items():
-        attn.processor.gain.data.copy_(opened.tensors[key])
+        attn.processor.log_gain.data.copy_(opened.tensors[key])
 
 
 def addressed(student: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
@@ -296,7 +296,7 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
             description, licence=teacher.licence, companions=teacher.companions if description.kind == "unet" else {}
         )
     tensors = {k: v.detach().float() for k, v in addressed(student, config.architecture).items()}
-    further = {k: attn.processor.gain.float() for k, attn in regional(student, unet, config.gains).items()}
+    further = {k: attn.processor.log_gain.float() for k, attn in regional(student, unet, config.gains).items()}
     if config.condconv:
         further |= {k: v.float() for k, v in condconv.extract(student, "diffusers", unet, config.condconv).items()}
     if description.kind == "pack":

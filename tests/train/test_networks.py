@@ -293,7 +293,7 @@ GAINS = ["student.preset=full", "loss.mid=0", "loss.blocks=0", "gri.on=down.0, u
 def test_of_gri_only_the_gains_are_trained():
     student = meta_student(load(NARROW, GAINS))
     trained = {name: p.shape for name, p in student.named_parameters() if p.requires_grad}
-    assert list(trained.values()) == [(4,)] * 5 and all(name.endswith(".attn1.processor.gain") for name in trained)
+    assert list(trained.values()) == [(4,)] * 5 and all(name.endswith(".attn1.processor.log_gain") for name in trained)
     with pytest.raises(ValueError, match=r"narrow trains nothing: student.preset = 'full'"):
         load(NARROW, GAINS[:3])
     with pytest.raises(ValueError, match="'down.3' holds no transformer"):
