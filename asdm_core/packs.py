@@ -763,12 +763,12 @@ def open_text_encoder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Sta
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
             raise bad(f"{name} must be a whole number from 1 to {highest}, got {printable(repr(value))}")
     for name in _TOKENS:
-        value = config.get(name)
+        value = config.get(name, None if name == "eos_token_id" else 0)  # the one that ComfyUI reads
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < config["vocab_size"]:
             raise bad(f"{name} must be a token below {config['vocab_size']}, got {printable(repr(value))}")
     if config["hidden_size"] % config["num_attention_heads"]:
         raise bad(f"{config['num_attention_heads']} heads cannot share {config['hidden_size']} channels")
-    epsilon = config.get("layer_norm_eps")
+    epsilon = config.get("layer_norm_eps", 1e-5)
     if config.get("hidden_act") not in ("quick_gelu", "gelu") or not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise bad("hidden_act must be quick_gelu or gelu, and layer_norm_eps lie between 0 and 1")
     (rows, *rest), kind = file.shapes["token_ids"] or (0, 0), file.dtypes["token_ids"]  # a single number has no rows

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..asdm_core.addresses import Unit, UNetConfig, walk
 from ..asdm_core.architecture import Architecture
 from ..asdm_core.inheritance import Plan, cache_elements, flow
+from ..asdm_core.measure import output_size
 from . import units
 
 COMPUTE, RECORD, REPLAY, PROBE = "compute", "record", "replay", "probe"
@@ -361,11 +362,12 @@ class FeatureCache:
 
     def _play(self, u: Unit, layer: nn.Module) -> Callable | None:
         """How a unit plays from memory; None if it computes."""
+        cut = units.passes_on(layer)
         if u.address in self._flow.recalls:
-            return lambda x, shape=None: self.recall(u.address, self._shape(u, x, shape))
+            return lambda x, shape=None: self.recall(u.address, self._shape(u, cut, x, shape))
         if u.address not in self._flow.computes:
             # Zeros, not the input: the host writes into some of these, and the input may be somebody's skip.
-            return lambda x, shape=None: x.new_zeros(self._shape(u, x, shape))
+            return lambda x, shape=None: x.new_zeros(self._shape(u, cut, x, shape))
         if u.address in self.whole:
             return lambda x, shape=None: self.onto(self._shortcut(u, layer, x), u.address)
         return None
@@ -424,19 +426,15 @@ class FeatureCache:
             )
         return value
 
-    def _shape(self, u: Unit, x: Tensor, output_shape: Sequence[int] | None) -> tuple[int, ...]:
+    def _shape(self, u: Unit, cut: bool, x: Tensor, output_shape: Sequence[int] | None) -> tuple[int, ...]:
         """Shape (B, C, H, W) of what a unit would make of its input x; output_shape: what the host wants of an
         upsampler.
 
         Raises Misfit if it was another one when features were recorded: then everything beneath belongs to another
         size.
         """
-        h, w = x.shape[2:]
-        if u.kind == "downsampler":
-            h, w = (h + 1) // 2, (w + 1) // 2
-        elif u.kind == "upsampler":
-            h, w = output_shape[2:] if output_shape is not None else (2 * h, 2 * w)
-        shape = u.channels_out, h, w
+        size = output_size(u, cut, x.shape[2:], None if output_shape is None else output_shape[2:])
+        shape = u.channels_out, *size
         if any(entry.shapes.get(u.address) != shape for entry in self.held):
             raise Misfit(u.address)
         return x.shape[0], *shape

@@ -117,6 +117,11 @@ def player(unit: Unit, play: Callable) -> nn.Module:
     return _STAND_INS[unit.kind](unit, play)
 
 
+def passes_on(module: nn.Module) -> bool:
+    """Whether a module stands for a cut unit: it passes its input on."""
+    return isinstance(module, _StandIn) and module.play == module.pass_on
+
+
 @lru_cache(maxsize=1024)
 def shared_stand_in(unit: Unit) -> nn.Module:
     """A stand-in for dispatch: it has no state, so one serves all runs (and all compiled graphs)."""

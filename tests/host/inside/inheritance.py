@@ -50,6 +50,21 @@ def test_sdxl_parts_and_blocks_equal_the_reference(folder):
             assert torch.equal(inherited, small.sample(model, SDXL))
 
 
+@pytest.mark.parametrize("how", ["file", "pack"])
+def test_it_inherits_where_a_pair_of_samplers_is_cut(model, tmp_path, how):
+    if how == "file":
+        whole = small.combined(tmp_path, preset="tiny")
+    else:
+        whole = small.with_pack(model, small.write_pack(tmp_path / "tiny.safetensors", preset="tiny", seed=1))
+    plan = inheritance.deepcache(SD, 0, EVERY_OTHER)
+    m = host.with_plan(whole, plan)
+    inherited = small.sample(m, steps=4)
+    assert host.setup_of(m).inheritance.log.last.replayed == [False, True, False, True]
+    same = small.combined(tmp_path, preset="tiny")  # the pack's units in one file are the same network
+    with reference.Inheriting(same, SD, plan):
+        assert torch.equal(inherited, small.sample(same, steps=4))
+
+
 def test_interval_one_is_bit_identical_to_none(model):
     plan = inheritance.shallow_only(SD, Schedule(interval=1))
     for sampler in ("euler", "heun"):
