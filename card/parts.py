@@ -98,7 +98,7 @@ def parts(card: dict, fast: bool) -> list[Part]:
         fp16 = () if "fp8" in name else (TYPES["fp16" if card else "fp32"],)
         settings: dict = {"dtype": "fp16" if card else "bf16" if "fp8" in name else "fp32", **one}
         found.append(Part(name, "correct", (*base, *flags, *fp16), settings, lacks))
-    few: dict = {"only": ["none", "M2", "GRI", "inheritance 'balanced'"]} if not card else {}
+    few: dict = {"only": ["none", "GRI"]} if not card else {}
     flags = (*base, TYPES["fp16" if card else "fp32"])
     found.append(Part("compiled", "compiled", flags, {"dtype": "fp16" if card else "fp32", **few}))
     if card:

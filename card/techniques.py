@@ -69,7 +69,9 @@ class Network:
         dtype = next(t.dtype for t in state.values())
         if dtype not in DTYPES.values():  # fp8, which the network computes in a wider type as well
             dtype = torch.float16
-        return self.written("own", description, {k: state[k].cpu().to(dtype) for k in description.keys()})
+        return self.written(
+            f"own {dtype}".replace("torch.", ""), description, {k: state[k].cpu().to(dtype) for k in description.keys()}
+        )
 
     def experts(self, how: str) -> str:
         """A pack of two experts on the convolutions of the shallowest decoder layer that no preset cuts."""

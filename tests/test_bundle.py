@@ -94,6 +94,7 @@ def test_the_bundle_has_the_host_without_its_page_and_the_pack_without_tests(whe
     )
     assert not [name for name in files if name.startswith(("tests/", "docs/", "host/input/")) or name.endswith(".png")]
     assert "host/comfy/text_encoders/t5/tokenizer.json" not in files
+    assert b"Version" in files["packages/av-0.0.dist-info/METADATA"]
     assert "packages/av.py" in files and any(text.startswith("av: ") for text in facts["left_out"])
     with_av, _ = bundle.bundle(host, [*bundle.HAVE.split(","), "av"], "3.12", "linux_x86_64", 14)
     assert "packages/av.py" not in with_av

@@ -40,7 +40,7 @@ ROOM = 14  # MB beside the pack
 COMPILED = (".so", ".pyd", ".dll", ".cuh", ".h")
 # Folders and files of the host that serve its web page or its tests, and text encoders of other model families.
 NOT_OF_HOST = (
-    "blueprints/,tests/,tests-unit/,script_examples/,.github/,.ci/,api_server/,comfy_api_nodes/,alembic_db/,custom_nodes/,"
+    "blueprints/,tests/,tests-unit/,script_examples/,.github/,.ci/,comfy_api_nodes/,custom_nodes/,"
     "input/,output/,models/,openapi.yaml,comfy/text_encoders/"
 ).split(",")
 NOT_OF_PACK = (
@@ -56,6 +56,7 @@ NOT_OF_PACK = (
 )
 PICTURES = (".png", ".jpg", ".svg")
 
+METADATA = "Metadata-Version: 2.1\nName: {name}\nVersion: 0.0\n"
 STAND_IN = '''"""Stands in for {name}, which is left out of this bundle: it can be imported, and refuses to be used."""
 
 import importlib.abc
@@ -254,6 +255,8 @@ def bundle(host: Path, have: list[str], python: str, platform: str, room: float)
     for name in REFUSING:
         if name not in there:
             beside[f"packages/{name}.py"] = STAND_IN.format(name=name).encode()
+            # Others ask for the version of what they can import.
+            beside[f"packages/{name}-0.0.dist-info/METADATA"] = METADATA.format(name=name).encode()
             left_out.append(f"{name}: a small module of that name can be imported and refuses to be used")
     left_out.append("the host's web page and the tokenizers of text encoders other than CLIP")
     facts = {
