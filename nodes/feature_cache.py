@@ -485,7 +485,7 @@ class _PartsBlock(nn.Module):
         self._memory = [memory]  # in a list: not a submodule, and no cycle through nn.Module
 
     def forward(self, x: Tensor, context: Tensor | None = None, transformer_options={}) -> Tensor:
-        memory, block = self._cache[0], self.block
+        memory, block = self._memory[0], self.block
         for part in ("attn1", "attn2", "ff"):
             address = f"{self.address}.{part}"
             inherits = address in memory.reuse
