@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path, PurePath
 
@@ -134,9 +135,9 @@ def pack_path(name: str) -> Path:
     return _embedded("pack").get(name) or _in_folder(PACK_FOLDER, name)
 
 
-def fingerprint(path: Path) -> list:
-    """What tells the host that a file was replaced, for its cache of results: names, times and sizes of all that is
-    read with it.
+def fingerprint(path: Path) -> str:
+    """What tells the host that a file was replaced, for its cache of results: a digest of names, times and sizes of all
+    that is read with it. The host writes it into pictures, so it holds no paths.
     """
     beside: list[Path] = [path]
     if path.is_dir():
@@ -147,7 +148,7 @@ def fingerprint(path: Path) -> list:
         except BadFile:
             description = None
         beside += [path.parent / name for name in description.companions.values()] if description else []
-    return [[str(p), *_stamp(p)] for p in beside]
+    return hashlib.sha256(repr([(str(p), *_stamp(p)) for p in beside]).encode()).hexdigest()
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -163,7 +164,9 @@ def changed(find, name: str) -> list:
     for the node itself to report.
     """
     try:
-        return fingerprint(find(name)) if isinstance(name, str) else []  # a name that comes by a link is not known yet
+        return (
+            [fingerprint(find(name))] if isinstance(name, str) else []
+        )  # a name that comes by a link is not known yet
     except ValueError:
         return [name]
 

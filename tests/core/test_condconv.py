@@ -442,7 +442,7 @@ def test_wrong_tensors(pack, change, message):
         ({"condconv": {"experts": {CONV1: 1}}}, "2 to 64 experts"),
         ({"condconv": []}, "condconv must be a JSON object"),
         ({"condconv": None}, "at least one unit"),
-        ({"kind": "unet"}, "further experts and gains come in packs only"),
+        ({"kind": "unet"}, "further experts and log gains come in packs only"),
         (
             {"architecture": M2.to_dict()},
             "a pack that plays no unit cannot cut units, and this one cuts down.0.1.resnet",

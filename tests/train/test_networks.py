@@ -377,12 +377,16 @@ def test_every_recipe_has_a_plan(path):
     recipe = load(path)
     text = report(recipe, 2 if recipe.run.batch > recipe.run.micro_batch else 1)
     whole = len(networks.trained_units(recipe)) == len(recipe.architecture.kept)
-    assert f"ends in {recipe.product} ({'unet' if whole else 'pack'})" in text
+    made = f"{recipe.product} ({'unet' if whole else 'pack'})" if recipe.makes_network else f"{recipe.lora_file} (LoRA)"
+    assert f"ends in {made}" in text
     further = sum(
         slot.tensor.numel
         for extra in (recipe.condconv, recipe.gains)
         if extra
         for slot in extra.keys(recipe.network.config).values()
+    )
+    further += recipe.lora.rank and sum(
+        p.numel() for name, p in meta_student(recipe).named_parameters() if name.endswith((".down", ".up"))
     )
     assert f"{(recipe.architecture.params + further) / 1e6:.3f}" in text.split("all", 1)[1]
     assert "activations" in text

@@ -54,7 +54,8 @@ def test_stages_remove_more_and_more_and_each_starts_from_the_one_before(name):
 
 
 def test_every_sdxl_recipe_belongs_to_a_chain():
-    assert {p.stem for p in CONFIGS.glob("sdxl-*.toml")} == {stem for chain in CHAINS.values() for stem in chain}
+    pruned = {p.stem for p in CONFIGS.glob("sdxl-*.toml") if load(p).makes_network}
+    assert pruned == {stem for chain in CHAINS.values() for stem in chain}
 
 
 def narrow(recipe, folder, *changes):

@@ -158,9 +158,9 @@ def test_gains_join_the_heads_they_were_trained_for(folder, monkeypatch, config,
     played = gri(small.with_pack(small.model(folder, config), path, strength=strength), **ROUGH, stages=1)
     seen = []
 
-    def gri_attention(q, k, v, height, width, gri, gain, **more):
-        seen.append(gain)
-        return core.gri_attention(q, k, v, height, width, gri, gain, **more)
+    def gri_attention(q, k, v, height, width, gri, log_gain, **more):
+        seen.append(log_gain)
+        return core.gri_attention(q, k, v, height, width, gri, log_gain, **more)
 
     monkeypatch.setattr(regional, "gri_attention", gri_attention)
     small.sample(played, config, steps=1, cfg=1.0)
@@ -202,7 +202,7 @@ def test_the_host_moves_and_casts_gains(model, gains):
 def test_inspect_model_names_the_pack_of_gains(model, gains):
     facts, _ = module("nodes.inspect_model").describe(small.with_pack(model, gains), 128, 128, 0.0)
     assert facts["packs"] == ["gains.safetensors"]
-    assert tuple(row["unit"] for row in facts["units"] if row.get("gains_of")) == TRANSFORMERS
+    assert tuple(row["unit"] for row in facts["units"] if row.get("log_gains_of")) == TRANSFORMERS
 
 
 # Together with others -------------------------------------------------------------------------------
