@@ -19,7 +19,9 @@ class Family:
 
         from train.emoji.classifier import load_classifier
 
-        self.model, clip, self.vae = pack_module("nodes.models").load_checkpoint(FAMILY / "emoji-teacher.safetensors")
+        self.model, clip, self.vae = pack_module("nodes.engine.models").load_checkpoint(
+            FAMILY / "emoji-teacher.safetensors"
+        )
         with safe_open(FAMILY / "emoji-classifier.safetensors", framework="pt") as f:
             codes = json.loads(f.metadata()["codes"])
         self.classifier = load_classifier(FAMILY, codes)

@@ -24,7 +24,7 @@ class Cutter:
     """One skeleton that becomes any of the variants by exchanging its units."""
 
     def __init__(self, unet):
-        stand_in = pack_module("nodes.units").stand_in
+        stand_in = pack_module("nodes.engine.units").stand_in
         self.unet = unet
         full = Architecture.full(SD15)
         self.units = {
@@ -44,7 +44,7 @@ def full_size(dtype: torch.dtype, architecture: Architecture | None = None, seed
     import comfy.model_management as management
     import comfy.model_patcher
 
-    config = pack_module("nodes.models").model_config(architecture or Architecture.full(SD15), "eps")
+    config = pack_module("nodes.engine.models").model_config(architecture or Architecture.full(SD15), "eps")
     config.set_inference_dtype(dtype, None)
     base = config.get_model({}, "")
     randomise(base.diffusion_model, seed)

@@ -47,7 +47,9 @@ def expert_players(cutter: Cutter, count: int, dtype: torch.dtype, device: torch
     settings = CondConv({a: count for a, conv in convolutions(SD15).items() if conv.unit.address in own})
     description = Description("pack", Architecture.full(SD15), condconv=settings)
     pack = (
-        pack_module("nodes.units").PackModel.load(description, start(SD15, settings, "random"), dtype, None).to(device)
+        pack_module("nodes.engine.units")
+        .PackModel.load(description, start(SD15, settings, "random"), dtype, None)
+        .to(device)
     )
     return {address: pack.with_experts(address, cutter.units[address][1], 1.0) for address in description.expert_units}
 

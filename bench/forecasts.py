@@ -43,7 +43,7 @@ class Prompts:
     """The emoji teacher with some prompts, and runs of it."""
 
     def __init__(self, pictures: int, first: int, seed: int):
-        load = pack_module("nodes.models").load_checkpoint
+        load = pack_module("nodes.engine.models").load_checkpoint
         self.model, clip, self.vae = load(FAMILY / "emoji-teacher.safetensors")
         names = list(json.loads((FAMILY / "concepts.json").read_text("utf-8")).values())
         chosen = names[first :: max(1, len(names) // pictures)][:pictures]
@@ -81,7 +81,7 @@ class Prompts:
 
     def recorded(self, run):
         """(recorder, root mean square of the result) of a run in full."""
-        forecasts, host = pack_module("nodes.forecasts"), pack_module("nodes.host")
+        forecasts, host = pack_module("nodes.engine.forecasts"), pack_module("nodes.engine.host")
         recorder = forecasts.Recorder()
         latents = self.run(host.with_forecasts(self.model, recorder), *run)
         return recorder, float(self.model.model.process_latent_in(latents).square().mean() ** 0.5)
@@ -108,7 +108,7 @@ def rows_of(name: str, run: tuple, test: Prompts, calibration: Prompts, args) ->
     """Every method at several savings, for one run."""
     import comfy.samplers
 
-    forecasts, host, speed_up = (pack_module(f"nodes.{n}") for n in ("forecasts", "host", "speed_up"))
+    forecasts, host, speed_up = (pack_module(f"nodes.{n}") for n in ("engine.forecasts", "engine.host", "speed_up"))
     sampler, scheduler, steps, cfg = run
     full = test.pictures(test.run(test.model, *run))
     sigmas = comfy.samplers.calculate_sigmas(test.model.get_model_object("model_sampling"), scheduler, steps)

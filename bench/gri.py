@@ -90,7 +90,7 @@ def smooth(side: int, channels: int, seed: int) -> torch.Tensor:
 
 def gri(window: int, pool: int, gains: dict | None = None):
     """gains: block -> (heads,)"""
-    regional = pack_module("nodes.regional")
+    regional = pack_module("nodes.engine.regional")
     played = regional.Attention(regional.Regional(window, pool), SD15)
     names = regional.Regional(stages=4).blocks(SD15)
     played.log_gains = {names[block]: {0: lambda q, g=g: g} for block, g in (gains or {}).items()}
@@ -340,7 +340,7 @@ def bench_activations(family: Larger, rounds: int, device: torch.device, clock) 
 
 def with_gains(model, config, gains: dict, folder: Path):
     """A clone of MODEL with gains from a pack, as Apply Pack would give it."""
-    names = pack_module("nodes.regional").Regional(stages=4).blocks(config)
+    names = pack_module("nodes.engine.regional").Regional(stages=4).blocks(config)
     description = packs.Description(
         "pack",
         Architecture.full(config),
@@ -366,7 +366,9 @@ def bench_pictures(family: Larger, trained: Path, clock) -> tuple[dict, list[dic
     """trained: a pack with gains."""
     from train.metrics import frechet
 
-    host, regional, apply_pack = (pack_module(f"nodes.{name}") for name in ("host", "regional", "apply_pack"))
+    host, regional, apply_pack = (
+        pack_module(f"nodes.{name}") for name in ("engine.host", "engine.regional", "apply_pack")
+    )
     config = host.architecture_of(family.model).config
     summary = {}
     rows = []
@@ -447,7 +449,7 @@ def bench_pictures(family: Larger, trained: Path, clock) -> tuple[dict, list[dic
 
 def bench_unet(name: str, rounds: int, device: torch.device, clock) -> tuple[dict, list[dict]]:
     dtype = DTYPES[name]
-    regional = pack_module("nodes.regional")
+    regional = pack_module("nodes.engine.regional")
     unet = build(SD15, dtype, device)
     played = regional.Attention(regional.Regional(), SD15)
     generator = torch.Generator().manual_seed(0)

@@ -86,7 +86,7 @@ def steps_of(model, clock: Callable[[], float], steps: int, size: int = 64) -> l
 
 def unit_times(model, config, clock, rounds: int) -> dict[str, float]:
     """Seconds that each unit takes in a full step; "" is all the rest. Median of the rounds."""
-    host_units = pack_module("nodes.units")
+    host_units = pack_module("nodes.engine.units")
     times: dict[str, list[float]] = {}
     started = {}
     handles = []
@@ -107,7 +107,7 @@ def unit_times(model, config, clock, rounds: int) -> dict[str, float]:
 
 
 def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
-    host = pack_module("nodes.host")
+    host = pack_module("nodes.engine.host")
     model = full_size(DTYPES[dtype])
     architecture = host.architecture_of(model)
     config = architecture.config
@@ -186,7 +186,7 @@ def methods(model) -> dict[str, tuple[str, object]]:
     """Label -> (method, MODEL)."""
     from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 
-    host = pack_module("nodes.host")
+    host = pack_module("nodes.engine.host")
     config = host.architecture_of(model).config
     schedule = inheritance.Schedule
     found = {}

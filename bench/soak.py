@@ -42,7 +42,7 @@ def narrow():
     import comfy.model_patcher
 
     sd15 = replace(FAMILIES["sd15"], model_channels=32)
-    config = pack_module("nodes.models").model_config(Architecture.full(sd15), "eps")
+    config = pack_module("nodes.engine.models").model_config(Architecture.full(sd15), "eps")
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model({}, "")
     randomise(base.diffusion_model)
@@ -112,8 +112,8 @@ def main() -> None:
     host_path = start_host("--use-pytorch-cross-attention")
     import comfy.model_management as management
 
-    host = pack_module("nodes.host")
-    memories = watch(pack_module("nodes.feature_cache").Memory)
+    host = pack_module("nodes.engine.host")
+    memories = watch(pack_module("nodes.engine.feature_cache").FeatureCache)
     model = narrow()
     config = host.architecture_of(model).config
     plans = [

@@ -54,7 +54,7 @@ FADE = 5  # steps of the cross-fade that is shown
 
 def switched(first, second, at: float, crossfade: int = 0):
     """What the node Switch UNet makes, at a share of the steps."""
-    return pack_module("nodes.switch").with_switch(first, second, SwitchPoint(at, "share of steps"), crossfade)
+    return pack_module("nodes.engine.switch").with_switch(first, second, SwitchPoint(at, "share of steps"), crossfade)
 
 
 def with_pack(model, path: Path):

@@ -1,40 +1,26 @@
-"""The nodes: the only folder that imports the host."""
+"""The nodes, a file each; the only folder that imports the host. What they share stands in common.py and engine/."""
 
 from __future__ import annotations
 
-from comfy_api.latest import ComfyExtension
+import importlib
+import pkgutil
 
-from . import (
-    apply_pack,
-    calibrate,
-    compare,
-    files,
-    gri,
-    inherit,
-    inspect_model,
-    load,
-    migrate,
-    save_unet,
-    speed,
-    speed_up,
-    switch,
-    xy_plot,
-)
+from comfy_api.latest import ComfyExtension, io
 
-NODES = [
-    *load.NODES,
-    *apply_pack.NODES,
-    *save_unet.NODES,
-    *inspect_model.NODES,
-    *inherit.NODES,
-    *gri.NODES,
-    *calibrate.NODES,
-    *switch.NODES,
-    *compare.NODES,
-    *xy_plot.NODES,
-    *speed.NODES,
-    *speed_up.NODES,
-]
+from . import migrate
+from .engine import files
+
+
+def all_nodes() -> list[type[io.ComfyNode]]:
+    """The nodes that the files of this folder define, in the order of the files' names."""
+    names = sorted(found.name for found in pkgutil.iter_modules(__path__) if not found.ispkg)
+    modules = [importlib.import_module(f".{name}", __name__) for name in names]
+    return [
+        thing
+        for module in modules
+        for thing in vars(module).values()
+        if isinstance(thing, type) and issubclass(thing, io.ComfyNode) and thing.__module__ == module.__name__
+    ]
 
 
 class ASDMExtension(ComfyExtension):
@@ -43,4 +29,4 @@ class ASDMExtension(ComfyExtension):
         await migrate.register()
 
     async def get_node_list(self):
-        return NODES
+        return all_nodes()

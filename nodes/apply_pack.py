@@ -11,8 +11,8 @@ from ..asdm_core import packs
 from ..asdm_core.architecture import FAMILIES
 from ..asdm_core.assignment import Override, Provider, Window
 from ..asdm_core.packs import Description
-from . import files, host, models
-from .load import CATEGORY
+from .common import CATEGORY
+from .engine import files, host, models
 
 
 def overrides_of(description: Description, pack_id: str, window: Window, strength: float = 1.0) -> list[Override]:
@@ -175,6 +175,3 @@ class ASDMApplyPack(io.ComfyNode):
             return io.NodeOutput(model)
         window = Window(start_percent, end_percent)
         return io.NodeOutput(apply_pack(model, files.pack_path(pack_name), pack_name, window, strength))
-
-
-NODES = [ASDMApplyPack]

@@ -9,11 +9,9 @@ from comfy_api.latest import io
 from ..asdm_core.architecture import Architecture
 from ..asdm_core.assignment import CHECKPOINT, JOINING, Provider
 from ..asdm_core.measure import costs, total
-from . import host, switch
-from .load import CATEGORY, SHOWS_PICTURE
-from .picture import UnitView, draw_levels, draw_unet, preview, to_image
-
-PIXELS = 8  # picture pixels per latent pixel, for every family here
+from .common import CATEGORY, PIXELS, SHOWS_PICTURE
+from .engine import host, switch
+from .engine.picture import UnitView, draw_levels, draw_unet, preview, to_image
 
 
 def providers_at(model, percent: float) -> tuple[dict[str, Provider], dict[str, dict[str, Provider]]]:
@@ -162,6 +160,3 @@ class ASDMInspectModel(io.ComfyNode):
         drawn = draw_unet(config, views, title, subtitle) if layers else draw_levels(config, views, title, lines)
         picture = to_image(drawn)
         return io.NodeOutput(json.dumps(facts, indent=1), picture, ui=preview(cls, picture, "\n".join([title, *lines])))
-
-
-NODES = [ASDMInspectModel]

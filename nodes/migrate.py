@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyAPI, io
 
-from .inherit import ASDMFeatureInheritance, custom_inputs
+from .feature_inheritance import ASDMFeatureInheritance, custom_inputs
 
 # Old node: its widgets in the order in which workflows keep their values, and the settings of ours that differ from the
 # defaults (a name in braces is the old widget whose value is taken).

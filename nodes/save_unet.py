@@ -13,8 +13,8 @@ from ..asdm_core.architecture import Architecture
 from ..asdm_core.packs import ZERO_SNR_MARKER, Description, standalone_form, write_unet
 from ..asdm_core.surgery import ADDRESSED
 from ..asdm_core.text import printable
-from . import host, models, switch
-from .load import CATEGORY, SHOWS_WORDS
+from .common import CATEGORY, SHOWS_WORDS
+from .engine import host, models, switch
 
 DTYPES = {"as loaded": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -171,6 +171,3 @@ class ASDMSaveUNet(io.ComfyNode):
         kind = f"{architecture.config.family} {architecture.name or 'custom'}"
         text = f"{saved}\n{kind}, {architecture.params / 1e6:.1f} M parameters{note}"
         return io.NodeOutput(str(path), ui={"text": (text,)})
-
-
-NODES = [ASDMSaveUNet]

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..asdm_core.forecast import Action, ForecastPlan
 from ..asdm_core.forecast_fit import Fit, Fitted, Response, Statistics
-from . import host
-from .forecasts import Forecaster, ForecastLog, positives, response_of
-from .load import CATEGORY
-from .feature_cache import position_of, step_of
+from .common import CATEGORY
+from .engine import host
+from .engine.feature_cache import position_of, step_of
+from .engine.forecasts import Forecaster, ForecastLog, positives, response_of
 
 TABLE = Path(__file__).parent.parent / "models" / "forecasts.safetensors"
 # Predicted error of the result, as a share of its size, that each position allows: about 40, 32 and 26 dB of PSNR to
@@ -139,6 +139,3 @@ class ASDMSpeedUp(io.ComfyNode):
     def execute(cls, model, likeness):
         host.architecture_of(model)  # not for other kinds of model
         return io.NodeOutput(host.with_forecasts(model, SpeedUp(likeness)))
-
-
-NODES = [ASDMSpeedUp]

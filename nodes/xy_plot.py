@@ -18,14 +18,14 @@ from ..asdm_core.inheritance import DIALS, Plan, Schedule
 from ..asdm_core.pictures import Row, duration, finite, grid
 from ..asdm_core.switching import UNITS, SwitchPoint
 from ..asdm_core.text import printable
-from . import files, host
 from .apply_pack import apply_pack
-from .compare import alike, cell_of, decode, sampler, sampling_inputs
-from .load import CATEGORY, SHOWS_PICTURE
-from .picture import from_image, preview, to_image
-from .regional import Regional
-from .switch import beside, switches_of, with_switch
-from .timing import Side, alternate
+from .common import CATEGORY, SHOWS_PICTURE, sampling_inputs
+from .engine import files, host
+from .engine.comparison import alike, cell_of, decode, sampler
+from .engine.picture import from_image, preview, to_image
+from .engine.regional import Regional
+from .engine.switch import beside, switches_of, with_switch
+from .engine.timing import Side, alternate
 
 OFF = "off"
 ENDING = ".safetensors"  # of a pack's name; may be left out
@@ -333,6 +333,3 @@ def note(plain: Side, cell: Side, pairs: list[tuple[float, float]]) -> str:
         else f"{psnr:.1f} dB  {ssim:.3f}"
     )
     return f"{plain.median / cell.median:.2f}x  {duration(cell.median)}   {like}"
-
-
-NODES = [ASDMXYPlot]

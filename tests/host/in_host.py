@@ -22,7 +22,7 @@ def pack():
 
 
 def module(name):
-    """A module of the pack: module("asdm_core.packs"), module("nodes.host")."""
+    """A module of the pack: module("asdm_core.packs"), module("nodes.engine.host")."""
     pack()
     return importlib.import_module(f"{NAME}.{name}")
 
@@ -33,7 +33,7 @@ def node_classes():
 
     async def load():
         extension = await pack().comfy_entrypoint()
-        module("nodes.files").register_folders()  # of on_load; the rest is for the server, which is not here
+        module("nodes.engine.files").register_folders()  # of on_load; the rest is for the server, which is not here
         return {node.GET_SCHEMA().node_id: node for node in await extension.get_node_list()}
 
     return asyncio.run(load())

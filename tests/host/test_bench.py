@@ -14,7 +14,7 @@ import asdm_core.packs, asdm_core.gri
 import torch
 from bench import _attention, condconv, gri, gri_forms, inheritance, soak, switch, unet
 
-regional = pack_module("nodes.regional")
+regional = pack_module("nodes.engine.regional")
 assert regional.GRI is asdm_core.gri.GRI
 assert asdm_core.gri.__spec__.name == "asdm_core.gri"
 twice = [name for name, module in sys.modules.items()

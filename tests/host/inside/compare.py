@@ -16,10 +16,10 @@ from in_host import execute, module, node_classes
 from PIL import Image
 
 SD, host, assignment = small.SD, small.host, small.assignment
-compare, timing, switch, regional, speed = (
-    module(f"nodes.{name}") for name in ("compare", "timing", "switch", "regional", "speed")
+compare, timing, switch, regional = (
+    module(f"nodes.engine.{name}") for name in ("comparison", "timing", "switch", "regional")
 )
-xy_plot = module("nodes.xy_plot")
+xy_plot, speed = module("nodes.xy_plot"), module("nodes.speed_readout")
 inheritance, measure, switching = (module(f"asdm_core.{name}") for name in ("inheritance", "measure", "switching"))
 
 

@@ -42,7 +42,7 @@ from comfy_extras import (
 from in_host import module
 
 inheritance, switching = module("asdm_core.inheritance"), module("asdm_core.switching")
-regional, switch = module("nodes.regional"), module("nodes.switch")
+regional, switch = module("nodes.engine.regional"), module("nodes.engine.switch")
 SD, host, addresses, surgery = small.SD, small.host, small.addresses, small.surgery
 PRUNED, PACK, EXPERTS, INHERITANCE, GRI, SWITCH = matrix.TECHNIQUES
 

@@ -8,8 +8,13 @@ from comfy_extras import nodes_model_downscale
 from in_host import module
 from torch._dynamo.utils import counters
 
-inheritance, switching, host = module("asdm_core.inheritance"), module("asdm_core.switching"), module("nodes.host")
-calibrate, regional, switch = module("nodes.calibrate"), module("nodes.regional"), module("nodes.switch")
+inheritance, switching, host = (
+    module("asdm_core.inheritance"),
+    module("asdm_core.switching"),
+    module("nodes.engine.host"),
+)
+regional, switch = module("nodes.engine.regional"), module("nodes.engine.switch")
+Survey = module("nodes.engine.survey").Survey
 Plan, Rule, Schedule = inheritance.Plan, inheritance.Rule, inheritance.Schedule
 CONFIG = small.TWO_LEVELS
 CHOSEN = small.Architecture.choose(CONFIG, "down.0.1, up.1.1", "down.0, up.1")
@@ -141,7 +146,7 @@ def test_inheriting_beside_deep_shrink_runs_uncompiled(model, graphs, after_skip
 def test_calibration_of_a_compiled_model(model, graphs):
     tables = []
     for m in (model, compiled(model)):
-        survey = calibrate.Survey([PLANS["forecast"]], 2)
+        survey = Survey([PLANS["forecast"]], 2)
         sample(host.with_survey(m, survey), steps=4)
         tables.append([c.errors for c in survey.candidates(host.architecture_of(model), 16, 16)])
     assert all((a == b).all() for a, b in zip(*tables, strict=True))

@@ -10,7 +10,7 @@ from in_host import module
 from small import Architecture
 
 addresses, architecture, surgery = small.addresses, small.architecture, small.surgery
-units = module("nodes.units")
+units = module("nodes.engine.units")
 PRESETS = [pytest.param(preset, id=preset) for preset in architecture.PRESETS]
 
 

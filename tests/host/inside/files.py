@@ -26,7 +26,7 @@ surgery = small.surgery
 packs = small.packs
 models = small.models
 Type = comfy.model_base.ModelType
-files, switch = in_pack("nodes.files"), in_pack("nodes.switch")
+files, switch = in_pack("nodes.engine.files"), in_pack("nodes.engine.switch")
 
 
 def chosen_for(preset, config=SD):

@@ -25,7 +25,9 @@ from comfy_extras import (
 from in_host import module
 
 SD, SDXL, host = small.SD, small.SDXL, small.host
-forecast, forecasts, speed_up = (module(name) for name in ("asdm_core.forecast", "nodes.forecasts", "nodes.speed_up"))
+forecast, forecasts, speed_up = (
+    module(name) for name in ("asdm_core.forecast", "nodes.engine.forecasts", "nodes.speed_up")
+)
 Action, ForecastPlan, every = forecast.Action, forecast.ForecastPlan, forecast.every
 FULL, RESULT, COND, UNGUIDED = forecast.FULL, forecast.RESULT, forecast.COND, forecast.UNGUIDED
 STEPS = 8

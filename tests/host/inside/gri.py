@@ -10,7 +10,7 @@ from comfy_extras import nodes_hypertile, nodes_pag, nodes_sag, nodes_tomesd
 from in_host import execute, module
 
 SD, SD2, SDXL, host = small.SD, small.SD2, small.SDXL, small.host
-inheritance, core, regional = module("asdm_core.inheritance"), module("asdm_core.gri"), module("nodes.regional")
+inheritance, core, regional = module("asdm_core.inheritance"), module("asdm_core.gri"), module("nodes.engine.regional")
 AUTO = {"window": 0, "pool": 0, "stages": 2, "shifted": False, "start_percent": 0.0, "end_percent": 1.0}
 EXACT, ROUGH = {"window": 4, "pool": 1}, {"window": 4, "pool": 4}
 LARGE = (64, 64)
@@ -336,7 +336,7 @@ def test_overrides_of_attention_are_honoured(model):
 
 
 def test_the_node_says_from_which_size_on_it_plays():
-    node = module("nodes.gri")
+    node = module("nodes.gri_attention")
     settings = regional.Regional
     for config, side in ((SD, 512), (SDXL, 1024)):
         assert node.plays_from(settings(), config).startswith(f"plays in pictures of {side} x {side} and more")

@@ -13,8 +13,9 @@ import torch
 from in_host import module
 
 SD, SDXL, host = small.SD, small.SDXL, small.host
-inheritance, replay = module("asdm_core.inheritance"), module("nodes.feature_cache")
-calibration, calibrate = module("asdm_core.calibration"), module("nodes.calibrate")
+inheritance, replay = module("asdm_core.inheritance"), module("nodes.engine.feature_cache")
+calibration, calibrate = module("asdm_core.calibration"), module("nodes.calibrate_inheritance")
+Survey = module("nodes.engine.survey").Survey
 Schedule, Plan, Rule = inheritance.Schedule, inheritance.Plan, inheritance.Rule
 EVERY_OTHER = Schedule(interval=2)
 
@@ -293,7 +294,7 @@ def test_the_report_says_what_was_inherited(model):
 
 
 def test_the_plan_says_where_steps_are_too_few(model):
-    inherit = module("nodes.inherit")
+    inherit = module("nodes.inheritance_plan")
     m = host.with_plan(model, PLANS["deepcache-0"])
     texts = [inherit.summary(inherit.describe(m, steps, 128, 128, 1)) for steps in (7, 8)]
     assert ["suffers" in text for text in texts] == [True, False]
@@ -361,7 +362,7 @@ def test_the_most_faithful_plan_for_a_saving_saves_it(model, calibrated):
 
 def test_an_error_measured_one_step_back_is_what_inheriting_there_does(model):
     # The last step of euler goes all the way to the predicted result, so its error is the run's.
-    survey = calibrate.Survey([inheritance.deepcache(SD, 1)], 2)
+    survey = Survey([inheritance.deepcache(SD, 1)], 2)
     full = small.sample(host.with_survey(model, survey), steps=4)
     (candidate,) = survey.candidates(host.architecture_of(model), 16, 16)
     plan = inheritance.deepcache(SD, 1, Schedule("explicit", steps=(0, 1, 2)))
@@ -372,7 +373,7 @@ def test_an_error_measured_one_step_back_is_what_inheriting_there_does(model):
 
 
 def test_a_survey_leaves_nothing_behind_and_control_reaches_every_trial(model):
-    survey = calibrate.Survey(calibrate.plans_for(SD), 2)
+    survey = Survey(calibrate.plans_for(SD), 2)
     measured = small.sample(host.with_survey(with_residual(model, 0.5), survey), steps=4)
     assert torch.equal(measured, small.sample(with_residual(model, 0.5), steps=4))
     assert not any(track.size() for track in survey.tracks)
@@ -382,6 +383,6 @@ def test_a_survey_beside_another_cache_measures_the_steps_that_run(model):
     from comfy_extras.nodes_easycache import EasyCacheNode
 
     lazy = EasyCacheNode.execute(model, 3.0, 0.2, 0.9, False).args[0]
-    survey = calibrate.Survey(calibrate.plans_for(SD), 2)
+    survey = Survey(calibrate.plans_for(SD), 2)
     assert torch.equal(small.sample(host.with_survey(lazy, survey), steps=8), small.sample(lazy, steps=8))
     assert any(len(track._sensitivity) > 0 for track in survey.tracks)

@@ -30,7 +30,7 @@ from in_host import module
 SD = small.SD
 SDXL = small.SDXL
 host = small.host
-units = module("nodes.units")
+units = module("nodes.engine.units")
 inheritance = module("asdm_core.inheritance")
 Schedule, Plan, Rule, Architecture = inheritance.Schedule, inheritance.Plan, inheritance.Rule, small.Architecture
 EVERY_OTHER = Schedule(interval=2)
@@ -442,7 +442,7 @@ def test_transformers_with_fewer_blocks(folder):
     # Parts of the blocks that are left inherit; the cut ones have none.
     cut = "mid.0.transformer.2-9, down.2.*.transformer.1-9, up.0.*.transformer.1-9"
     path = small.write_unet(folder / "fewer.safetensors", SDXL, cut=cut)
-    model = module("nodes.models").load_unet(path)
+    model = module("nodes.engine.models").load_unet(path)
     check(itself, model, plan=inheritance.attention(SDXL, "attn1|ff", EVERY_OTHER), config=SDXL)
 
 

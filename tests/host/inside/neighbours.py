@@ -10,7 +10,7 @@ from comfy_extras import nodes_freelunch, nodes_hypertile, nodes_pag, nodes_sag
 from in_host import module
 from nodes import ControlNetApplyAdvanced  # type: ignore[attr-defined]  # ComfyUI's nodes.py
 
-units = module("nodes.units")
+units = module("nodes.engine.units")
 addresses, surgery, Architecture, SD = small.addresses, small.surgery, small.Architecture, small.SD
 
 

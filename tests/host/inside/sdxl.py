@@ -9,8 +9,12 @@ from in_host import module
 
 SDXL, host, surgery = small.SDXL, small.host, small.surgery
 Architecture, addresses = small.Architecture, small.addresses
-inheritance, switch, switching = module("asdm_core.inheritance"), module("nodes.switch"), module("asdm_core.switching")
-regional = module("nodes.regional")
+inheritance, switch, switching = (
+    module("asdm_core.inheritance"),
+    module("nodes.engine.switch"),
+    module("asdm_core.switching"),
+)
+regional = module("nodes.engine.regional")
 PRESETS = ("ssd-1b", "vega", "koala-1b", "koala-700m")
 # Some stages of a student over SDXL, as M1 to M3 are some stages of BK-SDM Base over SD1.5.
 STAGES = [("ssd-1b", "down.2, up.0"), ("vega", "down.1, up.1"), ("koala-1b", "down.0-1, up.1-2")]

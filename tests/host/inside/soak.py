@@ -10,7 +10,7 @@ import small
 import torch
 from in_host import module
 
-inheritance, replay = module("asdm_core.inheritance"), module("nodes.feature_cache")
+inheritance, replay = module("asdm_core.inheritance"), module("nodes.engine.feature_cache")
 host, Schedule = small.host, inheritance.Schedule
 RUNS = 40
 PLANS = [

@@ -12,7 +12,7 @@ from comfy_extras import nodes_model_advanced, nodes_pag
 from in_host import module
 from nodes import ControlNetApplyAdvanced  # type: ignore[attr-defined]  # ComfyUI's nodes.py
 
-switch = module("nodes.switch")
+switch = module("nodes.engine.switch")
 switching = module("asdm_core.switching")
 host = small.host
 SD = small.SD

@@ -9,7 +9,7 @@ import small
 import torch
 from in_host import module
 
-units = module("nodes.units")
+units = module("nodes.engine.units")
 host = small.host
 
 

@@ -22,8 +22,8 @@ gri = module("asdm_core.gri")
 packs = module("asdm_core.packs")
 surgery = module("asdm_core.surgery")
 apply_pack = module("nodes.apply_pack")
-host = module("nodes.host")
-models = module("nodes.models")
+host = module("nodes.engine.host")
+models = module("nodes.engine.models")
 Architecture = architecture.Architecture
 
 narrow = module("card.narrow")

@@ -20,10 +20,10 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel, forward_timestep_embed
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..asdm_core.addresses import UNetConfig, unit
-from ..asdm_core.architecture import FAMILIES, Architecture
-from ..asdm_core.assignment import Assignment, Override, Provider, fingerprint
-from ..asdm_core.inheritance import Plan
+from ...asdm_core.addresses import UNetConfig, unit
+from ...asdm_core.architecture import FAMILIES, Architecture
+from ...asdm_core.assignment import Assignment, Override, Provider, fingerprint
+from ...asdm_core.inheritance import Plan
 from . import units
 from .forecasts import Forecasts
 from .regional import Attention, Regional

@@ -10,11 +10,11 @@ import torch
 from comfy_api.latest import ui
 from PIL import Image, ImageDraw, ImageFont
 
-from ..asdm_core.addresses import Unit, UNetConfig, walk
-from ..asdm_core.architecture import Architecture
-from ..asdm_core.inheritance import flow
-from ..asdm_core.pictures import duration
-from ..asdm_core.text import printable
+from ...asdm_core.addresses import Unit, UNetConfig, walk
+from ...asdm_core.architecture import Architecture
+from ...asdm_core.inheritance import flow
+from ...asdm_core.pictures import duration
+from ...asdm_core.text import printable
 
 BACKGROUND, INK, FAINT = "#ffffff", "#1c2330", "#8a94a6"
 COLOURS = {"host": "#a9bfdc", "pack": "#f4a261", "cut": "#f1f3f6"}
@@ -209,7 +209,7 @@ def draw_plan(architecture: Architecture, facts: Mapping, text: str, by_layer: b
     """A plan as a grid, one row per level of the UNet in the order of the forward pass, or per layer; one column per
     step; below it the last run. As wide as a node shows it, so that its letters are read without zooming in.
 
-    facts: see `nodes.inherit.describe`. An adaptive plan shows only the steps that must compute.
+    facts: see `nodes.inheritance_plan.describe`. An adaptive plan shows only the steps that must compute.
     """
     roles = roles_when_inheriting(architecture, facts["reuse"])
     roles = roles if by_layer else by_level(roles)
@@ -289,7 +289,7 @@ BARS = (320, 24)  # width of the longest bar and height of a line
 def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
     """The times of one run: a bar for each step, one for each block of the UNet, one for what each technique saved.
 
-    facts: see `nodes.speed.describe`.
+    facts: see `nodes.speed_readout.describe`.
     """
     steps, inherited = facts["step_seconds"], set(facts["inherited_steps"])
     lines = [(block, kinds) for block, kinds in facts["groups"].items()]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from comfy.ldm.modules import attention
 from torch import Tensor
 
-from ..asdm_core.addresses import UNetConfig, walk
-from ..asdm_core.assignment import Window
-from ..asdm_core.gri import GRI, PAYS_FROM, gri_attention
+from ...asdm_core.addresses import UNetConfig, walk
+from ...asdm_core.assignment import Window
+from ...asdm_core.gri import GRI, PAYS_FROM, gri_attention
 
 
 @dataclass(frozen=True)

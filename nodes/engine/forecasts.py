@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..asdm_core.forecast import (
+from ...asdm_core.forecast import (
     COND,
     FULL,
     RESULT,
@@ -33,7 +33,7 @@ from ..asdm_core.forecast import (
     line,
     v_of,
 )
-from ..asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, response
+from ...asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, response
 from .feature_cache import position_of, step_of
 
 SAME_CONTENT = 0.5  # cosine of the latents of a call and of the same call one evaluation before, at least

@@ -8,10 +8,9 @@ from comfy_api.latest import io
 
 from ..asdm_core.addresses import UNetConfig, walk
 from ..asdm_core.assignment import Window
-from . import host
-from .inspect_model import PIXELS
-from .load import CATEGORY, SHOWS_WORDS
-from .regional import Regional
+from .common import CATEGORY, PIXELS, SHOWS_WORDS
+from .engine import host
+from .engine.regional import Regional
 
 
 def plays_from(regional: Regional, config: UNetConfig) -> str:
@@ -121,6 +120,3 @@ class ASDMGRIAttention(io.ComfyNode):
             host.with_regional(model, regional),
             ui={"text": (plays_from(regional, host.architecture_of(model).config),)},
         )
-
-
-NODES = [ASDMGRIAttention]

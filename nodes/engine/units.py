@@ -19,11 +19,11 @@ from comfy.ldm.modules.diffusionmodules import openaimodel
 from comfy.weight_adapter import BypassForwardHook
 from torch import Tensor, nn
 
-from ..asdm_core.addresses import Slot, Unit, UNetConfig, walk
-from ..asdm_core.architecture import Architecture
-from ..asdm_core.condconv import CondConv2d, Conv, further_experts
-from ..asdm_core.packs import Description
-from ..asdm_core.surgery import PassThrough, pass_through
+from ...asdm_core.addresses import Slot, Unit, UNetConfig, walk
+from ...asdm_core.architecture import Architecture
+from ...asdm_core.condconv import CondConv2d, Conv, further_experts
+from ...asdm_core.packs import Description
+from ...asdm_core.surgery import PassThrough, pass_through
 
 # Stand-ins ------------------------------------------------------------------------------------------
 # Other packs place their modules by class: they must find a ResBlock where a ResBlock was cut, and the

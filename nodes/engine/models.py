@@ -20,12 +20,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..asdm_core import packs
-from ..asdm_core.addresses import UNetConfig
-from ..asdm_core.architecture import Architecture
-from ..asdm_core.packs import BadFile, Description, TensorFile
-from ..asdm_core.surgery import ADDRESSED, cut_modules
-from ..asdm_core.text import TEXT, printable
+from ...asdm_core import packs
+from ...asdm_core.addresses import UNetConfig
+from ...asdm_core.architecture import Architecture
+from ...asdm_core.packs import BadFile, Description, TensorFile
+from ...asdm_core.surgery import ADDRESSED, cut_modules
+from ...asdm_core.text import TEXT, printable
 from . import lora_keys, units
 
 WEIGHT_DTYPES = {

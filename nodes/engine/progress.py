@@ -9,7 +9,7 @@ import latent_preview
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..asdm_core.pictures import duration
+from ...asdm_core.pictures import duration
 
 PAUSE = 0.5  # seconds between two words about the time left
 

@@ -14,8 +14,8 @@ from functools import wraps
 
 import comfy.lora
 
-from ..asdm_core import lora
-from ..asdm_core.architecture import Architecture
+from ...asdm_core import lora
+from ...asdm_core.architecture import Architecture
 
 AUTO = "auto"
 _UNET = "diffusion_model."

@@ -1,4 +1,4 @@
-"""Several UNets in one sampling run: the node, and how the host is made to sample with another MODEL from a step on.
+"""Several UNets in one sampling run: how the host is made to sample with another MODEL from a step on.
 
 Much of what a MODEL brings acts above its network: guidance functions, prediction type, ControlNet mapping, encoded
 conditionings. So the turn changes in PREDICT_NOISE, where one evaluation of the guider begins: the guider gets the
@@ -18,11 +18,8 @@ import comfy.sampler_helpers
 import comfy.samplers
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP, get_all_wrappers
 from comfy.weight_adapter import BypassInjectionManager
-from comfy_api.latest import io
-
-from ..asdm_core.switching import UNITS, Switch, SwitchPoint, shares
+from ...asdm_core.switching import Switch, SwitchPoint, shares
 from . import host
-from .load import CATEGORY
 from .feature_cache import step_of
 
 KEY = "asdm_switch"
@@ -479,69 +476,3 @@ _WRAPPERS = (
     (WrappersMP.SAMPLER_SAMPLE, _sampler_sample),
     (WrappersMP.PREDICT_NOISE, _predict_noise),
 )
-
-
-class ASDMSwitchUNet(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="ASDMSwitchUNet",
-            display_name="Switch UNet",
-            category=CATEGORY,
-            description="Samples with one model up to a point of the run and with another one from there on, inside "
-            "one sampler run. "
-            "Each keeps its own LoRAs, packs, patches and prediction type. A small UNet for the layout and a large "
-            "one for "
-            "the details, or the other way round. Chain it for more than two.",
-            search_aliases=[
-                "asdm",
-                "multi unet",
-                "model swap",
-                "two models",
-                "refiner",
-                "handoff",
-                "faster",
-                "speed up",
-            ],
-            inputs=[
-                io.Model.Input("model_first"),
-                io.Model.Input("model_second"),
-                io.Float.Input(
-                    "switch_at",
-                    default=0.5,
-                    min=0.0,
-                    max=10000.0,
-                    step=0.01,
-                    tooltip="Where the second model takes over: 0.4 with percent or share of steps, 10 with step (10 "
-                    "steps of the "
-                    "first), a noise level with sigma.",
-                ),
-                io.Combo.Input(
-                    "unit",
-                    options=list(UNITS),
-                    default="percent",
-                    tooltip="percent: share of the noise schedule, 0 is its begin, 1 its end, as in other nodes. "
-                    "share of steps: 0.4 is "
-                    "after 40% of this run's steps. step: steps of this run. "
-                    "sigma: a noise level. All mean a noise level: the second model plays at and below it.",
-                ),
-                io.Int.Input(
-                    "crossfade_steps",
-                    default=0,
-                    min=0,
-                    max=1000,
-                    advanced=True,
-                    tooltip="So many steps from the switch on both models play and their predictions are mixed. Each "
-                    "costs as much "
-                    "as both. 0: at once.",
-                ),
-            ],
-            outputs=[io.Model.Output()],
-        )
-
-    @classmethod
-    def execute(cls, model_first, model_second, switch_at, unit, crossfade_steps):
-        return io.NodeOutput(with_switch(model_first, model_second, SwitchPoint(switch_at, unit), crossfade_steps))
-
-
-NODES = [ASDMSwitchUNet]

@@ -8,10 +8,10 @@ from pathlib import Path, PurePath
 
 import folder_paths
 
-from ..asdm_core.packs import BadFile, TensorFile, describe, is_shard, unet_in_folder
-from ..asdm_core.text import read_json
+from ...asdm_core.packs import BadFile, TensorFile, describe, is_shard, unet_in_folder
+from ...asdm_core.text import read_json
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "models" / "emoji"
+EMBEDDED = Path(__file__).resolve().parent.parent.parent / "models" / "emoji"
 PACK_FOLDER = "asdm_packs"
 
 NO_UNET = "none found"  # stands in the list where there is nothing to choose

@@ -13,11 +13,11 @@ from ..asdm_core.addresses import unit
 from ..asdm_core.architecture import Architecture
 from ..asdm_core.measure import costs, sizes
 from ..asdm_core.pictures import duration
-from . import host
-from .load import CATEGORY, SHOWS_PICTURE
-from .picture import draw_speed, preview, to_image
-from .switch import on_each, others_of
-from .timing import Record
+from .common import CATEGORY, SHOWS_PICTURE
+from .engine import host
+from .engine.picture import draw_speed, preview, to_image
+from .engine.switch import others_of
+from .engine.timing import Record
 
 
 def describe(model) -> dict:
@@ -153,26 +153,6 @@ def summary(facts: dict) -> list[str]:
     ]
 
 
-class ASDMMeasureSpeed(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="ASDMMeasureSpeed",
-            display_name="Measure Speed",
-            category=CATEGORY,
-            description="Times every step and every layer of the runs of this MODEL, for Speed Readout. The pictures "
-            "stay the same, bit by bit. "
-            "Put it last, right before the sampler; bypass it and nothing is measured.",
-            search_aliases=["profile", "profiler", "timing", "benchmark", "time per step"],
-            inputs=[io.Model.Input("model")],
-            outputs=[io.Model.Output()],
-        )
-
-    @classmethod
-    def execute(cls, model):
-        return io.NodeOutput(on_each(model, host.with_speed))
-
-
 class ASDMSpeedReadout(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -213,6 +193,3 @@ class ASDMSpeedReadout(io.ComfyNode):
         lines = summary(facts)
         picture = to_image(draw_speed(facts, *lines))
         return io.NodeOutput(picture, json.dumps(facts, indent=1), ui=preview(cls, picture, "\n".join(lines)))
-
-
-NODES = [ASDMMeasureSpeed, ASDMSpeedReadout]

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..asdm_core.addresses import Unit, UNetConfig, walk
-from ..asdm_core.architecture import Architecture
-from ..asdm_core.inheritance import Plan, cache_elements, flow
-from ..asdm_core.measure import output_size
+from ...asdm_core.addresses import Unit, UNetConfig, walk
+from ...asdm_core.architecture import Architecture
+from ...asdm_core.inheritance import Plan, cache_elements, flow
+from ...asdm_core.measure import output_size
 from . import units
 
 COMPUTE, RECORD, REPLAY, PROBE = "compute", "record", "replay", "probe"

@@ -1,17 +1,12 @@
-"""Loading pruned UNets and checkpoints that have one."""
+"""Loading pruned UNets."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
 from ..asdm_core.lora import READINGS
-from . import files, host, lora_keys, models
-
-CATEGORY = "model/asdm"
-
-# What a node shows of itself after a run: said with one of its inputs, for web/.
-SHOWS = "asdm_shows"
-SHOWS_COMPARISON, SHOWS_PICTURE, SHOWS_WORDS = ({SHOWS: what} for what in ("comparison", "picture", "words"))
+from .common import CATEGORY, SHOWS_WORDS
+from .engine import files, host, lora_keys, models
 
 
 def found_text(model, name: str) -> str:
@@ -101,36 +96,3 @@ class ASDMLoadPrunedUNet(io.ComfyNode):
         model = models.load_unet(str(path), weight_dtype, None if prediction == "auto" else prediction, lora_names)
         found = found_text(model, unet_name)
         return io.NodeOutput(model, found, ui={"text": (found,)})
-
-
-class ASDMCheckpointLoader(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="ASDMCheckpointLoader",
-            display_name="Load Checkpoint (asdm)",
-            category=CATEGORY,
-            description="Loads a whole checkpoint whose UNet is pruned, or a member of the small emoji family that "
-            "ships with "
-            "asdm (128 x 128 pixels, made for trying things out). For an ordinary checkpoint use the stock node.",
-            search_aliases=["emoji", "pruned checkpoint", "distilled checkpoint"],
-            inputs=[
-                io.Combo.Input(
-                    "ckpt_name",
-                    options=files.checkpoints(),
-                    tooltip="The embedded family (emoji, 128 x 128 pixels) first, then models/checkpoints.",
-                )
-            ],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, ckpt_name=None):
-        return files.changed(files.checkpoint_path, ckpt_name)
-
-    @classmethod
-    def execute(cls, ckpt_name):
-        return io.NodeOutput(*models.load_checkpoint(files.checkpoint_path(ckpt_name)))
-
-
-NODES = [ASDMLoadPrunedUNet, ASDMCheckpointLoader]

@@ -1,0 +1,115 @@
+"""Two or more MODELs or pictures side by side: what is compared, in words, drawn, and for the view in the browser."""
+
+from __future__ import annotations
+
+import nodes as host_nodes
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+
+from ...asdm_core import measure
+from ...asdm_core.pictures import CELL, HEAT_HEAD, Row, duration, grid, heat_map, likeness
+from . import host, switch
+from .picture import from_image
+
+NAMES = "ABCDEFGH"
+LARGEST_CELL = 512
+ORIGINAL = "original"  # the name of a MODEL without anything of asdm
+
+
+# What is compared -----------------------------------------------------------------------------------
+
+
+def original_of(model):
+    """A clone of MODEL without anything that asdm's nodes put on it."""
+    return host.without_setup(switch.without_switches(model))
+
+
+def techniques(model) -> str:
+    """What asdm's nodes put on a MODEL, in a few words; ORIGINAL for nothing."""
+    setup = host.setup_of(model)
+    packs = [pack_id.rpartition("@")[0].removesuffix(".safetensors") for pack_id in setup.packs]
+    inheritance = [f"{setup.inheritance.plan.name or 'custom'} inheritance"] if setup.inheritance else []
+    regional = ["GRI attention"] if setup.regional else []
+    switched = ["switched"] if switch.switches_of(model) else []
+    return " + ".join([*packs, *inheritance, *regional, *switched]) or ORIGINAL
+
+
+def sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise):
+    """What KSampler does with these settings, as a function of the MODEL."""
+    return lambda model: host_nodes.common_ksampler(
+        model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
+    )[0]
+
+
+def decode(vae, latent: dict) -> torch.Tensor:
+    return host_nodes.VAEDecode().decode(vae, latent)[0]
+
+
+# Texts and pictures -----------------------------------------------------------------------------------
+
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> list[tuple[float, float] | None]:
+    """PSNR and SSIM of each pair of two IMAGEs; None for all where their sizes differ.
+
+    Of a shorter batch the last picture stands for those it lacks.
+    """
+    if a.shape[1:3] != b.shape[1:3]:
+        return [None] * max(len(a), len(b))
+    a, b = (paired(t, max(len(a), len(b)))[..., :3].movedim(-1, 1) for t in (a, b))
+    return list(zip(measure.psnr(a, b).tolist(), measure.ssim(a, b).tolist(), strict=True))
+
+
+def paired(images: torch.Tensor, count: int) -> torch.Tensor:
+    """A batch as long as `count`: its last picture stands for those it lacks."""
+    return images[[min(i, len(images) - 1) for i in range(count)]]
+
+
+def in_words(pair: tuple[float, float] | None) -> str:
+    return "sizes differ" if pair is None else likeness(*pair)
+
+
+def faster(before: float, after: float) -> str:
+    """Two times in words: "1.62x, 3.1 s to 1.9 s"."""
+    return f"{before / after:.2f}x, {duration(before)} to {duration(after)}"
+
+
+def cell_of(images: torch.Tensor) -> tuple[int, int]:
+    """Size of a cell for pictures of an IMAGE: as large as they are, within limits that leave room for labels."""
+    height, width = images.shape[1:3]
+    scale = min(max(max(height, width), CELL), LARGEST_CELL) / max(height, width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def draw(title: str, subtitle: str, labels: list[str], batches: list[torch.Tensor]) -> Image.Image:
+    """All batches side by side, one line per picture. Two of one size get a heat-map; more than two their likeness to
+    the first below.
+    """
+    count = max(map(len, batches))
+    columns = [[from_image(picture) for picture in paired(batch, count)] for batch in batches]
+    likenesses = [[in_words(pair) for pair in alike(batches[0], batch)] for batch in batches[1:]]
+    heads, pair = [f"{name}  {label}".rstrip() for name, label in zip(NAMES, labels, strict=False)], len(batches) == 2
+    with_heat = pair and batches[0].shape[1:3] == batches[1].shape[1:3]
+    rows = []
+    for i, pictures in enumerate(zip(*columns, strict=True)):
+        caption = f"{i + 1} of {count}" if count > 1 else ""
+        notes = [of[min(i, len(of) - 1)] for of in likenesses]
+        if pair:
+            rows.append(Row((*pictures, heat_map(*pictures)) if with_heat else pictures, caption, notes[0]))
+        else:
+            rows.append(Row(pictures, caption, notes=["", *notes]))
+    return grid(title, subtitle, [*heads, HEAT_HEAD] if with_heat else heads, rows, cell_of(batches[0]))
+
+
+def view(cls, title: str, labels: list[str], batches: list[torch.Tensor]) -> dict:
+    """What web/compare.js shows: the pictures, saved with the workflow in them, their labels and likenesses."""
+    saved = [
+        ui.ImageSaveHelper.save_images(batch, f"asdm.compare.{name}", io.FolderType.temp, cls, compress_level=1)
+        for name, batch in zip(NAMES, batches, strict=False)
+    ]
+    likenesses = {
+        f"{i}{j}": [in_words(pair) for pair in alike(batches[i], batches[j])]
+        for j in range(len(batches))
+        for i in range(j)
+    }
+    return {"asdm_compare": ({"title": title, "labels": labels, "batches": saved, "likeness": likenesses},)}
