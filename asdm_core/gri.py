@@ -18,12 +18,14 @@ Where cells do not divide the map the last ones begin smaller and count for less
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from . import addresses
@@ -136,8 +138,8 @@ class _Span:
     count: int
 
     @property
-    def end(self) -> int:
-        return self.start + self.size * self.count
+    def slice(self) -> slice:
+        return slice(self.start, self.start + self.size * self.count)
 
 
 def _spans(length: int, gri: GRI) -> list[_Span]:
@@ -187,74 +189,132 @@ def gri_attention(
         )
     scale = q.shape[-1] ** -0.5
     if gri.covers(height, width):
-        return attend(*(t.transpose(1, 2) for t in (q, k, v)), scale, None).transpose(1, 2)
+        heads_first = (rearrange(t, "b n heads dim -> b heads n dim") for t in (q, k, v))
+        return rearrange(attend(*heads_first, scale, None), "b heads n dim -> b n heads dim")
     mean = q.mean(1, dtype=torch.promote_types(q.dtype, torch.float32)) * scale
-    maps = [t.unflatten(1, (height, width)) for t in (q, k, v)]
-    places = [(r, c) for r in _spans(height, gri) for c in _spans(width, gri)]
-    own = [[_windows(t, r, c) for t in maps] for r, c in places]
-    cells = [_cells(mean, k, v, r.size, c.size, gri.pool, steps) for (r, c), (_, k, v) in zip(places, own, strict=True)]
-    counts = [of_windows[0].shape[3] for of_windows in cells]
-    # (B, heads, cells of the map, ...), twice, so that the cells outside of a window are one stretch, from its end
-    # round to its start
-    keys, values, bias = (
-        torch.cat(2 * [x.transpose(1, 2).flatten(2, 3) for x in kind], 2) for kind in zip(*cells, strict=True)
-    )
-    if log_gain is not None:
-        bias = bias + log_gain.to(bias.dtype)[:, None, None]
-    total = keys.shape[2] // 2
-    start = 0
+    maps = [rearrange(t, "b (height width) heads dim -> b height width heads dim", height=height) for t in (q, k, v)]
     out = torch.empty_like(maps[0])
-    for (r, c), (queries, *tokens), count in zip(places, own, counts, strict=True):
-        windows = r.count * c.count
-        outside = [
-            x[:, :, start + count :].unfold(2, total - count, count)[:, :, :windows].permute(0, 2, 1, 4, 3)
-            for x in (keys, values, bias)
-        ]
-        seen_keys, seen_values = (torch.cat(pair, 3) for pair in zip(tokens, outside[:2], strict=True))
+    groups = []
+    for rows, columns in product(_spans(height, gri), _spans(width, gri)):
+        queries, keys, values = (_windows(t, rows, columns) for t in maps)
+        cells = _cells(mean, keys, values, rows.size, columns.size, gri.pool, steps)
+        groups.append(_Group(rows, columns, queries, keys, values, cells))
+    ring = _ring([group.cells for group in groups], log_gain)
+    first = 0  # cell of the first window of the group
+    for group in groups:
+        others = _others(ring, first, group.cells)
         found = _biased(
-            queries,
-            seen_keys,
-            seen_values,
+            group.queries,
+            torch.cat([group.keys, others.keys], 3),
+            torch.cat([group.values, others.values], 3),
             scale,
-            F.pad(outside[2][..., 0], (r.size * c.size, 0)),
+            F.pad(rearrange(others.bias, "b windows heads cells 1 -> b windows heads cells"), (group.tokens, 0)),
             attend,
         )
-        out[:, r.start : r.end, c.start : c.end] = _unfold(found, r, c)
-        start += windows * count
-    return out.flatten(1, 2)
+        out[:, group.rows.slice, group.columns.slice] = _unfold(found, group.rows, group.columns)
+        first += group.cells.windows * group.cells.each
+    return rearrange(out, "b height width heads dim -> b (height width) heads dim")
 
 
-def _windows(x: Tensor, r: _Span, c: _Span) -> Tensor:
+class _Cells(NamedTuple):
+    """Cells of windows, each instead of many tokens.
+
+    keys, values: (B, windows, heads, cells, dim). bias: of their logits, (B, windows, heads, cells, 1).
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+
+    @property
+    def windows(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def each(self) -> int:
+        """Cells of a window."""
+        return self.keys.shape[3]
+
+
+class _Group(NamedTuple):
+    """Windows of equal size, side by side on the map. queries, keys, values: (B, windows, heads, tokens, dim)"""
+
+    rows: _Span
+    columns: _Span
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    cells: _Cells
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a window."""
+        return self.rows.size * self.columns.size
+
+
+def _ring(groups: Sequence[_Cells], log_gain: Tensor | None) -> _Cells:
+    """The cells of all windows in one row, (B, heads, 2 * cells, ...), which runs twice: so the cells outside of a
+    window are one stretch of it, from the window's end round to its start, and taking them copies nothing.
+    """
+    row = (
+        torch.cat(2 * [rearrange(x, "b windows heads cells dim -> b heads (windows cells) dim") for x in kind], 2)
+        for kind in zip(*groups, strict=True)
+    )
+    ring = _Cells(*row)
+    return ring if log_gain is None else ring._replace(bias=ring.bias + log_gain.to(ring.bias.dtype)[:, None, None])
+
+
+def _others(ring: _Cells, first: int, own: _Cells) -> _Cells:
+    """For each window of a group the cells of all other windows of the map, (B, windows, heads, cells, ...).
+
+    first: place in the ring of the first cell of the group. own: its cells.
+    """
+    around = ring.keys.shape[2] // 2
+
+    def stretches(x: Tensor) -> Tensor:
+        every = x[:, :, first + own.each :].unfold(2, around - own.each, own.each)  # one begins where each window ends
+        return rearrange(every[:, :, : own.windows], "b heads windows dim cells -> b windows heads cells dim")
+
+    return _Cells(*map(stretches, ring))
+
+
+_ON_THE_MAP = "b (rows row) (columns column) heads dim"
+_IN_WINDOWS = "b (rows columns) heads (row column) dim"
+
+
+def _windows(x: Tensor, rows: _Span, columns: _Span) -> Tensor:
     """Windows side by side of a map: (B, height, width, heads, dim) -> (B, windows, heads, tokens, dim)"""
-    x = x[:, r.start : r.end, c.start : c.end].unflatten(2, (c.count, c.size)).unflatten(1, (r.count, r.size))
-    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(1, 2)
+    return rearrange(
+        x[:, rows.slice, columns.slice], f"{_ON_THE_MAP} -> {_IN_WINDOWS}", row=rows.size, column=columns.size
+    )
 
 
-def _unfold(x: Tensor, r: _Span, c: _Span) -> Tensor:
+def _unfold(x: Tensor, rows: _Span, columns: _Span) -> Tensor:
     """(B, windows, heads, tokens, dim) -> (B, height, width, heads, dim)"""
-    x = x.unflatten(3, (r.size, c.size)).unflatten(1, (r.count, c.count))
-    return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
+    return rearrange(x, f"{_IN_WINDOWS} -> {_ON_THE_MAP}", rows=rows.count, row=rows.size, column=columns.size)
 
 
-def _cells(
-    mean: Tensor, k: Tensor, v: Tensor, height: int, width: int, pool: int, steps: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of the cells of windows of height x width tokens, (B, windows, heads, cells, dim), and their
-    biases, (B, windows, heads, cells, 1) in the dtype of the mean query.
+def _cells(mean: Tensor, k: Tensor, v: Tensor, height: int, width: int, pool: int, steps: int) -> _Cells:
+    """The cells of windows of height x width tokens, their biases in the dtype of the mean query.
 
     mean: (B, heads, dim), the mean query, scaled. k, v: (B, windows, heads, tokens, dim).
     """
     if pool == 1:
-        return k, v, mean.new_zeros(*k.shape[:-1], 1)
+        return _Cells(k, v, mean.new_zeros(*k.shape[:-1], 1))
     rows, columns = (
         torch.eye(-(-size // pool), device=k.device, dtype=mean.dtype).repeat_interleave(pool, 1)[:, :size]
         for size in (height, width)
     )
     squares = torch.kron(rows, columns)  # (cells, tokens)
     at_once = max(1, _MOST // (k.shape[2] * squares.numel()))
-    windows = (t.flatten(0, 1).split(at_once) for t in (mean[:, None].expand(-1, k.shape[1], -1, -1), k, v))
-    found = [_gathered(squares, steps, *of_windows) for of_windows in zip(*windows, strict=True)]
-    return tuple(torch.cat(kind).unflatten(0, k.shape[:2]) for kind in zip(*found, strict=True))
+    windows = k.shape[1]
+    each = (
+        repeat(mean, "b heads dim -> (b windows) heads dim", windows=windows),
+        *(rearrange(t, "b windows heads tokens dim -> (b windows) heads tokens dim") for t in (k, v)),
+    )
+    found = [_gathered(squares, steps, *some) for some in zip(*(t.split(at_once) for t in each), strict=True)]
+    whole = (torch.cat(kind) for kind in zip(*found, strict=True))
+    return _Cells(*(rearrange(t, "(b windows) ... -> b windows ...", windows=windows) for t in whole))
 
 
 def _gathered(members: Tensor, steps: int, mean: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,17 +341,16 @@ def _gathered(members: Tensor, steps: int, mean: Tensor, k: Tensor, v: Tensor) -
 
 def _biased(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor, attend: Callable[..., Tensor]) -> Tensor:
     """Attention of (B, windows, heads, tokens, dim) with a bias (B, windows, heads, keys) for each key."""
-    shape = q.shape[:2]
-    dim = q.shape[-1]
-    q, k, v, bias = (t.flatten(0, 1) for t in (q, k, v, bias))
+    windows, dim = q.shape[1], q.shape[-1]
+    q, k, v, bias = (rearrange(t, "b windows ... -> (b windows) ...") for t in (q, k, v, bias))
     if q.device.type == "cpu" and not bias.requires_grad:
-        plain: Tensor = attend(q, k, v, scale, bias[:, :, None]).unflatten(0, shape)
-        return plain
-    further = F.pad(torch.stack(_halves(bias / (scale * _UNIT), k.dtype), -1), (0, _FURTHER - 2))
-    units = q.new_tensor([_UNIT, _UNIT] + [0] * (_FURTHER - 2)).expand(*q.shape[:-1], -1)
-    out: Tensor = attend(torch.cat([q, units], -1), torch.cat([k, further], -1), F.pad(v, (0, _FURTHER)), scale, None)
-    out = out[..., :dim].unflatten(0, shape)
-    return out
+        out = attend(q, k, v, scale, bias[:, :, None])
+    else:
+        further = F.pad(torch.stack(_halves(bias / (scale * _UNIT), k.dtype), -1), (0, _FURTHER - 2))
+        units = q.new_tensor([_UNIT, _UNIT] + [0] * (_FURTHER - 2)).expand(*q.shape[:-1], -1)
+        out = attend(torch.cat([q, units], -1), torch.cat([k, further], -1), F.pad(v, (0, _FURTHER)), scale, None)
+        out = out[..., :dim]
+    return rearrange(out, "(b windows) ... -> b windows ...", windows=windows)
 
 
 def _halves(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
