@@ -163,7 +163,8 @@ def convert(args: argparse.Namespace) -> None:
             "--keep is written into a file's description, which only the ldm layout has; give --layout ldm and no "
             "--numbering"
         )
-    tensors, dtype = _Progress(loaded.tensors, "convert"), DTYPES[args.dtype]
+    tensors = _Progress(loaded.tensors, "convert")
+    dtype = DTYPES[args.dtype]
     if form == packs.standalone_form(architecture):
         packs.write_unet(args.output, tensors, loaded.description, dtype, loaded.markers)
     else:
@@ -284,8 +285,10 @@ def extract_experts(args: argparse.Namespace) -> None:
         config = loaded.description.architecture.config
         experts, tensors = _gathered(args, loaded, select(config, args.units))
     elif description is not None and description.condconv:
-        loaded, config = packs.open_pack(path), description.architecture.config
-        units, every = set(select(config, args.units)), description.condconv
+        loaded = packs.open_pack(path)
+        config = description.architecture.config
+        units = set(select(config, args.units))
+        every = description.condconv
         mine = {a: count for a, count in every.experts.items() if condconv.convolution(config, a).unit.address in units}
         if not mine:
             raise ValueError(
@@ -317,7 +320,8 @@ def _gathered(
     """Experts for the 3x3 convolutions of units that the student keeps, from the other layers of a teacher's blocks
     (CLME).
     """
-    teacher, config = _open_unet(args.experts_from), student.description.architecture.config
+    teacher = _open_unet(args.experts_from)
+    config = student.description.architecture.config
     whole = teacher.description.architecture
     if whole.config != config or whole.cut:
         raise ValueError(
@@ -332,7 +336,8 @@ def _gathered(
 
 
 def assemble(args: argparse.Namespace) -> None:
-    trunk, pack = _open_unet(args.checkpoint), packs.open_pack(args.pack)
+    trunk = _open_unet(args.checkpoint)
+    pack = packs.open_pack(args.pack)
     if pack.description.condconv or pack.description.gri:
         raise ValueError(
             f"{Path(args.pack).name} has "

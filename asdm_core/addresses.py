@@ -25,7 +25,6 @@ from typing import Any
 from .text import printable
 
 LAYOUTS = ("ldm", "diffusers")
-STEM = ("stem.conv_in", "stem.time_embed", "stem.label_embed", "stem.norm_out", "stem.conv_out")
 NO_MID, RESNET_MID = -2, -1  # UNetConfig.mid, in the convention of ComfyUI's transformer_depth_middle
 
 

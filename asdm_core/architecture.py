@@ -150,7 +150,8 @@ class Architecture:
     _flow: Mapping[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        config, cut = self.config, frozenset(self.cut)
+        config = self.config
+        cut = frozenset(self.cut)
         in_order(config, cut | set(self.own))  # unknown addresses raise here
         # A block inside a cut transformer says nothing new; one canonical set makes equality mean equality.
         cut = frozenset(
@@ -212,7 +213,8 @@ class Architecture:
         many. blocks: a range expression of transformer blocks. Raises ValueError unless each transformer keeps as many
         as before.
         """
-        chosen, cut = select(self.config, blocks), set(self.cut)
+        chosen = select(self.config, blocks)
+        cut = set(self.cut)
         for u in dict.fromkeys(unit(self.config, a) for a in in_order(self.config, chosen)):
             kept = chosen.intersection(u.blocks)
             count = 0 if u.address in self.cut else len(self.kept_blocks(u))
@@ -257,11 +259,6 @@ class Architecture:
     @cached_property
     def params(self) -> int:
         return sum(s.tensor.numel for s in keys(self.config).values() if self.has(s))
-
-    @cached_property
-    def own_params(self) -> int:
-        own = set(self.own)
-        return sum(s.tensor.numel for s in keys(self.config).values() if self.has(s) and s.unit.address in own)
 
     def pack_units(self, stem: bool = False) -> tuple[str, ...]:
         """The units a pack made from this architecture plays; the stem stays the host's by default."""

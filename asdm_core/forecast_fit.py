@@ -89,7 +89,8 @@ def transfer(response: Response, computed: Sequence[bool], power: float = POWER)
     """
     s2 = response.sigmas**2
     gain = np.where(np.asarray(computed, bool), (1 + s2) ** -power, 1 / (1 + s2))
-    n, carried = len(response), np.zeros(len(response))
+    n = len(response)
+    carried = np.zeros(len(response))
     for s in range(n - 1, -1, -1):
         carried[s] = response.matrix[s, n] + response.matrix[s, s + 1 : n] @ (gain[s + 1 :] * carried[s + 1 :])
     return np.asarray(-response.sigmas / np.sqrt(1 + s2) * carried)
@@ -241,7 +242,8 @@ class Fit:
         errors = flat(truth - forecasts)  # (S, nodes)
         counts = np.outer(t, t) + self._strength * np.diag(t**2)
         if directions:
-            ways, owner = np.stack(directions), np.array(owners)
+            ways = np.stack(directions)
+            owner = np.array(owners)
             flat_ways = flat(ways)
             products = flat_ways @ gram
             system = counts[np.ix_(owner, owner)] * (products @ flat_ways.T)
@@ -317,12 +319,14 @@ class Fit:
 
     def _spread(self, full: int, power: float) -> tuple[str, ...]:
         places = [min(int(self._n * (j / full) ** power), self._n - 1) for j in range(full)]
-        chosen, free = set(places), [s for s in range(self._n) if s not in places]
+        chosen = set(places)
+        free = [s for s in range(self._n) if s not in places]
         chosen.update(free[: full - len(chosen)])
         return tuple(FULL if s in chosen else RESULT for s in range(self._n))
 
     def _descend(self, kinds: tuple[str, ...], conds: bool, fitted: bool) -> tuple[str, ...]:
-        value, moved = self.objective(kinds, fitted), True
+        value = self.objective(kinds, fitted)
+        moved = True
         while moved:
             moved = False
             for s in range(1, self._n):  # goes on after a move: the next one is likely to be near

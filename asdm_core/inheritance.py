@@ -406,7 +406,9 @@ def flow(config: UNetConfig, inherited: Iterable[str], probes: Iterable[str] = (
     units = [u for u in walk(config) if u.kind not in ("time_embed", "label_embed")]
     last_of_layer = {"stem.conv_in" if u.kind == "conv_in" else u.layer: u.address for u in units}
     before = dict(zip((u.address for u in units), [None, *(u.address for u in units)], strict=False))
-    computes, recalls, read = set(), set(), {units[-1].address}
+    computes = set()
+    recalls = set()
+    read = {units[-1].address}
     for u in reversed(units):
         if u.address not in read and u.address not in probes:
             continue

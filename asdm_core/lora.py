@@ -137,7 +137,8 @@ def fits_layer(slot: Slot | None, size: tuple[int | None, int | None] | None) ->
 def _fills(architecture: Architecture, names: Iterable[str]) -> bool:
     """Whether, wherever the pruned UNet has fewer layers or blocks than the original, the names are all of those."""
     small = architecture.renumbered.config
-    slots, table = keys(small), lora_names(small, norms=True) | peft_names(small)
+    slots = keys(small)
+    table = lora_names(small, norms=True) | peft_names(small)
     before = targets(architecture, ORIGINAL)
 
     def groups(config: UNetConfig) -> dict[tuple[str, str], int]:
@@ -215,7 +216,9 @@ def report(shapes: Shapes | Iterable[str], architecture: Architecture, reading: 
     shapes = shapes if isinstance(shapes, Mapping) else dict.fromkeys(shapes)
     told = None if reading else meant(shapes, architecture)
     reading = reading or told or ORIGINAL
-    config, here, sizes = architecture.config, architecture.keys(), _sizes(shapes)
+    config = architecture.config
+    here = architecture.keys()
+    sizes = _sizes(shapes)
     known = targets(architecture, reading)
     by_peft = peft_names(config if reading == ORIGINAL else architecture.renumbered.config)
     kept, peft, misfits, unknown = [], [], [], []

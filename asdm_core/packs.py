@@ -126,7 +126,9 @@ def parse_header(data: bytes, size: int, name: str) -> Header:
     tensors, end = {}, 0
     for key, entry in header.items():
         try:
-            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            dtype = entry["dtype"]
+            shape = tuple(entry["shape"])
+            (start, stop) = entry["data_offsets"]
             numbers = (*shape, start, stop)
         except (TypeError, KeyError, ValueError):
             raise bad(f"the entry of tensor {printable(key)} is malformed") from None
@@ -188,7 +190,8 @@ class TensorFile(Mapping[str, Tensor]):
         self._scales = {k + SCALE for k, d in self.dtypes.items() if d == "I8" and k + SCALE in self.dtypes}
         self.shapes = {k: s for k, (_, s) in header.tensors.items() if k not in self._scales}
         for key in sorted(self._scales):
-            (dtype, shape), wanted = header.tensors[key], list(header.tensors[key.removesuffix(SCALE)][1][:1])
+            (dtype, shape) = header.tensors[key]
+            wanted = list(header.tensors[key.removesuffix(SCALE)][1][:1])
             if dtype not in _SCALE_DTYPES or list(shape) != wanted:
                 raise BadFile(
                     f"{self.path.name}: tensor {printable(key)} ({printable(dtype)}, {list(shape)}) is no "
@@ -227,7 +230,8 @@ class Renamed(Mapping[str, Tensor]):
     """Some tensors of another mapping under new names, still lazy. names: new name -> old name."""
 
     def __init__(self, source: Mapping[str, Tensor], names: Mapping[str, str]):
-        self.source, self.names = source, dict(names)
+        self.source = source
+        self.names = dict(names)
         shapes = shapes_of(source)
         self.shapes = {new: tuple(shapes[old]) for new, old in self.names.items()}
 
@@ -774,7 +778,8 @@ def open_text_encoder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Sta
     (rows, *rest), kind = file.shapes["token_ids"] or (0, 0), file.dtypes["token_ids"]  # a single number has no rows
     if rest or kind not in ("I32", "I64") or rows > config["vocab_size"]:
         raise bad(f"token_ids ({printable(kind)}, {list(file.shapes['token_ids'])}) must be a list of whole numbers")
-    ids, wanted = file["token_ids"].long(), _text_shapes(config, rows)
+    ids = file["token_ids"].long()
+    wanted = _text_shapes(config, rows)
     if rows and not 0 <= int(ids.min()) <= int(ids.max()) < config["vocab_size"]:
         raise bad(f"token_ids must lie below {config['vocab_size']}, got {int(ids.min())} to {int(ids.max())}")
     found = {k: s for k, s in file.shapes.items() if k != "token_ids"}

@@ -95,6 +95,12 @@ CLAIMS = (
 )
 
 
+def margin(metric: str) -> str:
+    """The margin of a metric, in words."""
+    unit = {"psnr": " dB", "accuracy": " standard errors"}.get(metric, " of the value")
+    return f"{NAMES[metric]} {MARGINS[metric]:g}{unit}"
+
+
 # Rows -----------------------------------------------------------------------------------------------
 
 

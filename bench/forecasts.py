@@ -89,7 +89,7 @@ class Prompts:
 
 def write_table(prompts: Prompts, steps: int) -> None:
     """Record runs with guidance 3 and 7 in many steps, and keep the inner products of their v."""
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for cfg in (3.0, 7.0):
         recorder, size = prompts.recorded(("dpmpp_2m", "karras", steps, cfg))
         found = recorder.statistics(cfg, size)
@@ -113,7 +113,8 @@ def rows_of(name: str, run: tuple, test: Prompts, calibration: Prompts, args) ->
     full = test.pictures(test.run(test.model, *run))
     sigmas = comfy.samplers.calculate_sigmas(test.model.get_model_object("model_sampling"), scheduler, steps)
     response = forecasts.response_of(comfy.samplers.sampler_object(sampler), sigmas, test.model)
-    rows, n = [], len(response)
+    rows = []
+    n = len(response)
 
     def row(method: str, setting: str, model, saved: float, error=None, steps=steps) -> None:
         made = psnr(test.pictures(test.run(model, sampler, scheduler, steps, cfg)), full).clamp(max=80)
@@ -168,8 +169,10 @@ def main() -> None:
     if "table" in args.parts:
         write_table(calibration, args.table_steps)
     command = command_line("forecasts")
-    test = Prompts(args.pictures, *TEST) if "rows" in args.parts else None
-    for name in args.runs if test else ():  # kept as they come, so that a stopped bench goes on
+    if "rows" not in args.parts:
+        return
+    test = Prompts(args.pictures, *TEST)
+    for name in args.runs:  # kept as they come, so that a stopped bench goes on
         rows = rows_of(name, RUNS[name], test, calibration, args)
         _, rows = beside_earlier("forecasts", {}, rows, command, lambda row: (row["run"], row["method"]))
         record("forecasts", summary_of(rows), rows, command, host, args.notes)

@@ -20,7 +20,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,12 +47,10 @@ from ._common import record
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "train" / "configs"
 BATCH = 16  # small batches learn more per sample
-LR, WARMUP, COOLDOWN, EMA = (
-    1e-3,
-    20,
-    0.4,
-    0.99,
-)  # WARMUP in steps, COOLDOWN as a share of the run; short runs want a short memory
+LR = 1e-3
+WARMUP = 20  # steps
+COOLDOWN = 0.4  # share of the run
+EMA = 0.99  # short runs want a short memory
 
 
 # What is run ----------------------------------------------------------------------------------------
@@ -337,7 +335,7 @@ def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = ()) -> 
         steps=settings.steps,
     )
     teacher = judge("teacher")
-    finetune = None if rows else judge("openmoji")
+    finetune = judge("openmoji") if not rows else None
     measure = partial(teacher.measure, rounds=settings.rounds)
     yield "teacher", lambda: measure("whole", lambda: teacher.whole)
     for seed in seeds:
@@ -353,10 +351,10 @@ def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = ()) -> 
                     f"measure cut {run.cut}",
                     partial(measure, f"cut-{run.cut}", partial(cut_teacher, teacher, run.cut)),
                 )
-            if run.name == "teacher-on" and not rows:
+            if run.name == "teacher-on" and finetune:
                 yield from switching(settings, seed, measure, teacher, SWITCHES[:3])
                 yield from transfer(settings, seed, finetune, ("m2", "m2-alone", "base"))
-        if seed == 1 and not rows:
+        if seed == 1 and finetune:
             yield from switching(settings, seed, measure, teacher, SWITCHES)
             yield from transfer(settings, seed, finetune, TRANSFER)
     if not rows:
@@ -453,14 +451,16 @@ def gathered(settings: Settings, seeds: Sequence[int]) -> dict[str, dict[str, di
     return found
 
 
-def find(name: str) -> Row | None:
-    return next((run for run in RUNS if run.name == name), None)
+def find(name: str) -> Row:
+    return next(run for run in RUNS if run.name == name)
 
 
 def samples(settings: Settings, run: Row, seed: int) -> int:
     """What a finished run learned from. Raises ValueError where --samples says something else."""
     product = settings.product(run.name, seed)
-    found = describe(TensorFile(product)).training["samples"]
+    description = describe(TensorFile(product))
+    assert description is not None  # training writes one
+    found = description.training["samples"]
     wanted = settings.updates(run.share) * BATCH
     if found != wanted and not run.seconds_of:
         raise ValueError(
@@ -473,14 +473,14 @@ def samples(settings: Settings, run: Row, seed: int) -> int:
 
 def learned(settings: Settings, run: Row, seed: int) -> int:
     """Samples of a finished run and of those before it."""
-    first = find(run.start)
-    return samples(settings, run, seed) + (learned(settings, first, seed) if first else 0)
+    before = learned(settings, find(run.start), seed) if run.start else 0
+    return samples(settings, run, seed) + before
 
 
 def spent(settings: Settings, run: Row, seed: int) -> float:
     """Seconds of training of a run and of those before it, the teacher's outputs not counted."""
-    first = find(run.start)
-    return settings.seconds(run.name, seed) + (spent(settings, first, seed) if first else 0)
+    before = spent(settings, find(run.start), seed) if run.start else 0
+    return settings.seconds(run.name, seed) + before
 
 
 def write(settings: Settings, notes: str = "") -> None:
@@ -526,7 +526,7 @@ def write(settings: Settings, notes: str = "") -> None:
         )
     }
     evidence.plot_timesteps(docs / "evidence-timesteps.png", bins)
-    (docs / "evidence.md").write_text("\n".join(text(settings, rows, macs, verdicts, notes)) + "\n", encoding="utf-8")
+    (docs / "evidence.md").write_text(page(settings, rows, macs, verdicts, notes), encoding="utf-8")
 
 
 TABLES = {
@@ -578,139 +578,153 @@ TABLES = {
 }
 
 
-def text(settings: Settings, rows: dict, macs: dict, verdicts: Sequence[dict], notes: str) -> list[str]:
+PAGE = """\
+# What the papers claim, tried at emoji scale
+
+Written by `bench/tables.py` from its measurements (`bench/results/tables.json`); nothing is typed in by hand. The \
+numbers compare techniques with each other on the small [emoji family](../models/README.md). **They say nothing \
+absolute about SD1.5.**
+
+- Each run of one stage learned from {samples:,} samples, equal for all: the same samples in the same order, batch \
+{batch}, learning rate {lr:g}. That is very little: all rows are far from converged, and a claim about long training \
+is not refuted by them. The rows "in models/" are not part of the comparison: they are the weights that ship, made by \
+the same recipes ([models/README.md](../models/README.md) says with how many samples).
+- {finished} of {runs} runs are finished; {spread}. Pictures are not counted as n.
+- Measured on {pictures} pictures of each row ({prompts} plain prompts, {steps} DDIM steps, CFG {cfg:g}), drawn from \
+the same noises in every row, and on {fixed} fixed inputs (v-MSE). PSNR and SSIM are to the original's picture from \
+the same noise. Accuracy is the emoji classifier's top-1. KID is the unbiased kernel distance of its features to real \
+glyphs{frechet}.
+- Distances to the teacher punish a network that is better than it; accuracy, KID and the v-MSE to the data do not.
+- A verdict needs a difference above a margin: {margins}{chance}.
+- "samples" and "s" (seconds of training) include the stage before. The teacher's outputs were computed once and are \
+not counted.{notes}
+{trained_on}
+## Claims
+
+{claims}
+
+![v-MSE to the teacher of all rows](evidence-rows.png)
+
+## The original and what is merely cut
+
+{cut}
+
+{tables}
+
+![v-MSE to the teacher by timestep](evidence-timesteps.png)
+
+## Table 3: two UNets in one sampling run
+
+Rows differ in MACs, so they are drawn against them and not ranked alone. The paper's S1 is Base for 10 of 25 steps, \
+then the original; S2 the original for 15, then Base; S3 the original for 10, then Base.
+
+{switches}
+
+![PSNR against MACs](evidence-switching.png)
+
+## Transfer: packs in the OpenMoji finetune they never saw
+
+PSNR, SSIM and the gap are to the finetune's own pictures.
+
+{transfer}
+
+## Not tried here
+
+- VGG: where A-SDM has it, the rows with features of a frozen network have the family's own classifier, at one weight.
+- Held-out pairs of emoji and style or background; see [models/README.md](../models/README.md) for the shipped pack.
+
+## Doing it again
+
+```
+{command}
+```
+
+The same command goes on where it stopped; more `--seeds` add training seeds of the key rows, more `--rounds` add \
+pictures.
+"""
+
+
+def page(settings: Settings, rows: dict, macs: dict[str, float], verdicts: Sequence[dict], notes: str) -> str:
     """docs/evidence.md."""
     mine, its = rows["teacher"], rows["openmoji"]
-    made = drawn(settings)
-    what = {run.name: run.what for run in RUNS} | {f"cut-{p}": f"{p.capitalize()}, merely cut" for p in CUT}
-    what |= {"whole": "the original", **{f"shipped-{name}": f"{name} in models/" for name in SHIPPED}}
-    most = max(found["seeds"] for name, found in mine.items() if "samples" in found)
-    spread = (
-        f"the standard deviation over {most} training seeds is in brackets where a row has several; the others are "
-        "**one** training run"
-        if most > 1
-        else (
+    titles = {run.name: run.what for run in RUNS}
+    titles |= {f"cut-{preset}": f"{preset.capitalize()}, merely cut" for preset in CUT}
+    titles |= {f"shipped-{name}": f"{name} in models/" for name in SHIPPED}
+    titles |= {"whole": "the original", **{switch_name(switch): switch_title(switch) for switch in SWITCHES}}
+
+    def table(of: dict, names: Iterable[str], macs: dict[str, float] | None = None) -> str:
+        return "\n".join(evidence.table(of, [(name, titles[name]) for name in names], macs))
+
+    seeds = max(found["seeds"] for found in mine.values() if "samples" in found)
+    return PAGE.format(
+        **drawn(settings),
+        samples=settings.updates() * BATCH,
+        batch=BATCH,
+        lr=LR,
+        finished=sum(run.name in mine for run in RUNS),
+        runs=len(RUNS),
+        spread=said_of_the_spread(seeds),
+        pictures=mine["whole"]["pictures"],
+        fixed=FIXED,
+        frechet=said_of_the_frechet_distance(mine["whole"]),
+        margins=", ".join(map(evidence.margin, evidence.MARGINS)),
+        chance=said_of_chance(seeds),
+        notes=f" Notes: {notes}." if notes else "",
+        trained_on=said_of_training_on(mine),
+        claims="\n".join(evidence.claims_text(verdicts)),
+        cut=table(mine, ["whole", *(f"cut-{preset}" for preset in CUT)]),
+        tables="\n\n".join(f"## {title}\n\n{table(mine, names)}" for title, names in TABLES.items()),
+        switches=table(mine, map(switch_name, sorted(SWITCHES)), macs),
+        transfer=table(its, ["whole", "cut-m2", *TRANSFER]),
+        command=command(settings),
+    )
+
+
+def switch_title(switch: tuple[str, str, float]) -> str:
+    first, second = (name.replace("whole", "the original") for name in switch[:2])
+    in_the_paper = {("base", 0.4): " (S1)", ("whole", 0.6): " (S2)", ("whole", 0.4): " (S3)"}
+    return f"{first} for {switch[2]:.0%}, then {second}{in_the_paper.get((switch[0], switch[2]), '')}"
+
+
+def said_of_the_spread(seeds: int) -> str:
+    if seeds == 1:
+        return (
             "every row is **one** training run, so nothing here knows the spread over training seeds; small "
             "differences may be chance"
         )
+    return (
+        f"the standard deviation over {seeds} training seeds is in brackets where a row has several; the others are "
+        "**one** training run"
     )
-    done = [run.name for run in RUNS if run.name in mine]
-    lines = [
-        "# What the papers claim, tried at emoji scale",
-        "",
-        "Written by `bench/tables.py` from its measurements (`bench/results/tables.json`); nothing is typed in by "
-        "hand. The numbers compare "
-        "techniques with each other on the small [emoji family](../models/README.md). **They say nothing absolute "
-        "about SD1.5.**",
-        "",
-        f"- Each run of one stage learned from {settings.updates() * BATCH:,} samples, equal for all: the same "
-        f"samples in the same order, batch {BATCH}, "
-        f"learning rate {LR:g}. That is very little: all rows are far from converged, and a claim about long "
-        "training is not refuted by them. "
-        'The rows "in models/" are not part of the comparison: they are the weights that ship, made by the same '
-        "recipes "
-        "([models/README.md](../models/README.md) says with how many samples).",
-        f"- {len(done)} of {len(RUNS)} runs are finished; {spread}. Pictures are not counted as n.",
-        f"- Measured on {mine['whole']['pictures']} pictures of each row ({made['prompts']} plain prompts, "
-        f"{made['steps']} DDIM steps, CFG {made['cfg']:g}), drawn "
-        f"from the same noises in every row, and on {FIXED} fixed inputs (v-MSE). PSNR and SSIM are to the "
-        "original's picture from the same noise. Accuracy is the "
-        "emoji classifier's top-1. KID is the unbiased kernel distance of its features to real glyphs"
-        + (
-            ", FED their Frechet distance. Few pictures bias that upwards, all rows alike: as many real glyphs (or "
-            f"{REFERENCE // 2:,}) get {mine['whole']['fed_glyphs']:.1f}."
-            if "fed_glyphs" in mine["whole"]
-            else "."
-        ),
-        "- Distances to the teacher punish a network that is better than it; accuracy, KID and the v-MSE to the data "
-        "do not.",
-        "- A verdict needs a difference above a margin: "
-        + ", ".join(
-            f"{evidence.NAMES[m]} {v:g}" + {"psnr": " dB", "accuracy": " standard errors"}.get(m, " of the value")
-            for m, v in evidence.MARGINS.items()
-        )
-        + (
-            ". With one training seed nobody knows what chance can do; these are guesses."
-            if most == 1
-            else ", and one above twice "
-            "the standard error over training seeds, where one of the two rows has several; "
-            "elsewhere nobody knows what chance can do."
-        ),
-        '- "samples" and "s" (seconds of training) include the stage before. The teacher\'s outputs were computed '
-        "once and are not counted." + (f" Notes: {notes}." if notes else ""),
-        *(
-            [
-                f"- The original trained on went from {mine['whole']['v_mse_data']:.4f} to "
-                f"{mine['teacher-on']['v_mse_data']:.4f} in v-MSE to the data: at this "
-                "learning rate so few samples make a finished network worse before they could make it better."
-            ]
-            if "teacher-on" in mine and mine["teacher-on"]["v_mse_data"] > mine["whole"]["v_mse_data"]
-            else []
-        ),
-        "",
-        "## Claims",
-        "",
-        *evidence.claims_text(verdicts),
-        "",
-        "![v-MSE to the teacher of all rows](evidence-rows.png)",
-        "",
-    ]
-    lines += [
-        "## The original and what is merely cut",
-        "",
-        *evidence.table(mine, [(n, what[n]) for n in ("whole", *(f"cut-{p}" for p in CUT))]),
-        "",
-    ]
-    for title, names in TABLES.items():
-        lines += [f"## {title}", "", *evidence.table(mine, [(n, what[n]) for n in names]), ""]
-    lines += [
-        "![v-MSE to the teacher by timestep](evidence-timesteps.png)",
-        "",
-        "## Table 3: two UNets in one sampling run",
-        "",
-        "Rows differ in MACs, so they are drawn against them and not ranked alone. The paper's S1 is Base for 10 of "
-        "25 steps, then the original; S2 "
-        "the original for 15, then Base; S3 the original for 10, then Base.",
-        "",
-        *evidence.table(
-            mine,
-            [
-                (
-                    switch_name(s),
-                    f"{s[0].replace('whole', 'the original')} for {s[2]:.0%}, then "
-                    f"{s[1].replace('whole', 'the original')}"
-                    + {("base", 0.4): " (S1)", ("whole", 0.6): " (S2)", ("whole", 0.4): " (S3)"}.get((s[0], s[2]), ""),
-                )
-                for s in sorted(SWITCHES)
-            ],
-            macs,
-        ),
-        "",
-        "![PSNR against MACs](evidence-switching.png)",
-        "",
-        "## Transfer: packs in the OpenMoji finetune they never saw",
-        "",
-        "PSNR, SSIM and the gap are to the finetune's own pictures.",
-        "",
-        *evidence.table(its, [(n, what[n]) for n in ("whole", "cut-m2", *TRANSFER)]),
-        "",
-        "## Not tried here",
-        "",
-        "- VGG: where A-SDM has it, the rows with features of a frozen network have the family's own classifier, at "
-        "one weight.",
-        "- Held-out pairs of emoji and style or background; see [models/README.md](../models/README.md) for the "
-        "shipped pack.",
-        "",
-        "## Doing it again",
-        "",
-        "```",
-        command(settings),
-        "```",
-        "",
-        "The same command goes on where it stopped; more `--seeds` add training seeds of the key rows, more "
-        "`--rounds` add pictures.",
-    ]
-    return lines
+
+
+def said_of_chance(seeds: int) -> str:
+    if seeds == 1:
+        return ". With one training seed nobody knows what chance can do; these are guesses"
+    return (
+        ", and one above twice the standard error over training seeds, where one of the two rows has several; "
+        "elsewhere nobody knows what chance can do"
+    )
+
+
+def said_of_the_frechet_distance(original: dict) -> str:
+    if "fed_glyphs" not in original:
+        return ""
+    return (
+        ", FED their Frechet distance. Few pictures bias that upwards, all rows alike: as many real glyphs (or "
+        f"{REFERENCE // 2:,}) get {original['fed_glyphs']:.1f}"
+    )
+
+
+def said_of_training_on(rows: dict[str, dict]) -> str:
+    """A line where the original became worse by more training."""
+    if "teacher-on" not in rows or rows["teacher-on"]["v_mse_data"] <= rows["whole"]["v_mse_data"]:
+        return ""
+    return (
+        f"- The original trained on went from {rows['whole']['v_mse_data']:.4f} to "
+        f"{rows['teacher-on']['v_mse_data']:.4f} in v-MSE to the data: at this learning rate so few samples make a "
+        "finished network worse before they could make it better.\n"
+    )
 
 
 @plain_errors

@@ -232,14 +232,16 @@ def packed(files: dict[str, bytes]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w:xz", preset=6) as tar:
         for name, data in sorted(files.items()):
             info = tarfile.TarInfo(name)
-            info.size, info.mode = len(data), 0o644
+            info.size = len(data)
+            info.mode = 0o644
             tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
 
 
 def bundle(host: Path, have: list[str], python: str, platform: str, room: float) -> tuple[dict[str, bytes], dict]:
     """All files, and what bundle.json says about them."""
-    there, left_out = closure(have, marker_environment(python, platform)), []
+    there = closure(have, marker_environment(python, platform))
+    left_out = []
     beside = of_host(host)
     with tempfile.TemporaryDirectory() as folder:
         names = missing(have, python, platform)
