@@ -618,6 +618,7 @@ STEPS = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(st.sets(st.sampled_from(STEPS), min_size=1))
 def test_random_choices_compute_what_the_renumbered_network_computes(steps):
@@ -632,6 +633,7 @@ def test_random_choices_compute_what_the_renumbered_network_computes(steps):
     assert torch.equal(run(full, NARROW, 8, 13), run(small, NARROW, 8, 13))
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(architectures(SHALLOW))
 def test_whatever_is_accepted_runs(chosen):

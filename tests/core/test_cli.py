@@ -639,6 +639,7 @@ def python(*argv):
     return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_one_line_and_no_file(folder, tmp_path):
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"dear to somebody")
@@ -693,6 +694,7 @@ def test_wrong_arguments_are_refused(argv, capsys):
 # As a program ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_as_a_program(folder, tmp_path):
     good = python("-m", "asdm_core", "inspect", folder / "full.safetensors", "--json")
     assert good.returncode == 0 and good.stderr == ""

@@ -44,6 +44,7 @@ CORE = "\n".join(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", [ROOT_PACKAGE.format(root=str(ROOT)), CORE], ids=["root package", "asdm_core"])
 def test_import_brings_no_large_packages_writes_nothing_and_opens_no_socket(imports, tmp_path):
     done = subprocess.run(

@@ -145,6 +145,7 @@ def runs(plan, config=SD):
     return {a for a in computes if not a.startswith("stem.")}
 
 
+@pytest.mark.slow
 def test_deepcache_branch_follows_the_ldm_block_lists():
     for branch in range(11):
         ran = {tuple(u.ldm.split(".")[:2]) for u in walk(SD) if u.address in runs(deepcache(SD, branch))}
