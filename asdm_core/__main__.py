@@ -31,10 +31,9 @@ from .packs import BadFile, Description, TensorFile
 from .recognise import Unrecognised, recognise
 from .text import MESSAGE, TEXT, printable
 
-DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int8": "int8"}
-STOCK_DTYPES = [
-    name for name in DTYPES if name != "int8"
-]  # what stock ComfyUI reads: our int8 it would take for the weights themselves
+DTYPES: dict[str, torch.dtype | str | None] = {"keep": None, **packs.DTYPES, "int8": "int8"}
+# What stock ComfyUI reads: our int8 it would take for the weights themselves.
+STOCK_DTYPES = [name for name in DTYPES if name != "int8"]
 LATENT = {"sdxl": 128, "emoji": 16}  # side of the latent that MACs are given for; 64 (512 x 512 pixels) elsewhere
 
 
@@ -85,22 +84,21 @@ def facts(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def _open_unet(path: str, drop_unknown: bool = False) -> packs.Loaded:
-    """A UNet file, with a word to a person who waits: every number in it is checked, gigabytes at times."""
+def _say_that_it_takes_time(path: str) -> None:
+    """A word to a person who waits: every number of a file is checked, gigabytes at times."""
     if sys.stderr.isatty():
         print(f"reading {Path(path).name} ...", file=sys.stderr)
+
+
+def _open_unet(path: str, drop_unknown: bool = False) -> packs.Loaded:
+    _say_that_it_takes_time(path)
     return packs.open_unet(path, drop_unknown)
 
 
 def inspect(args: argparse.Namespace) -> None:
     path = Path(args.file)
-    loaded = None
-    if path.is_file():
-        file = packs.open_file(path)
-        description = packs.describe(file)
-        if description is not None and description.kind == "pack":
-            loaded = packs.open_pack(path)
-    loaded = loaded or _open_unet(args.file, drop_unknown=True)
+    _say_that_it_takes_time(args.file)
+    loaded = packs.open_model(path, drop_unknown=True)
     description = loaded.description
     result = {
         "file": str(loaded.path),
@@ -257,8 +255,7 @@ def extract_pack(args: argparse.Namespace) -> None:
     kept = {u.address for u in architecture.kept}
     units = tuple(a for a in blocks if a in kept)
     # What is cut outside the chosen units is the host's again.
-    cut = frozenset(a for a in architecture.cut if a in blocks or a.rpartition(".")[0] in blocks)
-    chosen = Architecture(architecture.config, cut, units).named()
+    chosen = Architecture(architecture.config, architecture.cut_in(blocks), units).named()
     tensors = surgery.extract(loaded.tensors, architecture, units)
     training = {"extracted_from": Path(args.student).name}
     experts, further = _gathered(args, loaded, units) if args.experts_from else (None, {})
@@ -279,13 +276,14 @@ def extract_pack(args: argparse.Namespace) -> None:
 def extract_experts(args: argparse.Namespace) -> None:
     """A pack of nothing but experts: of a pack that has some, or gathered from a teacher."""
     path = Path(args.student)
-    description = packs.describe(TensorFile(path)) if path.is_file() else None
+    file = TensorFile(path) if path.is_file() else None
+    description = None if file is None else packs.describe(file)
     if args.experts_from:
         loaded = _open_unet(args.student)
         config = loaded.description.architecture.config
         experts, tensors = _gathered(args, loaded, select(config, args.units))
-    elif description is not None and description.condconv:
-        loaded = packs.open_pack(path)
+    elif file is not None and description is not None and description.condconv:
+        loaded = packs.open_pack(file)
         config = description.architecture.config
         units = set(select(config, args.units))
         every = description.condconv
@@ -351,12 +349,9 @@ def assemble(args: argparse.Namespace) -> None:
             f"{Path(args.pack).name} is a pack for {theirs.family} UNets; {Path(args.checkpoint).name} is {ours.family}"
         )
     units = pack.description.units
-    cut = frozenset(
-        target.cut
-        | {a for a in trunk.description.architecture.cut if a not in units and a.rpartition(".")[0] not in units}
-    )
-    combined = Architecture(ours, cut)
-    combined = Architecture(ours, cut, tuple(u.address for u in combined.kept)).named()
+    its = trunk.description.architecture
+    combined = Architecture(ours, target.cut | its.cut - its.cut_in(units))
+    combined = dataclasses.replace(combined, own=tuple(u.address for u in combined.kept)).named()
     tensors = surgery.combine(trunk.tensors, pack.tensors, combined, units)
     training = {"trunk": Path(args.checkpoint).name, "pack": Path(args.pack).name}
     description = Description(

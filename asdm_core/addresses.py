@@ -299,6 +299,11 @@ class Unit:
         return self.address if self.kind in ("downsampler", "upsampler") else self.address.rpartition(".")[0]
 
     @property
+    def block(self) -> str:
+        """The block of the UNet this unit lies in: `down.0` for `down.0.1.resnet`, `mid` or `stem`."""
+        return self.side if self.side in ("mid", "stem") else ".".join(self.address.split(".")[:2])
+
+    @property
     def params(self) -> int:
         return sum(t.numel for t in self.tensors)
 

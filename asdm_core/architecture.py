@@ -10,7 +10,7 @@ which of its units came from where.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -203,8 +203,7 @@ class Architecture:
     def over(self, blocks: str) -> Architecture:
         """This student on `blocks` only, over the original network elsewhere (M2 = base over dn0-1, up2-3)."""
         where = select(self.config, blocks)
-        cut = frozenset(a for a in self.cut if _covers(where, a))
-        return Architecture(self.config, cut, tuple(a for a in self.own if a in where)).named()
+        return Architecture(self.config, self.cut_in(where), tuple(a for a in self.own if a in where)).named()
 
     def keeping(self, blocks: str) -> Architecture:
         """The same network, said to have kept exactly `blocks` of the transformers that these lie in.
@@ -251,6 +250,10 @@ class Architecture:
     def cut_units(self) -> tuple[str, ...]:
         """The cut units, without single transformer blocks, in the order of execution."""
         return tuple(u.address for u in walk(self.config) if u.address in self.cut)
+
+    def cut_in(self, units: Collection[str]) -> frozenset[str]:
+        """What is cut of these units: they themselves, and single transformer blocks of theirs."""
+        return frozenset(a for a in self.cut if _covers(units, a))
 
     def has(self, slot: Slot) -> bool:
         """Whether a tensor of the skeleton is part of this architecture."""
@@ -431,7 +434,7 @@ def _is_block(config: UNetConfig, address: str) -> bool:
     return address not in _units(config)
 
 
-def _covers(where: Iterable[str], address: str) -> bool:
+def _covers(where: Collection[str], address: str) -> bool:
     """Whether `where` holds the address, or the transformer unit it is a block of."""
     return address in where or address.rpartition(".")[0] in where
 

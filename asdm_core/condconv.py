@@ -280,20 +280,15 @@ def donors(config: UNetConfig, address: str) -> tuple[str, ...]:
     peers = [
         c
         for c in convolutions(config).values()
-        if c.address != address and c.diffusers == conv.diffusers and _block(c) == _block(conv)
+        if c.address != address and c.diffusers == conv.diffusers and c.unit.block == conv.unit.block
     ]
     found = tuple(c.address for c in peers if c.shape == conv.shape)
     if not found:
         others = ", ".join(f"{c.address} ({_widths(c)})" for c in peers) or "none"
         raise ValueError(
-            f"{address} ({_widths(conv)}) has nobody in {_block(conv)} to share experts with; there are: {others}"
+            f"{address} ({_widths(conv)}) has nobody in {conv.unit.block} to share experts with; there are: {others}"
         )
     return found
-
-
-def _block(conv: Conv) -> str:
-    side, block, *_ = conv.address.split(".")
-    return side if side == "mid" else f"{side}.{block}"
 
 
 def _widths(conv: Conv) -> str:

@@ -480,7 +480,7 @@ def cache_elements(plan: Plan, architecture: Architecture, height: int = 64, wid
     kept = flow(config, (a for a in whole if reuse[a] != "residual")).recalls | {
         a for a in whole if reuse[a] == "residual"
     }
-    each = [units[a] for a in kept if a in shapes] + [units[a.rsplit(".", 2)[0]] for a in reuse if a not in units]
+    each = [units[a] for a in kept if a in shapes] + [units[_owner(a)] for a in reuse if a not in units]
     total = sum(u.channels_out * math.prod(shapes[u.address]) for u in each)
     if plan.schedule.mode == "adaptive":
         first = next(u for u in architecture.kept if u.kind == "resnet")

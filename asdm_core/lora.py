@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .addresses import Slot, UNetConfig, in_order, keys, lora_names, peft_names, walk
+from .addresses import Slot, Unit, UNetConfig, in_order, keys, lora_names, peft_names, walk
 from .architecture import Architecture
 from .text import printable
 
@@ -146,7 +146,7 @@ def _fills(architecture: Architecture, names: Iterable[str]) -> bool:
         found: dict[tuple[str, str], set[str]] = {}
         for u in walk(config):
             if u.side in ("down", "up"):
-                found.setdefault((u.address.rsplit(".", 2)[0], u.kind), set()).add(u.address)
+                found.setdefault((_place(u), u.kind), set()).add(u.address)
             for block in u.blocks:
                 found.setdefault((u.address, "block"), set()).add(block)
         return {group: len(members) for group, members in found.items()}
@@ -158,15 +158,20 @@ def _fills(architecture: Architecture, names: Iterable[str]) -> bool:
         slot, old = slots[f"{table[name]}.weight"], before[name]
         places = []
         if slot.unit.side in ("down", "up"):
-            places.append((slot.unit.address.rsplit(".", 2)[0], slot.unit.kind, slot.unit.address))
+            places.append((_place(slot.unit), slot.unit.kind, slot.unit.address))
         if slot.tensor.block is not None:
             places.append((slot.unit.address, "block", slot.owner))
         for place, kind, member in places:
-            home = old.unit.address if kind == "block" else old.unit.address.rsplit(".", 2)[0]
+            home = old.unit.address if kind == "block" else _place(old.unit)
             named.setdefault((place, kind), set()).add(member)
             whole[place, kind] = theirs.get((home, kind), 0)
     fewer = [group for group in named if ours[group] < whole[group]]
     return bool(fewer) and all(len(named[group]) == ours[group] for group in fewer)
+
+
+def _place(u: Unit) -> str:
+    """Where units of its kind are counted together: in its block; samplers, of which a block has one, in its side."""
+    return u.side if u.kind in ("downsampler", "upsampler") else u.block
 
 
 _UP = re.compile(r"\.lora_up\.weight|\.lora_B((\.default)?\.weight)?|(_lora|\.lora|\.lora_linear_layer)\.up\.weight")

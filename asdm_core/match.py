@@ -113,7 +113,7 @@ def _places(config: UNetConfig) -> dict[str, list[Unit]]:
     places: dict[str, list[Unit]] = {}
     for u in walk(config):
         if u.kind in ("resnet", "transformer"):
-            places.setdefault(u.layer if u.side == "mid" else u.layer.rpartition(".")[0], []).append(u)
+            places.setdefault(u.layer if u.side == "mid" else u.block, []).append(u)
     return places
 
 

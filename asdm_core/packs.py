@@ -44,13 +44,17 @@ PREDICTIONS = ("eps", "v")
 # noise.
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 MARKERS = (V_MARKER, ZERO_SNR_MARKER, "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+# Dtypes of weights by the names people know. A stored file can also be "int8", see `quantise`.
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+)
 SCALE = ".scale"  # int8 weights have their per-output-channel scale under <key>.scale
 
 # Bounds for what a header may claim, each some ten times what any known file has: a checkpoint of 2,600 tensors has a
 # header of 0.3 MB. They keep a crafted file from taking time and memory.
 _MAX_HEADER, _MAX_TENSORS, _MAX_RANK, _MAX_SIDE, _MAX_NUMBERS = 16_000_000, 65_536, 8, 2**31, 2**40
 _MAX_MARKER = 16  # numbers in a tensor that only says how a UNet was trained
-_DTYPES = {
+_READ = {  # by a safetensors header's names
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -143,7 +147,7 @@ def parse_header(data: bytes, size: int, name: str) -> Header:
                 f"tensor {printable(key)} claims the shape {printable(list(shape[: _MAX_RANK + 1]))}; wanted at most "
                 f"{_MAX_RANK} dimensions, below {_MAX_SIDE} each and below {_MAX_NUMBERS} numbers in all"
             )
-        if dtype in _DTYPES and stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
+        if dtype in _READ and stop - start != math.prod(shape) * _READ[dtype].itemsize:
             raise bad(
                 f"tensor {printable(key)} ({dtype}, {list(shape)}) takes {stop - start} bytes, which does "
                 f"not fit its shape"
@@ -208,11 +212,11 @@ class TensorFile(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         if key not in self.shapes:
             raise KeyError(key)
-        if self.dtypes[key] not in _DTYPES:
+        if self.dtypes[key] not in _READ:
             raise BadFile(
                 f"{self.path.name}: tensor {printable(key)} has dtype {printable(self.dtypes[key])}, which "
                 f"asdm does not "
-                f"read; wanted one of {', '.join(sorted(_DTYPES))}"
+                f"read; wanted one of {', '.join(sorted(_READ))}"
             )
         tensor: Tensor = self._file.get_tensor(key)
         if key + SCALE in self._scales:
@@ -460,9 +464,8 @@ def describe(file: TensorFile) -> Description | None:
         raise BadFile(f"{file.path.name}: {e}") from None
 
 
-def open_pack(path: str | os.PathLike[str]) -> Loaded:
-    """Open a pack file. Checks names, shapes, dtypes and that every number is finite. Raises BadFile."""
-    file = TensorFile(path)
+def describe_pack(file: TensorFile) -> Description:
+    """The description of a pack, its weights unread. Raises BadFile, which says what the file is instead."""
     description = describe(file)
     if description is None and any("lora" in name for name in file):
         raise BadFile(
@@ -476,6 +479,13 @@ def open_pack(path: str | os.PathLike[str]) -> Loaded:
         )
     if description.kind != "pack":
         raise BadFile(f"{file.path.name}: this is a whole UNet, not a pack. Load it with Load Pruned UNet.")
+    return description
+
+
+def open_pack(source: str | os.PathLike[str] | TensorFile) -> Loaded:
+    """Open a pack file. Checks names, shapes, dtypes and that every number is finite. Raises BadFile."""
+    file = source if isinstance(source, TensorFile) else TensorFile(source)
+    description = describe_pack(file)
     names = {_named_now(key, file.shapes): key for key in file.shapes}
     try:
         check({key: file.shapes[name] for key, name in names.items()}, description.keys(), file.path.name)
@@ -513,16 +523,32 @@ def identify_unet(file: TensorFile) -> tuple[Description, Recognised]:
     return description, found
 
 
-def open_unet(path: str | os.PathLike[str], drop_unknown: bool = False, prediction: str | None = None) -> Loaded:
+def open_model(path: str | os.PathLike[str], drop_unknown: bool = False) -> Loaded:
+    """Open a pack or a UNet, whichever it is; of a UNet as `open_unet`. Raises BadFile."""
+    if Path(path).is_dir():
+        return open_unet(path, drop_unknown)
+    file = open_file(path)
+    description = describe(file)
+    if description is not None and description.kind == "pack":
+        return open_pack(file)
+    return open_unet(file, drop_unknown)
+
+
+def open_unet(
+    source: str | os.PathLike[str] | TensorFile, drop_unknown: bool = False, prediction: str | None = None
+) -> Loaded:
     """Open a UNet in any known form: ours, an LDM or diffusers single file, or a diffusers folder.
 
     The UNet may lie inside a whole checkpoint. drop_unknown: leave out, as ComfyUI does, tensors that belong to no
     layer. prediction: "eps" or "v" where somebody chose it; nothing that the folder says is asked for then. Raises
     BadFile, also for such tensors unless they are to be left out.
     """
-    path = Path(path)
-    file = open_file(_file_in_folder(path) if path.is_dir() else path)
-    predicted = prediction or _folder_prediction(path)
+    if isinstance(source, TensorFile):
+        file, predicted = source, prediction
+    else:
+        path = Path(source)
+        file = open_file(_file_in_folder(path) if path.is_dir() else path)
+        predicted = prediction or _folder_prediction(path)
     description, found = identify_unet(file)
     _check_unknown(file, found, drop_unknown)
     names = {slot.unit.key(slot.tensor): key for key, slot in found.keys().items()}

@@ -7,7 +7,6 @@ import torch
 from asdm_core.architecture import FAMILIES, Architecture
 from bench._common import pack_module, randomise
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SD15 = FAMILIES["sd15"]
 
 

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from asdm_core.architecture import Architecture
 from asdm_core.condconv import CondConv, CondConv2d, convolution, convolutions, further_experts, start
 from asdm_core.measure import ratio, time_alternating
-from asdm_core.packs import Description
+from asdm_core.packs import DTYPES, Description
 from bench._common import add_common_arguments, begin, beside_earlier, command_line, pack_module, record
-from bench._unets import DTYPES, SD15, Cutter, build
+from bench._unets import SD15, Cutter, build
 
 COUNTS = (2, 4)
 BATCHES = (1, 2, 4, 8)

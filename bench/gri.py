@@ -47,6 +47,7 @@ from asdm_core import packs
 from asdm_core.architecture import Architecture
 from asdm_core.assignment import Window
 from asdm_core.measure import psnr, ratio, time_alternating
+from asdm_core.packs import DTYPES
 from bench._attention import Larger, Map, error, full, recorded
 from bench._common import (
     ROOT,
@@ -60,7 +61,7 @@ from bench._common import (
     record,
     upper_edge,
 )
-from bench._unets import DTYPES, SD15, build
+from bench._unets import SD15, build
 
 BATCH, HEADS, DIM = 2, 8, 40
 SIDES = {512: 64, 1024: 128}

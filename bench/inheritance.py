@@ -24,6 +24,7 @@ import torch
 
 from asdm_core import inheritance
 from asdm_core.measure import psnr, ratio, ssim, time_alternating
+from asdm_core.packs import DTYPES
 from bench._common import (
     ROOT,
     add_common_arguments,
@@ -37,7 +38,7 @@ from bench._common import (
     upper_edge,
 )
 from bench._family import Family
-from bench._unets import DTYPES, full_size
+from bench._unets import full_size
 
 RUNS = {
     f"{sampler}-{steps}": (sampler, scheduler, steps)

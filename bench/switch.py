@@ -34,6 +34,7 @@ from asdm_core import packs
 from asdm_core.architecture import Architecture
 from asdm_core.assignment import Window
 from asdm_core.measure import psnr, ratio, ssim, time_alternating
+from asdm_core.packs import DTYPES
 from asdm_core.switching import PRESETS, SwitchPoint
 from bench._common import (
     ROOT,
@@ -46,7 +47,7 @@ from bench._common import (
     record,
 )
 from bench._family import FAMILY, Family
-from bench._unets import DTYPES, full_size
+from bench._unets import full_size
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
 FADE = 5  # steps of the cross-fade that is shown

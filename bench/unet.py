@@ -22,8 +22,9 @@ from asdm_core import packs
 from asdm_core.architecture import Architecture
 from asdm_core.assignment import Window
 from asdm_core.measure import costs, ratio, time_alternating, total
+from asdm_core.packs import DTYPES
 from bench._common import add_common_arguments, begin, command_line, pack_module, record
-from bench._unets import DTYPES, SD15, Cutter, build, full_size
+from bench._unets import SD15, Cutter, build, full_size
 
 CONTROL = "base"
 VARIANTS = ("m1", "m2", "m3", "base", "small", "tiny")

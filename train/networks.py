@@ -320,5 +320,4 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
 
 def block_of(config: Config, address: str) -> str:
     """The block a unit is counted under in reports: `down.0`, `mid`, `stem`."""
-    side = unit(config.network.config, address).side
-    return side if side in ("mid", "stem") else ".".join(address.split(".")[:2])
+    return unit(config.network.config, address).block

@@ -87,10 +87,7 @@ KINDS: dict[str, Callable[[Architecture, Collection[str]], tuple[Tap, ...]]] = {
 
 
 def _blocks(architecture: Architecture) -> Iterator[tuple[str, list[Unit]]]:
-    def block(u: Unit) -> str:
-        return u.side if u.side in ("stem", "mid") else ".".join(u.address.split(".")[:2])
-
-    for name, units in groupby(walk(architecture.config), block):
+    for name, units in groupby(walk(architecture.config), lambda u: u.block):
         if name != "stem":
             yield name, list(units)
 

@@ -1,5 +1,6 @@
 """Names and shapes of UNets: against diffusers' own networks, and the range expressions."""
 
+import itertools
 import re
 
 import pytest
@@ -229,6 +230,18 @@ def test_every_push_is_popped_once(config):
     layers = {u.layer for u in walk(config) if u.side == "down"} | {"stem.conv_in"}
     popped = [u.skip for u in walk(config) if u.skip]
     assert sorted(popped) == sorted(layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_blocks_of_a_unet_in_the_order_of_execution(family):
+    config = FAMILIES[family]
+    assert [block for block, _ in itertools.groupby(u.block for u in walk(config))] == [
+        "stem",
+        *(f"down.{n}" for n in range(config.levels)),
+        *["mid"] * (config.mid != NO_MID),
+        *(f"up.{n}" for n in range(config.levels)),
+        "stem",
+    ]
 
 
 @given(configs())

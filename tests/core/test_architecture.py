@@ -211,6 +211,13 @@ def test_choose_cuts_and_trains_only_inside_the_blocks():
     assert Architecture.choose(SD).own == ()
 
 
+def test_what_is_cut_of_some_units_is_they_and_their_blocks():
+    chosen = Architecture(SDXL, {"down.1.0.transformer.1", "down.2.0.transformer", "mid.1.resnet"})
+    assert chosen.cut_in({"down.1.0.transformer", "mid.1.resnet"}) == {"down.1.0.transformer.1", "mid.1.resnet"}
+    assert chosen.cut_in({"down.1.0.transformer.1"}) == {"down.1.0.transformer.1"}
+    assert chosen.cut_in({"down.1.0.resnet"}) == chosen.cut_in(()) == frozenset()
+
+
 def test_has_tells_cut_tensors_from_kept_ones():
     chosen, table = Architecture(SDXL, {"down.1.0.transformer.1", "mid.0.transformer", "mid.1.resnet"}), keys(SDXL)
     assert not chosen.has(table["input_blocks.4.1.transformer_blocks.1.norm1.weight"])

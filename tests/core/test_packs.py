@@ -424,6 +424,23 @@ def test_pack_and_unet_are_told_apart(pack, unet):
         open_unet(pack)
 
 
+def test_a_model_is_opened_as_what_it_is_and_a_pack_described_without_its_weights(pack, unet, tmp_path):
+    assert packs.open_model(pack).description == open_pack(pack).description
+    assert packs.open_model(unet).description == open_unet(unet).description
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    unet.rename(folder / "diffusion_pytorch_model.safetensors")
+    assert packs.open_model(folder).description.prediction == "v"
+    broken = torch.full_like(TensorFile(pack)[next(iter(TensorFile(pack)))], float("nan"))
+    description = open_pack(pack).description
+    rewritten(pack, lambda sd: sd.update({next(iter(TensorFile(pack))): broken}))
+    assert packs.describe_pack(TensorFile(pack)) == description  # nothing of a weight is read
+    with pytest.raises(BadFile, match="not finite"):
+        packs.open_model(pack)
+    with pytest.raises(BadFile, match="this is a whole UNet, not a pack"):
+        packs.describe_pack(TensorFile(folder / "diffusion_pytorch_model.safetensors"))
+
+
 def test_a_lora_is_told_where_loras_go(tmp_path):
     save_file(
         {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": torch.zeros(4, 4)}, tmp_path / "l.safetensors"
