@@ -25,8 +25,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from asdm_core import few_step
 from asdm_core.architecture import Architecture
@@ -59,14 +60,18 @@ class Row:
     """One way to draw: a network, its time steps, sampler and guidance."""
 
     def __init__(self, name: str, files: tuple[Path, ...], times: tuple[int, ...], sampler: str, cfg: float):
-        self.name, self.files, self.times, self.sampler, self.cfg = name, files, times, sampler, cfg
+        self.name = name
+        self.files = files
+        self.times = times
+        self.sampler = sampler
+        self.cfg = cfg
         opened = [open_pack(path).description for path in files if describe(TensorFile(path)) is not None]
         architecture = opened[0].architecture if opened else Architecture.full(CONFIG)
         self.forwards = len(times) * (1 if cfg == 1 else 2)
         self.macs = self.forwards * total(costs(architecture, 16, 16)).total
         self.key = "-".join([name, *map(fingerprint, files)])
 
-    def network(self, whole: nn.Module) -> nn.Module:
+    def network(self, whole: UNet2DConditionModel) -> UNet2DConditionModel:
         """A pack's units in a copy of the teacher, then the LoRA on all of it."""
         unet = copy.deepcopy(whole)
         for path in self.files:
@@ -75,7 +80,8 @@ class Row:
             else:
                 merge_file(unet, CONFIG, path)
         set_attention(unet, BmmAttention())
-        return unet.eval()
+        unet.eval()
+        return unet
 
 
 def few_of(path: Path) -> FewStep | None:
@@ -111,11 +117,14 @@ class Pictures:
     """What every row is drawn and judged with."""
 
     def __init__(self, models: Path, folder: Path, prompts: int, rounds: int, comfy: str | None):
-        self.models, self.folder, self.rounds = models, folder, rounds
+        self.models = models
+        self.folder = folder
+        self.rounds = rounds
         names = json.loads((models / "concepts.json").read_text())
         self.chosen = [i * len(names) // prompts for i in range(min(prompts, len(names)))]
         self.prompts = [list(names.values())[i] for i in self.chosen]
-        self.classifier, self.codec = load_classifier(models, list(names)), load_codec(models)
+        self.classifier = load_classifier(models, list(names))
+        self.codec = load_codec(models)
         self.encoder = load_text(models / "emoji-text.safetensors")
         self.tokens = Tokens(host_folder(comfy), ids=self.encoder.ids.tolist())
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +132,7 @@ class Pictures:
         same_folder(folder, {"prompts": len(self.chosen), "teacher": fingerprint(teacher), "share": SHARE})
 
     @cached_property
-    def whole(self) -> nn.Module:
+    def whole(self) -> UNet2DConditionModel:
         return load_unet(self.models / "emoji-teacher.safetensors")
 
     @torch.no_grad()
@@ -131,7 +140,8 @@ class Pictures:
         """(N, 4, 16, 16) of one round, drawn once."""
         paths = [self.folder / f"{row.key}-{number}-{i}.safetensors" for i in range(0, len(self.chosen), SHARE)]
         if not all(path.exists() for path in paths):
-            network, progress = row.network(self.whole), Progress(f"{row.name}, round {number}", len(paths))
+            network = row.network(self.whole)
+            progress = Progress(f"{row.name}, round {number}", len(paths))
             empty = Text(self.encoder(self.tokens([""])))
             for n, path in enumerate(paths):
                 if path.exists():

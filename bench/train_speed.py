@@ -30,6 +30,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
+from torch import nn
 from accelerate import Accelerator
 
 from asdm_core.packs import write_file
@@ -108,10 +109,13 @@ class Reference:
 
     def __init__(self, config: Config, device: torch.device):
         self.config = config
-        self.teacher = networks.load_teacher(config).to(device)
-        self.student = networks.make_student(self.teacher, config).to(device).train()
-        for net in (self.teacher, self.student) if device.type == "cpu" else ():
-            net.set_attn_processor(BmmAttention())
+        self.teacher = networks.load_teacher(config)
+        self.student = networks.make_student(self.teacher, config)
+        self.student.train()
+        for net in (self.teacher, self.student):
+            nn.Module.to(net, device)
+            if device.type == "cpu":
+                networks.set_attention(net, BmmAttention())
         g = torch.Generator().manual_seed(0)
         size = config.run.micro_batch
         side = config.data.size // 8
@@ -142,8 +146,8 @@ def measure(network: str, rounds: int, steps: int, device: torch.device, clock: 
         recipes = {run: recipe(run, network, Path(folder), steps + 1) for run in RUNS}
         write_cache(recipes["stage1"])
         references = {f"{run}_reference": Reference(recipes[run], device) for run in ("stage1", "stage2")}
-        for reference in references.values():
-            reference.step()
+        for each in references.values():
+            each.step()
         for _ in range(rounds):
             for run, config in recipes.items():
                 times.setdefault(run, []).append(run_loop(config, clock))

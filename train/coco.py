@@ -12,7 +12,7 @@ several processes share the work, and a stopped run go on.
 from __future__ import annotations
 
 import csv
-import importlib
+import importlib.util
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +47,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     """The column text of a metadata.csv, in its order. Raises ValueError where there is none."""
     try:
         with open(path, encoding="utf-8", newline="") as f:
-            texts = [row.get("text") for row in csv.DictReader(f)]
+            texts = [row.get("text") or "" for row in csv.DictReader(f)]
     except OSError as e:
         raise ValueError(
             f"{path}: cannot be read ({e.strerror}); wanted BK-SDM's metadata.csv with a column text"
@@ -113,7 +113,8 @@ def generate(
 def clip_score(open_clip, prompts: Sequence[str], folder: Path, accelerator: Accelerator, batch: int = 32) -> float:
     """Mean cosine of picture and prompt; every process scores its share."""
     model, _, transform = open_clip.create_model_and_transforms(CLIP[0], pretrained=CLIP[1])
-    model, tokenizer = model.to(accelerator.device).eval(), open_clip.get_tokenizer(CLIP[0])
+    model = model.to(accelerator.device).eval()
+    tokenizer = open_clip.get_tokenizer(CLIP[0])
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     for at in range(0, len(mine), batch):

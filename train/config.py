@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
 
 from asdm_core import condconv
 from asdm_core.addresses import UNetConfig, in_order, select
@@ -21,8 +24,8 @@ from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.condconv import FORMS, CondConv, convolutions, sharing
 from asdm_core.gri import GRI, LogGains
 
-from .diffusion import simple_times
-from .losses import LATENT_RGB, PREDICTIONS
+from .diffusion import STEPS, simple_times
+from .losses import LATENT_RGB, LOSSES, PREDICTIONS
 from .taps import KINDS, Tap
 
 try:
@@ -35,11 +38,37 @@ except ModuleNotFoundError:  # Python 3.10
             "recipes are TOML, which Python 3.10 cannot read by itself: pip install tomli"
         ) from None
 
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be: from `low` to `high`, both included; without: less than `high`. Infinity and nan never."""
+
+    low: float
+    high: float = math.inf
+    without: bool = False
+    multiple: int = 0
+
+    def __contains__(self, value: float) -> bool:
+        if not self.low <= value <= self.high or value == math.inf or self.without and value == self.high:
+            return False  # nan as well
+        return not self.multiple or value % self.multiple == 0
+
+    def __str__(self) -> str:
+        text = f"at least {self.low:g}" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
+        text += f", {self.high:g} excluded" if self.without else ""
+        return text + (f", in steps of {self.multiple}" if self.multiple else "")
+
+
+def number(default: Any, low: float, high: float = math.inf, without: bool = False, multiple: int = 0) -> Any:
+    """A setting that is a number, or a list of them, and its range."""
+    return field(default=default, metadata={"range": Range(low, high, without, multiple)})
+
+
 TRAINED = ("own", "all", "none")
 STARTS = (*condconv.STARTS, "clme")
 SOURCES = ("cache", "folder", "shards", "hub", "prompts", "random")
 TIMESTEPS = ("uniform", "snr")
-PRECISIONS = ("no", "bf16", "fp16")
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the forward passes
 SAMPLERS = ("dpmpp_2m", "ddim")
 STATES = ("own", "teacher", "pairs")
 STORED = ("float32", "float16", "bfloat16", "int8")
@@ -100,7 +129,7 @@ class Experts:
     """
 
     on: str = ""
-    count: int = 2
+    count: int = number(2, 2, 64)
     start: str = "zero"
     form: str = "difference"
     router: bool = True
@@ -115,8 +144,8 @@ class Regional:
     """
 
     on: str = ""
-    window: int = 0
-    pool: int = 0
+    window: int = number(0, 0)
+    pool: int = number(0, 0)
 
     def sized(self, side: int) -> GRI:
         """The settings for a square map."""
@@ -131,8 +160,8 @@ class Lora:
     convolutions: whether convolutions get one (LoCon), or linear layers alone. start: LoRA file of the stage before.
     """
 
-    rank: int = 0
-    alpha: float = 0.0
+    rank: int = number(0, 0)
+    alpha: float = number(0.0, 0)
     on: str = "*"
     convolutions: bool = True
     start: str = ""
@@ -151,13 +180,13 @@ class Rollout:
     (Rectified Diffusion).
     """
 
-    steps: tuple[int, ...] = ()
-    teacher_steps: int = 8
-    times: tuple[int, ...] = ()
+    steps: tuple[int, ...] = number((), 1, STEPS)
+    teacher_steps: int = number(8, 1, STEPS)
+    times: tuple[int, ...] = number((), 0, STEPS - 1)
     sampler: str = "dpmpp_2m"
-    guidance: float = 3.0
-    uses: int = 3
-    window: int = 128
+    guidance: float = number(3.0, 1)
+    uses: int = number(3, 1)
+    window: int = number(128, 1)
     states: str = "own"
     bank: str = ""
 
@@ -190,8 +219,8 @@ class Data:
 
     source: str = "cache"
     path: str = ""
-    size: int = 512
-    caption_dropout: float = 0.1
+    size: int = number(512, 8, 8192, multiple=8)
+    caption_dropout: float = number(0.1, 0, 1)
     timesteps: str = "uniform"
 
     @property
@@ -220,9 +249,9 @@ class Samples:
     steps, guidance: of DDIM, from the prompt and the empty prompt.
     """
 
-    count: int = 2000
-    steps: int = 25
-    guidance: float = 7.5
+    count: int = number(2000, 0)
+    steps: int = number(25, 1, STEPS)
+    guidance: float = number(7.5, 1)
 
 
 @dataclass(frozen=True)
@@ -236,32 +265,40 @@ class Loss:
     rises.
     """
 
-    task: float = 1.0
-    output: float = 1.0
-    blocks: float = 0.0
-    layers: float = 0.0
-    attention: float = 0.0
-    mid: float = 0.0
-    perceptual: float = 0.0
-    rollout: float = 0.0
+    task: float = number(1.0, 0)
+    output: float = number(1.0, 0)
+    blocks: float = number(0.0, 0)
+    layers: float = number(0.0, 0)
+    attention: float = number(0.0, 0)
+    mid: float = number(0.0, 0)
+    perceptual: float = number(0.0, 0)
+    rollout: float = number(0.0, 0)
     relative: bool = False
     vgg: str = ""
     classifier: str = ""
-    perceptual_until: int = 800
-    perceptual_warmup: int = 1000
+    perceptual_until: int = number(800, 0, STEPS)
+    perceptual_warmup: int = number(1000, 0)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Those that are not 0, by name."""
+        return {name: weight for name in LOSSES if (weight := getattr(self, name))}
 
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW with clipped gradients, a trapezoid of the learning rate (steps), and the average of the weights."""
+    """AdamW with clipped gradients, a trapezoid of the learning rate (steps), and the average of the weights.
 
-    lr: float = 5e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    warmup: int = 0
-    cooldown: int = 0
-    ema: float = 0.9999
+    clip: the largest norm of the gradient; 0 for no clipping.
+    """
+
+    lr: float = number(5e-5, 0)
+    betas: tuple[float, float] = number((0.9, 0.999), 0, 1, without=True)
+    weight_decay: float = number(0.01, 0, 1)
+    clip: float = number(1.0, 0)
+    warmup: int = number(0, 0)
+    cooldown: int = number(0, 0)
+    ema: float = number(0.9999, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -276,16 +313,16 @@ class RunSettings:
     tensorboard: whether the log goes to TensorBoard as well.
     """
 
-    steps: int = 50_000
-    batch: int = 256
-    micro_batch: int = 8
+    steps: int = number(50_000, 1)
+    batch: int = number(256, 1)
+    micro_batch: int = number(8, 1)
     shard: bool = False
     precision: str = "no"
     checkpoint_gradients: bool = False
-    save_every: int = 1000
-    keep: int = 2
-    log_every: int = 50
-    picture_every: int = 1000
+    save_every: int = number(1000, 1)
+    keep: int = number(2, 1)
+    log_every: int = number(50, 1)
+    picture_every: int = number(1000, 0)
     tensorboard: bool = False
     folder: str = ""
     stored: str = "float16"
@@ -296,7 +333,7 @@ class Config:
     """A whole recipe."""
 
     name: str
-    seed: int = 1234
+    seed: int = number(1234, 0, 2**63 - 1)
     network: Network = field(default_factory=Network)
     student: Student = field(default_factory=Student)
     experts: Experts = field(default_factory=Experts)
@@ -325,27 +362,15 @@ class Config:
         ):
             section, _, name = key.partition(".")
             _one_of(dict.fromkeys(allowed), getattr(getattr(self, section), name), key)
-        least = {f"run.{key}": 1 for key in ("steps", "batch", "micro_batch", "save_every", "keep", "log_every")}
-        for key, low in (
-            least
-            | {
-                "run.picture_every": 0,
-                "samples.count": 0,
-                "samples.steps": 1,
-                "lora.rank": 0,
-                "rollout.teacher_steps": 1,
-                "rollout.uses": 1,
-                "rollout.window": 1,
-            }
-        ).items():
-            section, _, name = key.partition(".")
-            if (value := getattr(getattr(self, section), name)) < low:
-                raise ValueError(f"{key} must be at least {low}, got {value}")
-        weights = {name: getattr(self.loss, name) for name in LOSSES}
-        if min(weights.values()) < 0 or not any(weights.values()):
-            raise ValueError(f"loss: weights must not be negative and one must be above 0, got {weights}")
-        if not 0 <= self.data.caption_dropout <= 1:
-            raise ValueError(f"data.caption_dropout must lie between 0 and 1, got {self.data.caption_dropout}")
+        for key, value, allowed in _numbers(self):
+            if value not in allowed:
+                raise ValueError(f"{key} must be {allowed}, got {value}")
+        if self.name in ("", ".", "..") or set(self.name) & set("/\\:"):
+            raise ValueError(
+                f"name: wanted a plain file name, for the folder and the files of the run, got {self.name!r}"
+            )
+        if not self.loss.weights:
+            raise ValueError(f"loss: one of the weights must be above 0: {', '.join(LOSSES)}")
         if self.run.shard and self.run.precision == "fp16":
             raise ValueError("run.shard does not go with fp16, whose gradient scaler needs gradients whole; use bf16")
         if bool(self.student.preset) == bool(self.student.cut):
@@ -393,7 +418,8 @@ class Config:
         select(self.network.config, self.lora.on)
 
     def _check_rollout(self) -> None:
-        rollout, others = self.rollout, [n for n in LOSSES if n != "rollout" and getattr(self.loss, n)]
+        rollout = self.rollout
+        others = [name for name in self.loss.weights if name != "rollout"]
         if bool(rollout.steps) != bool(self.loss.rollout):
             raise ValueError(
                 "loss.rollout and rollout.steps go together: one is the weight of the loss, the other the steps of the "
@@ -407,16 +433,14 @@ class Config:
                 "to 0"
             )
         times = rollout.teacher_times
-        if any(not 0 <= t < 1000 for t in times) or list(times) != sorted(set(times), reverse=True):
-            raise ValueError(f"rollout.times: wanted descending whole numbers from 999 to 0, got {list(times)}")
+        if list(times) != sorted(set(times), reverse=True):
+            raise ValueError(f"rollout.times: wanted descending whole numbers from {STEPS - 1} to 0, got {list(times)}")
         for steps in rollout.steps:
-            if steps < 1 or len(times) % steps:
+            if len(times) % steps:
                 raise ValueError(
                     f"rollout.steps: {steps} does not divide the teacher's {len(times)} steps; change "
                     "rollout.teacher_steps"
                 )
-        if rollout.guidance < 1:
-            raise ValueError(f"rollout.guidance must be at least 1, got {rollout.guidance}")
         if self.run.shard:
             raise ValueError("rollout does not go with run.shard; leave it out")
 
@@ -527,7 +551,15 @@ class Config:
         return "\n".join(lines)
 
 
-LOSSES = tuple(f.name for f in dataclasses.fields(Loss) if f.default.__class__ is float)  # all weights are numbers
+def _numbers(settings: Any, section: str = "") -> Iterator[tuple[str, float, Range]]:
+    """Every number of a recipe under its key, and what it may be."""
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{f.name}.")
+        elif "range" in f.metadata:
+            for each in value if isinstance(value, tuple) else (value,):
+                yield f"{section}{f.name}", each, f.metadata["range"]
 
 
 def load(path: str | Path, changes: Iterable[str] = ()) -> Config:
@@ -543,17 +575,25 @@ def load(path: str | Path, changes: Iterable[str] = ()) -> Config:
     return _build(Config, data, path.name)
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict:
+    """The table of a recipe on top of those it extends. heirs: the recipes that led here."""
+    heirs = (*heirs, path.resolve())
+    if heirs[-1] in heirs[:-1]:
+        raise ValueError(f"{path}: a recipe cannot extend itself ({' -> '.join(p.name for p in heirs)})")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise ValueError(f"{path}: cannot be read ({e.strerror})") from None
-    except tomllib.TOMLDecodeError as e:
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8; save the recipe as UTF-8") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
         raise ValueError(f"{path}: not valid TOML ({e})") from None
     parent = data.pop("extends", None)
     if parent is None:
         return data
-    base = _read(path.parent / parent)
+    if not isinstance(parent, str):
+        raise ValueError(f"{path}: extends: wanted the name of another recipe, got {parent!r}")
+    base = _read(path.parent / parent, heirs)
     base.pop("name", None)  # a recipe is named after its own file
     return _merged(base, data)
 
@@ -597,7 +637,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
     """The value as the field's type; whole numbers pass for others, nothing else is converted."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
     if get_origin(hint) in (Union, types.UnionType):
         hint = get_args(hint)[0]
@@ -609,7 +649,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: wanted a list of {len(kinds)}, got {value!r}")
         return tuple(_typed(k, v, where) for k, v in zip(kinds, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{where}: this number is too large") from None
     if not isinstance(value, hint) or hint is not bool and isinstance(value, bool):
         raise ValueError(f"{where}: wanted {_TYPES[hint]}, got {value!r}")
     return value

@@ -36,7 +36,7 @@ from asdm_core.packs import read_header
 from .config import Config
 from .diffusion import STEPS, step_weights
 from .seeds import seeded
-from .encoders import Text
+from .encoders import Text, whole
 
 TENSORS = {"latents": 4, "captions": 2, "states": 3, "empty": 2}  # dimensions of each
 
@@ -60,12 +60,14 @@ class Batch(NamedTuple):
     weight: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(part if part is None else part.to(device) for part in self))
+        return self._replace(**{k: part.to(device) for k, part in self._asdict().items() if part is not None})
 
     @property
     def added(self) -> dict[str, Tensor] | None:
         """SDXL's further conditions, as diffusers' UNet takes them."""
-        return None if self.pooled is None else {"text_embeds": self.pooled, "time_ids": self.sizes}
+        if self.pooled is None or self.sizes is None:
+            return None
+        return {"text_embeds": self.pooled, "time_ids": self.sizes}
 
 
 class Examples(NamedTuple):
@@ -105,6 +107,14 @@ class Source(Protocol):
 class Numbered:
     """A source that finds any picture by its number: shuffled as a whole, and it has no state."""
 
+    empty: Text
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
+        raise NotImplementedError
+
     def order(self, generator: torch.Generator) -> Sequence[int]:
         return torch.randperm(len(self), generator=generator).tolist()
 
@@ -140,7 +150,7 @@ class Random(Numbered):
 
     def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
         rows = list(numbers)
-        if self.pooled is None:
+        if self.pooled is None or self.sizes is None:
             return Examples(self.latents[rows], Text(self.states[rows]))
         return Examples(
             self.latents[rows], Text(self.states[rows], self.pooled[rows]), self.sizes.expand(len(rows), -1)
@@ -157,7 +167,8 @@ class Cache(Numbered):
         self.paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not self.paths:
             raise ValueError(f"data.path: {path} holds no .safetensors file; make one with `python -m train.encode`")
-        counts, unet = [], config.network.config
+        counts = []
+        unet = config.network.config
         self.wide = bool(pooled_width(unet))
         for file in self.paths:
             shapes = {k: shape for k, (_, shape) in read_header(file).tensors.items()}
@@ -236,11 +247,6 @@ def cast_added(added: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[s
     return None if added is None else {**added, "text_embeds": added["text_embeds"].to(dtype)}
 
 
-def whole(size: int) -> Tensor:
-    """SDXL's sizes of a picture that was not cropped, (1, 6)."""
-    return torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)
-
-
 class Batches:
     """Batches by the numbers of their samples.
 
@@ -249,7 +255,9 @@ class Batches:
     """
 
     def __init__(self, source: Source, config: Config):
-        self.source, self.seed, self.dropout = source, config.seed, config.data.caption_dropout
+        self.source = source
+        self.seed = config.seed
+        self.dropout = config.data.caption_dropout
         self.weights = step_weights() if config.data.timesteps == "snr" else torch.full((STEPS,), 1 / STEPS)
         self.cumulated = self.weights.double().cumsum(0)
         self.order = lru_cache(maxsize=2)(self._order)
@@ -263,18 +271,21 @@ class Batches:
             epoch, at = divmod(n, len(self.source))
             generators.append(g := seeded(self.seed, 7, n))
             drop, caption, time = torch.rand(3, generator=g, dtype=torch.float64).tolist()
-            chosen.append(self.order(epoch)[at]), draws.append(caption), dropped.append(drop < self.dropout)
+            chosen.append(self.order(epoch)[at])
+            draws.append(caption)
+            dropped.append(drop < self.dropout)
             times.append(min(int(torch.searchsorted(self.cumulated, time, right=True)), STEPS - 1))
-        found, empty = self.source.examples(chosen, draws), self.source.empty
+        found = self.source.examples(chosen, draws)
+        empty = self.source.empty
         drop = torch.tensor(dropped)
         noise = torch.stack([torch.randn(found.latents.shape[1:], generator=g) for g in generators])
-        pooled = found.text.pooled
+        text = found.text.where_not(drop, empty)
         return Batch(
             found.latents,
             noise,
             torch.tensor(times),
-            torch.where(drop[:, None, None], empty.states, found.text.states),
-            None if pooled is None else torch.where(drop[:, None], empty.pooled, pooled),
+            text.states,
+            text.pooled,
             found.sizes,
             torch.zeros(len(drop), dtype=torch.long) if found.left_out is None else found.left_out,
         )

@@ -28,6 +28,11 @@ def coefficients(t: Tensor) -> tuple[Tensor, Tensor]:
     return a2.sqrt(), (1 - a2).sqrt()
 
 
+def as_v(predicted: Tensor, x: Tensor, a: Tensor, s: Tensor, prediction: str) -> Tensor:
+    """The v a prediction at x_t stands for, float32."""
+    return predicted.float() if prediction == "v" else (predicted.float() - s * x) / a
+
+
 def step_weights() -> Tensor:
     """p(t) of training, (1000,): 80% in proportion to min(SNR, 1) / SNR, 20% uniform.
 
@@ -77,7 +82,8 @@ def ddim(
             v_cond, v_uncond = v.chunk(2)
             v = v_uncond + cfg * (v_cond - v_uncond)
         a, s = coefficients(t[: len(x)])
-        x0, eps = a * x - s * v, s * x + a * v
+        x0 = a * x - s * v
+        eps = s * x + a * v
         if i + 1 < len(times):
             a, s = coefficients(torch.full((len(x),), times[i + 1], device=x.device))
             x = a * x0 + s * eps

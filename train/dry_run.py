@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
 
 from asdm_core.architecture import Architecture
 from asdm_core.measure import costs, total
 from asdm_core.surgery import cut_diffusers
 
 from . import networks
-from .config import LOSSES, Config
+from .config import PRECISIONS, Config
+from .losses import LOSSES
 from .data import pooled_width
 from .rollout import Course, few_steps
-
-BYTES = {"no": 4, "bf16": 2, "fp16": 2}  # of an activation and of a teacher's weight
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class _CountingProcessor:
         return attn.to_out[0](_CountedAttention.apply(attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
 
 
-def meta_student(config: Config) -> nn.Module:
+def meta_student(config: Config) -> UNet2DConditionModel:
     """The student of a recipe without weights, with the trained units marked."""
     with torch.device("meta"):
         student = networks.build(config)
@@ -72,7 +73,7 @@ def meta_student(config: Config) -> nn.Module:
     return student
 
 
-def activations(student: nn.Module, config: Config) -> int:
+def activations(student: UNet2DConditionModel, config: Config) -> int:
     """Numbers that a forward pass of one micro batch keeps for the backward pass, counted on the meta device.
 
     With gradient checkpointing: the inputs of all layers, and what the largest layer keeps.
@@ -104,7 +105,8 @@ def activations(student: nn.Module, config: Config) -> int:
                 at[0] = ""
 
             handles += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
-    student.set_attn_processor(_CountingProcessor())
+    counting: Any = _CountingProcessor()
+    student.set_attn_processor(counting)
     size = config.run.micro_batch
     # Gains are not seen here, because attention is only counted: with them everything keeps what its input's gradient
     # needs.
@@ -125,18 +127,20 @@ def activations(student: nn.Module, config: Config) -> int:
     return kept[""] + sum(inputs.values()) + max(n for name, n in kept.items() if name)
 
 
-def memory(student: nn.Module, config: Config, processes: int) -> MemoryEstimate:
+def memory(student: UNet2DConditionModel, config: Config, processes: int) -> MemoryEstimate:
     shared = processes if config.run.shard else 1
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    needs_teacher = any(getattr(config.loss, name) for name in LOSSES if name != "task")
+    half = PRECISIONS[config.run.precision].itemsize
+    draws = config.data.source == "prompts" or config.rollout.steps
+    needs_teacher = draws or any(LOSSES[name].teacher for name in config.loss.weights)
     teacher = Architecture.full(config.network.config).params if needs_teacher else 0
     return MemoryEstimate(
-        teacher=teacher * BYTES[config.run.precision],
+        teacher=teacher * half,
         student=4 * sum(p.numel() for p in student.parameters()) // shared,
         gradients=4 * trained // shared,
         optimiser=8 * trained // shared,
         average=4 * trained // shared,
-        activations=activations(student, config) * BYTES[config.run.precision],
+        activations=activations(student, config) * half,
     )
 
 
@@ -144,9 +148,10 @@ def report(config: Config, processes: int) -> str:
     """The whole plan as text. Raises ValueError where the run could not start."""
     student = meta_student(config)
     accumulation = config.accumulation(processes)
-    trained, kept = Counter(), Counter()
+    trained: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
     for unit in config.architecture.kept:
-        block = networks.block_of(config, unit.address)
+        block = unit.block
         # Not unit.params: a transformer may have lost some of its blocks.
         parameters = list(student.get_submodule(unit.diffusers).parameters())
         kept[block] += sum(p.numel() for p in parameters)
@@ -187,7 +192,9 @@ def _rollout(config: Config) -> list[str]:
     """What the bank of a rollout run takes, and the work of both networks."""
     if not config.rollout.steps:
         return []
-    course, unet, side = Course(config), config.network.config, config.data.side
+    course = Course(config)
+    unet = config.network.config
+    side = config.data.side
     numbers = {course.trajectory(course.place(config.run.steps - 1, i).walk) for i in range(config.run.batch)}
     window = config.rollout.window
     count = (max(numbers) // window + 1) * window

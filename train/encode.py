@@ -116,13 +116,18 @@ def encode(
         same_file(
             path, made_with.get(path, {}), "delete it and those after it to have them made anew, or give another folder"
         )
-    progress, done, broken = Progress("encoding", len(pictures)), 0, []
+    progress = Progress("encoding", len(pictures))
+    done = 0
+    broken = []
     empty = to_text([""])
     for path, part in parts.items():
         done += len(part)
         if path.exists():
             continue
-        latents, captions, texts, sizes = [], [], [], []
+        latents: list[Tensor] = []
+        captions: list[range] = []
+        texts: list[str] = []
+        sizes: list[Tensor] = []
         for at in range(0, len(part), batch):
             readable = []
             for file, given in part[at : at + batch]:
@@ -151,7 +156,7 @@ def encode(
         }
         if empty.pooled is not None:
             tensors |= {
-                "pooled": torch.cat([f.pooled.half().cpu() for f in found]),
+                "pooled": torch.cat([f.pooled.half().cpu() for f in found if f.pooled is not None]),
                 "empty_pooled": empty.pooled[0].half().cpu(),
                 "sizes": torch.stack(sizes),
             }

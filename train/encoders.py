@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asdm_core.packs import TensorFile
 
@@ -24,6 +24,32 @@ class Text(NamedTuple):
 
     states: Tensor
     pooled: Tensor | None = None
+
+    def where_not(self, drop: Tensor, other: Text) -> Text:
+        """That of another (1, L, D) where `drop` (B,) is set."""
+        if self.pooled is None or other.pooled is None:
+            return Text(torch.where(drop[:, None, None], other.states, self.states))
+        return Text(
+            torch.where(drop[:, None, None], other.states, self.states),
+            torch.where(drop[:, None], other.pooled, self.pooled),
+        )
+
+    def on_cpu(self) -> Text:
+        """Float32, on the CPU."""
+        return Text(self.states.float().cpu(), None if self.pooled is None else self.pooled.float().cpu())
+
+
+def conditions(text: Text, empty: Text, times: int, size: int, device: torch.device) -> dict[str, Tensor] | None:
+    """SDXL's further conditions of whole pictures, for prompts and, with times = 2, as many empty ones."""
+    if text.pooled is None or empty.pooled is None:
+        return None
+    pooled = torch.cat([text.pooled, empty.pooled.expand_as(text.pooled)])[: times * len(text.pooled)]
+    return {"text_embeds": pooled.to(device), "time_ids": whole(size).expand(len(pooled), -1).to(device)}
+
+
+def whole(size: int) -> Tensor:
+    """SDXL's sizes of a picture that was not cropped, (1, 6)."""
+    return torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)
 
 
 ToText = Callable[[Sequence[str]], Text]
@@ -39,20 +65,24 @@ def load_text(models: str | Path, tokenizer: str | Path = "", device: str | torc
 
     models = Path(models)
     if not models.is_dir():
-        return _ToText(_from_checkpoint(models).to(device).eval(), _tokenizer(tokenizer), device)
+        return _ToText(_placed(_from_checkpoint(models), device), _tokenizer(tokenizer), device)
     if not (models / "text_encoder").is_dir():
         raise ValueError(f"{models} has no folder text_encoder; wanted a diffusers folder of a whole model")
     first = _ToText(
-        CLIPTextModel.from_pretrained(models / "text_encoder", local_files_only=True).to(device).eval(),
+        _placed(CLIPTextModel.from_pretrained(models / "text_encoder", local_files_only=True), device),
         _tokenizer(tokenizer or models / "tokenizer"),
         device,
     )
     if not (models / "text_encoder_2").is_dir():
         return first
-    second = (
-        CLIPTextModelWithProjection.from_pretrained(models / "text_encoder_2", local_files_only=True).to(device).eval()
+    second = _placed(
+        CLIPTextModelWithProjection.from_pretrained(models / "text_encoder_2", local_files_only=True), device
     )
     return _ToTextXL(first, _ToText(second, _tokenizer(models / "tokenizer_2"), device))
+
+
+def _placed(model: nn.Module, device: str | torch.device) -> nn.Module:
+    return model.to(device).eval().requires_grad_(False)
 
 
 def load_vae(models: str | Path, device: str | torch.device = "cpu"):
@@ -61,12 +91,7 @@ def load_vae(models: str | Path, device: str | torch.device = "cpu"):
 
     if not (Path(models) / "vae").is_dir():
         raise ValueError(f"{models} has no folder vae; wanted a diffusers folder of a whole model")
-    return (
-        AutoencoderKL.from_pretrained(Path(models) / "vae", local_files_only=True)
-        .to(device)
-        .eval()
-        .requires_grad_(False)
-    )
+    return _placed(AutoencoderKL.from_pretrained(Path(models) / "vae", local_files_only=True), device)
 
 
 def latents_of(vae) -> ToLatents:
@@ -82,7 +107,9 @@ def latents_of(vae) -> ToLatents:
 
 class _ToText:
     def __init__(self, model, tokenizer, device):
-        self.model, self.tokenizer, self.device = model, tokenizer, device
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device = device
 
     @torch.no_grad()
     def outputs(self, captions: Sequence[str], **arguments):
@@ -113,16 +140,15 @@ class _ToTextXL:
 def _tokenizer(folder: str | Path):
     from transformers import CLIPTokenizer
 
-    if folder:
-        folder = Path(folder)
-    else:  # custom_nodes/NAME/train/encoders.py
-        folder = next((p / TOKENIZER for p in Path(__file__).resolve().parents if (p / TOKENIZER).is_dir()), None)
-    if folder is None or not (folder / "vocab.json").is_file():
+    # custom_nodes/NAME/train/encoders.py
+    hosts = (p / TOKENIZER for p in Path(__file__).resolve().parents if (p / TOKENIZER).is_dir())
+    found = Path(folder) if folder else next(hosts, None)
+    if found is None or not (found / "vocab.json").is_file():
         raise ValueError(
-            f"encoders.tokenizer: {folder or 'nothing given, and this pack does not lie in a ComfyUI, which has one'}; "
+            f"encoders.tokenizer: {found or 'nothing given, and this pack does not lie in a ComfyUI, which has one'}; "
             "wanted a folder with CLIP's vocab.json and merges.txt, such as ComfyUI/comfy/sd1_tokenizer"
         )
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    return CLIPTokenizer.from_pretrained(found, local_files_only=True)
 
 
 def _from_checkpoint(path: Path):
@@ -158,11 +184,11 @@ def _from_checkpoint(path: Path):
     )
     model = CLIPTextModel(config)
     # Newer versions of transformers leave out the classic "text_model.".
-    wanted = {k: names.get(k.removeprefix("text_model.")) for k, _ in model.named_parameters()}
-    if missing := [k for k, name in wanted.items() if name is None]:
+    wanted = [k for k, _ in model.named_parameters()]
+    if missing := [k for k in wanted if k.removeprefix("text_model.") not in names]:
         raise ValueError(
             f"{path.name}: its text encoder lacks {missing[0]}; give a diffusers folder with a whole one as "
             "encoders.models"
         )
-    model.load_state_dict({k: file[name].float() for k, name in wanted.items()}, strict=False)
+    model.load_state_dict({k: file[names[k.removeprefix("text_model.")]].float() for k in wanted}, strict=False)
     return model

@@ -21,7 +21,8 @@ def save_grid(path: Path, images: Tensor, columns: int, scale: float = 1.0, gap:
     rows = -(-b // columns)
     canvas = torch.full((3, rows * (h + gap), columns * (w + gap)), 0.5)
     for i, image in enumerate(images):
-        y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        y = (i // columns) * (h + gap)
+        x = (i % columns) * (w + gap)
         canvas[:, y : y + h, x : x + w] = image
     temporary = path.with_suffix(".part.png")
     Image.fromarray((canvas.permute(1, 2, 0) * 255).round().byte().numpy()).save(temporary)

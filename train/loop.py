@@ -8,6 +8,7 @@ the unbroken one bit for bit.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -25,9 +26,9 @@ from torch import Tensor, nn
 from asdm_core.packs import BadFile, TensorFile, write_file
 
 from . import losses, networks, rollout, sharding, taps
-from .config import LOSSES, Config
+from .config import PRECISIONS, Config
 from .data import Batch, Batches, Source, cast_added
-from .diffusion import STEPS, coefficients
+from .diffusion import STEPS, as_v, coefficients
 from .optimisation import Average, trapezoid
 from .progress import Progress
 from .attention import BmmAttention
@@ -72,7 +73,7 @@ class State:
     bank_seconds: float = 0.0
 
 
-Classifier = Callable[[Path], nn.Module]  # with `pictures`: latents -> pictures
+Classifier = Callable[[Path], losses.PerceptualNetwork]
 
 
 # Losses of a batch ----------------------------------------------------------------------------------
@@ -87,15 +88,17 @@ class Criterion:
     def __init__(self, config: Config, device: torch.device, classifier: Classifier | None = None):
         self.config = config
         self.taps = config.taps
-        self.weights = {name: getattr(config.loss, name) for name in LOSSES if getattr(config.loss, name)}
-        self.net, self.picture = None, partial(losses.latent_rgb, family=config.network.family)
+        self.weights = config.loss.weights
+        self.net: nn.Module | None = None
+        self.picture: Callable[[Tensor], Tensor] = partial(losses.latent_rgb, family=config.network.family)
         if config.loss.perceptual and config.loss.classifier:
             if classifier is None:
                 raise ValueError(
                     "loss.classifier belongs to the emoji family alone: start the recipe with `python -m train.emoji`"
                 )
-            self.net = classifier(Path(config.loss.classifier)).to(device)
-            self.picture = self.net.pictures
+            net = classifier(Path(config.loss.classifier)).to(device)
+            self.net = net
+            self.picture = net.pictures
         elif config.loss.perceptual:
             self.net = load_vgg(config.loss.vgg).to(device)
 
@@ -110,15 +113,13 @@ class Criterion:
     @property
     def needs_teacher(self) -> bool:
         """For each batch. A rollout needs it for the bank alone."""
-        return not set(self.weights) <= {"task", "rollout"}
+        return any(losses.LOSSES[name].teacher for name in self.weights)
 
-    def __call__(
-        self, batch: Batch, x: Tensor, student: tuple[Tensor, Mapping], teacher: tuple[Tensor, Mapping] | None
-    ) -> Tensor:
+    def __call__(self, batch: Batch, x: Tensor, student: losses.Outputs, teacher: losses.Outputs | None) -> Tensor:
         """(losses, B), in the order of `weights`."""
         a, s = coefficients(batch.t)
-        given = Compared(self, batch, x, a, s, student, teacher)
-        return torch.stack([VALUES[name](given) for name in self.weights])
+        given = losses.Compared(self, batch, x, a, s, student, teacher)
+        return torch.stack([losses.LOSSES[name].value(given) for name in self.weights])
 
     def factors(self, step: int) -> list[float]:
         """The weights at a step: that of the perceptual loss rises first."""
@@ -132,64 +133,6 @@ def learning_rate(config: Config, step: int) -> float:
     return o.lr * trapezoid(step, o.warmup, config.run.steps - step, o.cooldown)
 
 
-@dataclass(frozen=True)
-class Compared:
-    """What a loss may look at: x_t and its coefficients, predictions and features of student and teacher."""
-
-    criterion: Criterion
-    batch: Batch
-    x: Tensor
-    a: Tensor
-    s: Tensor
-    student: tuple[Tensor, Mapping]
-    teacher: tuple[Tensor, Mapping] | None
-
-    @property
-    def prediction(self) -> str:
-        return self.criterion.config.network.prediction
-
-
-def _task(c: Compared) -> Tensor:
-    return losses.task(c.student[0], c.batch.x0, c.batch.noise, c.a, c.s, c.prediction)
-
-
-def _output(c: Compared) -> Tensor:
-    return losses.output(c.student[0], c.teacher[0])
-
-
-def _features(c: Compared, kind: str) -> Tensor:
-    chosen = c.criterion.taps[kind]
-    return losses.features(
-        {tap.name: c.student[1][tap.student] for tap in chosen},
-        {tap.name: c.teacher[1][tap.teacher] for tap in chosen},
-        {tap.name: tap.weight for tap in chosen},
-        c.criterion.config.loss.relative,
-    )
-
-
-def _rollout(c: Compared) -> Tensor:
-    v = rollout.as_v(c.student[0], c.x, c.a, c.s, c.prediction)
-    return losses.rollout(v, c.batch.v, c.batch.weight)
-
-
-def _perceptual(c: Compared) -> Tensor:
-    pictures = [
-        c.criterion.picture(losses.denoised(c.x, predicted, c.a, c.s, c.prediction))
-        for predicted in (c.student[0], c.teacher[0])
-    ]
-    return losses.perceptual(*pictures, c.criterion.net, c.batch.t < c.criterion.config.loss.perceptual_until)
-
-
-# The value of each weight in config.Loss, (B,).
-VALUES: dict[str, Callable[[Compared], Tensor]] = {
-    "task": _task,
-    "output": _output,
-    **{kind: partial(_features, kind=kind) for kind in taps.KINDS},
-    "perceptual": _perceptual,
-    "rollout": _rollout,
-}
-
-
 # Checkpoints ----------------------------------------------------------------------------------------
 
 
@@ -197,7 +140,8 @@ class Checkpoints:
     """The newest few states of a run, each one safetensors file, written whole or not at all."""
 
     def __init__(self, config: Config):
-        self.config, self.folder = config, config.folder
+        self.config = config
+        self.folder = config.folder
         # What must not change: everything but how the work is cut up, saved and shown.
         fixed = config.to_dict()
         free = set(FREE) - ({"steps"} if len(config.rollout.steps) > 1 else set())
@@ -267,7 +211,8 @@ def averaged(parameters: Mapping[str, nn.Parameter], average: Average) -> Iterat
     def exchange() -> None:
         for key, p in parameters.items():
             held = p.clone()
-            p.copy_(average.weights[key]), average.weights[key].copy_(held)
+            p.copy_(average.weights[key])
+            average.weights[key].copy_(held)
 
     exchange()
     try:
@@ -323,10 +268,12 @@ def train(
     accumulation = config.accumulation(accelerator.num_processes)
     criterion = Criterion(config, device, classifier)
     original = networks.load_teacher(config)
-    student = networks.make_student(original, config).to(device).train()
+    student = networks.make_student(original, config)
+    nn.Module.to(student, device)
+    student.train()
     if config.run.shard:
         sharding.shard(student, device)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[config.run.precision]
+    half = PRECISIONS[config.run.precision]
     computed = (
         TeacherOutputs(config, criterion.teacher_paths)
         if config.network.teacher_outputs and criterion.needs_teacher
@@ -334,7 +281,8 @@ def train(
     )
     teacher = taps.Tapped(original, criterion.teacher_paths) if criterion.needs_teacher and not computed else None
     if device.type == "cpu":  # fused attention is slow to train through on a CPU
-        networks.set_attention(original, BmmAttention()), networks.set_attention(student, BmmAttention())
+        networks.set_attention(original, BmmAttention())
+        networks.set_attention(student, BmmAttention())
     if config.run.checkpoint_gradients:
         student.enable_gradient_checkpointing()
 
@@ -349,10 +297,18 @@ def train(
         accelerator.num_processes,
         accelerator.wait_for_everyone,
     )
-    batches, rollouts = Batches(source, config), None
+    batches = Batches(source, config)
+    rollouts: rollout.Rollouts | None = None
     if config.rollout.steps:
-        everyone = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
-        bank = rollout.Bank(config, source, predictor(original, half), device, *everyone)
+        bank = rollout.Bank(
+            config,
+            source,
+            predictor(original, half),
+            device,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.wait_for_everyone,
+        )
         rollouts = rollout.Rollouts(config, bank, device)
 
     parameters = {k: p for k, p in student.named_parameters() if p.requires_grad}
@@ -364,7 +320,8 @@ def train(
         fused=True,
     )
     average = Average(parameters, config.optimiser.ema)
-    checkpoints, state = Checkpoints(config), State()
+    checkpoints = Checkpoints(config)
+    state = State()
     if loaded := checkpoints.load():
         state, tensors = loaded
         _restore(tensors, parameters, adamw, average)
@@ -380,8 +337,8 @@ def train(
             "same run.folder"
         )
     if main:
-        for part in config.folder.glob(".checkpoint-*.part"):  # left behind where a run was killed while it saved
-            part.unlink()
+        for left in config.folder.glob(".checkpoint-*.part"):  # left behind where a run was killed while it saved
+            left.unlink()
     log = Log(config, state, list(criterion.weights)) if main else None
     model = accelerator.prepare_model(
         taps.Tapped(student, criterion.student_paths), evaluation_mode=config.run.shard
@@ -402,12 +359,14 @@ def train(
             state.bank_seconds += clock() - began
 
         # Forward and backward, in as many parts as the batch takes.
-        factors, values = torch.tensor(criterion.factors(state.step), device=device), []
+        factors = torch.tensor(criterion.factors(state.step), device=device)
+        values = []
         for part in range(accumulation):
             numbers = _numbers(config, accelerator, state.step, part)
             if rollouts:
                 slots = [n - state.step * config.run.batch for n in numbers]
                 batch = rollouts.batch(state.step, slots)
+                assert batch.x is not None
                 x = batch.x
             else:
                 batch = batches(numbers).to(device)
@@ -419,16 +378,17 @@ def train(
                     wanted = teacher(x.to(half), batch.t, batch.context.to(half), cast_added(batch.added, half))
             last = part == accumulation - 1
             if config.run.shard:
-                student.set_requires_gradient_sync(last)
+                sharding.synchronise(student, last)
             with nullcontext() if last or config.run.shard else accelerator.no_sync(model):
                 mine = model(x, batch.t, batch.context, batch.added)
                 value = criterion(batch, x, mine, wanted)
                 accelerator.backward((factors @ value).mean() / accumulation)
             if rollouts:
-                v = rollout.as_v(mine[0].detach(), x, *coefficients(batch.t), config.network.prediction)
+                v = as_v(mine[0].detach(), x, *coefficients(batch.t), config.network.prediction)
                 rollouts.advance(state.step, slots, x, v)
+            assert batch.left_out is not None
             values.append(torch.cat([value.detach(), batch.t[None].float(), batch.left_out[None].float()]))
-        norm = accelerator.clip_grad_norm_(parameters.values(), config.optimiser.clip)
+        norm = accelerator.clip_grad_norm_(parameters.values(), config.optimiser.clip or math.inf)
         norm = float(sharding.gathered({"norm": norm}, keep=True)["norm"])
         value = accelerator.gather(torch.cat(values, 1).T.contiguous()).cpu()  # (B, losses + 2)
         state.left_out += int(value[:, -1].sum())
@@ -456,13 +416,13 @@ def train(
         state.seconds += clock() - began
 
         # Status and checkpoint.
-        if main:
+        if log:
             log.add(state, value if good else None, lr, norm)
             progress.show(state.step, log.status(state))
         if show and (state.step % config.run.picture_every == 0 or state.step == config.run.steps):
             with averaged(parameters, average), accelerator.autocast():
                 rows = show.rows(predictor(student, torch.float32))
-            if main:
+            if log:
                 show.save(state.step, rows)
                 log.picture(state.step, rows)
         if len(state.in_a_row) == BAD_STEPS:
@@ -478,7 +438,7 @@ def train(
         states = rollouts.gathered(accelerator) if rollouts and saves else None
         if saves and (main or config.run.shard):
             tensors = sharding.gathered(_tensors(parameters, adamw, average), keep=main)
-            if rollouts:
+            if states is not None:
                 tensors["rollout.x"] = states
             if main:
                 state.source = source.state(state.step * config.run.batch)
@@ -488,7 +448,7 @@ def train(
         for key, p in parameters.items():
             p.copy_(average.weights[key])
     with sharding.put_together(student):
-        if main:
+        if log:
             progress.end()
             training = provenance(config, state, log) | {"trained": sum(p.numel() for p in parameters.values())}
             networks.write_product(student, config, training)
@@ -526,7 +486,9 @@ class Log:
     """
 
     def __init__(self, config: Config, state: State, names: list[str]):
-        self.config, self.names, self.path = config, names, config.folder / "log.jsonl"
+        self.config = config
+        self.names = names
+        self.path = config.folder / "log.jsonl"
         self.recent: list[Tensor] = []
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         # After a kill the log may be ahead of the checkpoint, and its last line incomplete.
@@ -602,7 +564,7 @@ def provenance(config: Config, state: State, log: Log) -> dict:
     return {
         "teacher": Path(config.network.teacher).name,
         "start": Path(config.student.start).name or "teacher",
-        "losses": {name: getattr(config.loss, name) for name in LOSSES if getattr(config.loss, name)},
+        "losses": config.loss.weights,
         "steps": state.step,
         "samples": state.step * config.run.batch,
         "skipped": state.skipped,

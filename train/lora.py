@@ -34,16 +34,17 @@ class Change(nn.Module):
 
     def __init__(self, weight: Tensor, rank: int, scale: float, generator: torch.Generator | None):
         super().__init__()
-        outputs, inputs = weight.shape[0], weight[0].numel()
+        outputs = weight.shape[0]
+        inputs = weight[0].numel()
         self.scale = scale
-        shape = {"device": weight.device, "dtype": torch.float32}
+        at = weight.device
         # The scale of down's start is free (up starts at 0): 1 / rank, and 1 / (rank k) for a convolution.
         std = 1 / (rank * (weight.shape[-1] if weight.dim() == 4 else 1))
-        down = (
-            torch.empty(rank, inputs, **shape) if generator is None else torch.randn(rank, inputs, generator=generator)
-        )
-        self.down = nn.Parameter((down * std).to(**shape))
-        self.up = nn.Parameter(torch.zeros(outputs, rank, **shape))
+        down = torch.empty(rank, inputs, device=at)
+        if generator is not None:
+            down = torch.randn(rank, inputs, generator=generator).to(at)
+        self.down = nn.Parameter(down * std)
+        self.up = nn.Parameter(torch.zeros(outputs, rank, device=at))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + (self.scale * (self.up @ self.down)).to(weight.dtype).view_as(weight)
@@ -79,10 +80,11 @@ def give_lora(student: nn.Module, config: Config, taken: set[str]) -> None:
     if not config.lora.rank:
         return
     for number, layer in enumerate(targets(student, config, taken).values()):
-        rank = rank_of(layer.weight, config.lora.rank)
-        generator = None if layer.weight.is_meta else seeded(config.seed, 11, number)
+        weight = layer.get_parameter("weight")
+        rank = rank_of(weight, config.lora.rank)
+        generator = None if weight.is_meta else seeded(config.seed, 11, number)
         scale = (config.lora.alpha or rank) / rank
-        parametrize.register_parametrization(layer, "weight", Change(layer.weight, rank, scale, generator), unsafe=True)
+        parametrize.register_parametrization(layer, "weight", Change(weight, rank, scale, generator), unsafe=True)
     if config.lora.start:
         _take(student, config)
 
@@ -131,12 +133,14 @@ def file_names(config: UNetConfig) -> dict[str, str]:
 
 def tensors_of(student: nn.Module, config: UNetConfig, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
     """The LoRA of a live student as a file holds it."""
-    names, found = file_names(config), {}
+    names = file_names(config)
+    found = {}
     for name, change in changes(student).items():
-        shape = student.get_submodule(name).weight.shape
+        shape = student.get_parameter(f"{name}.{MERGED}.original").shape
         down, up = change.down.detach(), change.up.detach()
         if len(shape) == 4:
-            down, up = down.view(len(down), *shape[1:]), up[..., None, None]
+            down = down.view(len(down), *shape[1:])
+            up = up[..., None, None]
         module = names[name]
         found[f"{module}.lora_down.weight"] = down.to(dtype)
         found[f"{module}.lora_up.weight"] = up.to(dtype)
@@ -174,13 +178,14 @@ def write_lora(
 @torch.no_grad()
 def merge_file(unet: nn.Module, config: UNetConfig, path: Path) -> None:
     """Merge a LoRA file of `write_lora` into a live diffusers UNet, in place. Raises ValueError for another's names."""
-    file, names = TensorFile(path), {v: k for k, v in file_names(config).items()}
+    file = TensorFile(path)
+    names = {v: k for k, v in file_names(config).items()}
     for module in sorted({key.split(".")[0] for key in file}):
         if module not in names:
             raise ValueError(
                 f"{path.name}: {module} is no layer of a UNet of {config.family}, under its name in kohya's form"
             )
-        weight = unet.get_submodule(names[module]).weight
+        weight = unet.get_parameter(f"{names[module]}.weight")
         down, up = file[f"{module}.lora_down.weight"].float(), file[f"{module}.lora_up.weight"].float()
         scale = float(file[f"{module}.alpha"]) / len(down)
-        weight += scale * (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        weight.add_(scale * (up.flatten(1) @ down.flatten(1)).view_as(weight))

@@ -68,5 +68,6 @@ def border(images: Tensor, width: int = 3) -> Tensor:
 
 def gradient(images: Tensor) -> Tensor:
     """Mean absolute difference of neighbouring pixels of pictures (N, C, H, W), (N,): how sharp they are."""
-    across, down = images[..., 1:] - images[..., :-1], images[..., 1:, :] - images[..., :-1, :]
+    across = images[..., 1:] - images[..., :-1]
+    down = images[..., 1:, :] - images[..., :-1, :]
     return across.abs().mean((1, 2, 3)) + down.abs().mean((1, 2, 3))

@@ -13,16 +13,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from asdm_core import condconv, few_step
-from asdm_core.addresses import UNetConfig, in_order, unit
+from asdm_core.addresses import UNetConfig, in_order
 from asdm_core.architecture import Architecture
 from asdm_core.gri import LogGains, gri_attention
-from asdm_core.packs import Description, Loaded, TensorFile, describe, open_pack, open_unet, write_pack, write_unet
+from asdm_core.packs import Description, Loaded, open_model, open_pack, open_unet, write_pack, write_unet
 from asdm_core.surgery import ADDRESSED, Form, convert, cut_diffusers, extract, load_units, modules
 
 from . import lora
@@ -31,7 +33,12 @@ from .lora import give_lora, write_lora
 from .rollout import few_steps
 
 OWN_STEM = ("stem.conv_in", "stem.norm_out", "stem.conv_out")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": "int8"}
+DTYPES: dict[str, torch.dtype | str] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": "int8",
+}
 
 
 def build(config: Config) -> UNet2DConditionModel:
@@ -78,7 +85,7 @@ def trained_units(config: Config) -> tuple[str, ...]:
     return in_order(architecture.config, {*own, *(OWN_STEM if config.student.stem else ())})
 
 
-def make_student(teacher: nn.Module, config: Config) -> nn.Module:
+def make_student(teacher: UNet2DConditionModel, config: Config) -> UNet2DConditionModel:
     """A cut copy of the teacher, with the units of the stage before where the recipe names one; frozen but for the
     trained units.
     """
@@ -100,7 +107,8 @@ def give_experts(student: nn.Module, teacher: nn.Module, config: Config) -> None
     if settings is None:
         return
     if config.experts.start == "clme":
-        whole, mine = addressed(teacher, Architecture.full(unet)), addressed(student, config.architecture)
+        whole = addressed(teacher, Architecture.full(unet))
+        mine = addressed(student, config.architecture)
         _, tensors, _ = condconv.clme(whole, mine, unet, settings.experts, settings.form)
     else:
         tensors = condconv.start(unet, settings, config.experts.start, config.seed)
@@ -112,9 +120,10 @@ class RegionalAttention(nn.Module):
 
     def __init__(self, heads: int, settings: Regional, device: torch.device | None = None):
         super().__init__()
-        self.log_gain, self.settings = nn.Parameter(torch.zeros(heads, device=device)), settings
+        self.log_gain = nn.Parameter(torch.zeros(heads, device=device))
+        self.settings = settings
 
-    def forward(self, attn: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, attn: Attention, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         """hidden_states: (B, N, C)."""
         side = math.isqrt(hidden_states.shape[1])
         q, k, v = (to(hidden_states).unflatten(-1, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
@@ -126,19 +135,21 @@ class RegionalAttention(nn.Module):
 def give_gains(student: nn.Module, config: UNetConfig, gains: LogGains | None, settings: Regional) -> None:
     """Let self-attentions of a live student be GRI with gains of 0, in place."""
     for attn in regional(student, config, gains).values():
-        attn.set_processor(RegionalAttention(attn.heads, settings, attn.to_q.weight.device))
+        processor: Any = RegionalAttention(attn.heads, settings, attn.to_q.weight.device)
+        attn.set_processor(processor)
 
 
-def regional(student: nn.Module, config: UNetConfig, gains: LogGains | None) -> dict[str, nn.Module]:
+def regional(student: nn.Module, config: UNetConfig, gains: LogGains | None) -> dict[str, Attention]:
     """The self-attentions that gains are for, by the log gain's name in a pack file."""
-    slots = gains.keys(config) if gains else {}
-    return {
-        key: student.get_submodule(slot.unit.key(slot.tensor, "diffusers").removesuffix(".log_gain"))
-        for key, slot in slots.items()
-    }
+    found = {}
+    for key, slot in gains.keys(config).items() if gains else ():
+        attn = student.get_submodule(slot.unit.key(slot.tensor, "diffusers").removesuffix(".log_gain"))
+        assert isinstance(attn, Attention)
+        found[key] = attn
+    return found
 
 
-def set_attention(unet: nn.Module, processor: object) -> None:
+def set_attention(unet: UNet2DConditionModel, processor: Any) -> None:
     """Let a diffusers UNet compute its attention with a processor, but where it is GRI."""
     unet.set_attn_processor(
         {name: p if isinstance(p, RegionalAttention) else processor for name, p in unet.attn_processors.items()}
@@ -167,7 +178,7 @@ def _started(config: Config) -> dict[str, Tensor]:
     """The tensors of this stage's own units in the product of the stage before."""
     architecture = config.architecture
     try:
-        opened = open_product(config.student.start)
+        opened = open_model(config.student.start)
     except ValueError as e:
         raise ValueError(f"student.start: {e} Train the stage before this one first.") from None
     if opened.description.family != architecture.config.family:
@@ -190,18 +201,13 @@ def _started(config: Config) -> dict[str, Tensor]:
     return {k: v.float() for k, v in extract(opened.tensors, architecture, own).items()}
 
 
-def open_product(path: str | os.PathLike) -> Loaded:
-    """A pack or a whole UNet, whichever the file is. Raises ValueError (BadFile)."""
-    description = describe(TensorFile(path))
-    return open_pack(path) if description is not None and description.kind == "pack" else open_unet(path)
-
-
-def assembled(whole: nn.Module, path: str | os.PathLike) -> nn.Module:
+def assembled(whole: UNet2DConditionModel, path: str | os.PathLike) -> UNet2DConditionModel:
     """A copy of an unpruned UNet with a product in it: its units cut, those the product has replaced, further experts
     added.
     """
-    opened = open_product(path)
-    architecture, result = opened.description.architecture, copy.deepcopy(whole)
+    opened = open_model(path)
+    architecture = opened.description.architecture
+    result = copy.deepcopy(whole)
     cut_diffusers(result, architecture)
     load_units(
         result,
@@ -210,7 +216,8 @@ def assembled(whole: nn.Module, path: str | os.PathLike) -> nn.Module:
         {k: opened.tensors[k].float() for k in opened.tensors if k in architecture.keys()},
     )
     _join(result, open_pack(joining(opened.path)) if "pack" in opened.description.training else opened)
-    return result.eval()
+    result.eval()
+    return result
 
 
 def _join(unet: nn.Module, opened: Loaded) -> None:
@@ -226,7 +233,7 @@ def _join(unet: nn.Module, opened: Loaded) -> None:
         )
     give_gains(unet, config, description.gri, Regional(**description.training.get("gri", {})))
     for key, attn in regional(unet, config, description.gri).items():
-        attn.processor.log_gain.data.copy_(opened.tensors[key])
+        attn.get_parameter("processor.log_gain").data.copy_(opened.tensors[key])
 
 
 def addressed(student: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
@@ -255,7 +262,9 @@ def full_training(config: Config, training: Mapping) -> dict:
 
 def describe_product(config: Config, training: Mapping) -> Description:
     """A pack where something is frozen, else a pruned UNet. Only a pack can hold further experts and gains itself."""
-    architecture, units, training = config.architecture, trained_units(config), full_training(config, training)
+    architecture = config.architecture
+    units = trained_units(config)
+    training = full_training(config, training)
     if len(units) < len(architecture.kept):
         return Description(
             "pack",
@@ -280,12 +289,14 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
     """Write the pack, or the pruned UNet and the pack of its experts and gains, and the LoRA of a finished run, under
     the teacher's licence.
     """
-    unet, dtype, teacher = config.network.config, DTYPES[config.run.stored], None
+    unet = config.network.config
+    dtype = DTYPES[config.run.stored]
+    teacher = None
     if config.network.teacher != "random":
         teacher = open_unet(config.network.teacher).description
     if config.lora.rank:
         few = few_steps(config.rollout) if config.rollout.steps else None
-        licence = teacher and teacher.licence
+        licence = teacher.licence if teacher else None
         write_lora(config.lora_file, student, config, full_training(config, training), few, licence)
         if not config.makes_network:
             return
@@ -296,7 +307,9 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
             description, licence=teacher.licence, companions=teacher.companions if description.kind == "unet" else {}
         )
     tensors = {k: v.detach().float() for k, v in addressed(student, config.architecture).items()}
-    further = {k: attn.processor.log_gain.float() for k, attn in regional(student, unet, config.gains).items()}
+    further = {
+        k: attn.get_parameter("processor.log_gain").float() for k, attn in regional(student, unet, config.gains).items()
+    }
     if config.condconv:
         further |= {k: v.float() for k, v in condconv.extract(student, "diffusers", unet, config.condconv).items()}
     if description.kind == "pack":
@@ -316,8 +329,3 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
         )
         write_pack(joining(config.product), further, joined, dtype)
     write_unet(config.product, tensors, description, dtype)
-
-
-def block_of(config: Config, address: str) -> str:
-    """The block a unit is counted under in reports: `down.0`, `mid`, `stem`."""
-    return unit(config.network.config, address).block

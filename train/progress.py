@@ -25,7 +25,8 @@ class Progress:
     """One status line: rewritten on a terminal, printed now and then into a log."""
 
     def __init__(self, label: str, total: int | None = None):
-        self.label, self.total = label, total
+        self.label = label
+        self.total = total
         self.started = self.shown = time.monotonic()
         self.live = sys.stdout.isatty()
         self.line = ""

@@ -37,9 +37,9 @@ from asdm_core.few_step import FewStep
 from asdm_core.packs import write_file
 
 from .config import Config, Rollout
-from .data import Batch, Source, whole
-from .diffusion import ALPHAS
-from .encoders import Text
+from .data import Batch, Source
+from .diffusion import ALPHAS, as_v
+from .encoders import Text, conditions, whole
 from .provenance import digest, fingerprint, made, same_file
 from .seeds import seeded
 from .sources import Predict, Prompts
@@ -58,7 +58,8 @@ def table(times: Sequence[int]) -> Tensor:
 
 def rotations(points: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of the steps between points (K + 1, 2) of `table`, each (K,)."""
-    (a, s), (a2, s2) = points[:-1].T, points[1:].T
+    a, s = points[:-1].T
+    a2, s2 = points[1:].T
     return a * a2 + s * s2, a2 * s - a * s2
 
 
@@ -67,28 +68,21 @@ def landing(x: Tensor, wanted: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (cos * x - wanted) / sin
 
 
-def as_v(predicted: Tensor, x: Tensor, a: Tensor, s: Tensor, prediction: str) -> Tensor:
-    """The v a prediction stands for, float32."""
-    return predicted.float() if prediction == "v" else (predicted.float() - s * x) / a
-
-
-def as_prediction(v: Tensor, x: Tensor, a: Tensor, s: Tensor, prediction: str) -> Tensor:
-    """What a network of this prediction says where it means v."""
-    return v if prediction == "v" else s * x + a * v
-
-
 class Solver:
     """The teacher's steps: DPM-Solver++(2M) (arXiv 2211.01095) or DDIM, over given time steps, in x of this module."""
 
     def __init__(self, times: Sequence[int], sampler: str):
-        self.points, self.sampler = table(times).double(), sampler
+        self.points = table(times).double()
+        self.sampler = sampler
         self.previous: Tensor | None = None  # x_0 of the step before
 
     def step(self, k: int, x: Tensor, v: Tensor) -> Tensor:
         """From x (B, C, h, w) at step k to the next."""
-        (a, s), (a2, s2) = self.points[k].tolist(), self.points[k + 1].tolist()
+        a, s = self.points[k].tolist()
+        a2, s2 = self.points[k + 1].tolist()
         x0 = a * x - s * v
-        before, self.previous = self.previous, x0
+        before = self.previous
+        self.previous = x0
         if s2 == 0:
             return x0
         h = math.log(a2 / s2) - math.log(a / s)
@@ -112,10 +106,13 @@ def guided_trajectory(
     size: int,
 ) -> Tensor:
     """All states of a run from noise (B, C, h, w), (B, len(times) + 1, C, h, w), float32. guidance 1: none."""
-    device, twice = noise.device, 2 if guidance != 1 else 1
+    device = noise.device
+    twice = 2 if guidance != 1 else 1
     context = torch.cat([text.states, empty.states.expand_as(text.states)])[: twice * len(noise)].to(device)
     added = conditions(text, empty, twice, size, device)
-    x, states, points = noise, [noise], table(times)
+    x = noise
+    states = [noise]
+    points = table(times)
     solver = Solver(times, sampler)
     for k, time in enumerate(times):
         t = torch.full((twice * len(noise),), time, device=device)
@@ -127,14 +124,6 @@ def guided_trajectory(
         x = solver.step(k, x, v)
         states.append(x)
     return torch.stack(states, 1)
-
-
-def conditions(text: Text, empty: Text, times: int, size: int, device: torch.device) -> dict | None:
-    """SDXL's further conditions of whole pictures, for prompts and, with times = 2, as many empty ones."""
-    if text.pooled is None:
-        return None
-    pooled = torch.cat([text.pooled, empty.pooled.expand_as(text.pooled)])[: times * len(text.pooled)]
-    return {"text_embeds": pooled.to(device), "time_ids": whole(size).expand(len(pooled), -1).to(device)}
 
 
 def few_steps(settings: Rollout) -> FewStep:
@@ -170,8 +159,13 @@ class Bank:
         processes: int = 1,
         wait: Callable[[], None] = lambda: None,
     ):
-        self.config, self.source, self.predict, self.device = config, source, predict, device
-        self.process, self.processes, self.wait = process, processes, wait
+        self.config = config
+        self.source = source
+        self.predict = predict
+        self.device = device
+        self.process = process
+        self.processes = processes
+        self.wait = wait
         self.folder = Path(config.rollout.bank) if config.rollout.bank else config.folder / "bank"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.window = config.rollout.window
@@ -192,6 +186,7 @@ class Bank:
             "rollout.window": config.rollout.window,
         }
         self.file = lru_cache(maxsize=4)(self._file)
+        self.order = lru_cache(maxsize=2)(lambda epoch: source.order(seeded(config.seed, 14, epoch)))
 
     def path(self, n: int) -> Path:
         return self.folder / f"{n:06d}.safetensors"
@@ -237,8 +232,8 @@ class Bank:
             )
             texts.append(text)
         tensors = {"x": torch.cat(states).half(), "states": torch.cat([t.states for t in texts]).half()}
-        if texts[0].pooled is not None:
-            tensors["pooled"] = torch.cat([t.pooled for t in texts]).half()
+        if pooled := [t.pooled for t in texts if t.pooled is not None]:
+            tensors["pooled"] = torch.cat(pooled).half()
         if not tensors["x"].isfinite().all():
             raise ValueError(
                 "the teacher's trajectories are not finite; is network.prediction right, and rollout.guidance not too "
@@ -252,13 +247,10 @@ class Bank:
         for n in numbers:
             epoch, at = divmod(n, len(self.source))
             drop, draw = torch.rand(2, generator=seeded(self.config.seed, 13, n), dtype=torch.float64).tolist()
-            chosen.append(_order(self.source, self.config.seed, epoch)[at])
-            draws.append(draw), dropped.append(drop < self.config.data.caption_dropout)
-        text, empty, drop = self.source.texts(chosen, draws), self.source.empty, torch.tensor(dropped)
-        return Text(
-            torch.where(drop[:, None, None], empty.states, text.states),
-            None if text.pooled is None else torch.where(drop[:, None], empty.pooled, text.pooled),
-        )
+            chosen.append(self.order(epoch)[at])
+            draws.append(draw)
+            dropped.append(drop < self.config.data.caption_dropout)
+        return self.source.texts(chosen, draws).where_not(torch.tensor(dropped), self.source.empty)
 
     def _file(self, n: int):
         same_file(self.path(n), self.settings, f"delete {self.folder}, or give another rollout.bank")
@@ -274,11 +266,6 @@ class Bank:
 
         wide = self.source.empty.pooled is not None
         return Trajectory(rows("x"), Text(rows("states"), rows("pooled") if wide else None))
-
-
-@lru_cache(maxsize=2)
-def _order(source: Source, seed: int, epoch: int) -> Sequence[int]:
-    return source.order(seeded(seed, 14, epoch))
 
 
 # Who is where ---------------------------------------------------------------------------------------
@@ -305,14 +292,20 @@ class Course:
     """
 
     def __init__(self, config: Config):
-        rollout, total, self.batch = config.rollout, config.run.steps, config.run.batch
+        rollout = config.rollout
+        total = config.run.steps
+        self.batch = config.run.batch
         self.parts: list[tuple[int, int, int]] = []  # first step, K, first walk
-        walks, count = 0, len(rollout.steps)
+        walks = 0
+        count = len(rollout.steps)
         for number, steps in enumerate(rollout.steps):
-            first, end = total * number // count, total * (number + 1) // count
+            first = total * number // count
+            end = total * (number + 1) // count
             self.parts.append((first, steps, walks))
             walks += self.batch * ((end - first + steps - 2) // steps + 1)
-        self.uses, self.window, self.seed = rollout.uses, rollout.window, config.seed
+        self.uses = rollout.uses
+        self.window = rollout.window
+        self.seed = config.seed
         self.order = lru_cache(maxsize=4)(self._order)
 
     def place(self, step: int, sample: int) -> Place:
@@ -335,7 +328,10 @@ class Rollouts:
     """Batches of a rollout run, and the states in between."""
 
     def __init__(self, config: Config, bank: Bank, device: torch.device):
-        self.config, self.bank, self.device, self.course = config, bank, device, Course(config)
+        self.config = config
+        self.bank = bank
+        self.device = device
+        self.course = Course(config)
         side, channels = config.data.side, config.network.config.in_channels
         self.x = torch.zeros(config.run.batch, channels, side, side)  # own states, those of this process
 
@@ -346,16 +342,22 @@ class Rollouts:
 
     def batch(self, step: int, samples: Sequence[int]) -> Batch:
         """The batch of some samples (numbers within the batch of a step), on the device."""
-        rollout, places = self.config.rollout, [self.course.place(step, i) for i in samples]
+        rollout = self.config.rollout
+        places = [self.course.place(step, i) for i in samples]
         found = self.bank([self.course.trajectory(p.walk) for p in places])
         steps = places[0].steps
-        times, skip = rollout.student_times(steps), len(rollout.teacher_times) // steps
+        times = rollout.student_times(steps)
+        skip = len(rollout.teacher_times) // steps
         points = table(times)
         cos, sin = rotations(points)
-        k, rows = torch.tensor([p.k for p in places]), torch.arange(len(places))
+        k = torch.tensor([p.k for p in places])
+        rows = torch.arange(len(places))
         ends = found.states[:, -1], found.states[:, 0]
         wide = (slice(None), None, None, None)
-        a, s, cos_k, sin_k = points[k, 0][wide], points[k, 1][wide], cos[k][wide], sin[k][wide]
+        a = points[k, 0][wide]
+        s = points[k, 1][wide]
+        cos_k = cos[k][wide]
+        sin_k = sin[k][wide]
         if rollout.states == "pairs":
             x = a * ends[0] + s * ends[1]
             wanted = a * ends[1] - s * ends[0]
@@ -385,12 +387,14 @@ class Rollouts:
         """Move the samples of a batch on from their states x with the v that was predicted there."""
         places = [self.course.place(step, i) for i in samples]
         cos, sin = rotations(table(self.config.rollout.student_times(places[0].steps)))
-        k, wide = torch.tensor([p.k for p in places]), (slice(None), None, None, None)
+        k = torch.tensor([p.k for p in places])
+        wide = (slice(None), None, None, None)
         self.x[list(samples)] = cos[k][wide] * x.cpu() - sin[k][wide] * v.detach().cpu()
 
     def gathered(self, accelerator: Accelerator) -> Tensor:
         """The states of all processes, (batch, C, h, w). All processes call it."""
-        mine, size = torch.zeros(len(self.x), dtype=torch.bool), self.config.run.micro_batch
+        mine = torch.zeros(len(self.x), dtype=torch.bool)
+        size = self.config.run.micro_batch
         for first in range(accelerator.process_index * size, len(mine), size * accelerator.num_processes):
             mine[first : first + size] = True
         # Zeros are replaced, not multiplied: what is not finite must stay with its own process.

@@ -35,6 +35,12 @@ def shard(unet: nn.Module, device: torch.device) -> None:
     fully_shard(unet, mesh=mesh)
 
 
+def synchronise(unet: nn.Module, whether: bool) -> None:
+    """Whether the next backward pass shares its gradients out."""
+    assert isinstance(unet, FSDPModule)
+    unet.set_requires_gradient_sync(whether)
+
+
 def like(tensor: Tensor, model: Tensor) -> Tensor:
     """A whole tensor, sliced as another is."""
     return (

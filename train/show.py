@@ -66,8 +66,11 @@ class Show:
         scale: float,
         device: torch.device,
     ):
-        self.config, self.decode, self.scale = config, decode, scale
-        self.text, self.empty = source.text(PICTURES), source.empty
+        self.config = config
+        self.decode = decode
+        self.scale = scale
+        self.text = source.text(PICTURES)
+        self.empty = source.empty
         side, channels = config.data.side, config.network.config.in_channels
         self.noise = torch.stack(
             [
@@ -85,7 +88,9 @@ class Show:
         else:
             times, sampler, guidance = rollout.teacher_times, rollout.sampler, rollout.guidance
             if few:
-                times, sampler, guidance = few_steps(rollout).times, "ddim", 1.0
+                times = few_steps(rollout).times
+                sampler = "ddim"
+                guidance = 1.0
             given = self.noise, self.text, self.empty, times, sampler, guidance
             latents = guided_trajectory(predict, *given, self.config.network.prediction, self.config.data.size)[:, -1]
         return self.decode(latents).float().clamp(0, 1).cpu()
@@ -103,7 +108,8 @@ class Show:
 
 def write_card(config: Config, training: Mapping) -> Path:
     """Write the model card, NAME.md beside the product."""
-    architecture, training = config.architecture, networks.full_training(config, training)
+    architecture = config.architecture
+    training = networks.full_training(config, training)
     if not config.makes_network:
         kind, node = "A LoRA", "Load LoRA"
     else:

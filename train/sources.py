@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,12 +23,12 @@ from torch import Tensor
 from asdm_core.packs import write_file
 
 from .config import Config
-from .data import Cache, Examples, Numbered, Random, Source, pooled_width, whole
-from .diffusion import coefficients, ddim
+from .data import Cache, Examples, Numbered, Random, Source, pooled_width
+from .diffusion import as_v, coefficients, ddim
 from .progress import Progress
 from .seeds import seeded
 from .encode import BROKEN, SUFFIXES, captioned, read_picture
-from .encoders import Text, ToLatents, ToText, latents_of, load_text, load_vae
+from .encoders import Text, ToLatents, ToText, conditions, latents_of, load_text, load_vae, whole
 from .provenance import digest, made, same_file
 
 SHUFFLED = 1000  # pictures of shards and streams that are shuffled together: reading stays within few files
@@ -48,12 +49,14 @@ class Pictures(Numbered):
     """Pictures with captions, encoded when they are drawn. What is left to others: how many there are, and `open`."""
 
     def __init__(self, config: Config, to_latents: ToLatents, to_text: ToText):
-        self.size, self.to_latents, self.to_text = config.data.size, to_latents, to_text
+        self.size = config.data.size
+        self.to_latents = to_latents
+        self.to_text = to_text
         self.wide = bool(pooled_width(config.network.config))
-        self.empty = _on_cpu(to_text([""]))
+        self.empty = to_text([""]).on_cpu()
         self.named: set[str] = set()
 
-    def open(self, i: int) -> tuple[str, object, list[str]]:
+    def open(self, i: int) -> tuple[str, Path | BinaryIO, list[str]]:
         """Picture i: its name, a path or a file to read it from, its captions."""
         raise NotImplementedError
 
@@ -84,7 +87,7 @@ class Pictures(Numbered):
         # A VAE on the CPU may put out channels last, in which torch 2.11 crashes in the UNet's backward pass.
         latents = self.to_latents(torch.stack(pictures)).float().cpu().contiguous()
         return Examples(
-            latents, _on_cpu(self.to_text(captions)), torch.stack(sizes) if self.wide else None, torch.tensor(left_out)
+            latents, self.to_text(captions).on_cpu(), torch.stack(sizes) if self.wide else None, torch.tensor(left_out)
         )
 
 
@@ -98,7 +101,7 @@ class Folder(Pictures):
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def open(self, i: int) -> tuple[str, object, list[str]]:
+    def open(self, i: int) -> tuple[str, Path | BinaryIO, list[str]]:
         path, captions = self.pictures[i]
         return str(path), path, captions
 
@@ -172,7 +175,7 @@ class Shards(Pictures):
             [part[torch.randperm(len(part), generator=generator)] for part in rows.split(SHUFFLED)]
         ).tolist()
 
-    def open(self, i: int) -> tuple[str, object, list[str]]:
+    def open(self, i: int) -> tuple[str, Path | BinaryIO, list[str]]:
         n = bisect_right(self.ends, i)
         name, at, size, text_at, text_size, is_json = self.rows[n][i - (self.ends[n] - len(self.rows[n]))]
         with open(self.paths[n], "rb") as f:
@@ -262,14 +265,14 @@ class Hub(Pictures):
             del self.windows[old], self.starts[old]
         return super().examples(numbers, draws)
 
-    def open(self, i: int) -> tuple[str, object, list[str]]:
+    def open(self, i: int) -> tuple[str, Path | BinaryIO, list[str]]:
         row = self.windows[i // SHUFFLED][i % SHUFFLED]
         picture = row[self.image]
-        file = io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"]
+        file = io.BytesIO(picture["bytes"]) if picture["bytes"] else Path(picture["path"])
         return picture["path"] or f"picture {i}", file, _texts(row[self.caption])
 
     def text(self, count: int) -> Text:
-        return _on_cpu(self.to_text(self.captions[:count]))
+        return self.to_text(self.captions[:count]).on_cpu()
 
 
 # The teacher's own pictures -------------------------------------------------------------------------
@@ -294,10 +297,13 @@ class Prompts(Numbered):
     """
 
     def __init__(self, config: Config, predict: Predict, to_text: ToText, device: torch.device):
-        self.config, self.predict, self.device = config, predict, device
-        self.prompts, self.to_text = read_prompts(config.data.path), to_text
+        self.config = config
+        self.predict = predict
+        self.device = device
+        self.prompts = read_prompts(config.data.path)
+        self.to_text = to_text
         self.wide = bool(pooled_width(config.network.config))
-        self.empty = _on_cpu(to_text([""]))
+        self.empty = to_text([""]).on_cpu()
 
     @property
     def settings(self) -> dict:
@@ -321,10 +327,10 @@ class Prompts(Numbered):
         return range(ENDLESS)
 
     def text(self, count: int) -> Text:
-        return _on_cpu(self.to_text(self.prompts[:count]))
+        return self.to_text(self.prompts[:count]).on_cpu()
 
     def texts(self, numbers: Sequence[int], draws: Sequence[float]) -> Text:
-        return _on_cpu(self.to_text([self.prompts[n % len(self.prompts)] for n in numbers]))
+        return self.to_text([self.prompts[n % len(self.prompts)] for n in numbers]).on_cpu()
 
     def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
         text = self.texts(numbers, draws)
@@ -341,20 +347,11 @@ def draw(config: Config, predict: Predict, noise: Tensor, text: Text, empty: Tex
     """Latents a network draws from noise (B, C, h, w) by DDIM with the recipe's steps and guidance. Returns (B, C, h,
     w), float32.
     """
-    device, count = noise.device, len(noise)
-    conditions = None
-    if text.pooled is not None:
-        guided = 2 if config.samples.guidance != 1 else 1
-        pooled = torch.cat([text.pooled, empty.pooled.expand_as(text.pooled)])[: guided * count]
-        conditions = {
-            "text_embeds": pooled.to(device),
-            "time_ids": whole(config.data.size).expand(guided * count, -1).to(device),
-        }
+    device = noise.device
+    added = conditions(text, empty, 1 if config.samples.guidance == 1 else 2, config.data.size, device)
 
     def predict_v(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        out = predict(x, t, context, conditions).float()
-        a, s = coefficients(t)
-        return out if config.network.prediction == "v" else (out - s * x) / a
+        return as_v(predict(x, t, context, added), x, *coefficients(t), config.network.prediction)
 
     return ddim(
         predict_v, noise, text.states.to(device), empty.states.to(device), config.samples.steps, config.samples.guidance
@@ -378,7 +375,8 @@ def write_samples(folder: Path, source: Prompts, count: int, batch: int, process
             same_file(path, drawn_with, f"delete {folder} to have them drawn anew, or choose another run.folder")
     # Shared out first: what is missing changes while the others draw.
     missing = [(path, numbers) for path, numbers in files[process::processes] if not path.exists()]
-    progress, done = Progress("the teacher draws", sum(len(numbers) for _, numbers in missing)), 0
+    progress = Progress("the teacher draws", sum(len(numbers) for _, numbers in missing))
+    done = 0
     for path, numbers in missing:
         parts = []
         for at in range(0, len(numbers), batch):
@@ -391,11 +389,11 @@ def write_samples(folder: Path, source: Prompts, count: int, batch: int, process
             "states": torch.cat([p.text.states for p in parts]).half(),
             "empty": source.empty.states[0].half(),
         }
-        if source.wide:
+        if source.empty.pooled is not None:
             tensors |= {
-                "pooled": torch.cat([p.text.pooled for p in parts]).half(),
+                "pooled": torch.cat([p.text.pooled for p in parts if p.text.pooled is not None]).half(),
                 "empty_pooled": source.empty.pooled[0].half(),
-                "sizes": torch.cat([p.sizes for p in parts]),
+                "sizes": torch.cat([p.sizes for p in parts if p.sizes is not None]),
             }
         if not tensors["latents"].isfinite().all():
             raise ValueError(
@@ -409,7 +407,7 @@ def write_samples(folder: Path, source: Prompts, count: int, batch: int, process
 
 # The choice -----------------------------------------------------------------------------------------
 
-PICTURES = {"folder": Folder, "shards": Shards, "hub": Hub}
+PICTURES: dict[str, Callable[[Config, ToLatents, ToText], Pictures]] = {"folder": Folder, "shards": Shards, "hub": Hub}
 
 
 def encoders(config: Config) -> str:
@@ -438,10 +436,10 @@ def open_source(
         return Cache(data.path, config)
     to_text = load_text(encoders(config), config.encoders.tokenizer, device)
     if data.source in PICTURES:
-        source = PICTURES[data.source](config, latents_of(load_vae(encoders(config), device)), to_text)
-        _check_width(source.empty, config)
-        return source
-    source = Prompts(config, predict, to_text, torch.device(device))
+        pictures = PICTURES[data.source](config, latents_of(load_vae(encoders(config), device)), to_text)
+        _check_width(pictures.empty, config)
+        return pictures
+    source = Prompts(config, predict or _no_teacher, to_text, torch.device(device))
     _check_width(source.empty, config)
     if not config.samples.count or config.rollout.steps:  # a rollout takes the prompts alone
         return source
@@ -457,13 +455,13 @@ def open_source(
     return cache
 
 
+def _no_teacher(*_: object) -> Tensor:
+    raise ValueError('data.source = "prompts": there is no teacher here to draw with')
+
+
 def _check_width(text: Text, config: Config) -> None:
     if text.states.shape[-1] != config.network.config.context_dim:
         raise ValueError(
             f"encoders.models: {encoders(config)} has text states {text.states.shape[-1]} wide, a UNet of "
             f"{config.network.family} takes {config.network.config.context_dim}"
         )
-
-
-def _on_cpu(text: Text) -> Text:
-    return Text(*(part if part is None else part.float().cpu() for part in text))

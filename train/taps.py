@@ -35,7 +35,8 @@ def blocks(architecture: Architecture, changed: Collection[str] = ()) -> tuple[T
 
     In a block that lost its sampler (tiny's down.2) this is proj_out of the last transformer, before the residual.
     """
-    taps, changed = [], changed or architecture.own
+    taps = []
+    changed = changed or architecture.own
     for name, units in _blocks(architecture):
         kept = [u for u in units if u.address not in architecture.cut]
         if name == "mid" or not set(changed).intersection(u.address for u in kept):
@@ -133,7 +134,8 @@ class Tapped(nn.Module):
 
     def __init__(self, unet: nn.Module, paths: Iterable[str]):
         super().__init__()
-        self.unet, self.paths = unet, tuple(paths)
+        self.unet = unet
+        self.paths = tuple(paths)
 
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, added: dict[str, Tensor] | None = None

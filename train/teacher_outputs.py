@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from asdm_core.packs import write_file
 
@@ -26,7 +26,7 @@ from .diffusion import coefficients
 from .progress import Progress
 from .attention import BmmAttention
 from .sources import open_source
-from .networks import load_teacher
+from .networks import load_teacher, set_attention
 from .taps import Tapped
 
 SHARD = 1024
@@ -55,9 +55,11 @@ def write_teacher_outputs(
     first = [n for n in range(0, count, SHARD) if not (folder / f"{n // SHARD:05d}.safetensors").exists()]
     if not first:
         return
-    original, batches = load_teacher(config).to(device), Batches(open_source(config), config)
+    original = load_teacher(config)
+    nn.Module.to(original, device)
+    batches = Batches(open_source(config), config)
     if device.type == "cpu":
-        original.set_attn_processor(BmmAttention())
+        set_attention(original, BmmAttention())
     teacher = Tapped(original, sorted(set(paths)))
     progress = Progress("teacher's outputs", count)
     for start in first:
@@ -83,12 +85,14 @@ class TeacherOutputs:
     """The outputs in a folder of `write_teacher_outputs`. Raises ValueError where they are not those of this recipe."""
 
     def __init__(self, config: Config, paths: Iterable[str]):
-        folder, self.paths = Path(config.network.teacher_outputs), tuple(dict.fromkeys(paths))
+        folder = Path(config.network.teacher_outputs)
+        self.paths = tuple(dict.fromkeys(paths))
         found = sorted(folder.glob("*.safetensors"))
         if not found:
             raise ValueError(f"network.teacher_outputs: {folder} holds no .safetensors file")
         self.files = [safe_open(path, framework="pt") for path in found]
-        saved, wanted = json.loads(self.files[0].metadata()["stream"]), json.loads(json.dumps(stream_of(config)))
+        saved = json.loads(self.files[0].metadata()["stream"])
+        wanted = json.loads(json.dumps(stream_of(config)))
         if saved != wanted:
             raise ValueError(f"network.teacher_outputs: {folder} was made for another stream: {saved}, wanted {wanted}")
         missing = set(self.paths) - set(self.files[0].keys())

@@ -19,7 +19,10 @@ SIZE = 224
 class VGG16(nn.Module):
     """Pictures (B, 3, H, W) in about [0, 1] -> four levels, (B, 64, 224, 224) to (B, 512, 28, 28)."""
 
-    def __init__(self):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         from torchvision.models.vgg import cfgs, make_layers
 
@@ -31,7 +34,8 @@ class VGG16(nn.Module):
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
-        h, levels = (resized(pictures, SIZE) - self.mean) / self.std, []
+        h = (resized(pictures, SIZE) - self.mean) / self.std
+        levels = []
         for i, layer in enumerate(self.features):
             h = layer(h)
             if i in LEVELS:

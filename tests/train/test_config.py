@@ -1,3 +1,6 @@
+import dataclasses
+import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -111,7 +114,8 @@ def test_the_printed_recipe_is_a_recipe(tmp_path):
             "student.preset = 'full' the student is the original",
         ),
         ("student.cut=mid", "give either preset or cut"),
-        ("loss.mid=-1", "weights must not be negative"),
+        ("loss.mid=-1", "loss.mid must be at least 0, got -1"),
+        ("loss={task = 0, output = 0}", "one of the weights must be above 0"),
         ("loss.perceptual=0.1", "no known way to a picture"),
         ("data.caption_dropout=1.5", "between 0 and 1"),
         ("seed.x=1", "wanted a whole number"),
@@ -121,6 +125,129 @@ def test_the_printed_recipe_is_a_recipe(tmp_path):
 def test_mistakes_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         load(SMOKE, [change])
+
+
+# What each number of a recipe must not be, beside nan and the infinities.
+OUTSIDE = {
+    "seed": [-1, 2**63],
+    "experts.count": [1, 0, -2],
+    "gri.window": [-1],
+    "gri.pool": [-1],
+    "lora.rank": [-1],
+    "lora.alpha": [-0.5],
+    "rollout.steps": [0, -1, 1001],
+    "rollout.teacher_steps": [0, 1001],
+    "rollout.times": [-1, 1000],
+    "rollout.guidance": [0.5, -3.0],
+    "rollout.uses": [0],
+    "rollout.window": [0],
+    "data.size": [0, -8, 4, 509],
+    "data.caption_dropout": [-0.1, 1.1],
+    "samples.count": [-1],
+    "samples.steps": [0, 1001],
+    "samples.guidance": [0.0, -1.0],
+    **{f"loss.{n}": [-1.0] for n in "task output blocks layers attention mid perceptual rollout".split()},
+    "loss.perceptual_until": [-1, 1001],
+    "loss.perceptual_warmup": [-1],
+    "optimiser.lr": [-1e-5],
+    "optimiser.betas": [-0.1, 1.0, 2.0],
+    "optimiser.weight_decay": [-0.01, 1.5],
+    "optimiser.clip": [-1.0],
+    "optimiser.warmup": [-5],
+    "optimiser.cooldown": [-100],
+    "optimiser.ema": [-0.1, 2.0],
+    **{f"run.{n}": [0, -1] for n in "steps batch micro_batch save_every keep log_every".split()},
+    "run.picture_every": [-1],
+}
+
+
+def _numbers_of(cls, section=""):
+    """Every setting that is a number or a list of them, from the types alone: key, and whether it is a list."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _numbers_of(hint, f"{f.name}.")
+        elif inner := {int, float} & {hint, *typing.get_args(hint)}:
+            yield f"{section}{f.name}", typing.get_origin(hint) is tuple, float in inner
+
+
+def _text(key, is_list, value):
+    text = {"nan": "nan", "inf": "inf", "-inf": "-inf"}.get(str(value), repr(value))
+    if not is_list:
+        return f"{key}={text}"
+    return f"{key}=[{text}, 0.5]" if key == "optimiser.betas" else f"{key}=[{text}]"
+
+
+NUMBERS = list(_numbers_of(config.Config))
+
+
+@pytest.mark.parametrize(("key", "is_list", "is_float"), NUMBERS, ids=[key for key, *_ in NUMBERS])
+def test_every_number_has_a_range_and_what_lies_outside_is_refused_by_name(key, is_list, is_float):
+    """A number that is added without a line in the table above fails here."""
+    never = [float("nan"), float("inf"), float("-inf")] if is_float else []
+    for value in [*OUTSIDE[key], *never]:
+        with pytest.raises(ValueError, match=f"^{re.escape(key)} must be .*, got {re.escape(str(value))}$"):
+            load(SMOKE, [_text(key, is_list, value)])
+
+
+def test_what_lies_on_the_edge_is_taken():
+    edges = ["optimiser.clip=0", "optimiser.lr=0.0", "optimiser.ema=1", "optimiser.betas=[0, 0.999]", "seed=0"]
+    edges += ["data.caption_dropout=1", "run.picture_every=0", "loss.perceptual_until=1000", "samples.count=0"]
+    assert load(SMOKE, edges).optimiser.clip == 0
+
+
+@pytest.mark.parametrize("value", ["5", "1979-05-27", "[1]", "{a = 1}", "true", "1e400", "1" + "0" * 400])
+@pytest.mark.parametrize(
+    "key", ["optimiser", "network.teacher", "optimiser.lr", "optimiser.betas", "run.steps", "network.shape", "name"]
+)
+def test_settings_of_wrong_types_are_refused_in_one_line(key, value):
+    """A section, a text, a number, a list and a table, each set to something else."""
+    if (key, value) in (("optimiser.lr", "5"), ("run.steps", "5"), ("run.steps", "1" + "0" * 400)):
+        return
+    with pytest.raises(ValueError) as caught:
+        load(SMOKE, [f"{key}={value}"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a\\\\b"])
+def test_a_name_that_would_lead_out_of_the_folder_is_refused(name):
+    with pytest.raises(ValueError, match="name: wanted a plain file name"):
+        load(SMOKE, [f'name="{name}"'])
+
+
+def test_recipes_that_go_round_in_circles_are_refused(tmp_path):
+    (tmp_path / "a.toml").write_text('extends = "a.toml"\n')
+    (tmp_path / "b.toml").write_text('extends = "c.toml"\n')
+    (tmp_path / "c.toml").write_text('extends = "./b.toml"\n')
+    (tmp_path / "d.toml").write_text("extends = 5\n")
+    (tmp_path / "e.toml").write_text(f'extends = "{tmp_path.name}"\n')
+    for name, said in (
+        ("a", r"a.toml: a recipe cannot extend itself \(a.toml -> a.toml\)"),
+        ("b", r"a recipe cannot extend itself \(b.toml -> c.toml -> b.toml\)"),
+        ("d", "d.toml: extends: wanted the name of another recipe, got 5"),
+        ("e", "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load(tmp_path / f"{name}.toml")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_recipes_that_are_not_utf_8_are_named(tmp_path, encoding):
+    (tmp_path / "a.toml").write_bytes('name = "caf\u00e9"\n'.encode(encoding))
+    with pytest.raises(ValueError, match="a.toml: not UTF-8"):
+        load(tmp_path / "a.toml")
+
+
+def test_recipes_of_windows_editors_are_read(tmp_path):
+    (tmp_path / "a.toml").write_bytes('extends = "b.toml"\r\n'.encode("utf-8-sig"))
+    (tmp_path / "b.toml").write_bytes(b'[student]\r\npreset = "base"\r\n')
+    assert load(tmp_path / "a.toml").student.preset == "base"
+
+
+def test_losses_and_their_weights_have_the_same_names():
+    weights = {f.name for f in dataclasses.fields(config.Loss) if f.type == "float"}
+    assert weights == set(config.LOSSES)
 
 
 def test_an_unknown_family_is_named():

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import bootstrap
 from asdm_core.architecture import Architecture
-from asdm_core.packs import TensorFile, describe, open_pack, open_unet
+from asdm_core.packs import TensorFile, describe, open_model, open_pack, open_unet
 from train.emoji.codec import load_codec
 from train.emoji.text import Tokens, load_text
 from train.emoji.unet import CONFIG, addressed, load_unet
-from train.networks import joining, open_product
+from train.networks import joining
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models" / "emoji"
@@ -35,7 +35,7 @@ def test_the_teacher_says_what_it_is():
 
 @pytest.mark.parametrize(("name", "kind"), [("m1", "pack"), ("m2", "pack"), ("small", "unet"), ("tiny", "unet")])
 def test_packs_and_students_say_what_they_are(name, kind):
-    loaded = open_product(MODELS / f"emoji-{name}.safetensors")
+    loaded = open_model(MODELS / f"emoji-{name}.safetensors")
     description = loaded.description
     teacher = open_unet(MODELS / "emoji-teacher.safetensors").description
     assert description.kind == kind and description.architecture == Architecture.preset(name, CONFIG)

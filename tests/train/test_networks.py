@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from asdm_core.architecture import Architecture
-from asdm_core.packs import Description, open_pack, open_unet, write_unet
+from asdm_core.packs import Description, open_model, open_pack, open_unet, write_unet
 from tests.train.recipes import CONFIGS, NARROW, RECIPES
 from train import networks, taps
 from train.config import Regional, load
@@ -204,7 +204,7 @@ def test_a_product_is_under_its_teachers_licence_and_a_unet_keeps_its_companions
     for changes, has_companions in ((["student.preset=m2"], False), (["student.preset=base", "loss.mid=0"], True)):
         recipe = load(NARROW, [*changes, f"network.teacher={path}", f"run.folder={tmp_path}"])
         networks.write_product(networks.make_student(networks.load_teacher(recipe), recipe), recipe, {})
-        description = networks.open_product(recipe.product).description
+        description = open_model(recipe.product).description
         assert description.licence == told.licence and dict(description.companions) == (
             dict(told.companions) if has_companions else {}
         )

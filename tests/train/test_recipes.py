@@ -7,12 +7,11 @@ import pytest
 from accelerate import Accelerator
 from torch import nn
 
-from asdm_core.packs import TensorFile
+from asdm_core.packs import TensorFile, open_model
 from tests.train.recipes import RECIPES
 from train import loop
 from train.config import LOSSES, load
 from train.loop import train
-from train.networks import open_product
 
 SHAPES = {
     "sd15": "{model_channels = 32, channel_mult = [1, 1, 2, 2], down = [[1, 1], [1, 1], [1, 1], [0, 0]], mid = 1, "
@@ -56,7 +55,7 @@ def test_every_recipe_takes_a_step_and_ends_in_its_file(path, tmp_path, monkeypa
     )
     train(recipe, Accelerator(cpu=True))
     if recipe.makes_network:
-        final = open_product(recipe.product).description.training["final"]
+        final = open_model(recipe.product).description.training["final"]
     else:
         final = json.loads(TensorFile(recipe.product).metadata["asdm_training"])["final"]
     assert set(final) == {name for name in LOSSES if getattr(recipe.loss, name)}

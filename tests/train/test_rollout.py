@@ -18,12 +18,12 @@ from tests.train.recipes import CONFIGS, NARROW
 from train import dry_run, losses, networks
 from train.config import load
 from train.data import Random
-from train.diffusion import ALPHAS, coefficients, simple_times
+from train.diffusion import ALPHAS, as_v, coefficients, simple_times
 from train.encoders import Text
 from train.loop import Criterion, train
 from train.show import Show
 from train.lora import file_names, merge_file
-from train.rollout import Bank, Course, Rollouts, as_prediction, as_v, guided_trajectory, landing, rotations, table
+from train.rollout import Bank, Course, Rollouts, guided_trajectory, landing, rotations, table
 
 CPU = torch.device("cpu")
 LORA = ("student.preset=full", "student.trained=none", "lora.rank=4")
@@ -45,6 +45,11 @@ def teacher(x, t, context, added):
     """Some smooth function of everything it is given."""
     a, s = coefficients(t)
     return (s * x - a * x.flip(1)) * (1 + context.mean((1, 2)))[:, None, None, None]
+
+
+def as_prediction(v, x, a, s, prediction):
+    """What a network of this prediction says where it means v."""
+    return v if prediction == "v" else s * x + a * v
 
 
 @pytest.fixture()

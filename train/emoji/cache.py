@@ -44,14 +44,17 @@ def write_cache(
     rows: list[list[int]] = []
     texts: dict[str, int] = {}
     for v in data.variants:
-        concept, chosen = glyphs.concepts[v.concept], []
+        concept = glyphs.concepts[v.concept]
+        chosen: list[int] = []
         while len(chosen) < captions:
             # Empty captions are the recipe's caption dropout.
             bare = plain and rng.random() < plain
             if text := prompt(concept) if bare else caption(concept, v.style, v.background, tags[concept.code], rng):
                 chosen.append(texts.setdefault(text, len(texts)))
         rows.append(chosen)
-    every, states, progress = list(texts), [], Progress("text states", len(texts))
+    every = list(texts)
+    states = []
+    progress = Progress("text states", len(texts))
     for i in range(0, len(every), 64):
         states.append(to_states(every[i : i + 64]).half().cpu())
         progress.show(min(i + 64, len(every)))

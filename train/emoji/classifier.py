@@ -142,7 +142,8 @@ def pictures(runs: Path, models: Path, device: str) -> tuple[Tensor, Tensor]:
         with safe_open(path, framework="pt") as f:
             return f.get_tensor("pictures"), labels
     codec = load_codec(models).to(device)
-    made, progress = [], Progress("classifier pictures", len(labels))
+    made = []
+    progress = Progress("classifier pictures", len(labels))
 
     def keep(x: Tensor) -> None:
         made.append((F.avg_pool2d(x.float().cpu(), 2) * 255).round().to(torch.uint8))
@@ -187,7 +188,8 @@ def main() -> None:
         began = time.perf_counter()
         g = seeded(args.seed, 5, run.step)
         rows = torch.randint(len(images), (args.batch,), generator=g)
-        x, wanted = augment(images[rows].float() / 255, g), labels[rows]
+        x = augment(images[rows].float() / 255, g)
+        wanted = labels[rows]
         with torch.autocast(torch.device(args.device).type, torch.bfloat16):
             logits = model(x.to(args.device))
         loss = F.cross_entropy(logits.float(), wanted.to(args.device), label_smoothing=0.05)

@@ -48,9 +48,10 @@ class Block(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.conv = nn.Sequential(conv(width, width), nn.ReLU(), conv(width, width), nn.ReLU(), conv(width, width))
-        nn.init.zeros_(self.conv[4].weight)
-        nn.init.zeros_(self.conv[4].bias)
+        last = conv(width, width)
+        self.conv = nn.Sequential(conv(width, width), nn.ReLU(), conv(width, width), nn.ReLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.conv(x) + x)
@@ -129,7 +130,8 @@ class Codec(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoder, self.decoder = Encoder(), Decoder()
+        self.encoder = Encoder()
+        self.decoder = Decoder()
 
     def encode(self, x: Tensor) -> Tensor:
         return self.encoder(x)
@@ -185,7 +187,8 @@ def to_taesd(codec: Codec) -> dict[str, Tensor]:
 
     # The gathering stages: a 3x3 convolution of stride 2 sees a pixel and its right, lower and diagonal neighbour.
     e = "taesd_encoder"
-    sd[f"{e}.0.weight"], sd[f"{e}.0.bias"] = torch.zeros(WIDTH, 3, 3, 3), torch.zeros(WIDTH)
+    sd[f"{e}.0.weight"] = torch.zeros(WIDTH, 3, 3, 3)
+    sd[f"{e}.0.bias"] = torch.zeros(WIDTH)
     for c in range(3):
         sd[f"{e}.0.weight"][c, c, 1, 1] = 1
     for layer, n_in in ((2, 3), (6, 12)):
@@ -196,7 +199,9 @@ def to_taesd(codec: Codec) -> dict[str, Tensor]:
                     if n_in == 3:
                         out = 4 * c + 2 * y + x
                     else:  # channel c holds colour c // 4 at offset (c % 4) of a 2x2 patch: pixel_unshuffle(4)'s order
-                        colour, y1, x1 = c // 4, c % 4 // 2, c % 2
+                        colour = c // 4
+                        y1 = c % 4 // 2
+                        x1 = c % 2
                         out = 16 * colour + 4 * (2 * y + y1) + 2 * x + x1
                     weight[out, c, 1 + y, 1 + x] = 1
         sd[f"{e}.{layer}.weight"] = weight
@@ -204,7 +209,8 @@ def to_taesd(codec: Codec) -> dict[str, Tensor]:
         for i in (0, 2, 4):
             sd[f"{e}.{layer}.conv.{i}.weight"] = torch.zeros(WIDTH, WIDTH, 3, 3)
             sd[f"{e}.{layer}.conv.{i}.bias"] = torch.zeros(WIDTH)
-    sd["vae_scale"], sd["vae_shift"] = torch.tensor(FACTOR), torch.tensor(0.0)
+    sd["vae_scale"] = torch.tensor(FACTOR)
+    sd["vae_shift"] = torch.tensor(0.0)
     return sd
 
 
@@ -239,8 +245,10 @@ def loss_of(codec: Codec, x: Tensor, noise: Tensor, amount: Tensor) -> Tensor:
     """
     z = codec.encode(x)
     y = codec.decoder(z + amount[:, None, None, None] * noise)
-    z, d = z.float(), y.float() - x
-    dx, dy = d[..., 1:] - d[..., :-1], d[..., 1:, :] - d[..., :-1, :]
+    z = z.float()
+    d = y.float() - x
+    dx = d[..., 1:] - d[..., :-1]
+    dy = d[..., 1:, :] - d[..., :-1, :]
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     return (
         d.abs().mean()

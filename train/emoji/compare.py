@@ -20,11 +20,12 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from asdm_core.measure import psnr, ssim
-from asdm_core.packs import write_file
+from asdm_core.packs import open_model, write_file
 
 from ..figures import save_grid
 from ..metrics import by_bins, frechet, kid, standard_error
@@ -37,7 +38,7 @@ from ..diffusion import STEPS, noised, schedule
 from .latents import load_latents
 from .teacher import TEACHER_STYLES, Batches, background_share, codec_images, sample_latents
 from .text import LENGTH, Tokens, host_folder, load_text
-from ..networks import assembled, open_product
+from ..networks import assembled
 from ..progress import Progress, plain_errors
 from ..seeds import seeded
 from .unet import load_unet
@@ -54,7 +55,8 @@ class Switched(nn.Module):
 
     def __init__(self, first: nn.Module, second: nn.Module, at: float, steps: int):
         super().__init__()
-        self.first, self.second = first, second
+        self.first = first
+        self.second = second
         self.last = schedule(steps)[round(at * steps) - 1]  # the last timestep of the first network
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor):
@@ -78,20 +80,25 @@ class Judge:
         cfg: float = 3.0,
         comfy: str | None = None,
     ):
-        self.host, self.folder, self.steps, self.cfg = host, folder, steps, cfg
-        self.models, self.runs = models, runs
+        self.host = host
+        self.folder = folder
+        self.steps = steps
+        self.cfg = cfg
+        self.models = models
+        self.runs = runs
         self.glyphs = load_glyphs(runs)
         concepts = self.glyphs.concepts
         self.chosen = [i * len(concepts) // prompts for i in range(min(prompts, len(concepts)))]
         self.encoder = load_text(models / "emoji-text.safetensors")
         self.tokens = Tokens(host_folder(comfy), ids=self.encoder.ids.tolist())
-        self.codec, self.classifier = load_codec(models), load_classifier(models, [c.code for c in concepts])
+        self.codec = load_codec(models)
+        self.classifier = load_classifier(models, [c.code for c in concepts])
         folder.mkdir(parents=True, exist_ok=True)
         self.file = models / f"emoji-{host}.safetensors"
         same_folder(folder, {"prompts": len(self.chosen), "steps": steps, "cfg": cfg, host: fingerprint(self.file)})
 
     @cached_property
-    def whole(self) -> nn.Module:
+    def whole(self) -> UNet2DConditionModel:
         return load_unet(self.file)
 
     # Shared by all networks, made once ---------------------------------------------------------------
@@ -151,7 +158,8 @@ class Judge:
 
     def errors(self, unet: nn.Module) -> dict[str, dict[str, float]]:
         """v-MSE on the fixed inputs: "teacher", to the host's v, and "data", to the data's; each by bins of t."""
-        predicted, fixed = self._predictions(unet, self.fixed), self.fixed
+        predicted = self._predictions(unet, self.fixed)
+        fixed = self.fixed
         return {
             what: by_bins((predicted - fixed[key]).square().mean((1, 2, 3)), fixed["t"])
             for what, key in (("teacher", "wanted"), ("data", "v"))
@@ -243,7 +251,7 @@ def compare(args: argparse.Namespace) -> None:
         return assembled(judge.whole, path)
 
     for path in args.products:
-        open_product(path)  # better asked before the work than after it
+        open_model(path)  # better asked before the work than after it
     networks = {"whole": lambda: judge.whole} | {named(path): partial(load, path) for path in args.products}
     rows = [judge.measure(name, network, args.rounds) for name, network in networks.items()]
     (args.out / f"evaluation-{args.on}.json").write_text(json.dumps(rows, indent=1) + "\n")

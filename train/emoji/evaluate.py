@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,12 @@ class Family:
     """Everything a part needs, loaded from the finished files."""
 
     def __init__(self, args: argparse.Namespace):
-        self.models, self.runs = args.models, args.runs
+        self.models = args.models
+        self.runs = args.runs
         self.glyphs: Glyphs = load_glyphs(args.runs)
         self.concepts = self.glyphs.concepts
-        self.codec, self.classifier = (
-            load_codec(args.models),
-            load_classifier(args.models, [c.code for c in self.concepts]),
-        )
+        self.codec = load_codec(args.models)
+        self.classifier = load_classifier(args.models, [c.code for c in self.concepts])
         self.chosen = list(range(len(self.concepts)))[: args.limit]
 
     def text(self, host: str | None) -> None:
@@ -98,13 +98,14 @@ def codec_part(f: Family) -> list[dict]:
     rows = []
     for style in STYLES:
         chosen = [Variant(i, style, list(BACKGROUNDS)[i % 6], 0) for i in range(len(f.concepts))]
-        images, quality = [], []
+        images = []
+        measured = []
         for i in range(0, len(chosen), 32):
             x = draw(f.glyphs, chosen[i : i + 32], seed=10**6, wild=True)  # jitter no training picture had
-            quality.append(psnr_of(f.codec, x))
+            measured.append(psnr_of(f.codec, x))
             with torch.no_grad():
                 images.append(f.codec.decode(f.codec.encode(x)))
-        quality = torch.cat(quality)
+        quality = torch.cat(measured)
         rows.append(
             {
                 "row": f"codec, {style}",
@@ -118,7 +119,8 @@ def codec_part(f: Family) -> list[dict]:
 
 def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list[dict]:
     """Recognition with plain prompts, diversity of seeds, held-out pairs."""
-    unet, every = f.unet(name), f.chosen
+    unet = f.unet(name)
+    every = f.chosen
     images = []
     for seed in range(seeds):
         images.append(
@@ -131,12 +133,12 @@ def unet_part(f: Family, name: str, styles: tuple[str, ...], seeds: int) -> list
     per_concept = torch.stack([top_k(f.classifier, x, torch.tensor(every))[0] for x in images]).float().mean(0)
     rows[0]["never_recognised"] = [f.concepts[i].name for k, i in enumerate(every) if per_concept[k] == 0]
     if seeds > 1:
-        pairs = psnr(images[0], images[1])
+        alike = psnr(images[0], images[1])
         rows.append(
             {
                 "row": f"{name}, two seeds of one prompt",
-                "psnr": round(float(pairs.mean()), 2),
-                "psnr_se": round(standard_error(pairs), 2),
+                "psnr": round(float(alike.mean()), 2),
+                "psnr_se": round(standard_error(alike), 2),
             }
         )
     pairs = [(i, s) for s in styles for i in every if held_out(f.concepts[i].code, "style", s)]
@@ -198,7 +200,7 @@ def machine() -> dict:
 
 def summary(parts: dict[str, list[dict]]) -> dict:
     """The gate, as far as its parts are there."""
-    result = {}
+    result: dict[str, Any] = {}
     rows = {row["row"]: row for part in parts.values() for row in part}
     gate = rows.get("teacher, plain prompts")
     if gate:
@@ -267,6 +269,7 @@ def main() -> None:
     done = {
         part: json.loads((folder / f"{part}.json").read_text()) for part in PARTS if (folder / f"{part}.json").exists()
     }
+    rows = [row for d in done.values() for row in d["rows"]]
     report = {
         "command": f"python -m train.emoji.evaluate {' '.join(done)}",
         "machine": machine(),
@@ -282,10 +285,10 @@ def main() -> None:
         },
         "minutes": {part: d["minutes"] for part, d in done.items()},
         "summary": summary({part: d["rows"] for part, d in done.items()}),
-        "rows": [row for d in done.values() for row in d["rows"]],
+        "rows": rows,
     }
     (args.models / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report["rows"]))
+    print(table(rows))
     print(json.dumps(report["summary"], indent=1), file=sys.stderr)
 
 

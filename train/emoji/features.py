@@ -8,24 +8,26 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from asdm_core.packs import read_header
 
+from ..losses import PerceptualNetwork
 from .classifier import SIZE, load_classifier
 from .codec import load_codec
 
 
-class ClassifierFeatures(nn.Module):
+class ClassifierFeatures(PerceptualNetwork):
     """Pictures (B, 3, 128, 128) -> the five levels of the classifier, (B, C, h, w). models: folder of the family's
     weights.
     """
 
-    def __init__(self, models: Path):
+    def __init__(self, models: Path) -> None:
         super().__init__()
         codes = json.loads(read_header(models / "emoji-classifier.safetensors").metadata["codes"])
-        self.decoder, self.body = load_codec(models).decoder, load_classifier(models, codes).body
+        self.decoder = load_codec(models).decoder
+        self.body = load_classifier(models, codes).body
         self.requires_grad_(False).eval()
 
     def pictures(self, latents: Tensor) -> Tensor:
@@ -33,7 +35,8 @@ class ClassifierFeatures(nn.Module):
         return self.decoder(latents)
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
-        h, levels = 2 * F.avg_pool2d(pictures, pictures.shape[-1] // SIZE) - 1, []
+        h = 2 * F.avg_pool2d(pictures, pictures.shape[-1] // SIZE) - 1
+        levels = []
         for stage in self.body:
             h = stage(h)
             levels.append(h)

@@ -45,7 +45,8 @@ def load_latents(runs: Path, glyphs: Glyphs, styles: tuple[str, ...], copies: in
         if not path.exists():
             raise ValueError(f"{path} is missing; make it with `python -m train.emoji.latents {style}`")
         with safe_open(path, framework="pt") as f:
-            latents, cached = f.get_tensor("latents"), int(f.metadata().get("copies", "0"))
+            latents = f.get_tensor("latents")
+            cached = int(f.metadata().get("copies", "0"))
         if len(latents) != len(variants(glyphs.concepts, (style,), copies=cached)):
             raise ValueError(
                 f"{path} holds {len(latents)} pictures, which is not what the glyphs make; "
@@ -70,7 +71,8 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=1, help="of each picture: the first upright, the others jittered")
     args = parser.parse_args()
     start(args)
-    glyphs, codec = load_glyphs(args.runs), load_codec(args.models).to(args.device)
+    glyphs = load_glyphs(args.runs)
+    codec = load_codec(args.models).to(args.device)
     for style in args.styles:
         chosen = variants(glyphs.concepts, (style,), copies=args.copies)
         latents = torch.empty(len(chosen), 4, 16, 16, dtype=torch.float16)

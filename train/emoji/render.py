@@ -27,20 +27,22 @@ def render(svg: str) -> Tensor:
     """A glyph as premultiplied RGBA in [0, 1], (4, 2*SIZE, 2*SIZE), its longest side 2*BOX, centred."""
     import resvg_py  # only needed where graphics are rendered
 
-    picture = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=512, skip_system_fonts=True))))
-    picture = picture.convert("RGBA")
+    drawn = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=512, skip_system_fonts=True))
+    picture = Image.open(io.BytesIO(drawn)).convert("RGBA")
     box = picture.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox()
     if box is None:
         raise ValueError("the glyph is empty")
     picture = picture.crop(box)
     scale = 2 * BOX / max(picture.size)
-    size = [max(1, round(scale * s)) for s in picture.size]
+    size = max(1, round(scale * picture.width)), max(1, round(scale * picture.height))
     rgba = np.asarray(picture, dtype=np.float32) / 255
     rgba[..., :3] *= rgba[..., 3:]
     planes = [Image.fromarray(rgba[..., c]).resize(size, Image.Resampling.LANCZOS) for c in range(4)]
     canvas = torch.zeros(4, 2 * SIZE, 2 * SIZE)
     x, y = (2 * SIZE - size[0]) // 2, (2 * SIZE - size[1]) // 2
-    canvas[:, y : y + size[1], x : x + size[0]] = torch.tensor(np.stack(planes)).clamp(0, 1)
+    canvas[:, y : y + size[1], x : x + size[0]] = torch.tensor(np.stack([np.asarray(plane) for plane in planes])).clamp(
+        0, 1
+    )
     canvas[:3] = torch.minimum(canvas[:3], canvas[3:])
     return canvas
 

@@ -69,7 +69,7 @@ def fetch(what: str, cache: Path) -> Path:
 def read_concepts(cache: Path) -> list[Concept]:
     """All chosen concepts, in the order of concepts.txt."""
     with tarfile.open(fetch("names", cache)) as tar:
-        table = json.load(tar.extractfile(PACKAGES["names"][2]))
+        table = json.loads(_member(tar, PACKAGES["names"][2]))
     entries = {e["hexcode"].replace("-FE0F", ""): e for e in table}
     return [
         Concept(code, plain(entries[code]["label"]), tuple(plain(t) for t in entries[code].get("tags", ())), group)
@@ -88,28 +88,38 @@ def read_graphics(style: str, codes: list[str], cache: Path) -> dict[str, str]:
     member = PACKAGES[style][2]
     with tarfile.open(fetch(style, cache)) as tar:
         if "{code}" not in member:
-            found = _split_sprite(tar.extractfile(member).read().decode())
+            found = _split_sprite(_member(tar, member).decode())
         else:
             paths = {
                 Path(n).stem.upper().replace("-FE0F", ""): n
                 for n in tar.getnames()
                 if Path(n).parent == Path(member).parent and n.endswith(".svg")
             }
-            found = {code: tar.extractfile(paths[code]).read().decode() for code in codes if code in paths}
+            found = {code: _member(tar, paths[code]).decode() for code in codes if code in paths}
     missing = [code for code in codes if code not in found]
     if missing:
         raise ValueError(f"{style} has no glyph for {', '.join(missing)}; take these out of concepts.txt")
     return {code: found[code] for code in codes}
 
 
+def _member(tar: tarfile.TarFile, name: str) -> bytes:
+    """A file of an archive. Raises ValueError where there is none of this name."""
+    file = tar.extractfile(name)
+    if file is None:
+        raise ValueError(f"the package archive has no file {name}")
+    return file.read()
+
+
 def _split_sprite(sprite: str) -> dict[str, str]:
     """The pictures of an SVG sprite, each a nested <svg id=code> of its own, as standalone documents."""
-    pieces, depth, start = {}, 0, 0
+    pieces = {}
+    depth = 0
+    start = 0
     for tag in re.finditer(r"<svg\b[^>]*>|</svg>", sprite):
         if tag[0].startswith("</"):
             depth -= 1
             if depth == 1:
-                head = re.match(r"<svg\b[^>]*>", sprite[start:])[0]
+                head = sprite[start : sprite.index(">", start) + 1]
                 code = re.search(r'\bid="([^"]+)"', head)
                 if code:
                     body = sprite[start : tag.end()]

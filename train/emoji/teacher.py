@@ -18,10 +18,11 @@ import time
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from .captions import caption, own_tags, prompt, vocabulary
-from .codec import load_codec
+from .codec import Codec, load_codec
 from .data import Glyphs, Variant, load_glyphs
 from ..diffusion import ddim, noised, step_weights
 from .latents import LatentSet, load_latents
@@ -67,7 +68,10 @@ class Batches:
     """The batch of any step, from the seed and the step alone."""
 
     def __init__(self, glyphs: Glyphs, data: LatentSet, tokens: Tokens, seed: int):
-        self.concepts, self.data, self.tokens, self.seed = glyphs.concepts, data, tokens, seed
+        self.concepts = glyphs.concepts
+        self.data = data
+        self.tokens = tokens
+        self.seed = seed
         self.tags = own_tags(glyphs.concepts)
         self.weights = step_weights()
         self.share = background_share(data.variants)
@@ -95,7 +99,7 @@ class Batches:
         return x0, noise, t, rows
 
 
-def v_loss(unet: nn.Module, context: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def v_loss(unet: UNet2DConditionModel, context: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Squared error of v per sample, (B,)."""
     x, v = noised(x0, noise, t)
     predicted = unet(x.to(context.dtype), t, context).sample.float()
@@ -108,10 +112,10 @@ def batch_size(pooled: bool) -> int:
 
 
 def sample_images(
-    unet: nn.Module,
+    unet: UNet2DConditionModel,
     encoder: TextEncoder,
     tokens: Tokens,
-    codec: nn.Module,
+    codec: Codec,
     prompts: list[str],
     seeds: list[int],
     steps: int = 20,
@@ -137,7 +141,8 @@ def sample_latents(
     progress: Progress | None = None,
 ) -> Tensor:
     """Latents (B, 4, size, size) for prompts, each from the noise of its own seed."""
-    device, dtype = next(unet.parameters()).device, next(unet.parameters()).dtype
+    device = next(unet.parameters()).device
+    dtype = next(unet.parameters()).dtype
     uncond = encoder(tokens([""]).to(device))
     parts = []
     for i in range(0, len(prompts), batch):
@@ -154,7 +159,7 @@ def sample_latents(
 
 
 @torch.no_grad()
-def codec_images(codec: nn.Module, latents: Tensor) -> Tensor:
+def codec_images(codec: Codec, latents: Tensor) -> Tensor:
     if latents.shape[-1] < 16:
         latents = F.interpolate(latents, scale_factor=16 // latents.shape[-1])
     device = next(codec.parameters()).device
@@ -164,16 +169,19 @@ def codec_images(codec: nn.Module, latents: Tensor) -> Tensor:
 def train(
     args: argparse.Namespace,
     name: str,
-    unet: nn.Module,
+    unet: UNet2DConditionModel,
     encoder: TextEncoder,
     batches: Batches,
     styles: tuple[str, ...],
     joint: bool,
-) -> tuple[nn.Module, TextEncoder, TrainingState]:
+) -> tuple[UNet2DConditionModel, TextEncoder, TrainingState]:
     """The loop shared by teacher and finetune. Returns averaged networks in float32 and the finished Run."""
     device = torch.device(args.device)
-    averaged_unet, averaged_encoder = copy.deepcopy(unet).to(device), copy.deepcopy(encoder).to(device)
-    unet, encoder = unet.to(device, torch.bfloat16).train(), encoder.to(device, torch.bfloat16)
+    nn.Module.to(unet, device)  # diffusers' own `to` has no type
+    averaged_unet, averaged_encoder = copy.deepcopy(unet), copy.deepcopy(encoder).to(device)
+    nn.Module.to(unet, device, torch.bfloat16)
+    unet.train()
+    encoder = encoder.to(device, torch.bfloat16)
     parameters = {f"unet.{k}": p for k, p in unet.named_parameters()}
     if joint:
         parameters |= {f"text.{k}": p for k, p in encoder.named_parameters()}
@@ -207,7 +215,8 @@ def train(
         save_grid(args.runs / f"{name}.png", images, columns=16)
         save_curve(args.runs / f"{name}-loss.png", run.curve, f"{name}, {run.samples} samples", "v-MSE")
 
-    progress, shown_at = Progress(name), time.monotonic()
+    progress = Progress(name)
+    shown_at = time.monotonic()
     while not run.done:
         began = time.perf_counter()
         pooled = run.samples < args.pooled_samples
@@ -227,7 +236,8 @@ def train(
     progress.end()
     checkpoint.save(optimiser, run)
     show()
-    return averaged_unet.cpu().eval(), averaged_encoder.cpu().eval(), run
+    averaged_unet.cpu().eval()
+    return averaged_unet, averaged_encoder.cpu().eval(), run
 
 
 def provenance(args: argparse.Namespace, run: TrainingState) -> dict:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -78,12 +79,14 @@ class Tokens:
 class TextEncoder(nn.Module):
     """CLIPTextModel with a compact token table. forward: rows (B, 77) -> (B, 77, 128)."""
 
-    def __init__(self, ids: Sequence[int], **changes):
+    ids: Tensor
+
+    def __init__(self, ids: Sequence[int], **changes: Any):
         super().__init__()
         # Special ids only steer the pooled output, which is not used; the compact table has other numbers.
-        config = CLIPTextConfig(
-            **(CONFIG | {"vocab_size": len(ids), "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0} | changes)
-        )
+        special = {"vocab_size": len(ids), "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
+        settings: dict[str, Any] = CONFIG | special | changes
+        config = CLIPTextConfig(**settings)
         config._attn_implementation = "eager"  # fused attention is slower on CPU at this size
         self.clip = CLIPTextModel(config)
         self.register_buffer("ids", torch.tensor(list(ids), dtype=torch.int32), persistent=False)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from asdm_core.packs import write_file
 
 from ..optimisation import Average, trapezoid
+
+Network = TypeVar("Network", bound=nn.Module)
 
 CHECKPOINT_SECONDS = 150
 COOLDOWN = 0.4  # last part of a run, in which the learning rate falls to zero: short runs want a long one
@@ -95,7 +98,7 @@ class Optimiser:
         self.steps = steps
 
     @torch.no_grad()
-    def averaged(self, module: nn.Module, prefix: str = "") -> nn.Module:
+    def averaged(self, module: Network, prefix: str = "") -> Network:
         """Put the averaged weights into another copy of the network (or of the part under `prefix`)."""
         own = dict(module.named_parameters())
         for key, value in self.average.weights.items():
@@ -131,7 +134,8 @@ class TrainingState:
         if self.cooldown_from is None:
             if self.total is not None:
                 if self.step >= int(self.total * (1 - COOLDOWN)):
-                    self.cooldown_from, self.cooldown_steps = self.step, self.total - self.step
+                    self.cooldown_from = self.step
+                    self.cooldown_steps = self.total - self.step
             elif self.seconds >= 60 * self.minutes * (1 - COOLDOWN) and len(self._recent) >= 20:
                 per_step = sum(self._recent) / len(self._recent)
                 self.cooldown_from = self.step
@@ -141,7 +145,9 @@ class TrainingState:
 
     def advance(self, samples: int, value: float, started: float) -> None:
         took = time.perf_counter() - started
-        self.step, self.samples, self.seconds = self.step + 1, self.samples + samples, self.seconds + took
+        self.step += 1
+        self.samples += samples
+        self.seconds += took
         self._recent = (self._recent + [took])[-50:]
         if not self.curve or self.step % 10 == 0:
             self.curve.append((self.step, self.samples, round(self.seconds, 1), round(value, 5)))
@@ -162,7 +168,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path):
-        self.path, self.last = path, time.monotonic()
+        self.path = path
+        self.last = time.monotonic()
 
     def load(self, optimiser: Optimiser, run: TrainingState) -> TrainingState:
         """The TrainingState to go on with, and the optimiser filled; `run` itself where there is no checkpoint yet."""
