@@ -24,6 +24,7 @@ POWER = 0.7  # of 1 / (1 + sigma^2): how much a computed result follows its late
 POINTS = 3  # earlier evaluations that a forecast is a sum of
 RIDGE = 3e-3
 BETTER = 0.999  # a move is made where the objective falls below this share
+_AT_ONCE = 2**16  # numbers of a row that are in double precision at once
 
 
 # The sampler ----------------------------------------------------------------------------------------
@@ -132,7 +133,9 @@ class Recording:
 def gram_of(cond: Sequence[Any], difference: Sequence[Any]) -> np.ndarray:
     """The Gram matrix of a recording from flat arrays (numbers of a latent,), one for each evaluation."""
     rows = np.stack([np.asarray(row, dtype=np.float32).ravel() for row in (*cond, *difference)])
-    return np.asarray((rows @ rows.T).astype(float) / rows.shape[1])
+    # What forecasts miss is a small difference of large products, so these are summed up in double precision.
+    parts = (rows[:, at : at + _AT_ONCE].astype(float) for at in range(0, rows.shape[1], _AT_ONCE))
+    return np.asarray(sum(part @ part.T for part in parts) / rows.shape[1])
 
 
 @dataclass(frozen=True)
@@ -373,6 +376,10 @@ class Offer:
     error: float
     steps: int
     plan: ForecastPlan | None = None
+
+    def __str__(self) -> str:
+        what = f"{self.steps} steps are as good here" if self.plan is None else self.plan.letters()
+        return f"{what}: {self.saving:.0%} of the work saved, {self.error:.1%} off"
 
 
 def offers(recording: Recording, steps: int, costs: Sequence[float], fewer: Mapping[int, float] = {}) -> list[Offer]:

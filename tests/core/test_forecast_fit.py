@@ -248,6 +248,8 @@ def test_fewer_steps_are_offered_and_taken_where_they_win():
     third = best_offer(found, saving=6 / 9)
     assert third.plan is not None and third.plan.letters().count("F") + third.plan.letters().count("c") / 2 <= 3
     assert best_offer(found, error=1e-6).steps == 5
+    assert str(Offer(0.4, 0.0123, 12)) == "12 steps are as good here: 40% of the work saved, 1.2% off"
+    assert str(third) == f"{third.plan.letters()}: 67% of the work saved, {third.error:.1%} off"
     with pytest.raises(ValueError, match="nothing saves 90%"):
         best_offer(found, saving=0.9)
     with pytest.raises(ValueError, match="the closest is"):
