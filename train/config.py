@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor
 
 from asdm_core import condconv
 from asdm_core.addresses import UNetConfig, in_order, select
@@ -26,6 +27,7 @@ from asdm_core.gri import GRI, LogGains
 
 from .diffusion import STEPS, simple_times
 from .losses import LATENT_RGB, LOSSES, PREDICTIONS
+from .schedules import SCHEDULES, Schedule, read_schedule
 from .taps import KINDS, Tap
 
 try:
@@ -81,14 +83,15 @@ class Network:
     shape: the UNet of a family as a table, where it is none of FAMILIES.
     teacher: its weights, any file or folder Load Pruned UNet takes; "random" draws them from the run's seed.
     teacher_outputs: folder of its outputs for the samples of this run (train/teacher_outputs.py); empty: they are
-    computed as the run
-    goes.
+    computed as the run goes.
+    schedule: its noise schedule (train/schedules.py); empty: as its files say.
     """
 
     family: str = "sd15"
     teacher: str = ""
     prediction: str = "eps"
     teacher_outputs: str = ""
+    schedule: str = ""
     shape: dict | None = None
 
     @property
@@ -96,6 +99,22 @@ class Network:
         if self.shape is not None:
             return UNetConfig.from_dict({"family": self.family} | self.shape)
         return _one_of(FAMILIES, self.family, "network.family")
+
+    @property
+    def noise(self) -> Schedule:
+        """The teacher's noise schedule. Raises ValueError for one that its prediction cannot go with."""
+        found = read_schedule(self.teacher, self.schedule)
+        if found.zero_snr and self.prediction == "eps":
+            raise ValueError(
+                f"network.prediction: {self.teacher or 'the teacher'} ends in noise alone (zero terminal SNR), where "
+                "the noise says nothing of the picture; such models predict v: set network.prediction = v"
+            )
+        return found
+
+    @property
+    def alphas(self) -> Tensor:
+        """a^2 by step of this schedule, (1000,)."""
+        return self.noise.alphas
 
 
 @dataclass(frozen=True)
@@ -350,6 +369,7 @@ class Config:
     def __post_init__(self):
         for key, allowed in (
             ("network.prediction", PREDICTIONS),
+            ("network.schedule", SCHEDULES),
             ("student.trained", TRAINED),
             ("experts.start", STARTS),
             ("experts.form", FORMS),

@@ -258,7 +258,9 @@ class Batches:
         self.source = source
         self.seed = config.seed
         self.dropout = config.data.caption_dropout
-        self.weights = step_weights() if config.data.timesteps == "snr" else torch.full((STEPS,), 1 / STEPS)
+        self.weights = (
+            step_weights(config.network.alphas) if config.data.timesteps == "snr" else torch.full((STEPS,), 1 / STEPS)
+        )
         self.cumulated = self.weights.double().cumsum(0)
         self.order = lru_cache(maxsize=2)(self._order)
 

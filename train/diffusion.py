@@ -22,9 +22,18 @@ def alphas_cumprod() -> Tensor:
 ALPHAS = alphas_cumprod()
 
 
-def coefficients(t: Tensor) -> tuple[Tensor, Tensor]:
-    """a and s at steps t (B,), shaped (B, 1, 1, 1)."""
-    a2 = ALPHAS.to(t.device)[t][:, None, None, None]
+def zero_terminal_snr(alphas: Tensor) -> Tensor:
+    """A schedule (1000,) shifted and scaled so that its last step holds nothing of the picture, and its first what it
+    held (arXiv 2305.08891, algorithm 1).
+    """
+    root = alphas.double().sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return root.square().float()
+
+
+def coefficients(t: Tensor, alphas: Tensor = ALPHAS) -> tuple[Tensor, Tensor]:
+    """a and s at steps t (B,), shaped (B, 1, 1, 1). alphas: a^2 by step, of another schedule than SD's own."""
+    a2 = alphas.to(t.device)[t][:, None, None, None]
     return a2.sqrt(), (1 - a2).sqrt()
 
 
@@ -33,14 +42,13 @@ def as_v(predicted: Tensor, x: Tensor, a: Tensor, s: Tensor, prediction: str) ->
     return predicted.float() if prediction == "v" else (predicted.float() - s * x) / a
 
 
-def step_weights() -> Tensor:
+def step_weights(alphas: Tensor = ALPHAS) -> Tensor:
     """p(t) of training, (1000,): 80% in proportion to min(SNR, 1) / SNR, 20% uniform.
 
     Where SNR > 1 the picture is nearly there and v is little but noise; drawing such steps less often
     does what min-SNR weights do, without computing samples to throw away.
     """
-    snr = ALPHAS / (1 - ALPHAS)
-    p = snr.clamp(max=1) / snr
+    p = 1 / (alphas / (1 - alphas)).clamp(min=1)
     return 0.8 * p / p.sum() + 0.2 / STEPS
 
 
@@ -68,6 +76,7 @@ def ddim(
     uncond: Tensor,
     steps: int = 20,
     cfg: float = 3.0,
+    alphas: Tensor = ALPHAS,
 ) -> Tensor:
     """Deterministic DDIM (eta 0) from noise x (B, C, H, W) to x_0.
 
@@ -81,11 +90,11 @@ def ddim(
         if cfg != 1:
             v_cond, v_uncond = v.chunk(2)
             v = v_uncond + cfg * (v_cond - v_uncond)
-        a, s = coefficients(t[: len(x)])
+        a, s = coefficients(t[: len(x)], alphas)
         x0 = a * x - s * v
         eps = s * x + a * v
         if i + 1 < len(times):
-            a, s = coefficients(torch.full((len(x),), times[i + 1], device=x.device))
+            a, s = coefficients(torch.full((len(x),), times[i + 1], device=x.device), alphas)
             x = a * x0 + s * eps
         else:
             x = x0

@@ -117,7 +117,7 @@ class Criterion:
 
     def __call__(self, batch: Batch, x: Tensor, student: losses.Outputs, teacher: losses.Outputs | None) -> Tensor:
         """(losses, B), in the order of `weights`."""
-        a, s = coefficients(batch.t)
+        a, s = coefficients(batch.t, self.config.network.alphas)
         given = losses.Compared(self, batch, x, a, s, student, teacher)
         return torch.stack([losses.LOSSES[name].value(given) for name in self.weights])
 
@@ -267,6 +267,7 @@ def train(
     device, main = accelerator.device, accelerator.is_main_process
     accumulation = config.accumulation(accelerator.num_processes)
     criterion = Criterion(config, device, classifier)
+    alphas = config.network.alphas
     original = networks.load_teacher(config)
     student = networks.make_student(original, config)
     nn.Module.to(student, device)
@@ -370,7 +371,7 @@ def train(
                 x = batch.x
             else:
                 batch = batches(numbers).to(device)
-                a, s = coefficients(batch.t)
+                a, s = coefficients(batch.t, alphas)
                 x = a * batch.x0 + s * batch.noise
             wanted = computed(numbers, device) if computed else None
             if teacher is not None:
@@ -384,7 +385,7 @@ def train(
                 value = criterion(batch, x, mine, wanted)
                 accelerator.backward((factors @ value).mean() / accumulation)
             if rollouts:
-                v = as_v(mine[0].detach(), x, *coefficients(batch.t), config.network.prediction)
+                v = as_v(mine[0].detach(), x, *coefficients(batch.t, alphas), config.network.prediction)
                 rollouts.advance(state.step, slots, x, v)
             assert batch.left_out is not None
             values.append(torch.cat([value.detach(), batch.t[None].float(), batch.left_out[None].float()]))

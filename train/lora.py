@@ -155,7 +155,10 @@ def write_lora(
     tensors = tensors_of(student, config.network.config)
     for key, value in tensors.items():
         if not value.isfinite().all():
-            raise ValueError(f"{path.name}: {key} is not finite, or too large for float16")
+            raise ValueError(
+                f"{path.name}: {key} is not finite, or too large for float16, so nothing was written. The training "
+                "diverged: lower optimiser.lr and begin anew in another run.folder"
+            )
     metadata = {
         "format": "pt",
         "ss_network_module": "lycoris.kohya" if config.lora.convolutions else "networks.lora",

@@ -24,10 +24,19 @@ from asdm_core import condconv, few_step
 from asdm_core.addresses import UNetConfig, in_order
 from asdm_core.architecture import Architecture
 from asdm_core.gri import LogGains, gri_attention
-from asdm_core.packs import Description, Loaded, open_model, open_pack, open_unet, write_pack, write_unet
+from asdm_core.packs import (
+    ZERO_SNR_MARKER,
+    Description,
+    Loaded,
+    open_model,
+    open_pack,
+    open_unet,
+    write_pack,
+    write_unet,
+)
 from asdm_core.surgery import ADDRESSED, Form, convert, cut_diffusers, extract, load_units, modules
 
-from . import lora
+from . import lora, schedules
 from .config import Config, Regional
 from .lora import give_lora, write_lora
 from .rollout import few_steps
@@ -251,6 +260,8 @@ def addressed(student: nn.Module, architecture: Architecture) -> dict[str, Tenso
 def full_training(config: Config, training: Mapping) -> dict:
     """What the metadata of a product say of its training."""
     training = dict(training) | {"recipe": config.name, "seed": config.seed}
+    if not config.network.noise.standard:
+        training[schedules.KEY] = dict(config.network.noise.settings)
     if config.rollout.steps:
         training[few_step.KEY] = few_steps(config.rollout).to_dict()
     if config.lora.rank and config.makes_network:
@@ -285,6 +296,21 @@ def joining(product: Path) -> Path:
     return product.with_name(f"{product.stem}-pack.safetensors")
 
 
+def check_finite(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> None:
+    """Raise ValueError where a number is not finite, or would not be in the dtype it is stored in."""
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name}: {key} holds numbers that are not finite, so nothing was written. The training diverged: "
+                "lower optimiser.lr and begin anew in another run.folder"
+            )
+        if isinstance(dtype, torch.dtype) and not tensor.to(dtype).isfinite().all():
+            raise ValueError(
+                f"{name}: {key} is too large for {str(dtype).removeprefix('torch.')}, so nothing was written. Its "
+                "checkpoint is whole: the same command with --set run.stored=bfloat16 writes it"
+            )
+
+
 def write_product(student: nn.Module, config: Config, training: Mapping) -> None:
     """Write the pack, or the pruned UNet and the pack of its experts and gains, and the LoRA of a finished run, under
     the teacher's licence.
@@ -292,14 +318,20 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
     unet = config.network.config
     dtype = DTYPES[config.run.stored]
     teacher = None
+    kept: dict[str, Tensor] = {ZERO_SNR_MARKER: torch.zeros(0)} if config.network.noise.zero_snr else {}
     if config.network.teacher != "random":
-        teacher = open_unet(config.network.teacher).description
-    if config.lora.rank:
+        opened = open_unet(config.network.teacher)
+        teacher = opened.description
+        kept |= {k: v for k, v in opened.markers.items() if k != ZERO_SNR_MARKER}
+
+    def write_its_lora() -> None:
         few = few_steps(config.rollout) if config.rollout.steps else None
         licence = teacher.licence if teacher else None
         write_lora(config.lora_file, student, config, full_training(config, training), few, licence)
-        if not config.makes_network:
-            return
+
+    if not config.makes_network:
+        write_its_lora()
+        return
     description = describe_product(config, training)
     if teacher:
         # A UNet of the embedded family goes with the teacher's text encoder and VAE.
@@ -313,9 +345,12 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
     if config.condconv:
         further |= {k: v.float() for k, v in condconv.extract(student, "diffusers", unet, config.condconv).items()}
     if description.kind == "pack":
-        write_pack(
-            config.product, extract(tensors, config.architecture, description.units) | further, description, dtype
-        )
+        tensors = extract(tensors, config.architecture, description.units)
+    check_finite(config.product.name, tensors | further, dtype)  # before the first file is written
+    if config.lora.rank:
+        write_its_lora()
+    if description.kind == "pack":
+        write_pack(config.product, tensors | further, description, dtype)
         return
     if further:
         joined = Description(
@@ -328,4 +363,4 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
             licence=description.licence,
         )
         write_pack(joining(config.product), further, joined, dtype)
-    write_unet(config.product, tensors, description, dtype)
+    write_unet(config.product, tensors, description, dtype, kept)

@@ -50,9 +50,9 @@ SHARE = 32  # trajectories the teacher draws at once
 # The formulas ---------------------------------------------------------------------------------------
 
 
-def table(times: Sequence[int]) -> Tensor:
+def table(times: Sequence[int], alphas: Tensor = ALPHAS) -> Tensor:
     """a and s at each time step and at the end, (len(times) + 1, 2)."""
-    a2 = torch.cat([ALPHAS.double()[list(times)], torch.ones(1, dtype=torch.float64)])
+    a2 = torch.cat([alphas.double()[list(times)], torch.ones(1, dtype=torch.float64)])
     return torch.stack([a2.sqrt(), (1 - a2).sqrt()], 1).float()
 
 
@@ -68,11 +68,16 @@ def landing(x: Tensor, wanted: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (cos * x - wanted) / sin
 
 
+def _log_ratio(a: float, s: float) -> float:
+    """log a/s; minus infinity at zero SNR, where the steps below have a limit."""
+    return math.log(a / s) if a else -math.inf
+
+
 class Solver:
     """The teacher's steps: DPM-Solver++(2M) (arXiv 2211.01095) or DDIM, over given time steps, in x of this module."""
 
-    def __init__(self, times: Sequence[int], sampler: str):
-        self.points = table(times).double()
+    def __init__(self, times: Sequence[int], sampler: str, alphas: Tensor = ALPHAS):
+        self.points = table(times, alphas).double()
         self.sampler = sampler
         self.previous: Tensor | None = None  # x_0 of the step before
 
@@ -85,10 +90,10 @@ class Solver:
         self.previous = x0
         if s2 == 0:
             return x0
-        h = math.log(a2 / s2) - math.log(a / s)
+        h = _log_ratio(a2, s2) - _log_ratio(a, s)
         if self.sampler == "dpmpp_2m" and before is not None:
             a1, s1 = self.points[k - 1].tolist()
-            r = (math.log(a / s) - math.log(a1 / s1)) / h
+            r = (_log_ratio(a, s) - _log_ratio(a1, s1)) / h
             x0 = (1 + 1 / (2 * r)) * x0 - before / (2 * r)
         return (s2 / s) * x - a2 * math.expm1(-h) * x0
 
@@ -104,6 +109,7 @@ def guided_trajectory(
     guidance: float,
     prediction: str,
     size: int,
+    alphas: Tensor = ALPHAS,
 ) -> Tensor:
     """All states of a run from noise (B, C, h, w), (B, len(times) + 1, C, h, w), float32. guidance 1: none."""
     device = noise.device
@@ -112,8 +118,8 @@ def guided_trajectory(
     added = conditions(text, empty, twice, size, device)
     x = noise
     states = [noise]
-    points = table(times)
-    solver = Solver(times, sampler)
+    points = table(times, alphas)
+    solver = Solver(times, sampler, alphas)
     for k, time in enumerate(times):
         t = torch.full((twice * len(noise),), time, device=device)
         a, s = points[k].tolist()
@@ -174,6 +180,7 @@ class Bank:
         self.settings = {
             "network.teacher": fingerprint(teacher) if teacher.is_file() else config.network.teacher,
             "network.prediction": config.network.prediction,
+            "schedule": dict(config.network.noise.settings),
             "prompts": digest(source.prompts) if isinstance(source, Prompts) else len(source),
             "data.source": config.data.source,
             "data.path": Path(config.data.path).name,
@@ -228,6 +235,7 @@ class Bank:
                     rollout.guidance,
                     self.config.network.prediction,
                     self.config.data.size,
+                    self.config.network.alphas,
                 ).cpu()
             )
             texts.append(text)
@@ -348,7 +356,7 @@ class Rollouts:
         steps = places[0].steps
         times = rollout.student_times(steps)
         skip = len(rollout.teacher_times) // steps
-        points = table(times)
+        points = table(times, self.config.network.alphas)
         cos, sin = rotations(points)
         k = torch.tensor([p.k for p in places])
         rows = torch.arange(len(places))
@@ -386,7 +394,7 @@ class Rollouts:
     def advance(self, step: int, samples: Sequence[int], x: Tensor, v: Tensor) -> None:
         """Move the samples of a batch on from their states x with the v that was predicted there."""
         places = [self.course.place(step, i) for i in samples]
-        cos, sin = rotations(table(self.config.rollout.student_times(places[0].steps)))
+        cos, sin = rotations(table(self.config.rollout.student_times(places[0].steps), self.config.network.alphas))
         k = torch.tensor([p.k for p in places])
         wide = (slice(None), None, None, None)
         self.x[list(samples)] = cos[k][wide] * x.cpu() - sin[k][wide] * v.detach().cpu()

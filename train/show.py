@@ -92,7 +92,9 @@ class Show:
                 sampler = "ddim"
                 guidance = 1.0
             given = self.noise, self.text, self.empty, times, sampler, guidance
-            latents = guided_trajectory(predict, *given, self.config.network.prediction, self.config.data.size)[:, -1]
+            latents = guided_trajectory(
+                predict, *given, self.config.network.prediction, self.config.data.size, self.config.network.alphas
+            )[:, -1]
         return self.decode(latents).float().clamp(0, 1).cpu()
 
     def rows(self, student: Predict) -> Tensor:
@@ -126,6 +128,7 @@ def write_card(config: Config, training: Mapping) -> Path:
     settings = {
         "teacher": training["teacher"],
         "start": training["start"],
+        "noise schedule": str(config.network.noise),
         "data": config.data.source,
         "resolution": f"{config.data.size} px",
         "steps": training["steps"],

@@ -312,6 +312,7 @@ class Prompts(Numbered):
         return {
             "network.teacher": config.network.teacher,
             "network.prediction": config.network.prediction,
+            "schedule": dict(config.network.noise.settings),
             "encoders.models": encoders(config),
             "hash of the prompts": digest(self.prompts),
             "seed": config.seed,
@@ -351,10 +352,18 @@ def draw(config: Config, predict: Predict, noise: Tensor, text: Text, empty: Tex
     added = conditions(text, empty, 1 if config.samples.guidance == 1 else 2, config.data.size, device)
 
     def predict_v(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return as_v(predict(x, t, context, added), x, *coefficients(t), config.network.prediction)
+        return as_v(
+            predict(x, t, context, added), x, *coefficients(t, config.network.alphas), config.network.prediction
+        )
 
     return ddim(
-        predict_v, noise, text.states.to(device), empty.states.to(device), config.samples.steps, config.samples.guidance
+        predict_v,
+        noise,
+        text.states.to(device),
+        empty.states.to(device),
+        config.samples.steps,
+        config.samples.guidance,
+        config.network.alphas,
     )
 
 

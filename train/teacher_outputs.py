@@ -37,6 +37,7 @@ def stream_of(config: Config) -> dict:
     return {
         "seed": config.seed,
         "family": config.network.family,
+        "schedule": dict(config.network.noise.settings),
         "teacher": Path(config.network.teacher).name,
         "data": {**vars(config.data), "path": Path(config.data.path).name},
     }
@@ -66,7 +67,7 @@ def write_teacher_outputs(
         parts: list[dict[str, Tensor]] = []
         for at in range(start, start + SHARD, batch):
             part = batches(range(at, at + batch)).to(device)
-            a, s = coefficients(part.t)
+            a, s = coefficients(part.t, config.network.alphas)
             predicted, features = teacher(a * part.x0 + s * part.noise, part.t, part.context)
             parts.append({"predicted": predicted} | {path: feature.half() for path, feature in features.items()})
             progress.show(min(at + batch, count))

@@ -357,6 +357,19 @@ def test_losses_of_the_log_are_split_by_t(unbroken):
         assert low <= line["output"] <= high
 
 
+def test_no_clipping_is_a_clip_of_nought(tmp_path):
+    """One step of AdamW's first moment says what gradient came: a large clip, none and a small one."""
+    moments = []
+    for clip in ("1e9", "0", "1e-3"):
+        folder = tmp_path / clip
+        config = load(NARROW, ["run.steps=1", f"optimiser.clip={clip}", f"run.folder={folder}"])
+        train(config, Accelerator(cpu=True))
+        tensors = load_file(folder / "checkpoint-00000001.safetensors")
+        moments.append({k: v for k, v in tensors.items() if k.startswith("exp_avg.")})
+    assert all(torch.equal(moments[0][k], moments[1][k]) for k in moments[0])
+    assert sum(float(v.square().sum()) for v in moments[2].values()) ** 0.5 == pytest.approx(1e-4, rel=1e-2)
+
+
 def test_the_rate_is_a_trapezoid():
     recipe = load(NARROW, ["run.steps=100", "optimiser.lr=2.0", "optimiser.warmup=10", "optimiser.cooldown=20"])
     rates = [learning_rate(recipe, step) for step in range(100)]

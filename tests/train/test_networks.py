@@ -210,6 +210,43 @@ def test_a_product_is_under_its_teachers_licence_and_a_unet_keeps_its_companions
         )
 
 
+@pytest.mark.parametrize(
+    ("changes", "value", "said"),
+    [
+        (["student.preset=base", "loss.mid=0"], float("nan"), "not finite, so nothing was written"),
+        (["student.preset=m2", "run.stored=int8"], float("inf"), "not finite, so nothing was written"),
+        (["student.preset=m2", "run.stored=float16"], 1e5, "too large for float16.*run.stored=bfloat16"),
+        (["student.preset=m2", "lora.rank=2"], 1e5, "too large for float16"),
+        (["student.preset=full", "student.trained=none", "lora.rank=2", "loss.mid=0", "loss.blocks=0"], 1e6, "float16"),
+        (
+            ["student.preset=full", "loss.mid=0", "loss.blocks=0", "gri.on=down.0", "gri.window=4", "gri.pool=2"],
+            1e5,
+            "gain",
+        ),
+        (["student.preset=tiny", "loss.mid=0", "experts.on=down.0.*.resnet"], float("nan"), "experts"),
+    ],
+)
+def test_what_is_not_finite_is_never_written(changes, value, said, tmp_path):
+    recipe = load(NARROW, [*changes, f"run.folder={tmp_path}"])
+    student = networks.make_student(networks.load_teacher(recipe), recipe)
+    trained = [(n, p) for n, p in student.named_parameters() if p.requires_grad]
+    wanted = {"experts": ".experts.", "gain": "log_gain"}.get(said, "")
+    with torch.no_grad():
+        next(p for n, p in reversed(trained) if wanted in n).flatten()[0] = value
+    with pytest.raises(ValueError, match=said):
+        networks.write_product(student, recipe, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_too_large_for_half_precision_is_written_in_another(tmp_path):
+    recipe = load(NARROW, ["student.preset=m2", "run.stored=bfloat16", f"run.folder={tmp_path}"])
+    student = networks.make_student(networks.load_teacher(recipe), recipe)
+    with torch.no_grad():
+        next(p for p in student.parameters() if p.requires_grad).flatten()[0] = 1e5
+    networks.write_product(student, recipe, {})
+    assert max(float(t.abs().max()) for t in open_pack(recipe.product).tensors.values()) > 9e4
+
+
 # Further experts ------------------------------------------------------------------------------------
 
 E2 = ["student.preset=tiny", "loss.mid=0", "experts.on=down.0.*.resnet, up.3.*.resnet"]
