@@ -27,7 +27,7 @@ from asdm_core.packs import read_header, write_file
 
 from .progress import Progress, plain_errors
 from .encoders import ToLatents, ToText, latents_of, load_text, load_vae
-from .provenance import digest, made, same_file
+from .provenance import ENCODERS, contents, digest, made, same_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 BROKEN = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)  # what a broken picture raises
@@ -184,7 +184,7 @@ def main() -> None:
         latents_of(load_vae(args.models, args.device)),
         load_text(args.models, device=args.device),
         args.batch,
-        models=str(args.models.resolve()),
+        models=contents(args.models, ENCODERS),
     )
     caches = (read_header(path).tensors for path in args.cache.glob("*.safetensors"))
     held = sum(tensors["latents"][1][0] for tensors in caches if "latents" in tensors)

@@ -21,7 +21,7 @@ from torchvision.transforms.functional import to_tensor
 from . import coco
 from .figures import save_grid
 from .progress import plain_errors
-from .provenance import digest, named, same_folder
+from .provenance import ENCODERS, NETWORK, contents, digest, named, same_folder
 
 SHOWN = 16
 
@@ -37,7 +37,7 @@ def evaluate(args: argparse.Namespace) -> None:
         same_folder(
             folder,
             {
-                "models": str(args.models.resolve()),
+                "models": contents(args.models, (*NETWORK, *ENCODERS)),
                 "pictures": len(prompts),
                 "hash of the prompts": digest(prompts),
                 "steps": args.steps,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from asdm_core.packs import read_header
@@ -12,9 +13,43 @@ from asdm_core.packs import read_header
 MADE = "made"  # the key of these settings in a file's metadata
 
 
+NETWORK = ("unet", "unet_ema", "scheduler")  # what a network is read from in a diffusers folder
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # and its encoders
+_READ = (".safetensors", ".json", ".txt")
+
+
 def fingerprint(path: Path) -> str:
     """Eight hexadecimal digits that are others for other contents of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    stat = path.stat()
+    return _fingerprint(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _fingerprint(path: Path, _size: int, _changed: int) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as f:
+        while part := f.read(1 << 24):
+            found.update(part)
+    return found.hexdigest()[:8]
+
+
+def contents(path: str | Path, folders: Sequence[str] = ()) -> str:
+    """The same of a file, or of the model files in a folder and in those of its subfolders that are named, wherever
+    they lie. What is no path stands for itself ("random").
+    """
+    path = Path(path)
+    if path.is_file():
+        return fingerprint(path)
+    if not path.is_dir():
+        return str(path)
+    return digest(
+        [
+            [folder, file.name, fingerprint(file)]
+            for folder in ("", *folders)
+            for file in sorted((path / folder).glob("*"))
+            if file.is_file() and file.suffix in _READ
+        ]
+    )
 
 
 def digest(value: object) -> str:

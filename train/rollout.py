@@ -40,9 +40,9 @@ from .config import Config, Rollout
 from .data import Batch, Source
 from .diffusion import ALPHAS, as_v
 from .encoders import Text, conditions, whole
-from .provenance import digest, fingerprint, made, same_file
+from .provenance import ENCODERS, NETWORK, contents, digest, made, same_file
 from .seeds import seeded
-from .sources import Predict, Prompts
+from .sources import Predict, Prompts, encoders
 
 SHARE = 32  # trajectories the teacher draws at once
 
@@ -176,14 +176,14 @@ class Bank:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.window = config.rollout.window
         self.upto = 0  # number of files that need no further look
-        teacher = Path(config.network.teacher)
         self.settings = {
-            "network.teacher": fingerprint(teacher) if teacher.is_file() else config.network.teacher,
+            "network.teacher": contents(config.network.teacher, NETWORK),
             "network.prediction": config.network.prediction,
             "schedule": dict(config.network.noise.settings),
             "prompts": digest(source.prompts) if isinstance(source, Prompts) else len(source),
             "data.source": config.data.source,
             "data.path": Path(config.data.path).name,
+            **_conditions(config, source),
             "data.size": config.data.size,
             "data.caption_dropout": config.data.caption_dropout,
             "seed": config.seed,
@@ -274,6 +274,13 @@ class Bank:
 
         wide = self.source.empty.pooled is not None
         return Trajectory(rows("x"), Text(rows("states"), rows("pooled") if wide else None))
+
+
+def _conditions(config: Config, source: Source) -> dict[str, str]:
+    """What the conditions of a trajectory depend on beside their prompts."""
+    if isinstance(source, Prompts):
+        return {"encoders.models": contents(encoders(config), ENCODERS)}
+    return {"data": contents(config.data.path)} if config.data.source == "cache" else {}
 
 
 # Who is where ---------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from .progress import Progress
 from .seeds import seeded
 from .encode import BROKEN, SUFFIXES, captioned, read_picture
 from .encoders import Text, ToLatents, ToText, conditions, latents_of, load_text, load_vae, whole
-from .provenance import digest, made, same_file
+from .provenance import ENCODERS, NETWORK, contents, digest, made, same_file
 
 SHUFFLED = 1000  # pictures of shards and streams that are shuffled together: reading stays within few files
 TRIES = 100  # pictures in a row that may be broken
@@ -310,10 +310,11 @@ class Prompts(Numbered):
         """What a picture of a number depends on."""
         config = self.config
         return {
-            "network.teacher": config.network.teacher,
+            "network.teacher": contents(config.network.teacher, NETWORK),
             "network.prediction": config.network.prediction,
             "schedule": dict(config.network.noise.settings),
-            "encoders.models": encoders(config),
+            "encoders.models": contents(encoders(config), ENCODERS),
+            "encoders.tokenizer": contents(config.encoders.tokenizer) if config.encoders.tokenizer else "",
             "hash of the prompts": digest(self.prompts),
             "seed": config.seed,
             "data.size": config.data.size,

@@ -18,12 +18,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from asdm_core.packs import write_file
+from asdm_core.packs import read_header, write_file
 
 from .config import Config
 from .data import Batches
 from .diffusion import coefficients
 from .progress import Progress
+from .provenance import NETWORK, contents, difference
 from .attention import BmmAttention
 from .sources import open_source
 from .networks import load_teacher, set_attention
@@ -38,8 +39,8 @@ def stream_of(config: Config) -> dict:
         "seed": config.seed,
         "family": config.network.family,
         "schedule": dict(config.network.noise.settings),
-        "teacher": Path(config.network.teacher).name,
-        "data": {**vars(config.data), "path": Path(config.data.path).name},
+        "teacher": contents(config.network.teacher, NETWORK),
+        "data": {**vars(config.data), "path": contents(config.data.path) if config.data.path else ""},
     }
 
 
@@ -53,6 +54,8 @@ def write_teacher_outputs(
     for float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.glob("*.safetensors")):
+        _same_stream(path, config)
     first = [n for n in range(0, count, SHARD) if not (folder / f"{n // SHARD:05d}.safetensors").exists()]
     if not first:
         return
@@ -82,6 +85,15 @@ def write_teacher_outputs(
     progress.end()
 
 
+def _same_stream(path: Path, config: Config) -> None:
+    saved = json.loads(read_header(path).metadata.get("stream", "{}"))
+    if changed := difference(saved, json.loads(json.dumps(stream_of(config)))):
+        raise ValueError(
+            f"network.teacher_outputs: {path} was made for another stream ({changed}); delete it, or give another "
+            "folder"
+        )
+
+
 class TeacherOutputs:
     """The outputs in a folder of `write_teacher_outputs`. Raises ValueError where they are not those of this recipe."""
 
@@ -92,10 +104,8 @@ class TeacherOutputs:
         if not found:
             raise ValueError(f"network.teacher_outputs: {folder} holds no .safetensors file")
         self.files = [safe_open(path, framework="pt") for path in found]
-        saved = json.loads(self.files[0].metadata()["stream"])
-        wanted = json.loads(json.dumps(stream_of(config)))
-        if saved != wanted:
-            raise ValueError(f"network.teacher_outputs: {folder} was made for another stream: {saved}, wanted {wanted}")
+        for path in found:
+            _same_stream(path, config)
         missing = set(self.paths) - set(self.files[0].keys())
         if missing:
             raise ValueError(

@@ -238,6 +238,15 @@ def test_scores_come_from_the_libraries_as_the_protocol_has_them(prompts, tmp_pa
             SystemExit, match=f"whole holds what was made with other settings .{message}.; choose another folder"
         ):
             evaluate.main(command + change)
+    # Nor those of a model that lay in the same place.
+    model = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"one")
+    mine = [*command, "--models", str(tmp_path / "model"), "--out", str(tmp_path / "again")]
+    evaluate.main(mine)
+    model.write_bytes(b"two")
+    with pytest.raises(SystemExit, match="models was '.{8}' and is '.{8}'"):
+        evaluate.main(mine)
     prompts.write_text(prompts.read_text().replace("prompt 3", "another"))
     with pytest.raises(SystemExit, match="hash of the prompts was"):
         evaluate.main(command)
