@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from .captions import read_text
 from .progress import Progress
 from .seeds import seeded
 from .networks import assembled
@@ -46,8 +47,7 @@ def libraries() -> tuple:
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     """The column text of a metadata.csv, in its order. Raises ValueError where there is none."""
     try:
-        with open(path, encoding="utf-8", newline="") as f:
-            texts = [row.get("text") or "" for row in csv.DictReader(f)]
+        texts = [row.get("text") or "" for row in csv.DictReader(io.StringIO(read_text(path), newline=""))]
     except OSError as e:
         raise ValueError(
             f"{path}: cannot be read ({e.strerror}); wanted BK-SDM's metadata.csv with a column text"

@@ -3,7 +3,7 @@
     python -m train.encode photos/ data/sd15-latents --models stable-diffusion-v1-5/
 
 Captions come from metadata.jsonl or metadata.csv in the folder (columns file_name and text; in JSON, text may
-be a list of captions), or from a .txt file beside each picture. --models is a diffusers folder with vae,
+be a list of captions), or from a .txt or .caption file beside each picture. --models is a diffusers folder with vae,
 text_encoder and tokenizer; nothing is downloaded. The same command goes on where it stopped; other pictures,
 captions or models want another folder. A picture that cannot be read is named and left out.
 """
@@ -11,10 +11,8 @@ captions or models want another folder. A picture that cannot be read is named a
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,44 +23,13 @@ from torch import Tensor
 
 from asdm_core.packs import read_header, write_file
 
+from .captions import captioned
 from .progress import Progress, plain_errors
 from .encoders import ToLatents, ToText, latents_of, load_text, load_vae
 from .provenance import ENCODERS, contents, digest, made, same_file
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 BROKEN = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)  # what a broken picture raises
 SHARD = 4096  # pictures in a file: 130 MB of SD1.5's latents and 480 MB of its text states
-
-
-def captioned(folder: Path) -> list[tuple[Path, list[str]]]:
-    """The pictures of a folder with the captions of each, in a fixed order. Raises ValueError where there are none."""
-    found = dict(_table(folder)) or {
-        path: [path.with_suffix(".txt").read_text(encoding="utf-8").strip()]
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES and path.with_suffix(".txt").is_file()
-    }
-    if not found:
-        raise ValueError(
-            f"{folder}: no pictures with captions; wanted metadata.jsonl or metadata.csv with file_name and text, "
-            f"or {', '.join(SUFFIXES)} files with .txt files beside them"
-        )
-    return sorted(found.items())
-
-
-def _table(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Rows of metadata.jsonl or metadata.csv."""
-    lines, sheet = folder / "metadata.jsonl", folder / "metadata.csv"
-    if lines.is_file():
-        rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
-    elif sheet.is_file():
-        with open(sheet, encoding="utf-8", newline="") as f:
-            rows = list(csv.DictReader(f))
-    else:
-        return
-    for number, row in enumerate(rows, 1):
-        if not row.get("file_name") or not row.get("text"):
-            raise ValueError(f"{folder}: entry {number} of its metadata has no file_name or no text, got {row}")
-        yield folder / row["file_name"], row["text"] if isinstance(row["text"], list) else [row["text"]]
 
 
 def read_picture(file: Path | BinaryIO, size: int) -> tuple[Tensor, Tensor]:

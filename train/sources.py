@@ -27,7 +27,8 @@ from .data import Cache, Examples, Numbered, Random, Source, pooled_width
 from .diffusion import as_v, coefficients, ddim
 from .progress import Progress
 from .seeds import seeded
-from .encode import BROKEN, SUFFIXES, captioned, read_picture
+from .captions import SUFFIXES, captioned, decode, read_text, say_unreadable, texts_of
+from .encode import BROKEN, read_picture
 from .encoders import Text, ToLatents, ToText, conditions, latents_of, load_text, load_vae, whole
 from .provenance import ENCODERS, NETWORK, contents, digest, made, same_file
 
@@ -96,7 +97,9 @@ class Folder(Pictures):
 
     def __init__(self, config: Config, to_latents: ToLatents, to_text: ToText):
         super().__init__(config, to_latents, to_text)
-        self.pictures = captioned(Path(config.data.path))
+        folder = Path(config.data.path)
+        self.pictures = captioned(folder)
+        say_unreadable(self.pictures, folder)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -106,18 +109,24 @@ class Folder(Pictures):
         return str(path), path, captions
 
 
-def _texts(caption: object) -> list[str]:
-    """The captions of a picture, from a text, a list, or an entry of JSON with `caption` or `text`."""
+def _texts(caption: object, name: object) -> list[str]:
+    """The captions of a picture, from a text, a list, or an entry of JSON with `caption` or `text`. Raises ValueError
+    where it has none.
+    """
     if isinstance(caption, dict):
-        caption = caption.get("caption") or caption.get("text")
-    return list(map(str, caption)) if isinstance(caption, list) and caption else [str(caption or "")]
+        caption = caption.get("caption") or caption.get("text") or ""
+    return texts_of(caption, name)
 
 
 # Webdataset shards ----------------------------------------------------------------------------------
 
 
-def index_shard(path: Path) -> list[tuple[str, int, int, int, int, bool]]:
-    """Pictures of a tar: name, offset and length of the picture, the same of its caption, whether that is JSON.
+Row = tuple[str, int, int, int, int, bool]
+
+
+def index_shard(path: Path) -> tuple[list[Row], int]:
+    """Pictures of a tar: name, offset and length of the picture, the same of its caption, whether that is JSON. And how
+    many have no caption.
 
     Members belong together where they share the name up to the first dot (webdataset). Raises ValueError for a file
     that is no tar.
@@ -133,12 +142,15 @@ def index_shard(path: Path) -> list[tuple[str, int, int, int, int, bool]]:
     except tarfile.TarError as e:
         raise ValueError(f"{path}: cannot be read as an uncompressed tar ({e})") from None
     rows = []
+    without = 0
     for name, members in found.items():
         picture = next((members[k] for k in (s[1:] for s in SUFFIXES) if k in members), None)
-        text = members.get("txt") or members.get("json")
-        if picture and text:
-            rows.append((name, picture.offset_data, picture.size, text.offset_data, text.size, "txt" not in members))
-    return rows
+        written = next((k for k in ("txt", "caption", "json") if k in members), None)
+        if picture and written:
+            text = members[written]
+            rows.append((name, picture.offset_data, picture.size, text.offset_data, text.size, written == "json"))
+        without += bool(picture and not written)
+    return rows, without
 
 
 class Shards(Pictures):
@@ -157,7 +169,10 @@ class Shards(Pictures):
                 f"data.path: {path} names no .tar file; wanted a file, a folder, or a pattern such as data/*.tar"
             )
         with ThreadPoolExecutor(THREADS) as pool:
-            self.rows = list(pool.map(index_shard, self.paths))
+            found = list(pool.map(index_shard, self.paths))
+        self.rows = [rows for rows, _ in found]
+        if without := sum(count for _, count in found):
+            print(f"{path}: {without} pictures have no caption and are left out", flush=True)
         self.ends = list(accumulate(map(len, self.rows)))
         if not self.ends[-1]:
             raise ValueError(
@@ -182,10 +197,10 @@ class Shards(Pictures):
             f.seek(at)
             picture = f.read(size)
             f.seek(text_at)
-            text = f.read(text_size).decode("utf-8", "replace").strip()
-        if is_json:
-            text = json.loads(text)
-        return f"{self.paths[n].name}:{name.removeprefix('/')}", io.BytesIO(picture), _texts(text)
+            data = f.read(text_size)
+        name = f"{self.paths[n].name}:{name.removeprefix('/')}"
+        text = decode(data, name)
+        return name, io.BytesIO(picture), _texts(json.loads(text) if is_json else text, name)
 
 
 # Hugging Face datasets ------------------------------------------------------------------------------
@@ -216,7 +231,7 @@ class Hub(Pictures):
             raise ValueError(
                 f"data.path: {config.data.path} has the columns {', '.join(columns) or 'none'}; wanted image and text"
             )
-        self.captions = [_texts(row[self.caption])[0] for row in first]
+        self.captions = [_texts(row[self.caption], "the first row")[0] for row in first]
         self.stream = self.stream.cast_column(
             self.image, datasets.Image(decode=False)
         )  # whoever takes a picture decodes it
@@ -269,7 +284,8 @@ class Hub(Pictures):
         row = self.windows[i // SHUFFLED][i % SHUFFLED]
         picture = row[self.image]
         file = io.BytesIO(picture["bytes"]) if picture["bytes"] else Path(picture["path"])
-        return picture["path"] or f"picture {i}", file, _texts(row[self.caption])
+        name = picture["path"] or f"picture {i}"
+        return name, file, _texts(row[self.caption], name)
 
     def text(self, count: int) -> Text:
         return self.to_text(self.captions[:count]).on_cpu()
@@ -281,7 +297,7 @@ class Hub(Pictures):
 def read_prompts(path: str | Path) -> list[str]:
     """The lines of a text file that hold something. Raises ValueError where there are none."""
     try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
     except OSError as e:
         raise ValueError(
             f"data.path: {path}: cannot be read ({e.strerror}); wanted a text file with a prompt in each line"
