@@ -6,12 +6,16 @@ Networks are built on the meta device, so the plan of a large run costs no memor
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from asdm_core.architecture import Architecture
 from asdm_core.measure import costs, total
@@ -22,12 +26,16 @@ from .config import PRECISIONS, Config
 from .losses import LOSSES
 from .data import pooled_width
 from .rollout import Course, few_steps
+from .vgg import VGG16
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one process. Not counted: buffers of the libraries, the perceptual network, a sharded run's layer at
-    work.
+    """Bytes of one process. Not counted: buffers of the libraries, a sharded run's layer at work, the classifier of the
+    emoji family.
+
+    copies: of weights, in the precision of the forward pass, which autocast keeps for the backward pass. perceptual:
+    VGG16 and what it keeps.
     """
 
     teacher: int
@@ -36,10 +44,74 @@ class MemoryEstimate:
     optimiser: int
     average: int
     activations: int
+    copies: int
+    perceptual: int
 
     @property
     def total(self) -> int:
         return sum(vars(self).values())
+
+
+class Autocast(TorchFunctionMode):
+    """What torch.autocast does on a GPU, for tensors without numbers, which it leaves alone: products in `half`, norms
+    in float32 (the lists of torch's documentation of autocast, as far as a UNet needs them).
+
+    copies: storages that are copies of weights.
+    """
+
+    HALF = frozenset(
+        {F.linear, F.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm}
+    )
+    FLOAT32 = frozenset({F.group_norm, F.layer_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.mse_loss})
+
+    def __init__(self, half: torch.dtype):
+        super().__init__()
+        self.half = half
+        self.copies: dict[int, object] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.HALF:
+            args = tuple(self._cast(a, torch.float32, self.half) for a in args)
+        elif func in self.FLOAT32:
+            args = tuple(self._cast(a, self.half, torch.float32) for a in args)
+        return func(*args, **(kwargs or {}))
+
+    def _cast(self, value: Any, of: torch.dtype, to: torch.dtype) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != of or of == to:
+            return value
+        cast = value.to(to)
+        if isinstance(value, nn.Parameter):
+            self.copies[_id(cast)] = cast  # held, so that no storage of another comes to its place
+        return cast
+
+
+def _id(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class Kept:
+    """Bytes that a forward pass on the meta device keeps for the backward pass, by the part of the network at work."""
+
+    def __init__(self, module: nn.Module):
+        self.own = {_id(p) for p in (*module.parameters(), *module.buffers())}
+        self.tensors: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()
+        self.seen: dict[int, object] = {}  # holds the storages, so that no id comes twice
+        self.at = ""
+
+    @contextmanager
+    def counted(self, precision: torch.dtype) -> Iterator[None]:
+        mode = Autocast(precision)
+
+        def pack(tensor: Tensor) -> Tensor:
+            number = _id(tensor)
+            if number not in self.own and number not in self.seen:
+                self.seen[number] = tensor
+                (self.copies if number in mode.copies else self.tensors)[self.at] += tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mode:
+            yield
 
 
 class _CountedAttention(torch.autograd.Function):
@@ -73,36 +145,25 @@ def meta_student(config: Config) -> UNet2DConditionModel:
     return student
 
 
-def activations(student: UNet2DConditionModel, config: Config) -> int:
-    """Numbers that a forward pass of one micro batch keeps for the backward pass, counted on the meta device.
+def activations(student: UNet2DConditionModel, config: Config) -> tuple[int, int]:
+    """Bytes that a forward pass of one micro batch keeps for the backward pass: activations, and copies of weights.
 
-    With gradient checkpointing: the inputs of all layers, and what the largest layer keeps.
+    Counted on the meta device. With gradient checkpointing: the inputs of all checkpointed parts, what lies between
+    them, and what the largest one keeps while it is computed again.
     """
     unet, side = config.network.config, config.data.side
-    own = {p.untyped_storage()._cdata for p in student.parameters()}
-    kept: Counter[str] = Counter()
-    inputs: Counter[str] = Counter()
-    seen: dict[int, object] = {}  # holds the storages, so that no id comes twice
-    at = [""]
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in seen:
-            seen[storage._cdata] = storage
-            kept[at[0]] += storage.nbytes() // tensor.element_size()
-        return tensor
-
+    kept, inputs = Kept(student), 0
     handles = []
     for name, module in student.named_modules():
-        if type(module).__name__ in ("ResnetBlock2D", "Transformer2DModel"):
+        if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
 
             def enter(module, args, kwargs, name=name):
-                h = args[0] if args else kwargs["hidden_states"]
-                inputs[name] += h.numel()
-                at[0] = name
+                nonlocal inputs
+                inputs += (args[0] if args else kwargs["hidden_states"]).nbytes
+                kept.at = name
 
             def leave(module, args, output):
-                at[0] = ""
+                kept.at = ""
 
             handles += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
     counting: Any = _CountingProcessor()
@@ -118,13 +179,31 @@ def activations(student: UNet2DConditionModel, config: Config) -> int:
         if pooled
         else None
     )
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept.counted(PRECISIONS[config.run.precision]):
         student(*arguments, added_cond_kwargs=added, return_dict=False)
     for handle in handles:
         handle.remove()
     if not config.run.checkpoint_gradients:
-        return sum(kept.values())
-    return kept[""] + sum(inputs.values()) + max(n for name, n in kept.items() if name)
+        return kept.tensors.total(), kept.copies.total()
+    largest = max((name for name in kept.tensors if name), key=lambda name: kept.tensors[name] + kept.copies[name])
+    return kept.tensors[""] + inputs + kept.tensors[largest], kept.copies[""] + kept.copies[largest]
+
+
+def perceptual(config: Config) -> int:
+    """Bytes of the perceptual loss's VGG16, of what it keeps of the student's pictures, and of the teacher's levels."""
+    if not config.loss.perceptual or config.loss.classifier:
+        return 0
+    with torch.device("meta"):
+        net = VGG16().requires_grad_(False)
+        pictures = torch.empty(config.run.micro_batch, 3, config.data.side, config.data.side, requires_grad=True)
+        kept = Kept(net)
+        with kept.counted(torch.float32):  # the losses stand outside of autocast
+            levels = net(pictures)
+    return (
+        sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
+        + kept.tensors.total()
+        + sum(level.nbytes for level in levels)
+    )
 
 
 def memory(student: UNet2DConditionModel, config: Config, processes: int) -> MemoryEstimate:
@@ -134,13 +213,16 @@ def memory(student: UNet2DConditionModel, config: Config, processes: int) -> Mem
     draws = config.data.source == "prompts" or config.rollout.steps
     needs_teacher = draws or any(LOSSES[name].teacher for name in config.loss.weights)
     teacher = Architecture.full(config.network.config).params if needs_teacher else 0
+    kept, copies = activations(student, config)
     return MemoryEstimate(
         teacher=teacher * half,
         student=4 * sum(p.numel() for p in student.parameters()) // shared,
         gradients=4 * trained // shared,
         optimiser=8 * trained // shared,
         average=4 * trained // shared,
-        activations=activations(student, config) * half,
+        activations=kept,
+        copies=copies,
+        perceptual=perceptual(config),
     )
 
 

@@ -1,0 +1,101 @@
+"""The memory of a plan against real tensors: what a real forward pass keeps, in numbers of bytes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.train.recipes import CONFIGS, NARROW
+from train import networks, vgg
+from train.config import load
+from train.dry_run import Kept, activations, memory, meta_student, perceptual
+
+
+def really_kept(network, call):
+    """Bytes of the storages a forward pass saves, without those of the network itself."""
+    own = {p.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers())}
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = call()
+    return sum(storage.nbytes() for storage in seen.values()), out
+
+
+@pytest.fixture()
+def norms_as_on_a_gpu(monkeypatch):
+    """On a CPU autocast leaves norms in half precision; on a GPU it takes them to float32."""
+    for name in ("group_norm", "layer_norm"):
+        plain = getattr(F, name)
+        monkeypatch.setattr(F, name, lambda x, *a, plain=plain, **k: plain(x.float(), *a, **k))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["student.preset=m2"],
+        ["student.preset=m1"],
+        ["student.preset=base", "loss.mid=0"],
+        ["student.preset=tiny", "loss.mid=0", "student.trained=all"],
+    ],
+    ids=lambda c: c[0],
+)
+def test_a_plan_counts_what_a_real_step_keeps(changes, precision, norms_as_on_a_gpu):
+    config = load(NARROW, [*changes, f"run.precision={precision}", "run.micro_batch=2", "data.size=256"])
+    student = networks.make_student(networks.load_teacher(config), config)
+    x, t, context = torch.randn(2, 4, 32, 32), torch.tensor([1, 999]), torch.randn(2, 77, 32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        real, _ = really_kept(student, lambda: student(x, t, context).sample)
+    planned = activations(meta_student(config), config)
+    assert sum(planned) == pytest.approx(real, rel=0.1)
+    half_weights = 2 * sum(
+        m.weight.numel() for m in student.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.requires_grad
+    )
+    assert planned[1] >= 0.8 * half_weights if precision == "bf16" else planned[1] == 0
+
+
+def test_what_autocast_keeps_of_a_few_layers_is_what_its_rules_say():
+    """Convolution, norm, SiLU, convolution, all trained; worked out by hand."""
+    b, c, s = 3, 8, 16
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.GroupNorm(2, c), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1))
+        x = torch.empty(b, c, s, s)
+    maps, weights = b * c * s * s, c * c * 9
+    kept = Kept(net)
+    with kept.counted(torch.bfloat16):
+        out = net(x)
+    assert out.dtype == torch.bfloat16
+    # Input in half; the norm's input in float32; the SiLU's too; the second convolution's in half; mean and deviation.
+    assert kept.tensors.total() == 2 * maps + 4 * maps + 4 * maps + 2 * maps + 2 * 4 * b * 2
+    assert kept.copies.total() == 2 * 2 * weights
+    plain = Kept(net)
+    with plain.counted(torch.float32):
+        net(x)
+    assert (plain.tensors.total(), plain.copies.total()) == (4 * maps * 4 + 2 * 4 * b * 2, 0)
+
+
+def test_the_perceptual_network_is_counted(monkeypatch):
+    changes = ["network.teacher=x", "run.batch=2", "run.micro_batch=2", "data.size=64"]
+    config = load(CONFIGS / "sd15-m2.toml", changes)
+    net = vgg.VGG16().requires_grad_(False)
+    pictures = torch.rand(2, 3, 64, 64, requires_grad=True)
+    real, levels = really_kept(net, lambda: net(pictures))
+    weights = sum(4 * p.numel() for p in net.parameters())
+    assert perceptual(config) == pytest.approx(real + weights + sum(4 * level.numel() for level in levels), rel=0.05)
+    assert memory(meta_student(config), config, 1).perceptual == perceptual(config)
+    assert perceptual(load(CONFIGS / "sd15-m2.toml", [*changes, "loss.perceptual=0"])) == 0
+
+
+def test_m2_without_checkpointing_holds_a_copy_of_every_weight():
+    """1.5 GiB that the plan once forgot: two bytes for each number of a weight that is multiplied."""
+    changes = ["network.teacher=x", "run.precision=bf16", "run.checkpoint_gradients=false", "run.micro_batch=1"]
+    config = load(CONFIGS / "sd15-m2.toml", [*changes, "run.batch=1"])
+    student = meta_student(config)
+    products = sum(p.numel() for p in student.parameters() if p.dim() > 1)
+    assert memory(student, config, 1).copies == pytest.approx(2 * products, rel=0.06)
