@@ -142,6 +142,9 @@ def meta_student(config: Config) -> UNet2DConditionModel:
     networks.give_gains(student, config.network.config, config.gains, config.gri)
     networks.give_lora(student, config, set(networks.trained_units(config)))
     networks.freeze(student, config)
+    half = PRECISIONS[config.run.precision]
+    if half != torch.float32 and not config.run.shard:
+        networks.hold_frozen(student, None, half)
     return student
 
 
@@ -214,9 +217,11 @@ def memory(student: UNet2DConditionModel, config: Config, processes: int) -> Mem
     needs_teacher = draws or any(LOSSES[name].teacher for name in config.loss.weights)
     teacher = Architecture.full(config.network.config).params if needs_teacher else 0
     kept, copies = activations(student, config)
+    # What is frozen and in half precision is the teacher's own, where there is one.
+    held = sum(p.nbytes for p in student.parameters() if p.dtype != torch.float32) if teacher else 0
     return MemoryEstimate(
         teacher=teacher * half,
-        student=4 * sum(p.numel() for p in student.parameters()) // shared,
+        student=(sum(p.nbytes for p in student.parameters()) - held) // shared,
         gradients=4 * trained // shared,
         optimiser=8 * trained // shared,
         average=4 * trained // shared,

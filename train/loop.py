@@ -270,10 +270,6 @@ def train(
     alphas = config.network.alphas
     original = networks.load_teacher(config)
     student = networks.make_student(original, config)
-    nn.Module.to(student, device)
-    student.train()
-    if config.run.shard:
-        sharding.shard(student, device)
     half = PRECISIONS[config.run.precision]
     computed = (
         TeacherOutputs(config, criterion.teacher_paths)
@@ -281,14 +277,21 @@ def train(
         else None
     )
     teacher = taps.Tapped(original, criterion.teacher_paths) if criterion.needs_teacher and not computed else None
+    teaches = teacher is not None or config.data.source == "prompts" or config.rollout.steps
+    if teaches:
+        nn.Module.to(original, device, half)  # diffusers' own `to` warns about dtypes, without need here
+    if half != torch.float32 and not config.run.shard:  # which wants weights of one dtype
+        networks.hold_frozen(student, original if teaches else None, half)
+    nn.Module.to(student, device)
+    student.train()
+    if config.run.shard:
+        sharding.shard(student, device)
     if device.type == "cpu":  # fused attention is slow to train through on a CPU
         networks.set_attention(original, BmmAttention())
         networks.set_attention(student, BmmAttention())
     if config.run.checkpoint_gradients:
         student.enable_gradient_checkpointing()
 
-    if teacher is not None or config.data.source == "prompts" or config.rollout.steps:
-        nn.Module.to(original, device, half)  # diffusers' own `to` warns about dtypes, without need here
     config.folder.mkdir(parents=True, exist_ok=True)
     source = open_source(
         config,

@@ -47,7 +47,8 @@ class Change(nn.Module):
         self.up = nn.Parameter(torch.zeros(outputs, rank, device=at))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + (self.scale * (self.up @ self.down)).to(weight.dtype).view_as(weight)
+        # In float32, also where the frozen weight is held in half: a small change would be lost in its rounding.
+        return weight.float() + (self.scale * (self.up @ self.down)).float().view_as(weight)
 
 
 def targets(student: nn.Module, config: Config, taken: set[str]) -> dict[str, nn.Module]:

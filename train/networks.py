@@ -183,6 +183,28 @@ def freeze(student: nn.Module, config: Config) -> None:
             layer.requires_grad_(True)
 
 
+def hold_frozen(student: nn.Module, teacher: nn.Module | None, half: torch.dtype) -> set[str]:
+    """Hold the frozen weights of a live student in the precision of the forward pass, in place: the teacher's own ones
+    where it has them in that precision. Returns the names of those that are now one with the teacher's.
+
+    Autocast would make such a copy for every step, so nothing that is computed changes. Norms and biases stay: what
+    they weigh is computed in float32. So do convolutions with further experts, whose weights are summed.
+    """
+    mixed = tuple(f"{name}." for name, m in student.named_modules() if isinstance(m, condconv.CondConv2d))
+    its = dict(teacher.named_parameters()) if teacher is not None else {}
+    shared = set()
+    for name, p in student.named_parameters():
+        if p.requires_grad or p.dim() < 2 or name.startswith(mixed):
+            continue
+        source = its.get(name.replace(f"{lora.MERGED}.original", "weight"))
+        if source is not None and source.dtype == half:
+            p.data = source.data
+            shared.add(name)
+        else:
+            p.data = p.data.to(half)
+    return shared
+
+
 def _started(config: Config) -> dict[str, Tensor]:
     """The tensors of this stage's own units in the product of the stage before."""
     architecture = config.architecture

@@ -406,6 +406,61 @@ def test_products_hold_the_student(changes, kind, stored, tmp_path):
         assert torch.equal(value, mine[key].to(value.dtype)), key
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["student.preset=m2"],
+        ["student.preset=tiny", "loss.mid=0"],
+        ["student.preset=m1", "loss.mid=0", "experts.on=up.2-3.*.resnet"],
+        ["student.preset=full", "loss.mid=0", "loss.blocks=0", "gri.on=down.0", "gri.window=4", "gri.pool=2"],
+    ],
+    ids=lambda c: c[-1],
+)
+@pytest.mark.parametrize("shared", [True, False])
+def test_frozen_weights_are_held_once_and_change_nothing(changes, shared):
+    """Bit for bit, output and gradients, against weights in float32 of which autocast makes copies."""
+    recipe = load(NARROW, changes)
+    half = torch.bfloat16
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.randn(2, 5, 32)
+    found = []
+    for held in (False, True):
+        teacher = networks.load_teacher(recipe)
+        student = networks.make_student(teacher, recipe)
+        if held:
+            torch.nn.Module.to(teacher, half)
+            names = networks.hold_frozen(student, teacher if shared else None, half)
+            frozen = {n for n, p in student.named_parameters() if not p.requires_grad and p.dim() > 1}
+            assert bool(names) == (shared and bool(frozen)) and all(
+                student.get_parameter(n).data_ptr() == teacher.get_parameter(n).data_ptr() for n in names
+            )
+            assert {student.get_parameter(n).dtype for n in frozen if ".conv." not in n} <= {half}
+            assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
+        with torch.autocast("cpu", half):
+            out = student(x, t, context).sample
+        out.float().square().sum().backward()
+        found.append([out, *(p.grad for p in student.parameters() if p.requires_grad)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_small_change_survives_a_weight_in_half_precision():
+    """A LoRA far below the weight's own rounding still moves what is computed."""
+    recipe = load(
+        NARROW,
+        ["student.preset=full", "student.trained=none", "lora.rank=2", "loss.mid=0", "loss.blocks=0"],
+    )
+    student = networks.make_student(networks.load_teacher(recipe), recipe)
+    layer = student.get_submodule("mid_block.attentions.0.proj_in")
+    before = layer.parametrizations.weight.original.to(torch.bfloat16).float()
+    networks.hold_frozen(student, None, torch.bfloat16)
+    with torch.no_grad():
+        layer.parametrizations.weight[0].up.fill_(1e-6)
+        change = layer.weight - before
+    assert layer.parametrizations.weight.original.dtype == torch.bfloat16 and layer.weight.dtype == torch.float32
+    wanted = layer.parametrizations.weight[0].down.sum(0) * 1e-6 * layer.parametrizations.weight[0].scale
+    torch.testing.assert_close(change.flatten(1)[0], wanted, rtol=0.1, atol=1e-8)
+
+
 # Plans ----------------------------------------------------------------------------------------------
 
 
