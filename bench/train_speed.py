@@ -10,6 +10,8 @@ SD1.5's recipes but for the perceptual one of stage 2.
     stage1            emoji-base: task, output and BK-SDM's block features, all weights of the student
     stage2            emoji-m2: task, output and A-SDM's mid feature, the original part frozen
     full_student      the same, with every weight of the combined UNet trained (emoji-m5)
+    rollout           emoji-two-steps-lora, without the time in which the teacher draws the bank, told beside it
+                      (bank_seconds_of_a_step); its reference is the student alone, forward and backward
 
 Speeds (samples per second) are compared within each round, everything in turn; the first step of each run, in which
 buffers are made, is left out. Memory is the peak of a process of its own, less what it held before the networks.
@@ -42,8 +44,12 @@ from train.diffusion import STEPS, coefficients
 from train.attention import BmmAttention
 
 CONFIGS = Path(loop.__file__).parent / "configs"
-RUNS = {"stage1": "emoji-base", "stage2": "emoji-m2", "full_student": "emoji-m5"}
-LOSSES = {"stage1": ["loss.task=1"], "stage2": ["loss.task=1", "loss.mid=1", "loss.blocks=0"]}
+RUNS = {"stage1": "emoji-base", "stage2": "emoji-m2", "full_student": "emoji-m5", "rollout": "emoji-two-steps-lora"}
+LOSSES = {
+    "stage1": ["loss.task=1"],
+    "stage2": ["loss.task=1", "loss.mid=1", "loss.blocks=0"],
+    "rollout": ["rollout.window=16"],  # no more trajectories than its few steps walk
+}
 # The emoji family as it is trained, and SD1.5's topology with 128 channels on 32 x 32 latents (256 px).
 MIDDLE = {
     "family": "middle",
@@ -92,16 +98,18 @@ def write_cache(config: Config, pictures: int = 256, tokens: int = 77) -> None:
     )
 
 
-def run_loop(config: Config, clock: Callable[[], float]) -> float:
-    """Mean seconds of the steps of a run, but for the first. Its folder is gone afterwards."""
+def run_loop(config: Config, clock: Callable[[], float]) -> tuple[float, float]:
+    """Mean seconds of the steps of a run, but for the first: without those of a bank, and of the bank in all its steps.
+
+    Its folder is gone afterwards.
+    """
     device = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.run.precision)
     with redirect_stdout(sys.stderr):
         loop.train(config, device, clock)
-    times = [
-        json.loads(line)["seconds"] for line in (config.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = [json.loads(line) for line in (config.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     shutil.rmtree(config.folder)
-    return (times[-1] - times[0]) / (len(times) - 1)
+    times = [line["seconds"] - line.get("bank_seconds", 0.0) for line in lines]
+    return (times[-1] - times[0]) / (len(times) - 1), lines[-1].get("bank_seconds", 0.0) / len(lines)
 
 
 class Reference:
@@ -130,27 +138,30 @@ class Reference:
             x0, noise, t, context = self.batch[:4]
             a, s = coefficients(t)
             x = a * x0 + s * noise
-            with torch.no_grad():
-                wanted = self.teacher(x, t, context, return_dict=False)[0]
             predicted = self.student(x, t, context, return_dict=False)[0]
-            loss = losses.task(predicted, x0, noise, a, s, self.config.network.prediction) + losses.output(
-                predicted, wanted
-            )
+            loss = losses.task(predicted, x0, noise, a, s, self.config.network.prediction)
+            if not self.config.rollout.steps:
+                with torch.no_grad():
+                    wanted = self.teacher(x, t, context, return_dict=False)[0]
+                loss = loss + losses.output(predicted, wanted)
             loss.mean().backward()
         self.student.zero_grad()
 
 
 def measure(network: str, rounds: int, steps: int, device: torch.device, clock: Callable[[], float]) -> list[dict]:
     times: dict[str, list[float]] = {}
+    banks: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         recipes = {run: recipe(run, network, Path(folder), steps + 1) for run in RUNS}
         write_cache(recipes["stage1"])
-        references = {f"{run}_reference": Reference(recipes[run], device) for run in ("stage1", "stage2")}
+        references = {f"{run}_reference": Reference(recipes[run], device) for run in ("stage1", "stage2", "rollout")}
         for each in references.values():
             each.step()
         for _ in range(rounds):
             for run, config in recipes.items():
-                times.setdefault(run, []).append(run_loop(config, clock))
+                seconds, bank = run_loop(config, clock)
+                times.setdefault(run, []).append(seconds)
+                banks.setdefault(run, []).append(bank)
                 if reference := references.get(f"{run}_reference"):
                     start = clock()
                     for _ in range(steps):
@@ -166,7 +177,7 @@ def measure(network: str, rounds: int, steps: int, device: torch.device, clock: 
             text=True,
             check=True,
         )
-        batch = recipes["stage1"].run.batch
+        batch = recipes[name.removesuffix("_reference")].run.batch
         rows.append(
             {
                 "network": network,
@@ -177,6 +188,7 @@ def measure(network: str, rounds: int, steps: int, device: torch.device, clock: 
                 "samples_per_second": batch / statistics.median(found),
                 "peak_bytes": int(done.stdout.split()[-1]),
             }
+            | ({"bank_seconds_of_a_step": statistics.median(banks[name])} if name == "rollout" else {})
         )
     return rows
 
@@ -210,8 +222,12 @@ def summary(rows: list[dict]) -> dict[str, float]:
     for network in dict.fromkeys(row["network"] for row in rows):
         times = {row["run"]: row["all_seconds"] for row in rows if row["network"] == network}
         suffix = "" if network == "emoji" else f"_{network}"
-        for run, other in (("stage1", "stage1_reference"), ("stage2", "stage2_reference"), ("stage2", "full_student")):
-            name = f"{run}_over_{'reference' if 'reference' in other else other}"
+        for name, run, other in (
+            ("stage1_over_reference", "stage1", "stage1_reference"),
+            ("stage2_over_reference", "stage2", "stage2_reference"),
+            ("stage2_over_full_student", "stage2", "full_student"),
+            ("rollout_over_student_step", "rollout", "rollout_reference"),
+        ):
             found[name + suffix] = statistics.median(b / a for a, b in zip(times[run], times[other], strict=True))
     return found
 
