@@ -69,6 +69,7 @@ def number(default: Any, low: float, high: float = math.inf, without: bool = Fal
 TRAINED = ("own", "all", "none")
 STARTS = (*condconv.STARTS, "clme")
 SOURCES = ("cache", "folder", "shards", "hub", "prompts", "random")
+RATES = ("trapezoid", "cosine", "linear", "polynomial", "constant_with_warmup")
 TIMESTEPS = ("uniform", "snr")
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the forward passes
 SAMPLERS = ("dpmpp_2m", "ddim")
@@ -306,9 +307,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW with clipped gradients, a trapezoid of the learning rate (steps), and the average of the weights.
+    """AdamW with clipped gradients, a course of the learning rate (steps), and the average of the weights.
 
-    clip: the largest norm of the gradient; 0 for no clipping.
+    clip: the largest norm of the gradient; 0 for no clipping. schedule: "trapezoid" (warm-up, constant, cooldown to 0),
+    or one of diffusers' schedules over the whole run, with warm-up and without cooldown.
     """
 
     lr: float = number(5e-5, 0)
@@ -318,6 +320,7 @@ class Optimiser:
     warmup: int = number(0, 0)
     cooldown: int = number(0, 0)
     ema: float = number(0.9999, 0, 1)
+    schedule: str = "trapezoid"
 
 
 @dataclass(frozen=True)
@@ -377,6 +380,7 @@ class Config:
             ("data.timesteps", TIMESTEPS),
             ("rollout.sampler", SAMPLERS),
             ("rollout.states", STATES),
+            ("optimiser.schedule", RATES),
             ("run.precision", PRECISIONS),
             ("run.stored", STORED),
         ):
@@ -391,6 +395,8 @@ class Config:
             )
         if not self.loss.weights:
             raise ValueError(f"loss: one of the weights must be above 0: {', '.join(LOSSES)}")
+        if self.optimiser.cooldown and self.optimiser.schedule != "trapezoid":
+            raise ValueError(f"optimiser.cooldown: {self.optimiser.schedule} has its own end; set it to 0")
         if self.run.shard and self.run.precision == "fp16":
             raise ValueError("run.shard does not go with fp16, whose gradient scaler needs gradients whole; use bf16")
         if bool(self.student.preset) == bool(self.student.cut):

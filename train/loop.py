@@ -29,7 +29,7 @@ from . import losses, networks, rollout, sharding, taps
 from .config import PRECISIONS, Config
 from .data import Batch, Batches, Source, cast_added
 from .diffusion import STEPS, as_v, coefficients
-from .optimisation import Average, trapezoid
+from .optimisation import Average, course, trapezoid
 from .progress import Progress
 from .attention import BmmAttention
 from .teacher_outputs import TeacherOutputs
@@ -128,8 +128,10 @@ class Criterion:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """That of a step: a trapezoid that ends at zero."""
+    """That of a step: a trapezoid that ends at zero, or one of diffusers' schedules."""
     o = config.optimiser
+    if o.schedule != "trapezoid":
+        return o.lr * course(o.schedule, o.warmup, config.run.steps)(step)
     return o.lr * trapezoid(step, o.warmup, config.run.steps - step, o.cooldown)
 
 

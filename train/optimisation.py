@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,6 +17,17 @@ def trapezoid(step: int, warmup: int = 0, left: int | None = None, cooldown: int
     rise = (step + 1) / warmup if warmup else 1.0
     fall = left / cooldown if cooldown and left is not None else 1.0
     return min(1.0, rise, fall)
+
+
+@lru_cache(maxsize=8)
+def course(name: str, warmup: int, steps: int) -> Callable[[int], float]:
+    """Share of the learning rate by step of a schedule of diffusers, over so many steps."""
+    from diffusers.optimization import get_scheduler
+
+    unused = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(name, unused, num_warmup_steps=warmup, num_training_steps=steps)
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+    return scheduler.lr_lambdas[0]
 
 
 class Average:

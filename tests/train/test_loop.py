@@ -1,6 +1,7 @@
 """The loop on a narrow network: resumed runs, several processes, what is skipped, and what a run ends in."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -376,6 +377,25 @@ def test_the_rate_is_a_trapezoid():
     assert rates[0] == pytest.approx(0.2) and set(rates[9:81]) == {2.0} and rates[90] == pytest.approx(1.0)
     assert rates[99] == pytest.approx(0.1)
     assert {learning_rate(load(NARROW, ["optimiser.lr=2.0"]), step) for step in range(6)} == {2.0}
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_the_rate_may_follow_a_cosine_or_another_course(warmup):
+    def rates(schedule):
+        given = ["run.steps=100", "optimiser.lr=2.0", f"optimiser.warmup={warmup}", f"optimiser.schedule={schedule}"]
+        return [learning_rate(load(NARROW, given), step) for step in range(100)]
+
+    def done(step):
+        return (step - warmup) / (100 - warmup)
+
+    rising = [2 * step / warmup for step in range(warmup)]
+    rest = range(warmup, 100)
+    assert rates("cosine") == pytest.approx(rising + [1 + math.cos(math.pi * done(step)) for step in rest])
+    assert rates("linear") == pytest.approx(rising + [2 - 2 * done(step) for step in rest])
+    assert rates("constant_with_warmup") == pytest.approx(rising + [2.0 for _ in rest])
+    assert rates("polynomial")[-1] == pytest.approx(2 - 2 * done(99), abs=1e-5)
+    with pytest.raises(ValueError, match="optimiser.cooldown: cosine has its own end"):
+        load(NARROW, ["optimiser.schedule=cosine", "optimiser.cooldown=5"])
 
 
 def test_the_perceptual_loss_rises_and_wants_its_weights(tmp_path, monkeypatch):
