@@ -47,7 +47,7 @@ def recorded(model, run) -> list[Map]:
     """The self-attentions of the first level in a run of a MODEL, of the prompted half of each batch."""
     found = []
     regional = pack_module("nodes.engine.regional")
-    config = pack_module("nodes.engine.host").architecture_of(model).config
+    config = pack_module("nodes.engine.network").architecture_of(model).config
     clone = model.clone()
 
     def remember(q, k, v, options):

@@ -1,4 +1,4 @@
-"""UNets at SD1.5's full size with random weights, alone and as MODELs."""
+"""UNets at SD1.5's full size with random weights, alone and as MODELs, and what is put on a MODEL."""
 
 from __future__ import annotations
 
@@ -50,3 +50,13 @@ def full_size(dtype: torch.dtype, architecture: Architecture | None = None, seed
     return comfy.model_patcher.CoreModelPatcher(
         base, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
     )
+
+
+def with_technique(model, technique):
+    """A clone of MODEL with a technique of the pack's."""
+    return pack_module("nodes.engine.on_model").with_technique(model, technique)
+
+
+def with_plan(model, plan):
+    """A clone of MODEL with feature inheritance."""
+    return with_technique(model, pack_module("nodes.engine.inheritance").Inheritance(plan))

@@ -23,6 +23,7 @@ import torch
 from asdm_core import forecast
 from asdm_core import forecast_fit as fit
 from asdm_core.measure import psnr
+from bench._unets import with_technique
 from bench._common import ROOT, add_common_arguments, begin, beside_earlier, command_line, pack_module, record
 
 FAMILY = ROOT / "models" / "emoji"
@@ -81,9 +82,9 @@ class Prompts:
 
     def recorded(self, run):
         """(recorder, root mean square of the result) of a run in full."""
-        forecasts, host = pack_module("nodes.engine.forecasts"), pack_module("nodes.engine.host")
-        recorder = forecasts.Recorder()
-        latents = self.run(host.with_forecasts(self.model, recorder), *run)
+        recorded = pack_module("nodes.engine.forecasts").Recorded()
+        recorder = recorded.results
+        latents = self.run(with_technique(self.model, recorded), *run)
         return recorder, float(self.model.model.process_latent_in(latents).square().mean() ** 0.5)
 
 
@@ -108,7 +109,7 @@ def rows_of(name: str, run: tuple, test: Prompts, calibration: Prompts, args) ->
     """Every method at several savings, for one run."""
     import comfy.samplers
 
-    forecasts, host, speed_up = (pack_module(f"nodes.{n}") for n in ("engine.forecasts", "engine.host", "speed_up"))
+    forecasts, speed_up = pack_module("nodes.engine.forecasts"), pack_module("nodes.speed_up")
     sampler, scheduler, steps, cfg = run
     full = test.pictures(test.run(test.model, *run))
     sigmas = comfy.samplers.calculate_sigmas(test.model.get_model_object("model_sampling"), scheduler, steps)
@@ -129,7 +130,7 @@ def rows_of(name: str, run: tuple, test: Prompts, calibration: Prompts, args) ->
         )
 
     def carried(plan):
-        return host.with_forecasts(test.model, forecasts.Forecasts(plan))
+        return with_technique(test.model, forecasts.Forecasts(plan))
 
     def fitted_rows(method: str, recording, apart=(False,)) -> None:
         for fitted in (fit.Fit(recording, apart=a) for a in apart):

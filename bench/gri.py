@@ -61,7 +61,7 @@ from bench._common import (
     record,
     upper_edge,
 )
-from bench._unets import SD15, build
+from bench._unets import SD15, build, with_technique
 
 BATCH, HEADS, DIM = 2, 8, 40
 SIDES = {512: 64, 1024: 128}
@@ -367,10 +367,8 @@ def bench_pictures(family: Larger, trained: Path, clock) -> tuple[dict, list[dic
     """trained: a pack with gains."""
     from train.metrics import frechet
 
-    host, regional, apply_pack = (
-        pack_module(f"nodes.{name}") for name in ("engine.host", "engine.regional", "apply_pack")
-    )
-    config = host.architecture_of(family.model).config
+    regional, apply_pack = pack_module("nodes.engine.regional"), pack_module("nodes.apply_pack")
+    config = pack_module("nodes.engine.network").architecture_of(family.model).config
     summary = {}
     rows = []
     for side in (16, 32):
@@ -404,7 +402,7 @@ def bench_pictures(family: Larger, trained: Path, clock) -> tuple[dict, list[dic
                 return torch.cat([family.classifier.features(part) for part in emoji.split(32)])
 
         with tempfile.TemporaryDirectory() as folder:
-            played = host.with_regional(family.model, regional.Regional(window, pool, 1))
+            played = with_technique(family.model, regional.Regional(window, pool, 1))
             models = {
                 "full": family.model,
                 "gri": played,

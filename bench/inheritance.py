@@ -38,7 +38,7 @@ from bench._common import (
     upper_edge,
 )
 from bench._family import Family
-from bench._unets import full_size
+from bench._unets import full_size, with_plan
 
 RUNS = {
     f"{sampler}-{steps}": (sampler, scheduler, steps)
@@ -108,9 +108,8 @@ def unit_times(model, config, clock, rounds: int) -> dict[str, float]:
 
 
 def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
-    host = pack_module("nodes.engine.host")
     model = full_size(DTYPES[dtype])
-    architecture = host.architecture_of(model)
+    architecture = pack_module("nodes.engine.network").architecture_of(model)
     config = architecture.config
     every = inheritance.Schedule("explicit", steps=(0,))
     plans = {f"deepcache-{b}": inheritance.deepcache(config, b, every) for b in (0, 1, 2, 3)}
@@ -127,7 +126,7 @@ def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
     short = time_alternating(
         {
             "off": lambda: sum(steps_of(model, clock, 4, 16)),
-            "interval 1": lambda: sum(steps_of(host.with_plan(model, never), clock, 4, 16)),
+            "interval 1": lambda: sum(steps_of(with_plan(model, never), clock, 4, 16)),
         },
         4 * rounds,
         clock=clock,
@@ -135,7 +134,7 @@ def bench_cost(dtype: str, rounds: int, clock) -> tuple[dict, list[dict]]:
     for _ in range(rounds):
         times["off"] += steps_of(model, clock, 2)
         for name, plan in plans.items():
-            times[name] += steps_of(host.with_plan(model, plan), clock, 2)
+            times[name] += steps_of(with_plan(model, plan), clock, 2)
     rows: list[dict] = []
     worst: list[float] = []
     beyond: list[float] = []
@@ -187,23 +186,22 @@ def methods(model) -> dict[str, tuple[str, object]]:
     """Label -> (method, MODEL)."""
     from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 
-    host = pack_module("nodes.engine.host")
-    config = host.architecture_of(model).config
+    config = pack_module("nodes.engine.network").architecture_of(model).config
     schedule = inheritance.Schedule
     found = {}
     for branch in (0, 1, 3):
         for interval in (2, 3):
             plan = inheritance.deepcache(config, branch, schedule(interval=interval)).reusing("forecast")
-            found[f"forecast, branch {branch}, every {interval}"] = ("ours", host.with_plan(model, plan))
+            found[f"forecast, branch {branch}, every {interval}"] = ("ours", with_plan(model, plan))
         for interval in (2, 3, 5):
             found[f"deepcache {branch}, uniform {interval}"] = (
                 "deepcache",
-                host.with_plan(model, inheritance.deepcache(config, branch, schedule(interval=interval))),
+                with_plan(model, inheritance.deepcache(config, branch, schedule(interval=interval))),
             )
         quadratic = schedule("quadratic", interval=3, power=1.4, centre=0.3)
         found[f"deepcache {branch}, quadratic 3"] = (
             "deepcache",
-            host.with_plan(model, inheritance.deepcache(config, branch, quadratic)),
+            with_plan(model, inheritance.deepcache(config, branch, quadratic)),
         )
     for threshold in EASY:
         found[f"easycache {threshold}"] = (

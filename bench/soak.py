@@ -25,6 +25,7 @@ import torch
 from asdm_core import inheritance
 from asdm_core.architecture import FAMILIES, Architecture
 from bench._common import pack_module, randomise, record, start_host
+from bench._unets import with_plan
 
 BOUND_MB = 32
 CASES = (
@@ -112,10 +113,9 @@ def main() -> None:
     host_path = start_host("--use-pytorch-cross-attention")
     import comfy.model_management as management
 
-    host = pack_module("nodes.engine.host")
     memories = watch(pack_module("nodes.engine.feature_cache").FeatureCache)
     model = narrow()
-    config = host.architecture_of(model).config
+    config = pack_module("nodes.engine.network").architecture_of(model).config
     plans = [
         inheritance.deepcache(config, 1),
         inheritance.attention(config),
@@ -123,11 +123,9 @@ def main() -> None:
         inheritance.deepcache(config, 2, inheritance.Schedule("adaptive", threshold=0.5)),
     ]
     fresh = {
-        (p, c): sample(host.with_plan(model, plan), *case)
-        for p, plan in enumerate(plans)
-        for c, case in enumerate(CASES)
+        (p, c): sample(with_plan(model, plan), *case) for p, plan in enumerate(plans) for c, case in enumerate(CASES)
     }
-    models = [host.with_plan(model, plan) for plan in plans]
+    models = [with_plan(model, plan) for plan in plans]
     choose = random.Random(0)
     rows: list[dict] = []
     began = time.perf_counter()

@@ -8,7 +8,7 @@ import pkgutil
 from comfy_api.latest import ComfyExtension, io
 
 from . import migrate
-from .engine import files
+from .engine import files, notes
 
 
 def all_nodes() -> list[type[io.ComfyNode]]:
@@ -26,6 +26,7 @@ def all_nodes() -> list[type[io.ComfyNode]]:
 class ASDMExtension(ComfyExtension):
     async def on_load(self):
         files.register_folders()
+        notes.register()
         await migrate.register()
 
     async def get_node_list(self):

@@ -12,7 +12,9 @@ from ..asdm_core.architecture import FAMILIES
 from ..asdm_core.assignment import Override, Provider, Window
 from ..asdm_core.packs import Description
 from .common import CATEGORY
-from .engine import files, host, models
+from .engine import files, models
+from .engine.assigned import id_of, providers_of, with_overrides
+from .engine.network import architecture_of, same_skeleton
 
 
 def overrides_of(description: Description, pack_id: str, window: Window, strength: float = 1.0) -> list[Override]:
@@ -31,9 +33,9 @@ def overrides_of(description: Description, pack_id: str, window: Window, strengt
 
 def check_fit(model, description: Description, name: str) -> None:
     """Raise ValueError unless a pack can play in this MODEL."""
-    config = host.architecture_of(model).config
+    config = architecture_of(model).config
     wanted = description.architecture.config
-    if not host.same_skeleton(config, wanted):
+    if not same_skeleton(config, wanted):
         family = config.family or "a pruned UNet loaded in stock form, or an unknown one"
         raise ValueError(
             f"{name} is a pack for {wanted.family} UNets ({wanted.model_channels} channels, text width "
@@ -70,10 +72,7 @@ def check_experts(model, description: Description, name: str, strength: float) -
                 "Set strength to 1; it scales the experts and gains of packs that have them."
             )
         return
-    providers = host.setup_of(model).assignment.providers()
-    cut = {a for a, provider in providers.items() if provider.role == "cut"} | {
-        a for a in host.architecture_of(model).cut if a not in providers
-    }
+    cut = {address for address, provider in providers_of(model).items() if provider.role == "cut"}
     missing = [a for a in description.expert_units if a in cut and a not in description.units]
     if missing:
         raise ValueError(
@@ -99,14 +98,14 @@ def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
         packs.open_pack(path)  # raises, and says what the file is instead
     check_fit(model, description, name)
     check_experts(model, description, name, strength)
-    pack_id = f"{name}@{path.stat().st_mtime_ns}"
-    lines = overrides_of(description, pack_id, window, strength)
-    if not lines:
+    pack_id = id_of(name, path)
+    overrides = overrides_of(description, pack_id, window, strength)
+    if not overrides:
         return model
     stored = next(iter(file.values())).dtype
     precision = model.model.model_config.unet_config.get("attn_precision")
     patcher = models.load_pack(str(path), path.stat().st_mtime, pack_dtype(model, stored), precision)
-    return host.with_pack(model, pack_id, patcher, lines)
+    return with_overrides(model, overrides, {pack_id: patcher})
 
 
 class ASDMApplyPack(io.ComfyNode):

@@ -11,7 +11,9 @@ from comfy_api.latest import io
 from ..asdm_core.calibration import Choice, choices, choose
 from ..asdm_core.inheritance import Plan, deepcache
 from .common import CATEGORY, PIXELS, SHOWS_PICTURE
-from .engine import host
+from .engine.inheritance import Inheritance
+from .engine.network import architecture_of
+from .engine.on_model import with_technique
 from .engine.picture import draw_plan, preview, to_image
 from .engine.progress import Progress
 from .engine.survey import Survey
@@ -27,9 +29,9 @@ def plans_for(config) -> list[Plan]:
 
 def calibrate(model, sample, longest: int, height: int, width: int) -> tuple[list[Choice], object]:
     """All choices for a MODEL, by saving, and what sample(MODEL) returned: one run of it is measured."""
-    architecture = host.architecture_of(model)
-    survey = Survey(plans_for(architecture.config), longest)
-    result = sample(host.with_survey(model, survey))
+    architecture = architecture_of(model)
+    survey = Survey(tuple(plans_for(architecture.config)), longest)
+    result = sample(with_technique(model, survey))
     return choices(survey.candidates(architecture, height, width)), result
 
 
@@ -167,13 +169,13 @@ class ASDMCalibrateInheritance(io.ComfyNode):
         found, result = calibrate(model, sample, longest, height, width)
         wanted = {"saving": goal["saving"]} if goal["goal"] == "saving" else {"error": goal["error"]}
         best = choose(found, **wanted)
-        chosen = host.with_plan(model, best.plan)
+        chosen = with_technique(model, Inheritance(best.plan))
         facts = describe(chosen, steps, width * PIXELS, height * PIXELS, samples.shape[0])
         text = (
             summary(facts) + f"\npredicted difference to the full run: {best.error:.1%} of the result"
             f"\nother savings, and their difference: {for_savings(found)}"
         )
-        picture = to_image(draw_plan(host.architecture_of(model), facts, text))
+        picture = to_image(draw_plan(architecture_of(model), facts, text))
         return io.NodeOutput(
             chosen, best.plan.to_json(), picture, {**latent_image, "samples": result}, ui=preview(cls, picture, text)
         )

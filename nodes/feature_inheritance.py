@@ -7,7 +7,9 @@ from comfy_api.latest import io
 from ..asdm_core import inheritance
 from ..asdm_core.inheritance import DIALS, MODES, PARTS, REUSE, Plan, Rule, Schedule
 from .common import CATEGORY
-from .engine import host
+from .engine.inheritance import Inheritance
+from .engine.network import architecture_of
+from .engine.on_model import with_technique
 
 WHAT = ("deepcache", "shallow-only", "encoder", "attention", "attn1", "attn2", "targets")
 
@@ -241,5 +243,6 @@ class ASDMFeatureInheritance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, preset, memory_limit_mb, keep_on_cpu):
-        plan = chosen_plan(host.architecture_of(model).config, preset)
-        return io.NodeOutput(host.with_plan(model, plan, limit_mb=memory_limit_mb, on_cpu=keep_on_cpu), plan.to_json())
+        plan = chosen_plan(architecture_of(model).config, preset)
+        technique = Inheritance(plan, memory_limit_mb, keep_on_cpu)
+        return io.NodeOutput(with_technique(model, technique), plan.to_json())

@@ -9,7 +9,8 @@ from comfy_api.latest import io
 from ..asdm_core.addresses import UNetConfig, walk
 from ..asdm_core.assignment import Window
 from .common import CATEGORY, PIXELS, SHOWS_WORDS
-from .engine import host
+from .engine.network import architecture_of
+from .engine.on_model import with_technique
 from .engine.regional import Regional
 
 
@@ -117,6 +118,6 @@ class ASDMGRIAttention(io.ComfyNode):
             return io.NodeOutput(model)
         regional = Regional(window, pool, stages, shifted, Window(start_percent, end_percent))
         return io.NodeOutput(
-            host.with_regional(model, regional),
-            ui={"text": (plays_from(regional, host.architecture_of(model).config),)},
+            with_technique(model, regional),
+            ui={"text": (plays_from(regional, architecture_of(model).config),)},
         )

@@ -8,17 +8,20 @@ from comfy_api.latest import io
 
 from ..asdm_core.inheritance import saving
 from .common import CATEGORY, PIXELS, SHOWS_PICTURE
-from .engine import host
-from .engine.feature_cache import FEW_STEPS
+from .engine.assigned import network_of
+from .engine.inheritance import FEW_STEPS, Inheritance
+from .engine.network import architecture_of
 from .engine.picture import draw_plan, preview, to_image
+from .engine.technique import technique_of
 
 
 def describe(model, steps: int, width: int, height: int, batch: int) -> dict:
     """Facts about a MODEL's plan and its last run, as a table for JSON. Raises ValueError where it has no plan."""
-    kept = host.setup_of(model).inheritance
+    kept = technique_of(model, Inheritance)
     if kept is None:
         raise ValueError("this MODEL inherits no features. Put Feature Inheritance before this node.")
-    architecture, report = host.architecture_of(model), kept.log.last
+    # What a pack plays is what is left out on an inherited step.
+    architecture, report = network_of(model), kept.log.last
     size = (height // PIXELS, width // PIXELS)
     adaptive = kept.plan.schedule.mode == "adaptive"
     facts = {
@@ -27,7 +30,7 @@ def describe(model, steps: int, width: int, height: int, batch: int) -> dict:
         "computed": [s for s, full in enumerate(kept.plan.schedule.computed(steps)) if full],
         "reuse": kept.plan.reuse(architecture.config, architecture.cut),
         "predicted_saving": None if adaptive else round(saving(kept.plan, architecture, steps, *size), 4),
-        "cache_mb": round(host.cache_bytes(model, (batch, 4, *size), 2) / 2**20, 1),
+        "cache_mb": round(kept.cache_bytes(model, (batch, 4, *size), 2) / 2**20, 1),
     }
     if report is not None:
         measured = report.saving()
@@ -121,5 +124,5 @@ class ASDMInheritancePlan(io.ComfyNode):
     def execute(cls, model, steps, width, height, batch_size, layers=False, after=None):
         facts = describe(model, steps, width, height, batch_size)
         text = summary(facts)
-        picture = to_image(draw_plan(host.architecture_of(model), facts, text, layers))
+        picture = to_image(draw_plan(architecture_of(model), facts, text, layers))
         return io.NodeOutput(json.dumps(facts, indent=1), picture, ui=preview(cls, picture, text))

@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from comfy_api.latest import io
 
 from ..asdm_core.architecture import Architecture
-from ..asdm_core.assignment import CHECKPOINT, JOINING, Provider
+from ..asdm_core.assignment import CHECKPOINT, JOINING, Provider, Window
 from ..asdm_core.measure import costs, total
 from .common import CATEGORY, PIXELS, SHOWS_PICTURE
-from .engine import host, switch
+from .engine.assigned import active_at, assigned_of, name_of, network_of, providers_of
+from .engine.network import architecture_of
 from .engine.picture import UnitView, draw_levels, draw_unet, preview, to_image
+from .engine.technique import techniques_of
 
 
-def providers_at(model, percent: float) -> tuple[dict[str, Provider], dict[str, dict[str, Provider]]]:
-    """Unit address -> who plays it at a point of the run (0..1), for every unit but the host's own; and
-    for "experts" and "log_gains": unit address -> whose join it."""
-    assignment = host.setup_of(model).assignment
-    active = [w for w in assignment.windows if w.start <= percent < w.end or w.end == percent == 1.0]
-    providers = dict.fromkeys(host.architecture_of(model).cut_units, Provider("cut"))
-    return providers | assignment.providers(active), {role: assignment.joining(role, active) for role in JOINING}
-
-
-def playing(model, providers: dict[str, Provider]) -> Architecture:
-    """The network that plays at one point: its kept units and transformer blocks."""
-    architecture = host.architecture_of(model)
-    cut = {a for a, p in providers.items() if p.role == "cut"}
-    cut |= {a for a in architecture.cut if a not in providers and a.rpartition(".")[0] not in providers}
-    for address, provider in providers.items():
-        if provider.role == "pack":
-            blocks = host.pack_architecture(model, provider.source).cut
-            cut |= {b for b in blocks if b.rpartition(".")[0] == address}
-    return Architecture(architecture.config, frozenset(cut)).named()
+def joining_at(model, active: Sequence[Window]) -> dict[str, dict[str, Provider]]:
+    """For "experts" and "log_gains": unit address -> whose join it while these windows are open."""
+    return {role: assigned_of(model).assignment.joining(role, active) for role in JOINING}
 
 
 def describe(model, width: int, height: int, percent: float) -> tuple[dict, dict[str, UnitView]]:
     """Facts about a MODEL's UNet as a table for JSON, and how to draw each unit."""
-    providers, joining = providers_at(model, percent)
-    now = playing(model, providers)
+    active = active_at(assigned_of(model).assignment, percent)
+    providers, joining, now = providers_of(model, active), joining_at(model, active), network_of(model, active)
     full = Architecture.full(now.config)
     cost = costs(now, height // PIXELS, width // PIXELS)
     work, whole = total(cost), total(costs(full, height // PIXELS, width // PIXELS))
@@ -48,14 +35,12 @@ def describe(model, width: int, height: int, percent: float) -> tuple[dict, dict
         share = cost[u.address].total / work.total if u.address in cost else 0.0
         views[u.address] = UnitView(role.role, share)
         joined = {
-            f"{kind}_of": found[u.address].source.rpartition("@")[0]
-            for kind, found in joining.items()
-            if u.address in found
+            f"{kind}_of": name_of(found[u.address].source) for kind, found in joining.items() if u.address in found
         }
         rows.append(
             {
                 "unit": u.address,
-                "played_by": role.source.rpartition("@")[0] or role.role,
+                "played_by": name_of(role.source) or role.role,
                 **joined,
                 "params": cost[u.address].params if u.address in cost else 0,
                 "macs": cost[u.address].total if u.address in cost else 0,
@@ -72,28 +57,12 @@ def describe(model, width: int, height: int, percent: float) -> tuple[dict, dict
         "macs": work.total,
         "unpruned_params": whole.params,
         "unpruned_macs": whole.total,
-        "packs": [p.rpartition("@")[0] for p in dict.fromkeys(p.source for p in everybody if p.source)],
+        "packs": [name_of(p) for p in dict.fromkeys(p.source for p in everybody if p.source)],
         "cut": [a for a in providers if providers[a].role == "cut"],
-        "on": in_runs(model),
+        "on": [sentence for technique in techniques_of(model) for sentence in technique.tells(model)],
         "units": rows,
     }
     return facts, views
-
-
-def in_runs(model) -> list[str]:
-    """What else asdm does in the runs of a MODEL, and where it is changed: a sentence for each."""
-    setup, said = host.setup_of(model), []
-    if setup.inheritance:
-        name = setup.inheritance.plan.name or "a custom plan"
-        said.append(
-            f"Feature Inheritance is on ({name}): Inheritance Plan shows its steps; bypass its node to leave it off."
-        )
-    if setup.regional:
-        said.append("GRI Attention is on, in pictures as large as its node says; bypass that node for full attention.")
-    points = ", ".join(f"{point.at:g} ({point.unit})" for one in switch.switches_of(model) for point in one.points)
-    if points:
-        said.append(f"Switch UNet: another model takes over at {points}; connect its MODEL here to inspect it.")
-    return said
 
 
 def summary(facts: dict) -> tuple[str, str]:
@@ -156,7 +125,7 @@ class ASDMInspectModel(io.ComfyNode):
     def execute(cls, model, width, height, at_percent, layers=False):
         facts, views = describe(model, width, height, at_percent)
         title, subtitle = summary(facts)
-        config, lines = host.architecture_of(model).config, [subtitle, *facts["on"]]
+        config, lines = architecture_of(model).config, [subtitle, *facts["on"]]
         drawn = draw_unet(config, views, title, subtitle) if layers else draw_levels(config, views, title, lines)
         picture = to_image(drawn)
         return io.NodeOutput(json.dumps(facts, indent=1), picture, ui=preview(cls, picture, "\n".join([title, *lines])))

@@ -6,12 +6,13 @@ from comfy_api.latest import io
 
 from ..asdm_core.lora import READINGS
 from .common import CATEGORY, SHOWS_WORDS
-from .engine import files, host, lora_keys, models
+from .engine import files, lora_keys, models
+from .engine.network import architecture_of
 
 
 def found_text(model, name: str) -> str:
     """One paragraph on what a loaded UNet is."""
-    architecture = host.architecture_of(model)
+    architecture = architecture_of(model)
     full = type(architecture).full(architecture.config)
     saved = 1 - architecture.params / full.params
     what = architecture.name if architecture.cut else "unpruned"

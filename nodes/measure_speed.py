@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .common import CATEGORY
-from .engine import host
+from .engine.layer_times import Timed
+from .engine.on_model import with_technique
 from .engine.switch import on_each
 
 
@@ -26,4 +27,4 @@ class ASDMMeasureSpeed(io.ComfyNode):
 
     @classmethod
     def execute(cls, model):
-        return io.NodeOutput(on_each(model, host.with_speed))
+        return io.NodeOutput(on_each(model, lambda m: with_technique(m, Timed())))

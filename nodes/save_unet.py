@@ -14,7 +14,8 @@ from ..asdm_core.packs import ZERO_SNR_MARKER, Description, standalone_form, wri
 from ..asdm_core.surgery import ADDRESSED
 from ..asdm_core.text import printable
 from .common import CATEGORY, SHOWS_WORDS
-from .engine import host, models, switch
+from .engine import models, pack_loras, switch
+from .engine.assigned import assigned_of, network_of, packs_of, providers_of
 
 DTYPES = {"as loaded": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -24,7 +25,7 @@ def played_architecture(model) -> tuple[Architecture, dict[str, str]]:
 
     Raises ValueError for what no single network is: a switch, a pack that plays within a window only, experts, gains.
     """
-    architecture, assignment = host.architecture_of(model), host.setup_of(model).assignment
+    assignment = assigned_of(model).assignment
     if switch.switches_of(model):
         raise ValueError(
             "this MODEL has a second UNet from Switch UNet, and a file holds one. Save each MODEL before Switch UNet."
@@ -42,14 +43,8 @@ def played_architecture(model) -> tuple[Architecture, dict[str, str]]:
             f"a pack plays from {w.start:.0%} to {w.end:.0%} of the run only; a file holds one network for all steps. "
             "Set the window of Apply Pack to 0 and 1, or save before it."
         )
-    providers = assignment.providers()
-    sources = {a: p.source for a, p in providers.items() if p.role == "pack"}
-    cut = {a for a, p in providers.items() if p.role == "cut"} | {
-        a for a in architecture.cut if a not in sources and a.rpartition(".")[0] not in sources
-    }
-    for a in sources:  # blocks that a pack's own transformer lacks
-        cut |= {b for b in host.pack_architecture(model, sources[a]).cut if b.rpartition(".")[0] == a}
-    kept = Architecture(architecture.config, frozenset(cut))
+    sources = {a: provider.source for a, provider in providers_of(model).items() if provider.role == "pack"}
+    kept = network_of(model)
     return Architecture(kept.config, kept.cut, tuple(u.address for u in kept.kept)).named(), sources
 
 
@@ -58,8 +53,8 @@ def played_weights(model, architecture: Architecture, sources: dict[str, str]) -
     host quantised.
     """
     check_plain(model, architecture, sources)
-    packs = host.packs_of(model)
-    host.sync_patches(model, packs.values())
+    packs = packs_of(model)
+    pack_loras.sync(model, packs.values())
     comfy.model_management.load_models_gpu([model, *packs.values()])
     weights = {None: model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")}
     for pack_id, patcher in packs.items():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import safetensors.numpy
@@ -14,10 +16,12 @@ from torch import Tensor
 
 from ..asdm_core.forecast import Action, ForecastPlan
 from ..asdm_core.forecast_fit import Fit, Fitted, Response, Statistics
+from ..asdm_core.steps import Steps
 from .common import CATEGORY
-from .engine import host
-from .engine.feature_cache import position_of, step_of
-from .engine.forecasts import Forecaster, ForecastLog, positives, response_of
+from .engine.forecasts import Forecaster, ForecastReport, Forecasts, bytes_of, positives, response_of
+from .engine.network import architecture_of
+from .engine.on_model import with_technique
+from .engine.technique import InRun, Log, Say, Start, Technique
 
 TABLE = Path(__file__).parent.parent / "models" / "forecasts.safetensors"
 # Predicted error of the result, as a share of its size, that each position allows: about 40, 32 and 26 dB of PSNR to
@@ -54,12 +58,8 @@ def cheapest(fit: Fit, error: float) -> Fitted:
 
 def positions_of(response: Response, sigmas: Tensor) -> list[float]:
     """Where the evaluations of a sampler lie in a run at these noise levels, in steps."""
-    nodes, step, positions = sigmas.tolist(), 0, []
-    for sigma in response.sigmas:
-        step = step_of(float(sigma), nodes, step)
-        position = position_of(float(sigma), nodes, step)
-        positions.append(float(step) if position is None else position)
-    return positions
+    steps = Steps(sigmas.tolist())
+    return [steps.at(float(sigma)).place for sigma in response.sigmas]
 
 
 _plans: dict[tuple, tuple[ForecastPlan, float]] = {}
@@ -79,36 +79,47 @@ def plan_for(likeness: str, sampler, sigmas: Tensor, guidance: float, model) -> 
 
 
 @dataclass(frozen=True)
-class SpeedUp:
+class SpeedUp(Technique):
     """Forecasts whose plan is chosen when the run is known."""
 
     likeness: str
-    log: ForecastLog = field(default_factory=ForecastLog, compare=False)
+    log: Log[ForecastReport] = field(default_factory=Log, compare=False)
 
-    def bytes(self, shape, conds: int, itemsize: int = 4) -> int:
-        """Bytes that a run on latents of a shape (B, C, H, W) remembers at most."""
-        return (KEPT * conds + 1) * int(np.prod(shape)) * itemsize
+    key: ClassVar[str] = Forecasts.key
 
-    def begin_run(self, sigmas: Tensor, guider, sampler) -> Forecaster:
-        """For one run of a guider with a sampler at these noise levels."""
-        likeness, notes = self.likeness, []
-        guidance = getattr(guider, "cfg", None)
+    def check(self, model) -> None:
+        architecture_of(model)  # not for other kinds of model
+
+    def device_bytes(self, model, shape: Sequence[int], conds: Mapping[str, list]) -> int:
+        return bytes_of(KEPT, shape, len(conds))
+
+    def bind(self, start: Start, say: Say) -> InRun:
+        likeness, notes, sigmas = self.likeness, [], start.sigmas
+        guidance = getattr(start.guider, "cfg", None)
         if guidance is None:
             likeness, guidance = next(iter(LIKENESS)), max(s.guidance for s in shipped())
             notes.append(f"the guider has no CFG to go by, so the run is kept {likeness}")
         try:
-            plan = plan_for(likeness, sampler, sigmas, float(guidance), guider.model_patcher)
+            plan = plan_for(likeness, start.sampler, sigmas, float(guidance), start.model)
         except ValueError as e:
             plan = ForecastPlan((Action(),) * max(len(sigmas) - 1, 1))
             notes.append(f"every step is computed: {e}")
         else:
             if not plan.saving():
                 notes.append(f"every step is computed: none can be left out of this run that stays {likeness}")
-        forecaster = Forecaster(plan, self.log, sigmas.tolist(), positives(guider))
+        forecaster = Forecaster(plan, self.log, sigmas.tolist(), positives(start.guider), say)
         for note in notes:
             forecaster.note(note)
         logging.info(f"asdm: Speed Up, {likeness}: {plan.letters()}, {plan.saving():.0%} of the steps left out")
         return forecaster
+
+    def label(self) -> str:
+        return f"Speed Up ({self.likeness})"
+
+    def tells(self, model) -> list[str]:
+        return [
+            f"Speed Up is on ({self.likeness}): steps that can be foretold are not computed; bypass it to leave it off."
+        ]
 
 
 class ASDMSpeedUp(io.ComfyNode):
@@ -137,5 +148,4 @@ class ASDMSpeedUp(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, likeness):
-        host.architecture_of(model)  # not for other kinds of model
-        return io.NodeOutput(host.with_forecasts(model, SpeedUp(likeness)))
+        return io.NodeOutput(with_technique(model, SpeedUp(likeness)))

@@ -20,11 +20,15 @@ from ..asdm_core.switching import UNITS, SwitchPoint
 from ..asdm_core.text import printable
 from .apply_pack import apply_pack
 from .common import CATEGORY, SHOWS_PICTURE, sampling_inputs
-from .engine import files, host
+from .engine import files
 from .engine.comparison import alike, cell_of, decode, sampler
+from .engine.inheritance import Inheritance
+from .engine.network import architecture_of
+from .engine.on_model import with_technique, without_technique
 from .engine.picture import from_image, preview, to_image
 from .engine.regional import Regional
-from .engine.switch import beside, switches_of, with_switch
+from .engine.switch import beside, with_switch
+from .engine.technique import techniques_of
 from .engine.timing import Side, alternate
 
 OFF = "off"
@@ -38,8 +42,8 @@ MOST_CELLS = 400
 
 def _inherit(model, value: str):
     if value == OFF:
-        return host.with_plan(model, None)
-    config = host.architecture_of(model).config
+        return without_technique(model, Inheritance)
+    config = architecture_of(model).config
     steps = re.fullmatch(r"([0-9]{1,2}) */ *([0-9]{1,4})", value)
     if value in DIALS:
         plan = inheritance.dial(config, value)
@@ -53,7 +57,7 @@ def _inherit(model, value: str):
             f"XY Plot, inheritance: wanted {OFF}, {', '.join(DIALS)}, a skip branch and an interval (0/3), or a plan "
             f"as JSON; got {printable(repr(value))}."
         )
-    return host.with_plan(model, plan)
+    return with_technique(model, Inheritance(plan))
 
 
 def _pack(model, value: str):
@@ -82,10 +86,9 @@ def _with_pack(model, name: str, window: Window, strength: float = 1.0):
 
 
 def _regional(model, value: str):
-    return host.with_regional(
-        model,
-        None if value == OFF else Regional(0 if value == "auto" else _number(value, "GRI window", 0, 1024, whole=True)),
-    )
+    if value == OFF:
+        return without_technique(model, Regional)
+    return with_technique(model, Regional(0 if value == "auto" else _number(value, "GRI window", 0, 1024, whole=True)))
 
 
 def _switch(model, value: str, model_second, unit: str):
@@ -195,7 +198,7 @@ def points(name: str, settings: dict, model) -> list[tuple[str, int, Callable]]:
 
 def same(a, b) -> bool:
     """Whether asdm does the same on two MODELs that come from one."""
-    return host.setup_of(a) == host.setup_of(b) and switches_of(a) == switches_of(b)
+    return techniques_of(a) == techniques_of(b)
 
 
 class ASDMXYPlot(io.ComfyNode):

@@ -9,8 +9,9 @@ from PIL import Image
 
 from ...asdm_core import measure
 from ...asdm_core.pictures import CELL, HEAT_HEAD, Row, duration, grid, heat_map, likeness
-from . import host, switch
+from .on_model import without_techniques
 from .picture import from_image
+from .technique import techniques_of
 
 NAMES = "ABCDEFGH"
 LARGEST_CELL = 512
@@ -22,17 +23,12 @@ ORIGINAL = "original"  # the name of a MODEL without anything of asdm
 
 def original_of(model):
     """A clone of MODEL without anything that asdm's nodes put on it."""
-    return host.without_setup(switch.without_switches(model))
+    return without_techniques(model)
 
 
 def techniques(model) -> str:
     """What asdm's nodes put on a MODEL, in a few words; ORIGINAL for nothing."""
-    setup = host.setup_of(model)
-    packs = [pack_id.rpartition("@")[0].removesuffix(".safetensors") for pack_id in setup.packs]
-    inheritance = [f"{setup.inheritance.plan.name or 'custom'} inheritance"] if setup.inheritance else []
-    regional = ["GRI attention"] if setup.regional else []
-    switched = ["switched"] if switch.switches_of(model) else []
-    return " + ".join([*packs, *inheritance, *regional, *switched]) or ORIGINAL
+    return " + ".join(filter(None, (technique.label() for technique in techniques_of(model)))) or ORIGINAL
 
 
 def sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise):

@@ -4,14 +4,12 @@ A `FeatureCache` belongs to one UNet object in one run. Per evaluation it learns
 decides whether this forward computes, computes and records, or replays. It replays only if for every
 chunk of the batch it holds features of exactly the step the plan names as source, recorded under the
 same circumstances; in any other case the forward computes in full. Where a feature turns out not to fit
-while layers already run, `Misfit` ends that forward and the host's side computes it again in full.
+while layers already run, `Misfit` ends that forward, and it is computed again in full.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,118 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from ...asdm_core.addresses import Unit, UNetConfig, walk
-from ...asdm_core.architecture import Architecture
-from ...asdm_core.inheritance import Plan, cache_elements, flow
+from ...asdm_core.inheritance import Plan, flow
 from ...asdm_core.measure import output_size
+from ...asdm_core.steps import Moment
 from . import units
+from .technique import AtUNet, Forward, Misfit
 
 COMPUTE, RECORD, REPLAY, PROBE = "compute", "record", "replay", "probe"
+
+INHERITED = "inherited"  # the role of layers and evaluations that play from memory
 
 _PROBE = "probe"  # name of the first layer's output among the remembered tensors
 
 # Anything here changes what a transformer block computes between its parts, so parts cannot be reused.
 _BLOCK_PATCHES = ("attn1_patch", "attn1_output_patch", "attn2_patch", "attn2_output_patch", "middle_patch")
-
-
-class Misfit(Exception):
-    """A feature that is to be inherited was never recorded or has another size now."""
-
-
-FEW_STEPS = 8  # with fewer, each step changes too much for the next one to inherit
-
-
-@dataclass
-class Report:
-    """What one run did.
-
-    counts: forwards by (step, mode). replayed: for each evaluation, whether all its forwards played from memory.
-    seconds: (step, time) of each evaluation, with what the sampler does until the next. peak: bytes remembered at most.
-    """
-
-    steps: int
-    counts: Counter
-    replayed: list[bool]
-    seconds: list[tuple[int, float]]
-    peak: int
-
-    def roles(self) -> tuple[str, ...]:
-        """For each step, whether its forwards "computed", "inherited", or did so "partly"."""
-        modes = [{mode for (step, mode), n in self.counts.items() if step == s and n} for s in range(self.steps)]
-        return tuple("computed" if REPLAY not in m else "inherited" if m == {REPLAY} else "partly" for m in modes)
-
-    def saving(self) -> float | None:
-        """Measured share of time that was saved, against all evaluations taking as long as the median full one.
-
-        None where nothing was inherited, or nothing else was measured. The first evaluation, in which the
-        host still moves weights, is left out.
-        """
-        timed = list(zip(self.seconds, self.replayed, strict=False))[1:]
-        full = sorted(t for (_, t), replayed in timed if not replayed)
-        if len(full) in (0, len(timed)):
-            return None
-        return 1 - sum(t for (_, t), _ in timed) / (full[len(full) // 2] * len(timed))
-
-
-@dataclass
-class Log:
-    """The report of the last run of a MODEL and its clones. Numbers only, so that it may outlive the run."""
-
-    last: Report | None = None
-
-
-@dataclass(frozen=True)
-class Inheritance:
-    """A plan on a MODEL, and how its features are kept: at most limit_mb of them (0: any number), on the CPU
-    if asked.
-    """
-
-    plan: Plan
-    limit_mb: int = 0
-    on_cpu: bool = False
-    log: Log = field(default_factory=Log, compare=False)
-
-    def bytes(self, architecture: Architecture, shape: Sequence[int], conds: int, itemsize: int) -> int:
-        """Size of the cache of a run on latents of a shape (B, C, H, W)."""
-        return cache_elements(self.plan, architecture, *shape[-2:]) * shape[0] * conds * itemsize
-
-    def memory(self, architecture: Architecture, sigmas: Sequence[float], size: int) -> FeatureCache | None:
-        """The memory of a run; None, with a word in the log, where its features would be more than the limit."""
-        if self.limit_mb and size > self.limit_mb * 2**20:
-            logging.warning(
-                f"asdm: feature inheritance is off in this run: it would remember {math.ceil(size / 2**20)} MB and "
-                "the limit "
-                f"is {self.limit_mb} MB. Raise the limit, or choose a plan that reuses less."
-            )
-            return None
-        if 0 < len(sigmas) - 1 < FEW_STEPS:
-            logging.warning(
-                f"asdm: feature inheritance in a run of {len(sigmas) - 1} steps: with fewer than {FEW_STEPS}, "
-                "neighbouring "
-                "steps differ so much that the picture suffers."
-            )
-        return FeatureCache(self.plan, architecture.config, architecture.cut, sigmas, self.on_cpu)
-
-
-def step_of(sigma: float, sigmas: Sequence[float], last: int) -> int:
-    """Index of the step that evaluates at `sigma`: an exact node (the first at or after the last step seen,
-    for schedules that visit a noise level twice), else the interval that holds it, else the last step."""
-    exact = [i for i, s in enumerate(sigmas[:-1]) if abs(s - sigma) <= 1e-4 * max(abs(s), 1e-8)]
-    if exact:
-        return next((i for i in exact if i >= last), exact[-1])
-    for i, (high, low) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
-        if min(high, low) < sigma < max(high, low):
-            return i
-    return last
-
-
-def position_of(sigma: float, sigmas: Sequence[float], step: int) -> float | None:
-    """Where within the run `sigma` lies, in steps, if it belongs to `step` (1.5: halfway between steps 1 and 2); else
-    None.
-    """
-    high, low = sigmas[step], sigmas[step + 1] if step + 1 < len(sigmas) else sigmas[step]
-    if abs(high - sigma) <= 1e-4 * max(abs(high), 1e-8):
-        return float(step)
-    return step + (high - sigma) / (high - low) if min(high, low) < sigma < max(high, low) else None
 
 
 @dataclass
@@ -154,7 +54,7 @@ class Entry:
     weight: Tensor | None = None
 
 
-class FeatureCache:
+class FeatureCache(AtUNet):
     """Features of one UNet object during one run."""
 
     def __init__(
@@ -181,11 +81,13 @@ class FeatureCache:
             next(u.address for u in walk(config) if u.kind == "resnet" and u.address not in cut) if adaptive else None
         )
         # For compiled graphs: tells what layers do in each mode from what they do under other plans.
-        self.name = hashlib.sha256(repr((sorted(self.reuse.items()), self._probe, on_cpu)).encode()).hexdigest()[:12]
+        self.plan_name = hashlib.sha256(repr((sorted(self.reuse.items()), self._probe, on_cpu)).encode()).hexdigest()[
+            :12
+        ]
         self.step, self.position = 0, 0.0
         self._repeating = plan.schedule.repeating(self.steps)
         self._begun = self._repeats = self._returns = False
-        self.held: tuple[Entry, ...] = ()  # of the chunks of the running forward
+        self.entries: tuple[Entry, ...] = ()  # of the chunks of the running forward
         self._device = None  # of the running forward
         self._ordinals: Counter = Counter()
         # For the report: (step, mode) -> forwards, and the modes of each evaluation.
@@ -196,63 +98,69 @@ class FeatureCache:
 
     # once per evaluation, once per forward ----------------------------------------------------------
 
-    def begin_evaluation(self, sigma: float) -> None:
-        """An evaluation of the network at a noise level begins; it may come in several forwards."""
-        step = step_of(sigma, self._sigmas, self.step)
-        position = position_of(sigma, self._sigmas, step)
+    @property
+    def name(self) -> str:
+        return "" if self.mode == COMPUTE else f"{self.mode}_{self.plan_name}"
+
+    @property
+    def held(self):
+        # A probing forward is no graph, and what it holds is decided on its way.
+        return None if self.mode in (COMPUTE, PROBE) else self.entries
+
+    @held.setter
+    def held(self, entries) -> None:
+        self.entries = entries
+
+    def begin_evaluation(self, moment: Moment) -> None:
+        step, position = moment.step, moment.position
         self._repeats = self._begun and step == self.step and position is not None and self._repeating[step]
         if self._repeats and not self._returns:
             self._returns = True
             self._sources = self.plan.sources(self.steps, returns=True)
-        self.step, self.position, self._begun = step, step if position is None else position, True
+        self.step, self.position, self._begun = step, moment.place, True
         self._ordinals.clear()
         self.evaluations.append(Counter())
         self.peak = max(self.peak, self.size())
 
-    def begin_forward(
-        self, x: Tensor, options: Mapping, circumstances: Hashable, playing: Mapping[str, nn.Module]
-    ) -> str:
-        """Decide the mode of the forward that is about to run, and return it.
-
-        circumstances: who plays, and whatever else must be as it was for features to be inherited.
-        playing: the module that plays each unit; always the same mapping while they are the same.
-        """
+    def begin_forward(self, forward: Forward) -> None:
+        """Decide the mode of the forward that is about to run."""
+        x, options = forward.x, forward.options
         uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
         self.mode = COMPUTE
         patched = self._with_parts and self._blocks_patched(options)
         if uuids and conds and x.shape[0] % len(conds) == 0 and not patched:
             self._keys = [self._key(u, c, x, len(conds)) for u, c in zip(uuids, conds, strict=True)]
-            self.held, self._circumstances, self._device = (
+            self.entries, self._circumstances, self._device = (
                 tuple(self._entries.get(k) for k in self._keys),
-                circumstances,
+                forward.circumstances,
                 x.device,
             )
             self.mode = self._adaptive_mode() if self._probe else self._planned_mode()
             if self.mode != COMPUTE:
-                self._make_players(playing)
+                self._make_players(forward.playing)
             if self.mode == RECORD:
                 self._start_recording()
             if self.mode == REPLAY:
                 self._aim()
         if self.mode != PROBE:
             self._count()
-        return self.mode
 
     def _count(self, forwards: int = 1) -> None:
         self.counts[self.step, self.mode] += forwards
         self.evaluations[-1][self.mode] += forwards
 
-    def begin_again(self) -> str:
+    def begin_again(self) -> None:
         """The running forward ended in a `Misfit`: its features are of no use, and it is to compute in full."""
+        if self.mode == COMPUTE:  # the misfit was another's
+            return
         self._count(-1)
         for key in self._keys:
             self._entries.pop(key, None)
-        self.held = (None,) * len(self._keys)
+        self.entries = (None,) * len(self._keys)
         self.mode = COMPUTE
         if self._probe:
             self._start_recording()
         self._count()
-        return self.mode
 
     def _planned_mode(self) -> str:
         source = self._sources[self.step]
@@ -277,25 +185,25 @@ class FeatureCache:
 
     def _holds(self, fits: Callable[[Entry], bool]) -> bool:
         """Whether for every chunk something fitting is remembered, made under the circumstances of now."""
-        return all(e is not None and e.circumstances == self._circumstances and fits(e) for e in self.held)
+        return all(e is not None and e.circumstances == self._circumstances and fits(e) for e in self.entries)
 
     def _start_recording(self) -> None:
         self.mode = RECORD
         entries = tuple(
-            Entry(self.step, self.position, self._circumstances, before=self._earlier(e)) for e in self.held
+            Entry(self.step, self.position, self._circumstances, before=self._earlier(e)) for e in self.entries
         )
         self._entries.update(zip(self._keys, entries, strict=True))
-        self.held = entries
+        self.entries = entries
 
     def _decide(self, probe: Tensor) -> None:
         """Adaptive: compare the first layer's output with the one of the last full step."""
-        chunks = probe.chunk(len(self.held))
+        chunks = probe.chunk(len(self.entries))
         changes = [
             (now - e.tensors[_PROBE]).abs().mean() / e.tensors[_PROBE].abs().mean()
-            for now, e in zip(chunks, self.held, strict=True)
+            for now, e in zip(chunks, self.entries, strict=True)
         ]
         change = float(torch.stack(changes).max())
-        if self.plan.schedule.inherits(self.steps, self.step, min(e.step for e in self.held), change):
+        if self.plan.schedule.inherits(self.steps, self.step, min(e.step for e in self.entries), change):
             self.mode = REPLAY
         else:
             self._start_recording()
@@ -303,7 +211,7 @@ class FeatureCache:
 
     def _aim(self) -> None:
         """Lay the line of each forecast."""
-        for entry in self.held if self._forecasts else ():
+        for entry in self.entries if self._forecasts else ():
             # From a single step the line starts where it ends, so that compiled forecasts from one and from two steps
             # are the same graph. Views, because a graph would take notice of inputs that are one tensor.
             entry.earlier = (
@@ -336,17 +244,27 @@ class FeatureCache:
         patches = options.get("patches", {})
         return any(patches.get(name) for name in _BLOCK_PATCHES) or any(options.get("patches_replace", {}).values())
 
-    def trials(self):
-        """What is to be played again after a forward, for measuring: nothing. See `calibrate.Survey`."""
-        return ()
+    def defies_graphs(self, patches: Mapping[str, list]) -> bool:
+        """Where a forward decides on its way what it inherits, and beside deep shrink, which reads the noise level at
+        the end of a block: that breaks a graph there, and TorchCompileModel leaves out the guards by which the second
+        piece would notice whether it is to inherit. What then computes in full is not worth the many graphs of its
+        pieces.
+        """
+        return self.mode == PROBE or any(patches.get(n) for n in ("input_block_patch", "input_block_patch_after_skip"))
 
     # while layers run -------------------------------------------------------------------------------
 
     def player(self, address: str, current: nn.Module) -> nn.Module:
         """Who plays this unit in the running forward: `current`, or a stand-in that plays from memory."""
+        if self.mode == COMPUTE:
+            return current
         if self.mode == REPLAY and address in self._stand_ins:
             return self._stand_ins[address]
         return self._twins.get(address, current)
+
+    def role(self, address: str, role: str) -> str:
+        replays = self.mode == REPLAY and (address in self._stand_ins or address in self._twins)
+        return INHERITED if replays else role
 
     def _make_players(self, playing: Mapping[str, nn.Module]) -> None:
         # Before layers run: compiled code makes no modules.
@@ -372,7 +290,7 @@ class FeatureCache:
             return lambda x, shape=None: self.onto(self._shortcut(u, layer, x), u.address)
         return None
 
-    def after(self, address: str, current: nn.Module, x: Tensor, out: Tensor) -> None:
+    def end_layer(self, address: str, current: nn.Module, x: Tensor, out: Tensor) -> None:
         """Record what a unit made of its input x, if somebody will need it."""
         if address == self._probe:
             if self.mode == PROBE:
@@ -380,7 +298,7 @@ class FeatureCache:
             if self.mode == RECORD:
                 self.store(_PROBE, out.clone())
         if self.mode == RECORD and address not in self._flow.computes:
-            for entry in self.held:
+            for entry in self.entries:
                 entry.shapes[address] = tuple(out.shape[1:])
         if self.mode != RECORD or address not in self._kept:
             return
@@ -398,14 +316,14 @@ class FeatureCache:
     def store(self, address: str, value: Tensor) -> None:
         if self._on_cpu and address != _PROBE:
             value = value.cpu()
-        for entry, chunk in zip(self.held, value.chunk(len(self.held)), strict=True):
+        for entry, chunk in zip(self.entries, value.chunk(len(self.entries)), strict=True):
             entry.tensors[address] = chunk
 
     def recall(self, address: str, shape: Sequence[int]) -> Tensor:
         """The remembered feature for the whole batch, in memory of its own. Raises Misfit if it has another shape than
         wanted.
         """
-        values = [self._value(entry, address, shape[1:]) for entry in self.held]
+        values = [self._value(entry, address, shape[1:]) for entry in self.entries]
         if sum(len(v) for v in values) != shape[0]:
             raise Misfit(address)
         return torch.cat(values).to(self._device)
@@ -435,7 +353,7 @@ class FeatureCache:
         """
         size = output_size(u, cut, x.shape[2:], None if output_shape is None else output_shape[2:])
         shape = u.channels_out, *size
-        if any(entry.shapes.get(u.address) != shape for entry in self.held):
+        if any(entry.shapes.get(u.address) != shape for entry in self.entries):
             raise Misfit(u.address)
         return x.shape[0], *shape
 
@@ -449,6 +367,10 @@ class FeatureCache:
         return units.with_submodules(layer, {"transformer_blocks": nn.ModuleList(blocks)})
 
     # the sheet ---------------------------------------------------------------------------------------
+
+    def replays(self) -> bool:
+        """Whether all forwards of this evaluation so far played from memory."""
+        return set(+self.evaluations[-1]) == {REPLAY}
 
     def replayed(self) -> list[bool]:
         """For each evaluation, whether all its forwards played from memory."""
@@ -464,7 +386,7 @@ class FeatureCache:
 
     def close(self) -> None:
         self._entries.clear()
-        self.held, self._playing, self._stand_ins, self._twins = (), {}, {}, {}
+        self.entries, self._playing, self._stand_ins, self._twins = (), {}, {}, {}
 
 
 def _is_plain(block: nn.Module) -> bool:

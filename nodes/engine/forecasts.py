@@ -9,12 +9,12 @@ circumstances of now; in any other case the call is made in full.
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ from ...asdm_core.forecast import (
     v_of,
 )
 from ...asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, response
-from .feature_cache import position_of, step_of
+from ...asdm_core.steps import Moment
+from .technique import InRun, Log, Say, Start, Technique
 
 SAME_CONTENT = 0.5  # cosine of the latents of a call and of the same call one evaluation before, at least
 
@@ -58,28 +59,33 @@ class ForecastReport:
         return 1 - self.computed / self.asked if self.asked else 0.0
 
 
-@dataclass
-class ForecastLog:
-    """The report of the last run of a MODEL and its clones. Numbers only, so that it may outlive the run."""
-
-    last: ForecastReport | None = None
-
-
 @dataclass(frozen=True)
-class Forecasts:
+class Forecasts(Technique):
     """A forecast plan on a MODEL."""
 
     plan: ForecastPlan
-    log: ForecastLog = field(default_factory=ForecastLog, compare=False)
+    log: Log[ForecastReport] = field(default_factory=Log, compare=False)
 
-    def bytes(self, shape: Sequence[int], conds: int, itemsize: int = 4) -> int:
-        """Bytes that a run on latents of a shape (B, C, H, W) remembers, with so many lists of conds."""
-        kept = self.plan.remembered
-        return (kept * conds + 1) * math.prod(shape) * itemsize if kept else 0
+    key: ClassVar[str] = "forecasts"
 
-    def begin_run(self, sigmas: Tensor, guider, sampler) -> Forecaster:
-        """For one run of a guider with a sampler at these noise levels."""
-        return Forecaster(self.plan, self.log, sigmas.tolist(), positives(guider))
+    def device_bytes(self, model, shape: Sequence[int], conds: Mapping[str, list]) -> int:
+        return bytes_of(self.plan.remembered, shape, len(conds))
+
+    def bind(self, start: Start, say: Say) -> InRun:
+        return Forecaster(self.plan, self.log, start.sigmas.tolist(), positives(start.guider), say)
+
+    def label(self) -> str:
+        return "forecasts"
+
+    def tells(self, model) -> list[str]:
+        return ["Whole steps are forecast by a fixed plan."]
+
+
+def bytes_of(kept: int, shape: Sequence[int], conds: int, itemsize: int = 4) -> int:
+    """Bytes that a run on latents of a shape (B, C, H, W) remembers with so many lists of conds, of which `kept`
+    evaluations each are kept.
+    """
+    return (kept * conds + 1) * math.prod(shape) * itemsize if kept else 0
 
 
 def positives(guider) -> frozenset:
@@ -129,18 +135,20 @@ class Track:
         return {k: point for k, point in self.points.items() if point.circumstances == circumstances}
 
 
-class Forecaster:
+class Forecaster(InRun):
     """Carries a plan out in one run. Holds no model."""
 
-    def __init__(self, plan: ForecastPlan, log: ForecastLog, sigmas: Sequence[float], positive: frozenset):
-        self._log, self._sigmas, self._positive = log, list(sigmas), positive
-        steps = max(len(self._sigmas) - 1, 1)
+    def __init__(
+        self, plan: ForecastPlan, log: Log[ForecastReport], sigmas: Sequence[float], positive: frozenset, say: Say
+    ):
+        self._log, self._positive, self._say = log, positive, say
+        steps = max(len(sigmas) - 1, 1)
         self._notes: list[str] = []
         if int(max(plan.positions)) + 1 != steps:
             self.note(f"the plan is for {int(max(plan.positions)) + 1} steps and was fitted to {steps}")
             plan = plan.for_steps(steps)
         self.plan = plan
-        self._step, self._next = 0, 0
+        self._next = 0
         self._sigma, self._position, self._number = 0.0, 0.0, 0
         self._action, self._planned = Action(), True
         self._unplanned = 0
@@ -159,16 +167,13 @@ class Forecaster:
         """Something that a person should know about this run; once in the log and in the report."""
         if text not in self._notes:
             self._notes.append(text)
-            logging.warning(f"asdm: whole-step forecasts: {text}.")
+            self._say(f"whole-step forecasts: {text}.")
 
     # once per evaluation ----------------------------------------------------------------------------
 
-    def begin_evaluation(self, sigma: float) -> None:
-        """An evaluation at a noise level begins; it may come in several calls."""
-        step = step_of(sigma, self._sigmas, self._step)
-        position = position_of(sigma, self._sigmas, step)
-        self._step, self._sigma = step, sigma
-        self._position = float(step) if position is None else position
+    def begin_evaluation(self, moment: Moment) -> None:
+        """An evaluation begins; it may come in several calls."""
+        self._sigma, self._position = moment.sigma, moment.place
         self._evaluation += 1
         self._ordinals.clear()
         self._done.append(set())
@@ -182,7 +187,7 @@ class Forecaster:
             kind = self.plan.actions[before[-1]].kind if before else FULL
             self._unplanned -= 1
             self._number, self._action = self._unplanned, Action(kind if kind in (RESULT, COND, UNGUIDED) else FULL)
-        if not sigma > 0:  # there is no v
+        if not self._sigma > 0:  # there is no v
             self._action = Action()
         before = {p for a, p in zip(self.plan.actions, self.plan.positions, strict=True) if a.computes}
         self._wanted = min(2, max(1, sum(p < self._position - TOLERANCE for p in before)))
@@ -419,30 +424,36 @@ class Forecaster:
 # Measuring ------------------------------------------------------------------------------------------
 
 
-class Recorder:
-    """Stands in a MODEL's Setup where its forecasts would: its next run computes everything and is recorded."""
+@dataclass(frozen=True)
+class Recorded(Technique):
+    """Stands on a MODEL where its forecasts would: its next run computes everything and is recorded."""
+
+    results: RecordedRun = field(default_factory=lambda: RecordedRun(), compare=False)
+
+    key: ClassVar[str] = Forecasts.key
+
+    def bind(self, start: Start, say: Say) -> InRun:
+        self.results.begin(positives(start.guider))
+        return self.results
+
+
+class RecordedRun(InRun):
+    """The results of all evaluations of one run, in main memory."""
 
     def __init__(self):
-        self.log = ForecastLog()
+        self.begin(frozenset())
+
+    def begin(self, positive: frozenset) -> None:
+        self._positive, self._sigma = positive, 0.0
         self.cond: list[Tensor] = []
         self.difference: list[Tensor] = []
         self.sigmas: list[float] = []
         self.positions: list[float] = []
-        self._step, self._sigma = 0, 0.0
 
-    def bytes(self, shape: Sequence[int], conds: int, itemsize: int = 4) -> int:
-        return 0  # what is recorded lies in main memory
-
-    def begin_run(self, sigmas: Tensor, guider, sampler) -> Recorder:
-        self._nodes, self._positive = sigmas.tolist(), positives(guider)
-        self.cond, self.difference, self.sigmas, self.positions, self._step = [], [], [], [], 0
-        return self
-
-    def begin_evaluation(self, sigma: float) -> None:
-        self._step, self._sigma = step_of(sigma, self._nodes, self._step), sigma
-        position = position_of(sigma, self._nodes, self._step)
-        self.sigmas.append(sigma)
-        self.positions.append(float(self._step) if position is None else position)
+    def begin_evaluation(self, moment: Moment) -> None:
+        self._sigma = moment.sigma
+        self.sigmas.append(moment.sigma)
+        self.positions.append(moment.place)
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
         results = executor(model, conds, x, timestep, model_options)
@@ -458,9 +469,6 @@ class Recorder:
             self.cond.append(cond.cpu())
             self.difference.append(difference.cpu())
         return results
-
-    def close(self) -> None:
-        pass
 
     def statistics(self, guidance: float, size: float) -> Statistics:
         """What was recorded, for runs of other samplers and steps."""

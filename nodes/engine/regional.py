@@ -6,20 +6,25 @@ else has entered his own, before or after our node, and keeps what he has. Nobod
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from comfy.ldm.modules import attention
 from torch import Tensor
 
 from ...asdm_core.addresses import UNetConfig, walk
+from ...asdm_core.architecture import Architecture
 from ...asdm_core.assignment import Window
 from ...asdm_core.gri import GRI, PAYS_FROM, gri_attention
+from ...asdm_core.measure import costs, sizes
+from ...asdm_core.steps import Moment
+from .assigned import Players
+from .technique import PLAYED, AtUNet, InRun, Measured, Say, Start, Technique, UNetInRun
 
 
 @dataclass(frozen=True)
-class Regional:
+class Regional(Technique):
     """GRI attention on a MODEL: window and pool (0: by the size of the map), on so many of the shallowest levels that
     have attention, within a stretch of the run. shifted: every other layer's windows lie half a window further.
 
@@ -31,6 +36,9 @@ class Regional:
     stages: int = 2
     shifted: bool = False
     when: Window = Window()
+
+    key: ClassVar[str] = "regional"
+    role: ClassVar[str] = "regional"
 
     def __post_init__(self):
         if self.window and self.pool:
@@ -50,26 +58,82 @@ class Regional:
         gri = GRI.choose(height, width, self.window, self.pool, shifted)
         return None if gri.covers(height, width) else gri
 
+    def bind(self, start: Start, say: Say) -> InRun:
+        return _InRun(self, start.stretch(self.when), say)
 
-class Attention:
+    def label(self) -> str:
+        return "GRI attention"
+
+    def tells(self, model) -> list[str]:
+        return [
+            "GRI Attention is on, in pictures as large as its node says; bypass that node for full attention.",
+        ]
+
+    def left_out(self, architecture: Architecture, height: int, width: int) -> dict[str, float]:
+        shapes, cost, found = sizes(architecture, height, width), costs(architecture, height, width), {}
+        for address in self.blocks(architecture.config).values():
+            h, w = shapes[address]
+            gri = self.on(h, w, False)
+            if gri is not None:
+                own = gri.window**2
+                seen = own + max(0, h * w - own) / gri.pool**2  # tokens of its own window, cells of the rest
+                found[address] = max(0.0, 1 - seen / (h * w)) * cost[address].attention["attn1"]
+        return found
+
+    def saved(self, measured: Measured) -> list[tuple[str, float, str]]:
+        left_out = measured.left_out[self.role]
+        seconds = sum(
+            measured.needed(address, calls * left_out[address])
+            for (address, role), (_, calls) in measured.layers.items()
+            if role == self.role and address in left_out
+        )
+        return [("GRI attention", seconds, "estimated")] if seconds > 0 else []
+
+
+class _InRun(InRun):
+    def __init__(self, settings: Regional, stretch: tuple[float, float], say: Say):
+        self.settings, self.say = settings, say
+        self._high, self._low = stretch
+
+    def on(self, moment: Moment) -> bool:
+        return self._low < moment.sigma <= self._high
+
+    def at(self, unet: UNetInRun, model) -> AtUNet:
+        return Attention(self, unet)
+
+
+class Attention(AtUNet):
     """The self-attention of one UNet object during one run."""
 
-    def __init__(self, settings: Regional, config: UNetConfig):
-        self._settings = settings
-        self.blocks = settings.blocks(config)
-        self._said: set[str] = set()
+    def __init__(self, run: _InRun, unet: UNetInRun):
+        self._run, self._settings, self._players = run, run.settings, unet.find(Players)
+        self.blocks = self._settings.blocks(unet.config)
+        self._on = False
         self.log_gains: dict[
             str, dict[int, Callable[[Tensor], Tensor]]
         ] = {}  # transformer -> block -> log gains of its heads
-        self.name = f"gri{settings.window}x{settings.pool}x{settings.stages}{'s' * settings.shifted}"
 
-    def enter(self, options: dict) -> dict:
-        """The options of a forward with GRI in all blocks whose self-attention nobody else replaces."""
+    def begin_evaluation(self, moment: Moment) -> None:
+        self._on, self.name, self.log_gains = self._run.on(moment), "", {}
+        if self._on:
+            gains, self.log_gains = self._players.log_gains() if self._players else ("", {})
+            s = self._settings
+            self.name = f"gri{s.window}x{s.pool}x{s.stages}{'s' * s.shifted}{gains}"
+
+    def role(self, address: str, role: str) -> str:
+        return self._settings.role if self._on and role == PLAYED and address in self.blocks.values() else role
+
+    def options(self, options: dict) -> dict:
+        """With GRI in all blocks whose self-attention nobody else replaces."""
+        if not self._on:
+            return options
         replace = options.get("patches_replace", {})
         theirs = replace.get("attn1", {})
         taken = [address for block, address in self.blocks.items() if any(key[:2] == block for key in theirs)]
         if taken:
-            self._say(f"another node replaces the self-attention of {', '.join(taken)}; GRI leaves it to that node")
+            self._run.say(
+                f"another node replaces the self-attention of {', '.join(taken)}; GRI leaves it to that node."
+            )
         return {**options, "patches_replace": {**replace, "attn1": {**dict.fromkeys(self.blocks, self.play), **theirs}}}
 
     def play(self, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
@@ -78,9 +142,9 @@ class Attention:
         height, width = options["activations_shape"][-2:]
         is_map = q.shape[1] == height * width and q.shape == k.shape == v.shape
         if not is_map:
-            self._say(
+            self._run.say(
                 "another node (HyperTile, Token Merging, a reference) changes what self-attention sees; there GRI is "
-                "off"
+                "off."
             )
         # The host counts transformers, so neighbours alternate.
         gri = (
@@ -108,8 +172,3 @@ class Attention:
         q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))
         log_gain = self.log_gains.get(self.blocks.get(options["block"]), {}).get(options["block_index"])
         return gri_attention(q, k, v, height, width, gri, log_gain=log_gain and log_gain(q), attend=attend).flatten(2)
-
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            logging.warning(f"asdm: {text}.")

@@ -3,48 +3,60 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...asdm_core.architecture import Architecture
 from ...asdm_core.calibration import Candidate
-from ...asdm_core.inheritance import Plan, cache_elements, step_macs
-from .feature_cache import RECORD, REPLAY, FeatureCache, Log
+from ...asdm_core.inheritance import Plan, step_macs
+from ...asdm_core.steps import Moment
+from .feature_cache import RECORD, REPLAY, FeatureCache
+from .inheritance import Inheritance
+from .technique import REMEMBERING, AtUNet, Forward, InRun, Say, Start, Technique, UNetInRun
 
 SAMPLE = 65536  # numbers of a feature that stand for all of it when two steps are compared
 
 
-class Survey:
-    """Stands in a MODEL's Setup where its inheritance would, for one run: every step computes in full and is
-    then played again from the features of the step before, once for each plan."""
+@dataclass(frozen=True)
+class Survey(Technique):
+    """Stands on a MODEL where its inheritance would, for one run: every step computes in full and is then played again
+    from the features of the step before, once for each plan.
+    """
 
-    on_cpu = False
+    plans: tuple[Plan, ...]
+    longest: int
+    found: Found = field(default_factory=lambda: Found(), compare=False)
 
-    def __init__(self, plans: Sequence[Plan], longest: int):
-        self.plans, self.longest = plans, longest
-        self.log = Log()
-        self.tracks: list[_Track] = []
-        self.size = 1.0  # of the result, root mean square
+    key: ClassVar[str] = Inheritance.key
+    order: ClassVar[int] = REMEMBERING
 
-    def bytes(self, architecture: Architecture, shape, conds: int, itemsize: int) -> int:
-        one = sum(cache_elements(plan, architecture, *shape[-2:]) for plan in self.plans)
-        return 3 * one * shape[0] * conds * itemsize
+    def device_bytes(self, model, shape: Sequence[int], conds: Mapping[str, list]) -> int:
+        one = sum(Inheritance(plan).device_bytes(model, shape, conds) for plan in self.plans)
+        return 3 * one
 
-    def memory(self, architecture: Architecture, sigmas: Sequence[float], size: int) -> _SurveyCache:
-        self.tracks = [_Track(plan, architecture.config, architecture.cut, sigmas) for plan in self.plans]
-        return _SurveyCache(self, sigmas)
+    def bind(self, start: Start, say: Say) -> InRun:
+        return _InRun(self, start.sigmas.tolist())
 
     def candidates(self, architecture: Architecture, height: int, width: int) -> list[Candidate]:
         """What was measured, for latents of height x width."""
         found = []
-        for track in self.tracks:
+        for track in self.found.tracks:
             full, inherited = step_macs(track.plan, architecture, height, width)
-            found.append(Candidate(track.plan, 1 - inherited / full, track.errors(self.longest) / self.size))
+            found.append(Candidate(track.plan, 1 - inherited / full, track.errors(self.longest) / self.found.size))
         return found
+
+
+@dataclass
+class Found:
+    """What a survey found. size: of the result, root mean square."""
+
+    tracks: list[_Track] = field(default_factory=list)
+    size: float = 1.0
 
 
 class _Track(FeatureCache):
@@ -68,7 +80,7 @@ class _Track(FeatureCache):
         return RECORD
 
     def _start_recording(self) -> None:
-        for key, entry in zip(self._keys, self.held, strict=True):
+        for key, entry in zip(self._keys, self.entries, strict=True):
             if entry is not None and entry.step < self.step:
                 self._past[key] = [entry, *self._past[key][: 1 if self._forecasts else 0]]
         super()._start_recording()
@@ -78,9 +90,9 @@ class _Track(FeatureCache):
 
     def finish(self) -> bool:
         """After the full forward: keep samples, and get ready to play the step before. False if there is none."""
-        if not all(entry.tensors for entry in self.held):  # another cache kept the network from running
+        if not all(entry.tensors for entry in self.entries):  # another cache kept the network from running
             return False
-        for key, entry in zip(self._keys, self.held, strict=True):
+        for key, entry in zip(self._keys, self.entries, strict=True):
             flat = torch.cat([t.flatten()[:: max(1, t.numel() // SAMPLE)] for _, t in sorted(entry.tensors.items())])
             self._samples[key][self.step] = flat.float().cpu()
         past = [self._past[k] for k in self._keys]
@@ -91,7 +103,7 @@ class _Track(FeatureCache):
             for p in past
         ):
             return False
-        self.mode, self.held = REPLAY, tuple(replace(p[0], before=p[1] if self._forecasts else None) for p in past)
+        self.mode, self.entries = REPLAY, tuple(replace(p[0], before=p[1] if self._forecasts else None) for p in past)
         self._aim()
         return True
 
@@ -136,63 +148,74 @@ class _Track(FeatureCache):
         return float((samples[s] - value).square().mean())
 
 
-class _SurveyCache(FeatureCache):
-    """Several tracks behind the interface of one memory."""
+class _InRun(InRun):
+    def __init__(self, survey: Survey, sigmas: list[float]):
+        self._survey, self._sigmas = survey, sigmas
 
-    def __init__(self, survey: Survey, sigmas: Sequence[float]):
-        self._survey, self._tracks, self._sigmas = survey, survey.tracks, list(sigmas)
+    def at(self, unet: UNetInRun, model) -> AtUNet:
+        found = self._survey.found
+        found.tracks = [_Track(plan, unet.config, unet.cut, self._sigmas) for plan in self._survey.plans]
+        return _Tracks(found)
+
+
+class _Tracks(AtUNet):
+    """Several tracks at one UNet: all record a forward, then one after the other plays it again."""
+
+    def __init__(self, found: Found):
+        self._found, self._tracks = found, found.tracks
         self._active: _Track | None = None
-        self.steps, self.step, self.peak, self.mode = self._tracks[0].steps, 0, 0, RECORD
-        self.counts, self.evaluations = self._tracks[0].counts, self._tracks[0].evaluations
+        self._recording = False
 
     @property
-    def name(self):
-        return self._active.name if self._active else "_".join(track.name for track in self._tracks)
+    def name(self) -> str:
+        if self._active:
+            return self._active.name
+        return "_".join(track.name for track in self._tracks) if self._recording else ""
 
     @property
     def held(self):
-        return self._active.held if self._active else tuple(track.held for track in self._tracks)
+        if self._active:
+            return self._active.held
+        return tuple(track.held for track in self._tracks) if self._recording else None
 
     @held.setter
-    def held(self, held):
+    def held(self, held) -> None:
         for track, entries in [(self._active, held)] if self._active else zip(self._tracks, held, strict=True):
             track.held = entries
 
-    def begin_evaluation(self, sigma):
+    def begin_evaluation(self, moment: Moment) -> None:
         for track in self._tracks:
-            track.begin_evaluation(sigma)
-        self.step = self._tracks[0].step
-        self.peak = max(self.peak, self.size())
+            track.begin_evaluation(moment)
 
-    def begin_forward(self, x, options, circumstances, playing):
+    def begin_forward(self, forward: Forward) -> None:
         self._active = None
-        self.mode = {track.begin_forward(x, options, circumstances, playing) for track in self._tracks}.pop()
-        return self.mode
-
-    def trials(self):
-        if self.mode != RECORD:  # a forward that cannot be told from others: nothing to learn from it
-            return
         for track in self._tracks:
+            track.begin_forward(forward)
+        # A forward that cannot be told from others is recorded by none: there is nothing to learn from it.
+        self._recording = all(track.mode == RECORD for track in self._tracks)
+
+    def defies_graphs(self, patches: Mapping[str, list]) -> bool:
+        return any(track.defies_graphs(patches) for track in self._tracks)
+
+    def trials(self) -> Iterator[Callable[[Tensor, Tensor], None]]:
+        for track in self._tracks if self._recording else ():
             if track.finish():
                 self._active = track
                 yield self._compare
         self._active = None
 
-    def _compare(self, out, again):
-        self._survey.size = float(out.float().square().mean()) ** 0.5
+    def _compare(self, out: Tensor, again: Tensor) -> None:
+        self._found.size = float(out.float().square().mean()) ** 0.5
         self._active.compare(out, again)
 
-    def player(self, address, current):
+    def player(self, address: str, current: nn.Module) -> nn.Module:
         return self._active.player(address, current) if self._active else current
 
-    def after(self, address, current, x, out):
+    def end_layer(self, address: str, current: nn.Module, x: Tensor, out: Tensor) -> None:
         if self._active is None:
             for track in self._tracks:
-                track.after(address, current, x, out)
+                track.end_layer(address, current, x, out)
 
-    def size(self):
-        return sum(track.size() for track in self._tracks)
-
-    def close(self):
+    def close(self) -> None:
         for track in self._tracks:
             track.close()

@@ -11,6 +11,8 @@ from __future__ import annotations
 import inspect
 import operator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
 
 import comfy.hooks
 import comfy.model_patcher
@@ -18,23 +20,57 @@ import comfy.sampler_helpers
 import comfy.samplers
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP, get_all_wrappers
 from comfy.weight_adapter import BypassInjectionManager
+from ...asdm_core.steps import Moment
 from ...asdm_core.switching import Switch, SwitchPoint, shares
-from . import host
-from .feature_cache import step_of
+from .assigned import pack_patchers, set_pack_patchers
+from .network import architecture_of, clone_for
+from .on_model import models_key, with_technique, without_technique
+from .technique import InRun, Say, Start, Technique, technique_of
 
-KEY = "asdm_switch"
 POST_CFG = "sampler_post_cfg_function"
 
 
-# What a switched MODEL carries: its Switches as an attachment, the MODELs they bring in as additional models ------
+# What a switched MODEL carries: its Switches, and the MODELs they bring in as additional models ---------------
+
+
+@dataclass(frozen=True)
+class Switching(Technique):
+    """When a run is given over to each of the other models of a MODEL."""
+
+    switches: tuple[Switch, ...]
+
+    key: ClassVar[str] = "switch"
+    outermost: ClassVar[bool] = True
+
+    def bind(self, start: Start, say: Say) -> InRun:
+        model = start.model
+        present = [model, *others_of(model)]
+        if any(_clash(other, present[:i]) for i, other in enumerate(present)):
+            raise ValueError(
+                "The MODEL got a LoRA or another patch after Switch UNet, and both of its models are one UNet. Put the "
+                "node before Switch UNet, on the model it is meant for; with different patches on each, the second "
+                "gets its own copy."
+            )
+        return Turns(start)
+
+    def label(self) -> str:
+        return "switched"
+
+    def tells(self, model) -> list[str]:
+        points = ", ".join(f"{point.at:g} ({point.unit})" for one in self.switches for point in one.points)
+        return [f"Switch UNet: another model takes over at {points}; connect its MODEL here to inspect it."]
+
+
+MODELS = models_key(Switching)
 
 
 def switches_of(model) -> tuple[Switch, ...]:
-    return model.get_attachment(KEY) or ()
+    switching = technique_of(model, Switching)
+    return switching.switches if switching else ()
 
 
 def others_of(model) -> list:
-    return model.get_additional_models_with_key(KEY)
+    return model.get_additional_models_with_key(MODELS)
 
 
 def with_switch(first, second, point: SwitchPoint, crossfade: int = 0):
@@ -54,9 +90,7 @@ def with_switch(first, second, point: SwitchPoint, crossfade: int = 0):
         *(switch.within(point) for switch in switches_of(second)),
     )
     others = [*others_of(clone), joining, *others_of(joining)]
-    for model in others:
-        _set_up(model, (), [])
-    return _set_up(clone, switches, others)
+    return _set_up(clone, switches, [_set_up(model, (), []) for model in others])
 
 
 def beside(first, second):
@@ -65,7 +99,7 @@ def beside(first, second):
 
     Who switches between the same two many times calls this once, and so copies once. Raises ValueError.
     """
-    clone = host.clone_for(first, second)
+    clone = clone_for(first, second)
     present, joining = [first, *others_of(first)], [clone, *others_of(clone)]
     for number, model in enumerate(joining):
         joining[number] = _apart(model, present)
@@ -78,34 +112,26 @@ def on_each(model, change):
     clone = change(model)
     others = others_of(clone)
     if others:
-        clone.set_additional_models(KEY, [change(other) for other in others])
+        clone.set_additional_models(MODELS, [change(other) for other in others])
     return clone
 
 
 def without_switches(model):
     """A clone of MODEL that samples alone, with what it carries besides."""
-    return _set_up(model.clone(), (), [])
+    return _set_up(model, (), [])
 
 
 def _set_up(model, switches: tuple[Switch, ...], others: list):
-    """Make a MODEL carry these switches and no others; the MODEL itself is changed and returned."""
-    model.remove_attachments(KEY)
-    model.remove_additional_models(KEY)
-    for kind, wrapper in _WRAPPERS:
-        model.remove_wrappers_with_key(kind, KEY)
-        if switches:
-            # Before all others: what wraps the first model's evaluations must not wrap those of the second.
-            model.wrappers[kind] = {KEY: [wrapper], **model.wrappers.get(kind, {})}
-    model.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
+    """A clone of MODEL that carries these switches and no others."""
+    clone = with_technique(model, Switching(switches)) if switches else without_technique(model, Switching)
+    clone.remove_additional_models(MODELS)
     if switches:
-        model.set_attachments(KEY, switches)
-        model.set_additional_models(KEY, others)
-        model.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _on_clone)
-    return model
+        clone.set_additional_models(MODELS, others)
+    return clone
 
 
 def _check_fit(first, second) -> None:
-    a, b = (host.architecture_of(model).config for model in (first, second))
+    a, b = (architecture_of(model).config for model in (first, second))
     same_latents = type(first.model.latent_format) is type(second.model.latent_format)
     if not same_latents or (a.context_dim, a.adm_channels) != (b.context_dim, b.adm_channels):
         names = [config.family or f"of an unknown family (text width {config.context_dim})" for config in (a, b)]
@@ -142,7 +168,7 @@ def _same_weights(a, b) -> bool:
 
 def _parts(model) -> list[tuple]:
     """(patcher, patcher whose patches it gets) of a MODEL's UNet and of its packs."""
-    return [(model, model), *((pack, model) for pack in model.get_additional_models_with_key(host.KEY))]
+    return [(model, model), *((pack, model) for pack in pack_patchers(model))]
 
 
 def _clash(model, others) -> bool:
@@ -163,9 +189,7 @@ def _apart(model, others):
         return model
     try:
         copy = model.clone(force_deepcopy=True)
-        copy.set_additional_models(
-            host.KEY, [pack.clone(force_deepcopy=True) for pack in model.get_additional_models_with_key(host.KEY)]
-        )
+        set_pack_patchers(copy, [pack.clone(force_deepcopy=True) for pack in pack_patchers(model)])
         copy.is_injected = False  # as the original may be at the moment
         copy.injections = {k: [_bound_to(copy, injection) for injection in v] for k, v in copy.injections.items()}
     except RuntimeError as error:
@@ -195,20 +219,20 @@ def _each_module_once(model):
     second.
     """
     others = others_of(model)
-    seen, load = {id(m.model) for m in (model, *model.get_additional_models_with_key(host.KEY))}, []
+    seen, load = {id(m.model) for m in (model, *pack_patchers(model))}, []
     for patcher in others:
         for part in (patcher, *patcher.get_nested_additional_models()):
             if id(part.model) not in seen:
                 seen.add(id(part.model))
                 load.append(part)
     kept = [(other, other.additional_models) for other in others]
-    model.set_additional_models(KEY, load)
+    model.set_additional_models(MODELS, load)
     for other in others:
         other.additional_models = {}
     try:
         yield
     finally:
-        model.set_additional_models(KEY, others)
+        model.set_additional_models(MODELS, others)
         for other, additional in kept:
             other.additional_models = additional
 
@@ -221,9 +245,12 @@ def _on_clone(old, new):
         if was.model is old.model and new.model is not old.model:
             other = was.clone(disable_dynamic=undynamic, model_override=new.get_clone_model_override())
         elif undynamic:
-            other = host.clone_for(new, was)
+            other = clone_for(new, was)
         fixed.append(other)
-    new.set_additional_models(KEY, fixed)
+    new.set_additional_models(MODELS, fixed)
+
+
+Switching.callbacks = ((CallbacksMP.ON_CLONE, _on_clone),)
 
 
 # One sampling run -----------------------------------------------------------------------------------
@@ -245,17 +272,17 @@ class Player:
         return get_all_wrappers(kind, self.options, is_model_options=True)
 
 
-class Run:
+class Turns(InRun):
     """Who plays when in one sampling run. Dropped, with all it prepared, when the run ends."""
 
-    def __init__(self, guider, sigmas, latent_shapes):
-        model = guider.model_patcher
+    def __init__(self, start: Start):
+        guider, model = start.guider, start.model
         sampling = model.get_model_object("model_sampling")
-        self._sigmas = sigmas.tolist()
+        self._start, self._sigmas = start, start.sigmas.tolist()
         self._switches = [(s, s.sigma(self._sigmas, sampling.percent_to_sigma)) for s in switches_of(model)]
         self._guider, self._first = guider, Player(model, guider.conds, guider.model_options)
         self.others = [Player(patcher, {}, {}) for patcher in others_of(model)]
-        self._now, self._step, self._inputs = self._first, 0, {"latent_shapes": latent_shapes}
+        self._now, self._inputs = self._first, {"latent_shapes": start.given.get("latent_shapes")}
 
     @contextmanager
     def prepared(self):
@@ -283,16 +310,18 @@ class Run:
             patcher.restore_hook_patches()
             patcher.cleanup()
 
-    def sample(self, call, args, kwargs):
+    def sample(self, call):
         """The run, within the OUTER_SAMPLE wrappers of the other models: they bind their packs, caches and so on."""
 
         def onward(*_, **__):
             with self._first.acting(self._guider):
-                return call(*args, **kwargs)
+                return call()
 
         for player in self.others:
             onward = self._within(player, onward)
-        return onward(*args, **kwargs)
+        with self.prepared():
+            # What the other models' wrappers are given is what the first one's are.
+            return onward(*self._start.args, **self._start.given)
 
     def _within(self, player: Player, onward):
         def inside(*args, **kwargs):
@@ -309,7 +338,7 @@ class Run:
 
         return call
 
-    def load(self, executor, model, noise_shape, conds, model_options, **kwargs):
+    def load(self, call, model, noise_shape, conds, model_options=None, **kwargs):
         """Load all models, with as much memory left as the one that needs most will use."""
         needs = []
 
@@ -324,9 +353,9 @@ class Run:
         factor = max(needs) / model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
         shape = [noise_shape[0] * max(1, factor), *noise_shape[1:]]
         with _each_module_once(model):  # not before: the wrappers above look for packs
-            return executor(model, shape, conds, model_options=model_options, **kwargs)
+            return call(model, shape, conds, model_options=model_options, **kwargs)
 
-    def begin(self, extra_args: dict, sigmas, **inputs) -> None:
+    def begin_sampling(self, extra_args: dict, sigmas, **inputs) -> None:
         """All models are loaded and the sampler is about to start. inputs: of `process_conds`."""
         self._before = len(extra_args["model_options"].get(POST_CFG, []))
         self._inputs.update(inputs, seed=extra_args.get("seed"))
@@ -340,17 +369,18 @@ class Run:
             patcher.pre_run()
             base.current_patcher = holder or patcher
 
-    def predict(self, executor, x, timestep, options: dict, seed):
-        sigma = float(timestep.flatten()[0])
-        self._step = step_of(sigma, self._sigmas, self._step)
-        weights = [switch.weight(sigma, self._step, threshold, self._sigmas) for switch, threshold in self._switches]
-        players, playing = (self._first, *self.others), shares(weights)
-        if len(playing) > 1:
-            return self._mixed(players, playing, executor, x, timestep, options, seed)
-        (number,) = playing
-        return self._evaluate(players[number], executor, x, timestep, options, seed)
+    def begin_evaluation(self, moment: Moment) -> None:
+        weights = [s.weight(moment.sigma, moment.step, threshold, self._sigmas) for s, threshold in self._switches]
+        self._playing = shares(weights)
 
-    def _mixed(self, players, playing: dict[int, float], executor, x, timestep, options: dict, seed):
+    def predict(self, call, x, timestep, options: dict, seed):
+        players, playing = (self._first, *self.others), self._playing
+        if len(playing) > 1:
+            return self._mixed(players, playing, call, x, timestep, options, seed)
+        (number,) = playing
+        return self._evaluate(players[number], call, x, timestep, options, seed)
+
+    def _mixed(self, players, playing: dict[int, float], call, x, timestep, options: dict, seed):
         """An evaluation in which several play. The sampler's own functions look into the guidance once, of
         all of them.
         """
@@ -363,7 +393,7 @@ class Run:
 
             options = {**options, POST_CFG: [*options[POST_CFG][: self._before], look]}
         for number, share in playing.items():
-            out = out + share * self._evaluate(players[number], executor, x, timestep, options, seed)
+            out = out + share * self._evaluate(players[number], call, x, timestep, options, seed)
         for function in added if seen else ():  # a cache can keep a guider from evaluating
             whole = sum(share for share, _ in seen)
             guidance = {
@@ -377,14 +407,14 @@ class Run:
         """The functions that the sampler added to the first model's (CFG++ looks into guidance so)."""
         return given.get(POST_CFG, [])[self._before :]
 
-    def _evaluate(self, player: Player, executor, x, timestep, options: dict, seed):
+    def _evaluate(self, player: Player, call, x, timestep, options: dict, seed):
         self._turn_to(player)
         if player is self._first:
-            return executor(x, timestep, options, seed)
+            return call(x, timestep, options, seed)
         options = self._with_sampler_functions(player.options, options)
         with player.acting(self._guider, inner_model=player.patcher.model):
             return WrapperExecutor.new_class_executor(
-                executor.original,
+                self._guider.predict_noise,
                 self._guider,
                 get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True),
             ).execute(x, timestep, options, seed)
@@ -427,52 +457,3 @@ def _with_attributes(thing, **attributes):
         yield
     finally:
         vars(thing).update(before)
-
-
-def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-    guider = executor.class_obj
-    model = guider.model_patcher
-    present = [model, *others_of(model)]
-    if any(_clash(other, present[:i]) for i, other in enumerate(present)):
-        raise ValueError(
-            "The MODEL got a LoRA or another patch after Switch UNet, and both of its models are one UNet. Put the "
-            "node before "
-            "Switch UNet, on the model it is meant for; with different patches on each, the second gets its own copy."
-        )
-    run = Run(guider, sigmas, kwargs.get("latent_shapes"))
-    guider.model_options["transformer_options"][KEY] = run
-    with run.prepared():
-        return run.sample(executor, (noise, latent_image, sampler, sigmas, *args), kwargs)
-
-
-def _prepare_sampling(executor, model, noise_shape, conds, model_options=None, **kwargs):
-    run = model_options["transformer_options"].get(KEY)
-    if run is None:
-        return executor(model, noise_shape, conds, model_options=model_options, **kwargs)
-    return run.load(executor, model, noise_shape, conds, model_options, **kwargs)
-
-
-def _sampler_sample(
-    executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-):
-    run = extra_args["model_options"]["transformer_options"].get(KEY)
-    if run is not None:
-        run.begin(
-            extra_args, sigmas, noise=noise, latent_image=latent_image, denoise_mask=denoise_mask, device=noise.device
-        )
-    return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
-
-
-def _predict_noise(executor, x, timestep, model_options={}, seed=None):
-    run = model_options["transformer_options"].get(KEY)
-    if run is None:
-        return executor(x, timestep, model_options, seed)
-    return run.predict(executor, x, timestep, model_options, seed)
-
-
-_WRAPPERS = (
-    (WrappersMP.OUTER_SAMPLE, _outer_sample),
-    (WrappersMP.PREPARE_SAMPLING, _prepare_sampling),
-    (WrappersMP.SAMPLER_SAMPLE, _sampler_sample),
-    (WrappersMP.PREDICT_NOISE, _predict_noise),
-)

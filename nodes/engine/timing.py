@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import comfy.model_management
 import torch
@@ -56,21 +55,6 @@ class Stopwatch:
         return out
 
 
-@dataclass(frozen=True)
-class Record:
-    """What was measured of one run. Numbers only, so that it may outlive the run.
-
-    shape: of the latents, (B, C, H, W). evaluations: (step, seconds) of each. replayed: for each, whether all of it was
-    inherited; empty without feature inheritance. layers: (address, role) -> seconds in all and calls; role: "played",
-    "cut", "inherited", or "regional" for a transformer that played while GRI attention did.
-    """
-
-    shape: tuple[int, ...]
-    evaluations: list[tuple[int, float]]
-    replayed: list[bool]
-    layers: dict[tuple[str, str], tuple[float, int]]
-
-
 class Clock:
     """Moments on a device and the seconds between them. On CUDA a moment is an event, so that nobody waits for the
     device meanwhile.
@@ -95,33 +79,6 @@ class Clock:
         return start.elapsed_time(end) / 1000
 
 
-class Laps:
-    """Times from one evaluation of a run to the next."""
-
-    def __init__(self, device: torch.device):
-        self._clock = Clock(device)
-        self._begun: list[tuple[int, object]] = []
-        self._end = None
-
-    def begin(self, step: int) -> None:
-        """An evaluation of a step begins."""
-        self._begun.append((step, self._clock.now()))
-        self._end = None
-
-    def end(self) -> None:
-        """It is over; perhaps it was the last."""
-        self._end = self._clock.now()
-
-    def seconds(self) -> list[tuple[int, float]]:
-        """(step, seconds) of each evaluation until the next one begins, of the last until it ends; not of one that was
-        broken off.
-        """
-        moments = [moment for _, moment in self._begun] + [self._end] * (self._end is not None)
-        return [
-            (step, self._clock.seconds(a, b)) for (step, _), (a, b) in zip(self._begun, pairwise(moments), strict=False)
-        ]
-
-
 class Recorder:
     """Times of one run: each evaluation by its step, each layer by its address and role."""
 
@@ -129,33 +86,42 @@ class Recorder:
         self._clock = Clock(device)
         self._evaluations: list[tuple[int, object, object]] = []
         self._layers: list[tuple[tuple[str, str], object, object]] = []
-
-    def evaluation(self, step: int):
-        return self._during(self._evaluations, step)
-
-    def layer(self, address: str, role: str):
-        return self._during(self._layers, (address, role))
+        self._begun: list[tuple[tuple[str, str], object]] = []
 
     @contextmanager
-    def _during(self, to: list, what):
+    def evaluation(self, step: int):
         start = self._clock.now()
         yield
-        to.append((what, start, self._clock.now()))  # not of what an interrupt or an error ended
+        self._evaluations.append((step, start, self._clock.now()))  # not one that an interrupt or an error ended
+
+    def begin_layer(self, address: str, role: str) -> None:
+        self._begun = [((address, role), self._clock.now())]  # one at a time, and none that was broken off
+
+    def end_layer(self) -> None:
+        what, start = self._begun.pop()
+        self._layers.append((what, start, self._clock.now()))
 
     def evaluations(self) -> list[tuple[int, float]]:
         """(step, seconds) of each evaluation, in order."""
-        return self._seconds(self._evaluations)
+        return [(step, self._clock.seconds(start, end)) for step, start, end in self._evaluations]
+
+    def laps(self) -> list[tuple[int, float]]:
+        """(step, seconds) of each evaluation until the next one begins, with what the sampler does between them; of the
+        last until it ends.
+        """
+        ends = [start for _, start, _ in self._evaluations[1:]] + [end for _, _, end in self._evaluations[-1:]]
+        return [
+            (step, self._clock.seconds(start, end))
+            for (step, start, _), end in zip(self._evaluations, ends, strict=True)
+        ]
 
     def layers(self) -> dict[tuple[str, str], tuple[float, int]]:
         """(address, role) -> seconds in all, and how many times it ran."""
         found: dict[tuple[str, str], tuple[float, int]] = {}
-        for what, t in self._seconds(self._layers):
+        for what, start, end in self._layers:
             seconds, calls = found.get(what, (0.0, 0))
-            found[what] = seconds + t, calls + 1
+            found[what] = seconds + self._clock.seconds(start, end), calls + 1
         return found
-
-    def _seconds(self, marks: list) -> list[tuple]:
-        return [(what, self._clock.seconds(start, end)) for what, start, end in marks]
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 from in_host import execute, module, node_classes
 from PIL import Image
 
-SD, host, assignment = small.SD, small.host, small.assignment
+SD, assignment = small.SD, small.assignment
 compare, timing, switch, regional = (
     module(f"nodes.engine.{name}") for name in ("comparison", "timing", "switch", "regional")
 )
@@ -114,8 +114,8 @@ def test_latents_keep_what_came_with_them(model, m2):
 
 def with_everything(model, folder, m2):
     played = small.with_pack(model, m2)
-    played = host.with_plan(played, inheritance.dial(SD, "balanced"))
-    played = host.with_regional(played, regional.Regional(window=8, pool=4))
+    played = small.with_plan(played, inheritance.dial(SD, "balanced"))
+    played = small.with_technique(played, regional.Regional(window=8, pool=4))
     return switch.with_switch(played, small.model(folder, seed=3), switching.SwitchPoint(0.5, "percent"))
 
 
@@ -151,7 +151,7 @@ def test_models_with_different_loras_on_one_unet_do_not_mix(model):
 
 
 def test_inheritance_is_measured_as_it_runs_alone(model):
-    inheriting = host.with_plan(model, inheritance.dial(SD, "fast"))
+    inheriting = small.with_plan(model, inheritance.dial(SD, "fast"))
     given = inputs(steps=9)
     out = ab(inheriting, **given)
     assert torch.equal(out["latent_b"]["samples"], ksampler(inheriting, **given))
@@ -349,7 +349,7 @@ def test_cells_are_what_the_nodes_give(model, known_pack):
     expected = []
     for base in (model, small.with_pack(model, known_pack)):
         branch = inheritance.deepcache(SD, 1, inheritance.Schedule(interval=2)).reusing("forecast")
-        for changed in (base, host.with_plan(base, branch), host.with_plan(base, inheritance.dial(SD, "fast"))):
+        for changed in (base, small.with_plan(base, branch), small.with_plan(base, inheritance.dial(SD, "fast"))):
             expected.append(VAE().decode(ksampler(changed, **given)))
     assert torch.equal(images, torch.cat(expected))
     labels = [cell["label"] for cell in report["cells"]]
@@ -404,7 +404,7 @@ def test_a_switch_comes_after_everything_else(model, folder, swapped):
     ]
     _, images, _, given = xy(model, *(axes[::-1] if swapped else axes), steps=4)
     played = switch.with_switch(
-        host.with_plan(model, inheritance.dial(SD, "balanced")), second, switching.SwitchPoint(0.5, "percent")
+        small.with_plan(model, inheritance.dial(SD, "balanced")), second, switching.SwitchPoint(0.5, "percent")
     )
     assert torch.equal(images, VAE().decode(ksampler(played, **given)))
 
@@ -453,7 +453,7 @@ def test_a_wrong_value_is_one_clear_error(model, kind, values, said):
 
 
 def measured(model, **given):
-    timed = host.with_speed(model)
+    timed = small.with_speed(model)
     result = ksampler(timed, **inputs(**given))
     return result, timed
 
@@ -462,35 +462,37 @@ def measured(model, **given):
 @pytest.mark.parametrize("packed", [False, True])
 def test_measuring_changes_no_bit(model, m2, plan, packed):
     played = small.with_pack(model, m2) if packed else model
-    played = host.with_plan(played, inheritance.dial(SD, plan)) if plan else played
+    played = small.with_plan(played, inheritance.dial(SD, plan)) if plan else played
     result, timed = measured(played, steps=4)
     assert torch.equal(result, ksampler(played, **inputs(steps=4)))
     facts = speed.describe(timed)
     assert facts["steps"] == 4 and len(facts["step_seconds"]) == 4
     assert facts["inherited_steps"] == ([1, 3] if plan else [])
     units = [u for u in small.addresses.walk(SD) if u.side in ("down", "mid", "up")]
-    assert {a for a, _ in host.setup_of(timed).speed.last.layers} == {u.address for u in units}
+    assert {a for a, _ in small.last_times(timed).layers} == {u.address for u in units}
     inside = sum(sum(kinds.values()) for kinds in facts["groups"].values())
     assert inside + facts["outside_layers"] == pytest.approx(facts["seconds"], rel=0.01)
 
 
 def test_nothing_is_measured_when_off(model, monkeypatch):
     made = []
-    monkeypatch.setattr(host, "Recorder", lambda *_: made.append(1))
-    small.sample(host.with_plan(model, inheritance.dial(SD, "balanced")))
-    assert not made and host.setup_of(model).speed is None
+    monkeypatch.setattr(small.layer_times, "Recorder", lambda *_: made.append(1))
+    small.sample(small.with_plan(model, inheritance.dial(SD, "balanced")))
+    assert not made and small.last_times(model) is None
 
 
-def record(replayed=(), **layers):
-    """Ten evaluations of a second each, a tenth where inherited; layers: see Record."""
-    times = [0.1 if replayed and replayed[i] else 1.0 for i in range(10)]
-    return timing.Record((1, 4, 64, 64), list(enumerate(times)), list(replayed), layers)
+def times(inherited=(), layers=None):
+    """Ten evaluations of a second each, a tenth where inherited; layers: see Times."""
+    marks = inherited or [False] * 10
+    evaluations = [(i, 0.1 if mark else 1.0, frozenset(["inherited"] * mark)) for i, mark in enumerate(marks)]
+    return small.layer_times.Times((1, 4, 64, 64), evaluations, layers or {})
 
 
 def test_inheritance_saves_what_its_steps_are_shorter(model):
-    saved = speed.savings(model, record([i % 2 == 1 for i in range(10)]))
+    model = small.with_plan(model, inheritance.dial(SD, "balanced"))
+    saved = speed.savings(model, times([i % 2 == 1 for i in range(10)]))
     assert saved == [("feature inheritance", pytest.approx(5 * 0.9), "measured")]
-    assert speed.savings(model, record([False] * 10)) == []
+    assert speed.savings(model, times()) == []
 
 
 def test_cut_layers_save_what_their_kind_would_have_taken(model, m2):
@@ -499,34 +501,33 @@ def test_cut_layers_save_what_their_kind_would_have_taken(model, m2):
     cut = resnets[0]
     played = resnets[1:]
     layers = {(a, "played"): (macs[a] * 1e-9 * 10, 10) for a in played} | {(cut, "cut"): (0.0, 10)}
-    found = speed.savings(small.with_pack(model, m2), timing.Record((1, 4, 64, 64), record().evaluations, [], layers))
+    found = speed.savings(small.with_pack(model, m2), times(layers=layers))
     assert found == [("layers cut (m2)", pytest.approx(macs[cut] * 1e-8), "estimated")]
 
 
 def test_gri_leaves_out_what_lies_outside_windows_and_cells():
     whole = small.Architecture.full(SD)
     shares = {
-        window: sum(speed.attention_left_out(regional.Regional(window=window, pool=4), whole, 64, 64).values())
-        for window in (8, 16, 64)
+        window: sum(regional.Regional(window=window, pool=4).left_out(whole, 64, 64).values()) for window in (8, 16, 64)
     }
     assert shares[8] > shares[16] > 0
-    left = speed.attention_left_out(regional.Regional(window=16, pool=4, stages=1), whole, 64, 64)
+    left = regional.Regional(window=16, pool=4, stages=1).left_out(whole, 64, 64)
     product = measure.costs(whole, 64, 64)["down.0.0.transformer"].attention["attn1"]
     assert left["down.0.0.transformer"] == pytest.approx(product * (1 - (256 + (4096 - 256) / 16) / 4096))
 
 
 def test_gri_saves_time_only_in_the_part_of_the_run_where_it_plays(model):
     settings = regional.Regional(window=8, pool=4, stages=1, when=assignment.Window(0.5, 1))
-    half = host.with_regional(model, settings)
+    half = small.with_technique(model, settings)
     _, timed = measured(half, steps=4)
     address = "down.0.0.transformer"
-    layers = host.setup_of(timed).speed.last.layers
+    layers = small.last_times(timed).layers
     assert layers[address, "regional"][1] + layers[address, "played"][1] == 4
     whole = small.Architecture.full(SD)
     macs = measure.costs(whole, 64, 64)[address].total
-    left = speed.attention_left_out(settings, whole, 64, 64)[address]
+    left = settings.left_out(whole, 64, 64)[address]
     layers = {(address, "played"): (3 * macs, 3), (address, "regional"): (macs - left, 1)}
-    found = speed.savings(half, timing.Record((1, 4, 64, 64), record().evaluations, [], layers))
+    found = speed.savings(half, times(layers=layers))
     assert found == [("GRI attention", pytest.approx(left), "estimated")]
 
 
@@ -534,15 +535,15 @@ def test_a_readout_is_drawn_and_says_what_is_missing(model, m2):
     with pytest.raises(ValueError, match="Put Measure Speed between it and the sampler"):
         execute("ASDMSpeedReadout", model=model)
     with pytest.raises(ValueError, match="Connect the sampler's LATENT to `after`"):
-        execute("ASDMSpeedReadout", model=host.with_speed(model))
-    _, timed = measured(host.with_plan(small.with_pack(model, m2), inheritance.dial(SD, "balanced")), steps=8)
+        execute("ASDMSpeedReadout", model=small.with_speed(model))
+    _, timed = measured(small.with_plan(small.with_pack(model, m2), inheritance.dial(SD, "balanced")), steps=8)
     picture, text = execute("ASDMSpeedReadout", model=timed)
     assert picture.shape[2] == 780 and float(picture.min()) < 0.3
     assert [entry["technique"] for entry in json.loads(text)["saved"]] == ["feature inheritance", "layers cut (m2)"]
 
 
 def test_both_models_of_a_switched_run_are_measured(model, m2):
-    second = host.with_plan(small.with_pack(model, m2), inheritance.dial(SD, "balanced"))
+    second = small.with_plan(small.with_pack(model, m2), inheritance.dial(SD, "balanced"))
     switched = switch.with_switch(model, second, switch.SwitchPoint(4, "step"))
     (timed,) = execute("ASDMMeasureSpeed", model=switched)
     assert torch.equal(ksampler(timed, **inputs(steps=12)), ksampler(switched, **inputs(steps=12)))
@@ -554,11 +555,11 @@ def test_both_models_of_a_switched_run_are_measured(model, m2):
         "model 2: layers cut (m2)",
     ]
     assert execute("ASDMSpeedReadout", model=timed)[0].shape[2] == 780
-    assert host.setup_of(second).speed is None
+    assert small.last_times(second) is None
 
 
 def test_a_run_that_was_interrupted_leaves_no_half_record(model, monkeypatch):
-    timed = host.with_speed(model)
+    timed = small.with_speed(model)
 
     def stop(*_, **__):
         raise comfy.model_management.InterruptProcessingException

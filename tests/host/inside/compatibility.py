@@ -43,7 +43,7 @@ from in_host import module
 
 inheritance, switching = module("asdm_core.inheritance"), module("asdm_core.switching")
 regional, switch = module("nodes.engine.regional"), module("nodes.engine.switch")
-SD, host, addresses, surgery = small.SD, small.host, small.addresses, small.surgery
+SD, addresses, surgery = small.SD, small.addresses, small.surgery
 PRUNED, PACK, EXPERTS, INHERITANCE, GRI, SWITCH = matrix.TECHNIQUES
 
 
@@ -614,23 +614,23 @@ def test_condconv_pack(bench):
 
 def test_feature_inheritance(bench, caplog):
     def technique(model):
-        return host.with_plan(model, PLAN)
+        return small.with_plan(model, PLAN)
 
     with reference.Inheriting(bench.of.plain, bench.of.config, PLAN):
         wanted = bench.picture(bench(bench.of.plain))
     for model in bench.with_technique(technique, bench.of.plain):
         same(bench.picture(model), wanted)
-        assert any(host.setup_of(model).inheritance.log.last.replayed)
+        assert any(small.last_run(model).replayed)
     assert bench.name != "LCM" or "with fewer than 8" in caplog.text
     bench.check_that_it_acts(wanted, INHERITANCE, technique(bench.stock.plain))
 
 
 def test_gri_attention(bench, caplog):
     def exact(model):
-        return host.with_regional(model, regional.Regional(4, 1))
+        return small.with_technique(model, regional.Regional(4, 1))
 
     def rough(model):
-        return host.with_regional(model, regional.Regional(8, 8))
+        return small.with_technique(model, regional.Regional(8, 8))
 
     if status(bench, GRI) == matrix.OFF:
         same(bench.picture(bench(rough(bench.of.plain))), bench.alone)
@@ -670,8 +670,8 @@ def techniques(of):
     return {
         PACK: lambda model: small.with_pack(model, of.pack),
         EXPERTS: lambda model: small.with_pack(model, of.experts),
-        INHERITANCE: lambda model: host.with_plan(model, PLAN),
-        GRI: lambda model: host.with_regional(model, regional.Regional(8, 8)),
+        INHERITANCE: lambda model: small.with_plan(model, PLAN),
+        GRI: lambda model: small.with_technique(model, regional.Regional(8, 8)),
         SWITCH: lambda model: at(model, small.with_pack(model, of.pack), 1),
     }
 

@@ -8,10 +8,9 @@ from comfy_extras import nodes_model_downscale
 from in_host import module
 from torch._dynamo.utils import counters
 
-inheritance, switching, host = (
+inheritance, switching = (
     module("asdm_core.inheritance"),
     module("asdm_core.switching"),
-    module("nodes.engine.host"),
 )
 regional, switch = module("nodes.engine.regional"), module("nodes.engine.switch")
 Survey = module("nodes.engine.survey").Survey
@@ -73,10 +72,10 @@ def test_lora_on_a_compiled_pack(model, pack, graphs):
 
 def test_a_measured_model_compiled_has_steps_and_no_layers(model, pack, graphs):
     packed = small.with_pack(model, pack)
-    measured = host.with_speed(packed)
+    measured = small.with_speed(packed)
     assert torch.equal(sample(compiled(measured)), sample(packed))
-    record = host.setup_of(measured).speed.last
-    assert [step for step, _ in record.evaluations] == [0, 1] and not record.layers
+    record = small.last_times(measured)
+    assert [step for step, *_ in record.evaluations] == [0, 1] and not record.layers
     assert len(graphs) == 1
 
 
@@ -93,8 +92,8 @@ PLANS = {
 
 def test_every_plan_on_one_unet_has_graphs_of_its_own(model, pack, graphs):
     """One for steps that remember, also for the last, from which nobody inherits, and one for steps that inherit."""
-    cases = [host.with_plan(model, PLANS[name]) for name in ("output", "residual", "parts")]
-    cases.append(host.with_plan(small.with_pack(model, pack), PLANS["output"]))
+    cases = [small.with_plan(model, PLANS[name]) for name in ("output", "residual", "parts")]
+    cases.append(small.with_plan(small.with_pack(model, pack), PLANS["output"]))
     plain = sample(model, steps=3)
     wanted = [sample(m, steps=3) for m in cases]
     assert all(small.difference(samples, plain) > 1e-3 for samples in wanted)
@@ -109,7 +108,7 @@ def test_forecasts_of_any_size_have_four_graphs(model, graphs):
     """Also the first forecast, which has one step to draw on, and the last step; torch keeps no more than 8 of a
     network.
     """
-    m = host.with_plan(model, PLANS["forecast"])
+    m = small.with_plan(model, PLANS["forecast"])
     for size, count in (((16, 16), 2), ((24, 20), 4), ((32, 40), 4), ((16, 16), 4)):
         assert torch.equal(sample(compiled(m), size=size, steps=5), sample(m, size=size, steps=5))
         assert len(graphs) == count
@@ -117,12 +116,12 @@ def test_forecasts_of_any_size_have_four_graphs(model, graphs):
 
 
 def test_a_step_that_looks_first_runs_uncompiled(model, graphs):
-    m = host.with_plan(model, Plan((Rule(DEEP),), Schedule("adaptive", threshold=0.3, max_run=2)))
+    m = small.with_plan(model, Plan((Rule(DEEP),), Schedule("adaptive", threshold=0.3, max_run=2)))
     wanted = sample(m, steps=6)
-    roles = host.setup_of(m).inheritance.log.last.roles()
+    roles = small.last_run(m).roles()
     assert {"computed", "inherited"} == set(roles)
     assert torch.equal(sample(compiled(m), steps=6), wanted)
-    assert host.setup_of(m).inheritance.log.last.roles() == roles
+    assert small.last_run(m).roles() == roles
     assert len(graphs) == 1 and not counters["graph_break"]
 
 
@@ -137,18 +136,18 @@ def test_inheriting_beside_deep_shrink_runs_uncompiled(model, graphs, after_skip
             m, 1, 2.0, 0.0, 0.5, after_skip, "bicubic", "bicubic"
         )[0]
 
-    m = shrunk(host.with_plan(model, PLANS["output"]))
+    m = shrunk(small.with_plan(model, PLANS["output"]))
     wanted = sample(m, steps=6)
     assert torch.equal(sample(compiled(m), steps=6), wanted) and not graphs
-    assert small.difference(sample(host.with_plan(model, PLANS["output"]), steps=6), wanted) > 0.01
+    assert small.difference(sample(small.with_plan(model, PLANS["output"]), steps=6), wanted) > 0.01
 
 
 def test_calibration_of_a_compiled_model(model, graphs):
     tables = []
     for m in (model, compiled(model)):
-        survey = Survey([PLANS["forecast"]], 2)
-        sample(host.with_survey(m, survey), steps=4)
-        tables.append([c.errors for c in survey.candidates(host.architecture_of(model), 16, 16)])
+        survey = Survey((PLANS["forecast"],), 2)
+        sample(small.with_technique(m, survey), steps=4)
+        tables.append([c.errors for c in survey.candidates(small.network.architecture_of(model), 16, 16)])
     assert all((a == b).all() for a, b in zip(*tables, strict=True))
     assert len(graphs) == 2 and not counters["graph_break"]
 
@@ -182,8 +181,8 @@ def test_every_technique_has_so_many_graphs(folder, model, pack, graphs, techniq
                     CONFIG,
                 ),
             ),
-            matrix.INHERITANCE: lambda: host.with_plan(model, PLANS["output"]),
-            matrix.GRI: lambda: host.with_regional(model, regional.Regional(8, 8)),
+            matrix.INHERITANCE: lambda: small.with_plan(model, PLANS["output"]),
+            matrix.GRI: lambda: small.with_technique(model, regional.Regional(8, 8)),
         }[technique]()
         made = compiled(plain)
     wanted = sample(plain, steps=4)

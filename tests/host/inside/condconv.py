@@ -9,7 +9,7 @@ import torch
 from comfy_extras import nodes_hooks
 from in_host import execute, module
 
-SD, host = small.SD, small.host
+SD, assigned = small.SD, small.assigned
 inheritance = module("asdm_core.inheritance")
 CondConv = small.condconv.CondConv
 M2 = small.Architecture.preset("m2", SD)
@@ -280,7 +280,7 @@ def test_little_memory(model, experts, monkeypatch):
 
 
 def test_the_host_moves_every_weight_of_the_pack(model, experts):
-    (patcher,) = host.packs_of(small.with_pack(model, experts)).values()
+    (patcher,) = assigned.packs_of(small.with_pack(model, experts)).values()
     movable = {f"{name}.{leaf}" for _, _, name, _, leaves in patcher._load_list() for leaf in leaves}
     assert movable == set(dict(patcher.model.named_parameters()))
     assert all(hasattr(patcher.model.get_submodule(name.rpartition(".")[0]), "comfy_cast_weights") for name in movable)
@@ -296,8 +296,8 @@ def test_experts_play_after_a_deep_copy_and_on_other_devices(model, experts, pla
 def test_inherited_features_with_experts(model, experts):
     # Both kinds of reuse: whole outputs, and residuals, onto shortcuts that are computed afresh.
     plan = inheritance.Plan((inheritance.Rule("mid, up.0, up.1"), inheritance.Rule("down.1.0.resnet", "residual")))
-    played = small.sample(host.with_plan(small.with_pack(model, experts), plan), steps=4)
-    assert small.difference(played, small.sample(host.with_plan(with_reference(model, experts), plan), steps=4)) < 1e-4
+    played = small.sample(small.with_plan(small.with_pack(model, experts), plan), steps=4)
+    assert small.difference(played, small.sample(small.with_plan(with_reference(model, experts), plan), steps=4)) < 1e-4
     assert small.difference(played, small.sample(small.with_pack(model, experts), steps=4)) > 1e-3
 
 

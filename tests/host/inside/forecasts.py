@@ -24,7 +24,7 @@ from comfy_extras import (
 )
 from in_host import module
 
-SD, SDXL, host = small.SD, small.SDXL, small.host
+SD, SDXL = small.SD, small.SDXL
 forecast, forecasts, speed_up = (
     module(name) for name in ("asdm_core.forecast", "nodes.engine.forecasts", "nodes.speed_up")
 )
@@ -38,7 +38,7 @@ class Carried:
 
     def __init__(self, model, plan):
         self.kept = forecasts.Forecasts(plan)
-        self.model = host.with_forecasts(model, self.kept)
+        self.model = small.with_technique(model, self.kept)
 
     @property
     def report(self):
@@ -557,15 +557,16 @@ def test_samplers_that_cannot_be_foretold_compute_everything_and_say_so(model, s
     torch.manual_seed(0)
     plain = small.sample(model, steps=10, sampler=sampler)
     torch.manual_seed(0)
-    m = host.with_forecasts(model, speed_up.SpeedUp("same motif"))
+    m = small.with_technique(model, speed_up.SpeedUp("same motif"))
     assert torch.equal(small.sample(m, steps=10, sampler=sampler), plain)
     assert "every step is computed" in caplog.text
 
 
 def test_a_recorded_run_is_the_plain_run_and_tells_its_v(model):
-    recorder = forecasts.Recorder()
+    recorded = forecasts.Recorded()
+    recorder = recorded.results
     latents = []
-    m = host.with_forecasts(model, recorder)
+    m = small.with_technique(model, recorded)
     made = small.sample(m, steps=4, callback=lambda i, x0, x, n: latents.append((x.clone(), x0.clone())))
     assert torch.equal(made, small.sample(model, steps=4))
     sigmas = small.sigmas_of(model, 4)[:-1]
@@ -581,9 +582,10 @@ def test_speed_up_leaves_out_more_the_less_alike_it_may_be(model, sampler, sched
     found = {}
     for likeness in speed_up.LIKENESS:
         kept = speed_up.SpeedUp(likeness)
-        m = host.with_forecasts(model, kept)
+        m = small.with_technique(model, kept)
         made = small.sample(m, steps=20, sampler=sampler, scheduler=scheduler, cfg=7.0)
-        assert made.isfinite().all() and kept.log.last.peak <= kept.bytes((1, 4, 16, 16), 2)
+        planned = kept.device_bytes(m, (1, 4, 16, 16), {"positive": [], "negative": []})
+        assert made.isfinite().all() and kept.log.last.peak <= planned
         assert torch.equal(small.sample(m, steps=20, sampler=sampler, scheduler=scheduler, cfg=7.0), made)
         found[likeness] = kept.log.last.saving
     assert 0 < found["same to the eye"] < found["close"] < found["same motif"] < 1
@@ -592,5 +594,5 @@ def test_speed_up_leaves_out_more_the_less_alike_it_may_be(model, sampler, sched
 def test_speed_up_of_an_image_to_image_run_is_for_its_noise_levels(model):
     kept = speed_up.SpeedUp("same motif")
     latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
-    small.sample(host.with_forecasts(model, kept), steps=20, latent=latent, denoise=0.5)
+    small.sample(small.with_technique(model, kept), steps=20, latent=latent, denoise=0.5)
     assert len(kept.log.last.letters) == 20 and kept.log.last.saving > 0 and not kept.log.last.notes

@@ -9,7 +9,7 @@ from comfy.ldm.modules import attention
 from comfy_extras import nodes_hypertile, nodes_pag, nodes_sag, nodes_tomesd
 from in_host import execute, module
 
-SD, SD2, SDXL, host = small.SD, small.SD2, small.SDXL, small.host
+SD, SD2, SDXL, assigned = small.SD, small.SD2, small.SDXL, small.assigned
 inheritance, core, regional = module("asdm_core.inheritance"), module("asdm_core.gri"), module("nodes.engine.regional")
 AUTO = {"window": 0, "pool": 0, "stages": 2, "shifted": False, "start_percent": 0.0, "end_percent": 1.0}
 EXACT, ROUGH = {"window": 4, "pool": 1}, {"window": 4, "pool": 4}
@@ -193,7 +193,7 @@ def test_gains_with_units_of_another_pack(model, folder, gains):
 
 
 def test_the_host_moves_and_casts_gains(model, gains):
-    (patcher,) = host.packs_of(small.with_pack(model, gains)).values()
+    (patcher,) = assigned.packs_of(small.with_pack(model, gains)).values()
     movable = {f"{name}.{leaf}" for _, _, name, _, leaves in patcher._load_list() for leaf in leaves}
     assert movable == set(dict(patcher.model.named_parameters())) and len(movable) == len(TRANSFORMERS)
     assert {p.dtype for p in patcher.model.parameters()} == {torch.float32}
@@ -303,10 +303,10 @@ def test_whole_layers_inherit_under_gri(model, calls):
     plan = inheritance.shallow_only(SD, inheritance.Schedule(interval=2))
     both = [
         small.sample(m, steps=4)
-        for m in (gri(host.with_plan(model, plan), **EXACT), host.with_plan(gri(model, **EXACT), plan))
+        for m in (gri(small.with_plan(model, plan), **EXACT), small.with_plan(gri(model, **EXACT), plan))
     ]
     assert torch.equal(*both)
-    assert small.difference(both[0], small.sample(host.with_plan(model, plan), steps=4)) < 1e-4
+    assert small.difference(both[0], small.sample(small.with_plan(model, plan), steps=4)) < 1e-4
     assert small.difference(both[0], small.sample(model, steps=4)) > 1e-4
 
 
@@ -314,7 +314,7 @@ def test_parts_of_blocks_are_computed_in_full_under_gri(model, calls):
     # A part that inherits would have to know how GRI computes; so none does, and GRI plays in all of them.
     plan = inheritance.attention(SD, "attn1|attn2", inheritance.Schedule(interval=2))
     assert torch.equal(
-        small.sample(host.with_plan(gri(model, **ROUGH), plan), steps=4), small.sample(gri(model, **ROUGH), steps=4)
+        small.sample(small.with_plan(gri(model, **ROUGH), plan), steps=4), small.sample(gri(model, **ROUGH), steps=4)
     )
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import Counter
 
 import comfy.model_base
 import comfy.sample
@@ -10,12 +11,13 @@ import pytest
 import reference
 import small
 import torch
+from comfy.patcher_extension import WrappersMP
 from in_host import module
 
-SD, SDXL, host = small.SD, small.SDXL, small.host
+SD, SDXL = small.SD, small.SDXL
 inheritance, replay = module("asdm_core.inheritance"), module("nodes.engine.feature_cache")
 calibration, calibrate = module("asdm_core.calibration"), module("nodes.calibrate_inheritance")
-Survey = module("nodes.engine.survey").Survey
+Survey, steps = module("nodes.engine.survey").Survey, module("asdm_core.steps")
 Schedule, Plan, Rule = inheritance.Schedule, inheritance.Plan, inheritance.Rule
 EVERY_OTHER = Schedule(interval=2)
 
@@ -36,7 +38,7 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_a_run_equals_the_reference_by_hooks(model, name):
     plan = PLANS[name]
-    inherited = small.sample(host.with_plan(model, plan), steps=4)
+    inherited = small.sample(small.with_plan(model, plan), steps=4)
     with reference.Inheriting(model, SD, plan):
         wanted = small.sample(model, steps=4)
     assert torch.equal(inherited, wanted)
@@ -46,7 +48,7 @@ def test_a_run_equals_the_reference_by_hooks(model, name):
 def test_sdxl_parts_and_blocks_equal_the_reference(folder):
     model = small.model(folder, SDXL)
     for plan in (inheritance.deepcache(SDXL, 2, EVERY_OTHER), inheritance.attention(SDXL, "attn2", EVERY_OTHER)):
-        inherited = small.sample(host.with_plan(model, plan), SDXL)
+        inherited = small.sample(small.with_plan(model, plan), SDXL)
         with reference.Inheriting(model, SDXL, plan):
             assert torch.equal(inherited, small.sample(model, SDXL))
 
@@ -58,9 +60,9 @@ def test_it_inherits_where_a_pair_of_samplers_is_cut(model, tmp_path, how):
     else:
         whole = small.with_pack(model, small.write_pack(tmp_path / "tiny.safetensors", preset="tiny", seed=1))
     plan = inheritance.deepcache(SD, 0, EVERY_OTHER)
-    m = host.with_plan(whole, plan)
+    m = small.with_plan(whole, plan)
     inherited = small.sample(m, steps=4)
-    assert host.setup_of(m).inheritance.log.last.replayed == [False, True, False, True]
+    assert small.last_run(m).replayed == [False, True, False, True]
     same = small.combined(tmp_path, preset="tiny")  # the pack's units in one file are the same network
     with reference.Inheriting(same, SD, plan):
         assert torch.equal(inherited, small.sample(same, steps=4))
@@ -70,7 +72,7 @@ def test_interval_one_is_bit_identical_to_none(model):
     plan = inheritance.shallow_only(SD, Schedule(interval=1))
     for sampler in ("euler", "heun"):
         assert torch.equal(
-            small.sample(host.with_plan(model, plan), steps=4, sampler=sampler),
+            small.sample(small.with_plan(model, plan), steps=4, sampler=sampler),
             small.sample(model, steps=4, sampler=sampler),
         )
 
@@ -79,7 +81,7 @@ def test_recording_changes_nothing(model):
     # All steps but the last are full; what they make must be what they make without recording.
     plan = inheritance.attention(SD, "attn1|attn2|ff", Schedule("explicit", steps=tuple(range(3))))
     seen = {}
-    for name, m in (("plain", model), ("plan", host.with_plan(model, plan))):
+    for name, m in (("plain", model), ("plan", small.with_plan(model, plan))):
         small.sample(m, steps=4, callback=lambda i, x0, x, n, name=name: seen.setdefault(name, []).append(x0.clone()))
     equal = [torch.equal(a, b) for a, b in zip(seen["plain"], seen["plan"], strict=True)]
     assert equal == [True, True, True, False]
@@ -92,11 +94,12 @@ def test_a_forecast_on_a_straight_line_is_exact(model):
     x = torch.zeros(1, 4, 8, 8)
     options = {"uuids": ["a"], "cond_or_uncond": [0]}
     for step, wanted in ((0, replay.RECORD), (2, replay.RECORD), (4, replay.REPLAY)):
-        memory.begin_evaluation(6 - step)
-        assert memory.begin_forward(x, options, "", {}) == wanted
+        memory.begin_evaluation(steps.Moment(6 - step, step, step))
+        memory.begin_forward(small.technique.Forward(x, options, "", {}))
+        assert memory.mode == wanted
         value = torch.full((1, 2), 10.0 + 3 * step)
         if wanted == replay.RECORD:
-            memory.after("mid.1.resnet", None, x, value)
+            memory.end_layer("mid.1.resnet", None, x, value)
         else:
             assert torch.equal(memory.recall("mid.1.resnet", value.shape), value)
 
@@ -107,10 +110,11 @@ def test_a_forecast_reaches_into_a_step(model):
     options = {"uuids": ["a"], "cond_or_uncond": [0]}
     values = []
     for position in (0, 2, 2.5, 3, 3.5):
-        memory.begin_evaluation(6 - position)
+        memory.begin_evaluation(steps.Moment(6 - position, int(position), position))
         value = torch.full((1, 2), 10.0 + 3 * position)
-        if memory.begin_forward(x, options, "", {}) == replay.RECORD:
-            memory.after("mid.1.resnet", None, x, value)
+        memory.begin_forward(small.technique.Forward(x, options, "", {}))
+        if memory.mode == replay.RECORD:
+            memory.end_layer("mid.1.resnet", None, x, value)
         else:
             values.append((position, torch.equal(memory.recall("mid.1.resnet", value.shape), value)))
     assert values == [(2.5, True), (3.5, True)]  # coming back at 2.5 halves the interval, so step 3 computes
@@ -118,7 +122,7 @@ def test_a_forecast_reaches_into_a_step(model):
 
 @pytest.mark.parametrize("repeats", [True, False])
 def test_a_second_look_at_one_latent_costs_no_full_evaluation(model, repeats):
-    m = host.with_plan(model, inheritance.deepcache(SD, 1, Schedule(interval=4, repeats=repeats)))
+    m = small.with_plan(model, inheritance.deepcache(SD, 1, Schedule(interval=4, repeats=repeats)))
     seen = []
 
     def twice(network, x, sigmas, extra_args, **_):
@@ -147,21 +151,21 @@ def test_steps_are_found_for_every_sampler(model, sampler, monkeypatch):
     counts = []
     close = replay.FeatureCache.close
     monkeypatch.setattr(replay.FeatureCache, "close", lambda self: (counts.append(self.counts), close(self)))
-    small.sample(host.with_plan(model, plan), steps=6, sampler=sampler)
+    small.sample(small.with_plan(model, plan), steps=6, sampler=sampler)
     (found,) = counts
     assert {step for step, mode in found if mode == replay.REPLAY} == {1, 3, 5}
     assert {step for step, mode in found if mode != replay.REPLAY} == {0, 2, 4}
 
 
 def test_conds_apart_inherit_their_own_features(model, monkeypatch):
-    m = host.with_plan(model, inheritance.deepcache(SD, 1, EVERY_OTHER))
+    m = small.with_plan(model, inheritance.deepcache(SD, 1, EVERY_OTHER))
     together = small.sample(m, steps=4)
     monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *args, **more: 1e15)
     assert small.difference(small.sample(m, steps=4), together) < 1e-4
 
 
 def test_a_second_run_of_another_size_or_batch_starts_from_nothing(model):
-    m = host.with_plan(model, inheritance.deepcache(SD, 1, EVERY_OTHER))
+    m = small.with_plan(model, inheritance.deepcache(SD, 1, EVERY_OTHER))
     first = small.sample(m, steps=4)
     small.sample(m, steps=4, size=(24, 16), batch=2)
     assert torch.equal(small.sample(m, steps=4), first)
@@ -175,7 +179,7 @@ def test_nothing_is_left_after_a_run_or_an_error(model, monkeypatch):
         "__init__",
         lambda self, *args: (memories.append(weakref.ref(self)), create(self, *args))[1],
     )
-    m = host.with_plan(model, inheritance.deepcache(SD, 1, EVERY_OTHER))
+    m = small.with_plan(model, inheritance.deepcache(SD, 1, EVERY_OTHER))
     small.sample(m)
 
     def stop(i, x0, x, n):
@@ -196,7 +200,7 @@ def test_a_pack_that_enters_in_mid_run_inherits_nothing_from_before(model, folde
     close = replay.FeatureCache.close
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay.FeatureCache, "close", lambda self: (counts.update(self.counts), close(self)))
-        small.sample(host.with_plan(late, plan), steps=4)
+        small.sample(small.with_plan(late, plan), steps=4)
     modes = {step: mode for step, mode in counts}
     assert modes[0] == replay.RECORD and replay.REPLAY in modes.values() and modes[3] == replay.COMPUTE
 
@@ -206,13 +210,13 @@ def test_a_patched_block_computes_in_full(model):
     plan = inheritance.attention(SD, "attn1", EVERY_OTHER)
     patched = model.clone()
     patched.set_model_attn1_output_patch(lambda n, extra: n)
-    assert torch.equal(small.sample(host.with_plan(patched, plan), steps=4), small.sample(model, steps=4))
+    assert torch.equal(small.sample(small.with_plan(patched, plan), steps=4), small.sample(model, steps=4))
 
 
 @pytest.mark.parametrize("threshold,equal", [(0.0, True), (1e9, False)])
 def test_an_adaptive_plan_follows_its_threshold(model, threshold, equal):
     plan = inheritance.deepcache(SD, 1, Schedule("adaptive", threshold=threshold, max_run=2))
-    assert torch.equal(small.sample(host.with_plan(model, plan), steps=4), small.sample(model, steps=4)) is equal
+    assert torch.equal(small.sample(small.with_plan(model, plan), steps=4), small.sample(model, steps=4)) is equal
 
 
 def with_residual(model, strength):
@@ -222,15 +226,15 @@ def with_residual(model, strength):
         return executor(x, t, c_concat, c_crossattn, {"input": [torch.full((2, 32, 16, 16), strength)]}, *args, **more)
 
     m = model.clone()
-    m.add_wrapper_with_key(host.WrappersMP.APPLY_MODEL, "control", add)
+    m.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "control", add)
     return m
 
 
 def test_control_residuals_act_on_inherited_steps(model):
     # conv_in's output reaches the last decoder layer by its skip, which every step computes.
     plan = inheritance.deepcache(SD, 0, EVERY_OTHER)
-    controlled = small.sample(host.with_plan(with_residual(model, 0.5), plan))
-    assert not torch.equal(controlled, small.sample(host.with_plan(model, plan)))
+    controlled = small.sample(small.with_plan(with_residual(model, 0.5), plan))
+    assert not torch.equal(controlled, small.sample(small.with_plan(model, plan)))
     with reference.Inheriting(model, SD, plan):
         wanted = small.sample(with_residual(model, 0.5))
     assert torch.equal(controlled, wanted)
@@ -238,15 +242,15 @@ def test_control_residuals_act_on_inherited_steps(model):
 
 def kept(model):
     """The report of a MODEL's last run."""
-    return host.setup_of(model).inheritance.log.last
+    return small.last_run(model)
 
 
 @pytest.mark.parametrize("name", ["deepcache-0", "encoder", "residuals", "parts", "forecast"])
 def test_the_size_of_the_cache_is_known_before_the_run(model, name):
     plan = Plan((Rule("mid, up.0", "forecast"),), EVERY_OTHER) if name == "forecast" else PLANS[name]
-    m = host.with_plan(model, plan)
+    m = small.with_plan(model, plan)
     small.sample(m, steps=6, size=(12, 20), batch=2)
-    assert kept(m).peak == host.cache_bytes(m, (2, 4, 12, 20), 2) > 0
+    assert kept(m).peak == small.cache_bytes(m, (2, 4, 12, 20), 2) > 0
 
 
 def test_features_kept_on_the_cpu_play_the_same(model, monkeypatch):
@@ -254,15 +258,15 @@ def test_features_kept_on_the_cpu_play_the_same(model, monkeypatch):
     moved = []
     cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (moved.append(1), cpu(self))[1])
-    wanted = small.sample(host.with_plan(model, plan), steps=4)
+    wanted = small.sample(small.with_plan(model, plan), steps=4)
     before = len(moved)
-    assert torch.equal(small.sample(host.with_plan(model, plan, on_cpu=True), steps=4), wanted) and len(moved) > before
+    assert torch.equal(small.sample(small.with_plan(model, plan, on_cpu=True), steps=4), wanted) and len(moved) > before
 
 
 def test_a_run_that_would_remember_more_than_the_limit_computes_in_full_and_says_so(model, caplog):
     plan = inheritance.encoder(SD, EVERY_OTHER)
-    big = host.cache_bytes(host.with_plan(model, plan), (1, 4, 64, 64), 2)
-    m = host.with_plan(model, plan, limit_mb=1)
+    big = small.cache_bytes(small.with_plan(model, plan), (1, 4, 64, 64), 2)
+    m = small.with_plan(model, plan, limit_mb=1)
     assert big > 2**20
     plain = small.sample(model, steps=2, size=(64, 64))
     assert torch.equal(small.sample(m, steps=2, size=(64, 64)), plain) and "limit is 1 MB" in caplog.text
@@ -274,7 +278,7 @@ def test_a_run_that_would_remember_more_than_the_limit_computes_in_full_and_says
 
 
 def test_few_steps_are_warned_of(model, caplog):
-    m = host.with_plan(model, PLANS["deepcache-0"])
+    m = small.with_plan(model, PLANS["deepcache-0"])
     small.sample(m, steps=8)
     assert "asdm" not in caplog.text
     small.sample(m, steps=7)
@@ -282,7 +286,7 @@ def test_few_steps_are_warned_of(model, caplog):
 
 
 def test_the_report_says_what_was_inherited(model):
-    m = host.with_plan(model, PLANS["deepcache-0"])
+    m = small.with_plan(model, PLANS["deepcache-0"])
     assert kept(m) is None
     small.sample(m, steps=5)
     assert kept(m).replayed == [False, True, False, True, False] and kept(m.clone()) is kept(m)
@@ -295,21 +299,21 @@ def test_the_report_says_what_was_inherited(model):
 
 def test_the_plan_says_where_steps_are_too_few(model):
     inherit = module("nodes.inheritance_plan")
-    m = host.with_plan(model, PLANS["deepcache-0"])
+    m = small.with_plan(model, PLANS["deepcache-0"])
     texts = [inherit.summary(inherit.describe(m, steps, 128, 128, 1)) for steps in (7, 8)]
     assert ["suffers" in text for text in texts] == [True, False]
 
 
 def test_the_measured_saving_compares_with_full_steps():
-    report = replay.Report(
+    report = small.inheritance.Report(
         4,
-        replay.Counter({(0, "record"): 1, (1, "replay"): 1, (2, "record"): 1, (3, "replay"): 1}),
+        Counter({(0, "record"): 1, (1, "replay"): 1, (2, "record"): 1, (3, "replay"): 1}),
         [False, True, False, True],
         [(0, 9.0), (1, 1.0), (2, 2.0), (3, 1.0)],
         0,
     )
     assert report.saving() == pytest.approx(1 - 4 / 6)
-    assert replay.Report(1, replay.Counter({(0, "compute"): 1}), [False], [(0, 1.0)], 0).saving() is None
+    assert small.inheritance.Report(1, Counter({(0, "compute"): 1}), [False], [(0, 1.0)], 0).saving() is None
 
 
 def test_the_host_leaves_room_for_the_cache(model, monkeypatch):
@@ -325,17 +329,17 @@ def test_the_host_leaves_room_for_the_cache(model, monkeypatch):
             load(models, memory_required=memory_required, **more),
         ),
     )
-    m = host.with_plan(model, PLANS["encoder"])
+    m = small.with_plan(model, PLANS["encoder"])
     small.sample(model)
     small.sample(m)
-    small.sample(host.with_plan(model, PLANS["encoder"], on_cpu=True))
+    small.sample(small.with_plan(model, PLANS["encoder"], on_cpu=True))
     plain, with_cache, on_cpu = asked
-    assert with_cache - plain == pytest.approx(host.cache_bytes(m, (1, 4, 16, 16), 2)) and on_cpu == plain
+    assert with_cache - plain == pytest.approx(small.cache_bytes(m, (1, 4, 16, 16), 2)) and on_cpu == plain
 
 
 def test_a_plan_for_other_units_is_refused_at_once(model):
     with pytest.raises(ValueError, match=r"down\.9"):
-        host.with_plan(model, Plan((Rule("down.9"),)))
+        small.with_plan(model, Plan((Rule("down.9"),)))
 
 
 # Calibration ----------------------------------------------------------------------------------------
@@ -354,35 +358,37 @@ def test_the_measured_run_is_the_plain_run(model, calibrated):
 def test_the_most_faithful_plan_for_a_saving_saves_it(model, calibrated):
     for saving in (0.2, 0.4):
         best = calibration.choose(calibrated[0], saving=saving)
-        m = host.with_plan(model, best.plan)
+        m = small.with_plan(model, best.plan)
         small.sample(m, steps=8)
         assert kept(m).replayed.count(False) == len(best.plan.schedule.steps) and best.saving >= saving
-        assert best.saving == pytest.approx(inheritance.saving(best.plan, host.architecture_of(model), 8, 16, 16))
+        assert best.saving == pytest.approx(
+            inheritance.saving(best.plan, small.network.architecture_of(model), 8, 16, 16)
+        )
 
 
 def test_an_error_measured_one_step_back_is_what_inheriting_there_does(model):
     # The last step of euler goes all the way to the predicted result, so its error is the run's.
-    survey = Survey([inheritance.deepcache(SD, 1)], 2)
-    full = small.sample(host.with_survey(model, survey), steps=4)
-    (candidate,) = survey.candidates(host.architecture_of(model), 16, 16)
+    survey = Survey((inheritance.deepcache(SD, 1),), 2)
+    full = small.sample(small.with_technique(model, survey), steps=4)
+    (candidate,) = survey.candidates(small.network.architecture_of(model), 16, 16)
     plan = inheritance.deepcache(SD, 1, Schedule("explicit", steps=(0, 1, 2)))
-    off = small.sample(host.with_plan(model, plan), steps=4) - full
+    off = small.sample(small.with_plan(model, plan), steps=4) - full
     assert candidate.errors[3, 1, 0] == pytest.approx(
         float(off.square().mean().sqrt() / full.square().mean().sqrt()), rel=0.05
     )
 
 
 def test_a_survey_leaves_nothing_behind_and_control_reaches_every_trial(model):
-    survey = Survey(calibrate.plans_for(SD), 2)
-    measured = small.sample(host.with_survey(with_residual(model, 0.5), survey), steps=4)
+    survey = Survey(tuple(calibrate.plans_for(SD)), 2)
+    measured = small.sample(small.with_technique(with_residual(model, 0.5), survey), steps=4)
     assert torch.equal(measured, small.sample(with_residual(model, 0.5), steps=4))
-    assert not any(track.size() for track in survey.tracks)
+    assert not any(track.size() for track in survey.found.tracks)
 
 
 def test_a_survey_beside_another_cache_measures_the_steps_that_run(model):
     from comfy_extras.nodes_easycache import EasyCacheNode
 
     lazy = EasyCacheNode.execute(model, 3.0, 0.2, 0.9, False).args[0]
-    survey = Survey(calibrate.plans_for(SD), 2)
-    assert torch.equal(small.sample(host.with_survey(lazy, survey), steps=8), small.sample(lazy, steps=8))
-    assert any(len(track._sensitivity) > 0 for track in survey.tracks)
+    survey = Survey(tuple(calibrate.plans_for(SD)), 2)
+    assert torch.equal(small.sample(small.with_technique(lazy, survey), steps=8), small.sample(lazy, steps=8))
+    assert any(len(track._sensitivity) > 0 for track in survey.found.tracks)

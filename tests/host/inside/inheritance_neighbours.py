@@ -29,7 +29,6 @@ from in_host import module
 
 SD = small.SD
 SDXL = small.SDXL
-host = small.host
 units = module("nodes.engine.units")
 inheritance = module("asdm_core.inheritance")
 Schedule, Plan, Rule, Architecture = inheritance.Schedule, inheritance.Plan, inheritance.Rule, small.Architecture
@@ -47,7 +46,7 @@ def apart(monkeypatch):
 
 def inherited(model):
     """Steps that the last run of a MODEL inherited."""
-    return [s for s, role in enumerate(host.setup_of(model).inheritance.log.last.roles()) if role == "inherited"]
+    return [s for s, role in enumerate(small.last_run(model).roles()) if role == "inherited"]
 
 
 def seeded(run, model):
@@ -62,8 +61,8 @@ def check(apply, model, run=None, plan=PLAN, config=SD, replays=(1, 3, 5), full=
     run = run or partial(small.sample, config=config, steps=STEPS)
     with reference.Inheriting(model, config, plan, full):
         wanted = seeded(run, apply(model))
-    first = apply(host.with_plan(model, plan))
-    for m in (first, first) if apply is itself else (first, first, host.with_plan(apply(model), plan)):
+    first = apply(small.with_plan(model, plan))
+    for m in (first, first) if apply is itself else (first, first, small.with_plan(apply(model), plan)):
         assert torch.equal(seeded(run, m), wanted)
         assert replays is None or inherited(m) == list(replays)
     assert wanted.isfinite().all()
@@ -117,7 +116,7 @@ NODES = {
 @pytest.mark.parametrize("name", ["FreeU", "FreeU_V2", "deep shrink", "attn2 patched"])
 def test_stock_nodes_act_on_inherited_steps(model, name):
     acted = check(NODES[name], model)
-    assert not torch.equal(acted, seeded(partial(small.sample, steps=STEPS), host.with_plan(model, PLAN)))
+    assert not torch.equal(acted, seeded(partial(small.sample, steps=STEPS), small.with_plan(model, PLAN)))
 
 
 @pytest.mark.parametrize("name", ["FreeU", "FreeU_V2"])
@@ -131,7 +130,7 @@ def test_self_attention_guidance(model):
         return nodes_sag.SelfAttentionGuidance.execute(m, 0.5, 2.0)[0]
 
     check(sag, model, plan=Plan((Rule("down.1-2"),), EVERY_OTHER))
-    m = sag(host.with_plan(model, PLAN))
+    m = sag(small.with_plan(model, PLAN))
     first = small.sample(m, steps=STEPS)
     small.sample(m, steps=STEPS, size=(24, 24))
     assert torch.equal(small.sample(m, steps=STEPS), first) and inherited(m) == [1, 3, 5]
@@ -140,9 +139,9 @@ def test_self_attention_guidance(model):
 def test_perturbed_guidance_of_inherited_parts_computes_in_full(model):
     # The perturbed pass replaces attn1 of the middle block: nobody may leave parts out of it. The other pass inherits.
     plan = inheritance.attention(SD, "attn1", EVERY_OTHER)
-    m = NODES["PAG"](host.with_plan(model, plan))
+    m = NODES["PAG"](small.with_plan(model, plan))
     small.sample(m, steps=STEPS)
-    counts = host.setup_of(m).inheritance.log.last.counts
+    counts = small.last_run(m).counts
     assert all(counts[s, "replay"] == counts[s, "compute"] == 1 for s in (1, 3, 5))
 
 
@@ -150,7 +149,7 @@ def test_perturbed_guidance_of_inherited_parts_computes_in_full(model):
 @pytest.mark.parametrize("name", ["attn2 replaced", "attn2 patched", "HyperTile"])
 def test_parts_of_patched_blocks_compute(model, name, part):
     apply = NODES[name]
-    inheriting = apply(host.with_plan(model, inheritance.attention(SD, part, EVERY_OTHER)))
+    inheriting = apply(small.with_plan(model, inheritance.attention(SD, part, EVERY_OTHER)))
     assert torch.equal(small.sample(inheriting, steps=4), small.sample(apply(model), steps=4))
     assert inherited(inheriting) == []
 
@@ -162,7 +161,7 @@ def test_a_block_with_another_forward_computes(model):
     calls = []
     block.forward = lambda *args, **more: (calls.append(1), forward(*args, **more) * 1.1)[1]
     try:
-        small.sample(host.with_plan(model, inheritance.attention(SD, "attn1|attn2|ff", EVERY_OTHER)), steps=4)
+        small.sample(small.with_plan(model, inheritance.attention(SD, "attn1|attn2|ff", EVERY_OTHER)), steps=4)
     finally:
         del block.forward
     assert len(calls) == 4
@@ -174,7 +173,7 @@ def test_steps_on_which_maps_change_their_size_compute(model, schedule):
         return nodes_model_downscale.PatchModelAddDownscale.execute(m, 3, 2.0, 0.0, 0.5, True, "bicubic", "bicubic")[0]
 
     plan = Plan(inheritance.deepcache(SD, 1).rules, schedule)
-    m = shrink(host.with_plan(model, plan))
+    m = shrink(small.with_plan(model, plan))
     first = small.sample(m, steps=STEPS)
     assert torch.equal(small.sample(m, steps=STEPS), first)
     big = int(
@@ -265,7 +264,7 @@ def controlled(control, seeds=(1, 2)):
 def test_changing_residuals_at_several_depths(model, kind, places):
     run = partial(small.sample, steps=STEPS, **controlled(Residuals(kind, places)))
     acted = check(itself, model, run)
-    assert not torch.equal(acted, small.sample(host.with_plan(model, PLAN), steps=STEPS))
+    assert not torch.equal(acted, small.sample(small.with_plan(model, PLAN), steps=STEPS))
 
 
 def control_steps(model, start, end):
@@ -322,7 +321,7 @@ def test_prompts_that_change_in_mid_run(model, apart):
 def test_a_prompt_that_enters_makes_the_common_forward_compute(model):
     sampling = model.get_model_object("model_sampling")
     late = [s <= sampling.percent_to_sigma(0.5) for s in small.sigmas_of(model, STEPS)[:-1].tolist()]
-    m = host.with_plan(model, replace(PLAN, schedule=ONCE))
+    m = small.with_plan(model, replace(PLAN, schedule=ONCE))
     small.sample(m, steps=STEPS, positive=[*small.cond(seed=1), *in_range(0.5, 1.0, 3)])
     assert inherited(m) == [s for s in range(1, STEPS) if not late[s]]
 
@@ -338,7 +337,7 @@ def test_context_windows(model, schedule, replays):
     if replays:
         check(windows, model, run, replays=replays)
     else:  # other windows at each step: a window plays from its own features or computes
-        m = windows(host.with_plan(model, PLAN))
+        m = windows(small.with_plan(model, PLAN))
         assert torch.equal(run(m), run(m))
 
 
@@ -356,12 +355,12 @@ def test_a_hook_lora_that_changes_in_mid_run(model):
     lora = small.lora(SD, seed=5)
     sampling = model.get_model_object("model_sampling")
     late = {i for i, s in enumerate(small.sigmas_of(model, STEPS)[:-1].tolist()) if s <= sampling.percent_to_sigma(0.5)}
-    m = host.with_plan(model, replace(PLAN, schedule=ONCE))
+    m = small.with_plan(model, replace(PLAN, schedule=ONCE))
     steady = {"positive": hooked(lora, (0.7, 0.0)), "negative": small.cond(seed=2)}
     check(itself, model, partial(small.sample, steps=STEPS, **steady))
     small.sample(m, steps=STEPS, positive=hooked(lora, (1.0, 0.0), (0.3, 0.5)))
     assert 0 < len(late) < STEPS - 1 and set(inherited(m)) == set(range(1, STEPS)) - late
-    assert host.setup_of(m).inheritance.log.last.counts[STEPS - 1, "replay"] == 1
+    assert small.last_run(m).counts[STEPS - 1, "replay"] == 1
 
 
 # Guiders, schedules, models --------------------------------------------------------------------------
@@ -407,7 +406,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_unusual_schedules(model, name):
     sigmas = SCHEDULES[name](small.sigmas_of(model, 8))
-    m = host.with_plan(model, PLAN)
+    m = small.with_plan(model, PLAN)
     result = custom(cfg_guider(m), sigmas)
     assert inherited(m) == list(range(1, len(sigmas) - 1, 2))
     assert result.isfinite().all() and torch.equal(custom(cfg_guider(m), sigmas), result)
@@ -434,7 +433,7 @@ def test_pruned_unets(model, folder, plan):
     combined = small.combined(folder)
     wanted = check(itself, combined, plan=plan)
     pack = small.with_pack(model, small.write_pack(folder / "m2.safetensors", seed=1))
-    m = host.with_plan(pack, plan)
+    m = small.with_plan(pack, plan)
     assert torch.equal(small.sample(m, steps=STEPS), wanted) and inherited(m) == [1, 3, 5]
 
 
@@ -456,15 +455,15 @@ def test_batches_of_several(model):
 
 def test_several_samplers_one_after_another(model):
     runs = [partial(small.sample, steps=5, sampler=s) for s in ("euler", "dpmpp_2m", "heun", "dpmpp_sde")]
-    alone = [run(host.with_plan(model, PLAN)) for run in runs]
-    m = host.with_plan(model, PLAN)
+    alone = [run(small.with_plan(model, PLAN)) for run in runs]
+    m = small.with_plan(model, PLAN)
     for run, wanted in zip([*runs, runs[0]], [*alone, alone[0]], strict=True):
         assert torch.equal(run(m), wanted)
 
 
 @pytest.mark.parametrize("plan", [PLAN, Plan((Rule("mid, up.0", "forecast"),), EVERY_OTHER)])
 def test_a_rerun_after_an_interrupt(model, plan):
-    m = host.with_plan(model, plan)
+    m = small.with_plan(model, plan)
     wanted = small.sample(m, steps=STEPS)
 
     def interrupt(i, x0, x, n):

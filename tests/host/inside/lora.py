@@ -9,7 +9,7 @@ import small
 import torch
 from comfy_extras import nodes_hooks, nodes_model_merging
 
-SD, host = small.SD, small.host
+SD, assigned = small.SD, small.assigned
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def in_mode(model, mode):
 
 def pack_weights(model):
     """The weights of a MODEL's pack as they lie in memory now."""
-    (patcher,) = host.packs_of(model).values()
+    (patcher,) = assigned.packs_of(model).values()
     return {k.removeprefix("diffusion_model."): v.clone() for k, v in patcher.model.state_dict().items()}
 
 

@@ -10,9 +10,10 @@ import pytest
 import small
 import torch
 from comfy_extras import nodes_custom_sampler
-from in_host import execute
+from in_host import execute, module
 
-SD, SDXL, host = small.SD, small.SDXL, small.host
+SD, SDXL, assigned = small.SD, small.SDXL, small.assigned
+engine_run, wrappers = module("nodes.engine.run"), module("nodes.engine.wrappers")
 
 
 @pytest.fixture
@@ -48,14 +49,14 @@ def state(model):
 def dispatched(monkeypatch):
     """How many layers somebody stood in for, by the end of the test."""
     counts = []
-    forward = host.Stage._dispatch
+    forward = engine_run.BoundUNet._dispatch
 
     def dispatch(stage, layer, *args):
         if id(layer) in stage._players:
             counts.append(type(stage._players[id(layer)]).__name__)
         return forward(stage, layer, *args)
 
-    monkeypatch.setattr(host.Stage, "_dispatch", dispatch)
+    monkeypatch.setattr(engine_run.BoundUNet, "_dispatch", dispatch)
     return counts
 
 
@@ -101,7 +102,7 @@ def test_pack_for_sd2_plays_what_the_combined_file_plays(folder):
 def test_pack_in_fp16_plays_in_the_hosts_dtype(model, folder):
     path = small.write_pack(folder / "half.safetensors", seed=1, dtype=torch.float16)
     played = small.with_pack(model, path)
-    assert {p.dtype for pack in host.packs_of(played).values() for p in pack.model.parameters()} == {torch.float32}
+    assert {p.dtype for pack in assigned.packs_of(played).values() for p in pack.model.parameters()} == {torch.float32}
     assert small.difference(small.sample(played), small.sample(small.combined(folder))) < 0.02
 
 
@@ -192,7 +193,7 @@ def test_of_overlapping_packs_the_later_one_holds(model, folder, m1, m2):
 def test_pack_applied_twice_is_applied_once(model, m2):
     once = small.with_pack(model, m2)
     twice = small.with_pack(once, m2)
-    assert len(twice.get_additional_models_with_key(host.KEY)) == 1
+    assert len(assigned.pack_patchers(twice)) == 1
     assert torch.equal(small.sample(twice), small.sample(once))
 
 
@@ -226,12 +227,12 @@ def runs(monkeypatch):
     """Weak references to all runs of the test."""
     found = []
 
-    class Watched(host.Run):
+    class Watched(engine_run.Run):
         def __init__(self, *args):
             super().__init__(*args)
             found.append(weakref.ref(self))
 
-    monkeypatch.setattr(host, "Run", Watched)
+    monkeypatch.setattr(wrappers, "Run", Watched)
     return found
 
 
@@ -241,7 +242,7 @@ def test_rerun_with_another_seed_and_back(model, m2, runs):
     assert not torch.equal(first, second)
     assert torch.equal(small.sample(played, seed=1), first)
     gc.collect()
-    assert len(runs) == 3 and not any(run() for run in runs)
+    assert len(runs) == 3 and not any(ref() for ref in runs)
 
 
 @pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException, RuntimeError])
@@ -257,7 +258,7 @@ def test_stopped_run_leaves_nothing(model, m2, runs, error):
     with pytest.raises(error):
         small.sample(played, callback=stop)
     gc.collect()
-    assert len(runs) == 2 and not any(run() for run in runs)
+    assert len(runs) == 2 and not any(ref() for ref in runs)
     assert state(played) == before
     assert torch.equal(small.sample(played), whole)
 
@@ -275,7 +276,7 @@ def test_memory_stays_flat_over_runs(model, m2):
 
 
 def test_one_module_per_pack_file(model, m2):
-    first, second = (next(iter(host.packs_of(small.with_pack(model, m2)).values())) for _ in range(2))
+    first, second = (next(iter(assigned.packs_of(small.with_pack(model, m2)).values())) for _ in range(2))
     assert first is not second and first.model is second.model
 
 
@@ -305,7 +306,7 @@ def test_pack_plays_on_a_clone_for_another_device(model, m2, dispatched):
     wanted = small.sample(played)
     count = len(dispatched)
     copy = played.deepclone_multigpu()
-    own, theirs = (next(iter(host.packs_of(m).values())).model for m in (copy, played))
+    own, theirs = (next(iter(assigned.packs_of(m).values())).model for m in (copy, played))
     assert own is not theirs
     assert torch.equal(small.sample(copy), wanted)
     assert len(dispatched) == 2 * count > 0
@@ -326,14 +327,14 @@ def test_pack_plays_when_work_is_split_over_devices(model, m2, plain_samples, sp
     wanted = small.sample(small.add_lora(small.with_pack(model, m2), lora))
     played = small.with_pack(on_two_devices(model), m2) if split_first else on_two_devices(small.with_pack(model, m2))
     seen = set()
-    forward = host.Stage._dispatch
+    forward = engine_run.BoundUNet._dispatch
 
     def dispatch(stage, *args):
         seen.add(id(stage))
         return forward(stage, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host.Stage, "_dispatch", dispatch)
+        patch.setattr(engine_run.BoundUNet, "_dispatch", dispatch)
         samples = small.sample(small.add_lora(played, lora))
     assert len(seen) == 2
     # Cond and uncond run in batches of one here and of two there.

@@ -7,7 +7,7 @@ import small
 import torch
 from in_host import module
 
-SDXL, host, surgery = small.SDXL, small.host, small.surgery
+SDXL, surgery = small.SDXL, small.surgery
 Architecture, addresses = small.Architecture, small.addresses
 inheritance, switch, switching = (
     module("asdm_core.inheritance"),
@@ -100,7 +100,7 @@ def lora():
 def test_a_lora_patches_what_is_kept_under_its_own_address(pruned, lora, dialect):
     matrices = {k for k, slot in addresses.keys(SDXL).items() if len(slot.shape) > 1}
     for name, loaded in pruned.items():
-        kept = host.architecture_of(loaded).keys().keys() & matrices
+        kept = small.network.architecture_of(loaded).keys().keys() & matrices
         patched = small.add_lora(loaded, in_dialect(lora, dialect)).patches
         assert patched.keys() == {f"diffusion_model.{k}" for k in kept}, name
         assert len(kept) < len(matrices)
@@ -110,7 +110,7 @@ def test_a_lora_acts_as_if_it_had_been_merged_before_the_cut(folder, pruned, lor
     weights = merged(lora)
     for name in ("ssd-1b", "koala-1b, other blocks"):
         loaded = pruned[name]
-        wanted = sample(load(folder / "merged.safetensors", host.architecture_of(loaded), weights), steps=1)
+        wanted = sample(load(folder / "merged.safetensors", small.network.architecture_of(loaded), weights), steps=1)
         found = sample(small.add_lora(loaded, lora), steps=1)
         assert small.difference(found, wanted) < 1e-4, name
         assert small.difference(found, sample(loaded, steps=1)) > 0.01
@@ -129,7 +129,7 @@ def test_which_blocks_were_kept_matters_to_a_lora_only(folder, pruned, koala, lo
     )
     first = small.models.load_unet(str(path))
     right = pruned["koala-1b, other blocks"]
-    assert host.architecture_of(right).cut == koala.cut != assumed.cut
+    assert small.network.architecture_of(right).cut == koala.cut != assumed.cut
     assert torch.equal(sample(first, steps=1), sample(right, steps=1))
     assert (
         small.difference(sample(small.add_lora(first, lora), steps=1), sample(small.add_lora(right, lora), steps=1))
@@ -148,7 +148,7 @@ def test_some_stages_of_a_student_over_sdxl(folder, model, lora, preset, stages)
     path = folder / "stages.safetensors"
     small.packs.write_unet(path, weights, small.packs.Description("unet", chosen, prediction="eps"))
     combined = small.models.load_unet(str(path))
-    assert host.architecture_of(combined).cut == chosen.cut
+    assert small.network.architecture_of(combined).cut == chosen.cut
     pack = small.write_pack(folder / f"{preset} {stages}.safetensors", SDXL, seed=1, chosen=chosen)
     assert torch.equal(sample(small.with_pack(model, pack), size=(13, 19)), sample(combined, size=(13, 19)))
     played = small.with_pack(small.add_lora(model, lora), pack)
@@ -168,15 +168,15 @@ def both(folder, model, vega_pack):
 def test_features_are_inherited(both):
     plans = [inheritance.attention(SDXL), inheritance.deepcache(SDXL, 2).reusing("forecast")]
     for plan in plans:
-        found, wanted = (sample(host.with_plan(m, plan), steps=4) for m in both)
+        found, wanted = (sample(small.with_plan(m, plan), steps=4) for m in both)
         assert torch.equal(found, wanted)
         assert small.difference(found, sample(both[0], steps=4)) > 1e-4
     never = inheritance.deepcache(SDXL, 2, inheritance.Schedule(interval=1))
-    assert torch.equal(sample(host.with_plan(both[0], never)), sample(both[0]))
+    assert torch.equal(sample(small.with_plan(both[0], never)), sample(both[0]))
 
 
 def gri(model, window, pool):
-    return host.with_regional(model, regional.Regional(window, pool, 2, False, small.assignment.Window()))
+    return small.with_technique(model, regional.Regional(window, pool, 2, False, small.assignment.Window()))
 
 
 def test_gri_attention_plays(both):

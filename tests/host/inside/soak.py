@@ -11,7 +11,7 @@ import torch
 from in_host import module
 
 inheritance, replay = module("asdm_core.inheritance"), module("nodes.engine.feature_cache")
-host, Schedule = small.host, inheritance.Schedule
+Schedule = inheritance.Schedule
 RUNS = 40
 PLANS = [
     inheritance.deepcache(small.SD, 1),
@@ -49,11 +49,11 @@ def test_many_runs_leave_nothing_and_equal_fresh_ones(tmp_path, monkeypatch):
         lambda self, *args: (memories.append(weakref.ref(self)), create(self, *args))[1],
     )
     fresh = {
-        (p, c): small.sample(host.with_plan(small.model(tmp_path), plan), **case)
+        (p, c): small.sample(small.with_plan(small.model(tmp_path), plan), **case)
         for p, plan in enumerate(PLANS)
         for c, case in enumerate(CASES)
     }
-    models = [host.with_plan(small.model(tmp_path), plan) for plan in PLANS]
+    models = [small.with_plan(small.model(tmp_path), plan) for plan in PLANS]
     choose = random.Random(0)
     counts = []
     for n in range(RUNS):

@@ -14,7 +14,7 @@ from nodes import ControlNetApplyAdvanced  # type: ignore[attr-defined]  # Comfy
 
 switch = module("nodes.engine.switch")
 switching = module("asdm_core.switching")
-host = small.host
+assigned, engine_run = small.assigned, module("nodes.engine.run")
 SD = small.SD
 STEPS = 4
 
@@ -314,7 +314,7 @@ def test_pack_on_the_second_shares_the_trunk(first, m2, monkeypatch):
     )
     switched = at(first, packed, 2)
     assert torch.equal(run(switched), reference((first, packed), lambda sigma: int(sigma <= 2), "euler"))
-    pack = next(iter(host.packs_of(packed).values())).model
+    pack = next(iter(assigned.packs_of(packed).values())).model
     assert [id(m.model) for m in listed[0]] == [id(first.model), id(pack)]
 
 
@@ -409,8 +409,9 @@ def test_nothing_is_left_after_a_run_and_after_an_error(first, second, m2, monke
     wanted = sample(switched)
     before = [state(m) for m in (switched, *switch.others_of(switched))]
     closed = []
-    monkeypatch.setattr(host.Run, "close", lambda self, close=host.Run.close: closed.append(self) or close(self))
-    evaluate = switch.Run._evaluate
+    close = engine_run.Run.close
+    monkeypatch.setattr(engine_run.Run, "close", lambda self: closed.append(self) or close(self))
+    evaluate = switch.Turns._evaluate
     calls = []
 
     def fail_at_third(self, *args):
@@ -420,10 +421,10 @@ def test_nothing_is_left_after_a_run_and_after_an_error(first, second, m2, monke
         return evaluate(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(switch.Run, "_evaluate", fail_at_third)
+        patch.setattr(switch.Turns, "_evaluate", fail_at_third)
         with pytest.raises(RuntimeError, match="in the middle"):
             sample(switched)
-    assert len(closed) == 1
+    assert len(closed) == 2  # of the switch, and of the pack's
     assert [state(m) for m in (switched, *switch.others_of(switched))] == before
     assert torch.equal(sample(switched), wanted)
     assert torch.equal(sample(packed), sample(at(first, packed, 1000.0, "sigma")))

@@ -10,7 +10,6 @@ import torch
 from in_host import module
 
 units = module("nodes.engine.units")
-host = small.host
 
 
 class Inheriting:
@@ -28,7 +27,7 @@ class Inheriting:
         self.step = None
         self.chunks = []
         self.hooks = [model.model.diffusion_model.register_forward_pre_hook(self.begin, with_kwargs=True)]
-        for address, what in plan.reuse(config, host.architecture_of(model).cut).items():
+        for address, what in plan.reuse(config, small.network.architecture_of(model).cut).items():
             layer = layers[address] if address in layers else self.part(layers, address)
             onto = what == "residual" and address in layers  # what a part makes is a residual already
             self.hooks.append(layer.register_forward_hook(partial(self.play, address, onto)))

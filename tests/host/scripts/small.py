@@ -22,7 +22,12 @@ gri = module("asdm_core.gri")
 packs = module("asdm_core.packs")
 surgery = module("asdm_core.surgery")
 apply_pack = module("nodes.apply_pack")
-host = module("nodes.engine.host")
+assigned = module("nodes.engine.assigned")
+inheritance = module("nodes.engine.inheritance")
+layer_times = module("nodes.engine.layer_times")
+network = module("nodes.engine.network")
+on_model = module("nodes.engine.on_model")
+technique = module("nodes.engine.technique")
 models = module("nodes.engine.models")
 Architecture = architecture.Architecture
 
@@ -51,6 +56,37 @@ def with_pack(model, path, start=0.0, end=1.0, strength=1.0):
     """What the node Apply Pack makes."""
     path = Path(path)
     return apply_pack.apply_pack(model, path, path.name, assignment.Window(start, end), strength)
+
+
+with_technique = on_model.with_technique
+
+
+def with_plan(model, plan, **keeping):
+    """What the node Feature Inheritance makes; None: without."""
+    if plan is None:
+        return on_model.without_technique(model, inheritance.Inheritance)
+    return with_technique(model, inheritance.Inheritance(plan, **keeping))
+
+
+def last_run(model):
+    """The report of a MODEL's last run with feature inheritance."""
+    return technique.technique_of(model, inheritance.Inheritance).log.last
+
+
+def cache_bytes(model, shape, conds):
+    """Bytes that a MODEL's feature inheritance remembers."""
+    return technique.technique_of(model, inheritance.Inheritance).cache_bytes(model, shape, conds)
+
+
+def with_speed(model):
+    """What the node Measure Speed makes."""
+    return with_technique(model, layer_times.Timed())
+
+
+def last_times(model):
+    """What was measured of its last run; None without the node before it."""
+    timed = technique.technique_of(model, layer_times.Timed)
+    return timed and timed.log.last
 
 
 def lora(config=SD, seed=0, rank=2, size=0.5):

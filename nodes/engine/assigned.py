@@ -1,0 +1,214 @@
+"""Who plays which unit of a MODEL: the checkpoint, a pack, nobody; with experts and log gains that join a player.
+
+The packs' patchers stand beside the MODEL as additional models, so that the host loads and moves them with it. The
+LoRAs of the MODEL act on them too (see `pack_loras`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import comfy.model_patcher
+from torch import nn
+
+from ...asdm_core.addresses import unit
+from ...asdm_core.architecture import Architecture
+from ...asdm_core.assignment import Assignment, Override, Provider, Window, fingerprint
+from ...asdm_core.measure import costs
+from ...asdm_core.steps import Moment
+from . import pack_loras, units
+from .network import architecture_of, clone_for
+from .on_model import models_key, with_technique
+from .technique import CUT, PLAYED, PLAYERS, AtUNet, InRun, Measured, Say, Start, Technique, UNetInRun, technique_of
+
+
+@dataclass(frozen=True)
+class Assigned(Technique):
+    """An assignment, and the ids of the packs in it, in the order of their patchers."""
+
+    assignment: Assignment
+    packs: tuple[str, ...] = ()
+
+    key: ClassVar[str] = "assignment"
+    order: ClassVar[int] = PLAYERS
+    role: ClassVar[str] = CUT
+
+    def prepare(self, model, clone) -> None:
+        pack_loras.sync(model, packs_of(clone).values())
+
+    def bind(self, start: Start, say: Say) -> InRun:
+        return _InRun(self, {window: start.stretch(window) for window in self.assignment.windows})
+
+    def label(self) -> str:
+        return " + ".join(name_of(pack).removesuffix(".safetensors") for pack in self.packs)
+
+    def left_out(self, architecture: Architecture, height: int, width: int) -> dict[str, float]:
+        return {address: cost.total for address, cost in costs(architecture, height, width).items()}
+
+    def saved(self, measured: Measured) -> list[tuple[str, float, str]]:
+        names = self.label().replace(" + ", ", ") or "pruned UNet"
+        saved = sum(
+            measured.needed(address, calls * measured.left_out[CUT][address]) - seconds
+            for (address, role), (seconds, calls) in measured.layers.items()
+            if role == CUT
+        )
+        return [(f"layers cut ({names})", saved, "estimated")] if saved > 0 else []
+
+
+# On a MODEL ------------------------------------------------------------------------------------------
+
+
+def assigned_of(model) -> Assigned:
+    """Who plays what on a MODEL; the checkpoint everything, where nothing else was said."""
+    return technique_of(model, Assigned) or Assigned(Assignment(architecture_of(model).config))
+
+
+def packs_of(model) -> dict[str, comfy.model_patcher.ModelPatcher]:
+    """Pack patchers of a MODEL by pack id."""
+    return dict(zip(assigned_of(model).packs, pack_patchers(model), strict=True))
+
+
+def pack_patchers(model) -> list[comfy.model_patcher.ModelPatcher]:
+    return model.get_additional_models_with_key(models_key(Assigned))
+
+
+def set_pack_patchers(model, patchers: list) -> None:
+    """Give a MODEL other patchers for the same packs."""
+    model.set_additional_models(models_key(Assigned), patchers)
+
+
+def with_overrides(model, overrides: Iterable[Override], packs: Mapping[str, object] | None = None):
+    """A clone of MODEL in which some units are played by others. The MODEL that came in is not altered.
+
+    packs: patchers, by id, of the packs that the overrides name and the MODEL does not have yet.
+    """
+    assigned, patchers = assigned_of(model), packs_of(model)
+    for pack_id, patcher in (packs or {}).items():
+        if pack_id not in patchers:
+            patchers[pack_id] = clone_for(model, patcher)
+    joined = replace(assigned, assignment=assigned.assignment.with_overrides(overrides), packs=tuple(patchers))
+    clone = with_technique(model, joined)
+    # Those that the clone has already are its own clones of the MODEL's.
+    own = dict(zip(assigned.packs, pack_patchers(clone), strict=True))
+    set_pack_patchers(clone, [own.get(pack_id, patcher) for pack_id, patcher in patchers.items()])
+    return clone
+
+
+def id_of(name: str, path: Path) -> str:
+    """The id of a pack in an assignment: its name, and what tells the file from a later one of that name."""
+    return f"{name}@{path.stat().st_mtime_ns}"
+
+
+def name_of(pack_id: str) -> str:
+    return pack_id.rpartition("@")[0]
+
+
+def active_at(assignment: Assignment, percent: float) -> list[Window]:
+    """The windows that are open at a point of the run (0..1)."""
+    return [w for w in assignment.windows if w.start <= percent < w.end or w.end == percent == 1.0]
+
+
+def providers_of(model, active: Sequence[Window] | None = None) -> dict[str, Provider]:
+    """Unit address -> who plays it while these windows are open, for every unit but the checkpoint's own; cut ones are
+    among them, also those that the loaded network lacks. None: those at every step.
+    """
+    cut = dict.fromkeys(architecture_of(model).cut_units, Provider(CUT))
+    return cut | assigned_of(model).assignment.providers(active)
+
+
+def network_of(model, active: Sequence[Window] | None = None) -> Architecture:
+    """The network that plays on a MODEL while these windows are open: its kept units and transformer blocks. None: what
+    plays at every step.
+    """
+    architecture, providers, packs = architecture_of(model), providers_of(model, active), packs_of(model)
+    cut = {address for address, provider in providers.items() if provider.role == CUT}
+    cut |= {a for a in architecture.cut if a not in providers and a.rpartition(".")[0] not in providers}
+    for address, provider in providers.items():
+        if provider.role == "pack":  # blocks that the pack's own transformer lacks
+            blocks = packs[provider.source].model.architecture.cut
+            cut |= {block for block in blocks if block.rpartition(".")[0] == address}
+    return Architecture(architecture.config, frozenset(cut)).named()
+
+
+# In a run ---------------------------------------------------------------------------------------------
+
+
+class _InRun(InRun):
+    def __init__(self, assigned: Assigned, stretches: dict[Window, tuple[float, float]]):
+        self.assignment, self._stretches = assigned.assignment, stretches
+        self.active: tuple[Window, ...] = ()
+
+    def begin_evaluation(self, moment: Moment) -> None:
+        self.active = tuple(w for w, (high, low) in self._stretches.items() if low < moment.sigma <= high)
+
+    def at(self, unet: UNetInRun, model) -> AtUNet:
+        return Players(self, unet, packs_of(model))
+
+
+class Players(AtUNet):
+    """The players of one UNet object, and the experts and log gains that join them."""
+
+    def __init__(self, run: _InRun, unet: UNetInRun, packs: Mapping[str, comfy.model_patcher.ModelPatcher]):
+        self._run, self._unet = run, unet
+        self._packs = {pack_id: patcher.model for pack_id, patcher in packs.items()}
+        self._serials = ",".join(str(patcher.model.serial) for patcher in packs.values())
+        self._active: tuple[Window, ...] | None = None
+        self._providers: dict[str, Provider] = {}
+        self._log_gains: dict[str, Provider] = {}
+
+    def begin_evaluation(self, moment: Moment) -> None:
+        if self._run.active == self._active:
+            return
+        self._active = self._run.active
+        assignment, cut = self._run.assignment, self._unet.cut
+        self._providers = providers = assignment.providers(self._active)
+        self._log_gains = assignment.joining("log_gains", self._active)
+        experts = assignment.joining("experts", self._active)
+        experts = {a: provider for a, provider in experts.items() if a in providers or a not in cut}
+        if not providers and not experts:
+            self.players, self.name = {}, ""
+            return
+        layers = self._unet.layers
+        players = {address: self._player(address, provider) for address, provider in providers.items()}
+        for address, provider in experts.items():
+            layer = players.get(address, layers[address])
+            players[address] = self._packs[provider.source].with_experts(address, layer, provider.strength)
+        bypassed = {address: units.with_bypass(player, layers[address]) for address, player in players.items()}
+        self.players = {address: player for address, (player, _) in bypassed.items()}
+        bypass = ";".join(f"{id(hook.adapter)}*{hook.multiplier}" for _, hooks in bypassed.values() for hook in hooks)
+        everybody = providers | {f"{a}.experts": provider for a, provider in experts.items()}
+        self.name = fingerprint(everybody, self._serials + bypass)
+
+    def _player(self, address: str, provider: Provider) -> nn.Module:
+        if provider.role == "pack":
+            return self._packs[provider.source].layer(address)
+        return units.shared_stand_in(unit(self._unet.config, address))
+
+    def log_gains(self) -> tuple[str, dict[str, dict]]:
+        """A name for them, and transformer address -> block -> log gains of its heads (see `PackModel.log_gains`)."""
+        if not self._log_gains:
+            return "", {}
+        gains = {a: self._packs[p.source].log_gains(a, p.strength) for a, p in self._log_gains.items()}
+        return fingerprint(self._log_gains, self._serials), gains
+
+    def role(self, address: str, role: str) -> str:
+        provider = self._providers.get(address)
+        return role if provider is None else CUT if provider.role == CUT else PLAYED
+
+    def close(self) -> None:
+        self.players = {}
+
+
+def _on_clone(old, new):
+    # A non-dynamic delegate (hook LoRAs, compile) needs packs that can be patched the same way.
+    if old.is_dynamic() and not new.is_dynamic():
+        set_pack_patchers(new, [clone_for(new, pack) for pack in pack_patchers(old)])
+
+
+Assigned.callbacks = (
+    *pack_loras.callbacks(pack_patchers),
+    (comfy.patcher_extension.CallbacksMP.ON_CLONE, _on_clone),
+)

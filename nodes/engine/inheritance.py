@@ -1,0 +1,147 @@
+"""Feature inheritance on a MODEL and in its runs; what is remembered lies in a `FeatureCache` for each UNet."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...asdm_core.inheritance import Plan, cache_elements
+from ...asdm_core.steps import Moment
+from .feature_cache import INHERITED, REPLAY, FeatureCache
+from .network import architecture_of
+from .technique import REMEMBERING, InRun, Log, Measured, Say, Start, Technique, UNetInRun
+from .timing import Recorder
+
+FEW_STEPS = 8  # with fewer, each step changes too much for the next one to inherit
+
+
+@dataclass
+class Report:
+    """What one run did.
+
+    counts: forwards by (step, mode). replayed: for each evaluation, whether all its forwards played from memory.
+    seconds: (step, time) of each evaluation, with what the sampler does until the next. peak: bytes remembered at most.
+    """
+
+    steps: int
+    counts: Counter
+    replayed: list[bool]
+    seconds: list[tuple[int, float]]
+    peak: int
+
+    def roles(self) -> tuple[str, ...]:
+        """For each step, whether its forwards "computed", "inherited", or did so "partly"."""
+        modes = [{mode for (step, mode), n in self.counts.items() if step == s and n} for s in range(self.steps)]
+        return tuple("computed" if REPLAY not in m else "inherited" if m == {REPLAY} else "partly" for m in modes)
+
+    def saving(self) -> float | None:
+        """Measured share of time that was saved, against all evaluations taking as long as the median full one.
+
+        None where nothing was inherited, or nothing else was measured. The first evaluation, in which the
+        host still moves weights, is left out.
+        """
+        timed = list(zip(self.seconds, self.replayed, strict=False))[1:]
+        full = sorted(t for (_, t), replayed in timed if not replayed)
+        if len(full) in (0, len(timed)):
+            return None
+        return 1 - sum(t for (_, t), _ in timed) / (full[len(full) // 2] * len(timed))
+
+
+@dataclass(frozen=True)
+class Inheritance(Technique):
+    """A plan on a MODEL, and how its features are kept: at most limit_mb of them (0: any number), on the CPU
+    if asked.
+    """
+
+    plan: Plan
+    limit_mb: int = 0
+    on_cpu: bool = False
+    log: Log[Report] = field(default_factory=Log, compare=False)
+
+    key: ClassVar[str] = "inheritance"
+    order: ClassVar[int] = REMEMBERING
+    role: ClassVar[str] = INHERITED
+
+    def check(self, model) -> None:
+        architecture = architecture_of(model)
+        self.plan.reuse(architecture.config, architecture.cut)
+
+    def cache_bytes(self, model, shape: Sequence[int], conds: int) -> int:
+        """Bytes that it remembers in a run on latents of a shape (B, C, H, W), with so many conditionings."""
+        itemsize = torch.empty((), dtype=model.model.get_dtype_inference()).element_size()
+        return cache_elements(self.plan, architecture_of(model), *shape[-2:]) * shape[0] * conds * itemsize
+
+    def device_bytes(self, model, shape: Sequence[int], conds: Mapping[str, list]) -> int:
+        return 0 if self.on_cpu else self.cache_bytes(model, shape, sum(map(len, conds.values())))
+
+    def bind(self, start: Start, say: Say) -> InRun | None:
+        size = self.cache_bytes(start.model, start.shape, sum(map(len, start.conds.values())))
+        if self.limit_mb and size > self.limit_mb * 2**20:
+            say(
+                f"feature inheritance is off in this run: it would remember {math.ceil(size / 2**20)} MB and the limit "
+                f"is {self.limit_mb} MB. Raise the limit, or choose a plan that reuses less."
+            )
+            self.log.last = None
+            return None
+        if 0 < len(start.sigmas) - 1 < FEW_STEPS:
+            say(
+                f"feature inheritance in a run of {len(start.sigmas) - 1} steps: with fewer than {FEW_STEPS}, "
+                "neighbouring steps differ so much that the picture suffers."
+            )
+        return _InRun(self, start.sigmas.tolist(), Recorder(start.model.load_device))
+
+    def label(self) -> str:
+        return f"{self.plan.name or 'custom'} inheritance"
+
+    def tells(self, model) -> list[str]:
+        return [
+            f"Feature Inheritance is on ({self.plan.name or 'a custom plan'}): Inheritance Plan shows its steps; "
+            "bypass its node to leave it off."
+        ]
+
+    def saved(self, measured: Measured) -> list[tuple[str, float, str]]:
+        # The first evaluation, in which the host still moves weights, is left out.
+        timed = measured.evaluations[1:]
+        full = [t for _, t, roles in timed if INHERITED not in roles]
+        inherited = [t for _, t, roles in timed if INHERITED in roles]
+        if not full or not inherited:
+            return []
+        return [("feature inheritance", statistics.median(full) * len(inherited) - sum(inherited), "measured")]
+
+
+class _InRun(InRun):
+    def __init__(self, inheritance: Inheritance, sigmas: list[float], recorder: Recorder):
+        self._inheritance, self._sigmas, self._recorder = inheritance, sigmas, recorder
+        self._caches: list[FeatureCache] = []
+        self._step = 0
+
+    def at(self, unet: UNetInRun, model) -> FeatureCache:
+        inheritance = self._inheritance
+        self._caches.append(FeatureCache(inheritance.plan, unet.config, unet.cut, self._sigmas, inheritance.on_cpu))
+        return self._caches[-1]
+
+    def begin_evaluation(self, moment: Moment) -> None:
+        self._step = moment.step
+
+    def predict(self, call: Callable, x: Tensor, timestep: Tensor, options: dict, seed):
+        with self._recorder.evaluation(self._step):
+            return call(x, timestep, options, seed)
+
+    def evaluation_role(self) -> str:
+        return INHERITED if self._caches[0].replays() else ""
+
+    def close(self) -> None:
+        if not self._caches:
+            self._inheritance.log.last = None
+            return
+        cache = self._caches[0]  # several where the work is split over devices; they do the same
+        self._inheritance.log.last = Report(
+            cache.steps, cache.counts, cache.replayed(), self._recorder.laps(), cache.peak
+        )

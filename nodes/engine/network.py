@@ -1,0 +1,53 @@
+"""What the network of a MODEL is: a UNet of the LDM kind, with some of its units cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+from ...asdm_core.addresses import UNetConfig
+from ...asdm_core.architecture import FAMILIES, Architecture
+
+
+def architecture_of(model) -> Architecture:
+    """The skeleton and the cut units of the UNet of a MODEL.
+
+    Raises ValueError for a MODEL whose network is not a UNet of the LDM kind.
+    """
+    config = model.model.model_config
+    known = vars(config).get("asdm_architecture")  # plain getattr on a host config warns and gives None
+    if known is not None:
+        return known
+    if not isinstance(model.model.diffusion_model, UNetModel):
+        raise ValueError(
+            f"asdm works on Stable Diffusion UNets (SD1.x, SD2.x, SDXL); this MODEL is a "
+            f"{type(model.model.diffusion_model).__name__}."
+        )
+    unet = UNetConfig.from_host(config.unet_config)
+    return Architecture.full(replace(unet, family=family_of(unet)))
+
+
+def family_of(config: UNetConfig) -> str:
+    """Name of the known family with this skeleton, whatever its input and output channels; "" for none."""
+    for family in FAMILIES.values():
+        if same_skeleton(family, config):
+            return family.family
+    return ""
+
+
+def same_skeleton(a: UNetConfig, b: UNetConfig) -> bool:
+    """Whether two UNets have the same units (inpainting models have more input channels, no other units)."""
+    return replace(a, family="", in_channels=4, out_channels=4) == replace(b, family="", in_channels=4, out_channels=4)
+
+
+def clone_for(model, patcher):
+    """A clone of a patcher that is to play beside MODEL: an ordinary one where MODEL is (it is compiled, or has hook
+    LoRAs).
+
+    Its weights are read once and kept by `patcher`, which should outlive the run therefore. One whose loader does not
+    say how to read it again stays as it is.
+    """
+    if patcher.is_dynamic() and not model.is_dynamic() and patcher.cached_patcher_init is not None:
+        return patcher.get_non_dynamic_delegate()
+    return patcher.clone()

@@ -1,0 +1,76 @@
+"""A way to speak from inside a run: on the node that a technique comes from, in the log, and over HTTP.
+
+By then the node has executed, or was not executed at all because the host kept its result. So what is said goes to the
+browser as an event of its own (web/notes.js shows it on the node until the next run), stays in the memory of the server
+for pages that are opened later and for users of the HTTP interface (GET /asdm/notes), and goes into the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+
+from aiohttp import web
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+from .technique import Say
+
+EVENT = "asdm.notes"
+ROUTE = "/asdm/notes"
+PROMPTS_KEPT = 100
+
+_said: OrderedDict[str, dict[str, list[str]]] = OrderedDict()  # prompt -> node -> sentences
+
+
+def executing() -> str:
+    """The id of the node that executes at the moment ("12", in a subgraph "7:12"); "" outside of the host's queue."""
+    context = get_executing_context()
+    return str(context.node_id) if context is not None else ""
+
+
+def said(prompt_id: str | None = None) -> dict[str, list[str]]:
+    """Node id -> what it said in a run of the queue; None: in the last one in which anything was said."""
+    if prompt_id is None:
+        prompt_id = next(reversed(_said), "")
+    return {node: list(texts) for node, texts in _said.get(prompt_id, {}).items()}
+
+
+def speaker(node_id: str = "") -> Say:
+    """What a technique speaks with in one run: each sentence once in the log, and on its node; without a node of its
+    own, on the one that executes.
+    """
+    heard: set[str] = set()
+
+    def say(text: str) -> None:
+        if text in heard:
+            return
+        heard.add(text)
+        logging.warning(f"asdm: {text}")
+        context = get_executing_context()
+        node = node_id or executing()
+        if context is None or not node:
+            return
+        texts = _said.setdefault(str(context.prompt_id), {}).setdefault(node, [])
+        while len(_said) > PROMPTS_KEPT:
+            _said.popitem(last=False)
+        if text in texts:  # several runs of one node, as in A/B Compare
+            return
+        texts.append(text)
+        server = getattr(PromptServer, "instance", None)
+        if server is not None:
+            message = {"prompt_id": str(context.prompt_id), "node": node, "notes": list(texts)}
+            server.send_sync(EVENT, message, server.client_id)
+
+    return say
+
+
+def register() -> None:
+    """Answer GET /asdm/notes?prompt_id=...: node id -> sentences, of the last run without a prompt_id."""
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return
+
+    @server.routes.get(ROUTE)
+    async def notes(request: web.Request) -> web.Response:
+        return web.json_response(said(request.query.get("prompt_id")))

@@ -1,0 +1,235 @@
+"""One sampling run: the techniques on the MODEL, bound to the networks that are sampled, and called in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed
+
+from ...asdm_core.steps import Steps
+from . import notes, units
+from .network import architecture_of
+from .technique import CUT, PLAYED, AtUNet, Forward, InRun, Part, Placed, Start, UNetInRun
+
+OTHERS = "asdm_others"  # in transformer_options during a forward: the patches without our entry
+
+
+class Run:
+    """What is on a MODEL, in one run of it. Dropped when the run ends."""
+
+    def __init__(self, placed: Sequence[Placed], start: Start):
+        self._steps = Steps(start.sigmas.tolist())
+        bound = [p.technique.bind(start, notes.speaker(p.node_id)) for p in placed]
+        self.techniques: list[InRun] = [part for part in bound if part is not None]
+        self._unets: dict[int, BoundUNet] | None = None
+
+    def sample(self, call: Callable):
+        """The run itself: `call()` samples."""
+        for technique in self.techniques:
+            call = partial(technique.sample, call)
+        return call()
+
+    def load(self, call: Callable, model, noise_shape, conds, **given):
+        for technique in self.techniques:
+            call = partial(technique.load, call)
+        return call(model, noise_shape, conds, **given)
+
+    def begin_sampling(self, extra_args: dict, sigmas, **inputs) -> None:
+        for technique in self.techniques:
+            technique.begin_sampling(extra_args, sigmas, **inputs)
+
+    def predict(self, call: Callable, model, x, timestep, options: dict, seed):
+        """One evaluation, at the noise level of `timestep`. model: the MODEL that is sampled, loaded and patched."""
+        moment = self._steps.at(float(timestep.flatten()[0]))
+        for technique in self.techniques:
+            technique.begin_evaluation(moment)
+        for unet in self._bound_to(model).values():
+            unet.begin_evaluation(moment)
+        for technique in self.techniques:
+            call = partial(technique.predict, call)
+        out = call(x, timestep, options, seed)
+        roles = frozenset(role for technique in self.techniques if (role := technique.evaluation_role()))
+        for technique in self.techniques:
+            technique.end_evaluation(roles)
+        return out
+
+    def calc_cond_batch(self, call: Callable, model, conds, x, timestep, options: dict):
+        for technique in self.techniques:
+            call = partial(technique.calc_cond_batch, call)
+        return call(model, conds, x, timestep, options)
+
+    def _bound_to(self, model) -> dict[int, BoundUNet]:
+        # Not when the run begins: the host changes layers while it loads a model, and others do.
+        if self._unets is None:
+            # One for each UNet object: multi-GPU clones have their own modules and their own packs.
+            found = {
+                id(m.model): BoundUNet(m, self.techniques)
+                for m in (model, *model.get_additional_models_with_key("multigpu"))
+            }
+            self._unets = {key: unet for key, unet in found.items() if unet.techniques}
+        return self._unets
+
+    def unet(self, base_model) -> BoundUNet | None:
+        """The UNet of a model of this run; None for any other (guiders can sample two models)."""
+        return (self._unets or {}).get(id(base_model))
+
+    def close(self) -> None:
+        for technique in self.techniques:
+            technique.close()
+        for unet in (self._unets or {}).values():
+            unet.close()
+        self._unets = {}
+
+
+class BoundUNet(UNetInRun):
+    """The layers of one UNet object in a run, and the techniques that act on them."""
+
+    def __init__(self, model, techniques: Sequence[InRun]):
+        architecture = architecture_of(model)
+        self.config, self.cut = architecture.config, architecture.cut
+        self._unet = model.model.diffusion_model
+        self._layers: dict[str, torch.nn.Module] | None = None
+        self._addresses: dict[int, str] = {}
+        self._players: dict[int, torch.nn.Module] = {}
+        self._playing: Mapping[str, torch.nn.Module] = {}
+        self._given: tuple[Mapping[str, torch.nn.Module], ...] = ()
+        self.techniques: list[AtUNet] = []
+        for technique in techniques:
+            part = technique.at(self, model)
+            if part is not None:
+                self.techniques.append(part)
+        self.entry = (units.LAYER_CLASSES, self._dispatch)
+
+    @property
+    def layers(self) -> Mapping[str, torch.nn.Module]:
+        if self._layers is None:
+            self._layers = units.layers(self._unet, self.config)
+            self._addresses = {id(layer): address for address, layer in self._layers.items()}
+            self._playing = self._layers
+        return self._layers
+
+    def find(self, kind: type[Part]) -> Part | None:
+        return next((technique for technique in self.techniques if isinstance(technique, kind)), None)
+
+    # once per evaluation, once per forward ----------------------------------------------------------
+
+    def begin_evaluation(self, moment) -> None:
+        for technique in self.techniques:
+            technique.begin_evaluation(moment)
+        given = tuple(technique.players for technique in self.techniques)
+        if len(given) == len(self._given) and all(a is b for a, b in zip(given, self._given, strict=True)):
+            return
+        self._given = given
+        players = {address: player for mapping in given for address, player in mapping.items()}
+        self._players = {id(self.layers[address]): player for address, player in players.items()}
+        self._playing = {address: players.get(address, layer) for address, layer in self.layers.items()}
+
+    def options(self, options: dict) -> dict:
+        """The options of a forward, with what the techniques put in."""
+        for technique in self.techniques:
+            options = technique.options(options)
+        return options
+
+    def begin_forward(self, x, control, options: dict, hooks) -> str:
+        """Name of what is about to be played; "" if the checkpoint plays everything itself, unnoticed."""
+        playing, around = self._playing or self.layers, _circumstances(control, options, hooks)
+        for i, technique in enumerate(self.techniques):
+            before = tuple(earlier.name for earlier in self.techniques[:i])
+            technique.begin_forward(Forward(x, options, (before, around), playing))
+        return self.name
+
+    def begin_again(self) -> str:
+        """The same for a forward that ended in a Misfit."""
+        for technique in self.techniques:
+            technique.begin_again()
+        return self.name
+
+    @property
+    def name(self) -> str:
+        return "_".join(technique.name for technique in self.techniques if technique.name)
+
+    @property
+    def holding(self) -> list[AtUNet]:
+        """Those whose layers read tensors in the running forward."""
+        return [technique for technique in self.techniques if technique.held is not None]
+
+    def defies_graphs(self, patches: Mapping[str, list]) -> bool:
+        return any(technique.defies_graphs(patches) for technique in self.techniques)
+
+    def trials(self):
+        """What is to be played again in this forward: (name, what to call with both outputs)."""
+        for technique in self.techniques:
+            for compare in technique.trials():
+                yield self.name, compare
+
+    def close(self) -> None:
+        for technique in self.techniques:
+            technique.close()
+        self.techniques = []
+        self._players, self._playing, self._given = {}, {}, ()
+
+    # while layers run -------------------------------------------------------------------------------
+
+    def _dispatch(
+        self,
+        layer,
+        x,
+        emb,
+        context,
+        transformer_options,
+        output_shape,
+        time_context,
+        num_video_frames,
+        image_only_indicator,
+    ):
+        """Let the layer's player play it, in the host's own way.
+
+        Layers nobody stands in for are their own players, so this is the one path for all.
+        """
+        current = player = self._players.get(id(layer), layer)
+        address = self._addresses.get(id(layer))
+        if address is not None:
+            role = CUT if address in self.cut else PLAYED
+            for technique in self.techniques:
+                player = technique.player(address, player)
+                role = technique.role(address, role)
+            for technique in self.techniques:
+                technique.begin_layer(address, role)
+        # With our entry in place the host's function would come straight back to us. It also advances
+        # counters in transformer_options, so it must get this very dict, not a copy.
+        ours = transformer_options["patches"]
+        transformer_options["patches"] = transformer_options[OTHERS]
+        try:
+            out = forward_timestep_embed(
+                [player],
+                x,
+                emb,
+                context,
+                transformer_options,
+                output_shape,
+                time_context,
+                num_video_frames,
+                image_only_indicator,
+            )
+        finally:
+            transformer_options["patches"] = ours
+        if address is not None:
+            for technique in self.techniques:
+                technique.end_layer(address, current, x, out)
+        return out
+
+
+def _circumstances(control, options: Mapping, hooks) -> tuple:
+    """What must be as it was, beside who plays: where control acts and others replace attention, the strengths of hook
+    LoRAs, the window of frames."""
+    window = options.get("context_window")
+    return (
+        frozenset(
+            (kind, i) for kind, residuals in (control or {}).items() for i, r in enumerate(residuals) if r is not None
+        ),
+        frozenset((kind, place) for kind, places in options.get("patches_replace", {}).items() for place in places),
+        tuple(hook.strength for hook in hooks.hooks) if hooks else (),
+        tuple(window.index_list) if window else (),
+    )
