@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,20 +76,78 @@ def imported(path):
             yield from (f"{module}.{name.name}" for name in node.names)
 
 
-@pytest.mark.parametrize(
-    ("files", "forbidden"),
-    [
-        ("train/*.py", ("train.emoji", "nodes", "bench", "comfy")),
-        ("train/emoji/*.py", ("nodes", "bench", "comfy")),
-    ],
-)
-def test_what_is_general_does_not_know_the_special(files, forbidden):
-    paths = sorted(ROOT.glob(files))
-    assert len(paths) > 10
-    wrong = [
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in paths
-        for name in imported(path)
-        if any(name == other or name.startswith(f"{other}.") for other in forbidden)
-    ]
+PAGE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+MAY_IMPORT = {
+    room: set(re.findall(r"`([\w.]+)`", others))
+    for room, others in re.findall(r"^\| `([\w.]+)` \| ((?:`[\w.]+`(?:, )?)*) ?\|", PAGE, re.MULTILINE)
+}
+KNOW_THE_HOST = {"nodes", "nodes.engine", "card", "demo", "bench"}
+HOST = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "nodes", "server")
+
+
+def files_of(room):
+    return sorted((ROOT / room.replace(".", "/")).glob("*.py"))
+
+
+def room_of(module):
+    """The room a module of ours lies in; None for others'."""
+    return max((room for room in MAY_IMPORT if f"{module}.".startswith(f"{room}.")), key=len, default=None)
+
+
+def test_every_room_has_its_line():
+    assert {"asdm_core", "nodes", "nodes.engine", "train", "train.emoji", "card", "demo", "bench", "tools"} == set(
+        MAY_IMPORT
+    )
+    assert MAY_IMPORT["asdm_core"] == set() and MAY_IMPORT["nodes"] == {"asdm_core", "nodes.engine"}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_arrows_point_one_way(room):
+    paths = files_of(room)
+    assert paths
+    wrong = []
+    for path in paths:
+        for module in imported(path):
+            # An absolute `nodes` is ComfyUI's nodes.py; ours is imported relatively, or by bench under the pack's name.
+            absolute = module in HOST or module.startswith(tuple(f"{name}." for name in HOST[:4]))
+            other = None if absolute and not relative(path, module) else room_of(module)
+            if other not in (None, room, *MAY_IMPORT[room]):
+                wrong.append(f"{path.relative_to(ROOT)}: {module}")
+            if absolute and not relative(path, module) and room not in KNOW_THE_HOST:
+                wrong.append(f"{path.relative_to(ROOT)}: {module} is ComfyUI's")
     assert not wrong
+
+
+def relative(path, module):
+    """Whether a file imports a module relatively."""
+    found = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+    package = path.relative_to(ROOT).parent.parts
+    return any(
+        node.level
+        and module.startswith(".".join((*package[: len(package) - node.level + 1], node.module or "")).strip("."))
+        for node in found
+    )
+
+
+@pytest.mark.parametrize("room", ["asdm_core", "nodes.engine"])
+def test_no_file_imports_one_that_imports_it(room):
+    arrows = {path.stem: set() for path in files_of(room) if path.stem != "__init__"}
+    for path in files_of(room):
+        for module in imported(path):
+            inside = module.removeprefix(f"{room}.").split(".")[0] if module.startswith(f"{room}.") else ""
+            if inside in arrows and path.stem in arrows and inside != path.stem:
+                arrows[path.stem].add(inside)
+    assert sum(map(len, arrows.values())) > 15
+    while leaves := [name for name, others in arrows.items() if not others & arrows.keys()]:
+        for name in leaves:
+            del arrows[name]
+    assert not arrows
+
+
+@pytest.mark.parametrize("room", ["asdm_core", "nodes.engine", "train"])
+def test_the_page_names_every_file(room):
+    heading = f"## {room.replace('.', '/')}\n"
+    part = PAGE[PAGE.index(heading) + len(heading) :].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+\.py)`", part, re.MULTILINE) == [
+        path.name for path in files_of(room) if path.name != "__init__.py"
+    ]

@@ -4,10 +4,11 @@ import asyncio
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
-PACK = Path(__file__).resolve().parents[2]
+PACK = Path(os.environ.get("ASDM_PACK") or Path(__file__).resolve().parents[2])
 NAME = "asdm_under_test"
 
 
