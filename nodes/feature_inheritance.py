@@ -239,6 +239,7 @@ class ASDMFeatureInheritance(io.ComfyNode):
                 io.Model.Output(),
                 io.String.Output(display_name="plan", tooltip="The plan as JSON, to keep or share."),
             ],
+            not_idempotent=True,  # it speaks in runs: what another node like it has made would speak there
         )
 
     @classmethod

@@ -110,6 +110,7 @@ class ASDMGRIAttention(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
+            not_idempotent=True,  # it speaks in runs: what another node like it has made would speak there
         )
 
     @classmethod

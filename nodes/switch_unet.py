@@ -65,6 +65,7 @@ class ASDMSwitchUNet(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
+            not_idempotent=True,  # it speaks in runs: what another node like it has made would speak there
         )
 
     @classmethod

@@ -1,23 +1,10 @@
 // What our nodes have to say after a run, on the nodes themselves. The front end shows pictures that a node makes; such
 // nodes only begin large enough to be read. Words it does not show: they get a widget.
 import { app } from '../../scripts/app.js'
-import { ComfyWidgets } from '../../scripts/widgets.js'
-import { endProgress, remembering, shows } from './outputs.js'
+import { endProgress, remembering, shows, write } from './outputs.js'
 
 const WIDTH = 520
 const PICTURE = 380 // height
-
-function say(node, text) {
-  let widget = node.widgets.find((w) => w.name === 'note')
-  if (!widget) {
-    widget = ComfyWidgets.STRING(node, 'note', ['STRING', { multiline: true }], app).widget
-    widget.element.readOnly = true
-    widget.options.read_only = true
-    widget.options.serialize = widget.serialize = false
-    widget.serializeValue = () => undefined
-  }
-  widget.value = text
-}
 
 app.registerExtension({
   name: 'asdm.show',
@@ -40,7 +27,7 @@ app.registerExtension({
     const executed = node.onExecuted
     node.onExecuted = function (output) {
       executed?.apply(this, arguments)
-      if (output?.text?.length) say(this, output.text.join('\n'))
+      if (output?.text?.length) write(this, 'note', output.text.join('\n'))
     }
   },
   ...remembering('words')

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import ClassVar
@@ -413,6 +413,16 @@ class Forecaster(InRun):
         held = [point.v for track in self._tracks.values() for point in track.points.values()]
         held += [x for _, x in self._latents.values()]
         return sum({t.data_ptr(): t.nbytes for t in held}.values())
+
+    def sample(self, call: Callable):
+        out = call()
+        if self._asked:
+            saved = 1 - self._computed / self._asked
+            self._say(
+                f"{self._computed} of {self._asked} evaluations of the network were made, {saved:.0%} left out.",
+                report=True,
+            )
+        return out
 
     def close(self) -> None:
         letters = "".join("F" if "F" in done or not done else min(done) for done in self._done)

@@ -95,7 +95,7 @@ class Inheritance(Technique):
                 f"feature inheritance in a run of {len(start.sigmas) - 1} steps: with fewer than {FEW_STEPS}, "
                 "neighbouring steps differ so much that the picture suffers."
             )
-        return _InRun(self, start.sigmas.tolist(), Recorder(start.model.load_device))
+        return _InRun(self, start.sigmas.tolist(), Recorder(start.model.load_device), say)
 
     def label(self) -> str:
         return f"{self.plan.name or 'custom'} inheritance"
@@ -117,8 +117,8 @@ class Inheritance(Technique):
 
 
 class _InRun(InRun):
-    def __init__(self, inheritance: Inheritance, sigmas: list[float], recorder: Recorder):
-        self._inheritance, self._sigmas, self._recorder = inheritance, sigmas, recorder
+    def __init__(self, inheritance: Inheritance, sigmas: list[float], recorder: Recorder, say: Say):
+        self._inheritance, self._sigmas, self._recorder, self._say = inheritance, sigmas, recorder, say
         self._caches: list[FeatureCache] = []
         self._step = 0
 
@@ -136,6 +136,26 @@ class _InRun(InRun):
 
     def evaluation_role(self) -> str:
         return INHERITED if self._caches[0].replays() else ""
+
+    def sample(self, call: Callable):
+        out = call()
+        if self._caches:
+            self._compare_with_plan(self._caches[0])
+        return out
+
+    def _compare_with_plan(self, cache: FeatureCache) -> None:
+        """Say so where a run that came to its end inherited much less than its plan wanted, whatever the cause."""
+        plan, ran = self._inheritance.plan, {step for (step, _), n in cache.counts.items() if n}
+        if plan.schedule.mode == "adaptive":
+            return
+        wanted = {step for step, source in enumerate(plan.sources(cache.steps)) if source < step} & ran
+        got = {step for (step, mode), n in cache.counts.items() if n and mode == REPLAY}
+        if len(wanted & got) < len(wanted) / 2:
+            self._say(
+                f"feature inheritance: {len(wanted & got)} of the {len(wanted)} steps that the plan lets inherit did. "
+                "The calls of the network change from step to step in this run (parts of the picture that move, "
+                "another node that patches layers or changes sizes), and then a step is computed in full."
+            )
 
     def close(self) -> None:
         if not self._caches:

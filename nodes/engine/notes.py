@@ -42,11 +42,11 @@ def speaker(node_id: str = "") -> Say:
     """
     heard: set[str] = set()
 
-    def say(text: str) -> None:
+    def say(text: str, report: bool = False) -> None:
         if text in heard:
             return
         heard.add(text)
-        logging.warning(f"asdm: {text}")
+        logging.log(logging.INFO if report else logging.WARNING, f"asdm: {text}")
         context = get_executing_context()
         node = node_id or executing()
         if context is None or not node:

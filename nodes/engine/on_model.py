@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from comfy.patcher_extension import CallbacksMP
+
 from . import notes
 from .technique import KEY, Placed, Technique, placed_on, techniques_of
-from .wrappers import INNER, OUTER
+from .wrappers import INNER, OUTER, OUTER_KEY, check_in_place
 
 
 def with_technique(model, technique: Technique, node_id: str | None = None):
@@ -48,7 +50,10 @@ def _place(clone, placed: tuple[Placed, ...]):
     for technique in techniques_of(clone):
         for kind, callback in technique.callbacks:
             clone.add_callback_with_key(kind, models_key(technique), callback)
-    for key, wrappers in ((KEY, INNER), (f"{KEY}_outer", OUTER)):
+    clone.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)
+    if placed:
+        clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, check_in_place)
+    for key, wrappers in ((KEY, INNER), (OUTER_KEY, OUTER)):
         wanted = any(p.technique.outermost == (wrappers is OUTER) for p in placed)
         for kind, wrapper in wrappers:
             clone.remove_wrappers_with_key(kind, key)

@@ -11,7 +11,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embe
 from ...asdm_core.steps import Steps
 from . import notes, units
 from .network import architecture_of
-from .technique import CUT, PLAYED, AtUNet, Forward, InRun, Part, Placed, Start, UNetInRun
+from .technique import CUT, PLAYED, AtUNet, Forward, InRun, Part, Placed, Say, Start, UNetInRun
 
 OTHERS = "asdm_others"  # in transformer_options during a forward: the patches without our entry
 
@@ -21,15 +21,35 @@ class Run:
 
     def __init__(self, placed: Sequence[Placed], start: Start):
         self._steps = Steps(start.sigmas.tolist())
-        bound = [p.technique.bind(start, notes.speaker(p.node_id)) for p in placed]
-        self.techniques: list[InRun] = [part for part in bound if part is not None]
+        self.techniques: list[InRun] = []
+        self._voices: list[tuple[str, Say]] = []  # what each is called, and what it speaks with
+        for p in placed:
+            say = notes.speaker(p.node_id)
+            part = p.technique.bind(start, say)
+            if part is not None:
+                self.techniques.append(part)
+                self._voices.append((p.technique.label() or p.technique.key, say))
+        self._evaluations = 0
         self._unets: dict[int, BoundUNet] | None = None
 
     def sample(self, call: Callable):
         """The run itself: `call()` samples."""
         for technique in self.techniques:
             call = partial(technique.sample, call)
-        return call()
+        out = call()
+        self._check_that_it_acted()
+        return out
+
+    def _check_that_it_acted(self) -> None:
+        """Nothing may silently do nothing: other nodes can run the network by ways of their own."""
+        unets = (self._unets or {}).values()
+        if self._evaluations and (not unets or any(unet.forwards for unet in unets)):
+            return
+        for label, say in self._voices:
+            say(
+                f"{label} did not act in this run: another node on this MODEL runs the network by a way of its own, "
+                "past ComfyUI's. Bypass that node, or leave this one out."
+            )
 
     def load(self, call: Callable, model, noise_shape, conds, **given):
         for technique in self.techniques:
@@ -42,6 +62,7 @@ class Run:
 
     def predict(self, call: Callable, model, x, timestep, options: dict, seed):
         """One evaluation, at the noise level of `timestep`. model: the MODEL that is sampled, loaded and patched."""
+        self._evaluations += 1
         moment = self._steps.at(float(timestep.flatten()[0]))
         for technique in self.techniques:
             technique.begin_evaluation(moment)
@@ -95,6 +116,7 @@ class BoundUNet(UNetInRun):
         self._players: dict[int, torch.nn.Module] = {}
         self._playing: Mapping[str, torch.nn.Module] = {}
         self._given: tuple[Mapping[str, torch.nn.Module], ...] = ()
+        self.forwards = 0
         self.techniques: list[AtUNet] = []
         for technique in techniques:
             part = technique.at(self, model)
@@ -134,6 +156,7 @@ class BoundUNet(UNetInRun):
 
     def begin_forward(self, x, control, options: dict, hooks) -> str:
         """Name of what is about to be played; "" if the checkpoint plays everything itself, unnoticed."""
+        self.forwards += 1
         playing, around = self._playing or self.layers, _circumstances(control, options, hooks)
         for i, technique in enumerate(self.techniques):
             before = tuple(earlier.name for earlier in self.techniques[:i])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -26,7 +26,13 @@ from ...asdm_core.steps import Moment
 
 KEY = "asdm"
 
-Say = Callable[[str], None]  # tells the person something about this run, on the technique's node and in the log
+
+class Say(Protocol):
+    """Tells the person something about this run, on the technique's node and in the log; there as a warning, unless it
+    is no more than a report."""
+
+    def __call__(self, text: str, report: bool = False) -> None: ...
+
 
 # What `Technique.order` says, in this order: who plays, how it computes, what is remembered of it, what is measured.
 PLAYERS, COMPUTING, REMEMBERING, MEASURING = 10, 50, 80, 90

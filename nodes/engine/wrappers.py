@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from . import notes
 from .run import OTHERS, Run
 from .technique import KEY, Misfit, Start, placed_on, techniques_of
 
@@ -133,6 +134,18 @@ def _sampler_sample(
             extra_args, sigmas, noise=noise, latent_image=latent_image, denoise_mask=denoise_mask, device=noise.device
         )
     return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+
+
+def check_in_place(model) -> None:
+    """Before each run (the host's ON_PRE_RUN): say so where another node has taken our wrappers off a MODEL."""
+    for key, wrappers, outermost in ((KEY, INNER, False), (OUTER_KEY, OUTER, True)):
+        placed = [p for p in placed_on(model) if p.technique.outermost == outermost]
+        lost = [kind for kind, _ in wrappers if key not in model.wrappers.get(kind, {})]
+        for p in placed if lost else ():
+            notes.speaker(p.node_id)(
+                f"{p.technique.label() or p.technique.key} is out of this run: a node behind it writes the wrappers of "
+                f"the MODEL anew ({', '.join(lost)} are gone). Put that node before this one."
+            )
 
 
 INNER = (

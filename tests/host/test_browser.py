@@ -395,6 +395,26 @@ def test_words_of_a_run_stand_on_the_node(page, front_end):
     )
 
 
+def test_what_a_technique_says_in_a_run_stands_on_its_node_until_the_next(page):
+    drop(page, PACK / "workflows" / "02 Speed up my checkpoint.json", name="Notes.json")
+    id = page.evaluate(f"type => {{ {NODE}; return String(node.id) }}", "ASDMGRIAttention")
+    speak = """([id, notes]) => app.api.dispatchCustomEvent("asdm.notes", {node: id, notes, prompt_id: ""})"""
+    standing = """notes => [app.rootGraph, ...app.rootGraph.subgraphs.values()].flatMap(graph => graph.nodes)
+      .flatMap(node => node.widgets ?? []).filter(w => w.name === "asdm_notes").map(w => w.value).join("|") === notes"""
+    before = page.evaluate("async () => (await app.graphToPrompt()).output")
+    page.evaluate(speak, [id, ["another node replaces it.", "too small."]])
+    page.wait_for_function(standing, arg="another node replaces it.\ntoo small.")
+    assert page.evaluate("async () => (await app.graphToPrompt()).output") == before
+    page.evaluate("""() => app.api.dispatchCustomEvent("execution_start", {prompt_id: "", timestamp: 0})""")
+    page.wait_for_function(standing, arg="")
+    group = page.evaluate("id => String(app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)])).node.id)", id)
+    (inside,) = page.evaluate(
+        "group => app.graph.getNodeById(group).subgraph.nodes.map(n => `${group}:${n.id}`)", group
+    )
+    page.evaluate(speak, [inside, ["in a subgraph."]])
+    page.wait_for_function(standing, arg="in a subgraph.")
+
+
 SPOKEN = """([id, note, title]) => {
   const batches = [[{filename: "a.png"}], [{filename: "b.png"}]]
   const said = {text: [note], asdm_compare: [{title, labels: ["a", "b"], batches, likeness: {"01": ["identical"]}}]}

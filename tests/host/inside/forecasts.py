@@ -237,7 +237,7 @@ def test_nothing_is_left_after_a_run(model, monkeypatch):
 def test_the_memory_is_known_before_the_run(model, name):
     carried = Carried(model, PLANS[name])
     small.sample(carried.model, steps=STEPS, size=(12, 20), batch=2)
-    assert carried.report.peak == carried.kept.bytes((2, 4, 12, 20), 2)
+    assert carried.report.peak == carried.kept.device_bytes(None, (2, 4, 12, 20), {"positive": [], "negative": []})
 
 
 def test_evaluations_of_heun_are_found_by_their_noise_level(model):

@@ -1,0 +1,38 @@
+// What our techniques say in a run, on the nodes they come from: where one cannot act, or does less than it was asked for.
+// It stays until the next run begins. The server keeps it too: GET /asdm/notes.
+import { api } from '../../scripts/api.js'
+import { app } from '../../scripts/app.js'
+import { write } from './outputs.js'
+
+const NAME = 'asdm_notes'
+
+// The node with an id as the host names it: "12", in subgraphs "7:12".
+function find(id) {
+  let graph = app.rootGraph ?? app.graph
+  let node
+  for (const part of String(id).split(':')) {
+    node = graph?.getNodeById(part) ?? graph?.getNodeById(Number(part))
+    graph = node?.subgraph
+  }
+  return node
+}
+
+function all(graph = app.rootGraph ?? app.graph) {
+  return graph.nodes.flatMap((node) => [node, ...(node.subgraph ? all(node.subgraph) : [])])
+}
+
+function show(id, notes) {
+  const node = find(id)
+  // Ids start anew in each workflow: what was said of another one's node must not stand on this one's.
+  if (node?.constructor.nodeData?.name?.startsWith('ASDM')) write(node, NAME, notes.join('\n'))
+}
+
+app.registerExtension({
+  name: 'asdm.notes',
+  setup() {
+    api.addEventListener('asdm.notes', ({ detail }) => show(detail.node, detail.notes))
+    api.addEventListener('execution_start', () => {
+      for (const node of all()) write(node, NAME, '')
+    })
+  }
+})
