@@ -12,6 +12,7 @@ from ...asdm_core.packs import BadFile, TensorFile, describe, is_shard, unet_in_
 from ...asdm_core.text import read_json
 
 EMBEDDED = Path(__file__).resolve().parent.parent.parent / "models" / "emoji"
+LORAS = EMBEDDED.parent / "loras"  # those of the family: only the host's own nodes list them
 PACK_FOLDER = "asdm_packs"
 
 NO_UNET = "none found"  # stands in the list where there is nothing to choose
@@ -19,7 +20,10 @@ _FOLDER_MARK = "/"  # ends the name of a diffusers folder in a list of files
 
 
 def register_folders() -> None:
-    """Make models/asdm_packs known to the host, so that extra model paths work for it too."""
+    """Make models/asdm_packs known to the host, so that extra model paths work for it too, and our LoRAs to its own
+    nodes.
+    """
+    folder_paths.add_model_folder_path("loras", str(LORAS))
     folder_paths.add_model_folder_path(PACK_FOLDER, str(Path(folder_paths.models_dir) / PACK_FOLDER))
     known, extensions = folder_paths.folder_names_and_paths[PACK_FOLDER]
     extensions.add(".safetensors")

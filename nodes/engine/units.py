@@ -134,7 +134,8 @@ def shared_stand_in(unit: Unit) -> nn.Module:
 def layers(unet: nn.Module, config: UNetConfig) -> dict[str, nn.Module]:
     """The layer that plays each dispatchable unit of a live host UNet, by address.
 
-    Found by kind within their block, not by position: other packs insert modules into these blocks.
+    Found by kind within their block, not by position: other packs insert modules into these blocks. Raises ValueError
+    where another pack has put layers of other classes in their place.
     """
     blocks = {"middle_block": unet.middle_block}
     for side in ("input_blocks", "output_blocks"):
@@ -145,8 +146,15 @@ def layers(unet: nn.Module, config: UNetConfig) -> dict[str, nn.Module]:
             continue
         name = unit.ldm.rpartition(".")[0]
         of_kind = [m for m in blocks[name] if isinstance(m, _KIND_CLASSES[unit.kind])]
-        found[unit.address] = of_kind[seen.setdefault((name, unit.kind), 0)]
-        seen[name, unit.kind] += 1
+        number = seen.get((name, unit.kind), 0)
+        if number >= len(of_kind):
+            there = ", ".join(type(m).__name__ for m in blocks[name])
+            raise ValueError(
+                f"asdm does not find the {unit.kind} {unit.address} of this UNet: another node has put layers of its "
+                f"own into {name} ({there}). Use either that node or asdm's on this MODEL."
+            )
+        found[unit.address] = of_kind[number]
+        seen[name, unit.kind] = number + 1
     return found
 
 

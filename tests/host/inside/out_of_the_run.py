@@ -1,0 +1,132 @@
+"""Other nodes that take asdm out of a run, or put layers of their own into the UNet: it is said, and nothing breaks."""
+
+import pytest
+import small
+import torch
+from comfy.ldm.modules.diffusionmodules import openaimodel
+from comfy.patcher_extension import WrappersMP
+from in_host import module
+
+inheritance = module("asdm_core.inheritance")
+regional, switch = module("nodes.engine.regional"), module("nodes.engine.switch")
+Window, STEPS = small.assignment.Window, 8
+
+
+@pytest.fixture
+def ours(model, m2, folder):
+    other = small.model(folder, seed=3)
+    return {
+        "m2": lambda m: small.with_pack(m, m2),
+        "balanced inheritance": lambda m: small.with_plan(m, inheritance.dial(small.SD, "balanced")),
+        "GRI attention": lambda m: small.with_technique(m, regional.Regional(4, 2)),
+        "switched": lambda m: switch.with_switch(m, other, switch.SwitchPoint(4, "step")),
+    }
+
+
+def runs_the_network_itself(m):
+    """As node packs do that replace the forward of the whole network."""
+    clone = m.clone()
+
+    def wrapper(apply_model, given):
+        base, x, t, c = m.model, given["input"], given["timestep"], given["c"]
+        sampling = base.model_sampling
+        out = base.diffusion_model(
+            sampling.calculate_input(t, x),
+            sampling.timestep(t).float(),
+            context=c["c_crossattn"],
+            transformer_options=c["transformer_options"],
+        )
+        return sampling.calculate_denoised(t, out.float(), x)
+
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
+def writes_wrappers_anew(*kinds):
+    """As node packs do that set `model.wrappers[kind]` themselves."""
+
+    def node(m):
+        clone = m.clone()
+        for kind in kinds:
+            clone.wrappers[kind] = {"theirs": [lambda executor, *args, **more: executor(*args, **more)]}
+        return clone
+
+    return node
+
+
+@pytest.mark.parametrize("name", ["m2", "balanced inheritance", "GRI attention"])
+def test_a_node_that_runs_the_network_itself_is_named_once(model, ours, caplog, name):
+    wanted = small.sample(runs_the_network_itself(model), steps=STEPS)
+    assert torch.equal(small.sample(runs_the_network_itself(ours[name](model)), steps=STEPS), wanted)
+    assert caplog.text.count(f"{name} did not act in this run") == 1
+
+
+@pytest.mark.parametrize("kinds", [(WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL), (WrappersMP.OUTER_SAMPLE,)])
+@pytest.mark.parametrize("name", ["m2", "balanced inheritance", "GRI attention", "switched"])
+def test_wrappers_written_anew_behind_ours_are_said(model, ours, caplog, name, kinds):
+    node = writes_wrappers_anew(*kinds)
+    small.sample(node(ours[name](model)), steps=STEPS)
+    assert caplog.text.count(f"{name} is out of this run") == 1
+    caplog.clear()
+    # Before ours it is in nobody's way.
+    assert torch.equal(small.sample(ours[name](node(model)), steps=STEPS), small.sample(ours[name](model), steps=STEPS))
+    assert "out of this run" not in caplog.text and "did not act" not in caplog.text
+
+
+class Other(openaimodel.TimestepBlock):
+    forward = openaimodel.ResBlock.forward
+    _forward = openaimodel.ResBlock._forward
+
+
+def test_layers_of_another_class_end_in_a_sentence_and_leave_other_runs_alone(model, ours):
+    changed = model.clone()
+    for i, block in enumerate(model.model.diffusion_model.input_blocks):
+        for j, layer in enumerate(block):
+            if isinstance(layer, openaimodel.ResBlock):
+                changed.add_object_patch(f"diffusion_model.input_blocks.{i}.{j}.__class__", Other)
+    inheriting = ours["balanced inheritance"]
+    wanted = small.sample(inheriting(model), steps=STEPS)
+    assert torch.equal(small.sample(changed, steps=STEPS), small.sample(model, steps=STEPS))
+    with pytest.raises(ValueError, match=r"does not find the resnet .* another node has put layers of its own"):
+        small.sample(inheriting(changed), steps=STEPS)
+    assert torch.equal(small.sample(changed, steps=STEPS), small.sample(model, steps=STEPS))
+    # The checkpoint may still be loaded with their patches.
+    assert torch.equal(small.sample(inheriting(model), steps=STEPS), wanted)
+
+
+def test_a_layer_replaced_by_a_patch_gives_every_run_the_same(model, m2):
+    class Doubled(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args, **more):
+            return 2 * self.layer(*args, **more)
+
+    path = "diffusion_model.input_blocks.1.0.in_layers.2"
+    changed = model.clone()
+    changed.add_object_patch(path, Doubled(model.get_model_object(path)))
+    m = small.with_plan(changed, inheritance.dial(small.SD, "balanced"))
+    first = small.sample(m, steps=STEPS)
+    assert torch.equal(small.sample(m, steps=STEPS), first)
+    small.sample(model, steps=2)
+    assert torch.equal(small.sample(m, steps=STEPS), first)
+
+
+def test_a_run_that_inherits_much_less_than_its_plan_says_so(model, caplog):
+    m = small.with_plan(model, inheritance.dial(small.SD, "balanced"))
+    small.sample(m, steps=STEPS)
+    assert "steps that the plan lets inherit" not in caplog.text
+    sizes = m.clone()
+    turn = iter(range(1000))
+
+    def pads(executor, x, t, *args, **more):
+        """Another size at each call, as tiles have."""
+        extra = 2 * (next(turn) % 3)
+        padded = torch.nn.functional.pad(x, (0, extra))
+        return executor(padded, t, *args, **more)[..., : x.shape[-1]]
+
+    sizes.wrappers.setdefault(WrappersMP.APPLY_MODEL, {})
+    sizes.wrappers[WrappersMP.APPLY_MODEL] = {"pads": [pads], **sizes.wrappers[WrappersMP.APPLY_MODEL]}
+    small.sample(sizes, steps=STEPS)
+    assert caplog.text.count("steps that the plan lets inherit did") == 1
