@@ -464,7 +464,7 @@ def bench_unet(name: str, rounds: int, device: torch.device, clock) -> tuple[dic
         unet(x[..., :64, :64], t, context)  # warms every layer up, at a quarter of the size
     nothing = {"patches_replace": {"attn1": dict.fromkeys(played.blocks, lambda q, k, v, options: v)}}
     times = time_alternating(
-        {"full": lambda: call({}), "gri": lambda: call(played.enter({})), "nothing": lambda: call(nothing)},
+        {"full": lambda: call({}), "gri": lambda: call(played.entered({})), "nothing": lambda: call(nothing)},
         rounds,
         0,
         torch.cuda.synchronize if device.type == "cuda" else None,

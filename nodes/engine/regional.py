@@ -6,6 +6,7 @@ else has entered his own, before or after our node, and keeps what he has. Nobod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,6 +20,7 @@ from ...asdm_core.assignment import Window
 from ...asdm_core.gri import GRI, PAYS_FROM, gri_attention
 from ...asdm_core.measure import costs, sizes
 from ...asdm_core.steps import Moment
+from . import notes
 from .assigned import Players
 from .technique import PLAYED, AtUNet, InRun, Measured, Say, Start, Technique, UNetInRun
 
@@ -92,29 +94,37 @@ class Regional(Technique):
 
 class _InRun(InRun):
     def __init__(self, settings: Regional, stretch: tuple[float, float], say: Say):
-        self.settings, self.say = settings, say
-        self._high, self._low = stretch
-
-    def on(self, moment: Moment) -> bool:
-        return self._low < moment.sigma <= self._high
+        self._settings, self._stretch, self._say = settings, stretch, say
 
     def at(self, unet: UNetInRun, model) -> AtUNet:
-        return Attention(self, unet)
+        return Attention(self._settings, unet.config, self._stretch, unet.find(Players), self._say)
 
 
 class Attention(AtUNet):
-    """The self-attention of one UNet object during one run."""
+    """The self-attention of one UNet object during one run.
 
-    def __init__(self, run: _InRun, unet: UNetInRun):
-        self._run, self._settings, self._players = run, run.settings, unet.find(Players)
-        self.blocks = self._settings.blocks(unet.config)
+    stretch: noise levels between which it plays, see `Start.stretch`. players: whose log gains join it.
+    """
+
+    def __init__(
+        self,
+        settings: Regional,
+        config: UNetConfig,
+        stretch: tuple[float, float] = (math.inf, -math.inf),
+        players: Players | None = None,
+        say: Say | None = None,
+    ):
+        self._settings, self._stretch, self._players = settings, stretch, players
+        self._say = say or notes.speaker()
+        self.blocks = settings.blocks(config)
         self._on = False
         self.log_gains: dict[
             str, dict[int, Callable[[Tensor], Tensor]]
         ] = {}  # transformer -> block -> log gains of its heads
 
     def begin_evaluation(self, moment: Moment) -> None:
-        self._on, self.name, self.log_gains = self._run.on(moment), "", {}
+        high, low = self._stretch
+        self._on, self.name, self.log_gains = low < moment.sigma <= high, "", {}
         if self._on:
             gains, self.log_gains = self._players.log_gains() if self._players else ("", {})
             s = self._settings
@@ -124,16 +134,15 @@ class Attention(AtUNet):
         return self._settings.role if self._on and role == PLAYED and address in self.blocks.values() else role
 
     def options(self, options: dict) -> dict:
-        """With GRI in all blocks whose self-attention nobody else replaces."""
-        if not self._on:
-            return options
+        return self.entered(options) if self._on else options
+
+    def entered(self, options: dict) -> dict:
+        """The options with GRI in all blocks whose self-attention nobody else replaces."""
         replace = options.get("patches_replace", {})
         theirs = replace.get("attn1", {})
         taken = [address for block, address in self.blocks.items() if any(key[:2] == block for key in theirs)]
         if taken:
-            self._run.say(
-                f"another node replaces the self-attention of {', '.join(taken)}; GRI leaves it to that node."
-            )
+            self._say(f"another node replaces the self-attention of {', '.join(taken)}; GRI leaves it to that node.")
         return {**options, "patches_replace": {**replace, "attn1": {**dict.fromkeys(self.blocks, self.play), **theirs}}}
 
     def play(self, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
@@ -142,7 +151,7 @@ class Attention(AtUNet):
         height, width = options["activations_shape"][-2:]
         is_map = q.shape[1] == height * width and q.shape == k.shape == v.shape
         if not is_map:
-            self._run.say(
+            self._say(
                 "another node (HyperTile, Token Merging, a reference) changes what self-attention sees; there GRI is "
                 "off."
             )
