@@ -138,6 +138,8 @@ def sources(folder: Path) -> list[Source]:
 WORDS = ("", "F32", "I8", "F4", "pack", "unet", "sd15", "mid.0.resnet", "\x1b[2J", "a\nb", "../x", "\u202e", "x" * 5000)
 NUMBERS = (-1, 0, 1, 2, 7, 2**31, 2**40, 2**63, 10**30, True, 0.5, -0.0, 1e308)
 
+LONGEST = 1_000_000  # letters of a text: what a file holds is to be large beside what is known, and not beside memory
+
 
 def anything(choose: random.Random, depth: int = 3) -> Any:
     """A value that JSON can hold."""
@@ -182,7 +184,8 @@ def damaged_json(value: Any, choose: random.Random) -> Any:
             case 4 if isinstance(within[key], int) and not isinstance(within[key], bool):
                 within[key] = within[key] + choose.choice((-1, 1, 8, 2**20, -(2**70)))
             case 5 if isinstance(within[key], str):
-                within[key] = within[key] * choose.choice((0, 2, 1000)) + choose.choice(WORDS)
+                longer = within[key] * choose.choice((0, 2, 1000)) + choose.choice(WORDS)
+                within[key] = longer[:LONGEST]
             case _:
                 within[key] = anything(choose)
     return value
