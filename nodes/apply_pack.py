@@ -93,9 +93,7 @@ def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
     Raises ValueError (packs.BadFile among them).
     """
     file = packs.TensorFile(path)
-    description = packs.describe(file)
-    if description is None or description.kind != "pack":
-        packs.open_pack(path)  # raises, and says what the file is instead
+    description = packs.describe_pack(file)
     check_fit(model, description, name)
     check_experts(model, description, name, strength)
     pack_id = id_of(name, path)

@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ..asdm_core.architecture import Architecture
+from ..asdm_core import packs
 from ..asdm_core.packs import ZERO_SNR_MARKER, Description, standalone_form, write_unet
 from ..asdm_core.surgery import ADDRESSED
 from ..asdm_core.text import printable
@@ -17,7 +18,7 @@ from .common import CATEGORY, SHOWS_WORDS
 from .engine import models, pack_loras, switch
 from .engine.assigned import assigned_of, network_of, packs_of, providers_of
 
-DTYPES = {"as loaded": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"as loaded": None, **packs.DTYPES}
 
 
 def played_architecture(model) -> tuple[Architecture, dict[str, str]]:
@@ -53,11 +54,11 @@ def played_weights(model, architecture: Architecture, sources: dict[str, str]) -
     host quantised.
     """
     check_plain(model, architecture, sources)
-    packs = packs_of(model)
-    pack_loras.sync(model, packs.values())
-    comfy.model_management.load_models_gpu([model, *packs.values()])
+    patchers = packs_of(model)
+    pack_loras.sync(model, patchers.values())
+    comfy.model_management.load_models_gpu([model, *patchers.values()])
     weights = {None: model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")}
-    for pack_id, patcher in packs.items():
+    for pack_id, patcher in patchers.items():
         weights[pack_id] = patcher.model_state_dict_for_saving(patcher.model.diffusion_model, "diffusion_model.")
     if any(
         key.endswith(".comfy_quant") for key in weights[None]

@@ -44,8 +44,7 @@ def by_group(config: UNetConfig, times: Times) -> dict[str, Counter]:
     groups: dict[str, Counter] = defaultdict(Counter)
     for (address, _), (seconds, _) in times.layers.items():
         u = unit(config, address)
-        block = "mid" if u.side == "mid" else ".".join(address.split(".")[:2])
-        groups[block][u.kind if u.kind in ("resnet", "transformer") else "sampler"] += seconds
+        groups[u.block][u.kind if u.kind in ("resnet", "transformer") else "sampler"] += seconds
     return groups
 
 

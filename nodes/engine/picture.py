@@ -69,7 +69,7 @@ def draw_levels(config: UNetConfig, views: Mapping[str, UnitView], title: str, l
     blocks: dict[str, list[Unit]] = {}
     for u in walk(config):
         if u.side in ("down", "mid", "up"):
-            blocks.setdefault("mid" if u.side == "mid" else ".".join(u.address.split(".")[:2]), []).append(u)
+            blocks.setdefault(u.block, []).append(u)
     width, row, left = PLAN_WIDTH, 30, 12
     said = [line for whole in lines for line in wrapped(whole, 14, width - 2 * left)]
     heads = wrapped(title, 17, width - 2 * left)
@@ -109,7 +109,7 @@ def draw_unet(config: UNetConfig, views: Mapping[str, UnitView], title: str, sub
     rows: dict[str, list[Unit]] = {}
     for u in walk(config):
         if u.side in ("down", "mid", "up"):
-            name = "mid" if u.side == "mid" else ".".join(u.address.split(".")[:2])
+            name = u.block
             rows.setdefault(name, []).append(u)
     left = max(len(us) for name, us in rows.items() if name.startswith("down"))
     right = max(len(us) for name, us in rows.items() if name.startswith("up"))
