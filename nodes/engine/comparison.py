@@ -28,7 +28,8 @@ def original_of(model):
 
 def techniques(model) -> str:
     """What asdm's nodes put on a MODEL, in a few words; ORIGINAL for nothing."""
-    return " + ".join(filter(None, (technique.label() for technique in techniques_of(model)))) or ORIGINAL
+    within_first = sorted(techniques_of(model), key=lambda technique: technique.outermost)
+    return " + ".join(filter(None, (technique.label() for technique in within_first))) or ORIGINAL
 
 
 def sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise):

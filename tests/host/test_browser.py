@@ -331,14 +331,23 @@ def test_the_view_fills_the_window_and_goes_back(page, front_end):
     expect(view.locator(".asdm-pane")).to_have_count(3)
 
 
+def speak(page, locale: str) -> None:
+    """Change the front end's language, and wait until it is there: what loads later would undo the next change."""
+    page.evaluate("locale => app.extensionManager.setting.set('Comfy.Locale', locale)", locale)
+    page.wait_for_function(
+        "english => (LiteGraph.createNode('EmptyLatentImage').title === 'Empty Latent Image') === english",
+        arg=locale == "en",
+    )
+
+
 def test_words_of_the_view_are_translated(page):
-    page.evaluate("() => app.extensionManager.setting.set('Comfy.Locale', 'ja')")
+    speak(page, "ja")
     drop(page, PACK / "workflows" / "01 Quick start.json", name="Japanese.json")
     show_pictures(page, "ASDMABCompare", 2)
     view = view_of(page, "ASDMABCompare", "japanese")
     expect(view.get_by_role("button", name="横並び")).to_have_count(1)
     expect(view.locator(".asdm-likeness")).to_have_text("同一")
-    page.evaluate("() => app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    speak(page, "en")
 
 
 def show_pictures(page, type: str, count: int) -> None:

@@ -161,7 +161,7 @@ def test_inheritance_is_measured_as_it_runs_alone(model):
 def test_techniques_are_named(model, folder, m2):
     assert compare.techniques(model) == "original"
     assert (
-        compare.techniques(with_everything(model, folder, m2)) == "m2 + balanced inheritance + GRI attention + switched"
+        compare.techniques(with_everything(model, folder, m2)) == "m2 + GRI attention + balanced inheritance + switched"
     )
 
 

@@ -213,7 +213,7 @@ FORMS = [
 def test_every_form_gives_the_same_model(tmp_path, reference, form, preset):
     model = models.load_unet(str(write_form(tmp_path, form, preset)))
     assert model.model.model_type == Type.EPS
-    assert small.small.network.architecture_of(model).cut == chosen_for(preset).cut
+    assert small.network.architecture_of(model).cut == chosen_for(preset).cut
     assert same(model, reference(preset))
 
 
