@@ -43,7 +43,8 @@ class Run:
     def _check_that_it_acted(self) -> None:
         """Nothing may silently do nothing: other nodes can run the network by ways of their own."""
         unets = (self._unets or {}).values()
-        if self._evaluations and (not unets or any(unet.forwards for unet in unets)):
+        # A model whose turn never came in a switched run, and a run of no steps, have nothing to act in.
+        if not self._evaluations or not unets or any(unet.forwards for unet in unets):
             return
         for label, say in self._voices:
             say(

@@ -61,6 +61,13 @@ def test_a_node_that_runs_the_network_itself_is_named_once(model, ours, caplog, 
     assert caplog.text.count(f"{name} did not act in this run") == 1
 
 
+def test_a_model_whose_turn_never_comes_is_not_blamed(model, m2, folder, caplog):
+    packed = small.with_pack(small.model(folder, seed=3), m2)
+    switched = switch.with_switch(model, packed, switch.SwitchPoint(100, "step"))
+    assert torch.equal(small.sample(switched, steps=STEPS), small.sample(model, steps=STEPS))
+    assert "did not act" not in caplog.text
+
+
 @pytest.mark.parametrize("kinds", [(WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL), (WrappersMP.OUTER_SAMPLE,)])
 @pytest.mark.parametrize("name", ["m2", "balanced inheritance", "GRI attention", "switched"])
 def test_wrappers_written_anew_behind_ours_are_said(model, ours, caplog, name, kinds):
