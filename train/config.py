@@ -25,6 +25,7 @@ from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.condconv import FORMS, CondConv, convolutions, sharing
 from asdm_core.gri import GRI, LogGains
 
+from .buckets import STEP
 from .diffusion import STEPS, simple_times
 from .losses import LATENT_RGB, LOSSES, PREDICTIONS
 from .schedules import SCHEDULES, Schedule, read_schedule
@@ -69,6 +70,7 @@ def number(default: Any, low: float, high: float = math.inf, without: bool = Fal
 TRAINED = ("own", "all", "none")
 STARTS = (*condconv.STARTS, "clme")
 SOURCES = ("cache", "folder", "shards", "hub", "prompts", "random")
+PICTURED = ("cache", "folder", "shards", "hub")  # those with pictures of one's own
 RATES = ("trapezoid", "cosine", "linear", "polynomial", "constant_with_warmup")
 TIMESTEPS = ("uniform", "snr")
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the forward passes
@@ -235,6 +237,9 @@ class Data:
         "prompts"  text file, a prompt a line: the teacher draws the pictures itself (section [samples]) "random"
         nothing; for trying things out
     size: pixels of the pictures, square. timesteps: "uniform", or "snr": rarely those with little noise in them.
+    buckets: whether pictures keep their aspect ratio, in shapes of about that area (train/buckets.py), for "cache" and
+    "folder"; bucket_batch: samples in a row that have one shape, a multiple of run.micro_batch.
+    flip: whether every other picture is mirrored.
     """
 
     source: str = "cache"
@@ -242,6 +247,9 @@ class Data:
     size: int = number(512, 8, 8192, multiple=8)
     caption_dropout: float = number(0.1, 0, 1)
     timesteps: str = "uniform"
+    buckets: bool = False
+    bucket_batch: int = number(16, 1)
+    flip: bool = False
 
     @property
     def side(self) -> int:
@@ -253,12 +261,17 @@ class Data:
 class Encoders:
     """VAE and text encoder, for all sources but "cache" and "random".
 
-    models: diffusers folder; for "prompts" also an SD1.x checkpoint; empty: network.teacher.
+    models: diffusers folder or checkpoint of SD1.5 or SDXL; empty: network.teacher.
     tokenizer: folder of CLIP's vocabulary, where models has none; empty: that of the ComfyUI this pack lies in.
+    clip_skip: the layer of the text encoder that is taken, from its end; 0: as the model says or as its family has it
+    (1 for SD1.5, 2 for SDXL). Finetunes that descend from NovelAI's want 2.
+    rows: the most of a caption, each of 75 tokens; what is longer is cut.
     """
 
     models: str = ""
     tokenizer: str = ""
+    clip_skip: int = number(0, 0, 24)
+    rows: int = number(3, 1, 4)
 
 
 @dataclass(frozen=True)
@@ -332,12 +345,14 @@ class RunSettings:
     shard: share weights, gradients, optimiser and average out among the processes (FSDP2) instead of copying them
     (DDP). precision: of the forward passes; weights are float32. folder: for checkpoints, the log and the product.
     stored: dtype of the product. picture_every: steps between two pictures of teacher and student, 0 for none.
-    tensorboard: whether the log goes to TensorBoard as well.
+    tensorboard: whether the log goes to TensorBoard as well. workers: processes that read the data ahead, for each
+    process of the run; 0: it reads by itself.
     """
 
     steps: int = number(50_000, 1)
     batch: int = number(256, 1)
     micro_batch: int = number(8, 1)
+    workers: int = number(0, 0, 64)
     shard: bool = False
     precision: str = "no"
     checkpoint_gradients: bool = False
@@ -399,6 +414,7 @@ class Config:
             raise ValueError(f"optimiser.cooldown: {self.optimiser.schedule} has its own end; set it to 0")
         if self.run.shard and self.run.precision == "fp16":
             raise ValueError("run.shard does not go with fp16, whose gradient scaler needs gradients whole; use bf16")
+        self._check_data()
         if bool(self.student.preset) == bool(self.student.cut):
             raise ValueError("student: give either preset or cut")
         if self.loss.classifier and self.network.family != "emoji":
@@ -429,6 +445,29 @@ class Config:
         self._check_lora()
         self._check_rollout()
         _ = self.taps  # raises as well
+
+    def _check_data(self) -> None:
+        data, run = self.data, self.run
+        if data.flip and data.source not in PICTURED:
+            raise ValueError(
+                f"data.flip: {data.source!r} has no pictures to mirror; possible with {', '.join(PICTURED)}"
+            )
+        if not data.buckets:
+            return
+        if data.source not in ("cache", "folder"):
+            raise ValueError(
+                f"data.buckets: the shapes of {data.source!r} are not known beforehand; encode the pictures into a "
+                'cache (python -m train.encode --buckets), or take the source "folder"'
+            )
+        if data.size % STEP:
+            raise ValueError(f"data.size: with data.buckets a multiple of {STEP}, got {data.size}")
+        if data.bucket_batch % run.micro_batch or run.batch % data.bucket_batch:
+            raise ValueError(
+                f"data.bucket_batch = {data.bucket_batch}: wanted a multiple of run.micro_batch = {run.micro_batch} "
+                f"that run.batch = {run.batch} is a multiple of"
+            )
+        if self.gri.on or self.rollout.steps:
+            raise ValueError("data.buckets does not go with gri or rollout, which want square pictures; leave it out")
 
     def _check_lora(self) -> None:
         if not self.lora.rank:

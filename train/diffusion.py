@@ -80,10 +80,13 @@ def ddim(
 ) -> Tensor:
     """Deterministic DDIM (eta 0) from noise x (B, C, H, W) to x_0.
 
-    predict_v(x, t, context): v for t (B,) and context (B, N, D). cond: (B, N, D); uncond: (1, N, D).
+    predict_v(x, t, context): v for t (B,) and context (B, N, D). cond: (B, N, D); uncond: (1, M, D), N a
+    multiple of M, which changes nothing for attention.
     """
     times = schedule(steps)
-    context = torch.cat([cond, uncond.expand_as(cond)]) if cfg != 1 else cond
+    if cfg != 1:
+        its = uncond.repeat(1, cond.shape[1] // uncond.shape[1], 1)
+    context = torch.cat([cond, its.expand_as(cond)]) if cfg != 1 else cond
     for i, now in enumerate(times):
         t = torch.full((len(context),), now, device=x.device)
         v = predict_v(torch.cat([x, x]) if cfg != 1 else x, t, context).float()

@@ -3,8 +3,8 @@
     python -m train.encode photos/ data/sd15-latents --models stable-diffusion-v1-5/
 
 Captions come from metadata.jsonl or metadata.csv in the folder (columns file_name and text; in JSON, text may
-be a list of captions), or from a .txt or .caption file beside each picture. --models is a diffusers folder with vae,
-text_encoder and tokenizer; nothing is downloaded. The same command goes on where it stopped; other pictures,
+be a list of captions), or from a .txt or .caption file beside each picture. --models is a checkpoint of SD1.5 or SDXL,
+or a diffusers folder; nothing is downloaded. The same command goes on where it stopped; other pictures,
 captions or models want another folder. A picture that cannot be read is named and left out.
 """
 
@@ -13,40 +13,63 @@ from __future__ import annotations
 import argparse
 import struct
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from asdm_core.packs import read_header, write_file
 
-from .captions import captioned
+from .buckets import STEP, Shape, nearest
+from .captions import Captioned, captioned
 from .progress import Progress, plain_errors
-from .encoders import ToLatents, ToText, latents_of, load_text, load_vae
+from .encoders import ROWS, ToLatents, ToText, latents_of, load_text, load_vae
 from .provenance import ENCODERS, contents, digest, made, same_file
 
 BROKEN = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)  # what a broken picture raises
 SHARD = 4096  # pictures in a file: 130 MB of SD1.5's latents and 480 MB of its text states
 
 
-def read_picture(file: Path | BinaryIO, size: int) -> tuple[Tensor, Tensor]:
-    """A picture as (3, size, size) in [-1, 1]: bilinear to the shorter side, cropped about its centre, as BK-SDM does.
+def read_picture(file: Path | BinaryIO, shape: Shape, flip: bool = False) -> tuple[Tensor, Tensor]:
+    """A picture as (3, H, W) in [-1, 1]: bilinear to `shape` (width, height) or larger, cropped about its centre, as
+    BK-SDM does; mirrored where `flip`.
 
-    And SDXL's sizes of it, (6,): height and width as it was, top and left of the crop, `size` twice. Raises one of
-    BROKEN.
+    And SDXL's sizes of it, (6,): height and width as it was, top and left of the crop, height and width wanted. Raises
+    one of BROKEN.
     """
     with Image.open(file) as opened:
         picture = ImageOps.exif_transpose(opened).convert("RGB")
     width, height = picture.size
-    crop = [max(0, round(size * side / min(width, height)) - size) // 2 for side in (height, width)]
-    picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
+    scale = max(shape[0] / width, shape[1] / height)
+    crop = [max(0, round(scale * side) - wanted) // 2 for side, wanted in ((height, shape[1]), (width, shape[0]))]
+    picture = ImageOps.fit(picture, shape, Image.Resampling.BILINEAR)
+    if flip:
+        picture = ImageOps.mirror(picture)
     return (
         torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1,
-        torch.tensor([height, width, *crop, size, size], dtype=torch.float32),
+        torch.tensor([height, width, *crop, shape[1], shape[0]], dtype=torch.float32),
     )
+
+
+def shape_of(path: Path, size: int) -> Shape:
+    """The shape of a picture's bucket; of one that cannot be read, the square."""
+    try:
+        with Image.open(path) as opened:
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            width, height = opened.size[::-1] if turned else opened.size
+    except BROKEN:
+        return size, size
+    return nearest(size, width, height)
+
+
+def shapes_of(paths: Sequence[Path], size: int, threads: int = 8) -> list[Shape]:
+    """The same of many."""
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda path: shape_of(path, size), paths))
 
 
 def encode(
@@ -58,24 +81,35 @@ def encode(
     batch: int = 8,
     shard: int = SHARD,
     models: str = "",
+    buckets: bool = False,
+    flip: bool = False,
 ) -> list[Path]:
     """Write the cache (train/data.py) into the folder `out`, which may hold a part of it. Returns the pictures that
     could not be read.
 
-    to_latents: pictures (B, 3, size, size) in [-1, 1] -> latents as the UNet sees them; to_text: B captions -> their
-    states. models: what they are called. Raises ValueError where the folder holds what was made from other pictures,
-    captions or models, or at another size.
+    to_latents: pictures (B, 3, H, W) in [-1, 1] -> latents as the UNet sees them; to_text: B captions -> their
+    states. models: what they are called. buckets: whether pictures keep their aspect ratio (train/buckets.py), a file
+    for each shape. flip: whether mirrored ones are encoded as well. Raises ValueError where the folder holds what was
+    made from other pictures, captions or models, or at another size.
     """
     out.mkdir(parents=True, exist_ok=True)
-    parts = {
-        out / f"{first // shard:05d}.safetensors": pictures[first : first + shard]
-        for first in range(0, len(pictures), shard)
-    }
+    shapes = shapes_of([file for file, _ in pictures], size) if buckets else [(size, size)] * len(pictures)
+    parts: dict[Path, Sequence[Captioned]] = {}
+    wanted: dict[Path, Shape] = {}
+    for shape in sorted(set(shapes)):
+        mine = [picture for picture, its in zip(pictures, shapes, strict=True) if its == shape]
+        prefix = f"{shape[0]}x{shape[1]}-" if buckets else ""
+        for first in range(0, len(mine), shard):
+            path = out / f"{prefix}{first // shard:05d}.safetensors"
+            parts[path] = mine[first : first + shard]
+            wanted[path] = shape
     made_with = {
         path: {
             "hash of the pictures' names and captions": digest([(file.name, given) for file, given in part]),
             "size": size,
             "models": models,
+            "clip skip": getattr(to_text, "clip_skip", 0),
+            "mirrored": flip,
         }
         for path, part in parts.items()
     }
@@ -92,6 +126,7 @@ def encode(
         if path.exists():
             continue
         latents: list[Tensor] = []
+        mirrored: list[Tensor] = []
         captions: list[range] = []
         texts: list[str] = []
         sizes: list[Tensor] = []
@@ -99,7 +134,7 @@ def encode(
             readable = []
             for file, given in part[at : at + batch]:
                 try:
-                    readable.append(read_picture(file, size))
+                    readable.append(read_picture(file, wanted[path]))
                 except BROKEN as e:
                     broken.append(file)
                     print(f"left out {file}: {e}", flush=True)
@@ -107,20 +142,33 @@ def encode(
                 captions.append(range(len(texts), len(texts) + len(given)))
                 texts += given
             if readable:
-                latents.append(to_latents(torch.stack([picture for picture, _ in readable])).half().cpu())
+                stacked = torch.stack([picture for picture, _ in readable])
+                latents.append(to_latents(stacked).half().cpu())
+                if flip:
+                    mirrored.append(to_latents(stacked.flip(-1)).half().cpu())
                 sizes += [shape for _, shape in readable]
             progress.show(done - len(part) + min(at + batch, len(part)))
         if not latents:
             continue
         most = max(map(len, captions))
         rows = torch.tensor([[row[i * len(row) // most] for i in range(most)] for row in captions])
-        found = [to_text(texts[i : i + batch]) for i in range(0, len(texts), batch)]
+        # Captions of several rows lie as rows of the empty caption's length, one after the other.
+        length = empty.states.shape[1]
+        found = []
+        for i in range(0, len(texts), batch):
+            text = to_text(texts[i : i + batch])
+            found += [text] if text.states.shape[1] == length else [to_text([t]) for t in texts[i : i + batch]]
+        counts = torch.tensor([f.states.shape[1] // length for f in found for _ in f.states])
         tensors = {
             "latents": torch.cat(latents),
             "captions": rows,
-            "states": torch.cat([f.states.half().cpu() for f in found]),
+            "states": torch.cat([f.states.half().cpu().unflatten(1, (-1, length)).flatten(0, 1) for f in found]),
             "empty": empty.states[0].half().cpu(),
         }
+        if counts.max() > 1:
+            tensors["rows"] = torch.stack([counts.cumsum(0) - counts, counts], 1)
+        if mirrored:
+            tensors["mirrored"] = torch.cat(mirrored)
         if empty.pooled is not None:
             tensors |= {
                 "pooled": torch.cat([f.pooled.half().cpu() for f in found if f.pooled is not None]),
@@ -139,19 +187,35 @@ def main() -> None:
     )
     parser.add_argument("pictures", type=Path, help="folder of pictures with captions")
     parser.add_argument("cache", type=Path, help="folder to write, the data.path of a recipe")
-    parser.add_argument("--models", type=Path, required=True, help="diffusers folder with the VAE and the text encoder")
+    parser.add_argument(
+        "--models", type=Path, required=True, help="checkpoint or diffusers folder with the VAE and the text encoder"
+    )
     parser.add_argument("--size", type=int, default=512, help="pixels, square")
+    parser.add_argument(
+        "--buckets", action="store_true", help="keep the aspect ratio, in shapes of about the area of the square"
+    )
+    parser.add_argument("--flip", action="store_true", help="encode each picture mirrored as well")
+    parser.add_argument("--tokenizer", default="", help="folder of CLIP's vocabulary, where the models have none")
+    parser.add_argument(
+        "--clip-skip", type=int, default=0, help="layer of the text encoder from its end; 0: as the model has it"
+    )
+    parser.add_argument("--rows", type=int, default=ROWS, help="the most of a caption, each of 75 tokens")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.buckets and args.size % STEP:
+        raise ValueError(f"--size: with --buckets a multiple of {STEP}, got {args.size}")
+    to_text = load_text(args.models, args.tokenizer, args.device, args.clip_skip, args.rows)
     broken = encode(
         captioned(args.pictures),
         args.cache,
         args.size,
         latents_of(load_vae(args.models, args.device)),
-        load_text(args.models, device=args.device),
+        to_text,
         args.batch,
         models=contents(args.models, ENCODERS),
+        buckets=args.buckets,
+        flip=args.flip,
     )
     caches = (read_header(path).tensors for path in args.cache.glob("*.safetensors"))
     held = sum(tensors["latents"][1][0] for tensors in caches if "latents" in tensors)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from asdm_core.packs import BadFile, TensorFile, write_file
 
 from . import losses, networks, rollout, sharding, taps
+from .ahead import Ahead
 from .config import PRECISIONS, Config
 from .data import Batch, Batches, Source, cast_added
 from .diffusion import STEPS, as_v, coefficients
@@ -44,6 +45,7 @@ T_BINS = 4
 FREE = (
     "steps",
     "micro_batch",
+    "workers",
     "shard",
     "checkpoint_gradients",
     "save_every",
@@ -61,7 +63,7 @@ class State:
     """Where a run stands. skipped: steps whose loss or gradient was not finite; in_a_row: of these, the latest.
 
     left_out: pictures that could not be read. source: where the data stand (data.Source.state). bank_seconds: those of
-    `seconds` in which the teacher drew trajectories (train/rollout.py).
+    `seconds` in which the teacher drew trajectories (train/rollout.py). waited: those in which there were no data.
     """
 
     step: int = 0
@@ -71,6 +73,7 @@ class State:
     left_out: int = 0
     source: dict = field(default_factory=dict)
     bank_seconds: float = 0.0
+    waited: float = 0.0
 
 
 Classifier = Callable[[Path], losses.PerceptualNetwork]
@@ -357,6 +360,13 @@ def train(
         else None
     )
     progress = Progress(config.name, config.run.steps)
+    parts = (
+        _numbers(config, accelerator, step, part)
+        for step in range(state.step, config.run.steps)
+        for part in range(accumulation)
+    )
+    ahead = Ahead(batches, parts, config.run.workers, clock)
+    waited_before = state.waited
 
     while state.step < config.run.steps:
         began = clock()
@@ -375,7 +385,8 @@ def train(
                 assert batch.x is not None
                 x = batch.x
             else:
-                batch = batches(numbers).to(device)
+                batch = ahead.next().to(device)
+                state.waited = waited_before + ahead.waited
                 a, s = coefficients(batch.t, alphas)
                 x = a * batch.x0 + s * batch.noise
             wanted = computed(numbers, device) if computed else None
@@ -450,6 +461,7 @@ def train(
                 state.source = source.state(state.step * config.run.batch)
                 checkpoints.save(state, tensors)
 
+    ahead.close()
     with torch.no_grad():
         for key, p in parameters.items():
             p.copy_(average.weights[key])
@@ -523,6 +535,8 @@ class Log:
         self.last = {
             "step": state.step,
             "seconds": round(state.seconds, 4),
+            "waited": round(state.waited, 4),
+            "waited_for_data": self._share(state),
             **({"bank_seconds": round(state.bank_seconds, 4)} if self.config.rollout.steps else {}),
             "skipped": state.skipped,
             "left_out": state.left_out,
@@ -549,11 +563,17 @@ class Log:
     def _means(self, values: Tensor) -> dict[str, float]:
         return {name: float(f"{m:.6g}") for name, m in zip(self.names, values[:, :-1].mean(0).tolist(), strict=True)}
 
+    def _share(self, state: State) -> float:
+        """The share of the time since the last line in which the run waited for data."""
+        seconds = state.seconds - self.last.get("seconds", 0.0)
+        return round((state.waited - self.last.get("waited", 0.0)) / max(seconds, 1e-9), 4)
+
     def status(self, state: State) -> str:
         rate = state.step * self.config.run.batch / max(state.seconds, 1e-9)
         left = (self.config.run.steps - state.step) * state.seconds / state.step
         parts = " ".join(f"{name} {self.last[name]:.4g}" for name in self.names if name in self.last)
-        return f"{parts} {rate:.1f}/s, {left / 60:.1f} min left"
+        data = f", {self.last['waited_for_data']:.0%} of it for data" if self.last.get("waited_for_data") else ""
+        return f"{parts} {rate:.1f}/s{data}, {left / 60:.1f} min left"
 
 
 def tensorboard(folder: Path, step: int):

@@ -39,7 +39,7 @@ from asdm_core.packs import write_file
 from .config import Config, Rollout
 from .data import Batch, Source
 from .diffusion import ALPHAS, as_v
-from .encoders import Text, conditions, whole
+from .encoders import Text, conditions, guided, joined, whole
 from .provenance import ENCODERS, NETWORK, contents, digest, made, same_file
 from .seeds import seeded
 from .sources import Predict, Prompts, encoders
@@ -114,7 +114,7 @@ def guided_trajectory(
     """All states of a run from noise (B, C, h, w), (B, len(times) + 1, C, h, w), float32. guidance 1: none."""
     device = noise.device
     twice = 2 if guidance != 1 else 1
-    context = torch.cat([text.states, empty.states.expand_as(text.states)])[: twice * len(noise)].to(device)
+    context = guided(text.states, empty.states)[: twice * len(noise)].to(device)
     added = conditions(text, empty, twice, size, device)
     x = noise
     states = [noise]
@@ -239,9 +239,10 @@ class Bank:
                 ).cpu()
             )
             texts.append(text)
-        tensors = {"x": torch.cat(states).half(), "states": torch.cat([t.states for t in texts]).half()}
-        if pooled := [t.pooled for t in texts if t.pooled is not None]:
-            tensors["pooled"] = torch.cat(pooled).half()
+        text = joined(texts)
+        tensors = {"x": torch.cat(states).half(), "states": text.states.half()}
+        if text.pooled is not None:
+            tensors["pooled"] = text.pooled.half()
         if not tensors["x"].isfinite().all():
             raise ValueError(
                 "the teacher's trajectories are not finite; is network.prediction right, and rollout.guidance not too "
@@ -267,13 +268,12 @@ class Bank:
     def __call__(self, numbers: Sequence[int]) -> Trajectory:
         """Trajectories by number, which `reach` has made."""
 
-        def rows(name: str) -> Tensor:
-            return torch.cat(
-                [self.file(n // self.window).get_slice(name)[n % self.window : n % self.window + 1] for n in numbers]
-            ).float()
+        def row(n: int, name: str) -> Tensor:
+            return self.file(n // self.window).get_slice(name)[n % self.window : n % self.window + 1].float()
 
         wide = self.source.empty.pooled is not None
-        return Trajectory(rows("x"), Text(rows("states"), rows("pooled") if wide else None))
+        texts = [Text(row(n, "states"), row(n, "pooled") if wide else None) for n in numbers]
+        return Trajectory(torch.cat([row(n, "x") for n in numbers]), joined(texts))
 
 
 def _conditions(config: Config, source: Source) -> dict[str, str]:

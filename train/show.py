@@ -15,7 +15,7 @@ from .config import Config
 from .data import Source, cast_added
 from .figures import save_grid
 from .seeds import seeded
-from .encoders import load_vae
+from .encoders import has_vae, load_vae
 from .losses import LATENT_RGB, latent_rgb
 from .rollout import few_steps, guided_trajectory
 from .sources import Predict, draw, encoders
@@ -37,8 +37,8 @@ def decoder(config: Config, device: torch.device) -> tuple[Callable[[Tensor], Te
 
     The VAE where the recipe names one, else the fixed matrix of the family; None where there is neither.
     """
-    models = Path(encoders(config))
-    if (models / "vae").is_dir():
+    models = encoders(config)
+    if has_vae(models):
         vae = load_vae(models)
 
         @torch.no_grad()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,21 @@ from .diffusion import as_v, coefficients, ddim
 from .progress import Progress
 from .seeds import seeded
 from .captions import SUFFIXES, captioned, decode, read_text, say_unreadable, texts_of
-from .encode import BROKEN, read_picture
-from .encoders import Text, ToLatents, ToText, conditions, latents_of, load_text, load_vae, whole
+from .buckets import Shape
+from .encode import BROKEN, read_picture, shapes_of
+from .encoders import (
+    Text,
+    TextEncoders,
+    ToLatents,
+    Tokens,
+    conditions,
+    its_clip_skip,
+    joined,
+    latents_of,
+    load_text,
+    load_vae,
+    whole,
+)
 from .provenance import ENCODERS, NETWORK, contents, digest, made, same_file
 
 SHUFFLED = 1000  # pictures of shards and streams that are shuffled together: reading stays within few files
@@ -49,10 +62,12 @@ Predict = Callable[
 class Pictures(Numbered):
     """Pictures with captions, encoded when they are drawn. What is left to others: how many there are, and `open`."""
 
-    def __init__(self, config: Config, to_latents: ToLatents, to_text: ToText):
+    def __init__(self, config: Config, to_latents: ToLatents, to_text: TextEncoders):
         self.size = config.data.size
+        self.square = (config.data.size, config.data.size)
         self.to_latents = to_latents
         self.to_text = to_text
+        self.tokens = to_text.tokenise
         self.wide = bool(pooled_width(config.network.config))
         self.empty = to_text([""]).on_cpu()
         self.named: set[str] = set()
@@ -63,15 +78,19 @@ class Pictures(Numbered):
 
     def after(self, i: int) -> int:
         """The picture that takes the place of a broken one."""
-        return (i + 1) % len(self)
+        return (i + 1) % self.count
 
-    def read(self, i: int, draw: float) -> tuple[Tensor, Tensor, str, int]:
-        """Picture (3, S, S), sizes (6,), caption, and how many before it were broken."""
+    def shape(self, i: int) -> Shape:
+        """Width and height that picture i is to have."""
+        return self.square
+
+    def one(self, i: int, draw: float, flip: bool = False) -> tuple[Tensor, Tensor, str, int]:
+        """Picture (3, H, W), sizes (6,), caption, and how many before it were broken."""
         for tries in range(TRIES):
             name = f"picture {i}"
             try:
                 name, file, captions = self.open(i)
-                picture, sizes = read_picture(file, self.size)
+                picture, sizes = read_picture(file, self.shape(i), flip)
                 return picture, sizes, captions[int(draw * len(captions))], tries
             except BROKEN as e:
                 if name not in self.named:
@@ -82,27 +101,57 @@ class Pictures(Numbered):
             f"data.path: none of {TRIES} pictures in a row could be read, the last was {name}; is the disk still there?"
         )
 
-    def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
+    def read(self, numbers: Sequence[int], draws: Sequence[float], flips: Sequence[bool] = ()) -> Read:
+        flips = flips or [False] * len(numbers)
         with ThreadPoolExecutor(THREADS) as pool:
-            pictures, sizes, captions, left_out = zip(*pool.map(self.read, numbers, draws), strict=True)
+            pictures, sizes, captions, left_out = zip(*pool.map(self.one, numbers, draws, flips), strict=True)
+        return Read(torch.stack(pictures), torch.stack(sizes), self.tokens(captions), torch.tensor(left_out))
+
+    def encode(self, read: Read) -> Examples:
         # A VAE on the CPU may put out channels last, in which torch 2.11 crashes in the UNet's backward pass.
-        latents = self.to_latents(torch.stack(pictures)).float().cpu().contiguous()
-        return Examples(
-            latents, self.to_text(captions).on_cpu(), torch.stack(sizes) if self.wide else None, torch.tensor(left_out)
-        )
+        latents = self.to_latents(read.pictures).float().cpu().contiguous()
+        return Examples(latents, self.to_text(read.tokens).on_cpu(), read.sizes if self.wide else None, read.left_out)
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in vars(self).items() if k not in ("to_latents", "to_text")}  # which workers do without
+
+
+class Read(NamedTuple):
+    """Pictures (B, 3, H, W) in [-1, 1], SDXL's sizes (B, 6), tokens of the captions, and how many were broken before
+    each, (B,).
+    """
+
+    pictures: Tensor
+    sizes: Tensor
+    tokens: list[Tokens]
+    left_out: Tensor
 
 
 class Folder(Pictures):
     """A folder of pictures with captions (train/encode.py)."""
 
-    def __init__(self, config: Config, to_latents: ToLatents, to_text: ToText):
+    def __init__(self, config: Config, to_latents: ToLatents, to_text: TextEncoders):
         super().__init__(config, to_latents, to_text)
         folder = Path(config.data.path)
         self.pictures = captioned(folder)
         say_unreadable(self.pictures, folder)
+        self.shapes: list[Shape] = []
+        if config.data.buckets:
+            self.group = config.data.bucket_batch
+            self.shapes = shapes_of([path for path, _ in self.pictures], self.size)
+            kinds = sorted(set(self.shapes))
+            self.buckets = [kinds.index(shape) for shape in self.shapes]
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
         return len(self.pictures)
+
+    def shape(self, i: int) -> Shape:
+        return self.shapes[i] if self.shapes else self.square
+
+    def after(self, i: int) -> int:
+        following = ((i + n) % self.count for n in range(1, self.count + 1))
+        return next(n for n in following if self.shape(n) == self.shape(i))
 
     def open(self, i: int) -> tuple[str, Path | BinaryIO, list[str]]:
         path, captions = self.pictures[i]
@@ -160,7 +209,7 @@ class Shards(Pictures):
     The shards are shuffled, and the pictures within each SHUFFLED, so that reading moves from file to file.
     """
 
-    def __init__(self, config: Config, to_latents: ToLatents, to_text: ToText):
+    def __init__(self, config: Config, to_latents: ToLatents, to_text: TextEncoders):
         super().__init__(config, to_latents, to_text)
         path = Path(config.data.path)
         self.paths = [Path(p) for p in sorted(glob.glob(str(path / "*.tar") if path.is_dir() else str(path)))]
@@ -180,7 +229,8 @@ class Shards(Pictures):
                 "NAME.json"
             )
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
         return self.ends[-1]
 
     def order(self, generator: torch.Generator) -> Sequence[int]:
@@ -213,7 +263,9 @@ class Hub(Pictures):
     samples.
     """
 
-    def __init__(self, config: Config, to_latents: ToLatents, to_text: ToText):
+    ahead = False  # a stream is read in one order
+
+    def __init__(self, config: Config, to_latents: ToLatents, to_text: TextEncoders):
         super().__init__(config, to_latents, to_text)
         try:
             import datasets
@@ -274,11 +326,11 @@ class Hub(Pictures):
     def after(self, i: int) -> int:
         return i - i % SHUFFLED + (i + 1) % SHUFFLED
 
-    def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
+    def read(self, numbers: Sequence[int], draws: Sequence[float], flips: Sequence[bool] = ()) -> Read:
         self._reach(max(numbers) // SHUFFLED)
         for old in [w for w in self.windows if w < min(numbers) // SHUFFLED]:  # a process never goes back
             del self.windows[old], self.starts[old]
-        return super().examples(numbers, draws)
+        return super().read(numbers, draws, flips)
 
     def open(self, i: int) -> tuple[str, Path | BinaryIO, list[str]]:
         row = self.windows[i // SHUFFLED][i % SHUFFLED]
@@ -312,7 +364,9 @@ class Prompts(Numbered):
     never ends.
     """
 
-    def __init__(self, config: Config, predict: Predict, to_text: ToText, device: torch.device):
+    ahead = False  # there is nothing to read
+
+    def __init__(self, config: Config, predict: Predict, to_text: TextEncoders, device: torch.device):
         self.config = config
         self.predict = predict
         self.device = device
@@ -329,6 +383,7 @@ class Prompts(Numbered):
             "network.teacher": contents(config.network.teacher, NETWORK),
             "network.prediction": config.network.prediction,
             "schedule": dict(config.network.noise.settings),
+            "clip skip": config.encoders.clip_skip or its_clip_skip(encoders(config)),
             "encoders.models": contents(encoders(config), ENCODERS),
             "encoders.tokenizer": contents(config.encoders.tokenizer) if config.encoders.tokenizer else "",
             "hash of the prompts": digest(self.prompts),
@@ -350,8 +405,11 @@ class Prompts(Numbered):
     def texts(self, numbers: Sequence[int], draws: Sequence[float]) -> Text:
         return self.to_text([self.prompts[n % len(self.prompts)] for n in numbers]).on_cpu()
 
-    def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
-        text = self.texts(numbers, draws)
+    def read(self, numbers: Sequence[int], draws: Sequence[float], flips: Sequence[bool] = ()) -> list[int]:
+        return list(numbers)
+
+    def encode(self, numbers: Sequence[int]) -> Examples:
+        text = self.texts(numbers, [])
         side, channels = self.config.data.side, self.config.network.config.in_channels
         noise = torch.stack(
             [torch.randn(channels, side, side, generator=seeded(self.config.seed, 8, n)) for n in numbers]
@@ -409,15 +467,19 @@ def write_samples(folder: Path, source: Prompts, count: int, batch: int, process
             parts.append(source.examples(numbers[at : at + batch], []))
             progress.show(done + min(at + batch, len(numbers)))
         done += len(numbers)
+        text = joined([p.text for p in parts])
+        rows = text.states.unflatten(1, (-1, source.empty.states.shape[1]))
         tensors = {
             "latents": torch.cat([p.latents for p in parts]).half(),
             "captions": torch.arange(len(numbers))[:, None],
-            "states": torch.cat([p.text.states for p in parts]).half(),
+            "states": rows.flatten(0, 1).half(),
             "empty": source.empty.states[0].half(),
         }
-        if source.empty.pooled is not None:
+        if rows.shape[1] > 1:
+            tensors["rows"] = torch.tensor([[n * rows.shape[1], rows.shape[1]] for n in range(len(rows))])
+        if text.pooled is not None and source.empty.pooled is not None:
             tensors |= {
-                "pooled": torch.cat([p.text.pooled for p in parts if p.text.pooled is not None]).half(),
+                "pooled": text.pooled.half(),
                 "empty_pooled": source.empty.pooled[0].half(),
                 "sizes": torch.cat([p.sizes for p in parts if p.sizes is not None]),
             }
@@ -433,7 +495,11 @@ def write_samples(folder: Path, source: Prompts, count: int, batch: int, process
 
 # The choice -----------------------------------------------------------------------------------------
 
-PICTURES: dict[str, Callable[[Config, ToLatents, ToText], Pictures]] = {"folder": Folder, "shards": Shards, "hub": Hub}
+PICTURES: dict[str, Callable[[Config, ToLatents, TextEncoders], Pictures]] = {
+    "folder": Folder,
+    "shards": Shards,
+    "hub": Hub,
+}
 
 
 def encoders(config: Config) -> str:
@@ -460,7 +526,8 @@ def open_source(
         raise ValueError("data.path: give the data to learn from, or data.source = random to try things out")
     if data.source == "cache":
         return Cache(data.path, config)
-    to_text = load_text(encoders(config), config.encoders.tokenizer, device)
+    given = config.encoders
+    to_text = load_text(encoders(config), given.tokenizer, device, given.clip_skip, given.rows)
     if data.source in PICTURES:
         pictures = PICTURES[data.source](config, latents_of(load_vae(encoders(config), device)), to_text)
         _check_width(pictures.empty, config)

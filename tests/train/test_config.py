@@ -143,6 +143,9 @@ OUTSIDE = {
     "rollout.window": [0],
     "data.size": [0, -8, 4, 509],
     "data.caption_dropout": [-0.1, 1.1],
+    "data.bucket_batch": [0, -4],
+    "encoders.clip_skip": [-1, 25],
+    "encoders.rows": [0, 5],
     "samples.count": [-1],
     "samples.steps": [0, 1001],
     "samples.guidance": [0.0, -1.0],
@@ -158,6 +161,7 @@ OUTSIDE = {
     "optimiser.ema": [-0.1, 2.0],
     **{f"run.{n}": [0, -1] for n in "steps batch micro_batch save_every keep log_every".split()},
     "run.picture_every": [-1],
+    "run.workers": [-1, 65],
 }
 
 

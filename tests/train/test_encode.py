@@ -60,7 +60,7 @@ def test_pictures_are_cropped_about_their_centre(tmp_path):
     picture = Image.new("L", (30, 10), 0)
     picture.paste(255, (10, 0, 20, 10))
     picture.save(tmp_path / "a.png")
-    cropped, sizes = read_picture(tmp_path / "a.png", 10)
+    cropped, sizes = read_picture(tmp_path / "a.png", (10, 10))
     assert torch.equal(cropped, torch.ones(3, 10, 10))
     assert sizes.tolist() == [10, 30, 0, 10, 10, 10]
 

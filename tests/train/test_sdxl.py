@@ -154,8 +154,9 @@ def test_both_text_encoders_speak(tmp_path):
             json.dumps({"tokenizer_class": "CLIPTokenizer", "pad_token": "<|endoftext|>"})
         )
     text = load_text(tmp_path)(["a b", ""])
-    ids = torch.tensor([[2, 0, 1, 3, 3, 3], [2, 3, 3, 3, 3, 3]])
-    one, two = (model(ids, output_hidden_states=True) for model in found)
+    # The second one's rows are filled with the token 0.
+    ids = torch.tensor([[[2, 0, 1, 3, f, f], [2, 3, f, f, f, f]] for f in (3, 0)])
+    one, two = (model(its, output_hidden_states=True) for model, its in zip(found, ids, strict=True))
     torch.testing.assert_close(
         text.states, torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
     )  # SDXL, section 2.1
