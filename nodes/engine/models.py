@@ -26,7 +26,7 @@ from ...asdm_core.architecture import Architecture
 from ...asdm_core.packs import BadFile, Description, TensorFile
 from ...asdm_core.surgery import ADDRESSED, cut_modules
 from ...asdm_core.text import TEXT, printable
-from . import lora_keys, units
+from . import lora_keys, narrow_vae, units
 
 WEIGHT_DTYPES = {
     "default": {},
@@ -217,6 +217,7 @@ def load_checkpoint_vae(path: str):
 def _vae(weights: dict[str, Tensor], source):
     vae = comfy.sd.VAE(sd=weights)
     vae.throw_exception_if_invalid()
+    narrow_vae.narrow(vae.first_stage_model)
     vae.patcher.cached_patcher_init = (_patcher_of, source)
     return vae
 
