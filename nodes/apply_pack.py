@@ -14,6 +14,7 @@ from ..asdm_core.packs import Description
 from .common import CATEGORY
 from .engine import files, models
 from .engine.assigned import id_of, providers_of, with_overrides
+from .engine.few_steps import with_few_steps
 from .engine.network import architecture_of, same_skeleton
 
 
@@ -103,7 +104,7 @@ def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
     stored = next(iter(file.values())).dtype
     precision = model.model.model_config.unet_config.get("attn_precision")
     patcher = models.load_pack(str(path), path.stat().st_mtime, pack_dtype(model, stored), precision)
-    return with_overrides(model, overrides, {pack_id: patcher})
+    return with_few_steps(with_overrides(model, overrides, {pack_id: patcher}), description, name)
 
 
 class ASDMApplyPack(io.ComfyNode):

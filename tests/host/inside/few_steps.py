@@ -1,5 +1,6 @@
 """What train/ writes for few steps, played by the stock host: the LoRA's weights, and the run its metadata ask for."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -109,3 +110,41 @@ def test_time_steps_are_those_of_the_hosts_scheduler(steps):
     sampling = small.models.load_unet(str(TEACHER)).get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", steps)
     assert sampling.timestep(sigmas[:-1]).tolist() == list(simple_times(steps)) and sigmas[-1] == 0
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """The shipped M2 pack as if it had been trained for two steps."""
+    loaded = small.packs.open_pack(ROOT / "models/emoji/emoji-m2.safetensors")
+    few = few_step.FewStep(2, "euler", "simple", 1.0, (999, 499))
+    training = {**loaded.description.training, few_step.KEY: few.to_dict()}
+    path = tmp_path_factory.mktemp("packs") / "two-steps-m2.safetensors"
+    small.packs.write_pack(path, loaded.tensors, dataclasses.replace(loaded.description, training=training))
+    return path
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({}, ""),
+        ({"steps": 20}, "This run has 20 steps, for"),
+        ({"cfg": 7.0, "sampler_name": "dpmpp_2m"}, "This run has dpmpp_2m, CFG 7, for"),
+        ({"scheduler": "karras"}, "This run has other noise levels"),
+        ({"denoise": 0.5}, "This run has other noise levels"),
+    ],
+)
+def test_a_run_that_is_set_up_otherwise_than_a_pack_was_trained_for_is_told_so_once(pack, caplog, settings, said):
+    model = small.with_pack(small.models.load_unet(str(TEACHER)), pack)
+    states, latent = torch.zeros(1, 77, 128), {"samples": torch.zeros(1, 4, 16, 16)}
+    wanted = {"steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    stock.common_ksampler(
+        model, 0, positive=[[states, {}]], negative=[[states, {}]], latent=latent, **wanted | settings
+    )
+    told = "two-steps-m2.safetensors was trained for 2 steps of euler, scheduler simple, CFG 1."
+    assert caplog.text.count(told) == bool(said) and said in caplog.text
+
+
+def test_inspect_model_tells_what_a_pack_was_trained_for(pack):
+    model = small.with_pack(small.models.load_unet(str(TEACHER)), pack)
+    told = [line for t in small.technique.techniques_of(model) for line in t.tells(model)]
+    assert "two-steps-m2.safetensors: made for 2 steps of euler, scheduler simple, CFG 1" in told
