@@ -13,7 +13,7 @@ from pathlib import Path
 
 import bootstrap
 from asdm_core.packs import BadFile
-from demo.job import DemoError, Job, find_job, node_id, work
+from demo.job import DemoError, Job, find_job, networks, node_id
 from demo.report import clear_results, image_name, summary, write_results
 from demo.server import PACK, Client, PromptError, Server, ServerError, device_flags
 from demo.timing import TimedRun, timed_run
@@ -28,7 +28,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--pack",
         help="the pack for B: a path, or a name in ComfyUI's models/asdm_packs; without one "
-        "B is a checkpoint of yours with Feature Inheritance, which needs no weights",
+        "B is a checkpoint of yours with Speed Up, which needs no weights",
     )
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default %(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the results (default %(default)s)")
@@ -64,7 +64,7 @@ def say(text: str) -> None:
 
 def run(job: Job, host: Path, output: Path) -> dict:
     """Run the whole comparison; writes the output folder and returns the report."""
-    sides = work(job)
+    architectures = networks(job)
     others = ", ".join(f"{side.upper()} with {job.addition(side)}" for side in job.variants)
     say(f"A is {job.checkpoint.name}; the same {others}")
     say(f"{len(job.prompts)} prompts, {job.size} x {job.size}, {job.steps} steps, CFG {job.cfg:g}")
@@ -91,7 +91,7 @@ def run(job: Job, host: Path, output: Path) -> dict:
                     runs[side].append(run_one(client, job, side, index, output))
                 say(f"{index + 1}/{len(job.prompts)}  {prompt}")
     say("ComfyUI is stopped; comparing")
-    return write_results(job, sides, runs, system, output)
+    return write_results(job, architectures, runs, system, output)
 
 
 def check(client: Client, job: Job) -> None:

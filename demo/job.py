@@ -7,18 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from asdm_core import inheritance, packs
+from asdm_core import packs
 from asdm_core.architecture import Architecture
-from asdm_core.inheritance import Plan
 from asdm_core.packs import TensorFile
 from demo.server import PACK
 
 EMBEDDED = PACK / "models" / "emoji"
 WORKFLOWS = PACK / "workflows" / "api"
 SIDES = ("a", "b")  # the pair of the headline
-PLAIN, WITH_PACK, INHERITING = "text_to_image.json", "text_to_image_pack.json", "feature_inheritance.json"
-DIAL = "balanced"  # of Feature Inheritance on a checkpoint of a person's
-HEADLINE_DIAL = "fast"  # of Feature Inheritance on the embedded family
+PLAIN, WITH_PACK, SPED_UP = "text_to_image.json", "text_to_image_pack.json", "speed_up.json"
+LIKENESS = "close"  # of Speed Up, as its node begins with
 SD15 = "sd15"
 # The prefixes under which the host finds the other parts of an SD1.5 checkpoint.
 PARTS = {"text encoder": "cond_stage_model.", "VAE": "first_stage_model."}
@@ -56,9 +54,9 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Variant:
-    """What a side has that A has not: a dial of Feature Inheritance, and whether the job's pack plays."""
+    """What a side has that A has not: the likeness of Speed Up, and whether the job's pack plays."""
 
-    dial: str | None = None
+    likeness: str | None = None
     pack: bool = False
 
 
@@ -66,8 +64,8 @@ class Variant:
 class Job:
     """One comparison. ``models`` are further model folders for the host, by kind.
 
-    pack: what B is the checkpoint with; None for Feature Inheritance, which needs no weights. showcase: inheritance as
-    B, the pack as C, and both as D.
+    pack: what B is the checkpoint with; None for Speed Up, which needs no weights. showcase: Speed Up as B, the pack as
+    C, and both as D.
     """
 
     loader: str
@@ -85,25 +83,33 @@ class Job:
     def variants(self) -> dict[str, Variant]:
         """What is compared with A, by side."""
         if self.showcase:
-            return {"b": Variant(HEADLINE_DIAL), "c": Variant(pack=True), "d": Variant(HEADLINE_DIAL, True)}
-        return {"b": Variant(pack=True) if self.pack else Variant(DIAL)}
+            return {"b": Variant(LIKENESS), "c": Variant(pack=True), "d": Variant(LIKENESS, True)}
+        return {"b": Variant(pack=True) if self.pack else Variant(LIKENESS)}
 
     @property
     def sides(self) -> tuple[str, ...]:
         return ("a", *self.variants)
 
+    def variant(self, side: str) -> Variant:
+        return self.variants.get(side, Variant())
+
+    def bare(self, side: str) -> str:
+        """The side that has the network of this one, and computes every step of it."""
+        wanted = Variant(pack=self.variant(side).pack)
+        return next(other for other in self.sides if self.variant(other) == wanted)
+
     def addition(self, side: str = "b") -> str:
         """What a side has and A has not, for people."""
         variant = self.variants[side]
-        inheritance = [f"Feature Inheritance ({variant.dial})"] if variant.dial else []
-        return " and ".join([*inheritance, *([self.pack.stem] if variant.pack and self.pack else [])])
+        speed_up = [f"Speed Up ({variant.likeness})"] if variant.likeness else []
+        return " and ".join([*speed_up, *([self.pack.stem] if variant.pack and self.pack else [])])
 
     def graph(self, side: str, index: int, steps: int | None = None) -> dict:
         """The API graph of one image: a side, prompt and seed by index."""
-        variant = self.variants.get(side, Variant())
-        graph = load_graph(WITH_PACK if variant.pack else INHERITING if variant.dial else PLAIN)
-        if variant.pack and variant.dial:
-            inherit(graph)
+        variant = self.variant(side)
+        graph = load_graph(WITH_PACK if variant.pack else SPED_UP if variant.likeness else PLAIN)
+        if variant.pack and variant.likeness:
+            speed_up(graph)
         graph = needed(graph, node_id(graph, "Save"))
         nodes = by_title(graph)
         nodes["Checkpoint"].update(class_type=self.loader)
@@ -115,25 +121,13 @@ class Job:
         nodes["Save"]["inputs"]["filename_prefix"] = f"{index + 1:02}-{side}"
         if variant.pack and self.pack:
             nodes["Pack"]["inputs"]["pack_name"] = self.pack.name
-        if variant.dial:
-            nodes["Faster"]["inputs"]["preset"] = variant.dial
+        if variant.likeness:
+            nodes["Faster"]["inputs"]["likeness"] = variant.likeness
         return graph
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one side computes: its network, and the plan by which some steps of a run inherit."""
-
-    architecture: Architecture
-    plan: Plan | None = None
-
-    def full_steps(self, steps: int) -> tuple[bool, ...]:
-        """For each step of a run, whether all of the network computes."""
-        return self.plan.schedule.computed(steps) if self.plan else (True,) * steps
-
-
-def work(job: Job) -> dict[str, Work]:
-    """What each side of a job computes, from the headers of its files.
+def networks(job: Job) -> dict[str, Architecture]:
+    """The network of each side of a job, from the headers of its files.
 
     Raises packs.BadFile where a file cannot be used, DemoError where it is of another kind than the job needs.
     """
@@ -165,12 +159,7 @@ def work(job: Job) -> dict[str, Work]:
                 f"{job.pack.name} is a pack for the family {described.family}, {name} is of {config.family}."
             )
         with_pack = described.architecture
-    return {"a": Work(whole)} | {
-        side: Work(
-            with_pack if variant.pack else whole, inheritance.dial(config, variant.dial) if variant.dial else None
-        )
-        for side, variant in job.variants.items()
-    }
+    return {side: with_pack if job.variant(side).pack else whole for side in job.sides}
 
 
 def load_graph(name: str) -> dict:
@@ -178,13 +167,13 @@ def load_graph(name: str) -> dict:
     return json.loads((WORKFLOWS / name).read_text("utf-8"))
 
 
-def inherit(graph: dict) -> None:
-    """Put Feature Inheritance between the pack and the sampler of a graph."""
-    source = load_graph(INHERITING)
+def speed_up(graph: dict) -> None:
+    """Put Speed Up between the pack and the sampler of a graph."""
+    source = load_graph(SPED_UP)
     faster = source[node_id(source, "Faster")]
     sampler = by_title(graph)["Sampler"]["inputs"]
-    faster["inputs"]["model"], sampler["model"] = sampler["model"], ["inheritance", 0]
-    graph["inheritance"] = faster
+    faster["inputs"]["model"], sampler["model"] = sampler["model"], ["faster", 0]
+    graph["faster"] = faster
 
 
 def needed(graph: Mapping, key: str) -> dict:
@@ -214,8 +203,8 @@ def find_job(checkpoint: str | None, pack: str | None, steps: int, model_roots: 
     """The job for what a person asked for; DemoError when a file for it is missing.
 
     Files are given by path, or by the name they have in the pack or in one of the model folders
-    ``model_roots`` of a ComfyUI. The embedded family shows inheritance, its pack, and both; any other checkpoint
-    without a pack gets Feature Inheritance.
+    ``model_roots`` of a ComfyUI. The embedded family shows Speed Up, its pack, and both; any other checkpoint without a
+    pack gets Speed Up.
     """
     file = find_file(checkpoint or TEACHER, "checkpoint", [EMBEDDED, *(root / "checkpoints" for root in model_roots)])
     embedded = file.parent == EMBEDDED

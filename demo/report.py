@@ -15,9 +15,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from asdm_core import measure
-from asdm_core.inheritance import step_macs
+from asdm_core.architecture import Architecture
 from asdm_core.pictures import HEAT_HEAD, INK, PAPER, QUIET, Row, finite, fitted, font, grid, heat_map, likeness, shown
-from demo.job import SIDES, Job, Work, by_title
+from demo.job import SIDES, Job, by_title
 from demo.timing import TimedRun
 
 Runs = Mapping[str, Sequence[TimedRun]]
@@ -36,28 +36,29 @@ def clear_results(folder: Path) -> None:
             file.unlink()
 
 
-def seconds_per_step(runs: Sequence[TimedRun], full: Sequence[bool]) -> float:
-    """Seconds per step of a whole run: the median of all steps, or of full and inherited ones each, by their share of
-    the run.
+def seconds_per_step(runs: Sequence[TimedRun], full_step: float) -> float:
+    """Seconds per step of a whole run, the median over all pictures.
 
-    full: for each step whether it computes in full. The median of all steps together would be that of the more frequent
-    kind.
+    full_step: of a step that computes everything, as the first one of a run does, which is not timed.
     """
-    timed = [(seconds, kind) for run in runs for seconds, kind in zip(run.step_seconds, full[1:], strict=True)]
-    return sum(
-        full.count(kind) / len(full) * statistics.median(seconds for seconds, of in timed if of is kind)
-        for kind in set(full)
-    )
+    return statistics.median((full_step + sum(run.step_seconds)) / (1 + len(run.step_seconds)) for run in runs)
 
 
-def write_results(job: Job, work: Mapping[str, Work], runs: Runs, system: Mapping, output: Path) -> dict[str, Any]:
+def full_step(runs: Sequence[TimedRun]) -> float:
+    """Seconds of a step that computes everything, from runs of nothing else; the median over all pictures."""
+    return statistics.median(statistics.mean(run.step_seconds) for run in runs)
+
+
+def write_results(
+    job: Job, networks: Mapping[str, Architecture], runs: Runs, system: Mapping, output: Path
+) -> dict[str, Any]:
     """Measure the images in ``output``, write compare.png, headline.png and report.json there, return the report.
 
     system: the host's answer to /system_stats. `a`, `b`, `speedup`, `psnr` and `ssim` of the report are the headline's;
     `variants` has an entry for each of the others, B among them.
     """
     images = {side: [_open(output / image_name(side, i)) for i in range(len(job.prompts))] for side in job.sides}
-    sides = {side: _side(side, job, work[side], runs[side]) for side in job.sides}
+    sides = {side: _side(side, job, networks[side], runs) for side in job.sides}
     variants = [_variant(side, job, sides, images) for side in job.variants]
     headline, sampler = variants[0], by_title(job.graph("a", 0))["Sampler"]["inputs"]
     report = {
@@ -113,27 +114,27 @@ def _variant(side: str, job: Job, sides: Mapping[str, Mapping], images: Mapping[
 def purpose(job: Job, side: str) -> str:
     """What a variant is for, in a sentence."""
     variant = job.variants[side]
-    if variant.dial and variant.pack:
+    if variant.likeness and variant.pack:
         return "both at once: the least work, and the pack's rougher picture"
-    if variant.dial:
-        return "needs no training and works on any checkpoint; on some steps the deep layers keep earlier features"
+    if variant.likeness:
+        return "needs no training and works on any checkpoint; steps that can be foretold are not computed"
     return "a smaller trained UNet: every step gets cheaper and the file smaller, and it paints its own picture"
 
 
-def _side(side: str, job: Job, work: Work, runs: Sequence[TimedRun]) -> dict[str, Any]:
-    latent, full = job.size // 8, work.full_steps(job.steps)
-    cost = measure.total(measure.costs(work.architecture, latent, latent))
-    inherited = step_macs(work.plan, work.architecture, latent, latent)[1] if work.plan else 0
-    values = [seconds for run in runs for seconds in run.step_seconds]
+def _side(side: str, job: Job, network: Architecture, runs: Runs) -> dict[str, Any]:
+    latent = job.size // 8
+    cost = measure.total(measure.costs(network, latent, latent))
+    made = statistics.mean(run.made for run in runs[side])
+    values = [seconds for run in runs[side] for seconds in run.step_seconds]
     return {
         "seconds_per_step": {
             "median": statistics.median(values),
-            "whole_run": seconds_per_step(runs, full),
+            "whole_run": seconds_per_step(runs[side], full_step(runs[job.bare(side)])),
             "values": values,
         },
-        "full_steps": sum(full),
+        "evaluations_made": made,
         "unet_params": cost.params,
-        "unet_macs": round((cost.total * full.count(True) + inherited * full.count(False)) / len(full)),
+        "unet_macs": round(cost.total * made),
         "images": [image_name(side, i) for i in range(len(job.prompts))],
     }
 

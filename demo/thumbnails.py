@@ -25,6 +25,7 @@ from asdm_core.packs import open_pack
 from asdm_core.pictures import font
 from demo.job import EMBEDDED, needed
 from demo.server import PACK, Client, Server, device_flags
+from demo.timing import made
 
 WORKFLOWS = PACK / "workflows"
 SIDE = 512
@@ -91,15 +92,20 @@ def first_of(graph: Mapping, kind: str) -> str | None:
     return next((key for key, node in graph.items() if node["class_type"] == kind), None)
 
 
-def saved_picture(client: Client, graph: Mapping, key: str) -> Image.Image:
-    """The first image that a Save Image of the graph saves."""
-    outputs = client.run(needed(graph, key))
-    return Image.open(io.BytesIO(client.fetch(outputs[key]["images"][0]))).convert("RGB")
+def saved_picture(client: Client, graph: Mapping, key: str) -> tuple[Image.Image, float]:
+    """The first image that a Save Image of the graph saves, and the share of the evaluations that were made for it."""
+    run = client.submit(needed(graph, key))
+    outputs = client.wait(run)
+    picture = Image.open(io.BytesIO(client.fetch(outputs[key]["images"][0]))).convert("RGB")
+    return picture, made(client.get(f"/asdm/notes?prompt_id={run}"))
 
 
-def work_of(graph: Mapping, key: str, steps: int, pixels: tuple[int, int]) -> float:
-    """Multiplications of a run of the MODEL that a node gives, against those of the checkpoint in full."""
-    plan, architecture = None, None
+def work_of(graph: Mapping, key: str, steps: int, pixels: tuple[int, int], evaluations: float = 1.0) -> float:
+    """Multiplications of a run of the MODEL that a node gives, against those of the checkpoint in full.
+
+    evaluations: share of them that were made where Speed Up is on it.
+    """
+    plan, architecture, made_of = None, None, 1.0
     while (kind := graph[key]["class_type"]) != "ASDMCheckpointLoader":
         inputs = graph[key]["inputs"]
         if kind == "ASDMSwitchUNet":
@@ -109,7 +115,9 @@ def work_of(graph: Mapping, key: str, steps: int, pixels: tuple[int, int]) -> fl
             return (first * inputs["switch_at"] + second * (steps - inputs["switch_at"])) / steps
         if kind == "ASDMCalibrateInheritance":
             return 1 - inputs["goal.saving"]  # the least that its plan saves
-        if kind == "ASDMFeatureInheritance":
+        if kind == "ASDMSpeedUp":
+            made_of = evaluations
+        elif kind == "ASDMFeatureInheritance":
             plan = inputs["preset"]
         elif kind == "ASDMApplyPack":
             architecture = open_pack(EMBEDDED / inputs["pack_name"]).description.architecture
@@ -118,17 +126,18 @@ def work_of(graph: Mapping, key: str, steps: int, pixels: tuple[int, int]) -> fl
     architecture = architecture or full
     latent = pixels[1] // 8, pixels[0] // 8
     share = total(costs(architecture, *latent)).total / total(costs(full, *latent)).total
-    return share * (1 - saving(dial(full.config, plan), architecture, steps, *latent)) if plan else share
+    left = 1 - saving(dial(full.config, plan), architecture, steps, *latent) if plan else 1
+    return share * left * made_of
 
 
-def figure(graph: Mapping, pixels: tuple[int, int]) -> str:
+def figure(graph: Mapping, pixels: tuple[int, int], evaluations: float = 1.0) -> str:
     """What a graph saves, in multiplications: times would tell of the machine that made the picture."""
     sampler = first_of(graph, "ASDMABCompare") or first_of(graph, "KSampler")
     if sampler is None:
         raise ValueError("a workflow needs A/B Compare or KSampler for its thumbnail")
     inputs = graph[sampler]["inputs"]
     a, b = (
-        work_of(graph, inputs[name][0], inputs["steps"], pixels) if name in inputs else 1.0
+        work_of(graph, inputs[name][0], inputs["steps"], pixels, evaluations) if name in inputs else 1.0
         for name in ("original", "model")
     )
     return f"-{1 - b / a:.0%} work"
@@ -148,16 +157,16 @@ def thumbnail(client: Client, graph: Mapping) -> Image.Image:
             }
             for i in (1, 2)
         ]
-        left, right = (saved_picture(client, side, "side") for side in sides)
+        (left, evaluations), (right, _) = (saved_picture(client, side, "side") for side in sides)
         inputs = graph[comparison]["inputs"]
         labels = inputs["label_a"], inputs["label_b"]
     else:
         key = first_of(graph, "SaveImage")
         if key is None:
             raise ValueError("a workflow needs A/B Compare or Save Image for its thumbnail")
-        left, right = (saved_picture(client, g, key) for g in (without_asdm(graph), graph))
+        (left, _), (right, evaluations) = (saved_picture(client, g, key) for g in (without_asdm(graph), graph))
         labels = "in full", "with its pack"
-    return split(left, right, labels, figure(graph, left.size))
+    return split(left, right, labels, figure(graph, left.size, evaluations))
 
 
 def split(left: Image.Image, right: Image.Image, labels: tuple[str, str], figure: str) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ import aiohttp
 
 from demo.server import Client, ServerError, outputs_of
 
+# What Speed Up says of a run on its node.
+MADE = re.compile(r"(\d+) of (\d+) evaluations of the network were made")
 FINISHED = ("execution_success", "execution_error", "execution_interrupted")
 
 
 @dataclass(frozen=True)
 class TimedRun:
-    """Outputs of a run, and the seconds of every sampling step after the first.
+    """Outputs of a run, the seconds of every sampling step after the first, and the share of the network's evaluations
+    that were made.
 
     The first step loads and moves weights, and its start is not announced. On a graphics card the
     host announces a step when its work is queued; the queue is as long at the end of a run as after
@@ -25,6 +29,7 @@ class TimedRun:
 
     outputs: Mapping
     step_seconds: tuple[float, ...]
+    made: float = 1.0
 
 
 def timed_run(url: str, graph: Mapping, sampler: str) -> TimedRun:
@@ -60,7 +65,13 @@ async def _timed_run(client: Client, graph: Mapping, sampler: str) -> TimedRun:
     outputs = outputs_of(record)
     if len(ends) < 2:
         raise ServerError(f"ComfyUI reported {len(ends)} steps of node {sampler}; at least 2 are needed to time one")
-    return TimedRun(outputs, step_seconds(ends))
+    return TimedRun(outputs, step_seconds(ends), made(client.get(f"/asdm/notes?prompt_id={run}")))
+
+
+def made(notes: Mapping[str, list[str]]) -> float:
+    """Share of the network's evaluations that a run made, from what was said on its nodes; all where nothing was."""
+    found = [match for texts in notes.values() for text in texts if (match := MADE.search(text))]
+    return min((int(match[1]) / int(match[2]) for match in found), default=1.0)
 
 
 def step_seconds(ends: Mapping[int, float]) -> tuple[float, ...]:

@@ -46,7 +46,7 @@ class ASDMLoadPrunedUNet(io.ComfyNode):
                 "vega",
                 "koala",
                 "distilled",
-                "faster model",
+                "smaller model",
                 "less memory",
                 "sd1.5",
                 "load diffusion model",

@@ -124,7 +124,7 @@ class ASDMSpeedReadout(io.ComfyNode):
             description="Draws where the time of the last run went: each step, each group of layers, and what each "
             "technique saved. "
             "Needs the MODEL of Measure Speed, and the sampler's result to wait for.",
-            search_aliases=["profile", "profiler", "timing", "time per step", "saved time", "speed up"],
+            search_aliases=["profile", "profiler", "timing", "time per step", "saved time"],
             inputs=[
                 io.Model.Input(
                     "model",

@@ -132,7 +132,19 @@ class ASDMSpeedUp(io.ComfyNode):
             description="Makes any SD1.5, SD2 or SDXL model faster without training: steps that can be foretold from "
             "those before are not computed. Put it between the model and the sampler. It looks at the sampler, the "
             "noise levels and the CFG of the run and leaves out as much as stays alike.",
-            search_aliases=["faster", "accelerate", "cache", "skip steps", "easycache", "deepcache", "spectrum"],
+            search_aliases=[
+                "faster",
+                "accelerate",
+                "optimize",
+                "optimise",
+                "performance",
+                "quick",
+                "cache",
+                "skip steps",
+                "easycache",
+                "deepcache",
+                "spectrum",
+            ],
             inputs=[
                 io.Model.Input("model"),
                 io.Combo.Input(

@@ -28,8 +28,6 @@ class ASDMSwitchUNet(io.ComfyNode):
                 "two models",
                 "refiner",
                 "handoff",
-                "faster",
-                "speed up",
             ],
             inputs=[
                 io.Model.Input("model_first"),

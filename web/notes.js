@@ -1,5 +1,6 @@
 // What our techniques say in a run, on the nodes they come from: where one cannot act, or does less than it was asked for.
-// It stays until the next run begins. The server keeps it too: GET /asdm/notes.
+// It stays until the next run begins. The server keeps it too (GET /asdm/notes), for pages that are opened later and for
+// nodes that are made anew: after a change of tabs, an undo.
 import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
 import { write } from './outputs.js'
@@ -27,8 +28,17 @@ function show(id, notes) {
   if (node?.constructor.nodeData?.name?.startsWith('ASDM')) write(node, NAME, notes.join('\n'))
 }
 
+// Says again what was said in the last run of the workflow that is shown.
+async function recall() {
+  const workflow = (app.rootGraph ?? app.graph).id
+  const answer = await api.fetchApi('/asdm/notes?' + new URLSearchParams({ workflow }))
+  if (!answer.ok || (app.rootGraph ?? app.graph).id !== workflow) return // another one is shown by now
+  for (const [id, notes] of Object.entries(await answer.json())) show(id, notes)
+}
+
 app.registerExtension({
   name: 'asdm.notes',
+  afterConfigureGraph: recall,
   setup() {
     api.addEventListener('asdm.notes', ({ detail }) => show(detail.node, detail.notes))
     api.addEventListener('execution_start', () => {

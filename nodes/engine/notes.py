@@ -66,11 +66,26 @@ def speaker(node_id: str = "") -> Say:
 
 
 def register() -> None:
-    """Answer GET /asdm/notes?prompt_id=...: node id -> sentences, of the last run without a prompt_id."""
+    """Answer GET /asdm/notes: node id -> sentences, of the last run in which anything was said; of a run with
+    ?prompt_id=..., of the last run of a workflow with ?workflow=..., its id, whether or not anything was said in it.
+    """
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
 
     @server.routes.get(ROUTE)
     async def notes(request: web.Request) -> web.Response:
-        return web.json_response(said(request.query.get("prompt_id")))
+        workflow = request.query.get("workflow")
+        run = request.query.get("prompt_id") if workflow is None else last_run(server.prompt_queue, workflow)
+        return web.json_response(said(run))
+
+
+def last_run(queue, workflow: str) -> str:
+    """The id of the last run of a workflow in the host's queue, be it running or over; "" where there was none."""
+    with queue.mutex:
+        over = (record["prompt"] for record in reversed(queue.history.values()))
+        for _, prompt_id, _, extra, *_ in (*queue.currently_running.values(), *over):
+            saved = extra.get("extra_pnginfo", {}).get("workflow") or {}
+            if saved.get("id") == workflow:
+                return str(prompt_id)
+    return ""

@@ -314,6 +314,43 @@ def test_quick_start_runs_to_a_comparison(page, front_end):
     assert saved.value.suggested_filename.startswith("asdm.compare.")
 
 
+# Words an artist types: what comes first, and what is among the finds.
+SEARCHES = {
+    "faster": ("Speed Up", {"Feature Inheritance", "GRI Attention"}),
+    "speed up": ("Speed Up", {"Feature Inheritance", "GRI Attention"}),
+    "accelerate": ("Speed Up", {"Feature Inheritance"}),
+    "optimize": ("Speed Up", {"Feature Inheritance"}),
+    "performance": ("Speed Up", {"Feature Inheritance"}),
+    "quick": ("Speed Up", {"Feature Inheritance"}),
+    "easycache": (None, {"Speed Up", "Feature Inheritance"}),  # the host's own comes first
+    "memory": (None, {"GRI Attention", "Load Pruned UNet"}),
+    "sd1.5": (None, {"Feature Inheritance", "Load Pruned UNet"}),
+    "4k": (None, {"GRI Attention"}),
+    "hires fix": (None, {"GRI Attention"}),
+    "tiled attention": (None, {"GRI Attention"}),
+    "freeze": (None, {"Feature Inheritance"}),
+}
+NOT_AT_ONCE = {"Apply Pack", "Switch UNet", "Speed Readout"}  # they need a pack, a second model, a run
+
+
+def test_search_lists_first_what_helps_at_once(page):
+    drop(page, PACK / "workflows" / "01 Quick start.json", name="Search.json")
+    page.mouse.dblclick(800, 960)  # below the nodes
+    box = page.get_by_role("combobox", name="Add a node...")
+    for words, (first, among) in SEARCHES.items():
+        box.fill(words)
+        until(lambda among=among: among <= set(finds(page)))
+        found = finds(page)
+        assert first in (None, found[0]), words
+        if first:
+            assert not NOT_AT_ONCE & set(found), words
+
+
+def finds(page) -> list[str]:
+    """What the search box lists, in its order."""
+    return page.evaluate("() => [...document.querySelectorAll('[role=option]')].map(e => e.innerText.split('\\n')[0])")
+
+
 def test_the_view_fills_the_window_and_goes_back(page, front_end):
     drop(page, PACK / "workflows" / "01 Quick start.json", name=f"Large {front_end}.json")
     show_pictures(page, "ASDMABCompare", 3)
@@ -391,7 +428,7 @@ def test_of_fewer_pictures_than_before_none_is_compared_with_itself(page):
 
 
 def test_words_of_a_run_stand_on_the_node(page, front_end):
-    drop(page, PACK / "workflows" / "02 Speed up my checkpoint.json")
+    drop(page, PACK / "workflows" / "04 SDXL.json")
     page.evaluate(f"type => {{ {NODE}; node.onExecuted({{text: ['plays in large pictures']}}) }}", "ASDMGRIAttention")
     select(page, "ASDMGRIAttention")
     page.wait_for_function(
@@ -400,12 +437,12 @@ def test_words_of_a_run_stand_on_the_node(page, front_end):
     )
     # They are not sent with the next run.
     assert page.evaluate("async () => (await app.graphToPrompt()).output") == api_graph(
-        PACK / "workflows" / "02 Speed up my checkpoint.json"
+        PACK / "workflows" / "04 SDXL.json"
     )
 
 
 def test_what_a_technique_says_in_a_run_stands_on_its_node_until_the_next(page):
-    drop(page, PACK / "workflows" / "02 Speed up my checkpoint.json", name="Notes.json")
+    drop(page, PACK / "workflows" / "04 SDXL.json", name="Notes.json")
     id = page.evaluate(f"type => {{ {NODE}; return String(node.id) }}", "ASDMGRIAttention")
     speak = """([id, notes]) => app.api.dispatchCustomEvent("asdm.notes", {node: id, notes, prompt_id: ""})"""
     standing = """notes => [app.rootGraph, ...app.rootGraph.subgraphs.values()].flatMap(graph => graph.nodes)
@@ -422,6 +459,31 @@ def test_what_a_technique_says_in_a_run_stands_on_its_node_until_the_next(page):
     )
     page.evaluate(speak, [inside, ["in a subgraph."]])
     page.wait_for_function(standing, arg="in a subgraph.")
+
+
+def test_a_page_that_is_opened_later_shows_what_was_said(browser, page, server, front_end):
+    """Two steps are few for Feature Inheritance, and it says so on its node."""
+    name = f"Said before, {front_end}"
+    drop(page, PACK / "workflows" / "07 Image to image.json", name=f"{name}.json")
+    id = page.evaluate(f"type => {{ {NODE}; return String(node.id) }}", "ASDMFeatureInheritance")
+    for widget, value in (("steps", 2), ("rounds", 1), ("seed", 10 + len(front_end))):  # not the host's kept result
+        set_widget(page, "ASDMABCompare", widget, value)
+    said = """id => app.graph.getNodeById(id)?.widgets?.find(w => w.name === "asdm_notes")?.value ?? ''"""
+    Client(server.url).upload("asdm-pear.png", (PACK / "workflows/pictures/asdm-pear.png").read_bytes())
+    run(page)
+    until(lambda: "with fewer than 8" in page.evaluate(said, id))
+    saved = page.evaluate("() => app.graph.serialize()")
+    later = browser.new_page(viewport={"width": 1366, "height": 768})
+    try:
+        later.set_default_timeout(PATIENCE)
+        later.goto(server.url)
+        later.wait_for_function(READY)
+        later.evaluate("saved => app.loadGraphData(saved)", saved)
+        until(lambda: "with fewer than 8" in later.evaluate(said, id))
+        later.evaluate("saved => app.loadGraphData(saved)", saved | {"id": "11111111-1111-4111-8111-111111111111"})
+        until(lambda: later.evaluate(said, id) == "")  # another workflow, where the same id is another node
+    finally:
+        later.close()
 
 
 SPOKEN = """([id, note, title]) => {

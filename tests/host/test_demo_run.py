@@ -11,7 +11,7 @@ from demo import __main__ as demo
 from demo.job import EMBEDDED, SIDES, Job
 
 
-@pytest.fixture(scope="module", params=["pack", "inheritance"])
+@pytest.fixture(scope="module", params=["pack", "speed up"])
 def job(random_family, request):
     """Two prompts with the random family, one step more than needed to time any."""
     models = random_family
@@ -44,8 +44,7 @@ def test_demo_compares_and_leaves_no_server(job, host, tmp_path, capsys, monkeyp
     assert report["host"]["comfyui"] and report["host"]["torch"]
     times = {side: report[side]["seconds_per_step"] for side in SIDES}
     assert report["speedup"] == pytest.approx(times["a"]["whole_run"] / times["b"]["whole_run"])
-    assert times["a"]["whole_run"] == times["a"]["median"]
-    assert (report["a"]["full_steps"], report["b"]["full_steps"]) == (3, 3 if job.pack else 2)
+    assert report["a"]["evaluations_made"] == 1 and report["b"]["evaluations_made"] <= 1
     for side in SIDES:
         values = report[side]["seconds_per_step"]["values"]
         assert len(values) == 2 * (job.steps - 1) and min(values) > 0
@@ -75,12 +74,14 @@ def test_missing_node_is_named(job, client):
 
 
 def test_demo_of_the_embedded_family(tmp_path, capfd):
-    """What `make demo` runs, with fewer steps."""
+    """What `make demo` runs; its headline in multiplications, which no machine changes: half at the most, at 30 dB."""
     assert (EMBEDDED / "emoji-teacher.safetensors").exists()
-    assert demo.main(["--steps", "12", "--output", str(tmp_path)]) == 0
+    assert demo.main(["--output", str(tmp_path)]) == 0
     assert "fewer multiplications" in capfd.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert len(report["prompts"]) == 8
     found = {variant["side"]: variant["psnr"] for variant in report["variants"]}
-    assert report["psnr"] == found["b"] > 20
+    assert report["psnr"] == found["b"] >= 30
+    shares = {variant["side"]: variant["macs_share"] for variant in report["variants"]}
+    assert shares["b"] == report["b"]["evaluations_made"] <= 0.5 and shares["d"] < min(shares["b"], shares["c"])
     assert found["c"] > 12  # a pack that was cut and never trained reaches 11.5

@@ -76,3 +76,29 @@ def test_the_same_graph_under_other_ids_speaks_under_these(server, other):
     asyncio.run(events(client, graph(3, cfg=1.5)))
     _, found = asyncio.run(events(client, renamed(graph(3, cfg=1.5), {"5": other, "6": "16"})))
     assert [e["node"] for e in found] == [other]
+
+
+def test_the_embedded_family_says_on_its_loader_that_a_size_is_not_its_own(server):
+    client = Client(server.url)
+    nodes = graph(8, preset="faithful")
+    nodes["4"]["inputs"]["width"] = 192
+    run, found = asyncio.run(events(client, nodes))
+    assert [e["node"] for e in found] == ["1"] and "paints 128 x 128 pixels" in found[0]["notes"][0]
+    assert "at 192 x 128" in found[0]["notes"][0]
+
+
+def test_pages_that_are_opened_later_ask_for_the_last_run_of_their_workflow(server):
+    client = Client(server.url)
+
+    def notes(workflow):
+        return client.get(f"/asdm/notes?workflow={workflow}")
+
+    def run(workflow, nodes):
+        client.wait(client.submit(nodes, {"id": workflow, "nodes": []}))
+
+    run("mine", graph(3, cfg=1.25))
+    run("another", graph(8, cfg=1.25))
+    assert FEW in notes("mine")["5"][0]
+    assert notes("another") == notes("unknown") == {}
+    run("mine", graph(8, cfg=1.25, preset="balanced"))
+    assert notes("mine") == {}
