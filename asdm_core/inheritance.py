@@ -397,12 +397,9 @@ class Flow:
     recalls: frozenset[str]
 
 
-def flow(config: UNetConfig, inherited: Iterable[str], probes: Iterable[str] = ()) -> Flow:
-    """Data flow of a step on which the outputs of the units `inherited` are not computed.
-
-    probes: units that must run whatever becomes of their output.
-    """
-    gone, probes = set(inherited), set(probes)
+def flow(config: UNetConfig, inherited: Iterable[str]) -> Flow:
+    """Data flow of a step on which the outputs of the units `inherited` are not computed."""
+    gone = set(inherited)
     units = [u for u in walk(config) if u.kind not in ("time_embed", "label_embed")]
     last_of_layer = {"stem.conv_in" if u.kind == "conv_in" else u.layer: u.address for u in units}
     before = dict(zip((u.address for u in units), [None, *(u.address for u in units)], strict=False))
@@ -410,7 +407,7 @@ def flow(config: UNetConfig, inherited: Iterable[str], probes: Iterable[str] = (
     recalls = set()
     read = {units[-1].address}
     for u in reversed(units):
-        if u.address not in read and u.address not in probes:
+        if u.address not in read:
             continue
         if u.address in gone:
             recalls.add(u.address)
@@ -420,19 +417,63 @@ def flow(config: UNetConfig, inherited: Iterable[str], probes: Iterable[str] = (
     return Flow(frozenset(computes), frozenset(recalls))
 
 
+# What a unit does on an inherited step: computes, computes in part (its shortcut, or all but some parts of its blocks),
+# is played from memory, or does nothing, because nobody reads what it would make.
+COMPUTED, PARTLY, INHERITED, IDLE = "computed", "partly", "inherited", "idle"
+
+
+@dataclass(frozen=True)
+class InheritedStep:
+    """What every unit does on a step that inherits, and what a run remembers for it: the one reading of a plan.
+
+    reuse: unit or part address -> what is reused there (`Plan.reuse`).
+    computes, recalls: see `Flow`. residuals: units of which only the shortcut runs. in_parts: transformers of whose
+    blocks some parts are not computed.
+    """
+
+    config: UNetConfig
+    reuse: Mapping[str, str]
+    computes: frozenset[str]
+    recalls: frozenset[str]
+    residuals: frozenset[str]
+    in_parts: frozenset[str]
+
+    @classmethod
+    def of(cls, plan: Plan, config: UNetConfig, cut: frozenset[str] = frozenset()) -> InheritedStep:
+        """The inherited steps of a plan in a network of which some units and blocks are cut. Raises ValueError."""
+        reuse = plan.reuse(config, cut)
+        whole = {u.address for u in walk(config)} & set(reuse)
+        residuals = frozenset(a for a in whole if reuse[a] == "residual")
+        found = flow(config, whole - residuals)
+        in_parts = frozenset(_owner(a) for a in set(reuse) - whole)
+        return cls(config, reuse, found.computes, found.recalls, residuals, in_parts)
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Units of which something is remembered, apart from those that inherit parts."""
+        return self.recalls | self.residuals
+
+    def does(self, address: str) -> str:
+        """COMPUTED, PARTLY, INHERITED or IDLE."""
+        if address in self.recalls:
+            return INHERITED
+        if address not in self.computes:
+            return IDLE
+        return PARTLY if address in self.residuals | self.in_parts else COMPUTED
+
+
 def step_macs(
     plan: Plan, architecture: Architecture, height: int = 64, width: int = 64, tokens: int = 77
 ) -> tuple[int, int]:
     """MACs of a full and of an inherited step, for a latent of height x width, batch 1 (see `measure.costs`)."""
-    reuse = plan.reuse(architecture.config, architecture.cut)
+    step = InheritedStep.of(plan, architecture.config, architecture.cut)
     unit_costs = costs(architecture, height, width, tokens)
-    runs = flow(architecture.config, (a for a, r in reuse.items() if a in unit_costs and r != "residual")).computes
     inherited = 0
     for address, cost in unit_costs.items():
-        if address.startswith("stem.") or address in runs and address not in reuse:
-            inherited += cost.total - _parts_saved(architecture, address, cost, reuse)
-        elif address in runs:  # what it adds is reused: only its shortcut runs
+        if address in step.residuals and address in step.computes:
             inherited += _shortcut_macs(unit(architecture.config, address), cost)
+        elif address.startswith("stem.") or address in step.computes:
+            inherited += cost.total - _parts_saved(architecture, address, cost, step.reuse)
     return sum(c.total for c in unit_costs.values()), inherited
 
 
@@ -472,17 +513,10 @@ def cache_elements(plan: Plan, architecture: Architecture, height: int = 64, wid
     Times the batch, the conditionings (2 with classifier-free guidance) and the bytes of the compute
     dtype, it is the size of the cache.
     """
-    config = architecture.config
-    reuse = plan.reuse(config, architecture.cut)
+    step = InheritedStep.of(plan, architecture.config, architecture.cut)
     shapes = sizes(architecture, height, width)
-    units = {u.address: u for u in walk(config)}
-    whole = {a for a in reuse if a in units}
-    kept = flow(config, (a for a in whole if reuse[a] != "residual")).recalls | {
-        a for a in whole if reuse[a] == "residual"
-    }
-    each = [units[a] for a in kept if a in shapes] + [units[_owner(a)] for a in reuse if a not in units]
-    total = sum(u.channels_out * math.prod(shapes[u.address]) for u in each)
+    kept = [a for a in step.kept if a in shapes] + [_owner(a) for a in step.reuse if _owner(a) in step.in_parts]
     if plan.schedule.mode == "adaptive":
-        first = next(u for u in architecture.kept if u.kind == "resnet")
-        total += first.channels_out * math.prod(shapes[first.address])
-    return total * (2 if "forecast" in reuse.values() else 1)
+        kept.append(next(u.address for u in architecture.kept if u.kind == "resnet"))
+    total = sum(unit(architecture.config, a).channels_out * math.prod(shapes[a]) for a in kept)
+    return total * (2 if "forecast" in step.reuse.values() else 1)

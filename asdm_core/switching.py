@@ -69,7 +69,7 @@ class SwitchPoint:
 
 
 @dataclass(frozen=True)
-class Preset:
+class SwitchPreset:
     """A published switch between a large UNet and a smaller one. small_first: the small one begins."""
 
     small_first: bool
@@ -80,14 +80,14 @@ class Preset:
 _TABLE = "A-SDM, arXiv 2312.15516, table 3"
 
 # The paper's numbers of steps are those of runs of 25; here they are shares of any run.
-PRESETS: dict[str, Preset] = {
-    "S1": Preset(
+PRESETS: dict[str, SwitchPreset] = {
+    "S1": SwitchPreset(
         True,
         SwitchPoint(10 / 25, "share of steps"),
         f"{_TABLE}: BK-SDM Base for 10 steps, SD for 15; the best of the three",
     ),
-    "S2": Preset(False, SwitchPoint(15 / 25, "share of steps"), f"{_TABLE}: SD for 15 steps, BK-SDM Base for 10"),
-    "S3": Preset(False, SwitchPoint(10 / 25, "share of steps"), f"{_TABLE}: SD for 10 steps, BK-SDM Base for 15"),
+    "S2": SwitchPreset(False, SwitchPoint(15 / 25, "share of steps"), f"{_TABLE}: SD for 15 steps, BK-SDM Base for 10"),
+    "S3": SwitchPreset(False, SwitchPoint(10 / 25, "share of steps"), f"{_TABLE}: SD for 10 steps, BK-SDM Base for 15"),
 }
 
 

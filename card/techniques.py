@@ -21,7 +21,6 @@ from ..asdm_core.inheritance import DIALS
 from . import narrow
 from .faces import execute, pack_folder
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STUDENT = 1  # seed of the weights that packs play
 
 
@@ -67,7 +66,7 @@ class Network:
         )
         state = self.model.model.diffusion_model.state_dict()
         dtype = next(t.dtype for t in state.values())
-        if dtype not in DTYPES.values():  # fp8, which the network computes in a wider type as well
+        if dtype not in packs.DTYPES.values():  # fp8, which the network computes in a wider type as well
             dtype = torch.float16
         return self.written(
             f"own {dtype}".replace("torch.", ""), description, {k: state[k].cpu().to(dtype) for k in description.keys()}

@@ -11,7 +11,7 @@ from ..asdm_core.pictures import duration, finite
 from .common import CATEGORY, SHOWS_COMPARISON, sampling_inputs
 from .engine.comparison import ORIGINAL, alike, decode, draw, faster, in_words, original_of, sampler, techniques, view
 from .engine.picture import to_image
-from .engine.timing import Side, alternate
+from .engine.timing import TimedModel, alternate
 
 
 class ASDMABCompare(io.ComfyNode):
@@ -104,7 +104,10 @@ class ASDMABCompare(io.ComfyNode):
             )
         plain = original_of(model) if original is None else original
         sample = sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
-        a, b = Side(label_a or techniques(plain), plain, sample), Side(label_b or techniques(model), model, sample)
+        a, b = (
+            TimedModel(label_a or techniques(plain), plain, sample),
+            TimedModel(label_b or techniques(model), model, sample),
+        )
         alternate((a, b), rounds, steps)
         batches = [decode(vae, side.latent) for side in (a, b)]
         pairs, size = alike(*batches), batches[0].shape[1:3]

@@ -12,6 +12,7 @@ from ..asdm_core.calibration import Choice, choices, choose
 from ..asdm_core.inheritance import Plan, deepcache
 from .common import CATEGORY, PIXELS, SHOWS_PICTURE
 from .engine.inheritance import Inheritance
+from .engine.assigned import network_of
 from .engine.network import architecture_of
 from .engine.on_model import with_technique
 from .engine.picture import draw_plan, preview, to_image
@@ -175,7 +176,7 @@ class ASDMCalibrateInheritance(io.ComfyNode):
             summary(facts) + f"\npredicted difference to the full run: {best.error:.1%} of the result"
             f"\nother savings, and their difference: {for_savings(found)}"
         )
-        picture = to_image(draw_plan(architecture_of(model), facts, text))
+        picture = to_image(draw_plan(network_of(model), best.plan, facts, text))
         return io.NodeOutput(
             chosen, best.plan.to_json(), picture, {**latent_image, "samples": result}, ui=preview(cls, picture, text)
         )

@@ -10,7 +10,6 @@ from ..asdm_core.inheritance import saving
 from .common import CATEGORY, PIXELS, SHOWS_PICTURE
 from .engine.assigned import network_of
 from .engine.inheritance import FEW_STEPS, Inheritance
-from .engine.network import architecture_of
 from .engine.picture import draw_plan, preview, to_image
 from .engine.technique import technique_of
 
@@ -124,5 +123,5 @@ class ASDMInheritancePlan(io.ComfyNode):
     def execute(cls, model, steps, width, height, batch_size, layers=False, after=None):
         facts = describe(model, steps, width, height, batch_size)
         text = summary(facts)
-        picture = to_image(draw_plan(architecture_of(model), facts, text, layers))
+        picture = to_image(draw_plan(network_of(model), technique_of(model, Inheritance).plan, facts, text, layers))
         return io.NodeOutput(json.dumps(facts, indent=1), picture, ui=preview(cls, picture, text))

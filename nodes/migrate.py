@@ -15,7 +15,7 @@ from .feature_inheritance import ASDMFeatureInheritance, custom_inputs
 
 # Old node: its widgets in the order in which workflows keep their values, and the settings of ours that differ from the
 # defaults (a name in braces is the old widget whose value is taken).
-DEEPCACHE = {
+DEEPCACHE: dict[str, tuple[list[str], dict[str, object]]] = {
     # styler00dollar/ComfyUI-deepcache, after laksjdjf's gist: cache_depth is the branch, by the same rule as ours.
     "DeepCache": (
         ["cache_interval", "cache_depth", "start_step", "end_step"],

@@ -57,7 +57,9 @@ def played_weights(model, architecture: Architecture, sources: dict[str, str]) -
     patchers = packs_of(model)
     pack_loras.sync(model, patchers.values())
     comfy.model_management.load_models_gpu([model, *patchers.values()])
-    weights = {None: model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")}
+    weights: dict[str | None, dict] = {
+        None: model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
+    }
     for pack_id, patcher in patchers.items():
         weights[pack_id] = patcher.model_state_dict_for_saving(patcher.model.diffusion_model, "diffusion_model.")
     if any(

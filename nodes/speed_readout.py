@@ -8,18 +8,18 @@ from collections import Counter, defaultdict
 from comfy_api.latest import io
 
 from ..asdm_core.addresses import UNetConfig, unit
+from ..asdm_core.inheritance import INHERITED
 from ..asdm_core.pictures import duration
 from .common import CATEGORY, SHOWS_PICTURE
 from .engine.assigned import Assigned, assigned_of
-from .engine.feature_cache import INHERITED
-from .engine.layer_times import MeasuredRun, Timed, Times
+from .engine.layer_times import MeasuredRun, Timed, LayerTimes
 from .engine.network import architecture_of
 from .engine.picture import draw_speed, preview, to_image
 from .engine.switch import others_of
 from .engine.technique import technique_of, techniques_of
 
 
-def times_of(model) -> dict[int, Times]:
+def times_of(model) -> dict[int, LayerTimes]:
     """What was measured in the last run of a MODEL from Measure Speed, by the number of the model that played: 0, and
     more where it is switched. Raises ValueError without a finished run.
     """
@@ -39,9 +39,9 @@ def times_of(model) -> dict[int, Times]:
     return found
 
 
-def by_group(config: UNetConfig, times: Times) -> dict[str, Counter]:
+def by_group(config: UNetConfig, times: LayerTimes) -> dict[str, dict[str, float]]:
     """Seconds in the layers of each block ("down.0", "mid"), by kind of layer."""
-    groups: dict[str, Counter] = defaultdict(Counter)
+    groups: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for (address, _), (seconds, _) in times.layers.items():
         u = unit(config, address)
         groups[u.block][u.kind if u.kind in ("resnet", "transformer") else "sampler"] += seconds
@@ -57,7 +57,8 @@ def describe(model) -> dict:
     models, found = [model, *others_of(model)], times_of(model)
     seconds: dict[int, float] = defaultdict(float)  # by step
     players: dict[int, set[int]] = defaultdict(set)
-    inherited, groups, saved = set(), {}, []
+    groups: dict[str, Counter[str]] = {}
+    inherited, saved = set(), []
     for number, times in found.items():
         for step, t, roles in times.evaluations:
             seconds[step] += t
@@ -87,7 +88,7 @@ def describe(model) -> dict:
     }
 
 
-def savings(model, times: Times) -> list[tuple[str, float, str]]:
+def savings(model, times: LayerTimes) -> list[tuple[str, float, str]]:
     """(technique, seconds saved, how that is known) of all that plays in a MODEL.
 
     What is done in fewer evaluations is measured, against the full ones. Work that was never done cannot be: layers

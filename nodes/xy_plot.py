@@ -8,6 +8,7 @@ import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -29,7 +30,7 @@ from .engine.picture import from_image, preview, to_image
 from .engine.regional import Regional
 from .engine.switch import beside, with_switch
 from .engine.technique import techniques_of
-from .engine.timing import Side, alternate
+from .engine.timing import TimedModel, alternate
 
 OFF = "off"
 ENDING = ".safetensors"  # of a pack's name; may be left out
@@ -95,7 +96,7 @@ def _switch(model, value: str, model_second, unit: str):
     return with_switch(model, model_second, SwitchPoint(_number(value, "switch at", 0, 10_000), unit))
 
 
-def _number(text: str, name: str, low: float, high: float, whole: bool = False) -> float:
+def _number(text: str, name: str, low: float, high: float, whole: bool = False) -> Any:
     """A value as the input of a node would take it. Raises ValueError."""
     kind = "a whole number" if whole else "a number"
     try:
@@ -267,7 +268,7 @@ class ASDMXYPlot(io.ComfyNode):
                 f"run of its own; at most {MOST_CELLS} are drawn. Take fewer values, or several plots."
             )
         sample = sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
-        plain = Side("as it came in", model, sample)
+        plain = TimedModel("as it came in", model, sample)
         cells, labels = [], []
         for row, y_place, set_y in lines:
             for column, x_place, set_x in columns:
@@ -276,7 +277,7 @@ class ASDMXYPlot(io.ComfyNode):
                     changed = change(changed)
                 labels.append(", ".join(filter(None, (column, row))))
                 # A cell that changes nothing is the reference itself, at 1.00, and not the same once more.
-                cells.append(plain if same(changed, model) else Side(labels[-1], changed, sample))
+                cells.append(plain if same(changed, model) else TimedModel(labels[-1], changed, sample))
         alternate([plain, *(cell for cell in cells if cell is not plain)], rounds, steps)
         reference = decode(vae, plain.latent)
         images = [decode(vae, cell.latent) for cell in cells]
@@ -327,7 +328,7 @@ class ASDMXYPlot(io.ComfyNode):
         )
 
 
-def note(plain: Side, cell: Side, pairs: list[tuple[float, float]]) -> str:
+def note(plain: TimedModel, cell: TimedModel, pairs: list[tuple[float, float]]) -> str:
     """What stands below a cell: 1.62x  1.9 s   31.2 dB  0.94; over a batch, the means."""
     psnr, ssim = (statistics.mean(of) for of in zip(*pairs, strict=True))
     like = (

@@ -40,7 +40,7 @@ def sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, sc
 
 
 def decode(vae, latent: dict) -> torch.Tensor:
-    return host_nodes.VAEDecode().decode(vae, latent)[0]
+    return host_nodes.VAEDecode().decode(vae, latent)[0]  # type: ignore[attr-defined]  # ComfyUI's module of that name
 
 
 # Texts and pictures -----------------------------------------------------------------------------------

@@ -13,20 +13,19 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...asdm_core.addresses import Unit, UNetConfig, walk
-from ...asdm_core.inheritance import Plan, flow
+from ...asdm_core.inheritance import INHERITED, InheritedStep, Plan
 from ...asdm_core.measure import output_size
 from ...asdm_core.steps import Moment
 from . import units
 from .technique import AtUNet, Forward, Misfit
 
 COMPUTE, RECORD, REPLAY, PROBE = "compute", "record", "replay", "probe"
-
-INHERITED = "inherited"  # the role of layers and evaluations that play from memory
 
 _PROBE = "probe"  # name of the first layer's output among the remembered tensors
 
@@ -61,15 +60,12 @@ class FeatureCache(AtUNet):
         self, plan: Plan, config: UNetConfig, cut: frozenset[str], sigmas: Sequence[float], on_cpu: bool = False
     ):
         self.plan, self.config, self._on_cpu = plan, config, on_cpu
-        self.reuse = plan.reuse(config, cut)
+        self.inherited = InheritedStep.of(plan, config, cut)
+        self.reuse = self.inherited.reuse
         self._sigmas = list(sigmas)
         self.steps = max(len(self._sigmas) - 1, 1)
         self._sources = plan.sources(self.steps)
         self._units = {u.address: u for u in walk(config)}
-        self.whole = {a: r for a, r in self.reuse.items() if a in self._units}
-        self._flow = flow(config, (a for a, r in self.whole.items() if r != "residual"))
-        self._kept = self._flow.recalls | {a for a, r in self.whole.items() if r == "residual"}
-        self._with_parts = {a.rsplit(".", 2)[0] for a in self.reuse if a not in self._units}
         self._forecasts = "forecast" in self.reuse.values()
         self._entries: dict[tuple, Entry] = {}
         self._playing: Mapping[str, nn.Module] = {}
@@ -87,8 +83,8 @@ class FeatureCache(AtUNet):
         self.step, self.position = 0, 0.0
         self._repeating = plan.schedule.repeating(self.steps)
         self._begun = self._repeats = self._returns = False
-        self.entries: tuple[Entry, ...] = ()  # of the chunks of the running forward
-        self._device = None  # of the running forward
+        self.entries: tuple[Any, ...] = ()  # of the chunks of the running forward
+        self._device: torch.device | None = None  # of the running forward
         self._ordinals: Counter = Counter()
         # For the report: (step, mode) -> forwards, and the modes of each evaluation.
         self.counts: Counter = Counter()
@@ -99,7 +95,7 @@ class FeatureCache(AtUNet):
     # once per evaluation, once per forward ----------------------------------------------------------
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]  # never written here
         return "" if self.mode == COMPUTE else f"{self.mode}_{self.plan_name}"
 
     @property
@@ -127,7 +123,7 @@ class FeatureCache(AtUNet):
         x, options = forward.x, forward.options
         uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
         self.mode = COMPUTE
-        patched = self._with_parts and self._blocks_patched(options)
+        patched = self.inherited.in_parts and self._blocks_patched(options)
         if uuids and conds and x.shape[0] % len(conds) == 0 and not patched:
             self._keys = [self._key(u, c, x, len(conds)) for u, c in zip(uuids, conds, strict=True)]
             self.entries, self._circumstances, self._device = (
@@ -183,9 +179,9 @@ class FeatureCache(AtUNet):
             else PROBE
         )
 
-    def _holds(self, fits: Callable[[Entry], bool]) -> bool:
+    def _holds(self, fits: Callable[[Entry], object]) -> bool:
         """Whether for every chunk something fitting is remembered, made under the circumstances of now."""
-        return all(e is not None and e.circumstances == self._circumstances and fits(e) for e in self.entries)
+        return all(e is not None and e.circumstances == self._circumstances and bool(fits(e)) for e in self.entries)
 
     def _start_recording(self) -> None:
         self.mode = RECORD
@@ -275,18 +271,18 @@ class FeatureCache(AtUNet):
             self._twins = {
                 a: self._twin(a, layer)
                 for a, layer in playing.items()
-                if a in self._with_parts and isinstance(layer, units.attention.SpatialTransformer)
+                if a in self.inherited.in_parts and isinstance(layer, units.attention.SpatialTransformer)
             }
 
     def _play(self, u: Unit, layer: nn.Module) -> Callable | None:
         """How a unit plays from memory; None if it computes."""
         cut = units.passes_on(layer)
-        if u.address in self._flow.recalls:
+        if u.address in self.inherited.recalls:
             return lambda x, shape=None: self.recall(u.address, self._shape(u, cut, x, shape))
-        if u.address not in self._flow.computes:
+        if u.address not in self.inherited.computes:
             # Zeros, not the input: the host writes into some of these, and the input may be somebody's skip.
             return lambda x, shape=None: x.new_zeros(self._shape(u, cut, x, shape))
-        if u.address in self.whole:
+        if u.address in self.inherited.residuals:
             return lambda x, shape=None: self.onto(self._shortcut(u, layer, x), u.address)
         return None
 
@@ -297,19 +293,19 @@ class FeatureCache(AtUNet):
                 self._decide(out)
             if self.mode == RECORD:
                 self.store(_PROBE, out.clone())
-        if self.mode == RECORD and address not in self._flow.computes:
+        if self.mode == RECORD and address not in self.inherited.computes:
             for entry in self.entries:
                 entry.shapes[address] = tuple(out.shape[1:])
-        if self.mode != RECORD or address not in self._kept:
+        if self.mode != RECORD or address not in self.inherited.kept:
             return
-        if self.whole.get(address) == "residual":
+        if address in self.inherited.residuals:
             self.store(address, out - self._shortcut(self._units[address], current, x))
         else:
             # A copy: the host adds control residuals to this very tensor, FreeU writes into it.
             self.store(address, out.clone())
 
     @staticmethod
-    def _shortcut(u: Unit, layer: nn.Module, x: Tensor) -> Tensor:
+    def _shortcut(u: Unit, layer: Any, x: Tensor) -> Tensor:
         """The part of a unit's output that is never reused: its shortcut."""
         return layer.skip_connection(x) if u.kind == "resnet" and hasattr(layer, "skip_connection") else x
 
@@ -339,9 +335,8 @@ class FeatureCache(AtUNet):
         earlier = entry.earlier.get(address)
         if self.reuse.get(address) == "forecast" and earlier is not None and earlier.shape == value.shape:
             # A number of Python's would become part of a compiled graph.
-            value = torch.lerp(
-                earlier, value, entry.weight.to(value) if torch.compiler.is_compiling() else self._weight(entry)
-            )
+            line = entry.weight if torch.compiler.is_compiling() else None
+            value = torch.lerp(earlier, value, self._weight(entry) if line is None else line.to(value))
         return value
 
     def _shape(self, u: Unit, cut: bool, x: Tensor, output_shape: Sequence[int] | None) -> tuple[int, ...]:
@@ -357,7 +352,7 @@ class FeatureCache(AtUNet):
             raise Misfit(u.address)
         return x.shape[0], *shape
 
-    def _twin(self, address: str, layer: nn.Module) -> nn.Module:
+    def _twin(self, address: str, layer: Any) -> nn.Module:
         """The same transformer with blocks that can inherit their parts; shares all weights."""
         # Only the host's own blocks: cut ones have no parts, and a patched one may do anything.
         blocks = [
@@ -407,7 +402,8 @@ class _PartsBlock(nn.Module):
         self._memory = [memory]  # in a list: not a submodule, and no cycle through nn.Module
 
     def forward(self, x: Tensor, context: Tensor | None = None, transformer_options={}) -> Tensor:
-        memory, block = self._memory[0], self.block
+        block: Any = self.block
+        memory = self._memory[0]
         for part in ("attn1", "attn2", "ff"):
             address = f"{self.address}.{part}"
             inherits = address in memory.reuse

@@ -109,7 +109,7 @@ class Same:
             return False
         return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
-    __hash__ = None  # found by comparing alone
+    __hash__ = None  # type: ignore[assignment]  # found by comparing alone
 
 
 @dataclass
@@ -189,8 +189,8 @@ class Forecaster(InRun):
             self._number, self._action = self._unplanned, Action(kind if kind in (RESULT, COND, UNGUIDED) else FULL)
         if not self._sigma > 0:  # there is no v
             self._action = Action()
-        before = {p for a, p in zip(self.plan.actions, self.plan.positions, strict=True) if a.computes}
-        self._wanted = min(2, max(1, sum(p < self._position - TOLERANCE for p in before)))
+        points = {p for a, p in zip(self.plan.actions, self.plan.positions, strict=True) if a.computes}
+        self._wanted = min(2, max(1, sum(p < self._position - TOLERANCE for p in points)))
 
     @property
     def action(self) -> Action:
@@ -233,7 +233,7 @@ class Forecaster(InRun):
         if kind in (COND, UNGUIDED):
             if first is None or not others:
                 return None  # nothing that could be left out
-            differences = {i: None for i in others}
+            differences: dict[int, Tensor | None] = dict.fromkeys(others)
             if kind == COND:
                 differences = {i: self._difference(keys, now, first, i) for i in others}
                 if any(d is None for d in differences.values()):
@@ -265,22 +265,20 @@ class Forecaster(InRun):
     def _results(self, keys, now, first) -> dict[int, Tensor] | None:
         """v of each list at an evaluation that is not made; None where something it is drawn on from is missing."""
         found: dict[int, Tensor | None] = {}
-        apart = self._action.difference and first is not None
+        apart, v = self._action.difference and first is not None, None
         if apart:
-            v = self._sum(self._tracks.get(keys[first]), now[first], self._action.weights)
-            if v is None:
-                return None
-            found[first] = v
+            found[first] = v = self._sum(self._tracks.get(keys[first]), now[first], self._action.weights)
         for i in keys:
             if i == first and apart:
                 continue
             if apart:
                 difference = self._difference(keys, now, first, i)
-                found[i] = None if difference is None else found[first] - difference
+                found[i] = None if difference is None or v is None else v - difference
             else:
                 weights = () if self._action.difference else self._action.weights
                 found[i] = self._sum(self._tracks.get(keys[i]), now[i], weights)
-        return None if any(v is None for v in found.values()) else found
+        complete = {i: v for i, v in found.items() if v is not None}
+        return complete if len(complete) == len(found) else None
 
     def _sum(self, track: Track | None, circumstances: tuple, weights: Weights) -> Tensor | None:
         usable = track.usable(circumstances) if track else {}
@@ -352,7 +350,7 @@ class Forecaster(InRun):
         """What must be as it was: which conds are active with which content, weight, area and mask, where control acts,
         the strengths of hook LoRAs.
         """
-        found = []
+        found: list[tuple | None] = []
         for c in cond:
             if not self._active(c):
                 found.append(None)

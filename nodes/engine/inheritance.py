@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...asdm_core.inheritance import Plan, cache_elements
+from ...asdm_core.inheritance import COMPUTED, INHERITED, PARTLY, Plan, cache_elements
 from ...asdm_core.steps import Moment
-from .feature_cache import INHERITED, REPLAY, FeatureCache
+from .feature_cache import REPLAY, FeatureCache
 from .network import architecture_of
 from .technique import REMEMBERING, InRun, Log, Measured, Say, Start, Technique, UNetInRun
 from .timing import Recorder
@@ -23,7 +23,7 @@ FEW_STEPS = 8  # with fewer, each step changes too much for the next one to inhe
 
 
 @dataclass
-class Report:
+class InheritanceReport:
     """What one run did.
 
     counts: forwards by (step, mode). replayed: for each evaluation, whether all its forwards played from memory.
@@ -37,9 +37,9 @@ class Report:
     peak: int
 
     def roles(self) -> tuple[str, ...]:
-        """For each step, whether its forwards "computed", "inherited", or did so "partly"."""
+        """For each step, whether its forwards COMPUTED, INHERITED, or did so PARTLY."""
         modes = [{mode for (step, mode), n in self.counts.items() if step == s and n} for s in range(self.steps)]
-        return tuple("computed" if REPLAY not in m else "inherited" if m == {REPLAY} else "partly" for m in modes)
+        return tuple(COMPUTED if REPLAY not in m else INHERITED if m == {REPLAY} else PARTLY for m in modes)
 
     def saving(self) -> float | None:
         """Measured share of time that was saved, against all evaluations taking as long as the median full one.
@@ -63,7 +63,7 @@ class Inheritance(Technique):
     plan: Plan
     limit_mb: int = 0
     on_cpu: bool = False
-    log: Log[Report] = field(default_factory=Log, compare=False)
+    log: Log[InheritanceReport] = field(default_factory=Log, compare=False)
 
     key: ClassVar[str] = "inheritance"
     order: ClassVar[int] = REMEMBERING
@@ -162,6 +162,6 @@ class _InRun(InRun):
             self._inheritance.log.last = None
             return
         cache = self._caches[0]  # several where the work is split over devices; they do the same
-        self._inheritance.log.last = Report(
-            cache.steps, cache.counts, cache.replayed(), self._recorder.laps(), cache.peak
+        self._inheritance.log.last = InheritanceReport(
+            cache.steps, cache.counts, cache.replayed(), self._recorder.until_next(), cache.peak
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -19,7 +19,7 @@ from .timing import Recorder
 
 
 @dataclass(frozen=True)
-class Times:
+class LayerTimes:
     """What was measured of one run. Numbers only, so that it may outlive the run.
 
     shape: of the latents, (B, C, H, W). evaluations: (step, seconds, roles) of each; roles: see
@@ -35,7 +35,7 @@ class Times:
 class Timed(Technique):
     """Has the runs of a MODEL timed."""
 
-    log: Log[Times] = field(default_factory=Log, compare=False)
+    log: Log[LayerTimes] = field(default_factory=Log, compare=False)
 
     key: ClassVar[str] = "times"
     order: ClassVar[int] = MEASURING
@@ -45,9 +45,10 @@ class Timed(Technique):
 
 
 class _InRun(InRun):
-    def __init__(self, log: Log[Times], recorder: Recorder, shape: tuple[int, ...]):
+    def __init__(self, log: Log[LayerTimes], recorder: Recorder, shape: tuple[int, ...]):
         self._log, self._recorder, self._shape = log, recorder, shape
-        self._step, self._roles = 0, []
+        self._step = 0
+        self._roles: list[frozenset[str]] = []
 
     def at(self, unet: UNetInRun, model) -> AtUNet:
         return _Layers(self._recorder)
@@ -65,7 +66,7 @@ class _InRun(InRun):
     def close(self) -> None:
         times = zip(self._recorder.evaluations(), self._roles, strict=False)
         evaluations = [(step, seconds, roles) for (step, seconds), roles in times]
-        self._log.last = Times(self._shape, evaluations, self._recorder.layers())
+        self._log.last = LayerTimes(self._shape, evaluations, self._recorder.layers())
 
 
 class _Layers(AtUNet):
@@ -86,13 +87,13 @@ class _Layers(AtUNet):
 class MeasuredRun(Measured):
     """A measured run, and what its layers would have needed for more multiplications."""
 
-    def __init__(self, times: Times, architecture: Architecture, techniques: Sequence[Technique]):
+    def __init__(self, times: LayerTimes, architecture: Architecture, techniques: Sequence[Technique]):
         whole, (height, width) = Architecture.full(architecture.config), times.shape[-2:]
         self.evaluations, self.layers = times.evaluations, times.layers
         self.left_out = {t.role: t.left_out(whole, height, width) for t in techniques if t.role}
         macs = {address: cost.total for address, cost in costs(whole, height, width).items()}
         self._config = architecture.config
-        self._seconds: Counter = Counter()  # by kind of layer; "": of all kinds
+        self._seconds: dict[str, float] = defaultdict(float)  # by kind of layer; "": of all kinds
         self._macs: Counter = Counter()
         for (address, role), (seconds, calls) in times.layers.items():
             left_out = self.left_out.get(role, {}).get(address)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import comfy.controlnet
 import comfy.model_base
@@ -28,7 +29,7 @@ from ...asdm_core.surgery import ADDRESSED, cut_modules
 from ...asdm_core.text import TEXT, printable
 from . import lora_keys, narrow_vae, units
 
-WEIGHT_DTYPES = {
+WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8": True},
@@ -52,7 +53,7 @@ def model_config(architecture: Architecture, prediction: str | None = None, lora
     prediction: "eps" or "v"; None asks the host's own rule for the family. lora_names: whose layers LoRAs name, one of
     lora.READINGS, or "auto".
     """
-    base = _base_class(architecture.config)
+    base: Any = _base_class(architecture.config)
     host = architecture.config.to_host()
 
     class AddressedUNet(base):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...asdm_core.addresses import Unit, UNetConfig, walk
 from ...asdm_core.architecture import Architecture
-from ...asdm_core.inheritance import flow
+from ...asdm_core.inheritance import COMPUTED, IDLE, INHERITED, PARTLY, InheritedStep, Plan
 from ...asdm_core.pictures import duration
 from ...asdm_core.text import printable
 
@@ -31,7 +31,7 @@ class UnitView:
     share: float
 
 
-def _font(size: int) -> ImageFont.ImageFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
@@ -61,7 +61,7 @@ class _Sheet:
         self.draw.line([2 * p for p in points], fill=fill, width=width)
 
     def done(self) -> Image.Image:
-        return self.image.resize((self.image.width // 2, self.image.height // 2), Image.LANCZOS)
+        return self.image.resize((self.image.width // 2, self.image.height // 2), Image.Resampling.LANCZOS)
 
 
 def draw_levels(config: UNetConfig, views: Mapping[str, UnitView], title: str, lines: Sequence[str]) -> Image.Image:
@@ -82,7 +82,8 @@ def draw_levels(config: UNetConfig, views: Mapping[str, UnitView], title: str, l
     shares = {block: sum(views[u.address].share for u in units) for block, units in blocks.items()}
     longest, bars = max(shares.values()) or 1.0, 190
     for i, (block, units) in enumerate(blocks.items()):
-        y, x = top + i * row, left + 66.0
+        y = top + i * row
+        x: float = left + 66
         sheet.text(x - 8, y + 11, block, 14, INK, "rm")
         for role in ("host", "pack"):
             share = sum(views[u.address].share for u in units if views[u.address].role == role)
@@ -162,57 +163,39 @@ def _draw_block(sheet: _Sheet, x: int, y: int, name: str, channels: int, units: 
             sheet.text(left + BOX[0] / 2, top + 29, f"{view.share:.1%}", 12, INK, "mm")
 
 
-PLAN_COLOURS = {"computed": COLOURS["host"], "partly": "#d9c7a3", "inherited": "#f4a261", "idle": "#eef1f5"}
+PLAN_COLOURS = {COMPUTED: COLOURS["host"], PARTLY: "#d9c7a3", INHERITED: "#f4a261", IDLE: "#eef1f5"}
 MEANINGS = {
-    "computed": "computes",
-    "partly": "computes in part",
-    "inherited": "keeps earlier features",
-    "idle": "not needed",
+    COMPUTED: "computes",
+    PARTLY: "computes in part",
+    INHERITED: "keeps earlier features",
+    IDLE: "not needed",
 }
 CELL, LABELS = 13, 150  # of the drawing by layers: height of a row; width of the column of addresses
 PLAN_WIDTH = 540
 
 
-def roles_when_inheriting(architecture: Architecture, reuse: Mapping[str, str]) -> dict[str, str]:
-    """Unit address -> what it does on an inherited step: a key of PLAN_COLOURS."""
-    units = {u.address for u in architecture.kept}
-    whole = {a for a, what in reuse.items() if a in units and what != "residual"}
-    partly = {a if a in units else a.rsplit(".", 2)[0] for a in reuse} - whole
-    does = flow(architecture.config, whole)
-    return {
-        u.address: "inherited"
-        if u.address in does.recalls
-        else "idle"
-        if u.address not in does.computes
-        else "partly"
-        if u.address in partly
-        else "computed"
-        for u in architecture.kept
-        if u.side in ("down", "mid", "up")
-    }
-
-
-def by_level(roles: Mapping[str, str]) -> dict[str, str]:
+def roles_by_level(units: Iterable[Unit], step: InheritedStep) -> dict[str, str]:
     """Block address ("down.0", "mid") -> what its units do together on an inherited step, in PLAN_COLOURS."""
     blocks: dict[str, set[str]] = {}
-    for address, role in roles.items():
-        blocks.setdefault("mid" if address.startswith("mid") else ".".join(address.split(".")[:2]), set()).add(role)
+    for u in units:
+        blocks.setdefault(u.block, set()).add(step.does(u.address))
     found = {}
     for block, did in blocks.items():
-        if "inherited" in did:
-            did.discard("idle")  # what nobody asks for, because all that follows is remembered
-        found[block] = did.pop() if len(did) == 1 else "partly"
+        if INHERITED in did:
+            did.discard(IDLE)  # what nobody asks for, because all that follows is remembered
+        found[block] = did.pop() if len(did) == 1 else PARTLY
     return found
 
 
-def draw_plan(architecture: Architecture, facts: Mapping, text: str, by_layer: bool = False) -> Image.Image:
+def draw_plan(architecture: Architecture, plan: Plan, facts: Mapping, text: str, by_layer: bool = False) -> Image.Image:
     """A plan as a grid, one row per level of the UNet in the order of the forward pass, or per layer; one column per
     step; below it the last run. As wide as a node shows it, so that its letters are read without zooming in.
 
     facts: see `nodes.inheritance_plan.describe`. An adaptive plan shows only the steps that must compute.
     """
-    roles = roles_when_inheriting(architecture, facts["reuse"])
-    roles = roles if by_layer else by_level(roles)
+    inherited = InheritedStep.of(plan, architecture.config, architecture.cut)
+    units = [u for u in architecture.kept if u.side in ("down", "mid", "up")]
+    roles = {u.address: inherited.does(u.address) for u in units} if by_layer else roles_by_level(units, inherited)
     tall, letters, labels = (CELL, 10, LABELS) if by_layer else (24, 14, 84)
     steps, computed = facts["steps"], set(facts["computed"])
     run = facts.get("last_run")
@@ -237,11 +220,11 @@ def draw_plan(architecture: Architecture, facts: Mapping, text: str, by_layer: b
         y = top + row * tall
         sheet.text(left - 8, y + tall / 2, address, letters, INK, "rm")
         for step in range(steps):
-            colour = PLAN_COLOURS["computed" if step in computed else role]
+            colour = PLAN_COLOURS[COMPUTED if step in computed else role]
             sheet.cell(left + step * cell, y, cell, tall, colour)
     if run:
         _draw_run(sheet, run, left, below, cell)
-    y = sheet.image.height / 2 - 48
+    y = sheet.image.height // 2 - 48
     for i, (role, meaning) in enumerate(MEANINGS.items()):
         x, under = 12 + i % 2 * 260, y + i // 2 * 22
         sheet.cell(x, under, 20, 14, PLAN_COLOURS[role])
@@ -326,7 +309,7 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
     for row, entry in enumerate(saved):
         y = top_saved + row * BARS[1]
         wide = max(2, BARS[0] * entry["seconds"] / longest)
-        sheet.cell(left, y, wide + 1, 18, PLAN_COLOURS["inherited"])
+        sheet.cell(left, y, wide + 1, 18, PLAN_COLOURS[INHERITED])
         sheet.text(
             left + wide + 10,
             y + 9,
@@ -357,7 +340,7 @@ def _draw_steps(sheet: _Sheet, steps: Sequence, inherited: set[int], played: Seq
             base - bar,
             max(cell - 1, 1),
             bar,
-            PLAN_COLOURS["inherited" if step in inherited else "computed"],
+            PLAN_COLOURS[INHERITED if step in inherited else COMPUTED],
         )
         if i % max(1, round(40 / cell)) == 0:
             sheet.text(left + (i + 0.5) * cell, base + 4, str(step), 10, FAINT, "ma")
@@ -366,7 +349,7 @@ def _draw_steps(sheet: _Sheet, steps: Sequence, inherited: set[int], played: Seq
             sheet.text(left + i * cell + 5, base - tall - 16, f"model {played[i]}", 11, INK, "la")
     if inherited:
         x = left
-        for role in ("computed", "inherited"):
+        for role in (COMPUTED, INHERITED):
             sheet.cell(x, base + 24, 16, 12, PLAN_COLOURS[role])
             sheet.text(x + 22, base + 30, MEANINGS[role], 12, FAINT, "lm")
             x += 110

@@ -179,5 +179,5 @@ class Attention(AtUNet):
             return out.unflatten(2, (heads, -1)).transpose(1, 2)
 
         q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))
-        log_gain = self.log_gains.get(self.blocks.get(options["block"]), {}).get(options["block_index"])
+        log_gain = self.log_gains.get(self.blocks.get(options["block"], ""), {}).get(options["block_index"])
         return gri_attention(q, k, v, height, width, gri, log_gain=log_gain and log_gain(q), attend=attend).flatten(2)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...asdm_core.addresses import UNetConfig
 from ...asdm_core.architecture import Architecture
 from ...asdm_core.calibration import Candidate
 from ...asdm_core.inheritance import Plan, step_macs
 from ...asdm_core.steps import Moment
-from .feature_cache import RECORD, REPLAY, FeatureCache
+from .feature_cache import RECORD, REPLAY, Entry, FeatureCache
 from .inheritance import Inheritance
 from .technique import REMEMBERING, AtUNet, Forward, InRun, Say, Start, Technique, UNetInRun
 
@@ -66,11 +67,10 @@ class _Track(FeatureCache):
     that, for forecasts). For older ones it is taken to grow with their distance from the true features.
     """
 
-    def __init__(self, plan, config, cut, sigmas):
+    def __init__(self, plan: Plan, config: UNetConfig, cut: frozenset[str], sigmas: Sequence[float]):
         super().__init__(plan, config, cut, sigmas)
-        self._past = defaultdict(
-            list
-        )  # key of a chunk -> its entries of the last steps before this one, the nearest first
+        # key of a chunk -> its entries of the last steps before this one, the nearest first
+        self._past: dict[tuple, list[Entry]] = defaultdict(list)
         self._samples: dict[tuple, dict[int, Tensor]] = defaultdict(dict)  # key -> step -> some numbers of its features
         self._sensitivity: dict[int, list[tuple[float, float]]] = defaultdict(
             list
@@ -109,7 +109,8 @@ class _Track(FeatureCache):
 
     def compare(self, out: Tensor, again: Tensor) -> None:
         """The result of the step in full and from the features of the step before."""
-        moved = [self._off(self._samples[k], self.step, 1, self._distance - 1) for k in self._keys]
+        changes = (self._off(self._samples[k], self.step, 1, self._distance - 1) for k in self._keys)
+        moved = [change for change in changes if change is not None]
         self._sensitivity[self.step].append((float((out - again).square().mean()), sum(moved) / len(moved)))
 
     def errors(self, longest: int) -> np.ndarray:
@@ -163,11 +164,11 @@ class _Tracks(AtUNet):
 
     def __init__(self, found: Found):
         self._found, self._tracks = found, found.tracks
-        self._active: _Track | None = None
+        self._active: Any = None  # the track that plays
         self._recording = False
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]  # never written here
         if self._active:
             return self._active.name
         return "_".join(track.name for track in self._tracks) if self._recording else ""

@@ -256,7 +256,11 @@ class UNetInRun:
 
     config: UNetConfig
     cut: frozenset[str]
-    layers: Mapping[str, nn.Module]
+
+    @property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """The network's own layers, by address."""
+        raise NotImplementedError
 
     def find(self, kind: type[Part]) -> Part | None:
         """Another technique's part at this UNet; those that act before the one that asks."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -17,7 +18,7 @@ from .progress import Progress
 KEY = "asdm_timing"
 
 
-class Stopwatch:
+class _TimedSampler:
     """Times the sampler of a run, from its start to its end on the device. Holds no MODEL, so that it may be its
     wrapper.
 
@@ -55,15 +56,19 @@ class Stopwatch:
         return out
 
 
-class Clock:
-    """Moments on a device and the seconds between them. On CUDA a moment is an event, so that nobody waits for the
-    device meanwhile.
+class Recorder:
+    """Times of one run: each evaluation by its step, each layer by its address and role.
+
+    On CUDA a moment is an event, so that nobody waits for the device meanwhile; whoever asks for seconds waits.
     """
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
+        self._evaluations: list[tuple[int, Any, Any]] = []
+        self._layers: list[tuple[tuple[str, str], Any, Any]] = []
+        self._begun: list[tuple[tuple[str, str], Any]] = []
 
-    def now(self):
+    def _now(self) -> Any:
         """This moment in what the device does."""
         if not self._cuda:
             return time.perf_counter()
@@ -71,48 +76,36 @@ class Clock:
         event.record()
         return event
 
-    def seconds(self, start, end) -> float:
-        """From one moment to a later one; waits until the device has reached it."""
+    def _seconds(self, start, end) -> float:
         if not self._cuda:
             return end - start
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
-
-class Recorder:
-    """Times of one run: each evaluation by its step, each layer by its address and role."""
-
-    def __init__(self, device: torch.device):
-        self._clock = Clock(device)
-        self._evaluations: list[tuple[int, object, object]] = []
-        self._layers: list[tuple[tuple[str, str], object, object]] = []
-        self._begun: list[tuple[tuple[str, str], object]] = []
-
     @contextmanager
     def evaluation(self, step: int):
-        start = self._clock.now()
+        start = self._now()
         yield
-        self._evaluations.append((step, start, self._clock.now()))  # not one that an interrupt or an error ended
+        self._evaluations.append((step, start, self._now()))  # not one that an interrupt or an error ended
 
     def begin_layer(self, address: str, role: str) -> None:
-        self._begun = [((address, role), self._clock.now())]  # one at a time, and none that was broken off
+        self._begun = [((address, role), self._now())]  # one at a time, and none that was broken off
 
     def end_layer(self) -> None:
         what, start = self._begun.pop()
-        self._layers.append((what, start, self._clock.now()))
+        self._layers.append((what, start, self._now()))
 
     def evaluations(self) -> list[tuple[int, float]]:
         """(step, seconds) of each evaluation, in order."""
-        return [(step, self._clock.seconds(start, end)) for step, start, end in self._evaluations]
+        return [(step, self._seconds(start, end)) for step, start, end in self._evaluations]
 
-    def laps(self) -> list[tuple[int, float]]:
+    def until_next(self) -> list[tuple[int, float]]:
         """(step, seconds) of each evaluation until the next one begins, with what the sampler does between them; of the
         last until it ends.
         """
         ends = [start for _, start, _ in self._evaluations[1:]] + [end for _, _, end in self._evaluations[-1:]]
         return [
-            (step, self._clock.seconds(start, end))
-            for (step, start, _), end in zip(self._evaluations, ends, strict=True)
+            (step, self._seconds(start, end)) for (step, start, _), end in zip(self._evaluations, ends, strict=True)
         ]
 
     def layers(self) -> dict[tuple[str, str], tuple[float, int]]:
@@ -120,17 +113,17 @@ class Recorder:
         found: dict[tuple[str, str], tuple[float, int]] = {}
         for what, start, end in self._layers:
             seconds, calls = found.get(what, (0.0, 0))
-            found[what] = seconds + self._clock.seconds(start, end), calls + 1
+            found[what] = seconds + self._seconds(start, end), calls + 1
         return found
 
 
 @dataclass
-class Side:
+class TimedModel:
     """One MODEL under measurement, and what was measured.
 
     sample: makes a LATENT with a MODEL. seconds: of the sampler, one number a run. loading: seconds that the first run
-    took longer than later ones (loading, patching, compiling). peak: see Stopwatch. repeats: whether every run gave the
-    same latent.
+    took longer than later ones (loading, patching, compiling). peak: see _TimedSampler. repeats: whether every run gave
+    the same latent.
     """
 
     label: str
@@ -143,7 +136,7 @@ class Side:
     latent: dict | None = None
 
     def __post_init__(self):
-        self._watch = Stopwatch(self.model.load_device)
+        self._watch = _TimedSampler(self.model.load_device)
         self._timed = self.model.clone()
         self._timed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self._watch.sampler_sample)
 
@@ -160,7 +153,7 @@ class Side:
 
     def run(self) -> None:
         """One more run."""
-        # The other side may have had its LoRAs on the same UNet, or its weights in the place of ours.
+        # Another may have had its LoRAs on the same UNet, or its weights in the place of ours.
         self._settle()
         latent = self.sample(self._timed)
         self.repeats &= self.latent is None or torch.equal(latent["samples"], self.latent["samples"])
@@ -197,16 +190,16 @@ class Side:
         }
 
 
-def alternate(sides: Sequence[Side], rounds: int, steps: int) -> None:
-    """A warm-up of each side, then so many rounds in which they take turns, so that noise hits all alike.
+def alternate(models: Sequence[TimedModel], rounds: int, steps: int) -> None:
+    """A warm-up of each model, then so many rounds in which they take turns, so that noise hits all alike.
 
     steps: of each run, for one progress bar over all of them.
     """
-    progress = Progress(sides[0].model, len(sides) * (rounds + 1), steps)
-    for side in sides:
-        side.tell(progress)
-    for side in sides:
-        side.warm_up()
+    progress = Progress(models[0].model, len(models) * (rounds + 1), steps)
+    for model in models:
+        model.tell(progress)
+    for model in models:
+        model.warm_up()
     for _ in range(rounds):
-        for side in sides:
-            side.run()
+        for model in models:
+            model.run()

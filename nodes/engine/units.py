@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from typing import Any
 
 import comfy.model_management
 import comfy.ops
@@ -88,7 +89,12 @@ class Upsample(_StandIn, openaimodel.Upsample):
         return self.play(x, output_shape)
 
 
-_STAND_INS = {"resnet": ResBlock, "transformer": SpatialTransformer, "downsampler": Downsample, "upsampler": Upsample}
+_STAND_INS: dict[str, Any] = {
+    "resnet": ResBlock,
+    "transformer": SpatialTransformer,
+    "downsampler": Downsample,
+    "upsampler": Upsample,
+}
 
 # Every class a dispatched layer can have. Naming them, instead of nn.Module, leaves the layers that
 # other packs put between them to those packs.
@@ -131,7 +137,7 @@ def shared_stand_in(unit: Unit) -> nn.Module:
 # Layers of a live UNet ------------------------------------------------------------------------------
 
 
-def layers(unet: nn.Module, config: UNetConfig) -> dict[str, nn.Module]:
+def layers(unet: Any, config: UNetConfig) -> dict[str, nn.Module]:
     """The layer that plays each dispatchable unit of a live host UNet, by address.
 
     Found by kind within their block, not by position: other packs insert modules into these blocks. Raises ValueError
@@ -140,7 +146,8 @@ def layers(unet: nn.Module, config: UNetConfig) -> dict[str, nn.Module]:
     blocks = {"middle_block": unet.middle_block}
     for side in ("input_blocks", "output_blocks"):
         blocks.update({f"{side}.{n}": block for n, block in enumerate(getattr(unet, side))})
-    found, seen = {}, {}
+    found: dict[str, nn.Module] = {}
+    seen: dict[tuple[str, str], int] = {}
     for unit in walk(config):
         if unit.kind not in _KIND_CLASSES:
             continue
@@ -164,7 +171,7 @@ def with_submodules(layer: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Mo
     twin._modules = dict(layer._modules)
     for path, module in modules.items():
         name, _, rest = path.partition(".")
-        twin._modules[name] = with_submodules(twin._modules[name], {rest: module}) if rest else module
+        twin._modules[name] = with_submodules(twin.get_submodule(name), {rest: module}) if rest else module
     return twin
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext, suppress
 from functools import partial
+from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -60,7 +61,8 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
         transformer_options = unet.options(transformer_options)
 
     def forward(name: str):
-        options, named = transformer_options, {}
+        options = transformer_options
+        named: dict[str, Any] = {}
         if name:
             patches = options.get("patches", {})
             entries = [unet.entry, *patches.get(DOOR, [])]

@@ -236,7 +236,7 @@ def test_sides_take_turns(model):
 
         return run
 
-    timing.alternate([timing.Side(name, model, sample(name)) for name in "ab"], 2, 3)
+    timing.alternate([timing.TimedModel(name, model, sample(name)) for name in "ab"], 2, 3)
     assert "".join(order) == "aabb" + "aabb" * 2  # a look before each run, to load; the first pair is the warm-up
 
 
@@ -485,7 +485,7 @@ def times(inherited=(), layers=None):
     """Ten evaluations of a second each, a tenth where inherited; layers: see Times."""
     marks = inherited or [False] * 10
     evaluations = [(i, 0.1 if mark else 1.0, frozenset(["inherited"] * mark)) for i, mark in enumerate(marks)]
-    return small.layer_times.Times((1, 4, 64, 64), evaluations, layers or {})
+    return small.layer_times.LayerTimes((1, 4, 64, 64), evaluations, layers or {})
 
 
 def test_inheritance_saves_what_its_steps_are_shorter(model):

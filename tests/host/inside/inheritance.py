@@ -305,7 +305,7 @@ def test_the_plan_says_where_steps_are_too_few(model):
 
 
 def test_the_measured_saving_compares_with_full_steps():
-    report = small.inheritance.Report(
+    report = small.inheritance.InheritanceReport(
         4,
         Counter({(0, "record"): 1, (1, "replay"): 1, (2, "record"): 1, (3, "replay"): 1}),
         [False, True, False, True],
@@ -313,7 +313,7 @@ def test_the_measured_saving_compares_with_full_steps():
         0,
     )
     assert report.saving() == pytest.approx(1 - 4 / 6)
-    assert small.inheritance.Report(1, Counter({(0, "compute"): 1}), [False], [(0, 1.0)], 0).saving() is None
+    assert small.inheritance.InheritanceReport(1, Counter({(0, "compute"): 1}), [False], [(0, 1.0)], 0).saving() is None
 
 
 def test_the_host_leaves_room_for_the_cache(model, monkeypatch):
