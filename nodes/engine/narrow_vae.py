@@ -8,6 +8,7 @@ lie in the file, so that what saves a VAE writes what every loader reads.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import comfy.ops
 import torch
@@ -33,7 +34,7 @@ def narrow(vae: nn.Module) -> None:
     same, to rounding, and their state dict as it is. Networks of other classes are left alone.
     """
     for name, its_class in (("taesd_encoder", taesd.Encoder), ("taesd_decoder", taesd.Decoder)):
-        network = getattr(vae, name, None)
+        network: Any = getattr(vae, name, None)
         if type(network) is its_class and all(_plain(layer) for layer in network):
             setattr(vae, name, _narrowed(network))
 
@@ -46,9 +47,10 @@ def _plain(layer: nn.Module) -> bool:
 
 
 def _narrowed(network: nn.Module) -> nn.Module:
-    layers = dict(network.named_children())
+    layers: dict[str, Any] = dict(network.named_children())
     convolutions = [i for i, layer in enumerate(layers.values()) if isinstance(layer, nn.Conv2d)]
-    names, modules = list(layers), {}
+    names = list(layers)
+    modules: dict[str, nn.Module] = {}
     live = torch.ones(layers[names[convolutions[0]]].in_channels, dtype=torch.bool)
     for i, end in zip(convolutions, [*convolutions[1:], len(names)], strict=True):
         first, blocks = layers[names[i]], [n for n in names[i + 1 : end] if isinstance(layers[n], taesd.Block)]
@@ -65,14 +67,14 @@ def _narrowed(network: nn.Module) -> nn.Module:
     return with_submodules(network, modules)
 
 
-def _through(block: nn.Module, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _through(block: Any, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which channels each convolution of a block makes of live ones."""
     inner = _made(block.conv[0], live)
     next_inner = _made(block.conv[2], inner)
     return inner, next_inner, _made(block.conv[4], next_inner)
 
 
-def _made(convolution: nn.Module, live: Tensor) -> Tensor:
+def _made(convolution: Any, live: Tensor) -> Tensor:
     """Which channels of a convolution's output can be other than nought, given those of its input (C,); at least one,
     because no convolution makes none.
     """
@@ -83,7 +85,7 @@ def _made(convolution: nn.Module, live: Tensor) -> Tensor:
     return made
 
 
-def _part(convolution: nn.Module, given: Tensor, made: Tensor) -> nn.Module:
+def _part(convolution: Any, given: Tensor, made: Tensor) -> nn.Module:
     if given.all() and made.all():
         return convolution
     twin = copy.copy(convolution)
