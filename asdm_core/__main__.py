@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import condconv, lora, match, packs, surgery
+from . import condconv, lora, lora_size, match, packs, surgery
 from .addresses import LAYOUTS, in_order, select
 from .architecture import NUMBERINGS, PRESETS, Architecture
 from .measure import costs, total
@@ -403,6 +403,19 @@ def lora_onto(args: argparse.Namespace) -> None:
         )
 
 
+def shrink_lora(args: argparse.Namespace) -> None:
+    file = TensorFile(args.file)
+    tensors = {key: file[key] for key in file}
+    width = max((t.element_size() for t in tensors.values()), default=2)
+    found, kept = lora_size.shrink(tensors, int(args.mb * 2**20 / width))
+    ranks = [len(t) for key, t in found.items() if key.endswith(lora_size.DOWN)]
+    if not ranks:
+        raise ValueError(f"{args.mb:g} MB hold no layer of this LoRA; give it more")
+    rank = {"ss_network_dim": str(max(ranks)), "ss_network_alpha": str(max(ranks))}
+    packs.write_file(args.output, found, {**file.metadata, **rank})
+    print(f"wrote {args.output}: {len(ranks)} layers of rank {min(ranks)} to {max(ranks)}, {kept:.2%} of the change")
+
+
 def presets(args: argparse.Namespace) -> None:
     rows = {}
     for name, row in PRESETS.items():
@@ -533,6 +546,16 @@ def parser() -> argparse.ArgumentParser:
         "auto tells by names and shapes where they do",
     )
     p.add_argument("--json", action="store_true", help="print everything as JSON")
+
+    p = command(
+        "shrink-lora",
+        shrink_lora,
+        "Write a LoRA in fewer numbers: each layer keeps the singular values of its change that tell most for what "
+        "they cost. The file stays one that every Load LoRA reads.",
+    )
+    p.add_argument("file", metavar="FILE")
+    p.add_argument("output", metavar="OUT")
+    p.add_argument("--mb", type=float, required=True, help="how large it may be, in MB of numbers")
 
     p = command("presets", presets, "List the pruned UNets asdm knows: source, family, parameters, MACs, cut units.")
     p.add_argument("--json", action="store_true", help="print everything as JSON")

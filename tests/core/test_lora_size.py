@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from asdm_core.__main__ import main
+from asdm_core.lora_size import shrink
+from asdm_core.packs import TensorFile, write_file
+
+
+def lora(layers, seed=0, dtype=torch.float32):
+    """Layers: name -> (outputs, shape of an input, rank, alpha)."""
+    g, found = torch.Generator().manual_seed(seed), {}
+    for name, (out, inner, rank, alpha) in layers.items():
+        ends = (1,) * (len(inner) - 1)
+        found[f"{name}.lora_up.weight"] = torch.randn(out, rank, *ends, generator=g).to(dtype)
+        found[f"{name}.lora_down.weight"] = torch.randn(rank, *inner, generator=g).to(dtype)
+        found[f"{name}.alpha"] = torch.tensor(float(alpha))
+    return found
+
+
+def change(tensors, name):
+    up, down = tensors[f"{name}.lora_up.weight"].flatten(1), tensors[f"{name}.lora_down.weight"].flatten(1)
+    return float(tensors[f"{name}.alpha"]) / len(down) * up.double() @ down.double()
+
+
+LAYERS = {"a": (12, (10,), 4, 2), "b": (20, (6, 3, 3), 5, 5), "c": (8, (8,), 6, 1)}
+
+
+def size(tensors):
+    return sum(t.numel() for key, t in tensors.items() if not key.endswith("alpha"))
+
+
+def test_with_room_for_all_of_it_the_change_stays():
+    tensors = lora(LAYERS)
+    found, kept = shrink(tensors, size(tensors))
+    assert kept == pytest.approx(1) and size(found) == size(tensors)
+    for name in LAYERS:
+        torch.testing.assert_close(change(found, name), change(tensors, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [40, 150, 300, 420])
+def test_what_is_kept_is_the_best_of_its_ranks_and_no_other_choice_is_worth_more(most):
+    tensors = lora(LAYERS)
+    found, kept = shrink(tensors, most)
+    assert size(found) <= most
+    error = whole = 0.0
+    for name in LAYERS:
+        wanted = change(tensors, name)
+        values = torch.linalg.svdvals(wanted)
+        rank = len(found[f"{name}.lora_down.weight"]) if f"{name}.alpha" in found else 0
+        mine = change(found, name) if rank else torch.zeros_like(wanted)
+        # Eckart-Young: the squared error of the best approximation of this rank.
+        assert float((mine - wanted).square().sum()) == pytest.approx(
+            float(values[rank:].square().sum()), rel=1e-4, abs=1e-9
+        )
+        error, whole = error + float(values[rank:].square().sum()), whole + float(values.square().sum())
+    assert kept == pytest.approx(1 - error / whole, abs=1e-6)
+
+
+def test_a_value_is_weighed_by_what_it_costs():
+    tensors = lora({"small": (4, (4,), 1, 1), "large": (400, (400,), 1, 1)})
+    for key in tensors:
+        tensors[key] /= tensors[key].norm()  # both changes have one value, 1
+    found, kept = shrink(tensors, 400)
+    assert set(found) == {"small.lora_up.weight", "small.lora_down.weight", "small.alpha"} and 0 < kept < 1
+
+
+def test_from_a_file_to_a_file_with_all_it_says_of_itself(tmp_path, capsys):
+    tensors = lora(LAYERS, dtype=torch.float16)
+    write_file(tmp_path / "in.safetensors", tensors, {"ss_network_dim": "6", "other": "kept"})
+    assert (
+        main(["shrink-lora", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), "--mb", "3e-4"]) == 0
+    )
+    file = TensorFile(tmp_path / "out.safetensors")
+    assert file.metadata["other"] == "kept" and int(file.metadata["ss_network_dim"]) < 6
+    assert 2 * size({key: file[key] for key in file}) <= 3e-4 * 2**20
+    assert all(file[key].dtype == torch.float16 for key in file) and "% of the change" in capsys.readouterr().out
+
+
+def test_what_is_no_plain_lora_is_refused(tmp_path, capsys):
+    write_file(tmp_path / "in.safetensors", {"a.hada_w1_a": torch.zeros(2, 2)}, {})
+    assert main(["shrink-lora", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), "--mb", "1"]) == 2
+    assert "a.hada_w1_a" in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()
