@@ -64,6 +64,7 @@ TARGETS = {
     "bench": "run the benchmarks in bench/",
     "card": "prove the pack on this machine's graphics card, output/card/report.md",
     "bundle": "write OUT.tar for a machine without a network: bootstrap.py bundle OUT.tar (--help says more)",
+    "train": "train what a recipe says: bootstrap.py train train/configs/RECIPE.toml (--help says more)",
     "setup": "only set up what the others need",
     "clean": "remove what the other targets made in this folder",
 }
@@ -86,6 +87,7 @@ SETTINGS = {
     "bench": {"NAME": "only bench/NAME.py", "ARGS": "further arguments for it"},
     "card": {"ARGS": "further arguments for card.py, such as ARGS=--fast"},
     "bundle": {},
+    "train": {},
     "setup": {},
     "clean": {"ALL": "ALL=1 removes the shared cache (environments, ComfyUI) as well"},
 }
@@ -852,12 +854,21 @@ def bundle(arguments):
     return run_target([python, "-m", "tools.bundle", *arguments], clean_environment())
 
 
+def train(arguments):
+    """Run a recipe with the managed environment, on the CPU or card that torch finds."""
+    host = host_path()
+    env = KEEPS_FREED_MEMORY | clean_environment() | {"COMFYUI_PATH": str(host)}
+    return run_target([ensure_environment(host), "-m", "train", *arguments], env)
+
+
 def main(arguments=None):
     try:
         check_python()
         given = sys.argv[1:] if arguments is None else list(arguments)
         if given[:1] == ["bundle"]:
             return bundle(given[1:])
+        if given[:1] == ["train"]:
+            return train(given[1:])
         return run(*parse(given))
     except SetupError as error:
         print(f"asdm: {error}", file=sys.stderr, flush=True)

@@ -553,3 +553,25 @@ def test_stamp_is_written_in_one_move(tmp_path):
     assert bootstrap.read_stamp(tmp_path) == {"a": 1}
     assert json.loads((tmp_path / bootstrap.STAMP).read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == [bootstrap.STAMP]
+
+
+@pytest.mark.parametrize(
+    ("given", "keeps"),
+    [
+        (["demo"], True),
+        (["serve"], True),
+        (["bench", "NAME=unet"], True),
+        (["train", "recipe.toml"], True),
+        (["bench", "NAME=soak"], False),
+        (["test"], False),
+    ],
+)
+def test_freed_memory_is_kept_where_speed_counts_and_not_where_memory_is_measured(given, keeps, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(bootstrap, "host_path", lambda: tmp_path)
+    monkeypatch.setattr(bootstrap, "host_version", lambda host: bootstrap.HOST_VERSION)
+    monkeypatch.setattr(bootstrap, "ensure_environment", lambda host: sys.executable)
+    monkeypatch.setattr(bootstrap, "run_target", lambda command, env: seen.append(env) or 0)
+    assert bootstrap.main(given) == 0 and seen
+    for env in seen:
+        assert keeps == ("MALLOC_TRIM_THRESHOLD_" in env and "MALLOC_MMAP_THRESHOLD_" in env)

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from .allocator import keep_freed_memory
 from . import dry_run
 from .config import load
 from .loop import Classifier, train
@@ -22,7 +21,6 @@ from .loop import Classifier, train
 
 def main(classifier: Classifier | None = None) -> None:
     """classifier: see train.loop.Criterion."""
-    keep_freed_memory()
     parser = argparse.ArgumentParser(
         prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
