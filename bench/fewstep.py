@@ -35,7 +35,7 @@ from asdm_core.few_step import FewStep
 from asdm_core.lora import modules as lora_modules
 from asdm_core.measure import costs, psnr, total
 from asdm_core.packs import TensorFile, describe, open_pack, write_file
-from bench._common import command_line, record
+from bench._common import beside_earlier, command_line, record
 from train.attention import BmmAttention
 from train.diffusion import schedule, simple_times
 from train.emoji.classifier import load_classifier, top_k
@@ -227,7 +227,9 @@ def main() -> None:
     for row in rows:
         found.append(pictures.measure(row, rows[0]))
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in found[-1].items() if k != "times"}, flush=True)
-    record("fewstep", summary(found), found, command_line("fewstep"), notes=args.notes)
+    command = command_line("fewstep")
+    values, found = beside_earlier("fewstep", summary(found), found, command, lambda row: row["row"])
+    record("fewstep", values, found, command, notes=args.notes)
 
 
 if __name__ == "__main__":

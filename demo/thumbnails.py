@@ -1,9 +1,9 @@
 """Thumbnails of the workflows, beside their files: without asdm on the left, with it on the right.
 
-    python -m demo.thumbnails
+    python -m demo.thumbnails [NAME ...]
 
-Runs each workflow's API graph twice in a real ComfyUI, as it is and with asdm's nodes taken out. A checkpoint
-that only its user has is stood in for by the embedded family.
+NAME: part of a workflow's name; without one, all are made. Runs each API graph twice in a real ComfyUI, as it
+is and with asdm's nodes taken out. A checkpoint that only its user has is stood in for by the embedded family.
 """
 
 from __future__ import annotations
@@ -130,6 +130,14 @@ def work_of(graph: Mapping, key: str, steps: int, pixels: tuple[int, int], evalu
     return share * left * made_of
 
 
+def forwards_of(graph: Mapping, picture: str) -> int:
+    """Forwards of the network behind the picture of a node: two a step with guidance."""
+    inputs = graph[picture]["inputs"]
+    if "steps" in inputs:
+        return inputs["steps"] * (1 if inputs["cfg"] == 1 else 2)
+    return forwards_of(graph, inputs["samples"][0])
+
+
 def figure(graph: Mapping, pixels: tuple[int, int], evaluations: float = 1.0) -> str:
     """What a graph saves, in multiplications: times would tell of the machine that made the picture."""
     sampler = first_of(graph, "ASDMABCompare") or first_of(graph, "KSampler")
@@ -143,20 +151,27 @@ def figure(graph: Mapping, pixels: tuple[int, int], evaluations: float = 1.0) ->
     return f"-{1 - b / a:.0%} work"
 
 
+def saving_side(graph: Mapping, picture: list) -> dict:
+    """The graph with a Save Image, "side", of a node's output."""
+    save = {"class_type": "SaveImage", "inputs": {"images": picture, "filename_prefix": "side"}}
+    return {**graph, "side": save}
+
+
 def thumbnail(client: Client, graph: Mapping) -> Image.Image:
     """A and B of the graph's comparison, or without asdm and with it; and what is saved."""
     graph = json.loads(json.dumps(graph))
     for node in graph.values():
         node["inputs"].update({"batch_size": 1} if "batch_size" in node["inputs"] else {})
-    comparison = first_of(graph, "ASDMABCompare")
+    comparison, images = first_of(graph, "ASDMABCompare"), first_of(graph, "ASDMCompareImages")
+    if images:  # two samplers of one checkpoint
+        inputs = graph[images]["inputs"]
+        a, b = inputs["images.a"], inputs["images.b"]
+        (left, _), (right, _) = (saved_picture(client, saving_side(graph, side), "side") for side in (a, b))
+        labels = tuple(label.strip() for label in inputs["labels"].split(","))
+        work = 1 - forwards_of(graph, b[0]) / forwards_of(graph, a[0])
+        return split(left, right, labels, f"-{work:.0%} work")
     if comparison:
-        sides = [
-            {
-                **graph,
-                "side": {"class_type": "SaveImage", "inputs": {"images": [comparison, i], "filename_prefix": "side"}},
-            }
-            for i in (1, 2)
-        ]
+        sides = [saving_side(graph, [comparison, i]) for i in (1, 2)]
         (left, evaluations), (right, _) = (saved_picture(client, side, "side") for side in sides)
         inputs = graph[comparison]["inputs"]
         labels = inputs["label_a"], inputs["label_b"]
@@ -194,6 +209,8 @@ def main() -> int:
         client = Client(server.url)
         upload_pictures(client)
         for path in sorted(WORKFLOWS.glob("*.json")):
+            if sys.argv[1:] and not any(name in path.stem for name in sys.argv[1:]):
+                continue
             graph = on_embedded_family(api_graph(path), *STAND_INS.get(api_name(path), ("", "")))
             thumbnail(client, graph).save(path.with_suffix(".jpg"), quality=88)
             print(f"thumbnails: {path.with_suffix('.jpg').name}", flush=True)
