@@ -254,7 +254,7 @@ def extract_pack(args: argparse.Namespace) -> None:
     blocks = select(architecture.config, args.units)
     kept = {u.address for u in architecture.kept}
     units = tuple(a for a in blocks if a in kept)
-    # What is cut outside the chosen units is the host's again.
+    # What is cut outside the chosen units is the checkpoint's again.
     chosen = Architecture(architecture.config, architecture.cut_in(blocks), units).named()
     tensors = surgery.extract(loaded.tensors, architecture, units)
     training = {"extracted_from": Path(args.student).name}

@@ -138,7 +138,7 @@ class Architecture:
 
     cut: addresses of cut units and of cut transformer blocks.
     own: addresses of the units whose weights are the student's, in the order of execution;
-         everything else that is kept belongs to the host checkpoint.
+         everything else that is kept is the checkpoint's.
     Raises ValueError where the choice cannot work: a layer that changes the number of channels, a
     sampler without everything beneath it, a stem unit, an unknown address.
     """
@@ -264,7 +264,7 @@ class Architecture:
         return sum(s.tensor.numel for s in keys(self.config).values() if self.has(s))
 
     def pack_units(self, stem: bool = False) -> tuple[str, ...]:
-        """The units a pack made from this architecture plays; the stem stays the host's by default."""
+        """The units a pack made from this architecture plays; the stem stays the checkpoint's by default."""
         return tuple(a for a in self.own if stem or not a.startswith("stem."))
 
     def kept_blocks(self, u: Unit) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ sample are r = sigmoid(Linear(mean_hw(x))); its kernel, and its bias likewise, i
     difference   W = W_1 + sum_k r_k dW_k      k = 2..E, one route each; dW = 0 is exactly the plain convolution
     mixture      W = sum_k r_k W_k             k = 1..E, the papers' form
 
-Expert 1 is an ordinary convolution under its ordinary name, which may belong to a host checkpoint. What a
+Expert 1 is an ordinary convolution under its ordinary name, which may belong to a checkpoint. What a
 pack holds besides, for a convolution at `<conv>`:
 
     <conv>.experts.weight   ((E-1) C_out, C_in, h, w)   the experts 2..E (their differences), one after the other

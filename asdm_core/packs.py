@@ -1,6 +1,6 @@
 """Packs and pruned UNets on disk.
 
-A pack is a safetensors file with only what differs from a host checkpoint, under addressed LDM names,
+A pack is a safetensors file with only what differs from a checkpoint, under addressed LDM names,
 and a description as JSON in the metadata (key "asdm"). A standalone pruned UNet is written in the
 renumbered LDM layout, which stock ComfyUI loads, with the same description beside it.
 
@@ -283,9 +283,9 @@ def quantised(sd: Mapping[str, Tensor], vector_dtype: torch.dtype = torch.float3
 class Description:
     """What a pack or a pruned UNet says about itself.
 
-    kind: "pack" (only `units`, to be played inside a host checkpoint) or "unet" (stands for itself).
+    kind: "pack" (only `units`, to be played inside a checkpoint) or "unet" (stands for itself).
     units: addresses a pack plays; none if it only has further experts or log gains for units of others.
-    prediction: "eps" or "v"; None leaves it to the host checkpoint.
+    prediction: "eps" or "v"; None leaves it to the checkpoint.
     companions: other files of an embedded checkpoint, by role ("vae", "text_encoder").
     training: where the weights came from; free form. condconv, gri: what it has of those techniques.
     """

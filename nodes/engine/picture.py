@@ -17,7 +17,7 @@ from ...asdm_core.pictures import duration
 from ...asdm_core.text import printable
 
 BACKGROUND, INK, FAINT = "#ffffff", "#1c2330", "#8a94a6"
-COLOURS = {"host": "#a9bfdc", "pack": "#f4a261", "cut": "#f1f3f6"}
+COLOURS = {"checkpoint": "#a9bfdc", "pack": "#f4a261", "cut": "#f1f3f6"}
 NAMES = {"resnet": "resnet", "transformer": "attn", "downsampler": "down", "upsampler": "up"}
 
 BOX, GAP, MARGIN, ROW, HEAD = (84, 40), 8, 28, 96, 92
@@ -85,7 +85,7 @@ def draw_levels(config: UNetConfig, views: Mapping[str, UnitView], title: str, l
         y = top + i * row
         x: float = left + 66
         sheet.text(x - 8, y + 11, block, 14, INK, "rm")
-        for role in ("host", "pack"):
+        for role in ("checkpoint", "pack"):
             share = sum(views[u.address].share for u in units if views[u.address].role == role)
             if share:
                 wide = bars * share / longest
@@ -97,7 +97,7 @@ def draw_levels(config: UNetConfig, views: Mapping[str, UnitView], title: str, l
         words += [f"{cut} of {len(units)} cut"] if cut else []
         sheet.text(x + 8, y + 11, ", ".join(words), 14, INK, "lm")
     x, y = left, top + len(blocks) * row + 16
-    for role, meaning in (("host", "the checkpoint's own"), ("pack", "played by a pack")):
+    for role, meaning in (("checkpoint", "the checkpoint's own"), ("pack", "played by a pack")):
         sheet.box(x, y, 20, 14, COLOURS[role], FAINT)
         sheet.text(x + 28, y + 7, meaning, 14, INK, "lm")
         x += 180
@@ -141,7 +141,7 @@ def draw_unet(config: UNetConfig, views: Mapping[str, UnitView], title: str, sub
             views,
         )
     x = MARGIN
-    for role, meaning in (("host", "the checkpoint's own"), ("pack", "played by a pack"), ("cut", "cut")):
+    for role, meaning in (("checkpoint", "the checkpoint's own"), ("pack", "played by a pack"), ("cut", "cut")):
         sheet.box(x, height - 34, 22, 16, COLOURS[role], FAINT, dashed=role == "cut")
         sheet.text(x + 30, height - 26, meaning, 13, INK, "lm")
         x += 190
@@ -163,7 +163,7 @@ def _draw_block(sheet: _Sheet, x: int, y: int, name: str, channels: int, units: 
             sheet.text(left + BOX[0] / 2, top + 29, f"{view.share:.1%}", 12, INK, "mm")
 
 
-PLAN_COLOURS = {COMPUTED: COLOURS["host"], PARTLY: "#d9c7a3", INHERITED: "#f4a261", IDLE: "#eef1f5"}
+PLAN_COLOURS = {COMPUTED: COLOURS["checkpoint"], PARTLY: "#d9c7a3", INHERITED: "#f4a261", IDLE: "#eef1f5"}
 MEANINGS = {
     COMPUTED: "computes",
     PARTLY: "computes in part",
@@ -264,7 +264,7 @@ def _draw_run(sheet: _Sheet, run: Mapping, left: float, top: float, cell: float)
             sheet.cell(left + step * cell, base - tall, cell, tall, PLAN_COLOURS[run["roles"][step]])
 
 
-KIND_COLOURS = {"resnet": COLOURS["host"], "transformer": "#7fb691", "sampler": "#d9c7a3", "outside": "#ccd2db"}
+KIND_COLOURS = {"resnet": COLOURS["checkpoint"], "transformer": "#7fb691", "sampler": "#d9c7a3", "outside": "#ccd2db"}
 KIND_NAMES = {"resnet": "resnets", "transformer": "attention", "sampler": "samplers", "outside": "outside the layers"}
 BARS = (320, 24)  # width of the longest bar and height of a line
 
