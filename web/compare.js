@@ -19,11 +19,11 @@ const GAINS = [1, 2, 4, 8, 16, 32] // of the difference
 const GRIP = 24 // px beside the slider's line that take it while zoomed in
 
 const STYLE = `
-.asdm-compare { display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; min-height: ${HEIGHT}px; font: 12px sans-serif; color: #ddd; box-sizing: border-box; }
+.asdm-compare { display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; min-height: ${HEIGHT}px; font: 12px sans-serif; color: var(--input-text, #ddd); box-sizing: border-box; }
 .asdm-compare .asdm-bar { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; flex: none; }
 .asdm-compare button, .asdm-compare select { background: #353535; color: #ddd; border: 1px solid #555; border-radius: 4px; padding: 2px 7px; font: inherit; cursor: pointer; }
 .asdm-compare button[aria-pressed=true] { background: #f4a261; border-color: #f4a261; color: #1c2330; }
-.asdm-compare .asdm-title { font-weight: bold; color: #fff; }
+.asdm-compare .asdm-title { font-weight: bold; }
 .asdm-compare .asdm-turn { display: flex; gap: 4px; align-items: center; white-space: nowrap; }
 .asdm-compare .asdm-gain { display: flex; gap: 4px; align-items: center; }
 .asdm-compare .asdm-gain input { width: 70px; accent-color: #f4a261; }
@@ -35,11 +35,11 @@ const STYLE = `
 .asdm-compare img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain; transform-origin: 0 0; -webkit-user-drag: none; }
 .asdm-compare .asdm-pixels img { image-rendering: pixelated; }
 .asdm-compare .asdm-line { position: absolute; top: 0; bottom: 0; width: 2px; margin-left: -1px; background: #fff; box-shadow: 0 0 3px #000; pointer-events: none; }
-.asdm-compare .asdm-tag { position: absolute; top: 6px; max-width: 46%; padding: 2px 6px; background: #000a; border-radius: 4px; pointer-events: none; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.asdm-compare .asdm-hint { position: absolute; bottom: 6px; left: 50%; transform: translateX(-50%); padding: 2px 8px; background: #000a; border-radius: 4px; pointer-events: none; white-space: nowrap; opacity: 0; transition: opacity .2s; }
+.asdm-compare .asdm-tag { color: #ddd; position: absolute; top: 6px; max-width: 46%; padding: 2px 6px; background: #000a; border-radius: 4px; pointer-events: none; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.asdm-compare .asdm-hint { color: #ddd; position: absolute; bottom: 6px; left: 50%; transform: translateX(-50%); padding: 2px 8px; background: #000a; border-radius: 4px; pointer-events: none; white-space: nowrap; opacity: 0; transition: opacity .2s; }
 .asdm-compare .asdm-stage:hover:not(:focus) .asdm-hint { opacity: 1; }
-.asdm-compare .asdm-empty { margin: auto; color: #888; }
-dialog.asdm-compare { position: fixed; inset: 0; width: 100vw; height: 100vh; max-width: none; max-height: none; margin: 0; padding: 12px; border: 0; background: #111; font-size: 14px; }
+.asdm-compare .asdm-empty { margin: auto; color: var(--descrip-text, #888); }
+dialog.asdm-compare { position: fixed; inset: 0; width: 100vw; height: 100vh; max-width: none; max-height: none; margin: 0; padding: 12px; border: 0; background: #111; color: #ddd; font-size: 14px; }
 dialog.asdm-compare:not([open]) { display: none; }
 `
 

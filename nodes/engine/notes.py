@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from aiohttp import web
 from comfy_execution.utils import get_executing_context
@@ -21,6 +24,19 @@ ROUTE = "/asdm/notes"
 PROMPTS_KEPT = 100
 
 _said: OrderedDict[str, dict[str, list[str]]] = OrderedDict()  # prompt -> node -> sentences
+
+
+_silent: ContextVar[bool] = ContextVar("asdm_silent", default=False)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Nothing is said meanwhile, of runs that only get something ready."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
 
 
 def executing() -> str:
@@ -43,7 +59,7 @@ def speaker(node_id: str = "") -> Say:
     heard: set[str] = set()
 
     def say(text: str, report: bool = False) -> None:
-        if text in heard:
+        if text in heard or _silent.get():
             return
         heard.add(text)
         logging.log(logging.INFO if report else logging.WARNING, f"asdm: {text}")

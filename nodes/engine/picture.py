@@ -16,7 +16,7 @@ from ...asdm_core.inheritance import COMPUTED, IDLE, INHERITED, PARTLY, Inherite
 from ...asdm_core.pictures import duration
 from ...asdm_core.text import printable
 
-BACKGROUND, INK, FAINT = "#ffffff", "#1c2330", "#8a94a6"
+BACKGROUND, INK, FAINT = "#ffffff", "#1c2330", "#667085"
 COLOURS = {"checkpoint": "#a9bfdc", "pack": "#f4a261", "cut": "#f1f3f6"}
 NAMES = {"resnet": "resnet", "transformer": "attn", "downsampler": "down", "upsampler": "up"}
 
@@ -266,11 +266,13 @@ def _draw_run(sheet: _Sheet, run: Mapping, left: float, top: float, cell: float)
 
 KIND_COLOURS = {"resnet": COLOURS["checkpoint"], "transformer": "#7fb691", "sampler": "#d9c7a3", "outside": "#ccd2db"}
 KIND_NAMES = {"resnet": "resnets", "transformer": "attention", "sampler": "samplers", "outside": "outside the layers"}
-BARS = (320, 24)  # width of the longest bar and height of a line
+BARS = (230, 26)  # width of the longest bar and height of a line
+SMALLEST = 13  # letters, so that they are read on a node at 100% without a click
 
 
 def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
-    """The times of one run: a bar for each step, one for each block of the UNet, one for what each technique saved.
+    """The times of one run: a bar for each step, one for each block of the UNet, one for what each technique saved. As
+    wide as a node shows it.
 
     facts: see `nodes.speed_readout.describe`.
     """
@@ -278,81 +280,78 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
     lines = [(block, kinds) for block, kinds in facts["groups"].items()]
     if lines:
         lines.append(("the rest", {"outside": facts["outside_layers"]}))
-    saved, width, left = facts["saved"], 780, MARGIN + 110
-    top_blocks = 84 + 110 + 52
-    top_saved = top_blocks + len(lines) * BARS[1] + (56 if lines else 0)
-    height = top_saved + len(saved) * BARS[1] + 20
-    sheet = _Sheet(width, height)
-    sheet.text(MARGIN, 18, title, 21)
-    sheet.text(MARGIN, 48, subtitle, 14, FAINT)
-    _draw_steps(sheet, steps, inherited, facts["played"], width)
+    margin, left = 12, 108
+    heads = wrapped(title, 17, PLAN_WIDTH - 2 * margin)
+    said = wrapped(subtitle, 14, PLAN_WIDTH - 2 * margin)
+    saved = [
+        (
+            entry["seconds"],
+            wrapped(f"{entry['technique']}: {duration(entry['seconds'])}, {entry['how']}", 14, BARS[0] + 150),
+        )
+        for entry in facts["saved"]
+    ]
+    top_steps = 16 + 24 * len(heads) + 20 * len(said)
+    top_blocks = top_steps + 110 + (52 if inherited else 30)
+    top_saved = top_blocks + len(lines) * BARS[1] + (64 if lines else 0)
+    sheet = _Sheet(PLAN_WIDTH, top_saved + sum(24 + 20 * len(words) for _, words in saved) + 16)
+    for i, line in enumerate(heads):
+        sheet.text(margin, 12 + 24 * i, line, 17)
+    for i, line in enumerate(said):
+        sheet.text(margin, 14 + 24 * len(heads) + 20 * i, line, 14, FAINT)
+    _draw_steps(sheet, steps, inherited, facts["played"], left, top_steps, PLAN_WIDTH - margin)
     total = facts["seconds"]
-    longest = (
-        max([sum(kinds.values()) for _, kinds in lines] + [entry["seconds"] for entry in saved], default=0.0) or 1.0
-    )
+    spent = [sum(kinds.values()) for _, kinds in lines]
+    longest = max([*spent, *(seconds for seconds, _ in saved)], default=0.0) or 1.0
     for row, (block, kinds) in enumerate(lines):
-        y, x = top_blocks + row * BARS[1], left
-        sheet.text(left - 10, y + 9, block, 13, INK, "rm")
+        y = top_blocks + row * BARS[1]
+        x: float = left
+        sheet.text(left - 10, y + 10, block, 14, INK, "rm")
         for kind in KIND_COLOURS:
             wide = BARS[0] * kinds.get(kind, 0.0) / longest
             if wide >= 0.5:
-                sheet.cell(x, y, wide + 1, 18, KIND_COLOURS[kind])
+                sheet.cell(x, y, wide + 1, 20, KIND_COLOURS[kind])
             x += wide
-        spent = sum(kinds.values())
-        sheet.text(x + 10, y + 9, f"{spent / total:.0%}   {duration(spent)}", 12, INK, "lm")
-    if lines:
-        x, y = left, top_blocks + len(lines) * BARS[1] + 8
-        for kind, name in KIND_NAMES.items():
-            sheet.cell(x, y, 16, 12, KIND_COLOURS[kind])
-            sheet.text(x + 22, y + 6, name, 12, FAINT, "lm")
-            x += 110
-    for row, entry in enumerate(saved):
-        y = top_saved + row * BARS[1]
-        wide = max(2, BARS[0] * entry["seconds"] / longest)
-        sheet.cell(left, y, wide + 1, 18, PLAN_COLOURS[INHERITED])
-        sheet.text(
-            left + wide + 10,
-            y + 9,
-            f"{entry['technique']}: {duration(entry['seconds'])}, {entry['how']}",
-            12,
-            INK,
-            "lm",
-        )
-    if saved:
-        sheet.text(left - 10, top_saved + 9, "saved", 13, INK, "rm")
+        sheet.text(x + 10, y + 10, f"{spent[row] / total:.0%}   {duration(spent[row])}", 14, INK, "lm")
+    for i, (kind, name) in enumerate(KIND_NAMES.items() if lines else ()):
+        x, y = left + i % 2 * 150, top_saved - 56 + i // 2 * 22
+        sheet.cell(x, y, 16, 14, KIND_COLOURS[kind])
+        sheet.text(x + 24, y + 7, name, 14, FAINT, "lm")
+    y = top_saved
+    for row, (seconds, words) in enumerate(saved):
+        if row == 0:
+            sheet.text(left - 10, y + 10, "saved", 14, INK, "rm")
+        sheet.cell(left, y, max(2, BARS[0] * seconds / longest) + 1, 20, PLAN_COLOURS[INHERITED])
+        for i, line in enumerate(words):
+            sheet.text(left, y + 24 + 20 * i, line, 14)
+        y += 24 + 20 * len(words)
     return sheet.done()
 
 
-def _draw_steps(sheet: _Sheet, steps: Sequence, inherited: set[int], played: Sequence[int], width: int) -> None:
+def _draw_steps(
+    sheet: _Sheet, steps: Sequence, inherited: set[int], played: Sequence[int], left: int, top: float, right: float
+) -> None:
     """A bar for each step, and a mark where another model begins. The first step is often slow because weights still
     move; it must not make all others look alike.
     """
-    base, tall = 84 + 96, 84
+    tall = 84
+    base = top + 20 + tall
     highest = max(t for _, t in steps[1:] or steps) or 1.0
-    cell = min(40.0, (width - 2 * MARGIN - 110) / len(steps))
-    left = MARGIN + 110
-    sheet.text(left - 10, base - tall + 6, duration(highest), 11, FAINT, "rm")
-    sheet.text(left - 10, base - tall / 2, "each step", 13, INK, "rm")
+    cell = min(40.0, (right - left) / len(steps))
+    sheet.text(left - 10, base - tall + 6, duration(highest), SMALLEST, FAINT, "rm")
+    sheet.text(left - 10, base - tall / 2, "each step", 14, INK, "rm")
     for i, (step, t) in enumerate(steps):
         bar = tall * min(t / highest, 1)
-        sheet.cell(
-            left + i * cell,
-            base - bar,
-            max(cell - 1, 1),
-            bar,
-            PLAN_COLOURS[INHERITED if step in inherited else COMPUTED],
-        )
-        if i % max(1, round(40 / cell)) == 0:
-            sheet.text(left + (i + 0.5) * cell, base + 4, str(step), 10, FAINT, "ma")
+        role = INHERITED if step in inherited else COMPUTED
+        sheet.cell(left + i * cell, base - bar, max(cell - 1, 1), bar, PLAN_COLOURS[role])
+        if i % max(1, round(50 / cell)) == 0:
+            sheet.text(left + (i + 0.5) * cell, base + 4, str(step), SMALLEST, FAINT, "ma")
         if i and played[i] != played[i - 1]:
             sheet.line((left + i * cell - 1, base - tall - 14, left + i * cell - 1, base), INK)
-            sheet.text(left + i * cell + 5, base - tall - 16, f"model {played[i]}", 11, INK, "la")
-    if inherited:
-        x = left
-        for role in (COMPUTED, INHERITED):
-            sheet.cell(x, base + 24, 16, 12, PLAN_COLOURS[role])
-            sheet.text(x + 22, base + 30, MEANINGS[role], 12, FAINT, "lm")
-            x += 110
+            sheet.text(left + i * cell + 5, base - tall - 18, f"model {played[i]}", SMALLEST, INK, "la")
+    for i, role in enumerate((COMPUTED, INHERITED) if inherited else ()):
+        x = left + i * 110
+        sheet.cell(x, base + 28, 16, 14, PLAN_COLOURS[role])
+        sheet.text(x + 24, base + 35, MEANINGS[role], 14, FAINT, "lm")
 
 
 def to_image(picture: Image.Image) -> torch.Tensor:

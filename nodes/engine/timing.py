@@ -13,6 +13,7 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from .notes import silence
 from .progress import Progress
 
 KEY = "asdm_timing"
@@ -164,7 +165,8 @@ class TimedModel:
     def _settle(self) -> None:
         self._watch.settling = True
         try:
-            self.sample(self._timed)
+            with silence():
+                self.sample(self._timed)
         finally:
             self._watch.settling = False
 

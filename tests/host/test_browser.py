@@ -3,6 +3,7 @@
 Screenshots are written to output/browser/, to be looked at.
 """
 
+import html
 import json
 import re
 import time
@@ -547,6 +548,78 @@ def test_help_opens_beside_the_graph(page):
     picture = panel.get_by_role("img", name="Apply Pack", exact=True)
     picture.scroll_into_view_if_needed()
     until(lambda: picture.evaluate("image => image.naturalWidth > 200 && image.clientWidth > 200"))
+
+
+# Nodes that show something after a run: their workflow, and what makes its run short.
+SHOWING = {
+    "ASDMABCompare": ("01 Quick start", {"steps": 8, "rounds": 1}),
+    "ASDMCalibrateInheritance": ("06 Calibrate my model", {}),
+    "ASDMInspectModel": ("09 Combined UNet from a pack", {}),
+}
+
+
+@pytest.mark.parametrize("palette", ["dark", "light"])
+@pytest.mark.parametrize("type", SHOWING)
+def test_what_nodes_show_is_legible_in_both_front_ends_and_themes(page, front_end, palette, type):
+    """The screenshots are to be looked at. A drawing is shown at its own size, in which its letters are read."""
+    name, settings = SHOWING[type]
+    page.evaluate("palette => app.extensionManager.setting.set('Comfy.ColorPalette', palette)", palette)
+    try:
+        drop(page, PACK / "workflows" / f"{name}.json", name=f"{name} {front_end} {palette}.json")
+        for widget, value in settings.items():
+            set_widget(page, type, widget, value)
+        run(page)
+        if type == "ASDMABCompare":
+            view = view_of(page, type, f"{front_end}-{palette}")
+            expect(view.locator("img")).to_have_count(2, timeout=2 * PATIENCE)
+        else:
+            wait_for_picture(page, type)
+            node, picture = page.evaluate(
+                f"type => {{ {NODE}; return [node.size[0], node.imgs[0].naturalWidth] }}", type
+            )
+            assert node >= 0.9 * picture
+        select(page, type)
+    finally:
+        page.screenshot(path=SHOTS / f"{type}-{front_end}-{palette}.png")
+        page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+
+
+def as_page(markdown: str) -> str:
+    """The little of Markdown that the first screen of the README uses, as HTML in the form of a code host's page."""
+    blocks = []
+    for block in re.split(r"\n{2,}", markdown.strip()):
+        if block.startswith("```"):
+            blocks.append(f"<pre>{html.escape(block.strip('`').strip())}</pre>")
+            continue
+        text = html.escape(block)
+        text = re.sub(r"!\[(.*?)\]\((.*?)\)", r'<img alt="\1" src="\2">', text)
+        text = re.sub(r"\[(.*?)\]\((.*?)\)", r'<a href="\2">\1</a>', text)
+        text = re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", text)
+        text = re.sub(r"\*(.*?)\*", r"<i>\1</i>", text)
+        heading = re.match(r"(#+) (.*)", text)
+        blocks.append(f"<h{len(heading[1])}>{heading[2]}</h{len(heading[1])}>" if heading else f"<p>{text}</p>")
+    style = """body { width: 838px; margin: 32px auto; font: 16px/1.5 sans-serif } h1, p, pre { margin: 0 0 16px }
+      img { max-width: 100% } pre { font-size: 85%; padding: 16px; line-height: 1.45 }"""
+    return f"<style>{style}</style>{''.join(blocks)}"
+
+
+def test_the_readme_opens_with_picture_headline_and_commands(browser):
+    file = PACK / "readme-first-screen.html"  # beside the README, whose pictures it shows
+    file.write_text(as_page((PACK / "README.md").read_text("utf-8").split("\n## ")[0]), "utf-8")
+    page = browser.new_page(viewport={"width": 1280, "height": 720})
+    try:
+        page.goto(file.as_uri())
+        picture, commands = page.locator("img"), page.locator("pre")
+        loaded(picture)
+        for shown in (page.locator("h1"), picture, commands):
+            box = shown.bounding_box()
+            assert box["y"] >= 0 and box["y"] + box["height"] <= 720
+        expect(commands).to_contain_text("make demo")
+        assert picture.evaluate("image => image.naturalWidth") >= 838  # not blown up
+        page.screenshot(path=SHOTS / "readme.png")
+    finally:
+        page.close()
+        file.unlink()
 
 
 def test_a_workflow_with_a_dead_deepcache_node_is_mended_with_a_click(page):

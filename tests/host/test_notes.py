@@ -102,3 +102,17 @@ def test_pages_that_are_opened_later_ask_for_the_last_run_of_their_workflow(serv
     assert notes("another") == notes("unknown") == {}
     run("mine", graph(8, cfg=1.25, preset="balanced"))
     assert notes("mine") == {}
+
+
+def test_what_a_comparison_gets_ready_with_is_not_told(server):
+    """A/B Compare evaluates the network once before each run; only the runs are told of."""
+    client = Client(server.url)
+    nodes = graph(8)
+    nodes["5"] = {"class_type": "ASDMSpeedUp", "inputs": {"model": ["1", 0], "likeness": "close"}}
+    nodes["6"]["class_type"] = "ASDMABCompare"
+    nodes["6"]["inputs"] |= {"vae": ["1", 2], "rounds": 2, "label_a": "", "label_b": ""}
+    nodes = {key: nodes[key] for key in "123456" if key in nodes}
+    _, found = asyncio.run(events(client, nodes))
+    told = {text for event in found for text in event["notes"]}
+    assert [e["node"] for e in found] == ["5"] * len(found)
+    assert len([text for text in told if "evaluations of the network" in text]) == 1
