@@ -107,10 +107,12 @@ def check(comfyui: Path, options, parser) -> int:
     with parts.workplace() as base:
         for part in wanted:
             kept = found["parts"][part.name]
-            if part.name not in options.part if options.part else kept["state"] == "done":
+            # What failed is run again: the person may have mended it, and a report that stays red tells nothing.
+            again = [name for name, row in kept["rows"].items() if report.failed(row)]
+            if part.name not in options.part if options.part else kept["state"] == "done" and not again:
                 continue
-            if options.part:
-                kept["rows"].clear()
+            for name in list(kept["rows"]) if options.part else again:
+                del kept["rows"][name]
             kept |= {"state": "unfinished", "why": "stopped; the same command goes on"}
             if part.lacks:
                 kept |= {"state": "skipped", "why": part.lacks}

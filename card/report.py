@@ -31,6 +31,12 @@ def times(found: dict) -> list[dict]:
     return [time for _, _, row in rows(found) if row["kind"] == "times" for time in row["rows"]]
 
 
+def failed(row: dict) -> bool:
+    """Whether a row has a check that did not pass, or times of what is no number."""
+    wrong = row["kind"] == "check" and not row["passed"]
+    return wrong or any(time.get("finite") is False for time in row.get("rows", ()))
+
+
 def failures(found: dict) -> list[str]:
     """What did not pass, in words."""
     failed = []
