@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...asdm_core.addresses import Unit, UNetConfig, walk
+from ...asdm_core.forecast import relative_change
 from ...asdm_core.inheritance import INHERITED, InheritedStep, Plan
 from ...asdm_core.measure import output_size
 from ...asdm_core.steps import Moment
@@ -192,13 +193,9 @@ class FeatureCache(AtUNet):
         self.entries = entries
 
     def _decide(self, probe: Tensor) -> None:
-        """Adaptive: compare the first layer's output with the one of the last full step."""
+        """Adaptive: compare the first layer's output with the one of the last full step; each picture counts."""
         chunks = probe.chunk(len(self.entries))
-        changes = [
-            (now - e.tensors[_PROBE]).abs().mean() / e.tensors[_PROBE].abs().mean()
-            for now, e in zip(chunks, self.entries, strict=True)
-        ]
-        change = float(torch.stack(changes).max())
+        change = max(relative_change(now, e.tensors[_PROBE]) for now, e in zip(chunks, self.entries, strict=True))
         if self.plan.schedule.inherits(self.steps, self.step, min(e.step for e in self.entries), change):
             self.mode = REPLAY
         else:

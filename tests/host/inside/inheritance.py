@@ -219,6 +219,26 @@ def test_an_adaptive_plan_follows_its_threshold(model, threshold, equal):
     assert torch.equal(small.sample(small.with_plan(model, plan), steps=4), small.sample(model, steps=4)) is equal
 
 
+def test_in_an_adaptive_plan_the_picture_that_changes_most_counts(model, monkeypatch):
+    changes, seen = [], []
+    inherits = Schedule.inherits
+    monkeypatch.setattr(Schedule, "inherits", lambda self, *args: (changes.append(args[-1]), inherits(self, *args))[1])
+    handle = model.model.diffusion_model.input_blocks[1][0].register_forward_hook(
+        lambda module, inputs, out: seen.append(out.clone())
+    )
+    plan = inheritance.deepcache(SD, 1, Schedule("adaptive", threshold=1e-9, max_run=2))
+    latent = torch.cat([torch.zeros(1, 4, 16, 16), 30 * torch.ones(1, 4, 16, 16)])
+    small.sample(small.with_plan(model, plan), steps=6, latent=latent, denoise=0.6)
+    handle.remove()
+    each = [
+        max(float((a - b).abs().mean() / b.abs().mean()) for a, b in zip(now, before, strict=True))
+        for before, now in zip(seen, seen[1:], strict=False)
+    ]
+    assert changes and changes == pytest.approx(each[: len(changes)], rel=1e-4)
+    together = float((seen[1] - seen[0]).abs().mean() / seen[0].abs().mean())
+    assert changes[0] > 1.05 * together
+
+
 def with_residual(model, strength):
     """MODEL with a ControlNet-like residual on conv_in's output."""
 
