@@ -12,9 +12,12 @@ FAMILY = ROOT / "models" / "emoji"
 
 
 class Family:
-    """The emoji teacher, prompts for it, and the pictures of a run."""
+    """The emoji teacher, prompts for it, and the pictures of a run.
 
-    def __init__(self, pictures: int):
+    first, seed: the first prompt among the concepts, and the first seed of the noise.
+    """
+
+    def __init__(self, pictures: int, first: int = 0, seed: int = 0):
         from safetensors import safe_open
 
         from train.emoji.classifier import load_classifier
@@ -26,7 +29,7 @@ class Family:
             codes = json.loads(f.metadata()["codes"])
         self.classifier = load_classifier(FAMILY, codes)
         names = json.loads((FAMILY / "concepts.json").read_text("utf-8"))
-        chosen = list(names.items())[:: max(1, len(names) // pictures)][:pictures]
+        chosen = list(names.items())[first :: max(1, len(names) // pictures)][:pictures]
         self.targets = torch.tensor([codes.index(code) for code, _ in chosen])
 
         def encode(text):
@@ -35,11 +38,20 @@ class Family:
         self.cond: list = [[torch.cat([encode(name) for _, name in chosen]), {}]]
         self.uncond: list = [[encode("").repeat(len(chosen), 1, 1), {}]]
         self.noise = torch.cat(
-            [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(len(chosen))]
+            [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(chosen))]
         )
 
-    def latents(self, model, sampler: str, scheduler: str, steps: int) -> torch.Tensor:
-        """Latents (N, 4, 16, 16) of a run."""
+    def latents(
+        self,
+        model,
+        sampler: str,
+        scheduler: str,
+        steps: int,
+        cfg: float = 3.0,
+        denoise: float = 1.0,
+        start: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Latents (N, 4, 16, 16) of a run; start: those it begins with, for image to image."""
         import comfy.sample
 
         with torch.inference_mode():
@@ -47,12 +59,13 @@ class Family:
                 model,
                 self.noise,
                 steps,
-                3.0,
+                cfg,
                 sampler,
                 scheduler,
                 self.cond,
                 self.uncond,
-                torch.zeros_like(self.noise),
+                torch.zeros_like(self.noise) if start is None else start,
+                denoise=denoise,
                 seed=1,
                 disable_pbar=True,
             )

@@ -7,6 +7,13 @@ takes, relative to a full one, against the same ratio of multiplications, and ag
 it computes take in a full step (shallow layers do fewer multiplications in the same time than deep ones). And a run
 with interval 1 against one without the node, at 128 x 128, where a step is short and any overhead shows more.
 
+Part "runs" (bench/_savings.py): the emoji teacher, 16 prompts with paired seeds, CFG 3 and 7, ten samplers and step
+counts and one image to image. Likeness to the full run, and to the same prompts in 100 steps, against multiplications
+of the whole run: Speed Up's plans fitted to a recording of 8 other prompts ("profile") and from the table that ships
+("uncalibrated"), the same sampler in fewer steps, whole-step extrapolation of first and second order, a first-block
+cache, DeepCache's plans, the dial of Feature Inheritance, the core's EasyCache and LazyCache. Rows are kept as they
+come, so a stopped bench goes on where it stopped.
+
 Part two: the emoji teacher, 20 steps (and 30 and 50 for one sampler each), CFG 3, paired seeds, against the run in
 full. In the same host, one after another: our dial and its neighbours, DeepCache's plan as a setting of
 ours (output reuse, uniform and quadratic), the core's EasyCache and LazyCache at several thresholds. A
@@ -16,8 +23,11 @@ method's quality at 40% less time is read off the upper edge of its settings, be
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import statistics
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -26,6 +36,7 @@ from asdm_core import inheritance
 from asdm_core.measure import psnr, ratio, ssim, time_alternating
 from asdm_core.packs import DTYPES
 from bench._common import (
+    RESULTS,
     ROOT,
     add_common_arguments,
     at_saving,
@@ -37,6 +48,7 @@ from bench._common import (
     record,
     upper_edge,
 )
+from bench import _savings
 from bench._family import Family
 from bench._unets import full_size, with_plan
 
@@ -313,9 +325,30 @@ def draw(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def bench_runs(args, host: Path, clock) -> None:
+    """Rows of part "runs" that the record does not have yet; each is kept as it comes."""
+    savings, command = _savings.Savings(args.pictures, clock), command_line("inheritance")
+    for name in args.whole:
+        path = RESULTS / "inheritance.json"
+        earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+        known = {(r["method"], r["setting"]) for r in earlier if r.get("run") == name}
+        for row in savings.rows(_savings.RUNS[name], args.methods, known):
+            print(f"{name:22} {row['method']:13} {row.get('saved', 0):.3f} {row.get('psnr', 0):6.2f} {row['setting']}")
+            summary, rows = beside_earlier("inheritance", {}, [row], command, _part)
+            summary |= _savings.summary(rows)
+            with redirect_stdout(io.StringIO()):
+                record("inheritance", summary, rows, command, host, args.notes)
+
+
+def _part(row: dict) -> tuple:
+    """Rows of the record that are measured together, and take each other's place."""
+    whole = (row["run"], row["method"], row["setting"]) if row["part"] == _savings.PART else ()
+    return row["part"], row.get("sampler"), row.get("steps"), whole
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["cost", "quality"], default=["cost", "quality"])
+    parser.add_argument("--parts", nargs="+", choices=["cost", "quality", _savings.PART], default=["cost", "quality"])
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default=None, help="of part one; by default fp16 on CUDA and bf16 on a CPU"
     )
@@ -323,19 +356,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="of part two")
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="of part two")
+    parser.add_argument("--whole", nargs="+", choices=_savings.RUNS, default=list(_savings.RUNS), help='of part "runs"')
+    parser.add_argument("--methods", nargs="+", choices=_savings.METHODS, default=list(_savings.METHODS), help="of it")
     add_common_arguments(parser)
     args, host, device, clock = begin(parser)
     summary: dict[str, float] = {}
     rows = []
+    if _savings.PART in args.parts:
+        bench_runs(args, host, clock)
+    if args.parts == [_savings.PART]:
+        return
     if "quality" in args.parts:
         rows += bench_quality(Family(args.pictures), args.rounds, clock, args.runs)
     if "cost" in args.parts:
         found, more = bench_cost(args.dtype or ("fp16" if device.type == "cuda" else "bf16"), args.cost_rounds, clock)
         summary, rows = summary | found, rows + more
     command = command_line("inheritance")
-    summary, rows = beside_earlier(
-        "inheritance", summary, rows, command, lambda row: (row["part"], row.get("sampler"), row.get("steps"))
-    )
+    summary, rows = beside_earlier("inheritance", summary, rows, command, _part)
     summary |= quality_summary(rows)
     draw([row for row in rows if row["part"] == "quality"], ROOT / "docs" / "inheritance.png")
     record("inheritance", summary, rows, command, host, args.notes)
