@@ -343,15 +343,20 @@ def relative_change(now: Any, before: Any) -> float:
 def guided_within(plan: ForecastPlan, start: float, end: float) -> ForecastPlan:
     """The plan with guidance only from `start` to `end` of the run, both in 0..1 (Kynkaanniemi et al. 2024).
 
-    What would be computed in full outside is computed for the positive prompt alone. Raises ValueError for a plan that
-    leaves out whole evaluations there: they would be drawn on from guided ones.
+    Whatever lies outside is computed for the positive prompt alone. What lies inside and was drawn on from there is
+    drawn on in straight lines from what is computed inside, and the first one inside is computed. Raises ValueError.
     """
     if not 0 <= start <= end <= 1:
         raise ValueError(f"forecast: guidance needs 0 <= start <= end <= 1, got {start} and {end}")
     steps = int(max(plan.positions)) + 1
-    outside = [not start <= p / steps < end for p in plan.positions]
-    left_out = [k for k, a in enumerate(plan.actions) if outside[k] and a.kind in (RESULT, FEATURES)]
-    if left_out:
-        raise ValueError(f"forecast: evaluation {left_out[0]} lies outside of the guidance and is not made in full")
-    actions = tuple(Action(UNGUIDED) if out else a for a, out in zip(plan.actions, outside, strict=True))
-    return replace(plan, actions=actions)
+    actions: list[Action] = []
+    for action, position in zip(plan.actions, plan.positions, strict=True):
+        full = {q for q, earlier in enumerate(actions) if earlier.computes}
+        if not start <= position / steps < end:
+            action = Action(UNGUIDED)
+        elif action.kind != FULL and not full:
+            action = Action()
+        elif not {q for q, _ in (*action.weights, *action.difference)} <= full:
+            action = replace(action, weights=(), difference=())
+        actions.append(action)
+    return replace(plan, actions=tuple(actions))

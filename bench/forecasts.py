@@ -3,7 +3,8 @@
     python bootstrap.py bench NAME=forecasts ARGS="--parts table"
     python bootstrap.py bench NAME=forecasts ARGS="--runs euler-20-7 dpmpp_2m-20-7"
 
-Part "table": runs of the teacher in many steps, with guidance 3 and 7, are recorded; of their v only inner products
+Part "table": runs of the teacher in many steps, with guidance 3 and 7 and with samplers that add no noise, some at
+every step, or all of it anew, are recorded; of their v only inner products
 are kept, in models/forecasts.safetensors. Part "rows": on other prompts, with paired seeds, each run against itself in
 full: plans fitted from that table ("speed up", which knows sampler, noise levels and CFG), plans fitted to a recording
 of this very run ("calibrated"), straight lines at every n-th step ("extrapolation"), and the same sampler in fewer
@@ -21,7 +22,6 @@ import safetensors.numpy
 import torch
 
 from asdm_core import forecast
-from asdm_core import forecast_fit as fit
 from asdm_core.measure import psnr
 from bench._unets import with_technique
 from bench._common import ROOT, add_common_arguments, begin, beside_earlier, command_line, pack_module, record
@@ -36,6 +36,8 @@ RUNS = {
     for cfg in (3, 7)
 }
 SAVED = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+# What the table is recorded with, by what the sampler does with noise: adds none, some at every step, all anew.
+RECORDED = {"none": "dpmpp_2m", "some": "dpmpp_2m_sde", "all": "lcm"}
 METHODS = ("speed up", "fewer steps", "extrapolation", "calibrated")
 TEST, CALIBRATION = (0, 0), (17, 1000)  # first prompt among the concepts, first seed
 
@@ -91,15 +93,17 @@ class Prompts:
 def write_table(prompts: Prompts, steps: int) -> None:
     """Record runs with guidance 3 and 7 in many steps, and keep the inner products of their v."""
     tensors: dict[str, np.ndarray] = {}
-    for cfg in (3.0, 7.0):
-        recorder, size = prompts.recorded(("dpmpp_2m", "karras", steps, cfg))
-        found = recorder.statistics(cfg, size)
-        values, vectors = np.linalg.eigh(found.gram)
-        tensors |= {
-            f"cfg{cfg:g}.factor": (vectors * np.sqrt(np.maximum(values, 0))).astype(np.float32),
-            f"cfg{cfg:g}.sigmas": found.sigmas.astype(np.float32),
-            f"cfg{cfg:g}.run": np.array([cfg, size], dtype=np.float32),
-        }
+    for noise, sampler in RECORDED.items():
+        for cfg in (3.0, 7.0):
+            recorder, size = prompts.recorded((sampler, "karras", steps, cfg))
+            found = recorder.statistics(cfg, size)
+            values, vectors = np.linalg.eigh(found.gram)
+            name = f"{noise}-cfg{cfg:g}"
+            tensors |= {
+                f"{name}.factor": (vectors * np.sqrt(np.maximum(values, 0))).astype(np.float32),
+                f"{name}.sigmas": found.sigmas.astype(np.float32),
+                f"{name}.run": np.array([cfg, size], dtype=np.float32),
+            }
     metadata = {"model": "emoji-teacher", "steps": str(steps), "pictures": str(len(prompts.noise))}
     safetensors.numpy.save_file(tensors, TABLE, metadata)
     print(f"wrote {TABLE.relative_to(ROOT)}, {TABLE.stat().st_size // 1024} KB", flush=True)
@@ -132,16 +136,15 @@ def rows_of(name: str, run: tuple, test: Prompts, calibration: Prompts, args) ->
     def carried(plan):
         return with_technique(test.model, forecasts.Forecasts(plan))
 
-    def fitted_rows(method: str, recording, apart=(False,)) -> None:
-        for fitted in (fit.Fit(recording, apart=a) for a in apart):
-            for saved in args.saved:
-                found = fitted.search(round(n * (1 - saved)), conds=fitted.apart)
-                label = found.plan.letters() + (", apart" if fitted.apart else "")
-                row(method, label, carried(found.plan), found.saving, found.error)
+    def fitted_rows(method: str, recording) -> None:
+        fits = speed_up.fits_of(recording)
+        for saved in args.saved:
+            found = speed_up.best_of(fits, round(n * (1 - saved)))
+            row(method, found.plan.letters(), carried(found.plan), found.saving, found.error)
 
     if "speed up" in args.methods:
-        nearest = min(speed_up.shipped(), key=lambda s: abs(np.log(cfg / s.guidance)))
-        fitted_rows("speed up", nearest.recording(response, cfg, speed_up.positions_of(response, sigmas)))
+        table = speed_up.statistics_for(comfy.samplers.sampler_object(sampler), cfg)
+        fitted_rows("speed up", table.recording(response, cfg, speed_up.positions_of(response, sigmas)))
     if "fewer steps" in args.methods:
         for saved in args.saved:
             fewer = round(steps * (1 - saved))
@@ -152,7 +155,7 @@ def rows_of(name: str, run: tuple, test: Prompts, calibration: Prompts, args) ->
             row("extrapolation", f"every {interval}", carried(plan), plan.saving())
     if "calibrated" in args.methods:
         recorder, size = calibration.recorded(run)
-        fitted_rows("calibrated", recorder.recording(response, cfg, size), (False, True) if n <= 30 else (False,))
+        fitted_rows("calibrated", recorder.recording(response, cfg, size))
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,48 +10,92 @@ from typing import ClassVar
 
 import numpy as np
 import safetensors.numpy
+import torch
+from comfy.samplers import CFGGuider
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..asdm_core.forecast import Action, ForecastPlan
-from ..asdm_core.forecast_fit import Fit, Fitted, Response, Statistics
+from ..asdm_core.forecast import Action, Adaptive, ForecastPlan, guided_within
+from ..asdm_core.forecast_fit import Fit, Fitted, Recording, Response, Statistics
+from ..asdm_core.profile import Circumstances, Profile, nearest
 from ..asdm_core.steps import Steps
 from .common import CATEGORY
-from .engine.forecasts import Forecaster, ForecastReport, Forecasts, bytes_of, positives, response_of
+from .engine import files
+from .engine.adaptive import AdaptiveForecaster, probe_elements
+from .engine.fingerprint import fingerprint, plain
+from .engine.forecasts import Forecaster, ForecastReport, Forecasts, adds_noise, bytes_of, positives, response_of
 from .engine.network import architecture_of
 from .engine.on_model import with_technique
-from .engine.technique import InRun, Log, Say, Start, Technique
+from .engine.regional import Regional
+from .engine.technique import MEASURING, InRun, Log, Say, Start, Technique, technique_of
 
 TABLE = Path(__file__).parent.parent / "models" / "forecasts.safetensors"
 # Predicted error of the result, as a share of its size, that each position allows: about 40, 32 and 26 dB of PSNR to
 # the full run on the emoji family at CFG 7 (bench/results/forecasts.json).
 LIKENESS = {"same to the eye": 0.015, "close": 0.03, "same motif": 0.055}
-KEPT = 4  # evaluations that a run remembers at most, whatever plan is chosen
+CAREFUL = next(iter(LIKENESS))
+AUTOMATIC, NO_PROFILE = "automatic", "none"
+ADAPTIVE = Adaptive(threshold=0.1, max_run=1)  # where nothing is known of the run
+MOST_APART = 24  # evaluations
+KEPT = 6  # evaluations that a run remembers at most, whatever plan is chosen
 
 
 @lru_cache(maxsize=1)
-def shipped() -> tuple[Statistics, ...]:
-    """What was measured on the emoji family, by guidance."""
+def shipped() -> Mapping[str, tuple[Statistics, ...]]:
+    """What was measured on the emoji family, by what the sampler does with noise (see `noise_of`), then by guidance."""
     tensors = safetensors.numpy.load_file(TABLE)
-    found = []
+    found: dict[str, tuple[Statistics, ...]] = {}
     for name in sorted({key.split(".")[0] for key in tensors}):
+        noise = name.partition("-")[0]
         guidance, size = tensors[f"{name}.run"]
         sigmas, half = tensors[f"{name}.sigmas"].astype(float), tensors[f"{name}.factor"].astype(float)
-        found.append(Statistics(sigmas, half @ half.T, float(guidance), float(size)))
-    return tuple(found)
+        statistics = Statistics(sigmas, half @ half.T, float(guidance), float(size))
+        found[noise] = (*found.get(noise, ()), statistics)
+    return found
 
 
-def cheapest(fit: Fit, error: float) -> Fitted:
-    """The plan with the fewest full evaluations whose predicted error is at most so large."""
-    n = len(fit.recording)
-    low, high, best = 1, n, fit.search(n)  # the error falls as the cost rises
+def noise_of(sampler) -> str:
+    """What a sampler does on its way: adds no noise ("none"), some ("some"), or draws all of it anew ("all")."""
+    if not adds_noise(sampler) or sampler.extra_options.get("eta") == 0:
+        return "none"
+    return "all" if sampler.sampler_function.__name__ == "sample_lcm" else "some"
+
+
+def statistics_for(sampler, guidance: float) -> Statistics:
+    """The part of the table that a run is most like."""
+    return min(shipped()[noise_of(sampler)], key=lambda s: abs(np.log(max(guidance, 1e-3) / s.guidance)))
+
+
+def fits_of(recording: Recording) -> list[Fit]:
+    """Fits to be tried: with weights alike for all prompts, and where that takes no more than a second or two, with the
+    difference between prompts apart and steps for the positive prompt alone.
+    """
+    apart = recording.guidance != 1 and len(recording) <= MOST_APART
+    return [Fit(recording), *([Fit(recording, apart=True)] if apart else [])]
+
+
+def best_of(fits: Sequence[Fit], cost: float) -> Fitted:
+    """The plan with the least predicted error that costs at most so many full evaluations."""
+    return min((fit.search(cost, conds=fit.apart) for fit in fits), key=lambda found: found.error)
+
+
+def cheapest(fits: Sequence[Fit], error: float) -> Fitted:
+    """The plan with the fewest full evaluations whose predicted error is at most so large. The first fit, which is
+    quick, says how many; the others may do with fewer.
+    """
+    low, high = 1, len(fits[0].recording)
+    thorough = high <= MOST_APART  # the run waits for it
+    best = fits[0].search(high, thorough=thorough)  # the error falls as the cost rises
     while low < high:
         cost = (low + high) // 2
-        found = fit.search(cost)
+        found = fits[0].search(cost, thorough=thorough)
         if found.error <= error:
             high, best = cost, found
         else:
             low = cost + 1
+    for fit in fits[1:]:
+        while high > 1 and (found := fit.search(high - 1, conds=fit.apart)).error <= error:
+            high, best = high - 1, found
     return best
 
 
@@ -67,22 +110,68 @@ _plans: dict[tuple, tuple[ForecastPlan, float]] = {}
 
 def plan_for(likeness: str, sampler, sigmas: Tensor, guidance: float, model) -> ForecastPlan:
     """The plan for a run of one of the host's samplers. Raises ValueError where none can be found."""
-    key = likeness, sampler.sampler_function, tuple(sampler.extra_options.items()), tuple(sigmas.tolist()), guidance
+    key = likeness, sampler_name(sampler), tuple(sigmas.tolist()), guidance
     if key not in _plans:
         found = response_of(sampler, sigmas, model)
-        nearest = min(shipped(), key=lambda s: abs(np.log(max(guidance, 1e-3) / s.guidance)))
-        best = cheapest(Fit(nearest.recording(found, guidance, positions_of(found, sigmas))), LIKENESS[likeness])
+        table = statistics_for(sampler, guidance)
+        recording = table.recording(found, guidance, positions_of(found, sigmas))
+        best = cheapest(fits_of(recording), LIKENESS[likeness])
         if len(_plans) >= 64:
             _plans.clear()
         _plans[key] = best.plan, best.error
     return _plans[key][0]
 
 
+def sampler_name(sampler) -> str:
+    """What a sampler is called: its function, with its options where it has any."""
+    function = getattr(sampler, "sampler_function", None)
+    name = str(getattr(function, "__name__", type(sampler).__name__)).removeprefix("sample_")
+    options = getattr(sampler, "extra_options", None)
+    return f"{name} {plain(options)}" if options else name
+
+
+def guidance_of(guider) -> float | None:
+    """The CFG of a guider; None for one that has none, or several."""
+    cfg = getattr(guider, "cfg", None)
+    if not isinstance(cfg, int | float):
+        return None
+    # Those with a way of their own leave the 1 in place that it begins with.
+    own = getattr(type(guider), "set_cfg", None) is not CFGGuider.set_cfg
+    return None if own and cfg == 1 else float(cfg)
+
+
+def circumstances(model, sampler, sigmas: Tensor, cfg: float, shape: Sequence[int]) -> Circumstances:
+    """What a run is, as profiles know it. GRI and what is only measured do not change which plan is best."""
+
+    def without(technique: Technique) -> bool:
+        return technique.key in (Forecasts.key, Regional.key) or technique.order == MEASURING
+
+    made = fingerprint(model, without)
+    return Circumstances(made, sampler_name(sampler), tuple(sigmas.tolist()), cfg, (shape[-2], shape[-1]))
+
+
+def known_profiles(say: Say) -> dict[str, Profile]:
+    """All profiles by name; of files that are none it is said so."""
+    found = {}
+    for name in files.profiles():
+        try:
+            found[name] = files.read_profile(name)
+        except ValueError as e:
+            say(f"Speed Up: {e}", report=True)
+    return found
+
+
 @dataclass(frozen=True)
 class SpeedUp(Technique):
-    """Forecasts whose plan is chosen when the run is known."""
+    """Forecasts whose plan is chosen when the run is known: from a profile, the table that ships, or step by step.
+
+    profile: name of one, AUTOMATIC or NO_PROFILE. start, end: guidance acts between them only, in 0..1 of the run.
+    """
 
     likeness: str
+    profile: str = "automatic"
+    start: float = 0.0
+    end: float = 1.0
     log: Log[ForecastReport] = field(default_factory=Log, compare=False)
 
     key: ClassVar[str] = Forecasts.key
@@ -91,27 +180,80 @@ class SpeedUp(Technique):
         architecture_of(model)  # not for other kinds of model
 
     def device_bytes(self, model, shape: Sequence[int], conds: Mapping[str, list]) -> int:
-        return bytes_of(KEPT, shape, len(conds))
+        itemsize = torch.empty((), dtype=model.model.get_dtype_inference()).element_size()
+        channels = architecture_of(model).config.model_channels
+        watched = probe_elements(channels, shape) * len(conds) * itemsize  # where the run itself decides
+        return bytes_of(KEPT, shape, len(conds)) + watched
 
     def bind(self, start: Start, say: Say) -> InRun:
         likeness, notes, sigmas = self.likeness, [], start.sigmas
-        guidance = getattr(start.guider, "cfg", None)
+        guidance = guidance_of(start.guider)
         if guidance is None:
-            likeness, guidance = next(iter(LIKENESS)), max(s.guidance for s in shipped())
-            notes.append(f"the guider has no CFG to go by, so the run is kept {likeness}")
-        try:
-            plan = plan_for(likeness, start.sampler, sigmas, float(guidance), start.model)
-        except ValueError as e:
-            plan = ForecastPlan((Action(),) * max(len(sigmas) - 1, 1))
-            notes.append(f"every step is computed: {e}")
-        else:
-            if not plan.saving():
-                notes.append(f"every step is computed: none can be left out of this run that stays {likeness}")
+            likeness, guidance = CAREFUL, 7.0
+            notes.append(f"the guider has no single CFG to go by, so the run is kept {likeness}")
+        plan, source = self._from_profile(start, guidance, likeness, notes, say), "a profile"
+        if plan is None:
+            source = "the plans that ship"
+            try:
+                plan = plan_for(likeness, start.sampler, sigmas, guidance, start.model)
+            except ValueError as e:
+                function = getattr(start.sampler, "sampler_function", None)
+                if function is None or not adds_noise(start.sampler):
+                    say(
+                        f"Speed Up: {e}, so each step is left out or made by how little the network's first layer has "
+                        "changed, which is careful.",
+                        report=True,
+                    )
+                    return AdaptiveForecaster(ADAPTIVE, self.log, sigmas.tolist(), positives(start.guider), say)
+                plan = ForecastPlan((Action(),) * max(len(sigmas) - 1, 1))
+                notes.append(f"every step is computed: {e}")
+        if not plan.saving() and not any("every step" in note for note in notes):
+            notes.append(f"every step is computed: none can be left out of this run that stays {likeness}")
+        if (self.start, self.end) != (0, 1):
+            plan = guided_within(plan, self.start, self.end)
         forecaster = Forecaster(plan, self.log, sigmas.tolist(), positives(start.guider), say)
         for note in notes:
             forecaster.note(note)
-        logging.info(f"asdm: Speed Up, {likeness}: {plan.letters()}, {plan.saving():.0%} of the steps left out")
+        say(f"Speed Up, {likeness}, by {source}: {plan.letters()}", report=True)
         return forecaster
+
+    def _from_profile(self, start: Start, guidance: float, likeness: str, notes: list[str], say: Say):
+        """The plan of the profile that fits or was chosen; None where there is none."""
+        if self.profile == NO_PROFILE:
+            return None
+        profiles = known_profiles(say)
+        chosen = self.profile if self.profile in profiles else None
+        if self.profile != AUTOMATIC and chosen is None:
+            notes.append(f"the profile {self.profile} is not used: it is not there any more, or cannot be read")
+        if chosen is None and not profiles:
+            return None
+        run = circumstances(start.model, start.sampler, start.sigmas, guidance, start.shape)
+        alike = [name for name, p in profiles.items() if p.made_for.same_steps(run)]
+        if self.profile == AUTOMATIC:
+            chosen = nearest(profiles, run)
+            if chosen is None and alike:
+                say(
+                    f"Speed Up: the profile {alike[0]} was made {profiles[alike[0]].made_for.differences(run)[0]}, so "
+                    "it is not used; choose it on the node to use it all the same.",
+                    report=True,
+                )
+        if chosen is None:
+            return None
+        profile, differences = profiles[chosen], profiles[chosen].made_for.differences(run)
+        if chosen not in alike:
+            notes.append(f"the profile {chosen} is not used: it was made {differences[0]}")
+            return None
+        if differences:
+            notes.append(f"the profile {chosen} was made {'; '.join(differences)}, so the likeness may be another")
+        fewer = profile.fewer_steps(LIKENESS[likeness])
+        if fewer is not None:
+            say(
+                f"Speed Up: {fewer.steps} steps are as good here as leaving steps out, says the profile {chosen}.",
+                report=True,
+            )
+        offer = profile.plan(LIKENESS[likeness])
+        say(f"Speed Up: profile {chosen}, learned from {profile.pictures} pictures.", report=True)
+        return offer.plan if offer else ForecastPlan((Action(),) * profile.made_for.steps)
 
     def label(self) -> str:
         return f"Speed Up ({self.likeness})"
@@ -120,6 +262,16 @@ class SpeedUp(Technique):
         return [
             f"Speed Up is on ({self.likeness}): steps that can be foretold are not computed; bypass it to leave it off."
         ]
+
+
+def with_speed_up(model, technique: SpeedUp, large_pictures: bool = True):
+    """A clone of MODEL with Speed Up; with GRI attention for large pictures, unless somebody has set that already or
+    the picture is to stay the same.
+    """
+    model = with_technique(model, technique)
+    if large_pictures and technique.likeness != CAREFUL and technique_of(model, Regional) is None:
+        return with_technique(model, Regional())
+    return model
 
 
 class ASDMSpeedUp(io.ComfyNode):
@@ -131,7 +283,8 @@ class ASDMSpeedUp(io.ComfyNode):
             category=CATEGORY,
             description="Makes any SD1.5, SD2 or SDXL model faster without training: steps that can be foretold from "
             "those before are not computed. Put it between the model and the sampler. It looks at the sampler, the "
-            "noise levels and the CFG of the run and leaves out as much as stays alike.",
+            "noise levels and the CFG of the run and leaves out as much as stays alike. A profile made by Calibrate "
+            "that fits is taken by itself.",
             search_aliases=[
                 "faster",
                 "accelerate",
@@ -152,7 +305,46 @@ class ASDMSpeedUp(io.ComfyNode):
                     options=list(LIKENESS),
                     default="close",
                     tooltip="How like the picture of all steps the result is to be. Samplers that add noise at every "
-                    "step (ancestral and SDE) compute every step, whatever you choose.",
+                    "step (ancestral and SDE) can leave out less.",
+                ),
+                io.Combo.Input(
+                    "profile",
+                    options=[AUTOMATIC, NO_PROFILE, *files.profiles()],
+                    default=AUTOMATIC,
+                    optional=True,
+                    advanced=True,
+                    tooltip="automatic: one from models/asdm_profiles that was made by Calibrate for this model, "
+                    "sampler, noise levels and size, if there is one. none: the plans that ship. Or one of your own.",
+                ),
+                io.Boolean.Input(
+                    "large_pictures",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Also plays GRI Attention in pictures that are large enough for it to pay, except at same "
+                    "to the eye.",
+                ),
+                io.Float.Input(
+                    "guidance_start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Before this part of the run there is no guidance: only the positive prompt is computed. "
+                    "Changes the picture.",
+                ),
+                io.Float.Input(
+                    "guidance_end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="From this part of the run on there is no guidance: only the positive prompt is computed. "
+                    "Changes the picture.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -160,5 +352,13 @@ class ASDMSpeedUp(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, likeness):
-        return io.NodeOutput(with_technique(model, SpeedUp(likeness)))
+    def execute(cls, model, likeness, profile=AUTOMATIC, large_pictures=True, guidance_start=0.0, guidance_end=1.0):
+        if guidance_end < guidance_start:
+            raise ValueError(
+                f"guidance_end is {guidance_end:g} and guidance_start {guidance_start:g}; the end comes after the "
+                "start."
+            )
+        if profile not in (AUTOMATIC, NO_PROFILE):
+            files.read_profile(profile)  # what is no profile ends here, in a sentence
+        technique = SpeedUp(likeness, profile, guidance_start, guidance_end)
+        return io.NodeOutput(with_speed_up(model, technique, large_pictures))

@@ -8,25 +8,28 @@ from pathlib import Path, PurePath
 
 import folder_paths
 
+from ...asdm_core import profile
 from ...asdm_core.packs import BadFile, TensorFile, describe, is_shard, unet_in_folder
 from ...asdm_core.text import read_json
 
 EMBEDDED = Path(__file__).resolve().parent.parent.parent / "models" / "emoji"
 LORAS = EMBEDDED.parent / "loras"  # those of the family: only the host's own nodes list them
 PACK_FOLDER = "asdm_packs"
+PROFILE_FOLDER = "asdm_profiles"
 
 NO_UNET = "none found"  # stands in the list where there is nothing to choose
 _FOLDER_MARK = "/"  # ends the name of a diffusers folder in a list of files
 
 
 def register_folders() -> None:
-    """Make models/asdm_packs known to the host, so that extra model paths work for it too, and our LoRAs to its own
-    nodes.
+    """Make models/asdm_packs and models/asdm_profiles known to the host, so that extra model paths work for them too,
+    and our LoRAs to its own nodes.
     """
     folder_paths.add_model_folder_path("loras", str(LORAS))
-    folder_paths.add_model_folder_path(PACK_FOLDER, str(Path(folder_paths.models_dir) / PACK_FOLDER))
-    known, extensions = folder_paths.folder_names_and_paths[PACK_FOLDER]
-    extensions.add(".safetensors")
+    for folder, extension in ((PACK_FOLDER, ".safetensors"), (PROFILE_FOLDER, profile.SUFFIX)):
+        folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
+        known, extensions = folder_paths.folder_names_and_paths[folder]
+        extensions.add(extension)
 
 
 @lru_cache(maxsize=256)
@@ -137,6 +140,28 @@ def unet_path(name: str) -> Path:
 
 def pack_path(name: str) -> Path:
     return _embedded("pack").get(name) or _in_folder(PACK_FOLDER, name)
+
+
+def profiles() -> list[str]:
+    """Names of the profiles in models/asdm_profiles; none outside of a server, which makes that folder known."""
+    known = PROFILE_FOLDER in folder_paths.folder_names_and_paths
+    return list(folder_paths.get_filename_list(PROFILE_FOLDER)) if known else []
+
+
+def profile_folders() -> list[str]:
+    """Where profiles lie; new ones are written to the first that can be written to."""
+    return list(folder_paths.get_folder_paths(PROFILE_FOLDER))
+
+
+def read_profile(name: str) -> profile.Profile:
+    """Raises BadProfile and ValueError, each one sentence."""
+    path = _in_folder(PROFILE_FOLDER, name)
+    return _profile(str(path), *_stamp(path))
+
+
+@lru_cache(maxsize=256)
+def _profile(path: str, modified: int, size: int) -> profile.Profile:
+    return profile.read_profile(path)
 
 
 def fingerprint(path: Path) -> str:

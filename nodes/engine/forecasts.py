@@ -505,15 +505,15 @@ def adds_noise(sampler) -> bool:
 def response_of(sampler, sigmas: Tensor, model) -> Response:
     """The response of one of the host's samplers at these noise levels; model: the MODEL it samples.
 
-    Raises ValueError for samplers that are not the host's own, draw noise, or are not linear.
+    Noise that a sampler draws on its way moves nothing here: what is asked is how a result moves while the noise stays.
+    Raises ValueError for samplers that are not the host's own, or are not linear.
     """
     function = getattr(sampler, "sampler_function", None)
     if function is None or not function.__module__.startswith("comfy."):
         raise ValueError(
             f"{getattr(function, '__name__', type(sampler).__name__)} is not one of ComfyUI's own samplers"
         )
-    if adds_noise(sampler):
-        raise ValueError(f"{function.__name__.removeprefix('sample_')} draws fresh noise at every step")
+    options = dict(sampler.extra_options)
 
     class Denoiser:
         inner_model = SimpleNamespace(inner_model=model.model, model_patcher=model)
@@ -527,19 +527,19 @@ def response_of(sampler, sigmas: Tensor, model) -> Response:
 
     def sample(denoise, rows):
         x = torch.zeros(rows, 1, 1, 1)
+        if adds_noise(sampler):
+            options["noise_sampler"] = lambda *_: torch.zeros_like(x)
         with torch.random.fork_rng(devices=[]):
-            out = function(
-                Denoiser(denoise), x, nodes, extra_args={}, callback=None, disable=True, **sampler.extra_options
-            )
+            out = function(Denoiser(denoise), x, nodes, extra_args={}, callback=None, disable=True, **options)
         return out.flatten().numpy()
 
     nodes = sigmas.detach().cpu().float()
     try:
         with torch.no_grad():
             return response(sample)
-    except (TypeError, AttributeError, IndexError, RuntimeError) as e:
-        # A sampler that wants more of a model than its results, as those of CFG++ do.
-        raise ValueError(f"{function.__name__.removeprefix('sample_')} cannot be tried on numbers ({e})") from None
+    except (TypeError, AttributeError, IndexError, RuntimeError, KeyError):
+        name = function.__name__.removeprefix("sample_")
+        raise ValueError(f"{name} wants more of a model than its results, as samplers of CFG++ do") from None
 
 
 class _Id:

@@ -264,6 +264,55 @@ def _draw_run(sheet: _Sheet, run: Mapping, left: float, top: float, cell: float)
             sheet.cell(left + step * cell, base - tall, cell, tall, PLAN_COLOURS[run["roles"][step]])
 
 
+OFFER_COLOURS = {"plans": "#d1495b", "fewer steps": "#2b59c3"}
+
+
+def draw_offers(
+    offers: Mapping[str, Sequence[tuple[float, float, str]]], limits: Mapping[str, float], title: str, text: str
+) -> Image.Image:
+    """What a calibration found: work saved to the right, likeness upwards, a line for each position of the dial.
+
+    offers: by kind, (saving, error as a share of the result, label). limits: the error that each position allows.
+    """
+    width, left, tall = 720, 128, 330
+    lines = [line for whole in (title, *text.split("\n")) for line in wrapped(whole, 14, width - 2 * MARGIN)]
+    top = 20 + 20 * len(lines) + 14
+    sheet = _Sheet(width, top + tall + 74)
+    for i, line in enumerate(lines):
+        sheet.text(MARGIN, 14 + 20 * i, line, 14, FAINT if i else INK)
+    # Errors differ by powers of ten; a plan without any lies at the upper edge.
+    errors = [max(error, 1e-4) for found in offers.values() for _, error, _ in found] + list(limits.values())
+    low, high = np.log10(min(errors)) - 0.1, np.log10(max(errors)) + 0.1
+
+    def at(saving: float, error: float) -> tuple[float, float]:
+        share = (np.log10(max(error, 1e-4)) - low) / (high - low)
+        return left + saving * (width - left - MARGIN), top + float(share) * tall
+
+    for saved in range(0, 101, 10):
+        x, _ = at(saved / 100, 1)
+        sheet.line((x, top, x, top + tall), "#eceff4", 1)
+        sheet.text(x, top + tall + 6, f"{saved}%", 12, FAINT, "ma")
+    sheet.text((left + width - MARGIN) / 2, top + tall + 24, "of the work saved", 13, INK, "ma")
+    for name, error in limits.items():
+        _, y = at(0, error)
+        sheet.line((left, y, width - MARGIN, y), FAINT, 2)
+        sheet.text(left - 8, y, name, 13, INK, "rm")
+    for i, (kind, found) in enumerate(offers.items()):
+        colour = OFFER_COLOURS[kind]
+        ends = [at(saving, error) for saving, error, _ in sorted(found)]
+        if len(ends) > 1:
+            sheet.line([n for end in ends for n in end], colour, 4)
+        for (_, _, label), (x, y) in zip(sorted(found), ends, strict=True):
+            sheet.cell(x - 4, y - 4, 9, 9, colour)
+            if kind == "fewer steps":
+                sheet.text(x + 7, y - 9, f"{label} steps", 11, colour, "lm")
+        x = left + 170 * i
+        sheet.cell(x, top + tall + 50, 16, 12, colour)
+        sheet.text(x + 22, top + tall + 56, {"plans": "steps left out"}.get(kind, kind), 13, INK, "lm")
+    sheet.text(left + 340, top + tall + 56, "higher is more alike", 13, FAINT, "lm")
+    return sheet.done()
+
+
 KIND_COLOURS = {"resnet": COLOURS["checkpoint"], "transformer": "#7fb691", "sampler": "#d9c7a3", "outside": "#ccd2db"}
 KIND_NAMES = {"resnet": "resnets", "transformer": "attention", "sampler": "samplers", "outside": "outside the layers"}
 BARS = (230, 26)  # width of the longest bar and height of a line

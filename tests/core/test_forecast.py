@@ -154,8 +154,12 @@ def test_guidance_in_an_interval():
     plan = forecast.guided_within(forecast.every(10, 1), 0.2, 0.7)
     assert plan.letters() == "uuFFFFFuuu"
     assert plan.saving() == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="evaluation 1 lies outside"):
-        forecast.guided_within(forecast.every(10, 2), 0.2, 0.7)
+    # What is left out inside is drawn on from inside, and what is left out outside is not.
+    mixed = forecast.guided_within(forecast.every(10, 2), 0.1, 0.7)
+    assert mixed.letters() == "uFFrFrFuuu" and mixed.sources(3) == {1, 2} and mixed.sources(5) == {2, 4}
+    weighted = ForecastPlan((Action(), Action(), Action(), Action(RESULT, ((2, 2.0), (0, -1.0)))))
+    assert forecast.guided_within(weighted, 0.25, 1.0).actions[3] == Action(RESULT)
+    assert forecast.guided_within(weighted, 0.0, 1.0) == weighted
     with pytest.raises(ValueError, match="0 <= start <= end <= 1"):
         forecast.guided_within(plan, 0.7, 0.2)
 

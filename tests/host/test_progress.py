@@ -36,6 +36,17 @@ NODES = {
         },
         2 * (1 + ROUNDS),  # off is the reference itself
     ),
+    "ASDMCalibrate": (
+        {
+            "model": ["1", 0],
+            "denoise": 1.0,
+            "pictures": 2,
+            "name": "told",
+            "likeness": "close",
+            "try_fewer_steps": True,
+        },
+        2 * (1 + 2),  # in full, and in 3 and 2 of 4 steps
+    ),
     "ASDMCalibrateInheritance": ({"model": ["1", 0], "goal": "saving", "goal.saving": 0.1, "longest": 2}, 1),
 }
 

@@ -1,0 +1,413 @@
+"""Speed Up and Calibrate: profiles, what is chosen where, and whole steps left out as the run itself decides."""
+
+import json
+import logging
+from pathlib import Path
+
+import comfy.model_management
+import comfy.samplers
+import folder_paths
+import pytest
+import small
+import torch
+from comfy_extras import nodes_custom_sampler, nodes_model_advanced
+from in_host import execute, module
+
+SD = small.SD
+forecast, forecasts, speed_up = (
+    module(name) for name in ("asdm_core.forecast", "nodes.engine.forecasts", "nodes.speed_up")
+)
+adaptive, calibrate, files, prints = (
+    module(f"nodes.{name}") for name in ("engine.adaptive", "calibrate", "engine.files", "engine.fingerprint")
+)
+profiles, regional, technique = (
+    module(name) for name in ("asdm_core.profile", "nodes.engine.regional", "nodes.engine.technique")
+)
+STEPS = 10
+
+
+@pytest.fixture(autouse=True)
+def heard(caplog):
+    """Reports are heard too, not warnings alone."""
+    caplog.set_level(logging.INFO)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return small.model(folder)
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The folder of profiles, empty."""
+    files.register_folders()
+    paths, extensions = folder_paths.folder_names_and_paths[files.PROFILE_FOLDER]
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, files.PROFILE_FOLDER, ([str(tmp_path / "profiles")], extensions)
+    )
+    folder_paths.filename_list_cache.pop(files.PROFILE_FOLDER, None)
+    return tmp_path / "profiles"
+
+
+def listed():
+    folder_paths.filename_list_cache.pop(files.PROFILE_FOLDER, None)
+    return files.profiles()
+
+
+def calibrated(model, name="mine", **more):
+    settings = {"steps": STEPS, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    settings |= {"pictures": 4, "likeness": "same motif", "try_fewer_steps": False, "seed": 0}
+    latent = {"samples": torch.zeros(2, 4, 16, 16)}
+    found = execute(
+        "ASDMCalibrate",
+        model=model,
+        positive=small.cond(SD, 1),
+        negative=small.cond(SD, 2),
+        latent_image=latent,
+        name=name,
+        **settings | more,
+    )
+    listed()
+    return found
+
+
+def run(model, likeness="same motif", profile="automatic", **more):
+    """(the report of a run with Speed Up, its latents)."""
+    m = execute("ASDMSpeedUp", model=model, likeness=likeness, profile=profile)[0]
+    made = small.sample(m, **{"steps": STEPS} | more)
+    return technique.technique_of(m, speed_up.SpeedUp).log.last, made
+
+
+# What a MODEL is ----------------------------------------------------------------------------------------
+
+
+def of(model):
+    return prints.fingerprint(model, lambda technique: False)
+
+
+def test_a_fingerprint_is_of_the_weights_and_of_what_stands_on_them(folder, model):
+    wanted = of(model)
+    assert of(small.model(folder)) == wanted  # read again, as after a restart
+    others = {
+        "weights": small.model(folder, seed=3),
+        "LoRA": small.add_lora(model, small.lora()),
+        "LoRA, weaker": small.add_lora(model, small.lora(), 0.5),
+        "another LoRA": small.add_lora(model, small.lora(seed=1)),
+        "v": nodes_model_advanced.ModelSamplingDiscrete().patch(model, "v_prediction", False)[0],
+        "eps, said so": nodes_model_advanced.ModelSamplingDiscrete().patch(model, "eps", False)[0],
+        "GRI": small.with_technique(model, regional.Regional()),
+        "larger GRI": small.with_technique(model, regional.Regional(window=32)),
+    }
+    found = {name: of(m) for name, m in others.items()}
+    assert len({wanted, *found.values()}) == len(found) + 1
+
+
+def test_a_fingerprint_does_not_change_while_loras_are_written_into_the_weights(model):
+    patched = small.add_lora(model, small.lora())
+    wanted, plain = of(patched), of(model)
+    small.sample(patched, steps=1)
+    assert of(patched) == wanted and of(model) == plain
+    small.sample(model, steps=1)
+    assert of(patched) == wanted and of(model) == plain
+
+
+# Profiles -----------------------------------------------------------------------------------------------
+
+
+def test_a_profile_is_written_and_speed_up_takes_it_by_itself(model, kept, caplog):
+    chosen, text, picture, full = calibrated(model)
+    assert listed() == ["mine.json"] and (kept / "mine.json").read_text("utf-8") == text
+    profile = profiles.read_profile(kept / "mine.json")
+    assert profile.pictures == 4 and profile.made_for.steps == STEPS and picture.shape[-1] == 3
+    assert full["samples"].shape == (4, 4, 16, 16)
+    plan = profile.plan(speed_up.LIKENESS["same motif"]).plan
+    report, made = run(model)
+    assert report.letters == plan.letters() and not report.notes and "profile mine.json" in caplog.text
+    small.sample(chosen, steps=STEPS)
+    assert technique.technique_of(chosen, speed_up.SpeedUp).log.last.letters == plan.letters()
+    # It carries the plan out, weights and all.
+    carried = small.with_technique(model, forecasts.Forecasts(plan))
+    assert torch.equal(small.sample(carried, steps=STEPS), made)
+
+
+def test_what_is_learned_is_the_mean_over_the_pictures(model, kept):
+    profile = profiles.Profile.from_json(calibrated(model)[1])
+    sampler, sigmas = comfy.samplers.sampler_object("euler"), small.sigmas_of(model, STEPS)
+    response = forecasts.response_of(sampler, sigmas, model)
+    noise = torch.cat([torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
+    recorded = forecasts.Recorded()
+    made = small.run(small.with_technique(model, recorded), noise, torch.zeros_like(noise), steps=STEPS)
+    size = float(model.model.process_latent_in(made).square().mean() ** 0.5)
+    wanted = calibrate.plans(recorded.results.recording(response, 3.0, size), STEPS)
+    got = [offer for offer in profile.offers if offer.plan is not None]
+    assert [o.plan.letters() for o in got] == [o.plan.letters() for o in wanted]
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.error == pytest.approx(theirs.error, rel=1e-2)
+
+
+def test_fewer_steps_are_measured(model, kept):
+    profile = profiles.Profile.from_json(calibrated(model, try_fewer_steps=True)[1])
+    offers = [offer for offer in profile.offers if offer.plan is None]
+    assert [offer.steps for offer in offers] == [8, 6, 4]
+    off, size = 0.0, 0.0
+    for seed in (0, 1):
+        few, full = (small.sample(model, steps=steps, batch=2, seed=seed) for steps in (6, STEPS))
+        off += float((few - full).square().sum())
+        size += float(full.square().sum())
+    assert offers[1].error == pytest.approx((off / size) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more, taken, said",
+    [
+        ({"cfg": 5.0}, True, "made for CFG 3"),
+        ({"size": (48, 48)}, True, "made for latents of 16 x 16"),
+        ({"scheduler": "karras"}, False, ""),
+        ({"sampler": "heun"}, False, ""),
+        ({"steps": 12}, False, ""),
+    ],
+)
+def test_a_profile_that_was_made_for_something_else(model, kept, caplog, more, taken, said):
+    calibrated(model)
+    caplog.clear()
+    report, _ = run(model, **more)
+    assert ("profile mine.json, learned" in caplog.text) == taken
+    assert any(said in note for note in report.notes) if said else not any("profile" in n for n in report.notes)
+    if not taken:  # asked for by name, it is said why not
+        report, _ = run(model, profile="mine.json", **more)
+        assert any("is not used: it was made for" in note for note in report.notes)
+
+
+def test_a_profile_of_another_model_is_used_when_chosen(model, folder, kept, caplog):
+    calibrated(model)
+    other = small.add_lora(model, small.lora())
+    report, _ = run(other)
+    assert "choose it on the node to use it all the same" in caplog.text and not report.notes
+    report, _ = run(other, profile="mine.json")
+    assert any("made for another model" in note for note in report.notes)
+    plan = profiles.read_profile(kept / "mine.json").plan(speed_up.LIKENESS["same motif"]).plan
+    assert report.letters == plan.letters()
+
+
+def test_a_file_that_is_no_profile_is_said_and_refused(model, kept, caplog):
+    kept.mkdir()
+    (kept / "broken.json").write_text(json.dumps({"technique": "profile", "format": 7}))
+    assert listed() == ["broken.json"]
+    run(model)
+    assert caplog.text.count("broken.json is no profile") == 1
+    with pytest.raises(ValueError, match="broken.json is no profile that can be used: a profile of format 7"):
+        execute("ASDMSpeedUp", model=model, likeness="close", profile="broken.json")
+
+
+def test_calibrating_can_be_cancelled_and_leaves_no_file(model, kept, monkeypatch):
+    asked = []
+
+    def cancelled():
+        asked.append(1)
+        raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(calibrate.comfy.model_management, "throw_exception_if_processing_interrupted", cancelled)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        calibrated(model)
+    assert asked and not Path(kept).exists()
+
+
+@pytest.mark.parametrize("name", ["../up", "", "a/b"])
+def test_a_bad_name_is_refused_before_anything_is_made(model, kept, name, monkeypatch):
+    monkeypatch.setattr(calibrate, "calibrate", None)
+    with pytest.raises(ValueError, match="profile"):
+        calibrated(model, name=name)
+
+
+def test_a_sampler_that_cannot_be_foretold_is_refused(model, kept):
+    with pytest.raises(ValueError, match="euler_cfg_pp wants more of a model"):
+        calibrated(model, sampler_name="euler_cfg_pp")
+    assert not Path(kept).exists()
+
+
+# What is chosen where nothing was learned ---------------------------------------------------------------
+
+
+def test_gri_is_added_where_it_is_not_and_the_picture_may_differ(model):
+    def on(likeness, model=model, **more):
+        m = execute("ASDMSpeedUp", model=model, likeness=likeness, **more)[0]
+        return technique.technique_of(m, regional.Regional)
+
+    assert on("close") == regional.Regional() == on("same motif")
+    assert on("same to the eye") is None and on("close", large_pictures=False) is None
+    mine = regional.Regional(window=32)
+    assert on("close", small.with_technique(model, mine)) == mine
+
+
+def test_guidance_between_two_points_only(model):
+    m = execute("ASDMSpeedUp", model=model, likeness="close", guidance_start=0.2, guidance_end=0.6)[0]
+    made = small.sample(m, steps=STEPS)
+    letters = technique.technique_of(m, speed_up.SpeedUp).log.last.letters
+    assert letters[:2] == "uu" and letters[6:] == "uuuu" and letters[2] == "F" and "u" not in letters[2:6]
+    assert made.isfinite().all()
+    whole = execute("ASDMSpeedUp", model=model, likeness="close", guidance_start=0.0, guidance_end=1.0)[0]
+    assert torch.equal(small.sample(whole, steps=STEPS), run(model, "close")[1])
+    with pytest.raises(ValueError, match="the end comes after the start"):
+        execute("ASDMSpeedUp", model=model, likeness="close", guidance_start=0.7, guidance_end=0.6)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_sde", "dpmpp_2m_sde", "euler_ancestral", "lcm"])
+def test_of_samplers_that_add_noise_what_is_foretold_is_what_the_table_says(model, sampler):
+    chosen, sigmas = comfy.samplers.sampler_object(sampler), small.sigmas_of(model, STEPS)
+    found = forecasts.response_of(chosen, sigmas, model)
+    noise = {"lcm": "all"}.get(sampler, "some")
+    assert speed_up.noise_of(chosen) == noise
+    plan = speed_up.plan_for("same motif", chosen, sigmas, 3.0, model)
+    assert len(plan.actions) == len(found) and plan.saving() < 0.8
+    report, made = run(model, sampler=sampler)
+    assert report.letters == plan.letters()
+    plain = small.sample(model, steps=STEPS, sampler=sampler)
+    assert torch.equal(made, plain) == (plan.saving() == 0)
+    if not plan.saving():
+        assert any("every step is computed" in note for note in report.notes)
+
+
+def test_a_guider_without_a_single_cfg_keeps_the_run_the_same_to_the_eye(model):
+    guider = nodes_custom_sampler.Guider_DualCFG(model)
+    guider.set_cfg(4.0, 2.0)
+    assert speed_up.guidance_of(guider) is None
+    plain = comfy.samplers.CFGGuider(model)
+    assert speed_up.guidance_of(plain) == 1.0
+    plain.set_cfg(5.0)
+    assert speed_up.guidance_of(plain) == 5.0
+    m = execute("ASDMSpeedUp", model=model, likeness="same motif")[0]
+    guider = nodes_custom_sampler.Guider_DualCFG(m)
+    guider.set_conds(small.cond(SD, 1), small.cond(SD, 3), small.cond(SD, 2))
+    guider.set_cfg(4.0, 2.0)
+    noise, sigmas = torch.randn(1, 4, 16, 16), small.sigmas_of(model, STEPS)
+    guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+    report = technique.technique_of(m, speed_up.SpeedUp).log.last
+    careful = speed_up.plan_for("same to the eye", comfy.samplers.sampler_object("euler"), sigmas, 7.0, model)
+    assert report.letters == careful.letters() and any("no single CFG" in note for note in report.notes)
+
+
+# Decided in the run -------------------------------------------------------------------------------------
+
+
+def first_layer(model):
+    return model.model.diffusion_model.input_blocks[1][0]
+
+
+def by_hand(model, settings, cfg=3.0):
+    """(decisions, sampler): an Euler loop that computes everything, and looks at the first layer itself whether it
+    would have had to.
+    """
+    decisions = []
+
+    def loop(denoise, x, sigmas, extra_args=None, callback=None, disable=None):
+        guider, options = denoise.inner_model, extra_args["model_options"]
+        lists = [guider.conds["positive"], guider.conds["negative"]]
+        seen = []
+        handle = first_layer(model).register_forward_hook(lambda module, inputs, out: seen.append(out.clone()))
+        kept, known, row = None, [], 0
+        steps = len(sigmas) - 1
+        for s, (sigma, lower) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+            seen.clear()
+            found = comfy.samplers.calc_cond_batch(guider.inner_model, lists, x, sigma.expand(len(x)), options)
+            v = [(x / (sigma**2 + 1) - f) * (sigma**2 + 1) ** 0.5 / sigma for f in found]
+            change = (
+                None
+                if kept is None
+                else max(float((a - b).abs().mean() / b.abs().mean()) for a, b in zip(seen[0], kept, strict=True))
+            )
+            inside = settings.first <= s < steps - settings.last and row < settings.max_run
+            if inside and change < settings.threshold:
+                (p, old), (q, new) = known[-2:]
+                v = [b + (b - a) * (s - q) / (q - p) for a, b in zip(old, new, strict=True)]
+                found = [x / (sigma**2 + 1) - w * sigma / (sigma**2 + 1) ** 0.5 for w in v]
+                row += 1
+            else:
+                kept, row = seen[0], 0
+                known.append((s, v))
+            decisions.append("F" if row == 0 else "r")
+            cond, uncond = found
+            x = x + (x - (uncond + cfg * (cond - uncond))) / sigma * (lower - sigma)
+        handle.remove()
+        return x
+
+    return decisions, comfy.samplers.KSAMPLER(loop)
+
+
+@pytest.mark.parametrize("threshold, max_run", [(0.3, 2), (0.12, 1)])
+def test_a_run_that_decides_equals_a_loop_by_hand(model, threshold, max_run):
+    settings = forecast.Adaptive(threshold, max_run)
+    noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    # One picture of the batch changes more than the others: it counts.
+    latent = torch.cat([torch.zeros(2, 4, 16, 16), 20 * torch.randn(1, 4, 16, 16)])
+    decisions, loop = by_hand(model, settings)
+    sigmas = small.sigmas_of(model, 12)
+
+    def sampled(m, sampler):
+        return comfy.sample.sample_custom(
+            m, noise, 3.0, sampler, sigmas, small.cond(SD, 1), small.cond(SD, 2), latent, disable_pbar=True, seed=0
+        )
+
+    wanted = sampled(model, loop)
+
+    class Decided(speed_up.SpeedUp):
+        def bind(self, start, say):
+            positive = forecasts.positives(start.guider)
+            return adaptive.AdaptiveForecaster(settings, self.log, start.sigmas.tolist(), positive, say)
+
+    kept = Decided("close")
+    m = small.with_technique(model, kept)
+    made = sampled(m, comfy.samplers.sampler_object("euler"))
+    assert kept.log.last.letters == "".join(decisions)
+    assert "r" in decisions and small.difference(made, wanted) < 2e-5
+    assert kept.log.last.peak <= kept.device_bytes(m, noise.shape, {"positive": [], "negative": []})
+    assert torch.equal(sampled(m, comfy.samplers.sampler_object("euler")), made)
+
+
+def test_an_unknown_sampler_decides_in_the_run_and_says_so(model, caplog):
+    def mine(denoise, x, sigmas, extra_args=None, callback=None, disable=None):
+        return comfy.k_diffusion.sampling.sample_euler(denoise, x, sigmas, extra_args, callback, disable)
+
+    m = execute("ASDMSpeedUp", model=model, likeness="same motif")[0]
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    comfy.sample.sample_custom(
+        m,
+        noise,
+        3.0,
+        comfy.samplers.KSAMPLER(mine),
+        small.sigmas_of(model, 20),
+        small.cond(SD, 1),
+        small.cond(SD, 2),
+        torch.zeros_like(noise),
+        disable_pbar=True,
+        seed=0,
+    )
+    assert "is not one of ComfyUI's own samplers, so each step is left out or made" in caplog.text
+    letters = technique.technique_of(m, speed_up.SpeedUp).log.last.letters
+    assert len(letters) == 20 and "rr" not in letters
+
+
+def test_samplers_of_cfg_pp_decide_in_the_run(model, caplog):
+    report, made = run(model, sampler="euler_cfg_pp", cfg=1.5, steps=20)
+    assert "so each step is left out or made" in caplog.text and made.isfinite().all()
+    assert len(report.letters) == 20 and set(report.letters) <= {"F", "r"}
+    report, made = run(model, sampler="euler_ancestral_cfg_pp", cfg=1.5)
+    assert report.saving == 0 and torch.equal(
+        made, small.sample(model, steps=STEPS, sampler="euler_ancestral_cfg_pp", cfg=1.5)
+    )
+
+
+def test_a_compiled_model_that_decides_computes_the_same(model):
+    settings = forecast.Adaptive(0.3, 1)
+
+    class Decided(speed_up.SpeedUp):
+        def bind(self, start, say):
+            positive = forecasts.positives(start.guider)
+            return adaptive.AdaptiveForecaster(settings, self.log, start.sigmas.tolist(), positive, say)
+
+    kept = Decided("close")
+    m = small.with_technique(model, kept)
+    wanted = small.sample(m, steps=8)
+    letters = kept.log.last.letters
+    assert "r" in letters
+    assert small.difference(small.sample(small.compiled(m), steps=8), wanted) < 1e-4
+    assert kept.log.last.letters == letters
