@@ -1,6 +1,6 @@
 // What our techniques say in a run, on the nodes they come from: where one cannot act, or does less than it was asked for.
-// It stays until the next run begins. The server keeps it too (GET /asdm/notes), for pages that are opened later and for
-// nodes that are made anew: after a change of tabs, an undo.
+// It stays as long as the results of that run. The server keeps it too (GET /asdm/notes), for pages that are opened later,
+// for nodes that are made anew (after a change of tabs, an undo), and where a run takes the results of one before.
 import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
 import { write } from './outputs.js'
@@ -28,7 +28,7 @@ function show(id, notes) {
   if (node?.constructor.nodeData?.name?.startsWith('ASDM')) write(node, NAME, notes.join('\n'))
 }
 
-// Says again what was said in the last run of the workflow that is shown.
+// Says again what holds of the last results of the workflow that is shown.
 async function recall() {
   const workflow = (app.rootGraph ?? app.graph).id
   const answer = await api.fetchApi('/asdm/notes?' + new URLSearchParams({ workflow }))
@@ -43,6 +43,13 @@ app.registerExtension({
     api.addEventListener('asdm.notes', ({ detail }) => show(detail.node, detail.notes))
     api.addEventListener('execution_start', () => {
       for (const node of all()) write(node, NAME, '')
+    })
+    // The host records a run between the word that it is over and the next one about its queue.
+    let over = false
+    api.addEventListener('execution_success', () => (over = true))
+    api.addEventListener('status', () => {
+      if (over) recall()
+      over = false
     })
   }
 })

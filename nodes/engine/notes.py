@@ -23,7 +23,7 @@ EVENT = "asdm.notes"
 ROUTE = "/asdm/notes"
 PROMPTS_KEPT = 100
 
-_said: OrderedDict[str, dict[str, list[str]]] = OrderedDict()  # prompt -> node -> sentences
+_said: OrderedDict[str, dict[str, dict[str, str]]] = OrderedDict()  # prompt -> node -> sentence -> who executed
 
 
 _silent: ContextVar[bool] = ContextVar("asdm_silent", default=False)
@@ -67,12 +67,12 @@ def speaker(node_id: str = "") -> Say:
         node = node_id or executing()
         if context is None or not node:
             return
-        texts = _said.setdefault(str(context.prompt_id), {}).setdefault(node, [])
+        texts = _said.setdefault(str(context.prompt_id), {}).setdefault(node, {})
         while len(_said) > PROMPTS_KEPT:
             _said.popitem(last=False)
         if text in texts:  # several runs of one node, as in A/B Compare
             return
-        texts.append(text)
+        texts[text] = executing()
         server = getattr(PromptServer, "instance", None)
         if server is not None:
             message = {"prompt_id": str(context.prompt_id), "node": node, "notes": list(texts)}
@@ -83,7 +83,7 @@ def speaker(node_id: str = "") -> Say:
 
 def register() -> None:
     """Answer GET /asdm/notes: node id -> sentences, of the last run in which anything was said; of a run with
-    ?prompt_id=..., of the last run of a workflow with ?workflow=..., its id, whether or not anything was said in it.
+    ?prompt_id=...; with ?workflow=..., its id, what holds of its results (see `standing`).
     """
     server = getattr(PromptServer, "instance", None)
     if server is None:
@@ -92,16 +92,32 @@ def register() -> None:
     @server.routes.get(ROUTE)
     async def notes(request: web.Request) -> web.Response:
         workflow = request.query.get("workflow")
-        run = request.query.get("prompt_id") if workflow is None else last_run(server.prompt_queue, workflow)
-        return web.json_response(said(run))
+        if workflow is not None:
+            return web.json_response(standing(server.prompt_queue, workflow))
+        return web.json_response(said(request.query.get("prompt_id")))
 
 
-def last_run(queue, workflow: str) -> str:
-    """The id of the last run of a workflow in the host's queue, be it running or over; "" where there was none."""
+def standing(queue, workflow: str) -> dict[str, list[str]]:
+    """Node id -> what was said in the last run of a workflow in the host's queue, and in runs before it by nodes whose
+    results were taken from the host's cache since.
+    """
+    found: dict[str, dict[str, str]] = {}
     with queue.mutex:
-        over = (record["prompt"] for record in reversed(queue.history.values()))
-        for _, prompt_id, _, extra, *_ in (*queue.currently_running.values(), *over):
+        for prompt, status in (
+            *((record["prompt"], record.get("status")) for record in queue.history.values()),
+            *((prompt, None) for prompt in queue.currently_running.values()),
+        ):
+            _, prompt_id, _, extra, *_ = prompt
             saved = extra.get("extra_pnginfo", {}).get("workflow") or {}
-            if saved.get("id") == workflow:
-                return str(prompt_id)
-    return ""
+            if saved.get("id") != workflow:
+                continue
+            cached = {
+                node
+                for kind, data in (status or {}).get("messages", ())
+                if kind == "execution_cached"
+                for node in data["nodes"]
+            }
+            still = {id: {text: by for text, by in texts.items() if by in cached} for id, texts in found.items()}
+            new = _said.get(str(prompt_id), {})
+            found = {id: {**still.get(id, {}), **new.get(id, {})} for id in {**still, **new}}
+    return {id: list(texts) for id, texts in found.items() if texts}
