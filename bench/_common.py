@@ -172,7 +172,7 @@ def record(
         "rows": rows,
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
-    width = max(map(len, summary))
+    width = max(map(len, summary), default=0)
     for key, value in summary.items():
         print(f"{key:{width}}  {value:.3f}")
     print(f"wrote {path.relative_to(ROOT)}")

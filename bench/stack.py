@@ -9,7 +9,7 @@ Speed Up at "close" without a profile ("same to the eye" beside it); what it doe
 stands in bench/results/inheritance.json, and its PSNR from there beside the times here. A run is put together from the
 medians of its kinds of step, three of each: in full, for the positive prompt alone, left out. --whole makes the whole
 run with all together once, and says how far its time is from the sum. Multiplications are counted from the config
-(`asdm_core.measure`), those that GRI leaves out included.
+(`asdm_core.measure`), those that GRI leaves out included. Rows are kept as they come; a stopped bench goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ from bench._unets import SD15, full_size, with_technique
 
 STEPS, CFG, SAMPLER, SCHEDULER = 20, 7.0, "euler", "normal"
 LIKENESS = ("close", "same to the eye")
+ALL = "M2 pack + GRI + Speed Up (close)"
 RUN = f"{SAMPLER}-{STEPS}-cfg{CFG:g}"
 # One of each kind of step that plans have, after two in full: the first warms up, and lines need two.
 KINDS = forecast.ForecastPlan(tuple(forecast.Action(kind) for kind in ("full", "full", "result", "cond")), name="kinds")
@@ -126,59 +127,67 @@ class Models:
         return with_technique(model, pack_module("nodes.engine.regional").Regional()) if gri else model
 
 
-def bench(dtype: str, size: int, rounds: int, whole: bool, clock, folder: Path) -> list[dict]:
-    models, rows = Models(dtype, folder), []
+# What stands on the MODEL beneath Speed Up: an M2 pack, GRI. The two that the summary needs come first.
+BENEATH = ((False, False), (True, True), (True, False), (False, True))
+
+
+def bench(
+    dtype: str, size: int, rounds: int, whole: bool, clock, folder: Path, known: set[str]
+) -> Iterator[list[dict]]:
+    """The rows of each set of techniques beneath Speed Up, as they come; without those that are known, by setting."""
+    models = Models(dtype, folder)
     plans = {likeness: plan_of(models.plain, likeness) for likeness in LIKENESS}
     plans |= {"": forecast.every(STEPS, 1)}
-    for cut in (False, True):
-        for gri in (False, True):
-            model, work = models.get(cut, gri), multiplications(size, cut, gri)
-            times = kinds(model, clock, size, rounds)
-            median = {letter: statistics.median(found) for letter, found in times.items()}
-            for likeness, plan in plans.items():
-                letters = plan.letters()
-                names = [*(["M2 pack"] if cut else []), *(["GRI"] if gri else [])]
-                names += [f"Speed Up ({likeness})"] if likeness else []
-                rows.append(
-                    {
-                        "part": "stack",
-                        "dtype": dtype,
-                        "size": size,
-                        "setting": " + ".join(names) or "none",
-                        "seconds": round(sum(median[letter] for letter in letters), 3),
-                        "multiplications": work * 2 * STEPS * (1 - plan.saving()),
-                        "plan": letters,
-                        "psnr_on_emoji": on_emoji(likeness) if likeness else None,
-                        "seconds_of_steps": times,
-                    }
-                )
-                print(f"{dtype} {size} {rows[-1]['setting']:45} {rows[-1]['seconds']:8.1f} s", flush=True)
-    if whole:
-        carried = with_technique(
-            models.get(True, True), pack_module("nodes.engine.forecasts").Forecasts(plans["close"])
-        )
-        sample(carried, clock, 2, size)
-        before = clock()
-        sample(carried, clock, STEPS, size)
-        all_together = next(r for r in rows if r["setting"] == "M2 pack + GRI + Speed Up (close)")
-        all_together["whole_run_over_sum"] = (clock() - before) / all_together["seconds"]
-    return rows
+    for cut, gri in BENEATH:
+        beneath = [*(["M2 pack"] if cut else []), *(["GRI"] if gri else [])]
+        if (" + ".join(beneath) or "none") in known:
+            continue
+        model, work = models.get(cut, gri), multiplications(size, cut, gri)
+        times = kinds(model, clock, size, rounds)
+        median = {letter: statistics.median(found) for letter, found in times.items()}
+        rows: list[dict] = []
+        for likeness, plan in plans.items():
+            names = [*beneath, *([f"Speed Up ({likeness})"] if likeness else [])]
+            rows.append(
+                {
+                    "part": "stack",
+                    "dtype": dtype,
+                    "size": size,
+                    "setting": " + ".join(names) or "none",
+                    "seconds": round(sum(median[letter] for letter in plan.letters()), 3),
+                    "multiplications": work * 2 * STEPS * (1 - plan.saving()),
+                    "plan": plan.letters(),
+                    "psnr_on_emoji": on_emoji(likeness) if likeness else None,
+                    "seconds_of_steps": times,
+                }
+            )
+            print(f"{dtype} {size} {rows[-1]['setting']:45} {rows[-1]['seconds']:8.1f} s", flush=True)
+        if whole and cut and gri:
+            carried = with_technique(model, pack_module("nodes.engine.forecasts").Forecasts(plans["close"]))
+            sample(carried, clock, 2, size)
+            before = clock()
+            sample(carried, clock, STEPS, size)
+            all_together = next(r for r in rows if r["setting"] == ALL)
+            all_together["whole_run_over_sum"] = (clock() - before) / all_together["seconds"]
+        yield rows
 
 
 def summary_of(rows: list[dict]) -> dict[str, float]:
     found, ceilings = {}, []
     for dtype, size in sorted({(row["dtype"], row["size"]) for row in rows}):
         of = {r["setting"]: r for r in rows if (r["dtype"], r["size"]) == (dtype, size)}
+        if "none" not in of or ALL not in of:
+            continue
         none, suffix = of["none"], "" if dtype == "bf16" else f"_{dtype}"
         for likeness, name in (("close", ""), ("same to the eye", "_same_to_the_eye")):
-            all_together = of[f"M2 pack + GRI + Speed Up ({likeness})"]
+            all_together = of[ALL.replace("close", likeness)]
             found[f"stack_{size}{name}{suffix}"] = none["seconds"] / all_together["seconds"]
             if not name:
                 time = all_together["seconds"] / none["seconds"]
                 ceilings.append(time / (all_together["multiplications"] / none["multiplications"]))
-        if "whole_run_over_sum" in of["M2 pack + GRI + Speed Up (close)"]:
-            found[f"whole_run_over_sum_{size}{suffix}"] = of["M2 pack + GRI + Speed Up (close)"]["whole_run_over_sum"]
-    return found | {"overhead_over_mac_ceiling": max(ceilings)}
+        if "whole_run_over_sum" in of[ALL]:
+            found[f"whole_run_over_sum_{size}{suffix}"] = of[ALL]["whole_run_over_sum"]
+    return found | ({"overhead_over_mac_ceiling": max(ceilings)} if ceilings else {})
 
 
 def main() -> None:
@@ -192,10 +201,15 @@ def main() -> None:
     command = command_line("stack")
     with tempfile.TemporaryDirectory() as folder:
         for size in args.sizes:
-            for dtype in args.dtypes:  # kept as they come
-                rows = bench(dtype, size, args.rounds, args.whole, clock, Path(folder))
-                _, rows = beside_earlier("stack", {}, rows, command, lambda row: (row["dtype"], row["size"]))
-                record("stack", summary_of(rows), rows, command, host, args.notes)
+            for dtype in args.dtypes:
+                path = RESULTS / "stack.json"
+                earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+                known = {r["setting"] for r in earlier if (r["dtype"], r["size"]) == (dtype, size)}
+                for rows in bench(dtype, size, args.rounds, args.whole, clock, Path(folder), known):
+                    _, rows = beside_earlier(
+                        "stack", {}, rows, command, lambda r: (r["dtype"], r["size"], r["setting"])
+                    )
+                    record("stack", summary_of(rows), rows, command, host, args.notes)
 
 
 if __name__ == "__main__":
