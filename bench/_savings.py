@@ -286,6 +286,11 @@ class Savings:
 # What follows from the rows ----------------------------------------------------------------------------
 
 
+def _finished(rows: list[dict], run: str, method: str) -> bool:
+    """Whether all plans of a method were measured in a run."""
+    return sum(r["run"] == run and r["method"] == method and "%:" in r["setting"] for r in rows) >= len(SAVED)
+
+
 def _points(rows: list[dict], run: str, *methods: str) -> list[tuple[float, float]]:
     return [(r["saved"], r["psnr"]) for r in rows if r["run"] == run and r["method"] in methods and "psnr" in r]
 
@@ -318,7 +323,7 @@ def summary(rows: list[dict]) -> dict[str, float]:
             ("saving_at_32db_dpmpp_2m20_cfg7", "dpmpp_2m-20-cfg7", 32),
         ):
             points = _points(rows, run, method)
-            if points:
+            if _finished(rows, run, method):
                 found[prefix + key] = max((s for s, quality in points if quality >= least), default=0.0)
         leads: dict[str, list[float]] = {"fewer_steps": [], "best_peer": []}
         for run in runs:
@@ -327,7 +332,7 @@ def summary(rows: list[dict]) -> dict[str, float]:
             # SDE runs are not hopeless at 20%; beyond that nothing comes near.
             for saved in (0.4, 0.5) if deterministic else (0.2,) if run.startswith("dpmpp_2m_sde") else ():
                 ours = _measured(mine, saved)
-                if ours is None:
+                if ours is None or not _finished(rows, run, method):
                     continue
                 other = _line(fewer, saved)
                 if deterministic and other is not None:
@@ -339,7 +344,7 @@ def summary(rows: list[dict]) -> dict[str, float]:
         for name, values in leads.items():
             if values:
                 found[f"{prefix}lead_over_{name}_db"] = min(values)
-    found["runs_measured"] = len(runs)
+    found["runs_measured"] = sum(_finished(rows, run, OURS) and bool(_points(rows, run, FEWER)) for run in runs)
     for run in runs:
         for method in (OURS, UNCALIBRATED):
             at = _measured(_points(rows, run, method), 0.4)
