@@ -49,9 +49,24 @@ def main(classifier: Classifier | None = None) -> None:
         accelerator.print(f"wrote {product}")
     except (ValueError, FloatingPointError, OSError) as e:
         raise SystemExit(str(e)) from None
+    except RuntimeError as e:
+        if not lost(e):
+            raise
+        reason = str(e).strip().splitlines()[0]
+        raise SystemExit(
+            f"another process of the run was lost ({reason:.200}); the same command goes on from the last checkpoint"
+        ) from None
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether this is how torch says that another process does not answer any more."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    said = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Timed out waiting")
+    return any(words in str(error) for words in said)
 
 
 if __name__ == "__main__":

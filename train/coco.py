@@ -11,6 +11,7 @@ several processes share the work, and a stopped run go on.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.util
 import io
@@ -22,8 +23,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from .captions import read_text
-from .progress import Progress
+from .captions import SUFFIXES, read_text
+from .progress import Progress, plain_errors
 from .seeds import seeded
 from .networks import assembled
 
@@ -42,6 +43,84 @@ def libraries() -> tuple:
         importlib.import_module("torch_fidelity"),
         importlib.import_module("open_clip"),
     )
+
+
+WEIGHTS = {  # of the libraries, in torch's cache of downloads: what for, and whence
+    "pt_inception-2015-12-05-6726825d.pth": ("FID", "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"),
+    "weights-inception-2015-12-05-6726825d.pth": ("IS", "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"),
+}
+CLIP_REPOSITORY = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
+CLIP_FILES = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors", "model.safetensors")
+
+
+def downloads() -> list[str]:
+    """What the libraries would download before they can score, a line each."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    found = [
+        f"{name} for {what}, from {whence}, into {folder}"
+        for name, (what, whence) in WEIGHTS.items()
+        if not (folder / name).is_file()
+    ]
+    if not any(isinstance(try_to_load_from_cache(CLIP_REPOSITORY, name), str) for name in CLIP_FILES):
+        found.append(f"{CLIP[0]} ({CLIP[1]}) for the CLIP score: hf download {CLIP_REPOSITORY}")
+    return found
+
+
+def check_real(real: Path) -> None:
+    """Raise ValueError where the real pictures are not there, or not at the protocol's size."""
+    files = sorted(real.glob("*.jpg")) if real.is_dir() else []
+    if not files:
+        raise ValueError(
+            f"{real} is no folder of pictures; wanted those of COCO's 2014 validation set at {SIZE} px. Download "
+            f"val2014.zip (http://images.cocodataset.org/zips/val2014.zip), unpack it, and python -m train.coco "
+            f"val2014/ {real}"
+        )
+    with Image.open(files[0]) as first:
+        if first.size != (SIZE, SIZE):
+            raise ValueError(
+                f"{files[0]} is {first.size[0]} x {first.size[1]}; wanted {SIZE} x {SIZE} px: python -m "
+                f"train.coco {real} another-folder/"
+            )
+
+
+def real_pictures(source: Path, out: Path, names: Sequence[str] | None = None) -> int:
+    """Squeeze pictures to SIZE as the protocol does, into `out`; what is there stays. Returns how many there are.
+
+    names: file names of those to take; None: all. Raises ValueError where some are missing.
+    """
+    if names is None:
+        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
+    else:
+        paths = [source / name for name in dict.fromkeys(names)]
+        if missing := [p for p in paths if not p.is_file()]:
+            raise ValueError(
+                f"{source} lacks {len(missing)} of the list's {len(paths)} pictures, first {missing[0].name}"
+            )
+    if not paths:
+        raise ValueError(f"{source} holds no pictures")
+    out.mkdir(parents=True, exist_ok=True)
+    progress = Progress("real pictures", len(paths))
+    for i, path in enumerate(paths):
+        wanted = out / f"{path.stem}.jpg"
+        if not wanted.exists():
+            temporary = wanted.with_suffix(".part")
+            with Image.open(path) as picture:
+                squeezed = picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            squeezed.save(temporary, "JPEG")
+            temporary.replace(wanted)
+        progress.show(i + 1)
+    progress.end()
+    return len(paths)
+
+
+def read_names(path: Path) -> list[str]:
+    """The column file_name of a metadata.csv."""
+    names = [row.get("file_name") or "" for row in csv.DictReader(io.StringIO(read_text(path), newline=""))]
+    if not names or not all(names):
+        raise ValueError(f"{path}: every row needs a picture in the column file_name")
+    return names
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
@@ -132,8 +211,7 @@ def clip_score(open_clip, prompts: Sequence[str], folder: Path, accelerator: Acc
 def scores(prompts: Sequence[str], folder: Path, real: Path, accelerator: Accelerator) -> dict:
     """FID, IS and CLIP score of a folder of `generate` against a folder of real pictures, in all processes alike."""
     fid, torch_fidelity, open_clip = libraries()
-    if not real.is_dir():
-        raise ValueError(f"{real} is no folder; wanted the pictures of COCO's 2014 validation set at {SIZE} px")
+    check_real(real)
     found = {"pictures": len(prompts), "clip": clip_score(open_clip, prompts, folder, accelerator)}
     if accelerator.is_main_process:
         # The mode that agrees with pytorch-fid, which the protocol uses; clean-fid's own resizing is not comparable.
@@ -144,3 +222,20 @@ def scores(prompts: Sequence[str], folder: Path, real: Path, accelerator: Accele
         found |= {"is": metrics["inception_score_mean"], "is_std": metrics["inception_score_std"]}
     accelerator.wait_for_everyone()
     return found
+
+
+@plain_errors
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.coco", description="The real pictures of the protocol: squeezed to 256 x 256."
+    )
+    parser.add_argument("source", type=Path, help="folder of COCO's val2014")
+    parser.add_argument("out", type=Path, help="folder to write, the --real of train.evaluate")
+    parser.add_argument("--names", type=Path, help="metadata.csv with a column file_name: only these pictures")
+    args = parser.parse_args(arguments)
+    count = real_pictures(args.source, args.out, read_names(args.names) if args.names else None)
+    print(f"{count} pictures of {SIZE} px in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

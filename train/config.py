@@ -27,6 +27,7 @@ from asdm_core.gri import GRI, LogGains
 
 from .buckets import STEP
 from .diffusion import STEPS, simple_times
+from .optimisation import KINDS as KINDS_OF_OPTIMISERS
 from .losses import LATENT_RGB, LOSSES, PREDICTIONS
 from .schedules import SCHEDULES, Schedule, read_schedule
 from .taps import KINDS, Tap
@@ -71,6 +72,7 @@ TRAINED = ("own", "all", "none")
 STARTS = (*condconv.STARTS, "clme")
 SOURCES = ("cache", "folder", "shards", "hub", "prompts", "random")
 PICTURED = ("cache", "folder", "shards", "hub")  # those with pictures of one's own
+HELD_OUT = ("cache", "folder", "shards")
 RATES = ("trapezoid", "cosine", "linear", "polynomial", "constant_with_warmup")
 TIMESTEPS = ("uniform", "snr")
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the forward passes
@@ -239,7 +241,9 @@ class Data:
     size: pixels of the pictures, square. timesteps: "uniform", or "snr": rarely those with little noise in them.
     buckets: whether pictures keep their aspect ratio, in shapes of about that area (train/buckets.py), for "cache" and
     "folder"; bucket_batch: samples in a row that have one shape, a multiple of run.micro_batch.
-    flip: whether every other picture is mirrored.
+    flip: whether every other picture is mirrored. held_out: another path of the same kind, whose pictures are not
+    trained on: the losses of the averaged weights on held_out_count of them go into the log with the pictures
+    (run.picture_every); empty: none.
     """
 
     source: str = "cache"
@@ -250,6 +254,8 @@ class Data:
     buckets: bool = False
     bucket_batch: int = number(16, 1)
     flip: bool = False
+    held_out: str = ""
+    held_out_count: int = number(64, 1)
 
     @property
     def side(self) -> int:
@@ -320,8 +326,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW with clipped gradients, a course of the learning rate (steps), and the average of the weights.
+    """The optimiser, with clipped gradients, a course of the learning rate (steps), and the average of the weights.
 
+    kind: "adamw"; "adamw-8bit" (bitsandbytes) or "adamw-8bit-torchao", whose moments take a quarter; "adafactor", which
+    keeps a third of them for 3x3 convolutions and hardly any for the rest, and has no betas.
     clip: the largest norm of the gradient; 0 for no clipping. schedule: "trapezoid" (warm-up, constant, cooldown to 0),
     or one of diffusers' schedules over the whole run, with warm-up and without cooldown.
     """
@@ -334,6 +342,7 @@ class Optimiser:
     cooldown: int = number(0, 0)
     ema: float = number(0.9999, 0, 1)
     schedule: str = "trapezoid"
+    kind: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -345,8 +354,11 @@ class RunSettings:
     shard: share weights, gradients, optimiser and average out among the processes (FSDP2) instead of copying them
     (DDP). precision: of the forward passes; weights are float32. folder: for checkpoints, the log and the product.
     stored: dtype of the product. picture_every: steps between two pictures of teacher and student, 0 for none.
-    tensorboard: whether the log goes to TensorBoard as well. workers: processes that read the data ahead, for each
-    process of the run; 0: it reads by itself.
+    tensorboard: whether the log goes to TensorBoard as well, with pictures. trackers: others that it goes to, by
+    accelerate's names ("wandb", "mlflow", ...), with all settings. workers: processes that read the data ahead, for
+    each process of the run; 0: it reads by itself. offload: keep moments and average on the CPU, where
+    AdamW's step is then made. compile: backend of torch.compile ("inductor") for the parts of teacher and student;
+    empty: none.
     """
 
     steps: int = number(50_000, 1)
@@ -354,6 +366,8 @@ class RunSettings:
     micro_batch: int = number(8, 1)
     workers: int = number(0, 0, 64)
     shard: bool = False
+    offload: bool = False
+    compile: str = ""
     precision: str = "no"
     checkpoint_gradients: bool = False
     save_every: int = number(1000, 1)
@@ -361,6 +375,7 @@ class RunSettings:
     log_every: int = number(50, 1)
     picture_every: int = number(1000, 0)
     tensorboard: bool = False
+    trackers: tuple[str, ...] = ()
     folder: str = ""
     stored: str = "float16"
 
@@ -396,6 +411,7 @@ class Config:
             ("rollout.sampler", SAMPLERS),
             ("rollout.states", STATES),
             ("optimiser.schedule", RATES),
+            ("optimiser.kind", KINDS_OF_OPTIMISERS),
             ("run.precision", PRECISIONS),
             ("run.stored", STORED),
         ):
@@ -415,6 +431,7 @@ class Config:
         if self.run.shard and self.run.precision == "fp16":
             raise ValueError("run.shard does not go with fp16, whose gradient scaler needs gradients whole; use bf16")
         self._check_data()
+        self._check_memory()
         if bool(self.student.preset) == bool(self.student.cut):
             raise ValueError("student: give either preset or cut")
         if self.loss.classifier and self.network.family != "emoji":
@@ -452,6 +469,11 @@ class Config:
             raise ValueError(
                 f"data.flip: {data.source!r} has no pictures to mirror; possible with {', '.join(PICTURED)}"
             )
+        if data.held_out and (data.source not in HELD_OUT or self.rollout.steps or self.network.teacher_outputs):
+            raise ValueError(
+                f"data.held_out: possible with the sources {', '.join(HELD_OUT)}, without rollout and without "
+                "network.teacher_outputs, which are of other samples"
+            )
         if not data.buckets:
             return
         if data.source not in ("cache", "folder"):
@@ -468,6 +490,21 @@ class Config:
             )
         if self.gri.on or self.rollout.steps:
             raise ValueError("data.buckets does not go with gri or rollout, which want square pictures; leave it out")
+
+    def _check_memory(self) -> None:
+        run, kind = self.run, self.optimiser.kind
+        if run.offload and (kind != "adamw" or run.shard):
+            raise ValueError(
+                "run.offload goes with optimiser.kind = adamw and without run.shard; leave one of them out, got "
+                f"{kind!r}{' and run.shard' if run.shard else ''}"
+            )
+        if run.shard and kind != "adamw":
+            raise ValueError(f"run.shard goes with optimiser.kind = adamw, got {kind!r}")
+        if run.compile and run.shard:
+            raise ValueError("run.compile does not go with run.shard; leave one of them out")
+        backends = torch.compiler.list_backends(exclude_tags=()) if run.compile else []
+        if run.compile and run.compile not in backends:
+            raise ValueError(f"run.compile: {run.compile!r} is none of torch's backends: {', '.join(backends)}")
 
     def _check_lora(self) -> None:
         if not self.lora.rank:

@@ -1,14 +1,19 @@
 """What a run will do, without doing it: its settings, what it trains and what memory it takes.
 
 Networks are built on the meta device, so the plan of a large run costs no memory.
+
+    python -m train.dry_run
+
+prints which recipe fits which card, the table in docs/training.md.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +27,10 @@ from asdm_core.measure import costs, total
 from asdm_core.surgery import cut_diffusers
 
 from . import networks
-from .config import PRECISIONS, Config
+from .config import PRECISIONS, Config, load
 from .losses import LOSSES
 from .data import pooled_width
+from .optimisation import KINDS
 from .rollout import Course, few_steps
 from .vgg import VGG16
 
@@ -35,7 +41,8 @@ class MemoryEstimate:
     emoji family.
 
     copies: of weights, in the precision of the forward pass, which autocast keeps for the backward pass. perceptual:
-    VGG16 and what it keeps.
+    VGG16 and what it keeps. cpu: what lies in the memory of the machine instead, with run.offload: moments and average,
+    and weights and gradients on their way.
     """
 
     teacher: int
@@ -46,10 +53,12 @@ class MemoryEstimate:
     activations: int
     copies: int
     perceptual: int
+    cpu: int = 0
 
     @property
     def total(self) -> int:
-        return sum(vars(self).values())
+        """Of the card."""
+        return sum(vars(self).values()) - self.cpu
 
 
 class Autocast(TorchFunctionMode):
@@ -212,6 +221,8 @@ def perceptual(config: Config) -> int:
 def memory(student: UNet2DConditionModel, config: Config, processes: int) -> MemoryEstimate:
     shared = processes if config.run.shard else 1
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    moments = KINDS[config.optimiser.kind].moments
+    kept_moments = round(sum(p.numel() * moments(p.shape) for p in student.parameters() if p.requires_grad))
     half = PRECISIONS[config.run.precision].itemsize
     draws = config.data.source == "prompts" or config.rollout.steps
     needs_teacher = draws or any(LOSSES[name].teacher for name in config.loss.weights)
@@ -223,11 +234,12 @@ def memory(student: UNet2DConditionModel, config: Config, processes: int) -> Mem
         teacher=teacher * half,
         student=(sum(p.nbytes for p in student.parameters()) - held) // shared,
         gradients=4 * trained // shared,
-        optimiser=8 * trained // shared,
-        average=4 * trained // shared,
+        optimiser=0 if config.run.offload else kept_moments // shared,
+        average=0 if config.run.offload else 4 * trained // shared,
         activations=kept,
         copies=copies,
         perceptual=perceptual(config),
+        cpu=kept_moments + 12 * trained if config.run.offload else 0,
     )
 
 
@@ -249,9 +261,10 @@ def report(config: Config, processes: int) -> str:
     lines += [f"taps of {kind}: {', '.join(tap.name for tap in found)}" for kind, found in config.taps.items()]
     need = memory(student, config, processes)
     lines += ["", "memory of one process, estimated:"]
-    lines += [f"  {name:<12}{_size(value):>12}" for name, value in vars(need).items()]
+    lines += [f"  {name:<12}{_size(value):>12}" for name, value in vars(need).items() if name != "cpu"]
     lines += [
         f"  {'all':<12}{_size(need.total):>12}",
+        *([f"and {_size(need.cpu)} of the machine's memory for moments and average"] if need.cpu else []),
         "",
         f"{config.run.steps} steps of {config.run.batch} samples: {processes} x {accumulation} x "
         f"{config.run.micro_batch} "
@@ -300,3 +313,46 @@ def _rollout(config: Config) -> list[str]:
         f"work: {2 * (bank + student) / 1e15:.3g} PFLOP, {bank / (bank + student):.0%} of it the bank; "
         f"{2 * (bank + student) / 50e12 / 3600:.3g} hours for each 50 TFLOP/s that a machine sustains",
     ]
+
+
+# Which recipe fits which card -----------------------------------------------------------------------
+
+CARDS = {6: 5.5, 8: 7.0, 12: 11.0, 16: 15.0, 24: 22.0, 40: 38.0, 80: 76.0}  # GB as they are sold: GiB that are free
+MICRO_BATCHES = (None, 4, 1)
+
+
+def needs(recipe: Path) -> list[float]:
+    """GiB of a recipe as it is and with smaller micro batches."""
+    found = []
+    for micro in MICRO_BATCHES:
+        given = load(recipe, ["network.teacher=x", *([f"run.micro_batch={micro}"] if micro else [])])
+        found.append(memory(meta_student(given), given, 1).total / 2**30)
+    return found
+
+
+def fits(gib: float) -> str:
+    return next((f"{card} GB" for card, free in CARDS.items() if gib <= free), "none of these")
+
+
+def table(recipes: Sequence[Path]) -> str:
+    """A row for each recipe, in Markdown."""
+    lines = [
+        "| recipe | as it is | `run.micro_batch=4` | `=1` | of it trained | on the CPU | fits, as it is and with 1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for recipe in recipes:
+        config = load(recipe, ["network.teacher=x"])
+        student = meta_student(config)
+        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        whole, four, one = needs(recipe)
+        cpu = memory(student, config, 1).cpu / 2**30
+        lines.append(
+            f"| `{recipe.stem}` | {whole:.1f} | {four:.1f} | {one:.1f} | {trained / 1e6:.0f} M | "
+            f"{f'{cpu:.0f}' if cpu else ''} | {fits(whole)}, {fits(one)} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    found = sorted(Path(__file__).with_name("configs").glob("sd*.toml"))
+    print(table(found))

@@ -4,7 +4,9 @@
     --real coco/val2014
 
 Over all processes; without a product, the original. The same command goes on where it stopped; other settings want
-another --out. Ends in a JSON file and a picture there. Products of the emoji family: `python -m train.emoji.compare`.
+another --out. What the libraries must download is said before anything is drawn. Ends in a JSON file and a picture
+there, and in scores.md, all of them above the published ones (train/published.py). `python -m train.coco` makes the
+real pictures. Products of the emoji family: `python -m train.emoji.compare`.
 """
 
 from __future__ import annotations
@@ -22,12 +24,20 @@ from . import coco
 from .figures import save_grid
 from .progress import plain_errors
 from .provenance import ENCODERS, NETWORK, contents, digest, named, same_folder
+from .published import beside
 
 SHOWN = 16
 
 
 def evaluate(args: argparse.Namespace) -> None:
     coco.libraries()
+    if not args.download and (wanted := coco.downloads()):
+        raise ValueError(
+            "\n".join(
+                ["the scores need what is not on this machine:", *wanted, "or let the libraries fetch it: --download"]
+            )
+        )
+    coco.check_real(args.real)
     accelerator = Accelerator(cpu=args.cpu)
     prompts = coco.read_prompts(args.prompts, args.limit)
     folder = args.out / (named(args.product) if args.product else "whole")
@@ -52,6 +62,8 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     if accelerator.is_main_process:
         (args.out / f"{folder.name}.json").write_text(json.dumps(row, indent=1) + "\n")
+        rows = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
+        (args.out / "scores.md").write_text(beside([r for r in rows if "fid" in r]))
         files = sorted(folder.glob("*.jpg"))[:SHOWN]
         save_grid(
             args.out / f"{folder.name}.png", torch.stack([to_tensor(Image.open(file)) for file in files]), columns=4
@@ -77,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--cfg", type=float, default=7.5)
+    parser.add_argument("--download", action="store_true", help="let the libraries fetch the weights they lack")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"))
     args = parser.parse_args(arguments)

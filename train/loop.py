@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
 from torch import Tensor, nn
 
 from asdm_core.packs import BadFile, TensorFile, write_file
@@ -30,7 +31,8 @@ from .ahead import Ahead
 from .config import PRECISIONS, Config
 from .data import Batch, Batches, Source, cast_added
 from .diffusion import STEPS, as_v, coefficients
-from .optimisation import Average, course, trapezoid
+from .held_out import HeldOut
+from .optimisation import Average, OnCPU, course, make_optimiser, moments, restore_moments, trapezoid
 from .progress import Progress
 from .attention import BmmAttention
 from .teacher_outputs import TeacherOutputs
@@ -47,12 +49,15 @@ FREE = (
     "micro_batch",
     "workers",
     "shard",
+    "offload",
+    "compile",
     "checkpoint_gradients",
     "save_every",
     "keep",
     "log_every",
     "picture_every",
     "tensorboard",
+    "trackers",
     "folder",
     "stored",
 )
@@ -227,13 +232,13 @@ def averaged(parameters: Mapping[str, nn.Parameter], average: Average) -> Iterat
 
 
 def _tensors(
-    parameters: Mapping[str, nn.Parameter], adamw: torch.optim.Optimizer, average: Average
+    parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, average: Average
 ) -> dict[str, Tensor]:
     tensors = {f"weights.{k}": p for k, p in parameters.items()} | {
         f"average.{k}": v for k, v in average.weights.items()
     }
     for key, p in parameters.items():
-        tensors |= {f"{name}.{key}": torch.as_tensor(value) for name, value in adamw.state.get(p, {}).items()}
+        tensors |= {f"{name}.{key}": value for name, value in moments(optimiser, p).items()}
     return tensors
 
 
@@ -241,18 +246,30 @@ def _tensors(
 def _restore(
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
-    adamw: torch.optim.Optimizer,
+    optimiser: torch.optim.Optimizer,
     average: Average,
 ) -> None:
+    saved: dict[str, dict[str, Tensor]] = {key: {} for key in parameters}
+    for full, value in tensors.items():
+        name, _, key = full.partition(".")  # no name of a moment has a dot
+        if key in saved and name not in ("weights", "average"):
+            saved[key][name] = value
+    restore_moments(
+        optimiser,
+        [
+            (
+                p,
+                {
+                    name: sharding.like(value, p) if value.shape == p.shape else value
+                    for name, value in saved[key].items()
+                },
+            )
+            for key, p in parameters.items()
+        ],
+    )
     for key, p in parameters.items():
         p.copy_(sharding.like(tensors[f"weights.{key}"], p))
         average.weights[key].copy_(sharding.like(tensors[f"average.{key}"], p))
-        if f"exp_avg.{key}" in tensors:
-            moments = {
-                name: sharding.like(tensors[f"{name}.{key}"].clone().to(p.device), p)
-                for name in ("exp_avg", "exp_avg_sq")
-            }
-            adamw.state[p] = {"step": tensors[f"step.{key}"].clone(), **moments}
 
 
 # The loop -------------------------------------------------------------------------------------------
@@ -294,6 +311,9 @@ def train(
     if device.type == "cpu":  # fused attention is slow to train through on a CPU
         networks.set_attention(original, BmmAttention())
         networks.set_attention(student, BmmAttention())
+    if config.run.compile:
+        for net in (original, student):
+            networks.compile_parts(net, config.run.compile)
     if config.run.checkpoint_gradients:
         student.enable_gradient_checkpointing()
 
@@ -321,19 +341,15 @@ def train(
         rollouts = rollout.Rollouts(config, bank, device)
 
     parameters = {k: p for k, p in student.named_parameters() if p.requires_grad}
-    adamw = torch.optim.AdamW(
-        parameters.values(),
-        config.optimiser.lr,
-        config.optimiser.betas,
-        weight_decay=config.optimiser.weight_decay,
-        fused=True,
-    )
-    average = Average(parameters, config.optimiser.ema)
+    o = config.optimiser
+    make = partial(make_optimiser, o.kind, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+    plain = OnCPU(parameters.values(), make) if config.run.offload else make(parameters.values())
+    average = Average(parameters, o.ema, torch.device("cpu") if config.run.offload else None)
     checkpoints = Checkpoints(config)
     state = State()
     if loaded := checkpoints.load():
         state, tensors = loaded
-        _restore(tensors, parameters, adamw, average)
+        _restore(tensors, parameters, plain, average)
         if state.source:
             source.restore(state.source)
         if rollouts:
@@ -349,14 +365,37 @@ def train(
         for left in config.folder.glob(".checkpoint-*.part"):  # left behind where a run was killed while it saved
             left.unlink()
     log = Log(config, state, list(criterion.weights)) if main else None
-    model = accelerator.prepare_model(
-        taps.Tapped(student, criterion.student_paths), evaluation_mode=config.run.shard
-    )  # else: DDP
-    optimiser = accelerator.prepare_optimizer(adamw)
+    track(config, accelerator)
+    tapped = taps.Tapped(student, criterion.student_paths)
+    model = accelerator.prepare_model(tapped, evaluation_mode=config.run.shard)  # else: DDP
+    optimiser = accelerator.prepare_optimizer(plain)
     # A sharded student draws with all processes.
     show = (
         _show(config, source, original, half, device)
         if config.run.picture_every and (main or config.run.shard)
+        else None
+    )
+
+    def held_out_losses(batch: Batch) -> Tensor:
+        a, s = coefficients(batch.t, alphas)
+        x = a * batch.x0 + s * batch.noise
+        wanted = (
+            teacher(x.to(half), batch.t, batch.context.to(half), cast_added(batch.added, half)) if teacher else None
+        )
+        with accelerator.autocast():
+            mine = tapped(x, batch.t, batch.context, batch.added)
+        mine = mine[0].float(), {path: value.float() for path, value in mine[1].items()}
+        return criterion(batch, x, mine, wanted)
+
+    held_out = (
+        HeldOut(
+            config,
+            accelerator,
+            lambda its: open_source(its, predictor(original, half), device),
+            held_out_losses,
+            list(criterion.weights),
+        )
+        if config.data.held_out
         else None
     )
     progress = Progress(config.name, config.run.steps)
@@ -433,10 +472,19 @@ def train(
         state.seconds += clock() - began
 
         # Status and checkpoint.
+        shows = bool(config.run.picture_every) and state.step % config.run.picture_every == 0
+        shows = shows or state.step == config.run.steps
+        if held_out and shows:
+            with averaged(parameters, average):
+                measured = held_out()
+            if log:
+                log.held_out(state.step, measured)
+            accelerator.log({f"held_out/{name}": value for name, value in measured.items()}, state.step)
         if log:
-            log.add(state, value if good else None, lr, norm)
+            if log.add(state, value if good else None, lr, norm):
+                accelerator.log(log.scalars(), state.step)
             progress.show(state.step, log.status(state))
-        if show and (state.step % config.run.picture_every == 0 or state.step == config.run.steps):
+        if show and shows:
             with averaged(parameters, average), accelerator.autocast():
                 rows = show.rows(predictor(student, torch.float32))
             if log:
@@ -454,7 +502,7 @@ def train(
         saves = not state.in_a_row and (state.step % config.run.save_every == 0 or state.step == config.run.steps)
         states = rollouts.gathered(accelerator) if rollouts and saves else None
         if saves and (main or config.run.shard):
-            tensors = sharding.gathered(_tensors(parameters, adamw, average), keep=main)
+            tensors = sharding.gathered(_tensors(parameters, plain, average), keep=main)
             if states is not None:
                 tensors["rollout.x"] = states
             if main:
@@ -472,6 +520,7 @@ def train(
             networks.write_product(student, config, training)
             write_card(config, training)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return config.product
 
 
@@ -511,20 +560,20 @@ class Log:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         # After a kill the log may be ahead of the checkpoint, and its last line incomplete.
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.step]
-        self.last: dict = json.loads(kept[-1]) if kept else {}
+        self.last: dict = next((line for line in map(json.loads, reversed(kept)) if "held_out" not in line), {})
         self.board = tensorboard(config.folder, state.step) if config.run.tensorboard else None
         temporary = self.path.with_suffix(".part")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
 
-    def add(self, state: State, value: Tensor | None, lr: float, norm: float) -> None:
-        """value: (B, losses + 1), the last column t; None of a step that was skipped."""
+    def add(self, state: State, value: Tensor | None, lr: float, norm: float) -> bool:
+        """value: (B, losses + 1), the last column t; None of a step that was skipped. Whether a line was written."""
         if value is None:
             print(f"step {state.step}: not finite, skipped", flush=True)
         else:
             self.recent.append(value)
         if not self.recent or state.step % self.config.run.log_every and state.step != self.config.run.steps:
-            return
+            return False
         values = torch.cat(self.recent)
         bins = (values[:, -1] * T_BINS / STEPS).long()
         by_t = {
@@ -552,6 +601,19 @@ class Log:
             for name in ("lr", "gradient", *self.names):
                 self.board.add_scalar(name if name not in self.names else f"loss/{name}", self.last[name], state.step)
             self.board.flush()
+        return True
+
+    def scalars(self) -> dict[str, float]:
+        """The last line as single numbers."""
+        return {name: self.last[name] for name in ("lr", "gradient", "waited_for_data", *self.names)}
+
+    def held_out(self, step: int, losses: Mapping[str, float]) -> None:
+        """Losses on pictures that are not trained on: a line of its own."""
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, "held_out": losses}) + "\n")
+        if self.board:
+            for name, value in losses.items():
+                self.board.add_scalar(f"held_out/{name}", value, step)
 
     def picture(self, step: int, rows: Tensor) -> None:
         """rows: teacher's and student's pictures, (2, B, 3, H, W)."""
@@ -574,6 +636,33 @@ class Log:
         parts = " ".join(f"{name} {self.last[name]:.4g}" for name in self.names if name in self.last)
         data = f", {self.last['waited_for_data']:.0%} of it for data" if self.last.get("waited_for_data") else ""
         return f"{parts} {rate:.1f}/s{data}, {left / 60:.1f} min left"
+
+
+def track(config: Config, accelerator: Accelerator) -> None:
+    """Open the recipe's trackers, with all its settings. Raises ValueError for those that are not there."""
+    if not config.run.trackers:
+        return
+    known = {str(name) for name in LOGGER_TYPE_TO_CLASS}
+    there = {str(tracker) for tracker in get_available_trackers()}
+    for name in config.run.trackers:
+        if name not in known:
+            raise ValueError(f"run.trackers: {name!r} is none of {', '.join(sorted(known))}")
+        if name not in there:
+            raise ValueError(f"run.trackers: {name} is not installed: pip install {name}")
+    accelerator.project_configuration.set_directories(str(config.folder))
+    accelerator.log_with = filter_trackers(list(config.run.trackers), config.folder)
+    accelerator.init_trackers(config.name, flat(config.to_dict()))
+
+
+def flat(settings: Mapping, prefix: str = "") -> dict[str, int | float | str | bool]:
+    """Settings as single values under dotted keys, as --set takes them."""
+    found: dict[str, int | float | str | bool] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value if isinstance(value, int | float | str | bool) else json.dumps(value)
+    return found
 
 
 def tensorboard(folder: Path, step: int):

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -163,6 +165,16 @@ def set_attention(unet: UNet2DConditionModel, processor: Any) -> None:
     unet.set_attn_processor(
         {name: p if isinstance(p, RegionalAttention) else processor for name, p in unet.attn_processors.items()}
     )
+
+
+def compile_parts(unet: nn.Module, backend: str) -> None:
+    """Let torch.compile have the resnets and transformer blocks of a diffusers UNet, in place, by one of its backends.
+
+    Not the whole: these few kinds of parts are compiled once each, and features are caught between them.
+    """
+    for module in unet.modules():
+        if isinstance(module, (ResnetBlock2D, BasicTransformerBlock)):
+            module.compile(backend=backend)
 
 
 def freeze(student: nn.Module, config: Config) -> None:

@@ -144,6 +144,7 @@ OUTSIDE = {
     "data.size": [0, -8, 4, 509],
     "data.caption_dropout": [-0.1, 1.1],
     "data.bucket_batch": [0, -4],
+    "data.held_out_count": [0, -1],
     "encoders.clip_skip": [-1, 25],
     "encoders.rows": [0, 5],
     "samples.count": [-1],

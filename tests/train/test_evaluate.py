@@ -12,7 +12,7 @@ from PIL import Image
 
 from asdm_core.architecture import Architecture
 from asdm_core.surgery import cut_diffusers
-from train import coco, evaluate
+from train import coco, evaluate, published
 from train.emoji import compare, unet
 from train.emoji.classifier import Classifier, save_classifier
 from train.emoji.compare import Judge, Switched
@@ -198,11 +198,15 @@ def test_scores_come_from_the_libraries_as_the_protocol_has_them(prompts, tmp_pa
         get_tokenizer=lambda name: lambda texts: torch.zeros(len(texts), 1),
     )
     monkeypatch.setattr(coco, "libraries", lambda: (fid, fidelity, clip))
+    monkeypatch.setattr(coco, "downloads", lambda: [])
     texts = coco.read_prompts(prompts)
     coco.generate(Pipeline(), texts, tmp_path / "mine", Accelerator(cpu=True), 1, 25, 7.5)
     with pytest.raises(ValueError, match="real is no folder"):
         coco.scores(texts, tmp_path / "mine", tmp_path / "real", Accelerator(cpu=True))
-    (tmp_path / "real").mkdir()
+    (tmp_path / "val").mkdir()
+    for i in range(5):
+        Image.new("RGB", (300, 200), (50 * i,) * 3).save(tmp_path / "val" / f"{i}.jpg")
+    coco.main([str(tmp_path / "val"), str(tmp_path / "real"), "--names", str(prompts)])
     found = coco.scores(texts, tmp_path / "mine", tmp_path / "real", Accelerator(cpu=True))
     assert found == {"pictures": 5, "clip": pytest.approx(0.6), "fid": 12.5, "is": 30.0, "is_std": 0.5}
     assert asked["mode"] == "legacy_pytorch"
@@ -228,6 +232,14 @@ def test_scores_come_from_the_libraries_as_the_protocol_has_them(prompts, tmp_pa
         json.loads((tmp_path / "out" / "whole.json").read_text())["fid"] == 12.5
         and (tmp_path / "out" / "whole.png").exists()
     )
+    scores = (tmp_path / "out" / "scores.md").read_text()
+    assert "| **whole** | 12.500 | 30.000 | 0.6000 | 5, 25, 7.5 |" in scores and "do not compare" in scores
+    # Nothing is drawn where something is missing.
+    with monkeypatch.context() as m:
+        m.setattr(coco, "downloads", lambda: ["the weights for FID"])
+        m.setattr(coco, "load_pipeline", lambda *_: pytest.fail("drew"))
+        with pytest.raises(SystemExit, match="not on this machine:\nthe weights for FID\n.*--download"):
+            evaluate.main([*command, "--out", str(tmp_path / "none")])
     # Pictures drawn otherwise are not scored under these settings.
     for change, message in (
         (["--steps", "50"], "steps was 25 and is 50"),
@@ -250,6 +262,52 @@ def test_scores_come_from_the_libraries_as_the_protocol_has_them(prompts, tmp_pa
     prompts.write_text(prompts.read_text().replace("prompt 3", "another"))
     with pytest.raises(SystemExit, match="hash of the prompts was"):
         evaluate.main(command)
+
+
+def test_the_real_pictures_are_those_of_the_list_squeezed(prompts, tmp_path):
+    source, out = tmp_path / "val2014", tmp_path / "real"
+    source.mkdir()
+    for i in range(6):
+        Image.new("RGB", (64 + i, 48), (40 * i, 0, 0)).save(source / f"{i}.jpg")
+    assert coco.real_pictures(source, out, coco.read_names(prompts)) == 5
+    assert sorted(p.name for p in out.iterdir()) == [f"{i}.jpg" for i in range(5)]
+    assert Image.open(out / "3.jpg").size == (256, 256)
+    coco.check_real(out)
+    stays = (out / "3.jpg").stat().st_mtime_ns
+    assert coco.real_pictures(source, out) == 6 and (out / "3.jpg").stat().st_mtime_ns == stays
+    (source / "2.jpg").unlink()
+    with pytest.raises(ValueError, match="lacks 1 of the list's 5 pictures, first 2.jpg"):
+        coco.real_pictures(source, out, coco.read_names(prompts))
+    with pytest.raises(ValueError, match="is 64 x 48; wanted 256 x 256 px"):
+        coco.check_real(source)
+    with pytest.raises(ValueError, match="val2014.zip"):
+        coco.check_real(tmp_path / "none")
+
+
+def test_what_is_not_there_is_listed_with_where_it_belongs(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    (tmp_path / "checkpoints").mkdir()
+    lines = coco.downloads()
+    assert [line.split(" for ")[1].split(",")[0].split(":")[0] for line in lines] == ["FID", "IS", "the CLIP score"]
+    for name in coco.WEIGHTS:
+        (tmp_path / "checkpoints" / name).touch()
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, name: str(tmp_path / name))
+    assert coco.downloads() == []
+
+
+def test_published_rows_stand_beneath_ones_own_with_their_source():
+    row = {"network": "mine", "fid": 11.0, "is": 36.0, "clip": 0.296, "pictures": 30_000, "steps": 25, "cfg": 7.5}
+    text = published.beside([row])
+    assert "do not compare" not in text and text.splitlines()[2].startswith("| **mine** | 11.000 | 36.000 | 0.2960 |")
+    for name, cells in (
+        ("M2, original part frozen", "11.840 | 36.560 | 0.2960"),
+        ("BK-SDM-Tiny", "17.120 | 30.090 | 0.2653"),
+        ("S1: Base 10 steps, then SD 15", "12.900 | 35.651 | 0.2970"),
+        ("M6 (M3, all trained)", "- | - | -"),
+    ):
+        assert f"| {name} | {cells} |" in text
+    assert {r.source for r in published.ROWS} == {published.BK, *(f"{published.ASDM}, Table {n}" for n in (1, 2, 3))}
 
 
 def test_missing_libraries_and_prompts_are_named(tmp_path, monkeypatch):
