@@ -29,8 +29,9 @@ def checks(s: Setting, network: str, only: tuple[str, ...] = ()) -> Iterator[tup
         torch._dynamo.reset()
         n = s.network(network)
         model = technique.make(n)
-        wanted = n.sample(model, steps=3)
-        found = n.sample(TorchCompileModel.execute(model, "inductor")[0], steps=3)
+        steps = technique.steps or 3
+        wanted = n.sample(model, steps=steps)
+        found = n.sample(TorchCompileModel.execute(model, "inductor")[0], steps=steps)
         return near(found, wanted, NEAR * s.rounding[1])
 
     for t in of_network(network):

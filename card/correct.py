@@ -52,16 +52,21 @@ class Setting:
     def wanted(self) -> dict[str, torch.Tensor]:
         return load_file(str(self.reference))
 
-    def plain(self, network: str, run: str) -> torch.Tensor:
-        """Latents of the network alone."""
+    def plain(self, network: str, run: str, steps: int = 0) -> torch.Tensor:
+        """Latents of the network alone. steps: see `Technique.steps`."""
         n = self.network(network)
-        return self.once((network, run), lambda: n.sample(n.model, **RUNS[run]))
+        return self.once((network, run, steps), lambda: n.sample(n.model, **settings(run, steps)))
 
     @property
     def rounding(self) -> tuple[float, float]:
         """Bounds of the type. What convolutions of fp32 round to on a card is the mantissa of fp16 (TF32)."""
         coarse = self.dtype == "fp32" and management.get_torch_device().type != "cpu"
         return ROUNDING["fp16" if coarse else self.dtype]
+
+
+def settings(run: str, steps: int) -> dict:
+    """What a run is sampled with."""
+    return RUNS[run] | ({"steps": steps} if steps else {})
 
 
 def equal(found: torch.Tensor, wanted: torch.Tensor) -> dict:
@@ -142,20 +147,21 @@ def techniques(s: Setting, network: str, run: str) -> Iterator[tuple[str, Check]
     def made(technique):
         if technique is NONE:
             return s.plain(network, run)
-        n = s.network(network)
-        return s.once((network, run, technique.name), lambda: n.sample(technique.make(n), **RUNS[run]))
+        n, of_run = s.network(network), settings(run, technique.steps)
+        return s.once((network, run, technique.name), lambda: n.sample(technique.make(n), **of_run))
 
     def left(technique):
         n = s.network(network)
-        acts = off(made(technique), s.plain(network, run))
+        acts = off(made(technique), s.plain(network, run, technique.steps))
         row = equal(n.sample(n.model, **RUNS[run]), s.plain(network, run))
         return row if acts else verdict(False, acts, "a technique that acts, and leaves the MODEL as it was")
 
     def against_cpu(technique):
-        alone = off(s.plain(network, run), s.wanted[key(network, run, NONE.name)])
+        steps = technique.steps
+        alone = off(s.plain(network, run, steps), s.wanted[key(network, run, NONE.name, steps)])
         most, floor = s.rounding
         bound = most if technique is NONE else max(TIMES * (alone or 0), floor)
-        return near(made(technique), s.wanted[key(network, run, technique.name)], bound)
+        return near(made(technique), s.wanted[key(network, run, technique.name, technique.steps)], bound)
 
     for t in ours:
         yield f"{t.name} leaves the MODEL as it was", partial(left, t)
@@ -225,8 +231,8 @@ def checks(s: Setting) -> Iterator[tuple[str, Check]]:
     yield f"{s.networks[0]}: nothing is left behind", lambda: left_over(s, s.networks[0])
 
 
-def key(network: str, run: str, technique: str) -> str:
-    return f"{network}/{run}/{technique}"
+def key(network: str, run: str, technique: str, steps: int = 0) -> str:
+    return f"{network}/{run}/{technique}" + (f"/{steps}" if steps else "")
 
 
 def write_reference(s: Setting, path: Path) -> None:
@@ -235,7 +241,9 @@ def write_reference(s: Setting, path: Path) -> None:
     for network in s.networks:
         n = s.network(network)
         for run in s.runs:
+            for steps in {t.steps for t in of(n)}:
+                found[key(network, run, NONE.name, steps)] = n.sample(n.model, **settings(run, steps))
             for t in of(n):
-                if t.ours or t is NONE:
-                    found[key(network, run, t.name)] = n.sample(t.make(n), **RUNS[run])
+                if t.ours:
+                    found[key(network, run, t.name, t.steps)] = n.sample(t.make(n), **settings(run, t.steps))
     save_file(found, path)

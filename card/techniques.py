@@ -21,6 +21,8 @@ from ..asdm_core.inheritance import DIALS
 from . import narrow
 from .faces import execute, pack_folder
 
+LIKENESS = ("same to the eye", "close", "same motif")  # positions of Speed Up
+LONG = 20  # steps of a run in which steps are left out
 STUDENT = 1  # seed of the weights that packs play
 
 
@@ -100,6 +102,10 @@ class Network:
             keep_on_cpu=False,
         )[0]
 
+    def sped_up(self, likeness, model=None):
+        """A MODEL with Speed Up, whole steps alone."""
+        return execute("ASDMSpeedUp", model=model or self.model, likeness=likeness, large_pictures=False)[0]
+
     def switched(self, second, at: float = 0.5, unit: str = "share of steps"):
         """A MODEL that gives over to a second one."""
         return execute(
@@ -158,7 +164,8 @@ def context(config: UNetConfig, full: bool) -> dict:
 class Technique:
     """make: Network -> MODEL. family: for presets of one family only. preset: whose work is known.
 
-    ours: made by the pack, not by the host. headline: named in the report's one sentence.
+    ours: made by the pack, not by the host. headline: named in the report's one sentence. steps: of its runs, where
+    what it does depends on them; 0 for those of the check.
     """
 
     name: str
@@ -167,6 +174,7 @@ class Technique:
     preset: str = ""
     ours: bool = True
     headline: bool = False
+    steps: int = 0
 
 
 def pack(name: str, preset: str, family: str) -> Technique:
@@ -174,11 +182,11 @@ def pack(name: str, preset: str, family: str) -> Technique:
 
 
 def together(preset: str):
-    """A pack, inheritance, GRI attention and experts in one MODEL."""
+    """A pack, Speed Up, GRI attention and experts in one MODEL."""
 
     def make(n: Network):
         model = n.applied(n.experts("random"), n.applied(n.preset(preset)))
-        return n.attending(n.inheriting("balanced", model))
+        return n.attending(n.sped_up("close", model))
 
     return make
 
@@ -205,15 +213,16 @@ TABLE: tuple[Technique, ...] = (
     pack("Vega", "vega", "sdxl"),
     pack("KOALA-700M", "koala-700m", "sdxl"),
     Technique("GRI", lambda n: n.attending()),
+    *(Technique(f"inheritance '{name}'", partial(Network.inheriting, preset=name)) for name in DIALS),
     *(
-        Technique(f"inheritance '{name}'", partial(Network.inheriting, preset=name), headline=name == "balanced")
-        for name in DIALS
+        Technique(f"Speed Up '{name}'", partial(Network.sped_up, likeness=name), headline=name == "close", steps=LONG)
+        for name in LIKENESS
     ),
     Technique("switch to M2", lambda n: n.switched(n.applied(n.preset("m2"))), "sd15"),
     Technique("switch to Vega", lambda n: n.switched(n.applied(n.preset("vega"))), "sdxl"),
     Technique("CondConv", lambda n: n.applied(n.experts("random"))),
-    Technique("all together", together("m2"), "sd15"),
-    Technique("all together", together("vega"), "sdxl"),
+    Technique("all together", together("m2"), "sd15", steps=LONG),
+    Technique("all together", together("vega"), "sdxl", steps=LONG),
     Technique("EasyCache", of_host("nodes_easycache", "EasyCacheNode", 0.2, 0.15, 0.95, False), ours=False),
     Technique("HyperTile", of_host("nodes_hypertile", "HyperTile", 256, 2, 0, False), ours=False),
     Technique("ToMe", of_host("nodes_tomesd", "TomePatchModel", 0.3), ours=False),

@@ -23,7 +23,7 @@ def test_the_fast_form_passes_goes_on_and_says_so_in_one_sentence(host, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     page, found = (tmp_path / "report.md").read_text("utf-8"), json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert page.splitlines()[2] == found["sentence"]
-    assert "nothing failed in " in found["sentence"] and "inheritance 'balanced' is " in found["sentence"]
+    assert "nothing failed in " in found["sentence"] and "Speed Up 'close' is " in found["sentence"]
     assert [part["state"] for part in found["parts"].values()] == ["done"] * len(parts.parts({}, True))
     checks = [row for part in found["parts"].values() for row in part["rows"].values() if row["kind"] == "check"]
     assert len(checks) > 15 and all(row["passed"] for row in checks)
