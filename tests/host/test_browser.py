@@ -429,7 +429,7 @@ def test_of_fewer_pictures_than_before_none_is_compared_with_itself(page):
 
 
 def test_words_of_a_run_stand_on_the_node(page, front_end):
-    drop(page, PACK / "workflows" / "04 SDXL.json")
+    drop(page, PACK / "workflows" / "11 Full stack.json")
     page.evaluate(f"type => {{ {NODE}; node.onExecuted({{text: ['plays in large pictures']}}) }}", "ASDMGRIAttention")
     select(page, "ASDMGRIAttention")
     page.wait_for_function(
@@ -438,12 +438,12 @@ def test_words_of_a_run_stand_on_the_node(page, front_end):
     )
     # They are not sent with the next run.
     assert page.evaluate("async () => (await app.graphToPrompt()).output") == api_graph(
-        PACK / "workflows" / "04 SDXL.json"
+        PACK / "workflows" / "11 Full stack.json"
     )
 
 
 def test_what_a_technique_says_in_a_run_stands_on_its_node_until_the_next(page):
-    drop(page, PACK / "workflows" / "04 SDXL.json", name="Notes.json")
+    drop(page, PACK / "workflows" / "11 Full stack.json", name="Notes.json")
     id = page.evaluate(f"type => {{ {NODE}; return String(node.id) }}", "ASDMGRIAttention")
     speak = """([id, notes]) => app.api.dispatchCustomEvent("asdm.notes", {node: id, notes, prompt_id: ""})"""
     standing = """notes => [app.rootGraph, ...app.rootGraph.subgraphs.values()].flatMap(graph => graph.nodes)
