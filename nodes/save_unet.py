@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import comfy.model_detection
 import comfy.model_management
 import folder_paths
 import torch
+from comfy.quant_ops import QuantizedTensor
 from comfy_api.latest import io
 
+from ..asdm_core.addresses import Slot, UNetConfig, keys
 from ..asdm_core.architecture import Architecture
 from ..asdm_core import packs
-from ..asdm_core.packs import ZERO_SNR_MARKER, Description, standalone_form, write_unet
-from ..asdm_core.surgery import ADDRESSED
+from ..asdm_core.packs import ZERO_SNR_MARKER, Description, TensorFile, write_unet
 from ..asdm_core.text import printable
 from .common import CATEGORY, SHOWS_WORDS
-from .engine import models, pack_loras, switch
+from .engine import models, pack_loras, quantised, switch
 from .engine.assigned import assigned_of, network_of, packs_of, providers_of
+from .engine.network import without_self_attention
 
 DTYPES = {"as loaded": None, **packs.DTYPES}
 
@@ -45,55 +49,56 @@ def played_architecture(model) -> tuple[Architecture, dict[str, str]]:
             "Set the window of Apply Pack to 0 and 1, or save before it."
         )
     sources = {a: provider.source for a, provider in providers_of(model).items() if provider.role == "pack"}
+    of_text = sorted(without_self_attention(model).difference(sources))
+    if of_text:
+        raise ValueError(
+            f"the first attention of {of_text[0]} attends to the text in this MODEL, and a UNet file of asdm has a "
+            "self-attention there. Save it with ComfyUI's own Save Diffusion Model."
+        )
     kept = network_of(model)
     return Architecture(kept.config, kept.cut, tuple(u.address for u in kept.kept)).named(), sources
 
 
-def played_weights(model, architecture: Architecture, sources: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Addressed weights of everything a MODEL plays, LoRAs and merges baked in. Raises ValueError for weights that the
-    host quantised.
+def played_weights(
+    model, architecture: Architecture, sources: dict[str, str], dequantise: bool = False
+) -> dict[str, torch.Tensor]:
+    """Addressed weights of everything a MODEL plays, LoRAs and merges baked in.
+
+    dequantise: take out what quantised layers compute with. Raises ValueError for them otherwise.
     """
-    check_plain(model, architecture, sources)
+    unet = model.model.diffusion_model
+    own = {key: slot for key, slot in architecture.keys().items() if slot.unit.address not in sources}
+    odd = {key: slot for key, slot in own.items() if not quantised.is_plain(quantised.held(unet, key), slot.shape)}
+    check_plain(unet, odd, dequantise)
+    if not all(isinstance(quantised.held(unet, key), QuantizedTensor) for key in odd):
+        odd = own  # of layers that are not its own the host cannot say what LoRAs make of them
     patchers = packs_of(model)
     pack_loras.sync(model, patchers.values())
     comfy.model_management.load_models_gpu([model, *patchers.values()])
-    weights: dict[str | None, dict] = {
-        None: model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
-    }
+    weights = {key: quantised.played(unet, key, architecture.keys(), model.load_device) for key in odd}
+    parts = [(own.keys() - odd.keys(), model, unet)]
     for pack_id, patcher in patchers.items():
-        weights[pack_id] = patcher.model_state_dict_for_saving(patcher.model.diffusion_model, "diffusion_model.")
-    if any(
-        key.endswith(".comfy_quant") for key in weights[None]
-    ):  # a layer has several tensors then: a scale beside the numbers
-        raise ValueError(
-            "the weights of this MODEL are quantised, layer by layer with scales (as in scaled fp8 files), which a "
-            "UNet file of "
-            "asdm cannot hold. Load the same checkpoint in fp16 or bf16 and save that."
-        )
-    return {key: _plain(weights[sources.get(slot.unit.address)][key]) for key, slot in architecture.keys().items()}
+        of_pack = {key for key, slot in architecture.keys().items() if sources.get(slot.unit.address) == pack_id}
+        parts.append((of_pack, patcher, patcher.model.diffusion_model))
+    for names, patcher, network in parts:
+        held = patcher.model_state_dict_for_saving(network, "diffusion_model.") if names else {}
+        weights |= {key: _plain(held[key]) for key in names}
+    return {key: weights[key] for key in architecture.keys()}
 
 
-def check_plain(model, architecture: Architecture, sources: dict[str, str]) -> None:
-    """Raise ValueError where a weight of the checkpoint is not the numbers themselves, but what somebody's own layers
-    make them of (blocks of GGUF).
+def check_plain(unet, odd: Mapping[str, Slot], dequantise: bool) -> None:
+    """Raise ValueError where some weights of a checkpoint are no plain numbers and are not to be dequantised, or cannot
+    be.
     """
-    held = model.model.diffusion_model.state_dict()
-    if any(key.endswith(".comfy_quant") for key in held):  # the host's own quantised layers: told below
-        return
-    for key, slot in architecture.keys().items():
-        tensor = held.get(key)
-        if slot.unit.address in sources or (
-            type(tensor) in (torch.Tensor, torch.nn.Parameter)
-            and tensor.is_floating_point()
-            and tuple(tensor.shape) == slot.shape
-        ):
+    for key, slot in odd.items():
+        tensor = quantised.held(unet, key)
+        if dequantise and tensor is not None:
             continue
         came = "missing" if tensor is None else f"{type(tensor).__name__}, {tensor.dtype}, {list(tensor.shape)}"
         raise ValueError(
-            f"the weights of this MODEL are quantised or otherwise no plain numbers: {key} is "
-            f"{printable(came)}, where a "
-            f"UNet file holds floating-point numbers of shape {list(slot.shape)}. Load the same checkpoint in fp16 or "
-            "bf16 and save that."
+            f"the weights of this MODEL are quantised or otherwise no plain numbers: {key} is {printable(came)}, where "
+            f"a UNet file holds floating-point numbers of shape {list(slot.shape)}. Load the same checkpoint in fp16 "
+            "or bf16 and save that" + ("." if dequantise else ", or switch on dequantise.")
         )
 
 
@@ -109,6 +114,19 @@ def unused_path(folder: Path, prefix: str) -> Path:
     return path
 
 
+def stock_loads(path: Path) -> bool:
+    """Whether stock ComfyUI finds the network of a file by itself: one of its families, layer by layer."""
+    file = TensorFile(path)
+    config = comfy.model_detection.model_config_from_unet({key: file[key] for key in file}, "")
+    if config is None:
+        return False
+    try:
+        wanted = keys(UNetConfig.from_host(config.unet_config))
+    except (KeyError, ValueError, RuntimeError):  # no UNet of the LDM kind
+        return False
+    return all(key in file and file.shapes[key] == slot.shape for key, slot in wanted.items())
+
+
 class ASDMSaveUNet(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -116,9 +134,9 @@ class ASDMSaveUNet(io.ComfyNode):
             node_id="ASDMSaveUNet",
             display_name="Save UNet (asdm)",
             category=CATEGORY,
-            description="Saves the UNet of a MODEL with its packs and LoRAs as one file, in a form that stock "
-            "ComfyUI loads too "
-            "(Load Diffusion Model). Goes to the output folder.",
+            description="Saves the UNet of a MODEL with its packs and LoRAs as one file. Stock ComfyUI (Load Diffusion "
+            "Model) loads it too where it knows the family and the choice of units has a form of its own; where not, "
+            "the node says so, and Load Pruned UNet loads it. Goes to the output folder.",
             search_aliases=["save model", "save diffusion model", "export", "merge pack", "assemble"],
             inputs=[
                 io.Model.Input("model", extra_dict=SHOWS_WORDS),
@@ -134,13 +152,22 @@ class ASDMSaveUNet(io.ComfyNode):
                     advanced=True,
                     tooltip="fp16 is what others share; fp32 keeps every digit for further training.",
                 ),
+                io.Boolean.Input(
+                    "dequantise",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For a MODEL whose weights are quantised (GGUF, scaled fp8): save the numbers its layers "
+                    "compute with. They are no better than the quantised ones, and the file is as large as any. Off: "
+                    "such a MODEL is refused.",
+                ),
             ],
             outputs=[io.String.Output(display_name="path")],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, model, filename_prefix, dtype):
+    def execute(cls, model, filename_prefix, dtype, dequantise=False):
         architecture, sources = played_architecture(model)
         kind = model.model.model_type
         prediction = {t: name for name, t in models.PREDICTIONS.items()}.get(kind)
@@ -155,16 +182,12 @@ class ASDMSaveUNet(io.ComfyNode):
         zero_snr = getattr(model.get_model_object("model_sampling"), "zsnr", False)
         write_unet(
             path,
-            played_weights(model, architecture, sources),
+            played_weights(model, architecture, sources, dequantise),
             Description("unet", architecture, prediction=prediction),
             DTYPES[dtype],
             {ZERO_SNR_MARKER: torch.zeros(0)} if zero_snr else {},
         )
-        note = (
-            ""
-            if architecture.cut == frozenset() or standalone_form(architecture) != ADDRESSED
-            else ("\nThis choice of units has no renumbered form, so only Load Pruned UNet can read the file.")
-        )
+        note = "" if stock_loads(path) else "\nStock ComfyUI does not know this UNet: load it with Load Pruned UNet."
         saved = Path("output", subfolder, path.name).as_posix()
         kind = f"{architecture.config.family} {architecture.name or 'custom'}"
         text = f"{saved}\n{kind}, {architecture.params / 1e6:.1f} M parameters{note}"

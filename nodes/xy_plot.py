@@ -244,6 +244,12 @@ class ASDMXYPlot(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        asked = str(inputs)
+        named = [name for name in files.packs() if name.removesuffix(ENDING) in asked]
+        return [files.changed(files.pack_path, name) for name in named]
+
+    @classmethod
     def execute(
         cls,
         model,

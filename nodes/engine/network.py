@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from ...asdm_core.addresses import UNetConfig
+from ...asdm_core.addresses import UNetConfig, walk
 from ...asdm_core.architecture import FAMILIES, Architecture
 
 
@@ -39,6 +39,17 @@ def family_of(config: UNetConfig) -> str:
 def same_skeleton(a: UNetConfig, b: UNetConfig) -> bool:
     """Whether two UNets have the same units (inpainting models have more input channels, no other units)."""
     return replace(a, family="", in_channels=4, out_channels=4) == replace(b, family="", in_channels=4, out_channels=4)
+
+
+def without_self_attention(model) -> frozenset[str]:
+    """The transformers of a MODEL's UNet whose first attention attends to the text too (upscalers, SDXS), as its config
+    has it.
+    """
+    given = model.model.model_config.unet_config
+    levels, middle = given.get("disable_self_attentions") or (), bool(given.get("disable_middle_self_attn"))
+    scales = {2**level for level, disabled in enumerate(levels) if disabled}
+    transformers = [u for u in walk(architecture_of(model).config) if u.kind == "transformer"]
+    return frozenset(u.address for u in transformers if (middle if u.side == "mid" else u.scale in scales))
 
 
 def clone_for(model, patcher):

@@ -128,6 +128,14 @@ def test_a_replaced_file_has_another_fingerprint(monkeypatch, tmp_path):
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
         assert nodes[node].fingerprint_inputs(**{name: value}) != later
         assert nodes[node].fingerprint_inputs(**{name: "gone.safetensors"}) == ["gone.safetensors"]
+    plot = nodes["ASDMXYPlot"].fingerprint_inputs
+    for axis in ({"x": "pack", "values": "off, file"}, {"x": "pack strength", "pack_name": "file.safetensors"}):
+        before = plot(x=axis, y={"y": "nothing"}, seed=1)
+        assert before and plot(x=axis, y={"y": "nothing"}, seed=1) == before
+        path = tmp_path / "file.safetensors"
+        path.write_bytes(path.read_bytes() + b" ")
+        assert plot(x=axis, y={"y": "nothing"}, seed=1) != before
+    assert plot(x={"x": "inheritance", "values": "off, fast"}, y={"y": "nothing"}) == []
 
 
 # Loading --------------------------------------------------------------------------------------------
@@ -348,8 +356,8 @@ def stock_save(model, output):
     return path
 
 
-def save(model, output, dtype="as loaded"):
-    return execute("ASDMSaveUNet", model=model, filename_prefix="ours/file", dtype=dtype)[0]
+def save(model, output, dtype="as loaded", **given):
+    return execute("ASDMSaveUNet", model=model, filename_prefix="ours/file", dtype=dtype, **given)[0]
 
 
 @pytest.mark.parametrize("preset", ["base", "m1", "m2", "m3"])
@@ -524,6 +532,90 @@ def test_weights_that_are_no_plain_numbers_are_not_saved(folder, output, held):
     with pytest.raises(ValueError, match=f"no plain numbers: {re.escape(key)} is .*in fp16 or bf16 and save that"):
         save(model, output)
     assert not list(output.glob("ours/*"))
+
+
+class Halves(torch.nn.Module):
+    """Layers as other packs make them: the numbers lie in blocks of bytes, and only the layer can read them."""
+
+    def __init__(self, layer, scale=8):
+        super().__init__()
+        self.layer = [layer]
+        self.in_features, self.weight_scale = layer.weight.shape[1], layer.weight.detach().abs().max() / 127
+        numbers = (layer.weight.detach() / self.weight_scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(numbers.view(torch.uint8).flatten(1)[:, None], requires_grad=False)
+        self.bias, self.patches = layer.bias, []
+
+    def numbers(self):
+        return self.weight[:, 0].view(torch.int8).view(self.layer[0].weight.shape) * self.weight_scale
+
+    def forward(self, x):
+        layer = self.layer[0]
+        if layer.weight.dim() == 2:
+            return torch.nn.functional.linear(x, self.numbers(), self.bias)
+        return torch.nn.functional.conv2d(x, self.numbers(), self.bias, layer.stride, layer.padding)
+
+
+def test_dequantised_are_the_numbers_that_layers_compute_with(folder, output):
+    model = models.load_unet(small.write_unet(folder / "halves.safetensors"))
+    unet = model.model.diffusion_model
+    wanted = {}
+    for path in (
+        "input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+        "input_blocks.1.1.transformer_blocks.0.ff.net.0.proj",
+        "input_blocks.1.1.proj_in",
+        "input_blocks.1.0.in_layers.2",
+        "input_blocks.3.0.op",
+    ):
+        layer = Halves(comfy.utils.get_attr(unet, path))
+        comfy.utils.set_attr(unet, path, layer)
+        wanted[f"{path}.weight"] = layer.numbers()
+    with pytest.raises(ValueError, match="switch on dequantise"):
+        save(model, output)
+    path = save(model, output, dequantise=True)
+    saved = load_file(path)
+    plain = load_file(str(folder / "halves.safetensors"))
+    assert saved.keys() == plain.keys()
+    for key, tensor in saved.items():
+        assert torch.allclose(tensor, wanted.get(key, plain[key]), rtol=0, atol=1e-6), key
+    assert all(not torch.equal(saved[key], plain[key]) for key in wanted)
+    assert small.difference(small.sample(models.load_unet(path)), small.sample(model)) < 1e-4
+
+
+def test_scaled_fp8_is_dequantised_with_its_loras(output):
+    """The reference are the numbers themselves: fp8 times its scale, in a file of plain ones."""
+    weights, plain = dict(small.weights(SD)), dict(small.weights(SD))
+    layer = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+    weights[f"{layer}.weight"] = (weights[f"{layer}.weight"] * 64).to(torch.float8_e4m3fn)
+    plain[f"{layer}.weight"] = weights[f"{layer}.weight"].float() / 64
+    weights |= {f"{layer}.scale_weight": torch.tensor(1 / 64), "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    model = comfy.sd.load_diffusion_model_state_dict(weights)
+    saved = load_file(save(model, output, dequantise=True))
+    assert saved.keys() == plain.keys()
+    assert all(torch.allclose(saved[key], plain[key], rtol=0, atol=1e-6) for key in plain)
+    lora = small.lora()
+    patched = load_file(save(small.add_lora(model, lora), output, dequantise=True))
+    other = load_file(save(small.add_lora(comfy.sd.load_diffusion_model_state_dict(dict(plain)), lora), output))
+    quantised = [key for key in other if not torch.allclose(patched[key], other[key], atol=1e-5)]
+    assert quantised in ([], [f"{layer}.weight"])  # the host rounds a patched weight to fp8 again
+    assert small.difference(patched[f"{layer}.weight"], other[f"{layer}.weight"]) < 0.1
+
+
+def test_the_node_says_where_stock_does_not_load_its_file(output, folder, reference):
+    def text(model):
+        result = node_classes()["ASDMSaveUNet"].execute(model, "ours/unet", "fp16")
+        return result.ui["text"][0], result.args[0]
+
+    said, path = text(reference("base"))
+    assert comfy.sd.load_diffusion_model(path) is not None and "Stock ComfyUI" not in said
+    free, _ = surgery.cut(small.weights(SD), chosen := Architecture.choose(SD, "down.1.1"))
+    packs.write_unet(output / "free.safetensors", free, packs.Description("unet", chosen, prediction="eps"))
+    other = replace(SD, family="other", context_dim=40)
+    for file in (str(output / "free.safetensors"), small.write_unet(output / "other.safetensors", other)):
+        said, path = text(models.load_unet(file))
+        assert "Stock ComfyUI does not know this UNet" in said
+        assert models.load_unet(path) is not None
+    with pytest.raises(RuntimeError):
+        comfy.sd.load_diffusion_model(path)
 
 
 def test_saved_files_are_never_overwritten(output, reference):
