@@ -15,7 +15,7 @@ from .common import CATEGORY
 from .engine import files, models
 from .engine.assigned import id_of, providers_of, with_overrides
 from .engine.few_steps import with_few_steps
-from .engine.network import architecture_of, same_skeleton
+from .engine.network import architecture_of, same_skeleton, without_self_attention
 
 
 def overrides_of(description: Description, pack_id: str, window: Window, strength: float = 1.0) -> list[Override]:
@@ -53,6 +53,12 @@ def check_fit(model, description: Description, name: str) -> None:
         raise ValueError(
             f"{name} plays {', '.join(stem)}, which only a whole UNet can carry. "
             "Make one with `python -m asdm_core assemble` and load it with Load Pruned UNet."
+        )
+    of_text = sorted(without_self_attention(model).intersection(description.units))
+    if of_text:
+        raise ValueError(
+            f"{name} plays {of_text[0]} with a self-attention, and in this MODEL the first attention there attends to "
+            "the text. It is another network; Feature Inheritance works on it."
         )
     architecture = description.architecture
     partly = {block.rpartition(".")[0] for block in architecture.cut.difference(architecture.cut_units)}

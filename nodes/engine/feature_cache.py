@@ -382,8 +382,10 @@ class FeatureCache(AtUNet):
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Whether a transformer block is the host's, with the forward of its class."""
-    return type(block) is units.attention.BasicTransformerBlock and "forward" not in vars(block)
+    """Whether a transformer block is the host's, with the forward of its class and a self-attention."""
+    if type(block) is not units.attention.BasicTransformerBlock or "forward" in vars(block):
+        return False
+    return not block.disable_self_attn
 
 
 class _PartsBlock(nn.Module):

@@ -18,7 +18,7 @@ import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ...asdm_core import packs
@@ -41,10 +41,19 @@ PREDICTIONS = {"eps": comfy.model_base.ModelType.EPS, "v": comfy.model_base.Mode
 # UNets ----------------------------------------------------------------------------------------------
 
 
+LATENTS, PIX2PIX, INPAINTING = 4, 8, 9  # input channels: latents alone, with an image, with a mask and an image
+
+
 def _base_class(config: UNetConfig):
     if config.adm_channels is not None:
         return comfy.supported_models.SDXL
     return comfy.supported_models.SD20 if config.use_linear else comfy.supported_models.SD15
+
+
+def _pix2pix_class(config: UNetConfig):
+    if config.adm_channels is not None:
+        return comfy.model_base.SDXL_instructpix2pix
+    return comfy.model_base.SD15_instructpix2pix
 
 
 def model_config(architecture: Architecture, prediction: str | None = None, lora_names: str = lora_keys.AUTO):
@@ -60,12 +69,19 @@ def model_config(architecture: Architecture, prediction: str | None = None, lora
         # The host copies these over the given config: keep what else the family sets (attention precision).
         unet_extra_config = {**base.unet_extra_config, **{k: host[k] for k in ("num_heads", "num_head_channels")}}
 
+        def inpaint_model(self):
+            # The host takes whatever has more channels than latents for one.
+            return self.unet_config["in_channels"] == INPAINTING
+
         def model_type(self, state_dict, prefix=""):
             ruled = super().model_type(state_dict, prefix)  # which also takes settings of the schedule from the file
             return PREDICTIONS[prediction] if prediction else ruled
 
         def get_model(self, state_dict, prefix="", device=None):
-            model = super().get_model(state_dict, prefix, device)
+            if architecture.config.in_channels == PIX2PIX:
+                model = _pix2pix_class(architecture.config)(self, self.model_type(state_dict, prefix), device=device)
+            else:
+                model = super().get_model(state_dict, prefix, device)
             cut_modules(model.diffusion_model, architecture, "ldm", units.stand_in)
             return model
 
@@ -112,6 +128,12 @@ def load_unet(
     if loaded.unknown:
         logging.warning(
             f"asdm: {loaded.path.name}: no layer of this UNet has {packs.some(loaded.unknown)}, which is ignored."
+        )
+    channels = loaded.description.architecture.config.in_channels
+    if channels not in (LATENTS, PIX2PIX, INPAINTING):
+        logging.warning(
+            f"asdm: {loaded.path.name} takes {channels} channels. ComfyUI itself gives a UNet {LATENTS}, {PIX2PIX} "
+            f"(an image beside it) or {INPAINTING} (inpainting), so another node must add the rest."
         )
     options = WEIGHT_DTYPES[weight_dtype]
     weights = dict(loaded.tensors)
@@ -312,4 +334,12 @@ def new_pack_patcher(path: str, dtype: torch.dtype, attn_precision, disable_dyna
         offload_device=comfy.model_management.unet_offload_device(),
     )
     patcher.cached_patcher_init = (new_pack_patcher, (path, dtype, attn_precision))
+    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, "asdm_pack", _keep_parent)
     return patcher
+
+
+def _keep_parent(old, new) -> None:
+    """When a clone is gone, the host's list of loaded models goes on with its parent. Clones of clones all have the one
+    that is kept above: the others can be gone in the same moment, and the host would report a leak for ever.
+    """
+    new.parent = old.parent or old

@@ -20,7 +20,7 @@ from ...asdm_core.assignment import Window
 from ...asdm_core.gri import GRI, PAYS_FROM, gri_attention
 from ...asdm_core.measure import costs, sizes
 from ...asdm_core.steps import Moment
-from . import notes
+from . import notes, units
 from .assigned import Players
 from .technique import PLAYED, AtUNet, InRun, Measured, Say, Start, Technique, UNetInRun
 
@@ -97,7 +97,13 @@ class _InRun(InRun):
         self._settings, self._stretch, self._say = settings, stretch, say
 
     def at(self, unet: UNetInRun, model) -> AtUNet:
-        return Attention(self._settings, unet.config, self._stretch, unet.find(Players), self._say)
+        part = Attention(self._settings, unet.config, self._stretch, unet.find(Players), self._say)
+        of_text = {address for address, layer in unet.layers.items() if units.attends_to_text(layer)}
+        part.blocks = {block: address for block, address in part.blocks.items() if address not in of_text}
+        part.videos = {block for block, address in part.blocks.items() if hasattr(unet.layers[address], "time_stack")}
+        if not part.blocks:
+            self._say("GRI Attention has nothing to do in this UNet: no layer of these stages has a self-attention.")
+        return part
 
 
 class Attention(AtUNet):
@@ -117,6 +123,7 @@ class Attention(AtUNet):
         self._settings, self._stretch, self._players = settings, stretch, players
         self._say = say or notes.speaker()
         self.blocks = settings.blocks(config)
+        self.videos: set[tuple[str, int]] = set()  # blocks that attend over the frames too, by the same door
         self._on = False
         self.log_gains: dict[
             str, dict[int, Callable[[Tensor], Tensor]]
@@ -150,7 +157,11 @@ class Attention(AtUNet):
         heads, precision = options["n_heads"], options["attn_precision"]
         height, width = options["activations_shape"][-2:]
         is_map = q.shape[1] == height * width and q.shape == k.shape == v.shape
-        if not is_map:
+        if options["block"] in self.videos:
+            # Frames lie in the batch of a map, and the map in the batch of frames. Where both fit nobody can tell.
+            batch = options["activations_shape"][0]
+            is_map = is_map and q.shape[0] == batch and batch % (height * width) != 0
+        elif not is_map:
             self._say(
                 "another node (HyperTile, Token Merging, a reference) changes what self-attention sees; there GRI is "
                 "off."

@@ -165,6 +165,11 @@ def layers(unet: Any, config: UNetConfig) -> dict[str, nn.Module]:
     return found
 
 
+def attends_to_text(layer: nn.Module) -> bool:
+    """Whether the first attention of a loaded transformer attends to the text, as its second does."""
+    return any(getattr(block, "disable_self_attn", False) for block in getattr(layer, "transformer_blocks", ()))
+
+
 def with_submodules(layer: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
     """A shallow copy of a layer with other modules at some paths (`in_layers.2`); it shares everything else."""
     twin = copy.copy(layer)
