@@ -102,7 +102,7 @@ class Run:
             technique.close()
         for unet in (self._unets or {}).values():
             unet.close()
-        self._unets = {}
+        self._unets, self.techniques = {}, []  # of a switch they know the MODELs, whose options know this run
 
 
 class BoundUNet(UNetInRun):
