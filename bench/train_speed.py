@@ -13,6 +13,12 @@ SD1.5's recipes but for the perceptual one of stage 2.
     rollout           emoji-two-steps-lora, without the time in which the teacher draws the bank, told beside it
                       (bank_seconds_of_a_step); its reference is the student alone, forward and backward
 
+And of the data:
+
+    waited_for_data       share of the time in which stage 2 on pictures on the disk, with two workers, has no data
+    start_on_a_million    seconds from nothing to the first batch of a cache of 1 million pictures
+    plan_over_peak        memory of train.dry_run's plan over the peak of a process
+
 Speeds (samples per second) are compared within each round, everything in turn; the first step of each run, in which
 buffers are made, is left out. Memory is the peak of a process of its own, less what it held before the networks.
 """
@@ -29,19 +35,25 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from asdm_core.packs import write_file
 from bench._common import add_common_arguments, clock_of, command_line, record
-from train import losses, loop, networks
+from train import dry_run, losses, loop, networks
 from train.config import Config, load
-from train.data import Batch
+from train.data import Batch, Batches
 from train.diffusion import STEPS, coefficients
 from train.attention import BmmAttention
+from train.sources import open_source
 
 CONFIGS = Path(loop.__file__).parent / "configs"
 RUNS = {"stage1": "emoji-base", "stage2": "emoji-m2", "full_student": "emoji-m5", "rollout": "emoji-two-steps-lora"}
@@ -96,6 +108,84 @@ def write_cache(config: Config, pictures: int = 256, tokens: int = 77) -> None:
         },
         {},
     )
+
+
+def write_pictures(folder: Path, size: int, count: int = 128) -> None:
+    """Pictures of noise, as JPEG of twice the size, each with a caption."""
+    folder.mkdir(parents=True)
+    g = torch.Generator().manual_seed(0)
+    for i in range(count):
+        pixels = torch.randint(0, 256, (2 * size, 2 * size, 3), generator=g, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{i:04d}.jpg", quality=90)
+        (folder / f"{i:04d}.txt").write_text("a picture of noise, best quality", encoding="utf-8")
+
+
+def write_encoders(folder: Path, width: int) -> None:
+    """A diffusers folder with a narrow VAE and text encoder, random weights, and a vocabulary of letters."""
+    vae: Any = AutoencoderKL(
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    vae.save_pretrained(folder / "vae")
+    letters = [chr(c) for c in range(33, 127)]
+    words = {w: i for i, w in enumerate([*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])}
+    end = len(words) - 1
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        bos_token_id=end - 1,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    settings = {"tokenizer_class": "CLIPTokenizer", "pad_token": "<|endoftext|>"}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def waited_for_data(network: str, steps: int, folder: Path, workers: int = 2) -> float:
+    """The share of its time in which a run of stage 2 waited for pictures, after the first step."""
+    config = recipe("stage2", network, folder, steps)
+    write_pictures(folder / "pictures", config.data.size)
+    write_encoders(folder / "models", config.network.config.context_dim)
+    data = replace(config.data, source="folder", path=str(folder / "pictures"))
+    its = replace(config.encoders, models=str(folder / "models"))
+    # A family without a latent factor of its own shows no pictures; they would count as work.
+    config = replace(config, data=data, encoders=its, run=replace(config.run, workers=workers, picture_every=0))
+    device = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.run.precision)
+    with redirect_stdout(sys.stderr):
+        loop.train(config, device)
+    lines = [json.loads(line) for line in (config.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    first, last = lines[0], lines[-1]
+    return (last["waited"] - first["waited"]) / (last["seconds"] - first["seconds"])
+
+
+def start_on_a_cache(folder: Path, pictures: int, clock: Callable[[], float], files: int = 250) -> float:
+    """Seconds until the first batch of a cache of so many small pictures with a few captions."""
+    config = recipe("stage2", "emoji", folder, 1)
+    config = replace(config, data=replace(config.data, size=16, path=str(folder / "many")))
+    unet, each = config.network.config, pictures // files
+    (folder / "many").mkdir()
+    tensors = {
+        "latents": torch.zeros(each, unet.in_channels, 2, 2).half(),
+        "captions": torch.zeros(each, 1, dtype=torch.long),
+        "states": torch.zeros(4, 77, unet.context_dim).half(),
+        "empty": torch.zeros(77, unet.context_dim).half(),
+    }
+    for i in range(files):
+        write_file(folder / "many" / f"{i:05d}.safetensors", tensors, {})
+    began = clock()
+    Batches(open_source(config), config)(range(config.run.micro_batch))
+    return clock() - began
 
 
 def run_loop(config: Config, clock: Callable[[], float]) -> tuple[float, float]:
@@ -188,6 +278,11 @@ def measure(network: str, rounds: int, steps: int, device: torch.device, clock: 
                 "samples_per_second": batch / statistics.median(found),
                 "peak_bytes": int(done.stdout.split()[-1]),
             }
+            | (
+                {"plan_bytes": dry_run.memory(dry_run.meta_student(recipes[name]), recipes[name], 1).total}
+                if name in RUNS
+                else {}
+            )
             | ({"bank_seconds_of_a_step": statistics.median(banks[name])} if name == "rollout" else {})
         )
     return rows
@@ -229,6 +324,19 @@ def summary(rows: list[dict]) -> dict[str, float]:
             ("rollout_over_student_step", "rollout", "rollout_reference"),
         ):
             found[name + suffix] = statistics.median(b / a for a, b in zip(times[run], times[other], strict=True))
+        for row in rows:
+            if row["network"] == network and row["run"] in ("stage1", "stage2"):
+                found[f"plan_over_peak_{row['run']}{suffix}"] = row["plan_bytes"] / row["peak_bytes"]
+    return found
+
+
+def data_summary(steps: int, clock: Callable[[], float]) -> dict[str, float]:
+    found = {}
+    for network in NETWORKS:
+        with tempfile.TemporaryDirectory() as folder:
+            found[f"waited_for_data_{network}"] = waited_for_data(network, steps, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        found["start_on_a_million"] = start_on_a_cache(Path(folder), 1_000_000, clock)
     return found
 
 
@@ -254,7 +362,8 @@ def main() -> None:
             f"peak {row['peak_bytes'] / 2**20:7.0f} MiB",
             flush=True,
         )
-    record("train_speed", summary(rows), rows, command_line("train_speed"), notes=args.notes)
+    numbers = summary(rows) | data_summary(2 * args.steps, clock)
+    record("train_speed", numbers, rows, command_line("train_speed"), notes=args.notes)
 
 
 if __name__ == "__main__":
