@@ -23,6 +23,16 @@ def all_nodes() -> list[type[io.ComfyNode]]:
     ]
 
 
+def name_errors() -> None:
+    """Give the pack's errors a short public name, "asdm.BadFile": ComfyUI shows an error's type with its module, and
+    names the modules of a custom node after its folder on the disk.
+    """
+    pack = __name__.rpartition(".")[0]
+    for error in ValueError.__subclasses__():
+        if error.__module__.startswith(f"{pack}."):
+            error.__module__ = "asdm"
+
+
 class ASDMExtension(ComfyExtension):
     async def on_load(self):
         files.register_folders()
@@ -30,4 +40,6 @@ class ASDMExtension(ComfyExtension):
         await migrate.register()
 
     async def get_node_list(self):
-        return all_nodes()
+        nodes = all_nodes()
+        name_errors()
+        return nodes

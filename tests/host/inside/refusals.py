@@ -6,10 +6,21 @@ import comfy.supported_models
 import pytest
 import small
 import torch
-from in_host import execute
+from execution import full_type_name
+from in_host import execute, module, node_classes
 from safetensors.torch import load_file, save_file
 
 SD, SDXL, packs, models = small.SD, small.SDXL, small.packs, small.models
+
+
+def test_errors_have_a_short_public_name(tmp_path):
+    node_classes()
+    (tmp_path / "broken.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(packs.BadFile) as caught:
+        models.load_unet(str(tmp_path / "broken.safetensors"))
+    assert full_type_name(type(caught.value)) == "asdm.BadFile"
+    recognise = module("asdm_core.recognise")
+    assert full_type_name(recognise.Unrecognised) == "asdm.Unrecognised"
 
 
 @pytest.fixture
