@@ -20,6 +20,7 @@ from ...asdm_core.assignment import Assignment, Override, Provider, Window, fing
 from ...asdm_core.measure import costs
 from ...asdm_core.steps import Moment
 from . import pack_loras, units
+from .carried import Carried
 from .network import architecture_of, clone_for
 from .on_model import models_key, with_technique
 from .technique import CUT, PLAYED, PLAYERS, AtUNet, InRun, Measured, Say, Start, Technique, UNetInRun, technique_of
@@ -40,7 +41,13 @@ class Assigned(Technique):
         pack_loras.sync(model, packs_of(clone).values())
 
     def bind(self, start: Start, say: Say) -> InRun:
-        return _InRun(self, {window: start.stretch(window) for window in self.assignment.windows})
+        if pack_loras.merged(start.model, pack_patchers(start.model)):
+            say(
+                "the MODEL is merged with another one, also in layers that a pack plays. There the pack's own weights "
+                "play, unmerged; the rest is merged.",
+                report=True,
+            )
+        return _InRun(self, {window: start.stretch(window) for window in self.assignment.windows}, say)
 
     def label(self) -> str:
         return " + ".join(name_of(pack).removesuffix(".safetensors") for pack in self.packs)
@@ -137,27 +144,42 @@ def network_of(model, active: Sequence[Window] | None = None) -> Architecture:
 
 
 class _InRun(InRun):
-    def __init__(self, assigned: Assigned, stretches: dict[Window, tuple[float, float]]):
-        self.assignment, self._stretches = assigned.assignment, stretches
+    def __init__(self, assigned: Assigned, stretches: dict[Window, tuple[float, float]], say: Say):
+        self.assignment, self._stretches, self._say = assigned.assignment, stretches, say
         self.active: tuple[Window, ...] = ()
 
     def begin_evaluation(self, moment: Moment) -> None:
-        self.active = tuple(w for w, (high, low) in self._stretches.items() if low < moment.sigma <= high)
+        self.circumstances = self.active = tuple(
+            w for w, (high, low) in self._stretches.items() if low < moment.sigma <= high
+        )
 
     def at(self, unet: UNetInRun, model) -> AtUNet:
-        return Players(self, unet, packs_of(model))
+        replaced = frozenset(path for path, value in model.object_patches.items() if isinstance(value, nn.Module))
+        return Players(self, unet, packs_of(model), replaced, self._say)
 
 
 class Players(AtUNet):
     """The players of one UNet object, and the experts and log gains that join them."""
 
-    def __init__(self, run: _InRun, unet: UNetInRun, packs: Mapping[str, comfy.model_patcher.ModelPatcher]):
-        self._run, self._unet = run, unet
+    def __init__(
+        self,
+        run: _InRun,
+        unet: UNetInRun,
+        packs: Mapping[str, comfy.model_patcher.ModelPatcher],
+        replaced: frozenset[str],
+        say: Say,
+    ):
+        self._run, self._unet, self._replaced, self._say = run, unet, replaced, say
         self._packs = {pack_id: patcher.model for pack_id, patcher in packs.items()}
         self._serials = ",".join(str(patcher.model.serial) for patcher in packs.values())
         self._active: tuple[Window, ...] | None = None
         self._providers: dict[str, Provider] = {}
         self._log_gains: dict[str, Provider] = {}
+        self._bare: dict[str, nn.Module] = {}  # players, without what others have put on the layers
+        self._players: dict[str, nn.Module] = {}
+        self._everybody: dict[str, Provider] = {}
+        self._watched: tuple[list[dict], tuple] = [], ()
+        self._told = False
 
     def begin_evaluation(self, moment: Moment) -> None:
         if self._run.active == self._active:
@@ -168,19 +190,69 @@ class Players(AtUNet):
         self._log_gains = assignment.joining("log_gains", self._active)
         experts = assignment.joining("experts", self._active)
         experts = {a: provider for a, provider in experts.items() if a in providers or a not in cut}
+        self._bare, self._players, self._watched = {}, {}, ([], ())
         if not providers and not experts:
-            self.players, self.name = {}, ""
+            self.name = ""
             return
         layers = self._unet.layers
-        players = {address: self._player(address, provider) for address, provider in providers.items()}
+        self._bare = {address: self._player(address, provider) for address, provider in providers.items()}
         for address, provider in experts.items():
-            layer = players.get(address, layers[address])
-            players[address] = self._packs[provider.source].with_experts(address, layer, provider.strength)
-        bypassed = {address: units.with_bypass(player, layers[address]) for address, player in players.items()}
-        self.players = {address: player for address, (player, _) in bypassed.items()}
-        bypass = ";".join(f"{id(hook.adapter)}*{hook.multiplier}" for _, hooks in bypassed.values() for hook in hooks)
-        everybody = providers | {f"{a}.experts": provider for a, provider in experts.items()}
-        self.name = fingerprint(everybody, self._serials + bypass)
+            layer = self._bare.get(address, layers[address])
+            self._bare[address] = self._packs[provider.source].with_experts(address, layer, provider.strength)
+        self._everybody = providers | {f"{a}.experts": provider for a, provider in experts.items()}
+        self._watched = (
+            [
+                vars(module)
+                for address, player in self._bare.items()
+                if not units.passes_on(player)
+                for module in layers[address].modules()
+            ],
+            (None,),
+        )
+        self._carry_over()
+
+    @property
+    def players(self) -> Mapping[str, nn.Module]:  # type: ignore[override]
+        self._carry_over()
+        return self._players
+
+    def _carry_over(self) -> None:
+        """Give the players what others have put on their layers: by now, or at any time later."""
+        watched, seen = self._watched
+        now = tuple((len(of), id(of.get("forward")), id(of.get("_forward"))) for of in watched)
+        if now == seen:
+            return
+        self._watched = watched, now
+        found = {
+            address: Carried(player, self._unet.layers[address])
+            for address, player in self._bare.items()
+            if not units.passes_on(player)
+        }
+        self._players = self._bare | {address: carried.player for address, carried in found.items()}
+        names = ";".join(f"{a}:{carried.name}" for a, carried in found.items() if carried.name)
+        self.name = fingerprint(self._everybody, self._serials + names)
+        self._tell({address: carried.lost for address, carried in found.items()})
+
+    def _tell(self, lost: Mapping[str, Sequence[str]]) -> None:
+        """Say once which of the layers that others have changed play without that."""
+        found = [f"{address} ({name})" for address, names in lost.items() for name in names]
+        paths = {address: f"diffusion_model.{unit(self._unet.config, address).ldm}" for address in self._bare}
+        found += [
+            f"{address} ({type_of})"
+            for address, path in paths.items()
+            for type_of in (r.removeprefix(path).strip(".") or "the whole layer" for r in sorted(self._replaced))
+            if any(r == path or r.startswith(f"{path}.") for r in self._replaced)
+        ]
+        if not found or self._told:
+            return
+        self._told = True
+        packs = ", ".join(sorted({name_of(pack_id) for pack_id in self._packs}))
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        self._say(
+            f"another node has changed layers of the checkpoint that {packs} plays in its own way, and there that node "
+            f"has no effect: {', '.join(found[:3])}{more}. Take a pack that leaves these layers to the checkpoint, or "
+            "bypass one of the two nodes."
+        )
 
     def _player(self, address: str, provider: Provider) -> nn.Module:
         if provider.role == "pack":
@@ -199,7 +271,7 @@ class Players(AtUNet):
         return role if provider is None else CUT if provider.role == CUT else PLAYED
 
     def close(self) -> None:
-        self.players = {}
+        self._bare, self._players, self._watched = {}, {}, ([], ())
 
 
 def _on_clone(old, new):

@@ -82,7 +82,9 @@ def model_config(architecture: Architecture, prediction: str | None = None, lora
                 model = _pix2pix_class(architecture.config)(self, self.model_type(state_dict, prefix), device=device)
             else:
                 model = super().get_model(state_dict, prefix, device)
-            cut_modules(model.diffusion_model, architecture, "ldm", units.stand_in)
+            cut_modules(
+                model.diffusion_model, architecture, "ldm", partial(units.stand_in, heads=architecture.config.heads)
+            )
             return model
 
         def process_unet_state_dict_for_saving(self, state_dict):

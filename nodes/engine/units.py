@@ -17,14 +17,13 @@ import comfy.ops
 import torch
 from comfy.ldm.modules import attention
 from comfy.ldm.modules.diffusionmodules import openaimodel
-from comfy.weight_adapter import BypassForwardHook
 from torch import Tensor, nn
 
 from ...asdm_core.addresses import Slot, Unit, UNetConfig, walk
 from ...asdm_core.architecture import Architecture
 from ...asdm_core.condconv import CondConv2d, Conv, further_experts
 from ...asdm_core.packs import Description
-from ...asdm_core.surgery import PassThrough, pass_through
+from ...asdm_core.surgery import pass_through
 
 # Stand-ins ------------------------------------------------------------------------------------------
 # Other packs place their modules by class: they must find a ResBlock where a ResBlock was cut, and the
@@ -55,13 +54,14 @@ class ResBlock(_StandIn, openaimodel.TimestepBlock):
 
 
 class SpatialTransformer(_StandIn, attention.SpatialTransformer):
-    """In place of a transformer: no blocks."""
+    """In place of a transformer. heads: of its attention, where others may look for its blocks; they are hollow."""
 
-    def __init__(self, unit: Unit, play: Callable | None = None):
+    def __init__(self, unit: Unit, play: Callable | None = None, heads: int = 0):
         nn.Module.__init__(self)
         self.stand_for(unit, play)
         self.in_channels = unit.channels_in
-        self.transformer_blocks = nn.ModuleList()
+        blocks = [BasicTransformerBlock(unit, i, heads) for i in range(unit.depth)] if heads else []
+        self.transformer_blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, context=None, transformer_options={}) -> Tensor:
         return self.play(x)
@@ -89,6 +89,63 @@ class Upsample(_StandIn, openaimodel.Upsample):
         return self.play(x, output_shape)
 
 
+class Linear(nn.Module):
+    """A layer that nobody runs: `weight` and `bias` are shapes alone, no parameters."""
+
+    def __init__(self, weight: tuple[int, ...], bias: tuple[int, ...] | None):
+        super().__init__()
+        self.weight = torch.empty(weight, device="meta")
+        self.bias = None if bias is None else torch.empty(bias, device="meta")
+        self.in_features, self.out_features = weight[-1], weight[0]
+
+
+class LayerNorm(Linear):
+    """The same of a norm."""
+
+
+class CrossAttention(attention.CrossAttention):
+    """The same of an attention."""
+
+    def __init__(self, channels: int, heads: int):
+        nn.Module.__init__(self)
+        self.heads, self.dim_head, self.attn_precision = heads, channels // heads, None
+
+
+class BasicTransformerBlock(attention.BasicTransformerBlock):
+    """In place of a transformer block. Packs number layers by counting these and their attention, and look at the sizes
+    of their layers; what they put there has nothing to act on.
+    """
+
+    def __init__(self, unit: Unit, block: int, heads: int):
+        nn.Module.__init__(self)
+        channels = unit.channels_in
+        self.n_heads, self.d_head = heads, channels // heads
+        self.is_res, self.disable_self_attn, self.switch_temporal_ca_to_sa = True, False, False
+        self.ff_in, self.attn_precision = None, None
+        self.attn1, self.attn2 = CrossAttention(channels, heads), CrossAttention(channels, heads)
+        layers: dict[str, dict[str, tuple[int, ...]]] = {}
+        for tensor in unit.tensors:
+            if tensor.block == block:
+                path, _, leaf = tensor.ldm.split(".", 2)[2].rpartition(".")
+                layers.setdefault(path, {})[leaf] = tensor.shape
+        for path, shapes in layers.items():
+            kind = Linear if len(shapes["weight"]) > 1 else LayerNorm
+            self._place(path.split("."), kind(shapes["weight"], shapes.get("bias")))
+
+    def _place(self, path: list[str], layer: nn.Module) -> None:
+        parent: nn.Module = self
+        for name, following in zip(path, [*path[1:], ""], strict=True):
+            while name.isdigit() and len(parent._modules) < int(name):  # what stands between has no weights
+                parent.add_module(str(len(parent._modules)), nn.Identity())
+            if name not in parent._modules:
+                within = nn.Sequential() if following.isdigit() else nn.Module()
+                parent.add_module(name, within if following else layer)
+            parent = parent._modules[name]
+
+    def forward(self, x: Tensor, context=None, transformer_options={}) -> Tensor:
+        return x
+
+
 _STAND_INS: dict[str, Any] = {
     "resnet": ResBlock,
     "transformer": SpatialTransformer,
@@ -113,9 +170,16 @@ _KIND_CLASSES = {
 }
 
 
-def stand_in(unit: Unit, is_block: bool = False) -> nn.Module:
-    """A module that passes its input on in place of a cut unit or transformer block."""
-    return PassThrough(unit, True) if is_block else _STAND_INS[unit.kind](unit)
+def stand_in(unit: Unit, is_block: bool = False, heads: Callable[[int], int] | None = None) -> nn.Module:
+    """A module that passes its input on in place of a cut unit or transformer block.
+
+    heads: of the attention of so many channels; given where others find these modules in a network.
+    """
+    if is_block:
+        return BasicTransformerBlock(unit, 0, heads(unit.channels_in) if heads else 1)
+    if heads and unit.kind == "transformer":
+        return SpatialTransformer(unit, heads=heads(unit.channels_in))
+    return _STAND_INS[unit.kind](unit)
 
 
 def player(unit: Unit, play: Callable) -> nn.Module:
@@ -186,39 +250,6 @@ def host_weights(module: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]
     weight, bias, stream = comfy.ops.cast_bias_weight(module, x, offloadable=True)
     yield weight, bias
     comfy.ops.uncast_bias_weight(module, weight, bias, stream)
-
-
-# Bypass LoRAs ---------------------------------------------------------------------------------------
-
-
-class Bypassed(nn.Module):
-    """A module under a LoRA of the host's bypass mode, which wraps the forwards of single modules instead of patching
-    weights.
-    """
-
-    def __init__(self, module: nn.Module, hook: BypassForwardHook):
-        super().__init__()
-        self.module = module
-        twin = copy.copy(hook)
-        twin.original_forward = module
-        self.play = twin._bypass_forward
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return self.play(x, *args, **kwargs)
-
-
-def with_bypass(player: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[BypassForwardHook]]:
-    """The player of a unit under the bypass LoRAs that act on the layer it stands in for, and these."""
-    own = dict(player.named_modules())
-    hooks = {}
-    for path, module in layer.named_modules():
-        hook = getattr(vars(module).get("forward"), "__self__", None)
-        # A player may share modules with the layer: those are wrapped already.
-        if isinstance(hook, BypassForwardHook) and own.get(path, module) is not module:
-            hooks[path] = hook
-    return with_submodules(player, {path: Bypassed(own[path], hook) for path, hook in hooks.items()}), list(
-        hooks.values()
-    )
 
 
 # Packs ----------------------------------------------------------------------------------------------
@@ -351,7 +382,7 @@ def _build(u: Unit, architecture: Architecture, dtype: torch.dtype, attn_precisi
     )
     for i, block in enumerate(u.blocks):
         if block in architecture.cut:
-            transformer.transformer_blocks[i] = stand_in(u, True)
+            transformer.transformer_blocks[i] = stand_in(u, True, config.heads)
     return transformer
 
 

@@ -3,6 +3,7 @@
 import comfy.model_detection
 import comfy.ops
 import pytest
+import reference
 import small
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -106,3 +107,69 @@ def test_cut_unit_changes_the_output(preset):
     full = network(config, small.weights(config))
     with torch.no_grad():
         assert small.difference(skeleton(**inputs(config, 16, 16)), full(**inputs(config, 16, 16))) > 0.01
+
+
+# Who counts layers ------------------------------------------------------------------------------------------
+
+
+def counted(unet, name):
+    """The layers of a class as other packs find them: by the class's name, in order."""
+    return [path for path, module in unet.named_modules() if type(module).__name__ == name]
+
+
+@pytest.mark.parametrize(
+    "config, preset", [(small.SD, "base"), (small.SD, "small"), (small.SDXL, "koala-700m"), (small.SDXL, "ssd-1b")]
+)
+def test_packs_that_count_transformer_blocks_count_all_of_them(folder, config, preset):
+    chosen = small.Architecture.preset(preset, config)
+    path = folder / f"{preset}-counted.safetensors"
+    description = small.packs.Description("unet", chosen, prediction="eps")
+    small.packs.write_unet(path, small.surgery.cut(small.weights(config), chosen)[0], description)
+    pruned, full = small.models.load_unet(str(path)), small.model(folder, config)
+    cut, whole = pruned.model.diffusion_model, full.model.diffusion_model
+    for name in ("BasicTransformerBlock", "CrossAttention", "SpatialTransformer", "ResBlock"):
+        assert counted(cut, name) == counted(whole, name)
+    for at in counted(whole, "BasicTransformerBlock"):
+        mine, its = cut.get_submodule(at), whole.get_submodule(at)
+        assert isinstance(mine, type(its))
+        for attention in ("attn1", "attn2"):
+            a, b = getattr(mine, attention), getattr(its, attention)
+            assert isinstance(a, type(b)) and (a.heads, a.dim_head) == (b.heads, b.dim_head)
+            for layer in (lambda m: m.to_q, lambda m: m.to_k, lambda m: m.to_v, lambda m: m.to_out[0]):
+                assert layer(a).weight.shape == layer(b).weight.shape
+                assert (layer(a).bias is None) == (layer(b).bias is None)
+                assert (layer(a).in_features, layer(a).out_features) == (layer(b).in_features, layer(b).out_features)
+        assert mine.ff.net[0].proj.weight.shape == its.ff.net[0].proj.weight.shape
+        assert mine.norm1.weight.shape == its.norm1.weight.shape
+        assert (mine.n_heads, mine.d_head) == (its.n_heads, its.d_head)
+    # They are no weights: what is saved, moved and patched is what the file holds.
+    held = set(cut.state_dict())
+    assert held == {key for key, slot in small.addresses.keys(config).items() if chosen.has(slot)}
+
+
+def test_a_pack_that_numbers_layers_by_counting_changes_the_same_ones(model, folder, combined):
+    def changed(m):
+        """The forward of every third cross-attention, by number, scaled by its number."""
+        clone = m.clone()
+        paths = [p for p in counted(m.model.diffusion_model, "CrossAttention") if p.endswith("attn2")]
+        for number, path in enumerate(paths):
+            if number % 3 == 0:
+                own = m.get_model_object(f"diffusion_model.{path}").forward
+                clone.add_object_patch(
+                    f"diffusion_model.{path}.forward",
+                    lambda *args, own=own, n=number, **more: (1 + n) * own(*args, **more),
+                )
+        return clone
+
+    base = small.combined(folder, preset="base")
+    chosen = small.Architecture.preset("base", small.SD)
+    # The same network as forward hooks make it of an unpruned one.
+    whole = folder / "whole-of-base.safetensors"
+    weights = small.surgery.combine(small.weights(small.SD, 0), small.weights(small.SD, 1), chosen, chosen.pack_units())
+    description = small.packs.Description("unet", small.Architecture.full(small.SD), prediction="eps")
+    small.packs.write_unet(whole, {**small.weights(small.SD, 0), **weights}, description)
+    full = small.models.load_unet(str(whole))
+    with reference.cut(full, chosen):
+        wanted = small.sample(changed(full))
+        assert small.difference(wanted, small.sample(full)) > 1e-3
+    assert small.difference(small.sample(changed(base)), wanted) < 1e-5

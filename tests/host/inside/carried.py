@@ -1,0 +1,268 @@
+"""What others put on the checkpoint's layers acts on the pack that plays them, as on one file with the same weights."""
+
+import copy
+import functools
+import types
+
+import pytest
+import small
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_attention_multiply, nodes_model_merging
+
+SD = small.SD
+BLOCKS = [f"diffusion_model.output_blocks.{n}.1.transformer_blocks.0" for n in (3, 6, 9)]
+CONVS = [f"diffusion_model.{side}_blocks.{n}.0.in_layers.2" for side, n in (("input", 1), ("input", 4), ("output", 9))]
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return small.write_pack(folder / "base-pack.safetensors", preset="base", seed=1)
+
+
+@pytest.fixture(scope="module")
+def one_file(folder):
+    return small.combined(folder, preset="base")
+
+
+def patched(paths, make, leaf="forward"):
+    """A node that puts an object patch on modules; make: module -> what goes there."""
+
+    def node(model):
+        clone = model.clone()
+        for path in paths:
+            clone.add_object_patch(f"{path}.{leaf}", make(model.get_model_object(path)))
+        return clone
+
+    return node
+
+
+def closure(module):
+    own = module.forward
+    return lambda *args, **more: 1.3 * own(*args, **more)
+
+
+def default(module):
+    return lambda *args, own=module.forward, **more: 1.3 * own(*args, **more)
+
+
+def _scaled(own, factor, *args, **more):
+    return factor * own(*args, **more)
+
+
+def partial(module):
+    return functools.partial(_scaled, module.forward, 1.3)
+
+
+def method(module):
+    def forward(self, *args, **more):
+        return 1.3 * type(self).forward(self, *args, **more)
+
+    return types.MethodType(forward, module)
+
+
+def twice(module):
+    module = types.SimpleNamespace(forward=closure(module))
+    return closure(module)
+
+
+class Object:
+    def __init__(self, module):
+        self.module, self.own, self.calls = module, module.forward, []
+
+    def __call__(self, *args, **more):
+        self.calls.append(tuple(self.module.state_dict()))
+        return 1.3 * self.own(*args, **more)
+
+
+def object_method(module):
+    return Object(module).__call__
+
+
+def wrapping(module):
+    """The convolution goes round at the borders, as in nodes for tiles."""
+
+    def _conv_forward(self, x, weight, bias):
+        x = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
+        return torch.nn.functional.conv2d(x, weight, bias, self.stride)
+
+    return types.MethodType(_conv_forward, module)
+
+
+def reference(model):
+    """Sets forwards for a run, with what they need beside them on the modules, as Reference ControlNets do."""
+
+    def forward(self, x, context=None, transformer_options={}):
+        self.their_bank.append(x.mean())
+        n = self.norm1(x)
+        x = x + 0.5 * self.attn1(torch.cat([n, n.flip(1)], 1))[:, : n.shape[1]] + self.their_bank[-1]
+        return type(self).forward(self, x, context, transformer_options)
+
+    def run(executor, *args, **more):
+        modules = [clone.get_model_object(path) for path in BLOCKS]
+        for module in modules:
+            module.their_bank, module.forward = bank, types.MethodType(forward, module)
+        try:
+            return executor(*args, **more)
+        finally:
+            for module in modules:
+                del module.forward, module.their_bank
+
+    bank = []
+    clone = model.clone()
+    clone.wrappers[WrappersMP.OUTER_SAMPLE] = {"theirs": [run], **clone.wrappers.get(WrappersMP.OUTER_SAMPLE, {})}
+    return clone
+
+
+def comes_late(model):
+    """Sets forwards for single calls of the network."""
+
+    def wrapper(apply_model, given):
+        modules = [model.get_model_object(path) for path in BLOCKS]
+        for module in modules:
+            module.forward = closure(module)
+        try:
+            return apply_model(given["input"], given["timestep"], **given["c"])
+        finally:
+            for module in modules:
+                del module.forward
+
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
+def hooks(model):
+    def run(executor, *args, **more):
+        handles = [
+            model.get_model_object(path).register_forward_hook(lambda module, inputs, out: 1.3 * out) for path in BLOCKS
+        ]
+        try:
+            return executor(*args, **more)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    clone = model.clone()
+    clone.wrappers[WrappersMP.OUTER_SAMPLE] = {"theirs": [run], **clone.wrappers.get(WrappersMP.OUTER_SAMPLE, {})}
+    return clone
+
+
+NODES = {
+    **{make.__name__: patched(BLOCKS, make) for make in (closure, default, partial, method, twice, object_method)},
+    "object": patched(BLOCKS, Object),
+    "on parts": patched([f"{path}.attn1.to_q" for path in BLOCKS] + [f"{path}.ff" for path in BLOCKS], closure),
+    "on a block and its part": lambda m: patched([f"{path}.attn2" for path in BLOCKS], method)(
+        patched(BLOCKS, closure)(m)
+    ),
+    "convolutions": patched(CONVS, wrapping, "_conv_forward"),
+    "a setting": patched(CONVS, lambda module: "circular", "padding_mode"),
+    "reference": reference,
+    "for single calls": comes_late,
+    "hooks": hooks,
+    "self-attention multiplied": lambda m: nodes_attention_multiply.UNetSelfAttentionMultiply.execute(
+        m, 1.5, 0.8, 1.2, 0.7
+    )[0],
+    "cross-attention multiplied": lambda m: nodes_attention_multiply.UNetCrossAttentionMultiply.execute(
+        m, 1.5, 0.8, 1.2, 0.7
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_what_others_change_acts_on_the_pack(model, base, one_file, caplog, name):
+    node = NODES[name]
+    bare, wanted = small.sample(one_file), small.sample(node(one_file))
+    assert small.difference(wanted, bare) > 1e-3
+    packed = small.with_pack(model, base)
+    assert torch.equal(small.sample(packed), bare)
+    for m in (node(packed), small.with_pack(node(model), base)):
+        assert small.difference(small.sample(m), wanted) < 1e-5
+    assert torch.equal(small.sample(packed), bare)
+    assert "another node has changed layers" not in caplog.text
+
+
+def test_it_acts_under_a_bypass_lora_and_in_a_part_of_the_run(model, base, one_file):
+    lora = small.lora(seed=2)
+
+    def both(m):
+        loaded = small.comfy.sd.load_bypass_lora_for_models(NODES["closure"](m), None, lora, 0.8, 0)
+        return loaded[0]
+
+    assert small.difference(small.sample(both(small.with_pack(model, base))), small.sample(both(one_file))) < 1e-5
+    window = small.with_pack(model, base, start=0.5)
+    samples = small.sample(both(window), steps=4)
+    assert small.difference(samples, small.sample(both(model), steps=4)) > 1e-3
+    assert small.difference(samples, small.sample(window, steps=4)) > 1e-3
+
+
+def test_a_difference_of_models_acts_on_the_pack(model, base, one_file, folder):
+    second, third = small.model(folder, seed=3), small.model(folder, seed=4)
+    (change,) = nodes_model_merging.ModelSubtract().merge(second, third, 1.0)
+
+    def added(m):
+        return nodes_model_merging.ModelAdd().merge(m, change)[0]
+
+    wanted = small.sample(added(one_file))
+    assert small.difference(wanted, small.sample(one_file)) > 1e-3
+    # one_file lacks units, and Merge Add leaves alone what it lacks.
+    assert small.difference(small.sample(added(small.with_pack(model, base))), wanted) < 1e-4
+
+
+def test_a_merge_that_leaves_the_pack_alone_is_told(model, base, folder, caplog):
+    caplog.set_level("INFO")
+    (merged,) = nodes_model_merging.ModelMergeSimple().merge(
+        small.with_pack(model, base), small.model(folder, seed=3), 0.5
+    )
+    small.sample(merged)
+    assert caplog.text.count("merged with another one, also in layers that a pack plays") == 1
+
+
+class Table:
+    """Holds the modules it changes in a table, by name."""
+
+    def __init__(self, module):
+        self.table = {"own": module.forward}
+
+    def __call__(self, *args, **more):
+        return 1.3 * self.table["own"](*args, **more)
+
+
+def replaced_whole(model):
+    clone = model.clone()
+    twin = copy.deepcopy(model.get_model_object("diffusion_model.input_blocks.4.0"))
+    clone.add_object_patch("diffusion_model.input_blocks.4.0", twin)
+    return clone
+
+
+def another_class(model):
+    class Doubled(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args):
+            return 2 * self.layer(*args)
+
+    clone = model.clone()
+    clone.add_object_patch(CONVS[0], Doubled(model.get_model_object(CONVS[0])))
+    return clone
+
+
+LOST = {
+    "a table": (patched(BLOCKS[:1], Table), "up.1.0.transformer (transformer_blocks.0.forward)"),
+    "a layer": (replaced_whole, "down.1.0.resnet (the whole layer)"),
+    "a part": (another_class, "down.0.0.resnet (in_layers.2"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_cannot_be_carried_over_is_said_once(model, base, caplog, name):
+    node, where = LOST[name]
+    packed = small.with_pack(model, base)
+    bare = small.sample(packed)
+    caplog.clear()
+    assert torch.equal(small.sample(node(packed)), bare)
+    assert caplog.text.count("another node has changed layers") == 1 and where in caplog.text
+    caplog.clear()
+    assert torch.equal(small.sample(packed), bare) and "another node" not in caplog.text
