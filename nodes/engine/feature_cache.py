@@ -24,6 +24,8 @@ from ...asdm_core.inheritance import INHERITED, InheritedStep, Plan
 from ...asdm_core.measure import output_size
 from ...asdm_core.steps import Moment
 from . import units
+from .carried import overrides
+from .circumstances import Content
 from .technique import AtUNet, Forward, Misfit
 
 COMPUTE, RECORD, REPLAY, PROBE = "compute", "record", "replay", "probe"
@@ -37,7 +39,7 @@ _BLOCK_PATCHES = ("attn1_patch", "attn1_output_patch", "attn2_patch", "attn2_out
 @dataclass
 class Entry:
     """Features of one chunk: the step they are from (and where within it), the circumstances they were made under,
-    tensors by address.
+    what the call showed, tensors by address.
 
     shapes: (C, H, W) of what every unit made that is not to compute on inherited steps.
     earlier, weight: for forecasts of the running forward, the features of the step before, and where it lies on the
@@ -47,6 +49,7 @@ class Entry:
     step: int
     position: float
     circumstances: Hashable
+    shown: Hashable = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     before: Entry | None = None  # the full step before, for forecasts
@@ -58,9 +61,15 @@ class FeatureCache(AtUNet):
     """Features of one UNet object during one run."""
 
     def __init__(
-        self, plan: Plan, config: UNetConfig, cut: frozenset[str], sigmas: Sequence[float], on_cpu: bool = False
+        self,
+        plan: Plan,
+        config: UNetConfig,
+        cut: frozenset[str],
+        sigmas: Sequence[float],
+        on_cpu: bool = False,
+        content: Content | None = None,
     ):
-        self.plan, self.config, self._on_cpu = plan, config, on_cpu
+        self.plan, self.config, self._on_cpu, self._content = plan, config, on_cpu, content
         self.inherited = InheritedStep.of(plan, config, cut)
         self.reuse = self.inherited.reuse
         self._sigmas = list(sigmas)
@@ -91,6 +100,8 @@ class FeatureCache(AtUNet):
         self.counts: Counter = Counter()
         self.evaluations: list[Counter] = []
         self.peak = 0
+        self._elsewhere = False
+        self.moved = 0  # forwards that computed because they showed another part of the picture than before
         self.mode = COMPUTE
 
     # once per evaluation, once per forward ----------------------------------------------------------
@@ -123,7 +134,7 @@ class FeatureCache(AtUNet):
         """Decide the mode of the forward that is about to run."""
         x, options = forward.x, forward.options
         uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
-        self.mode = COMPUTE
+        self.mode, self._elsewhere = COMPUTE, False
         patched = self.inherited.in_parts and self._blocks_patched(options)
         if uuids and conds and x.shape[0] % len(conds) == 0 and not patched:
             self._keys = [self._key(u, c, x, len(conds)) for u, c in zip(uuids, conds, strict=True)]
@@ -132,7 +143,9 @@ class FeatureCache(AtUNet):
                 forward.circumstances,
                 x.device,
             )
+            self._shown = self._what_is_shown(x)
             self.mode = self._adaptive_mode() if self._probe else self._planned_mode()
+            self.moved += self._elsewhere and self.mode in (COMPUTE, RECORD)
             if self.mode != COMPUTE:
                 self._make_players(forward.playing)
             if self.mode == RECORD:
@@ -181,13 +194,27 @@ class FeatureCache(AtUNet):
         )
 
     def _holds(self, fits: Callable[[Entry], object]) -> bool:
-        """Whether for every chunk something fitting is remembered, made under the circumstances of now."""
-        return all(e is not None and e.circumstances == self._circumstances and bool(fits(e)) for e in self.entries)
+        """Whether for every chunk something fitting is remembered, made under the circumstances of now and of the same
+        part of the picture.
+        """
+        if not all(e is not None and e.circumstances == self._circumstances and fits(e) for e in self.entries):
+            return False
+        if all(e.shown == shown for e, shown in zip(self.entries, self._shown, strict=True)):
+            return True
+        self._elsewhere = True
+        return False
+
+    def _what_is_shown(self, x: Tensor) -> tuple[Hashable, ...]:
+        if self._content is None:
+            return (None,) * len(self._keys)
+        chunks = x.chunk(len(self._keys))
+        return tuple(self._content.shown(key, chunk) for key, chunk in zip(self._keys, chunks, strict=True))
 
     def _start_recording(self) -> None:
         self.mode = RECORD
         entries = tuple(
-            Entry(self.step, self.position, self._circumstances, before=self._earlier(e)) for e in self.entries
+            Entry(self.step, self.position, self._circumstances, shown, before=self._earlier(e, shown))
+            for e, shown in zip(self.entries, self._shown, strict=True)
         )
         self._entries.update(zip(self._keys, entries, strict=True))
         self.entries = entries
@@ -224,8 +251,11 @@ class FeatureCache(AtUNet):
         self._ordinals[base] += 1
         return (*base, self._ordinals[base])
 
-    def _earlier(self, entry: Entry | None) -> Entry | None:
+    def _earlier(self, entry: Entry | None, shown: Hashable) -> Entry | None:
         if entry is None or not self._forecasts or entry.step > self.step:
+            return None
+        # A line from there would go through features of another cast, or of another part of the picture.
+        if entry.circumstances != self._circumstances or entry.shown != shown:
             return None
         if entry.step == self.step:  # the step was evaluated before; two points so close give no direction
             return entry.before
@@ -382,8 +412,8 @@ class FeatureCache(AtUNet):
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Whether a transformer block is the host's, with the forward of its class and a self-attention."""
-    if type(block) is not units.attention.BasicTransformerBlock or "forward" in vars(block):
+    """Whether a transformer block is the host's, with the methods of its class and a self-attention."""
+    if type(block) is not units.attention.BasicTransformerBlock or overrides(block):
         return False
     return not block.disable_self_attn
 

@@ -8,7 +8,6 @@ circumstances of now; in any other case the call is made in full.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -35,9 +34,8 @@ from ...asdm_core.forecast import (
 )
 from ...asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, response
 from ...asdm_core.steps import Moment
+from .circumstances import adds_noise, of_call
 from .technique import InRun, Log, Say, Start, Technique
-
-SAME_CONTENT = 0.5  # cosine of the latents of a call and of the same call one evaluation before, at least
 
 
 @dataclass
@@ -85,7 +83,7 @@ def bytes_of(kept: int, shape: Sequence[int], conds: int, itemsize: int = 4) -> 
     """Bytes that a run on latents of a shape (B, C, H, W) remembers with so many lists of conds, of which `kept`
     evaluations each are kept.
     """
-    return (kept * conds + 1) * math.prod(shape) * itemsize if kept else 0
+    return kept * conds * math.prod(shape) * itemsize
 
 
 def positives(guider) -> frozenset:
@@ -155,11 +153,7 @@ class Forecaster(InRun):
         self._forced: list[int] = []  # evaluations that were made though the plan forecasts them
         self._wanted = 1  # points of a straight line
         self._ordinals: Counter = Counter()
-        self._several: set = set()  # keys that an evaluation asks for more than once
         self._tracks: dict[tuple, Track] = {}
-        self._latents: dict[tuple, tuple[int, Tensor]] = {}  # of each call of the evaluation before
-        self._moving = False
-        self._evaluation = -1
         self._done: list[set[str]] = []
         self._asked = self._computed = self.peak = 0
 
@@ -174,7 +168,6 @@ class Forecaster(InRun):
     def begin_evaluation(self, moment: Moment) -> None:
         """An evaluation begins; it may come in several calls."""
         self._sigma, self._position = moment.sigma, moment.place
-        self._evaluation += 1
         self._ordinals.clear()
         self._done.append(set())
         found = self.plan.find(self._position, self._next)
@@ -207,14 +200,18 @@ class Forecaster(InRun):
         for i in live:
             self._next_keyframe(model, conds[i], timestep, model_options)
         keys = {i: self._key(model, conds[i], x, model_options) for i in live}
-        now = {i: self._circumstances(conds[i]) for i in live}
-        moved = self._moved(keys, x)
+        around = (
+            self.around.circumstances,
+            of_call(model_options.get("transformer_options", {}), self.around.gates, self._sigma),
+        )
+        shown = {i: self.around.content.shown(keys[i], x) for i in live}
+        now = {i: (*self._circumstances(conds[i]), around, shown[i]) for i in live}
         first = next((i for i in live if conds[i][0]["uuid"] in self._positive), None)
         self._asked += len(live)
-        results = (
-            None if moved else self._forecast(executor, model, conds, x, timestep, model_options, keys, now, first)
-        )
+        results = self._forecast(executor, model, conds, x, timestep, model_options, keys, now, first)
         if results is None:
+            if self._action.kind != FULL and self._has_moved(keys, now):
+                self.note("the latent is sampled in parts that move from step to step, and those steps are computed")
             results = executor(model, conds, x, timestep, model_options)
             self._computed += len(live)
             self._done[-1].add("F")
@@ -326,19 +323,11 @@ class Forecaster(InRun):
         its conds keep their uuids), the model, the size, what is patched, the frames, and, as all that may be asked for
         more than once in an evaluation, how often it was.
         """
-        options = model_options.get("transformer_options", {})
-        window = options.get("context_window")
-        replaced = frozenset((kind, at) for kind, places in options.get("patches_replace", {}).items() for at in places)
-        patched = frozenset((name, len(found)) for name, found in options.get("patches", {}).items() if found)
-        base = (
-            _Id(model),
-            tuple(c["uuid"] for c in cond),
-            tuple(x.shape),
-            x.dtype,
-            replaced,
-            patched,
-            tuple(window.index_list) if window else (),
+        patched, replaced, window, _ = of_call(
+            model_options.get("transformer_options", {}), self.around.gates, self._sigma
         )
+        uuids = tuple(c["uuid"] for c in cond)
+        base = (_Id(model), uuids, tuple(x.shape), x.dtype, replaced, patched, window)
         self._ordinals[base] += 1
         return (*base, self._ordinals[base])
 
@@ -381,35 +370,20 @@ class Forecaster(InRun):
             if c.get("hooks") is not None and self._active(c):
                 model.current_patcher.prepare_hook_patches_current_keyframe(timestep, c["hooks"], model_options)
 
-    def _moved(self, keys, x: Tensor) -> bool:
-        """Whether the call is about another part of the latent than the one in its place an evaluation before, as with
-        windows that move. Only calls that come several times in an evaluation can be.
-        """
-        for key in keys.values():
-            if key[-1] > 1:
-                self._several.add(key[:-1])
-        mine = {key for key in keys.values()}
-        before = [self._latents.get(key) for key in mine]
-        for key in mine:
-            self._latents[key] = self._evaluation, x
-        if self._moving or not any(key[:-1] in self._several for key in keys.values()):
-            return self._moving
-        for found in before:
-            if found is not None and found[0] == self._evaluation - 1:
-                alike = torch.cosine_similarity(found[1].flatten().float(), x.flatten().float(), 0)
-                if float(alike) < SAME_CONTENT:
-                    self._moving = True
-                    self._tracks.clear()
-                    self.note("the latent is sampled in parts that move from step to step, so every step is computed")
-                    break
-        return self._moving
+    def _has_moved(self, keys, now) -> bool:
+        """Whether something remembered would be of use if it showed the same part of the latent: windows that move."""
+        return any(
+            point.circumstances[:-1] == now[i][:-1] and point.circumstances[-1] != now[i][-1]
+            for i in keys
+            if keys[i] in self._tracks
+            for point in self._tracks[keys[i]].points.values()
+        )
 
     # the sheet --------------------------------------------------------------------------------------
 
     def bytes(self) -> int:
         """Bytes held at the moment."""
         held = [point.v for track in self._tracks.values() for point in track.points.values()]
-        held += [x for _, x in self._latents.values()]
         return sum({t.data_ptr(): t.nbytes for t in held}.values())
 
     def sample(self, call: Callable):
@@ -426,7 +400,6 @@ class Forecaster(InRun):
         letters = "".join("F" if "F" in done or not done else min(done) for done in self._done)
         self._log.last = ForecastReport(letters, self._asked, self._computed, self.peak, tuple(self._notes))
         self._tracks.clear()
-        self._latents.clear()
 
 
 # Measuring ------------------------------------------------------------------------------------------
@@ -495,11 +468,6 @@ class RecordedRun(InRun):
                 "this run cannot be recorded: its guider does not ask for the positive prompt's result once in every "
                 "evaluation. Calibrate with an ordinary guider."
             )
-
-
-def adds_noise(sampler) -> bool:
-    """Whether a sampler draws fresh noise on its way (ancestral and SDE samplers)."""
-    return "noise_sampler" in inspect.signature(sampler.sampler_function).parameters
 
 
 def response_of(sampler, sigmas: Tensor, model) -> Response:

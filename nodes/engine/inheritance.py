@@ -124,7 +124,9 @@ class _InRun(InRun):
 
     def at(self, unet: UNetInRun, model) -> FeatureCache:
         inheritance = self._inheritance
-        self._caches.append(FeatureCache(inheritance.plan, unet.config, unet.cut, self._sigmas, inheritance.on_cpu))
+        self._caches.append(
+            FeatureCache(inheritance.plan, unet.config, unet.cut, self._sigmas, inheritance.on_cpu, self.around.content)
+        )
         return self._caches[-1]
 
     def begin_evaluation(self, moment: Moment) -> None:
@@ -146,9 +148,16 @@ class _InRun(InRun):
     def _compare_with_plan(self, cache: FeatureCache) -> None:
         """Say so where a run that came to its end inherited much less than its plan wanted, whatever the cause."""
         plan, ran = self._inheritance.plan, {step for (step, _), n in cache.counts.items() if n}
-        if plan.schedule.mode == "adaptive":
+        if plan.schedule.mode == "adaptive" and not cache.moved:
             return
         wanted = {step for step, source in enumerate(plan.sources(cache.steps)) if source < step} & ran
+        if cache.moved:
+            self._say(
+                f"feature inheritance: {cache.moved} calls of the network showed another part of the picture than the "
+                "same call a step before (windows of frames or tiles that move, latents that are shifted), and were "
+                "computed in full."
+            )
+            return
         got = {step for (step, mode), n in cache.counts.items() if n and mode == REPLAY}
         if len(wanted & got) < len(wanted) / 2:
             self._say(

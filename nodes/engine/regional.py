@@ -96,6 +96,10 @@ class _InRun(InRun):
     def __init__(self, settings: Regional, stretch: tuple[float, float], say: Say):
         self._settings, self._stretch, self._say = settings, stretch, say
 
+    def begin_evaluation(self, moment: Moment) -> None:
+        high, low = self._stretch
+        self.circumstances = low < moment.sigma <= high
+
     def at(self, unet: UNetInRun, model) -> AtUNet:
         part = Attention(self._settings, unet.config, self._stretch, unet.find(Players), self._say)
         of_text = {address for address, layer in unet.layers.items() if units.attends_to_text(layer)}

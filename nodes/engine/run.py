@@ -8,25 +8,34 @@ from functools import partial
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed
 
-from ...asdm_core.steps import Steps
-from . import notes, units
+from ...asdm_core.steps import Moment, Steps
+from . import circumstances, notes, units
 from .network import architecture_of
-from .technique import CUT, PLAYED, AtUNet, Forward, InRun, Part, Placed, Say, Start, UNetInRun
+from .technique import CUT, PLAYED, Around, AtUNet, Forward, InRun, Part, Placed, Say, Start, UNetInRun
 
 OTHERS = "asdm_others"  # in transformer_options during a forward: the patches without our entry
 
 
 class Run:
-    """What is on a MODEL, in one run of it. Dropped when the run ends."""
+    """What is on a MODEL, in one run of it. Dropped when the run ends.
 
-    def __init__(self, placed: Sequence[Placed], start: Start):
+    waits: whether it samples in turns with others, so that it may never come to its own.
+    """
+
+    def __init__(self, placed: Sequence[Placed], start: Start, waits: bool = False):
+        self._waits, self._model = waits, start.model.model
+        self._passes = 0
         self._steps = Steps(start.sigmas.tolist())
         self.techniques: list[InRun] = []
+        self._around = Around(
+            circumstances.Gates(), circumstances.Content(circumstances.keeps_its_noise(start.sampler))
+        )
         self._voices: list[tuple[str, Say]] = []  # what each is called, and what it speaks with
         for p in placed:
             say = notes.speaker(p.node_id)
             part = p.technique.bind(start, say)
             if part is not None:
+                part.around = self._around
                 self.techniques.append(part)
                 self._voices.append((p.technique.label() or p.technique.key, say))
         self._evaluations = 0
@@ -43,14 +52,22 @@ class Run:
     def _check_that_it_acted(self) -> None:
         """Nothing may silently do nothing: other nodes can run the network by ways of their own."""
         unets = (self._unets or {}).values()
-        # A model whose turn never came in a switched run, and a run of no steps, have nothing to act in.
-        if not self._evaluations or not unets or any(unet.forwards for unet in unets):
-            return
-        for label, say in self._voices:
-            say(
-                f"{label} did not act in this run: another node on this MODEL runs the network by a way of its own, "
-                "past ComfyUI's. Bypass that node, or leave this one out."
+        if not self._evaluations:
+            if len(self._steps.sigmas) < 2 or self._waits and not self._passes:
+                return  # nothing to act in
+            why = (
+                "the guider of this run evaluates the network by a way of its own, past ComfyUI's. Take another guider"
             )
+        elif not unets or any(unet.forwards for unet in unets):
+            return
+        else:
+            why = "another node on this MODEL runs the network by a way of its own, past ComfyUI's. Bypass that node"
+        for label, say in self._voices:
+            say(f"{label} did not act in this run: {why}, or leave this one out.")
+
+    def passed(self, base_model) -> None:
+        """The network of a model runs, and no evaluation of this run has begun."""
+        self._passes += not self._evaluations and base_model is self._model
 
     def load(self, call: Callable, model, noise_shape, conds, **given):
         for technique in self.techniques:
@@ -65,13 +82,16 @@ class Run:
         """One evaluation, at the noise level of `timestep`. model: the MODEL that is sampled, loaded and patched."""
         self._evaluations += 1
         moment = self._steps.at(float(timestep.flatten()[0]))
+        self._around.content.begin_evaluation(x, moment.sigma)
         for technique in self.techniques:
             technique.begin_evaluation(moment)
+        self._around.circumstances = tuple(technique.circumstances for technique in self.techniques)
         for unet in self._bound_to(model).values():
             unet.begin_evaluation(moment)
         for technique in self.techniques:
             call = partial(technique.predict, call)
         out = call(x, timestep, options, seed)
+        self._around.content.end_evaluation(out)
         roles = frozenset(role for technique in self.techniques if (role := technique.evaluation_role()))
         for technique in self.techniques:
             technique.end_evaluation(roles)
@@ -87,7 +107,7 @@ class Run:
         if self._unets is None:
             # One for each UNet object: multi-GPU clones have their own modules and their own packs.
             found = {
-                id(m.model): BoundUNet(m, self.techniques)
+                id(m.model): BoundUNet(m, self.techniques, self._around)
                 for m in (model, *model.get_additional_models_with_key("multigpu"))
             }
             self._unets = {key: unet for key, unet in found.items() if unet.techniques}
@@ -103,12 +123,15 @@ class Run:
         for unet in (self._unets or {}).values():
             unet.close()
         self._unets, self.techniques = {}, []  # of a switch they know the MODELs, whose options know this run
+        self._model = None
+        self._around.close()
 
 
 class BoundUNet(UNetInRun):
     """The layers of one UNet object in a run, and the techniques that act on them."""
 
-    def __init__(self, model, techniques: Sequence[InRun]):
+    def __init__(self, model, techniques: Sequence[InRun], around: Around):
+        self._around, self._sigma = around, 0.0
         architecture = architecture_of(model)
         self.config, self.cut = architecture.config, architecture.cut
         self._unet = model.model.diffusion_model
@@ -138,9 +161,14 @@ class BoundUNet(UNetInRun):
 
     # once per evaluation, once per forward ----------------------------------------------------------
 
-    def begin_evaluation(self, moment) -> None:
+    def begin_evaluation(self, moment: Moment) -> None:
+        self._sigma = moment.sigma
         for technique in self.techniques:
             technique.begin_evaluation(moment)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Who plays: asked again in each forward, because others may change layers at any time."""
         given = tuple(technique.players for technique in self.techniques)
         if len(given) == len(self._given) and all(a is b for a, b in zip(given, self._given, strict=True)):
             return
@@ -158,7 +186,9 @@ class BoundUNet(UNetInRun):
     def begin_forward(self, x, control, options: dict, hooks) -> str:
         """Name of what is about to be played; "" if the checkpoint plays everything itself, unnoticed."""
         self.forwards += 1
-        playing, around = self._playing or self.layers, _circumstances(control, options, hooks)
+        self._settle()
+        playing = self._playing or self.layers
+        around = circumstances.of_forward(control, hooks, options, self._around.gates, self._sigma)
         for i, technique in enumerate(self.techniques):
             before = tuple(earlier.name for earlier in self.techniques[:i])
             technique.begin_forward(Forward(x, options, (before, around), playing))
@@ -243,17 +273,3 @@ class BoundUNet(UNetInRun):
             for technique in self.techniques:
                 technique.end_layer(address, current, x, out)
         return out
-
-
-def _circumstances(control, options: Mapping, hooks) -> tuple:
-    """What must be as it was, beside who plays: where control acts and others replace attention, the strengths of hook
-    LoRAs, the window of frames."""
-    window = options.get("context_window")
-    return (
-        frozenset(
-            (kind, i) for kind, residuals in (control or {}).items() for i, r in enumerate(residuals) if r is not None
-        ),
-        frozenset((kind, place) for kind, places in options.get("patches_replace", {}).items() for place in places),
-        tuple(hook.strength for hook in hooks.hooks) if hooks else (),
-        tuple(window.index_list) if window else (),
-    )

@@ -85,7 +85,7 @@ class _Track(FeatureCache):
                 self._past[key] = [entry, *self._past[key][: 1 if self._forecasts else 0]]
         super()._start_recording()
 
-    def _earlier(self, entry):
+    def _earlier(self, entry, shown):
         return None  # each entry stands alone here
 
     def finish(self) -> bool:

@@ -23,6 +23,7 @@ from ...asdm_core.addresses import UNetConfig
 from ...asdm_core.architecture import Architecture
 from ...asdm_core.assignment import Window
 from ...asdm_core.steps import Moment
+from .circumstances import Content, Gates
 
 KEY = "asdm"
 
@@ -143,8 +144,29 @@ class Technique:
         return []
 
 
+@dataclass
+class Around:
+    """What a technique in a run may know of the others there. circumstances: theirs in this evaluation, see `InRun`."""
+
+    gates: Gates
+    content: Content
+    circumstances: tuple = ()
+
+    def close(self) -> None:
+        self.gates.close()
+        self.content.close()
+
+
 class InRun:
-    """A technique in one sampling run."""
+    """A technique in one sampling run.
+
+    circumstances: what of it must be as it was for the results of one evaluation to stand for those of another (who
+        plays); told when an evaluation has begun.
+    around: what it may know of the run; given by the run before it begins.
+    """
+
+    circumstances: Any = None
+    around: Around
 
     def at(self, unet: UNetInRun, model) -> AtUNet | None:
         """Its part at one UNet object, whose MODEL is given to be read and not to be kept; None where it has none."""
