@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,12 +23,14 @@ from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP, ge
 from comfy.weight_adapter import BypassInjectionManager
 from ...asdm_core.steps import Moment
 from ...asdm_core.switching import Switch, SwitchPoint, shares
+from ...asdm_core.text import printable
 from .assigned import pack_patchers, set_pack_patchers
 from .network import architecture_of, clone_for
 from .on_model import models_key, with_technique, without_technique
-from .technique import InRun, Say, Start, Technique, technique_of
+from .technique import KEY, InRun, Say, Start, Technique, technique_of
 
 POST_CFG = "sampler_post_cfg_function"
+_HOSTS = ("patches", "patches_replace", "wrappers", "callbacks", "sample_sigmas")  # in the options of each run
 
 
 # What a switched MODEL carries: its Switches, and the MODELs they bring in as additional models ---------------
@@ -218,23 +221,17 @@ def _each_module_once(model):
     """Let the host see every UNet and every pack of a switched MODEL once while it loads: who shares one needs no
     second.
     """
-    others = others_of(model)
-    seen, load = {id(m.model) for m in (model, *pack_patchers(model))}, []
-    for patcher in others:
-        for part in (patcher, *patcher.get_nested_additional_models()):
-            if id(part.model) not in seen:
-                seen.add(id(part.model))
-                load.append(part)
-    kept = [(other, other.additional_models) for other in others]
-    model.set_additional_models(MODELS, load)
-    for other in others:
-        other.additional_models = {}
+    seen, load = {id(model.model)}, []
+    for part in model.get_nested_additional_models():
+        if id(part.model) not in seen:
+            seen.add(id(part.model))
+            load.append(part)
+    # Not by taking models away from the others: as they are loaded, other packs look there for what they insert.
+    model.get_nested_additional_models = lambda: load
     try:
         yield
     finally:
-        model.set_additional_models(MODELS, others)
-        for other, additional in kept:
-            other.additional_models = additional
+        del model.get_nested_additional_models
 
 
 def _on_clone(old, new):
@@ -268,8 +265,27 @@ class Player:
             guider, model_patcher=self.patcher, model_options=self.options, conds=self.conds, **more
         )
 
-    def wrappers(self, kind: str) -> list:
-        return get_all_wrappers(kind, self.options, is_model_options=True)
+    def wrappers(self, kind: str, others: Sequence[Player] = ()) -> list:
+        """Its wrappers of a kind round the whole run. Without those that come from the conditionings, which all have in
+        common, where its UNet is also that of one of the others, whose run they are round.
+        """
+        found = get_all_wrappers(kind, self.options, is_model_options=True)
+        if self.sharing(others) is None:
+            return found
+        own = [
+            *get_all_wrappers(kind, {"wrappers": self.patcher.wrappers}),
+            *get_all_wrappers(kind, self.patcher.model_options, is_model_options=True),
+        ]
+        return [wrapper for wrapper in found if any(wrapper is one for one in own)]
+
+    def sharing(self, others: Sequence[Player]) -> Player | None:
+        """The first of the others with the same UNet object."""
+        return next((other for other in others if other.patcher.model is self.patcher.model), None)
+
+    @property
+    def given(self) -> dict:
+        """What is in its run's options for the network."""
+        return self.options.get("transformer_options", {})
 
 
 class Turns(InRun):
@@ -282,6 +298,7 @@ class Turns(InRun):
         self._switches = [(s, s.sigma(self._sigmas, sampling.percent_to_sigma)) for s in switches_of(model)]
         self._guider, self._first = guider, Player(model, guider.conds, guider.model_options)
         self.others = [Player(patcher, {}, {}) for patcher in others_of(model)]
+        self._known: set = set()  # what is in the options of the first one's run when its sampler begins
         self._now, self._inputs = self._first, {"latent_shapes": start.given.get("latent_shapes")}
 
     @contextmanager
@@ -317,13 +334,13 @@ class Turns(InRun):
             with self._first.acting(self._guider):
                 return call()
 
-        for player in self.others:
-            onward = self._within(player, onward)
+        for number, player in enumerate(self.others):
+            onward = self._within(player, onward, (self._first, *self.others[:number]))
         with self.prepared():
             # What the other models' wrappers are given is what the first one's are.
             return onward(*self._start.args, **self._start.given)
 
-    def _within(self, player: Player, onward):
+    def _within(self, player: Player, onward, before: Sequence[Player]):
         def inside(*args, **kwargs):
             player.options = (
                 self._guider.model_options
@@ -333,7 +350,7 @@ class Turns(InRun):
         def call(*args, **kwargs):
             with player.acting(self._guider):
                 return WrapperExecutor.new_class_executor(
-                    inside, self._guider, player.wrappers(WrappersMP.OUTER_SAMPLE)
+                    inside, self._guider, player.wrappers(WrappersMP.OUTER_SAMPLE, before)
                 ).execute(*args, **kwargs)
 
         return call
@@ -346,8 +363,9 @@ class Turns(InRun):
             needs.append(patcher.model.memory_required([2 * shape[0], *shape[1:]]))
             return patcher.model, conds, []
 
-        for player in self.others:
-            WrapperExecutor.new_executor(note, player.wrappers(WrappersMP.PREPARE_SAMPLING)).execute(
+        for number, player in enumerate(self.others):
+            wrappers = player.wrappers(WrappersMP.PREPARE_SAMPLING, (self._first, *self.others[:number]))
+            WrapperExecutor.new_executor(note, wrappers).execute(
                 player.patcher, noise_shape, player.conds, model_options=player.options, **kwargs
             )
         factor = max(needs) / model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
@@ -359,8 +377,13 @@ class Turns(InRun):
         """All models are loaded and the sampler is about to start. inputs: of `process_conds`."""
         self._before = len(extra_args["model_options"].get(POST_CFG, []))
         self._inputs.update(inputs, seed=extra_args.get("seed"))
-        for player in self.others:
+        self._first.options = extra_args["model_options"]
+        self._known = set(self._first.given)
+        for number, player in enumerate(self.others):
             patcher, base = player.patcher, player.patcher.model
+            sharing = player.sharing((self._first, *self.others[:number]))
+            if sharing is not None:  # what the wrappers that went round both have put there
+                player.given.update(_lacking(player, sharing.given))
             player.options["transformer_options"]["sample_sigmas"] = sigmas
             comfy.samplers.cast_to_load_options(player.options, device=patcher.load_device, dtype=patcher.model_dtype())
             holder = getattr(
@@ -409,8 +432,27 @@ class Turns(InRun):
 
     def _evaluate(self, player: Player, call, x, timestep, options: dict, seed):
         self._turn_to(player)
+        try:
+            return self._evaluated(player, call, x, timestep, options, seed)
+        except (AttributeError, KeyError, TypeError) as error:
+            players = [one for one in (self._first, *self.others) if one is not player]
+            missing = {key for one in players for key in _lacking(player, one.given)}
+            if not missing:
+                raise
+            turn = "model_first" if player is self._first else "model_second"
+            raise ValueError(
+                f"Switch UNet: in the turn of {turn} another node failed "
+                f"({type(error).__name__}: {printable(error)}). What it needs in the options of a run "
+                f"({', '.join(sorted(map(printable, missing)))}) is there for the other model only. Put that node on "
+                "both models, before Switch UNet."
+            ) from error
+
+    def _evaluated(self, player: Player, call, x, timestep, options: dict, seed):
+        given = options.get("transformer_options", {})
         if player is self._first:
             return call(x, timestep, options, seed)
+        # What the sampler has put there since the run began is for whoever plays.
+        player.given.update({k: v for k, v in _lacking(player, given).items() if k not in self._known})
         options = self._with_sampler_functions(player.options, options)
         with player.acting(self._guider, inner_model=player.patcher.model):
             return WrapperExecutor.new_class_executor(
@@ -447,6 +489,11 @@ class Turns(InRun):
                 options, function, given.get("disable_cfg1_optimization", False)
             )
         return options
+
+
+def _lacking(player: Player, given: dict) -> dict:
+    """What others have put into the options of another's run and not into those of this player."""
+    return {k: v for k, v in given.items() if not (k in player.given or k in _HOSTS or str(k).startswith(KEY))}
 
 
 @contextmanager

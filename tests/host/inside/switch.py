@@ -1,5 +1,6 @@
 """Switching within one run: each model plays its stretch as it would alone, and nothing is left behind."""
 
+import comfy.controlnet
 import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
@@ -8,6 +9,7 @@ import comfy.samplers
 import pytest
 import small
 import torch
+from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy_extras import nodes_model_advanced, nodes_pag
 from in_host import module
 from nodes import ControlNetApplyAdvanced  # type: ignore[attr-defined]  # ComfyUI's nodes.py
@@ -428,3 +430,161 @@ def test_nothing_is_left_after_a_run_and_after_an_error(first, second, m2, monke
     assert [state(m) for m in (switched, *switch.others_of(switched))] == before
     assert torch.equal(sample(switched), wanted)
     assert torch.equal(sample(packed), sample(at(first, packed, 1000.0, "sigma")))
+
+
+# What other packs put on the models -----------------------------------------------------------------------
+
+
+class Motion(torch.nn.Module):
+    """A layer that a pack inserts, from an additional model of the MODEL, and that counts its calls."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, h):
+        Motion.calls += 1
+        return h * (1 + 0.05 * self.weight)
+
+
+def with_motion(m):
+    """As AnimateDiff-Evolved: its module is found among the additional models as the host loads the MODEL."""
+
+    def inject(patcher):
+        for extra in patcher.get_additional_models_with_key("theirs"):
+            patcher.model.diffusion_model.input_blocks[1].append(extra.model)
+
+    def eject(patcher):
+        block = patcher.model.diffusion_model.input_blocks[1]
+        for i in reversed([i for i, layer in enumerate(block) if isinstance(layer, Motion)]):
+            block.pop(i)
+
+    clone = m.clone()
+    patcher = comfy.model_patcher.CoreModelPatcher(Motion(), load_device=m.load_device, offload_device=m.offload_device)
+    clone.set_additional_models("theirs", [patcher])
+    clone.set_injections("theirs", [PatcherInjection(inject, eject)])
+    return clone
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_what_a_pack_inserts_is_in_both_models(first, second, m2, pack):
+    def model_of(m):
+        return with_motion(small.with_pack(m, m2) if pack else m)
+
+    Motion.calls = 0
+    wanted = reference((model_of(first), model_of(second)), lambda sigma: int(sigma <= 3), "euler")
+    assert Motion.calls == STEPS
+    for one, other in ((first, second), (first, first)):
+        Motion.calls = 0
+        made = run(at(model_of(one), model_of(other), 2))
+        assert Motion.calls == STEPS and len(one.model.diffusion_model.input_blocks[1]) == 2
+        if other is second:
+            assert torch.equal(made, wanted)
+    alone = run(model_of(first))
+    assert torch.equal(run(at(model_of(first), model_of(first), 2)), alone)
+
+
+def with_wrapper_hook(inserted):
+    """A positive prompt with a wrapper round the run that inserts something into the network and takes it out again."""
+
+    def wrapper(executor, *args, **more):
+        guider = executor.class_obj
+        unet = guider.model_patcher.model.diffusion_model
+        inserted.append(id(unet))
+        guider.model_options["transformer_options"]["theirs"] = 1.5
+        handle = unet.input_blocks[1][0].register_forward_hook(lambda layer, inputs, out: 1.1 * out)
+        try:
+            return executor(*args, **more)
+        finally:
+            handle.remove()
+
+    def factor(executor, *args, **more):
+        # The options are the sixth argument of the network.
+        options = more.get("transformer_options") or args[5]
+        return options["theirs"] * executor(*args, **more)
+
+    wrappers = {WrappersMP.OUTER_SAMPLE: {"t": [wrapper]}, WrappersMP.DIFFUSION_MODEL: {"t": [factor]}}
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(comfy.hooks.TransformerOptionsHook({"wrappers": wrappers}))
+    return [[small.cond(SD, 1)[0][0], {"hooks": hooks}]]
+
+
+def test_a_wrapper_of_the_conditioning_goes_once_round_each_unet(first, second):
+    inserted = []
+    positive = with_wrapper_hook(inserted)
+    alone = sample(first, positive=positive)
+    assert len(inserted) == 1
+    changed = small.with_technique(first, small.module("nodes.engine.regional").Regional(8, 4, 1))
+    for other in (first, changed):
+        inserted.clear()
+        made = sample(at(first, other, 2), positive=positive)
+        assert len(inserted) == 1
+        if other is first:
+            assert torch.equal(made, alone)
+    inserted.clear()
+    sample(at(first, second, 2), positive=positive)
+    assert len(inserted) == len(set(inserted)) == 2
+
+
+class Reads(comfy.controlnet.ControlBase):
+    """A control that looks into the options of the run, as Advanced-ControlNet does beside AnimateDiff."""
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        self.seen.append(transformer_options["theirs"])
+
+    def get_models(self):
+        return []
+
+    def copy(self):
+        return self
+
+    seen: list = []
+
+
+def puts(m, value=1):
+    """A node that puts something into the options of the run."""
+
+    def wrapper(executor, *args, **more):
+        executor.class_obj.model_options["transformer_options"]["theirs"] = value
+        return executor(*args, **more)
+
+    clone = m.clone()
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "theirs", wrapper)
+    return clone
+
+
+def test_options_of_one_model_only_end_in_a_sentence(first, second):
+    positive = small.cond(SD, 1, control=Reads(), control_apply_to_uncond=True)
+    for one, other, turn in ((puts(first), second, "second"), (first, puts(second), "first")):
+        with pytest.raises(ValueError, match=rf"(?s)turn of model_{turn} .*theirs.*Put that node on both models"):
+            sample(at(one, other, 2), positive=positive)
+    Reads.seen.clear()
+    sample(at(puts(first, 1), puts(second, 2), 2), positive=positive)
+    assert Reads.seen == [1, 1, 2, 2]
+
+
+def test_what_a_sampler_puts_into_the_run_reaches_both(first, second):
+    def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i, (sigma, lower) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+            extra_args["model_options"]["transformer_options"]["theirs"] = i
+            x = x + (x - model(x, sigma * x.new_ones(len(x)), **extra_args)) / sigma * (lower - sigma)
+        return x
+
+    Reads.seen.clear()
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    positive = small.cond(SD, 1, control=Reads(), control_apply_to_uncond=True)
+    comfy.sample.sample_custom(
+        at(first, second, 2),
+        noise,
+        3.0,
+        comfy.samplers.KSAMPLER(sampler),
+        sigmas(),
+        positive,
+        small.cond(SD, 2),
+        torch.zeros_like(noise),
+        disable_pbar=True,
+        seed=0,
+    )
+    assert Reads.seen == [0, 1, 2, 3]
