@@ -7,6 +7,7 @@ is in its transformer_options, which the host copies for each run.
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -22,17 +23,26 @@ DOOR = "forward_timestep_embed_patch"  # the host's hook for single layers
 HOLDING, HELD = f"{KEY}_holding", f"{KEY}_held"  # in transformer_options, and among the network's arguments
 
 
+# The runs under way, one within the other: their keys and the MODELs that are sampled.
+_RUNNING: ContextVar[tuple] = ContextVar("asdm_running", default=())
+
+
 def _outer_sample(key, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
     guider = executor.class_obj
     # The host's own next step: a pack that was applied after the work was split has no units there yet.
     guider.model_patcher.match_multigpu_clones()
     placed = [p for p in placed_on(guider.model_patcher) if p.technique.outermost == (key == OUTER_KEY)]
     given = noise, latent_image, sampler, sigmas, *args
-    run = Run(placed, Start(guider, sampler, sigmas, tuple(noise.shape), given, kwargs))
+    running = _RUNNING.get()
+    # In a switched run a model may never come to its turn.
+    waits = any(of == OUTER_KEY for of, _ in running)
+    run = Run(placed, Start(guider, sampler, sigmas, tuple(noise.shape), given, kwargs), waits)
     guider.model_options["transformer_options"][key] = run  # the run's own copy; the guider restores the original
+    token = _RUNNING.set((*running, (key, guider.model_patcher)))
     try:
         return run.sample(partial(executor, *given, **kwargs))
     finally:
+        _RUNNING.reset(token)
         run.close()
 
 
@@ -57,6 +67,8 @@ def _calc_cond_batch(executor, model, conds, x, timestep, model_options):
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
     run = transformer_options.get(KEY)
     unet = run and run.unet(executor.class_obj)
+    if run is not None and unet is None:
+        run.passed(executor.class_obj)
     if unet is not None:
         transformer_options = unet.options(transformer_options)
 
@@ -139,15 +151,25 @@ def _sampler_sample(
 
 
 def check_in_place(model) -> None:
-    """Before each run (the host's ON_PRE_RUN): say so where another node has taken our wrappers off a MODEL."""
+    """Before each run of a MODEL (the host's ON_PRE_RUN): say so where ours does not lie round it."""
     for key, wrappers, outermost in ((KEY, INNER, False), (OUTER_KEY, OUTER, True)):
         placed = [p for p in placed_on(model) if p.technique.outermost == outermost]
         lost = [kind for kind, _ in wrappers if key not in model.wrappers.get(kind, {})]
-        for p in placed if lost else ():
-            notes.speaker(p.node_id)(
-                f"{p.technique.label() or p.technique.key} is out of this run: a node behind it writes the wrappers of "
-                f"the MODEL anew ({', '.join(lost)} are gone). Put that node before this one."
+        if lost:
+            why = (
+                f"a node behind it writes the wrappers of the MODEL anew ({', '.join(lost)} are gone). Put that node "
+                "before this one."
             )
+        elif model.is_multigpu_base_clone or any(k == key and m.model is model.model for k, m in _RUNNING.get()):
+            continue
+        else:
+            why = (
+                "its MODEL is a further one of a guider that samples all its models in the run of the first (as Dual "
+                "Model CFG Guider does with model_negative). Connect this MODEL as the first one, or leave this node "
+                "out."
+            )
+        for p in placed:
+            notes.speaker(p.node_id)(f"{p.technique.label() or p.technique.key} is out of this run: {why}")
 
 
 INNER = (

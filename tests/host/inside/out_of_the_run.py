@@ -1,10 +1,13 @@
 """Other nodes that take asdm out of a run, or put layers of their own into the UNet: it is said, and nothing breaks."""
 
+import comfy.sampler_helpers
+import comfy.samplers
 import pytest
 import small
 import torch
 from comfy.ldm.modules.diffusionmodules import openaimodel
 from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_custom_sampler
 from in_host import module
 
 inheritance = module("asdm_core.inheritance")
@@ -137,3 +140,64 @@ def test_a_run_that_inherits_much_less_than_its_plan_says_so(model, caplog):
     sizes.wrappers[WrappersMP.APPLY_MODEL] = {"pads": [pads], **sizes.wrappers[WrappersMP.APPLY_MODEL]}
     small.sample(sizes, steps=STEPS)
     assert caplog.text.count("steps that the plan lets inherit did") == 1
+
+
+@pytest.mark.parametrize("name", ["m2", "balanced inheritance", "GRI attention", "switched"])
+def test_a_further_model_of_a_guider_is_told(model, ours, folder, caplog, name):
+    other = small.model(folder, seed=4)
+
+    def run(first, second):
+        guider = nodes_custom_sampler.DualModelGuider.execute(
+            first, small.cond(seed=1), 3.0, second, small.cond(seed=2)
+        )
+        return sampled(guider[0], model)
+
+    wanted = run(other, model)
+    assert torch.equal(run(other, ours[name](model)), wanted)
+    assert caplog.text.count(f"{name} is out of this run: its MODEL is a further one") == 1
+    caplog.clear()
+    # As the first it acts, and so it does where both are one MODEL.
+    assert not torch.equal(run(ours[name](model), other), run(model, other))
+    if name != "switched":
+        both = ours[name](model)
+        assert not torch.equal(run(both, both), run(model, model))
+    assert "out of this run" not in caplog.text and "did not act" not in caplog.text
+
+
+def sampled(guider, model):
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    sampler = comfy.samplers.sampler_object("euler")
+    return guider.sample(
+        noise, torch.zeros_like(noise), sampler, small.sigmas_of(model, STEPS), disable_pbar=True, seed=0
+    )
+
+
+class PastTheGuider(comfy.samplers.CFGGuider):
+    """Evaluates by itself, without the host's wrappers round an evaluation."""
+
+    def __call__(self, x, timestep, model_options={}, seed=None):
+        return self.predict_noise(x, timestep, model_options, seed)
+
+
+class PastTheSampling(comfy.samplers.CFGGuider):
+    """Samples by itself, without the host's wrappers round a run."""
+
+    def sample(self, noise, latent_image, sampler, sigmas, **more):
+        self.conds = {k: [c.copy() for c in v] for k, v in self.original_conds.items()}
+        comfy.sampler_helpers.prepare_model_patcher(self.model_patcher, self.conds, self.model_options)
+        return self.outer_sample(noise, latent_image, sampler, sigmas, **more)
+
+
+@pytest.mark.parametrize(
+    "kind, words", [(PastTheGuider, "did not act in this run: the guider"), (PastTheSampling, "is out of this run")]
+)
+@pytest.mark.parametrize("name", ["m2", "balanced inheritance", "GRI attention"])
+def test_a_guider_with_ways_of_its_own_is_told(model, ours, caplog, name, kind, words):
+    def run(m):
+        guider = kind(m.clone())
+        guider.set_conds(small.cond(seed=1), small.cond(seed=2))
+        guider.set_cfg(3.0)
+        return sampled(guider, model)
+
+    assert torch.equal(run(ours[name](model)), run(model))
+    assert caplog.text.count(f"{name} {words}") == 1
