@@ -21,7 +21,9 @@ from ...asdm_core.content import SURE, Places, located, spectrum, verdict
 
 REMEMBERED = 2  # evaluations by which the next one is judged
 MOST_FRAMES = 64  # pairs of frames that are compared to find an altered part
-DEPTH = 3  # so far a patch is searched for noise levels: an object, its list of settings, the settings
+# So far a patch is searched for noise levels (an object, its list of settings, the settings), and in so many parts.
+DEPTH, MOST_PARTS, MOST_PATCHES = 3, 2000, 1000
+_OURS = __name__.rpartition(".")[0]
 
 
 def adds_noise(sampler) -> bool:
@@ -163,16 +165,21 @@ class Gates:
     """
 
     def __init__(self) -> None:
-        self._levels: dict[int, tuple[object, tuple[float, ...]]] = {}  # with the patch, so that its id stays its own
+        # With the patch, so that its id stays its own.
+        self._levels: dict[tuple[int, int], tuple[object, frozenset[float]]] = {}
 
     def passed(self, options: Mapping, sigma: float) -> frozenset[float]:
         """The levels among a call's patches at or below which the call lies."""
         return frozenset(level for patch in _patches(options) for level in self._of(patch) if sigma <= level)
 
-    def _of(self, patch) -> tuple[float, ...]:
-        if id(patch) not in self._levels:
-            self._levels[id(patch)] = patch, tuple(set(_levels(patch)))
-        return self._levels[id(patch)][1]
+    def _of(self, patch) -> frozenset[float]:
+        # A method is another object each time one asks for it.
+        key = id(getattr(patch, "__self__", patch)), id(getattr(patch, "__func__", patch))
+        if key not in self._levels:
+            if len(self._levels) >= MOST_PATCHES:  # made anew for each call
+                self._levels.clear()
+            self._levels[key] = patch, frozenset(_levels(patch, DEPTH, set()))
+        return self._levels[key][1]
 
     def close(self) -> None:
         self._levels.clear()
@@ -188,13 +195,16 @@ def _patches(options: Mapping) -> Iterator:
             yield from wrappers
 
 
-def _levels(thing, depth: int = DEPTH) -> Iterator[float]:
+def _levels(thing, depth: int, seen: set[int]) -> Iterator[float]:
+    if id(thing) in seen or len(seen) > MOST_PARTS or type(thing).__module__.startswith(_OURS):
+        return
+    seen.add(id(thing))
     for name, value in _named(thing):
         if isinstance(value, int | float) and not isinstance(value, bool):
             if "sigma" in name.lower():
                 yield float(value)
         elif depth and not isinstance(value, str | bytes | type | ModuleType | Tensor | nn.Module):
-            yield from _levels(value, depth - 1)
+            yield from _levels(value, depth - 1, seen)
 
 
 def _named(thing) -> list[tuple[str, object]]:

@@ -4,6 +4,7 @@ import copy
 import functools
 import types
 
+import in_host
 import pytest
 import small
 import torch
@@ -11,6 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_attention_multiply, nodes_model_merging
 
 SD = small.SD
+carried, units = in_host.module("nodes.engine.carried"), in_host.module("nodes.engine.units")
 BLOCKS = [f"diffusion_model.output_blocks.{n}.1.transformer_blocks.0" for n in (3, 6, 9)]
 CONVS = [f"diffusion_model.{side}_blocks.{n}.0.in_layers.2" for side, n in (("input", 1), ("input", 4), ("output", 9))]
 
@@ -167,6 +169,19 @@ NODES = {
         m, 1.5, 0.8, 1.2, 0.7
     )[0],
 }
+
+
+@pytest.mark.parametrize("config", [SD, small.SDXL], ids=["sd", "sdxl"])
+def test_layers_that_nobody_changed_are_played_as_they_are(folder, config):
+    model = small.model(folder, config)
+    pack = small.write_pack(folder / f"{config.family}.safetensors", config, "base" if config is SD else "ssd-1b")
+    packed = small.with_pack(model, pack)
+    small.sample(packed, config)
+    (patcher,) = small.assigned.packs_of(packed).values()
+    layers = units.layers(model.model.diffusion_model, config)
+    for address in patcher.model._paths:
+        found = carried.Carried(patcher.model.layer(address), layers[address])
+        assert found.player is patcher.model.layer(address) and not found.name and not found.lost
 
 
 @pytest.mark.parametrize("name", NODES)
