@@ -12,6 +12,7 @@ import copy
 import functools
 from collections.abc import Iterable, Mapping
 from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
 
 from comfy.weight_adapter import BypassForwardHook
 from torch import Tensor, nn
@@ -68,9 +69,9 @@ class Carried:
     def __init__(self, player: nn.Module, layer: nn.Module):
         self.lost: list[str] = []
         self._given: list[str] = []
-        theirs = dict(layer.named_modules())
-        own = dict(player.named_modules())
-        found: dict[str, tuple[dict, dict]] = {}
+        theirs: dict[str, nn.Module] = dict(layer.named_modules())
+        own: dict[str, nn.Module] = dict(player.named_modules())
+        found: dict[str, tuple[dict[str, object], dict[str, Any]]] = {}
         hollow = tuple(f"{path}." for path, module in own.items() if isinstance(module, BasicTransformerBlock))
         for path, module in theirs.items():
             if f"{path}.".startswith(hollow):  # the pack has no such block
@@ -86,7 +87,9 @@ class Carried:
                 continue
             before = _settings(mine)
             changed = {n: v for n, v in _settings(module).items() if n in before and before[n] != v}
-            changed |= {n: hooks for n in _HOOKS if (hooks := getattr(module, n))}
+            hooks = {n: at for n in _HOOKS if (at := getattr(module, n))}
+            self._given += [f"{path}.{n}={list(at)}" for n, at in hooks.items()]
+            changed |= hooks
             if methods or changed:
                 found[path] = methods, changed
         self.player = player
@@ -97,7 +100,7 @@ class Carried:
         for path, (methods, changed) in found.items():
             module, twin = theirs[path], twins[path]
             vars(twin).update(changed)
-            self._given += [f"{path}.{n}={v if isinstance(v, _PLAIN) else list(v)}" for n, v in changed.items()]
+            self._given += [f"{path}.{n}={v}" for n, v in changed.items() if n not in _HOOKS]
             if methods:  # what these may look for on the module
                 more = {n: v for n, v in vars(module).items() if n not in vars(twin) and not n.startswith(_HOSTS)}
                 vars(twin).update({n: v for n, v in more.items() if n not in methods})

@@ -140,7 +140,7 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
             if name not in parent._modules:
                 within = nn.Sequential() if following.isdigit() else nn.Module()
                 parent.add_module(name, within if following else layer)
-            parent = parent._modules[name]
+            parent = parent.get_submodule(name)
 
     def forward(self, x: Tensor, context=None, transformer_options={}) -> Tensor:
         return x
