@@ -80,10 +80,13 @@ class Carried:
             if mine is module:  # shared with the layer, where it acts already, or no part of the player
                 continue
             methods = overrides(module)
+            if isinstance(mine, CondConv2d):  # a convolution all the same, of which one method is known
+                self.lost += [_under(path, name) for name in methods if name != "forward"]
+                if "forward" in methods:
+                    found[path] = {"forward": methods["forward"]}, {}
+                continue
             if type(module).__name__ != type(mine).__name__:
-                self.lost += [_under(path, name) for name in methods]
-                if not isinstance(mine, CondConv2d):
-                    self.lost.append(_under(path, type(module).__name__))
+                self.lost += [_under(path, name) for name in methods] + [_under(path, type(module).__name__)]
                 continue
             before = _settings(mine)
             changed = {n: v for n, v in _settings(module).items() if n in before and before[n] != v}
@@ -157,8 +160,15 @@ def _rebound(value, partners: Mapping[int, nn.Module], depth: int = DEPTH):
         raise _Opaque
     again = functools.partial(_rebound, partners=partners, depth=depth - 1)
     if isinstance(value, MethodType):
-        new = again(value.__self__)
-        return value if new is value.__self__ else MethodType(value.__func__, new)
+        old, function = value.__self__, value.__func__
+        new = again(old)
+        if new is old:
+            return value
+        if function is getattr(
+            type(old), value.__name__, None
+        ):  # the player may be of another class, as for other dtypes
+            function = getattr(type(new), value.__name__, function)
+        return MethodType(function, new)
     if isinstance(value, functools.partial):
         parts = again(value.func), tuple(map(again, value.args)), {k: again(v) for k, v in value.keywords.items()}
         return functools.partial(parts[0], *parts[1], **parts[2])

@@ -281,3 +281,18 @@ def test_what_cannot_be_carried_over_is_said_once(model, base, caplog, name):
     assert caplog.text.count("another node has changed layers") == 1 and where in caplog.text
     caplog.clear()
     assert torch.equal(small.sample(packed), bare) and "another node" not in caplog.text
+
+
+def test_a_bypass_lora_acts_on_the_first_expert(model, folder):
+    settings = small.condconv.CondConv(dict.fromkeys(list(small.condconv.convolutions(SD))[:4], 3))
+    experts = small.write_experts(folder / "experts.safetensors", settings, seed=3)
+    lora = small.lora(seed=2)
+    packed = small.with_pack(model, experts)
+
+    def bypassed(m):
+        return small.comfy.sd.load_bypass_lora_for_models(m, None, lora, 0.8, 0)[0]
+
+    # What a LoRA adds in bypass is what it adds to the weights, which the first expert has in common with the layer.
+    wanted = small.sample(small.add_lora(packed, lora, 0.8))
+    assert small.difference(small.sample(bypassed(packed)), wanted) < 1e-3
+    assert small.difference(wanted, small.sample(packed)) > 0.01
