@@ -452,7 +452,7 @@ class Turns(InRun):
         if player is self._first:
             return call(x, timestep, options, seed)
         # What the sampler has put there since the run began is for whoever plays.
-        player.given.update({k: v for k, v in _lacking(player, given).items() if k not in self._known})
+        player.given.update({k: v for k, v in given.items() if not (k in self._known or k in _HOSTS or _is_ours(k))})
         options = self._with_sampler_functions(player.options, options)
         with player.acting(self._guider, inner_model=player.patcher.model):
             return WrapperExecutor.new_class_executor(
@@ -493,7 +493,11 @@ class Turns(InRun):
 
 def _lacking(player: Player, given: dict) -> dict:
     """What others have put into the options of another's run and not into those of this player."""
-    return {k: v for k, v in given.items() if not (k in player.given or k in _HOSTS or str(k).startswith(KEY))}
+    return {k: v for k, v in given.items() if not (k in player.given or k in _HOSTS or _is_ours(k))}
+
+
+def _is_ours(key: object) -> bool:
+    return str(key).startswith(KEY)
 
 
 @contextmanager
