@@ -625,6 +625,27 @@ def test_feature_inheritance(bench, caplog):
     bench.check_that_it_acts(wanted, INHERITANCE, technique(bench.stock.plain))
 
 
+# Where these are, a step may be computed though the plan leaves it out, or a noise level comes twice.
+OWN_WAY = {"restart", "unsampling", "EasyCache", "LazyCache", "CFGOverride"}
+
+
+def test_speed_up(bench):
+    forecast, forecasts = module("asdm_core.forecast"), module("nodes.engine.forecasts")
+    steps = len(bench.run["sigmas"]) - 1 if "sigmas" in bench.run else bench.run["steps"]
+    plan = forecast.every(steps, 2)
+
+    def technique(model):
+        return small.with_technique(model, forecasts.Forecasts(plan))
+
+    made = [bench.picture(model) for model in bench.with_technique(technique, bench.of.plain)]
+    assert all(picture.isfinite().all() and torch.equal(picture, made[0]) for picture in made)
+    never = small.with_technique(bench.of.plain, forecasts.Forecasts(forecast.every(steps, 1)))
+    same(bench.picture(bench(never)), bench.alone)
+    if bench.name not in OWN_WAY:
+        same(made[0], bench.picture(bench(reference.filtered(bench.of.plain, plan))), ROUNDING)
+        assert small.difference(made[0], bench.alone) > 1e-5
+
+
 def test_gri_attention(bench, caplog):
     def exact(model):
         return small.with_technique(model, regional.Regional(4, 1))
