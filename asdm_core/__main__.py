@@ -4,6 +4,8 @@ python -m asdm_core inspect FILE            what is in this file?
 python -m asdm_core convert IN OUT ...      rename between the LDM and diffusers layouts
 python -m asdm_core match STUDENT ORIGINAL  which layers of the original has a pruned UNet kept?
 python -m asdm_core extract-pack IN ...     take some units of a trained UNet out into a pack
+python -m asdm_core to-difference PACK ...  a pack as differences from the teacher it was trained from
+python -m asdm_core to-absolute PACK ...    a pack of differences as the units it plays in a checkpoint
 python -m asdm_core assemble CKPT PACK OUT  a checkpoint's UNet with a pack built in
 python -m asdm_core lora FILE --onto PRESET which modules of a LoRA act on a pruned UNet?
 python -m asdm_core presets                 the pruned UNets asdm knows
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import condconv, lora, lora_size, match, packs, surgery
+from . import condconv, differences, lora, lora_size, match, packs, surgery
 from .addresses import LAYOUTS, in_order, select
 from .architecture import NUMBERINGS, PRESETS, Architecture
 from .measure import costs, total
@@ -112,6 +114,9 @@ def inspect(args: argparse.Namespace) -> None:
         result["units"] = list(description.units)
         result["experts"] = dict(description.condconv.experts) if description.condconv else {}
         result["log_gains"] = list(description.log_gain_units)
+        for role in ("difference_of", "made_for"):
+            checkpoint = getattr(description, role)
+            result[role] = checkpoint and checkpoint.name
         result["pack_params"] = sum(s.tensor.numel for s in description.keys().values())
     if args.json:
         print(json.dumps(result, indent=1))
@@ -120,6 +125,12 @@ def inspect(args: argparse.Namespace) -> None:
     if description.kind == "pack":
         plays = ", ".join(description.units) or "no unit of its own"
         print(f"  a pack of {result['pack_params'] / 1e6:.2f} M parameters; it plays: {plays}")
+        if result["difference_of"]:
+            print(
+                f"  its units are differences from {printable(result['difference_of'])}, added to the checkpoint's own"
+            )
+        if result["made_for"]:
+            print(f"  made for {printable(result['made_for'])}")
         if result["experts"]:
             print(
                 "  experts per convolution: "
@@ -333,6 +344,31 @@ def _gathered(
     return experts, tensors
 
 
+def to_difference(args: argparse.Namespace) -> None:
+    teacher = _open_unet(args.teacher)
+    pack = packs.open_pack(args.pack)
+    _check_same(teacher, pack)
+    description, tensors = differences.to_difference(pack, teacher.tensors, teacher.path.name)
+    packs.write_pack(args.output, _Progress(tensors, "subtract"), description, DTYPES[args.dtype])
+    print(f"wrote {args.output}: {len(description.units)} units as differences from {teacher.path.name}")
+
+
+def to_absolute(args: argparse.Namespace) -> None:
+    checkpoint = _open_unet(args.checkpoint)
+    pack = packs.open_pack(args.pack)
+    _check_same(checkpoint, pack)
+    description, tensors = differences.to_absolute(pack, checkpoint.tensors, checkpoint.path.name)
+    packs.write_pack(args.output, _Progress(tensors, "add"), description, DTYPES[args.dtype])
+    print(f"wrote {args.output}: {len(description.units)} units as they play in {checkpoint.path.name}")
+
+
+def _check_same(unet: packs.Loaded, pack: packs.Loaded) -> None:
+    """Raise ValueError where a pack is for UNets of another family than this one's."""
+    ours, theirs = unet.description.architecture.config, pack.description.architecture.config
+    if ours != theirs:
+        raise ValueError(f"{pack.path.name} is a pack for {theirs.family} UNets; {unet.path.name} is {ours.family}")
+
+
 def assemble(args: argparse.Namespace) -> None:
     trunk = _open_unet(args.checkpoint)
     pack = packs.open_pack(args.pack)
@@ -342,12 +378,10 @@ def assemble(args: argparse.Namespace) -> None:
             f"{'convolutions with several experts' if pack.description.condconv else 'gains for GRI attention'}, "
             "which no single UNet file can hold; use Apply Pack"
         )
+    _check_same(trunk, pack)
+    pack = differences.played_in(pack, trunk.tensors, trunk.path.name)
     target = pack.description.architecture
-    ours, theirs = trunk.description.architecture.config, target.config
-    if ours != theirs:
-        raise ValueError(
-            f"{Path(args.pack).name} is a pack for {theirs.family} UNets; {Path(args.checkpoint).name} is {ours.family}"
-        )
+    ours = trunk.description.architecture.config
     units = pack.description.units
     its = trunk.description.architecture
     combined = Architecture(ours, target.cut | its.cut - its.cut_in(units))
@@ -521,6 +555,28 @@ def parser() -> argparse.ArgumentParser:
         "pack with experts, as training makes them, or with --experts-from any UNet",
     )
     p.add_argument("--licence", default="", help="licence of the weights, kept in the file")
+    p.add_argument("--dtype", choices=DTYPES, default="fp16")
+
+    p = command(
+        "to-difference",
+        to_difference,
+        "Turn a pack into differences from the teacher it was trained from. They are added to the weights of the "
+        "checkpoint that the pack plays in, and keep its style.",
+    )
+    p.add_argument("pack", metavar="PACK")
+    p.add_argument("teacher", metavar="TEACHER", help="the checkpoint whose units the pack's began as")
+    p.add_argument("output", metavar="OUT")
+    p.add_argument("--dtype", choices=DTYPES, default="fp16")
+
+    p = command(
+        "to-absolute",
+        to_absolute,
+        "Turn a pack of differences into the units that it plays in a checkpoint; with its teacher, the inverse of "
+        "to-difference.",
+    )
+    p.add_argument("pack", metavar="PACK")
+    p.add_argument("checkpoint", metavar="CHECKPOINT")
+    p.add_argument("output", metavar="OUT")
     p.add_argument("--dtype", choices=DTYPES, default="fp16")
 
     p = command("assemble", assemble, "Build a pack into a checkpoint's UNet: one file that stock ComfyUI loads.")

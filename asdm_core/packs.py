@@ -32,12 +32,15 @@ from .addresses import Slot, in_order
 from .architecture import Architecture
 from .condconv import CondConv, Conv
 from .gri import LogGains
+from .identity import Checkpoint
 from .recognise import Recognised, Unrecognised, recognise, unet_prefix
 from .surgery import ADDRESSED, Form, Mismatch, StateDict, check, convert, shapes_of
 from .text import MESSAGE, printable, read_json
 
 METADATA_KEY = "asdm"
-FORMAT = 2  # 1 had "gains" where log gains are meant: keys `attn1.gain`, read as `attn1.log_gain`
+# 1 had "gains" where log gains are meant: keys `attn1.gain`, read as `attn1.log_gain`. 3 has packs of differences,
+# which an older version would play as weights: everything else is still written as 2.
+FORMAT, FORMAT_WITHOUT_DIFFERENCES = 3, 2
 KINDS = ("pack", "unet")
 PREDICTIONS = ("eps", "v")
 # Empty tensors by which other programs tell v-prediction (for SDXL, the only way they have) and a schedule that ends in
@@ -288,6 +291,8 @@ class Description:
     prediction: "eps" or "v"; None leaves it to the checkpoint.
     companions: other files of an embedded checkpoint, by role ("vae", "text_encoder").
     training: where the weights came from; free form. condconv, gri: what it has of those techniques.
+    difference_of: the checkpoint that the units are differences from (see `differences`); None where they are weights.
+    made_for: the checkpoint that a pack was trained in or fitted to; None where it was made for many, or does not say.
     """
 
     kind: str
@@ -299,6 +304,8 @@ class Description:
     companions: Mapping[str, str] = field(default_factory=dict)
     condconv: CondConv | None = None
     gri: LogGains | None = None
+    difference_of: Checkpoint | None = None
+    made_for: Checkpoint | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -316,6 +323,8 @@ class Description:
                 )
         if self.kind != "pack" and (self.condconv or self.gri):
             raise ValueError("condconv, gri: further experts and log gains come in packs only")
+        if self.difference_of and not (self.kind == "pack" and units):
+            raise ValueError("difference_of: only the units of a pack can be differences, and it has none")
         concerned = {*units, *self.expert_units, *self.log_gain_units}
         if not kept.issuperset(concerned):
             raise ValueError(f"{min(concerned - kept)} is cut in this architecture, so no pack can play it")
@@ -364,7 +373,7 @@ class Description:
 
     def to_json(self) -> str:
         data = {
-            "format": FORMAT,
+            "format": FORMAT if self.difference_of else FORMAT_WITHOUT_DIFFERENCES,
             "kind": self.kind,
             "architecture": self.architecture.to_dict(),
             "units": list(self.units),
@@ -374,6 +383,8 @@ class Description:
             "companions": dict(self.companions),
             "condconv": self.condconv and self.condconv.to_dict(),
             "gri": self.gri and self.gri.to_dict(),
+            "difference_of": self.difference_of and self.difference_of.to_dict(),
+            "made_for": self.made_for and self.made_for.to_dict(),
         }
         return json.dumps({k: v for k, v in data.items() if v not in (None, {}, [], "")}, separators=(",", ":"))
 
@@ -407,14 +418,21 @@ class Description:
                 )
         condconv = None if data.get("condconv") is None else CondConv.from_dict(data["condconv"])
         gri = None if data.get("gri") is None else LogGains.from_dict(_of_format(version, data["gri"]))
+        architecture = Architecture.from_dict(data["architecture"] if "architecture" in data else {})
+        difference_of, made_for = (
+            None if data.get(name) is None else Checkpoint.from_dict(data[name], architecture.config)
+            for name in ("difference_of", "made_for")
+        )
         return cls(
             kind=str(data.get("kind")),
-            architecture=Architecture.from_dict(data["architecture"] if "architecture" in data else {}),
+            architecture=architecture,
             units=tuple(units),
             prediction=data.get("prediction"),
             licence=str(data.get("licence", "")),
             condconv=condconv,
             gri=gri,
+            difference_of=difference_of,
+            made_for=made_for,
             **tables,
         )
 

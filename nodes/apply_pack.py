@@ -11,6 +11,7 @@ from ..asdm_core import packs
 from ..asdm_core.architecture import FAMILIES
 from ..asdm_core.assignment import Override, Provider, Window
 from ..asdm_core.packs import Description
+from ..asdm_core.text import printable
 from .common import CATEGORY
 from .engine import files, models
 from .engine.assigned import id_of, providers_of, with_overrides
@@ -101,6 +102,12 @@ def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
     """
     file = packs.TensorFile(path)
     description = packs.describe_pack(file)
+    if description.difference_of is not None:
+        raise ValueError(
+            f"{name} holds differences from {printable(description.difference_of.name)}, which Apply Pack does not add "
+            "up by itself. Make the units of your checkpoint of it with `python -m asdm_core to-absolute PACK "
+            "CHECKPOINT OUT`."
+        )
     check_fit(model, description, name)
     check_experts(model, description, name, strength)
     pack_id = id_of(name, path)

@@ -2,6 +2,8 @@
 
     accelerate launch -m train train/configs/sd15-m2.toml --set network.teacher=my-finetune.safetensors
 
+    python -m train fit my-finetune.safetensors my-pack.safetensors fitted.safetensors --prompts prompts.txt
+
 The same command goes on where it stopped. Several CPU processes start with `torchrun --nproc-per-node 2 -m train`.
 """
 
@@ -9,18 +11,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from . import dry_run
+from . import dry_run, fit
 from .config import load
 from .loop import Classifier, train
 
 
-def main(classifier: Classifier | None = None) -> None:
-    """classifier: see train.loop.Criterion."""
+def main(classifier: Classifier | None = None, encoder: fit.Encoder | None = None) -> None:
+    """classifier: see train.loop.Criterion. encoder: of the checkpoints that a pack is fitted to (train/fit.py)."""
+    if sys.argv[1:2] == ["fit"]:
+        return fit.main(sys.argv[2:], encoder)
     parser = argparse.ArgumentParser(
         prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from asdm_core import condconv, few_step
 from asdm_core.addresses import UNetConfig, in_order
 from asdm_core.architecture import Architecture
+from asdm_core.differences import played_in
 from asdm_core.gri import LogGains, gri_attention
 from asdm_core.packs import (
     ZERO_SNR_MARKER,
@@ -104,7 +105,7 @@ def make_student(teacher: UNet2DConditionModel, config: Config) -> UNet2DConditi
     student = copy.deepcopy(teacher)
     cut_diffusers(student, architecture)
     if config.student.start:
-        load_units(student, "diffusers", architecture, _started(config))
+        load_units(student, "diffusers", architecture, _started(config, teacher))
     give_experts(student, teacher, config)
     give_gains(student, config.network.config, config.gains, config.gri)
     give_lora(student, config, set(trained_units(config)))
@@ -217,8 +218,8 @@ def hold_frozen(student: nn.Module, teacher: nn.Module | None, half: torch.dtype
     return shared
 
 
-def _started(config: Config) -> dict[str, Tensor]:
-    """The tensors of this stage's own units in the product of the stage before."""
+def _started(config: Config, teacher: nn.Module) -> dict[str, Tensor]:
+    """The tensors of this stage's own units in the product of the stage before; differences are the teacher's."""
     architecture = config.architecture
     try:
         opened = open_model(config.student.start)
@@ -241,7 +242,13 @@ def _started(config: Config) -> dict[str, Tensor]:
             f"student.start: {opened.path.name} does not have {in_order(architecture.config, missing)[0]}, "
             f"which {config.name} trains"
         )
+    opened = played_in(opened, _weights(teacher, architecture.config), "network.teacher")
     return {k: v.float() for k, v in extract(opened.tensors, architecture, own).items()}
+
+
+def _weights(whole: nn.Module, config: UNetConfig) -> dict[str, Tensor]:
+    """The weights of an unpruned live network by addressed LDM name."""
+    return {key: p.detach() for key, p in addressed(whole, Architecture.full(config)).items()}
 
 
 def assembled(whole: UNet2DConditionModel, path: str | os.PathLike) -> UNet2DConditionModel:
@@ -250,6 +257,7 @@ def assembled(whole: UNet2DConditionModel, path: str | os.PathLike) -> UNet2DCon
     """
     opened = open_model(path)
     architecture = opened.description.architecture
+    opened = played_in(opened, _weights(whole, architecture.config), "this UNet")
     result = copy.deepcopy(whole)
     cut_diffusers(result, architecture)
     load_units(

@@ -19,6 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from asdm_core.packs import write_file
 
+from ..encoders import Text, ToText
+
 VOCABULARY, LENGTH, BEGIN, END = 49408, 77, 49406, 49407
 CONFIG = {
     "hidden_size": 128,
@@ -128,3 +130,15 @@ def load_text(path: Path) -> TextEncoder:
         for key, p in encoder.clip.named_parameters():
             p.copy_(sd[_clip_key(key)])
     return encoder.eval()
+
+
+def encoder_beside(checkpoint: Path) -> ToText:
+    """The text encoder that lies beside a checkpoint of the family."""
+    encoder = load_text(checkpoint.parent / "emoji-text.safetensors")
+    tokens = Tokens(host_folder(), ids=encoder.ids.tolist())
+
+    @torch.no_grad()
+    def to_text(captions: Sequence[str]) -> Text:
+        return Text(encoder(tokens(captions)))
+
+    return to_text
