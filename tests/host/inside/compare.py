@@ -538,7 +538,7 @@ def test_a_readout_is_drawn_and_says_what_is_missing(model, m2):
         execute("ASDMSpeedReadout", model=small.with_speed(model))
     _, timed = measured(small.with_plan(small.with_pack(model, m2), inheritance.dial(SD, "balanced")), steps=8)
     picture, text = execute("ASDMSpeedReadout", model=timed)
-    assert picture.shape[2] == 780 and float(picture.min()) < 0.3
+    assert picture.shape[2] == 540 and float(picture.min()) < 0.3
     assert [entry["technique"] for entry in json.loads(text)["saved"]] == ["feature inheritance", "layers cut (m2)"]
 
 
@@ -554,7 +554,7 @@ def test_both_models_of_a_switched_run_are_measured(model, m2):
         "model 2: feature inheritance",
         "model 2: layers cut (m2)",
     ]
-    assert execute("ASDMSpeedReadout", model=timed)[0].shape[2] == 780
+    assert execute("ASDMSpeedReadout", model=timed)[0].shape[2] == 540
     assert small.last_times(second) is None
 
 
