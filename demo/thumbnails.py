@@ -119,7 +119,7 @@ def work_of(graph: Mapping, key: str, steps: int, pixels: tuple[int, int], evalu
             made_of = evaluations
         elif kind == "ASDMFeatureInheritance":
             plan = inputs["preset"]
-        elif kind == "ASDMApplyPack":
+        elif kind in ("ASDMApplyPack", "ASDMFitPack"):
             architecture = open_pack(EMBEDDED / inputs["pack_name"]).description.architecture
         key = inputs["model"][0]
     full = Architecture.full(FAMILIES["emoji"])

@@ -9,7 +9,8 @@ from comfy_api.latest import io
 
 from ..asdm_core import packs
 from ..asdm_core.architecture import FAMILIES
-from ..asdm_core.assignment import Override, Provider, Window
+from ..asdm_core.assignment import CHECKPOINT, Override, Provider, Window
+from ..asdm_core.identity import Checkpoint
 from ..asdm_core.packs import Description
 from ..asdm_core.text import printable
 from .common import CATEGORY
@@ -17,6 +18,7 @@ from .engine import files, models
 from .engine.assigned import id_of, providers_of, with_overrides
 from .engine.few_steps import with_few_steps
 from .engine.network import architecture_of, same_skeleton, without_self_attention
+from .engine.unpatched import plays
 
 
 def overrides_of(description: Description, pack_id: str, window: Window, strength: float = 1.0) -> list[Override]:
@@ -102,12 +104,6 @@ def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
     """
     file = packs.TensorFile(path)
     description = packs.describe_pack(file)
-    if description.difference_of is not None:
-        raise ValueError(
-            f"{name} holds differences from {printable(description.difference_of.name)}, which Apply Pack does not add "
-            "up by itself. Make the units of your checkpoint of it with `python -m asdm_core to-absolute PACK "
-            "CHECKPOINT OUT`."
-        )
     check_fit(model, description, name)
     check_experts(model, description, name, strength)
     pack_id = id_of(name, path)
@@ -116,8 +112,24 @@ def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
         return model
     stored = next(iter(file.values())).dtype
     precision = model.model.model_config.unet_config.get("attn_precision")
-    patcher = models.load_pack(str(path), path.stat().st_mtime, pack_dtype(model, stored), precision)
-    return with_few_steps(with_overrides(model, overrides, {pack_id: patcher}), description, name)
+    how = str(path), path.stat().st_mtime, pack_dtype(model, stored), precision
+    patcher = models.load_pack(*how) if description.difference_of is None else models.load_differences(model, *how)
+    if unchanged := tuple(a for a in description.units if a in patcher.model.unchanged):
+        overrides.append(Override(unchanged, CHECKPOINT, window))
+    words = [made_for_another(name, description.made_for)] if is_for_another(model, description) else []
+    return with_few_steps(with_overrides(model, overrides, {pack_id: patcher}, words), description, name)
+
+
+def is_for_another(model, description: Description) -> bool:
+    """Whether a pack says that it was made for another checkpoint than a MODEL's."""
+    return description.made_for is not None and not plays(model, description.made_for)
+
+
+def made_for_another(name: str, checkpoint: Checkpoint) -> str:
+    return (
+        f"{name} was made for {printable(checkpoint.name)}, and this MODEL is another checkpoint: the pictures take on "
+        "that one's style. Fit Pack fits it to this checkpoint in minutes, from prompts alone."
+    )
 
 
 class ASDMApplyPack(io.ComfyNode):

@@ -28,10 +28,11 @@ from .technique import CUT, PLAYED, PLAYERS, AtUNet, InRun, Measured, Say, Start
 
 @dataclass(frozen=True)
 class Assigned(Technique):
-    """An assignment, and the ids of the packs in it, in the order of their patchers."""
+    """An assignment, the ids of the packs in it, in the order of their patchers, and what is to be said in each run."""
 
     assignment: Assignment
     packs: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
     key: ClassVar[str] = "assignment"
     order: ClassVar[int] = PLAYERS
@@ -41,6 +42,8 @@ class Assigned(Technique):
         pack_loras.sync(model, packs_of(clone).values())
 
     def bind(self, start: Start, say: Say) -> InRun:
+        for text in self.words:
+            say(text)
         if pack_loras.merged(start.model, pack_patchers(start.model)):
             say(
                 "the MODEL is merged with another one, also in layers that a pack plays. There the pack's own weights "
@@ -87,16 +90,24 @@ def set_pack_patchers(model, patchers: list) -> None:
     model.set_additional_models(models_key(Assigned), patchers)
 
 
-def with_overrides(model, overrides: Iterable[Override], packs: Mapping[str, object] | None = None):
+def with_overrides(
+    model, overrides: Iterable[Override], packs: Mapping[str, object] | None = None, words: Iterable[str] = ()
+):
     """A clone of MODEL in which some units are played by others. The MODEL that came in is not altered.
 
-    packs: patchers, by id, of the packs that the overrides name and the MODEL does not have yet.
+    packs: patchers, by id, of the packs that the overrides name and the MODEL does not have yet. words: sentences to be
+    said in each run.
     """
     assigned, patchers = assigned_of(model), packs_of(model)
     for pack_id, patcher in (packs or {}).items():
         if pack_id not in patchers:
             patchers[pack_id] = clone_for(model, patcher)
-    joined = replace(assigned, assignment=assigned.assignment.with_overrides(overrides), packs=tuple(patchers))
+    joined = replace(
+        assigned,
+        assignment=assigned.assignment.with_overrides(overrides),
+        packs=tuple(patchers),
+        words=tuple(dict.fromkeys((*assigned.words, *words))),
+    )
     clone = with_technique(model, joined)
     # Those that the clone has already are its own clones of the MODEL's.
     own = dict(zip(assigned.packs, pack_patchers(clone), strict=True))

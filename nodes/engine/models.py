@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.controlnet
 import comfy.model_base
@@ -28,6 +29,7 @@ from ...asdm_core.packs import BadFile, Description, TensorFile
 from ...asdm_core.surgery import ADDRESSED, cut_modules
 from ...asdm_core.text import TEXT, printable
 from . import lora_keys, narrow_vae, units
+from .unpatched import Unpatched
 
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -325,17 +327,40 @@ def load_pack(path: str, modified: float, dtype: torch.dtype, attn_precision):
     return new_pack_patcher(path, dtype, attn_precision)
 
 
-def new_pack_patcher(path: str, dtype: torch.dtype, attn_precision, disable_dynamic: bool = False):
-    """A patcher round freshly read units; the host's factory for deep copies."""
-    loaded = packs.open_pack(path)
-    model = units.PackModel.load(loaded.description, loaded.tensors, dtype, attn_precision)
+# By the network that differences were added to, and as in `load_pack`.
+_on_networks: WeakKeyDictionary[torch.nn.Module, dict[tuple, comfy.model_patcher.ModelPatcher]] = WeakKeyDictionary()
+
+
+def load_differences(model, path: str, modified: float, dtype: torch.dtype, attn_precision):
+    """Patcher of the units that a pack of differences plays in the checkpoint of a MODEL: its unpatched weights and
+    what training changed, added once. One per file, dtype and network; see `load_pack`.
+    """
+    known = _on_networks.setdefault(model.model, {})
+    key = path, modified, dtype, attn_precision
+    if key not in known:
+        weights = Unpatched(model)
+        wanted = packs.describe_pack(TensorFile(path)).unit_keys
+        own = {name: weights[name].to(dtype) for name in wanted if name in weights}
+        known[key] = new_pack_patcher(path, dtype, attn_precision, own)
+    return known[key]
+
+
+def new_pack_patcher(
+    path: str,
+    dtype: torch.dtype,
+    attn_precision,
+    own: Mapping[str, Tensor] | None = None,
+    disable_dynamic: bool = False,
+):
+    """A patcher round freshly read units; the host's factory for deep copies. own: see `units.PackModel.load`."""
+    model = units.PackModel.load(packs.open_pack(path), dtype, attn_precision, own)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(
         model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    patcher.cached_patcher_init = (new_pack_patcher, (path, dtype, attn_precision))
+    patcher.cached_patcher_init = (new_pack_patcher, (path, dtype, attn_precision, own))
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, "asdm_pack", _keep_parent)
     return patcher
 

@@ -1,12 +1,17 @@
-"""LoRAs of a MODEL on its packs: whatever patches a unit of the checkpoint patches the pack's in its place as well."""
+"""LoRAs of a MODEL on its packs: whatever patches a unit of the checkpoint patches the pack's in its place as well.
+
+Of a unit that is the checkpoint's own and a difference, merges are patches too: they act on the checkpoint's weights,
+as do all others, and the difference comes on top.
+"""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import comfy.hooks
 from comfy.patcher_extension import CallbacksMP
+from torch import Tensor
 
 
 def _acts(patch) -> bool:
@@ -27,17 +32,43 @@ def sync(model, pack_patchers: Iterable) -> None:
     same uuid, so nothing is patched again on a rerun.
     """
     for patcher in pack_patchers:
+        wanted = uuid.uuid5(model.patches_uuid, "asdm")
         known = patcher.model.state_dict()
-        patcher.patches = {k: [p for p in v if _acts(p)] for k, v in model.patches.items() if k in known}
+        if not patcher.model.own:
+            patcher.patches = {k: [p for p in v if _acts(p)] for k, v in model.patches.items() if k in known}
+        elif patcher.patches_uuid != wanted:
+            patcher.patches = _round_differences(patcher, model.patches)
         patcher.weight_wrapper_patches = {k: v for k, v in model.weight_wrapper_patches.items() if k in known}
-        patcher.patches_uuid = uuid.uuid5(model.patches_uuid, "asdm")
+        patcher.patches_uuid = wanted
+
+
+def _round_differences(patcher, patches: Mapping[str, list]) -> dict[str, list]:
+    """All patches of a MODEL for a pack of differences: each weight starts as the checkpoint's own, and its difference
+    follows the patches.
+    """
+    own = patcher.model.own
+    played = patcher.get_key_patches()
+    rounded = {}
+    for key, found in patches.items():
+        if key in own:
+            difference = played[key][0][0].float() - own[key].to(played[key][0][0].device).float()
+            rounded[key] = [_patch("set", own[key]), *found, _patch("diff", difference)]
+    return rounded
+
+
+def _patch(kind: str, tensor: Tensor) -> tuple:
+    """In the host's form: strength, value, strength of the weight itself, part of the weight, function."""
+    return 1.0, (kind, (tensor,)), 1.0, None, None
 
 
 def merged(model, pack_patchers: Iterable) -> bool:
-    """Whether a MODEL is merged with another one in layers that packs play, which keep their own weights."""
+    """Whether a MODEL is merged with another one in layers that packs play, which keep their own weights. Of packs of
+    differences the checkpoint's weights are merged.
+    """
     return any(
         not _acts(patch)
         for patcher in pack_patchers
+        if not patcher.model.own
         for key in model.patches.keys() & patcher.model.state_dict().keys()
         for patch in model.patches[key]
     )

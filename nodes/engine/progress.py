@@ -19,6 +19,14 @@ def time_left(seconds: float) -> str:
     return f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
 
 
+def say_progress(words: str) -> None:
+    """Show words on the node that is executed, beside its bar."""
+    context = get_executing_context()
+    host = getattr(PromptServer, "instance", None)
+    if context is not None and host is not None:
+        host.send_progress_text(words, context.node_id, host.client_id)
+
+
 class Progress:
     """Counts the steps of so many runs on the bar of the node that is executed; never runs backwards."""
 
@@ -44,7 +52,7 @@ class Progress:
         self._run += 1
         self._bar.update_absolute(self._run * self._steps, self._total)
         if self._run * self._steps == self._total:
-            self._write(f"took {duration(time.monotonic() - self._made)}")
+            say_progress(f"took {duration(time.monotonic() - self._made)}")
 
     def _say(self, done: float) -> None:
         now = time.monotonic()
@@ -53,11 +61,4 @@ class Progress:
         start, first = self._begun
         if done > first and now - self._said > PAUSE:
             self._said = now
-            self._write(time_left((now - start) / (done - first) * (self._total - done)))
-
-    @staticmethod
-    def _write(words: str) -> None:
-        context = get_executing_context()
-        host = getattr(PromptServer, "instance", None)
-        if context is not None and host is not None:
-            host.send_progress_text(words, context.node_id, host.client_id)
+            say_progress(time_left((now - start) / (done - first) * (self._total - done)))

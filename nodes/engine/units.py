@@ -19,10 +19,11 @@ from comfy.ldm.modules import attention
 from comfy.ldm.modules.diffusionmodules import openaimodel
 from torch import Tensor, nn
 
+from ...asdm_core import differences
 from ...asdm_core.addresses import Slot, Unit, UNetConfig, walk
 from ...asdm_core.architecture import Architecture
 from ...asdm_core.condconv import CondConv2d, Conv, further_experts
-from ...asdm_core.packs import Description
+from ...asdm_core.packs import Description, Loaded
 from ...asdm_core.surgery import pass_through
 
 # Stand-ins ------------------------------------------------------------------------------------------
@@ -263,7 +264,8 @@ class PackModel(nn.Module):
     Parameter names are the host's (`diffusion_model.input_blocks.1.0...`), so LoRA patches fit as they are.
     Experts, routers and log gains lie elsewhere (`further.input_blocks.1.0.in_layers.2.experts`): LoRAs are not for
     them, and the host neither patches nor moves the weights of a module that has children with weights.
-    serial: tells this module from any other one; compiled graphs are keyed by it.
+    serial: tells this module from any other one; compiled graphs are keyed by it. own: of a pack of differences, the
+    weights of the checkpoint that they were added to, by parameter. unchanged: its units that are the checkpoint's own.
     """
 
     def __init__(
@@ -276,6 +278,8 @@ class PackModel(nn.Module):
     ):
         super().__init__()
         self.serial = next(_serials)
+        self.own: Mapping[str, Tensor] = {}
+        self.unchanged: frozenset[str] = frozenset()
         self.architecture = architecture = description.architecture
         self.diffusion_model = nn.Module()
         self._paths: dict[str, str] = {}
@@ -331,10 +335,15 @@ class PackModel(nn.Module):
 
     @classmethod
     def load(
-        cls, description: Description, tensors: Mapping[str, Tensor], dtype: torch.dtype, attn_precision
+        cls, pack: Loaded, dtype: torch.dtype, attn_precision, own: Mapping[str, Tensor] | None = None
     ) -> PackModel:
-        """Build the modules and give them the pack's weights, as `dtype`; routers are float32."""
-        units = {k: tensors[k].to(dtype) for k in description.unit_keys}
+        """Build the modules and give them the pack's weights, as `dtype`; routers are float32.
+
+        own: for a pack of differences, the unpatched weights of the checkpoint's units by addressed name.
+        """
+        description, tensors = pack.description, pack.tensors
+        played = differences.played_in(pack, own, "this MODEL").tensors if own is not None else tensors
+        units = {k: played[k].to(dtype) for k in description.unit_keys}
         experts = {k: tensors[k].to(torch.float32 if ".router." in k else dtype) for k in description.expert_keys}
         # Differences that are all 0 are left out: then no bit changes, however the device adds up a convolution.
         convs = tuple(
@@ -350,6 +359,9 @@ class PackModel(nn.Module):
         weights |= {f"further.{k}.weight": tensors[k].float()[:, None] for k in log_gains}
         model.load_state_dict(weights, strict=True, assign=True)
         model.requires_grad_(False).eval()
+        if own is not None:
+            model.own = {f"diffusion_model.{k}": own[k] for k in units}
+            model.unchanged = differences.unchanged(description, tensors)
         comfy.model_management.archive_model_dtypes(model)
         return model
 

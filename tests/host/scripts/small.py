@@ -29,6 +29,7 @@ network = module("nodes.engine.network")
 on_model = module("nodes.engine.on_model")
 technique = module("nodes.engine.technique")
 models = module("nodes.engine.models")
+units = module("nodes.engine.units")
 Architecture = architecture.Architecture
 
 narrow = module("card.narrow")

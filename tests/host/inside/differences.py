@@ -1,0 +1,245 @@
+"""Packs of differences: the checkpoint's own weights and what training changed, whatever is on the MODEL besides."""
+
+import comfy.hooks
+import comfy.model_management
+import comfy.sd
+import pytest
+import small
+import torch
+from comfy_extras import nodes_hooks, nodes_model_merging
+from in_host import execute, module
+
+SD, assigned = small.SD, small.assigned
+differences, identity = module("asdm_core.differences"), module("asdm_core.identity")
+packs, notes = small.packs, module("nodes.engine.notes")
+M2 = small.Architecture.preset("m2", SD)
+
+
+@pytest.fixture(scope="module")
+def lora():
+    return small.lora()
+
+
+def changed(seed=7, size=0.05):
+    """Differences for the units of M2."""
+    tensors = small.surgery.extract(small.weights(SD, seed), M2, M2.pack_units())
+    return {k: t * size for k, t in tensors.items()}
+
+
+def write(path, tensors, dtype=None, **more):
+    teacher = identity.Checkpoint.of("teacher", small.weights(SD), SD)
+    description = packs.Description("pack", M2, M2.pack_units(), difference_of=teacher, **more)
+    packs.write_pack(path, tensors, description, dtype)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pack(folder):
+    return write(folder / "difference.safetensors", changed())
+
+
+@pytest.fixture(scope="module")
+def nothing(folder):
+    """The pack of the teacher's own units, none of them cut."""
+    full = small.Architecture.full(SD)
+    units = M2.pack_units()
+    tensors = small.surgery.extract(small.weights(SD), full, units)
+    absolute = folder / "own.safetensors"
+    packs.write_pack(absolute, tensors, packs.Description("pack", full, units), None)
+    description, zero = differences.to_difference(packs.open_pack(absolute), small.weights(SD), "teacher")
+    path = folder / "zero.safetensors"
+    packs.write_pack(path, zero, description, None)
+    return path
+
+
+def added(folder, seed=0, dtype=None):
+    """The file of the sums, as a MODEL."""
+    whole = small.weights(SD, seed)
+    sums = {k: whole[k] + changed()[k] if k in changed() else whole[k] for k in M2.keys()}
+    path = folder / f"sums-{seed}.safetensors"
+    packs.write_unet(path, sums, packs.Description("unet", M2, prediction="eps"), dtype)
+    return small.models.load_unet(str(path))
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_it_plays_the_sum_with_the_checkpoints_own_weights(folder, pack, seed):
+    played = small.with_pack(small.model(folder, seed=seed), pack)
+    assert torch.equal(small.sample(played), small.sample(added(folder, seed)))
+
+
+def test_zero_is_bit_identical_to_none(model, nothing, plain_samples, lora):
+    played = small.with_pack(model, nothing)
+    assert torch.equal(small.sample(played), plain_samples)
+    wanted = small.sample(small.add_lora(model, lora))
+    assert not torch.equal(wanted, plain_samples)
+    # The LoRA lies in the live weights when the second pack is applied.
+    assert torch.equal(small.sample(small.with_pack(small.add_lora(model, lora), nothing)), wanted)
+    assert torch.equal(small.sample(small.add_lora(played, lora)), wanted)
+    assert torch.equal(small.sample(model), plain_samples)
+
+
+def test_zero_is_bit_identical_to_none_where_the_pack_plays_itself(model, nothing, plain_samples, lora, monkeypatch):
+    """As before, but its units are not left to the checkpoint: it is the sum that must be exact."""
+    monkeypatch.setattr(small.units.differences, "unchanged", lambda *_: frozenset())
+    path = nothing.with_name("zero-played.safetensors")
+    path.write_bytes(nothing.read_bytes())
+    played = small.with_pack(model, path)
+    assert len(assigned.providers_of(played)) == len(M2.pack_units())
+    assert torch.equal(small.sample(played), plain_samples)
+    wanted = small.sample(small.add_lora(model, lora))
+    assert torch.equal(small.sample(small.add_lora(played, lora)), wanted)
+    assert torch.equal(small.sample(small.with_pack(small.add_lora(model, lora), path)), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_e5m2"])
+def test_checkpoints_in_fp8(folder, pack, nothing, lora, dtype):
+    path = small.write_unet(folder / "for-fp8.safetensors")
+    loaded = small.models.load_unet(path, dtype)
+    plain = small.sample(loaded)
+    assert torch.equal(small.sample(small.with_pack(loaded, nothing)), plain)
+    with_lora = small.add_lora(loaded, lora)
+    assert torch.equal(small.sample(small.with_pack(with_lora, nothing)), small.sample(with_lora))
+    played = small.with_pack(loaded, pack)
+    (patcher,) = assigned.packs_of(played).values()
+    state = patcher.model.state_dict()
+    rounded = getattr(torch, f"float8_{dtype.removeprefix('fp8_')}")
+    for key, difference in changed().items():
+        wanted = small.weights(SD)[key].to(rounded).float() + difference
+        assert torch.equal(state[f"diffusion_model.{key}"], wanted), key
+    assert small.difference(small.sample(played), plain) > 0.01
+
+
+def test_half_precision_is_rounded_once(folder, pack):
+    path = small.write_unet(folder / "half.safetensors", dtype=torch.float16)
+    played = small.with_pack(small.models.load_unet(path), pack)
+    (patcher,) = assigned.packs_of(played).values()
+    for key, difference in changed().items():
+        played_as = patcher.model.state_dict()[f"diffusion_model.{key}"]
+        assert torch.equal(played_as, (small.weights(SD)[key].half().float() + difference).to(played_as.dtype)), key
+
+
+def test_lora_before_and_after_acts_as_on_the_checkpoint(model, folder, pack, lora):
+    wanted = small.sample(small.add_lora(added(folder), lora))
+    before = small.sample(small.with_pack(small.add_lora(model, lora), pack))
+    played = small.with_pack(model, pack)
+    assert torch.equal(before, small.sample(small.add_lora(played, lora)))
+    # The same sum in another order.
+    assert small.difference(before, wanted) < 1e-5 < 0.01 < small.difference(before, small.sample(played))
+    assert torch.equal(small.sample(small.with_pack(small.add_lora(model, lora), pack)), before)
+
+
+def test_a_merge_acts_as_on_the_checkpoint(model, folder, pack, nothing, lora):
+    ratio, other = 0.3, small.model(folder, seed=3)
+    merge = nodes_model_merging.ModelMergeSimple().merge
+    (plain,) = merge(model, other, ratio)
+    (merged,) = merge(small.with_pack(model, pack), other, ratio)
+    assert torch.equal(small.sample(merged), small.sample(small.with_pack(plain, pack)))
+    first, second = small.weights(SD, 0), small.weights(SD, 3)
+    blended = {k: ratio * first[k] + (1 - ratio) * second[k] for k in first}
+    sums = {k: blended[k] + changed()[k] if k in changed() else blended[k] for k in M2.keys()}
+    path = folder / "merged-sums.safetensors"
+    packs.write_unet(path, sums, packs.Description("unet", M2, prediction="eps"))
+    wanted = small.models.load_unet(str(path))
+    assert small.difference(small.sample(merged), small.sample(wanted)) < 1e-3
+    with_lora = small.add_lora(merged, lora)
+    assert small.difference(small.sample(with_lora), small.sample(small.add_lora(wanted, lora))) < 1e-3
+    assert torch.equal(small.sample(small.with_pack(plain, nothing)), small.sample(plain))
+
+
+@pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode), ids=lambda mode: mode.name)
+def test_hook_loras(model, folder, pack, nothing, lora, mode):
+    def in_mode(model):
+        model = model.clone()
+        model.set_hook_mode(mode)
+        return model
+
+    hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=0.0)
+    hooked = nodes_hooks.SetModelHooksOnCond().attach_hook(small.cond(seed=1), hooks)[0]
+    run = {"positive": hooked, "negative": small.cond(seed=2)}
+    played = small.sample(small.with_pack(in_mode(model), pack), **run)
+    assert torch.equal(played, small.sample(in_mode(added(folder)), **run))
+    plain = small.sample(in_mode(model), **run)
+    assert torch.equal(small.sample(small.with_pack(in_mode(model), nothing), **run), plain)
+
+
+def test_each_checkpoint_has_sums_of_its_own_made_once(folder, pack):
+    first, second = small.model(folder), small.model(folder, seed=3)
+    modules = [next(iter(assigned.packs_of(small.with_pack(m, pack)).values())).model for m in (first, first, second)]
+    assert modules[0] is modules[1] is not modules[2]
+
+
+@pytest.mark.parametrize("copied", [lambda m: m.clone(force_deepcopy=True), lambda m: m.deepclone_multigpu()])
+def test_it_plays_on_deep_copies(model, pack, lora, copied):
+    played = small.with_pack(model, pack)
+    wanted = small.sample(small.add_lora(played, lora))
+    assert torch.equal(small.sample(small.add_lora(copied(played), lora)), wanted)
+
+
+def test_little_memory(model, pack, lora, monkeypatch):
+    played = small.add_lora(small.with_pack(model, pack), lora)
+    wanted = small.sample(played)
+    comfy.model_management.unload_all_models()
+    load = comfy.model_patcher.ModelPatcher.load
+
+    def load_little(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        load(self, device_to, lowvram_model_memory=1, force_patch_weights=force_patch_weights, full_load=False)
+
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "load", load_little)
+    assert torch.equal(small.sample(played), wanted)
+
+
+def test_saved_as_one_file(model, folder, pack):
+    save = module("nodes.save_unet")
+    played = small.with_pack(model, pack)
+    architecture, sources = save.played_architecture(played)
+    found = save.played_weights(played, architecture, sources)
+    for key, difference in changed().items():
+        assert torch.equal(found[key], small.weights(SD)[key] + difference), key
+
+
+def test_a_model_without_the_units_is_refused(folder, pack):
+    pruned = small.models.load_unet(small.write_unet(folder / "pruned.safetensors", cut="down.0-2.1, up.1-3.1"))
+    whole = folder / "all-of-m1.safetensors"
+    full = small.Architecture.full(SD)
+    teacher = identity.Checkpoint.of("teacher", small.weights(SD), SD)
+    tensors = small.surgery.extract(small.weights(SD), full, ("down.0.1.resnet",))
+    packs.write_pack(whole, tensors, packs.Description("pack", full, ("down.0.1.resnet",), difference_of=teacher), None)
+    with pytest.raises(ValueError, match="down.0.1.resnet.*it is not there.*Give an unpruned checkpoint"):
+        small.with_pack(pruned, whole)
+
+
+# Made for another checkpoint --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def said(monkeypatch):
+    texts = []
+    monkeypatch.setattr(notes, "speaker", lambda node_id="": lambda text, report=False: texts.append(text))
+    return texts
+
+
+@pytest.mark.parametrize("dtype", ["default", "fp8_e4m3fn"])
+def test_another_checkpoint_is_told_in_each_run(folder, said, dtype):
+    mine, other = (
+        small.models.load_unet(small.write_unet(folder / f"one-{seed}.safetensors", seed=seed), dtype)
+        for seed in (0, 3)
+    )
+    made_for = identity.Checkpoint.of("one-0.safetensors", small.weights(SD), SD)
+    path = write(folder / "bound.safetensors", changed(), made_for=made_for)
+    small.sample(small.with_pack(mine, path))
+    small.sample(small.with_pack(small.add_lora(mine, small.lora()), path))
+    assert not said
+    played = small.with_pack(other, path)
+    for _ in range(2):
+        said.clear()
+        small.sample(played)
+        (text,) = said
+        assert "bound.safetensors was made for one-0.safetensors" in text and "Fit Pack" in text
+
+
+def test_the_node_plays_it(model, folder, pack, monkeypatch):
+    monkeypatch.setattr(small.apply_pack.files, "pack_path", lambda name: pack)
+    (played,) = execute(
+        "ASDMApplyPack", model=model, pack_name=pack.name, start_percent=0.0, end_percent=1.0, strength=1.0
+    )
+    assert torch.equal(small.sample(played), small.sample(added(folder)))
