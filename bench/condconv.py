@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from asdm_core.architecture import Architecture
 from asdm_core.condconv import CondConv, CondConv2d, convolution, convolutions, further_experts, start
 from asdm_core.measure import ratio, time_alternating
-from asdm_core.packs import DTYPES, Description
+from asdm_core.packs import DTYPES, Description, Loaded
 from bench._common import add_common_arguments, begin, beside_earlier, command_line, pack_module, record
 from bench._unets import SD15, Cutter, build
 
@@ -46,11 +46,8 @@ def expert_players(cutter: Cutter, count: int, dtype: torch.dtype, device: torch
     own = Architecture.preset("m2").own
     settings = CondConv({a: count for a, conv in convolutions(SD15).items() if conv.unit.address in own})
     description = Description("pack", Architecture.full(SD15), condconv=settings)
-    pack = (
-        pack_module("nodes.engine.units")
-        .PackModel.load(description, start(SD15, settings, "random"), dtype, None)
-        .to(device)
-    )
+    loaded = Loaded(Path("experts"), description, start(SD15, settings, "random"))
+    pack = pack_module("nodes.engine.units").PackModel.load(loaded, dtype, None).to(device)
     return {address: pack.with_experts(address, cutter.units[address][1], 1.0) for address in description.expert_units}
 
 

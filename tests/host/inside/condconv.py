@@ -256,7 +256,7 @@ def test_models_in_fp8(folder, experts, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_packs_in_half_precision_stay_in_it_but_for_routers(experts, dtype):
     loaded = small.packs.open_pack(experts)
-    pack = small.models.units.PackModel.load(loaded.description, loaded.tensors, dtype, None)
+    pack = small.models.units.PackModel.load(loaded, dtype, None)
     found = {k.rsplit(".", 2)[1]: t.dtype for k, t in pack.state_dict().items()}
     assert found == {"experts": dtype, "router": torch.float32}
 
