@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+from pathlib import Path
 from collections.abc import Callable
 from typing import Any
 
