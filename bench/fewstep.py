@@ -116,24 +116,33 @@ def rows_of(students: list[str]) -> Iterator[Row]:
 class Pictures:
     """What every row is drawn and judged with."""
 
-    def __init__(self, models: Path, folder: Path, prompts: int, rounds: int, comfy: str | None):
+    def __init__(
+        self,
+        models: Path,
+        folder: Path,
+        prompts: int,
+        rounds: int,
+        comfy: str | None,
+        checkpoint: str = "emoji-teacher.safetensors",
+    ):
         self.models = models
+        self.checkpoint = models / checkpoint
         self.folder = folder
         self.rounds = rounds
         names = json.loads((models / "concepts.json").read_text())
         self.chosen = [i * len(names) // prompts for i in range(min(prompts, len(names)))]
-        self.prompts = [list(names.values())[i] for i in self.chosen]
+        self.names = list(names.values())
+        self.prompts = [self.names[i] for i in self.chosen]
         self.classifier = load_classifier(models, list(names))
         self.codec = load_codec(models)
         self.encoder = load_text(models / "emoji-text.safetensors")
         self.tokens = Tokens(host_folder(comfy), ids=self.encoder.ids.tolist())
         folder.mkdir(parents=True, exist_ok=True)
-        teacher = models / "emoji-teacher.safetensors"
-        same_folder(folder, {"prompts": len(self.chosen), "teacher": fingerprint(teacher), "share": SHARE})
+        same_folder(folder, {"prompts": len(self.chosen), "teacher": fingerprint(self.checkpoint), "share": SHARE})
 
     @cached_property
     def whole(self) -> UNet2DConditionModel:
-        return load_unet(self.models / "emoji-teacher.safetensors")
+        return load_unet(self.checkpoint)
 
     @torch.no_grad()
     def latents(self, row: Row, number: int) -> Tensor:

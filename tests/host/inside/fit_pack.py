@@ -1,5 +1,6 @@
 """Fit Pack within the host: what is learned, what stays as it was, and what is refused."""
 
+import inspect
 import json
 
 import comfy.model_management
@@ -133,7 +134,7 @@ def test_cancel_keeps_what_was_learned(model, m2, folder_of_packs, monkeypatch):
     calls = []
 
     def interrupt():
-        calls.append(1)
+        calls.extend([1] * (inspect.stack()[1].function == "_each"))  # the host asks while it loads, too
         if len(calls) == 7:
             raise comfy.model_management.InterruptProcessingException
 
@@ -167,8 +168,6 @@ def test_memory_is_said_and_refused(model, m2, folder_of_packs, monkeypatch):
 
 
 def _caller():
-    import inspect
-
     return inspect.stack()[2].filename
 
 
