@@ -34,6 +34,7 @@ STAND_INS = {
     "speed_up_my_checkpoint": ("sunflower on white", "emoji-teacher"),
     "anime_finetune": ("star on white", "emoji-openmoji"),
     "sdxl": ("four leaf clover on white", "emoji-teacher"),
+    "fit_a_pack_to_my_checkpoint": ("rocket on blue, openmoji style", "emoji-openmoji"),
 }
 PICTURES = WORKFLOWS / "pictures"
 
@@ -161,7 +162,7 @@ def thumbnail(client: Client, graph: Mapping) -> Image.Image:
     """A and B of the graph's comparison, or without asdm and with it; and what is saved."""
     graph = json.loads(json.dumps(graph))
     for node in graph.values():
-        node["inputs"].update({"batch_size": 1} if "batch_size" in node["inputs"] else {})
+        node["inputs"].update({name: 1 for name in ("batch_size", "minutes") if name in node["inputs"]})
     comparison, images = first_of(graph, "ASDMABCompare"), first_of(graph, "ASDMCompareImages")
     if images:  # two samplers of one checkpoint
         inputs = graph[images]["inputs"]
