@@ -54,7 +54,10 @@ class Switching(Technique):
                 "node before Switch UNet, on the model it is meant for; with different patches on each, the second "
                 "gets its own copy."
             )
-        return Turns(start)
+        turns = Turns(start)
+        for text in turns.left_out():
+            say(text)
+        return turns
 
     def label(self) -> str:
         return "switched"
@@ -301,6 +304,21 @@ class Turns(InRun):
         self._known: set = set()  # what is in the options of the first one's run when its sampler begins
         self._now, self._inputs = self._first, {"latent_shapes": start.given.get("latent_shapes")}
 
+    def left_out(self) -> list[str]:
+        """A sentence for each model that no step of the run comes to."""
+        steps, count = self._sigmas[:-1], len(self.others) + 1
+        playing = {player for step, sigma in enumerate(steps) for player in self._shares(sigma, step)}
+        return [
+            f"Switch UNet: model {player + 1} of {count} plays in none of the {len(steps)} steps of this run: "
+            + ("another takes over before the first" if player == 0 else "its turn would come after the last")
+            + ". Move switch_at, or leave the node out."
+            for player in range(count)
+            if steps and player not in playing
+        ]
+
+    def _shares(self, sigma: float, step: int) -> dict[int, float]:
+        return shares([s.weight(sigma, step, threshold, self._sigmas) for s, threshold in self._switches])
+
     @contextmanager
     def prepared(self):
         """Do for the other models what the guider has done for its own, and undo it."""
@@ -393,8 +411,7 @@ class Turns(InRun):
             base.current_patcher = holder or patcher
 
     def begin_evaluation(self, moment: Moment) -> None:
-        weights = [s.weight(moment.sigma, moment.step, threshold, self._sigmas) for s, threshold in self._switches]
-        self._playing = shares(weights)
+        self._playing = self._shares(moment.sigma, moment.step)
 
     def predict(self, call, x, timestep, options: dict, seed):
         players, playing = (self._first, *self.others), self._playing

@@ -136,16 +136,21 @@ def test_at_either_end_one_of_the_models_is_the_result(first, second):
     assert at(first, second, 1.0, "percent") is at(first, second, 0.0, "sigma") is first
 
 
-def test_switched_at_the_first_step_equals_the_second(first, second):
+def test_switched_at_the_first_step_equals_the_second(first, second, caplog):
     switched = at(first, second, 1000.0, "sigma")
     assert switched is not second
     assert torch.equal(run(switched), run(second))
     assert torch.equal(sample(switched), sample(second))
+    assert "model 1 of 2 plays in none of the" in caplog.text and "model 2 of 2" not in caplog.text
 
 
 @pytest.mark.parametrize("steps", [STEPS, 100])
-def test_switched_after_the_last_step_equals_the_first(first, second, steps):
+def test_switched_after_the_last_step_equals_the_first(first, second, steps, caplog):
     assert torch.equal(sample(at(first, second, steps)), sample(first))
+    assert "model 2 of 2 plays in none of the" in caplog.text and "model 1 of 2" not in caplog.text
+    caplog.clear()
+    sample(at(first, second, 1))
+    assert "plays in none" not in caplog.text
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun"])
