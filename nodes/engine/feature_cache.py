@@ -100,6 +100,7 @@ class FeatureCache(AtUNet):
         self.counts: Counter = Counter()
         self.evaluations: list[Counter] = []
         self.peak = 0
+        self.acts: bool | None = None  # whether replaying leaves out anything; None until a forward records or replays
         self._elsewhere = False
         self.moved = 0  # forwards that computed because they showed another part of the picture than before
         self.mode = COMPUTE
@@ -300,6 +301,9 @@ class FeatureCache(AtUNet):
                 for a, layer in playing.items()
                 if a in self.inherited.in_parts and isinstance(layer, units.attention.SpatialTransformer)
             }
+            twins = (module for twin in self._twins.values() for module in twin.modules())
+            found = bool(self._stand_ins) or any(isinstance(module, _PartsBlock) for module in twins)
+            self.acts = found or bool(self.acts)
 
     def _play(self, u: Unit, layer: nn.Module) -> Callable | None:
         """How a unit plays from memory; None if it computes."""

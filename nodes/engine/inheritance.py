@@ -158,6 +158,12 @@ class _InRun(InRun):
                 "computed in full."
             )
             return
+        if wanted and cache.acts is False:
+            self._say(
+                "feature inheritance did nothing in this run: none of the layers that the plan names plays as it wants "
+                "them (they are cut, attend to the text, or another node has changed them). Choose another plan."
+            )
+            return
         got = {step for (step, mode), n in cache.counts.items() if n and mode == REPLAY}
         if len(wanted & got) < len(wanted) / 2:
             self._say(

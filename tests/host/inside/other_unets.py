@@ -86,11 +86,15 @@ def test_attention_plans_leave_blocks_alone_that_attend_to_the_text(attended):
     assert all(max(times[a]) < steps for a in deep), times
 
 
-def test_where_all_blocks_attend_to_the_text_attention_plans_change_nothing():
+def test_where_all_blocks_attend_to_the_text_attention_plans_change_nothing_and_say_so(caplog):
     model = of_text(0, 1, 2, 3)
     model.model.diffusion_model.middle_block[1].transformer_blocks = torch.nn.ModuleList()
     kept = small.with_plan(model, inheritance.attention(small.SD, "attn1"))
     assert torch.equal(small.sample(kept, steps=4), small.sample(model, steps=4))
+    assert caplog.text.count("feature inheritance did nothing in this run") == 1
+    caplog.clear()
+    small.sample(small.with_plan(of_text(0), inheritance.attention(small.SD, "attn1")), steps=4)
+    assert "did nothing" not in caplog.text
 
 
 def test_whole_layers_inherit_in_such_unets(folder):
