@@ -234,13 +234,16 @@ class Data:
 
     source, and what `path` is then (train/sources.py):
         "cache"    file or folder made by `python -m train.encode`
-        "folder"   pictures with captions, encoded as the run goes; "shards": the same in webdataset tars, file, folder
-        or pattern "hub"      dataset of the Hugging Face datasets library, streamed: its name, or a local folder
-        "prompts"  text file, a prompt a line: the teacher draws the pictures itself (section [samples]) "random"
-        nothing; for trying things out
+        "folder"   pictures with captions, encoded as the run goes
+        "shards"   the same in webdataset tars, streamed: file, folder, pattern or addresses (train/shards.py)
+        "hub"      dataset of the Hugging Face datasets library, streamed: its name, or a local folder
+        "prompts"  text file, a prompt a line: the teacher draws the pictures itself (section [samples])
+        "random"   nothing; for trying things out
     size: pixels of the pictures, square. timesteps: "uniform", or "snr": rarely those with little noise in them.
     buckets: whether pictures keep their aspect ratio, in shapes of about that area (train/buckets.py), for "cache" and
     "folder"; bucket_batch: samples in a row that have one shape, a multiple of run.micro_batch.
+    lanes: shards that are read side by side; each process and worker reads its own where it is a multiple of
+    run.micro_batch, processes and workers. pipes: whether `path` may name commands of the shell (pipe:).
     flip: whether every other picture is mirrored. held_out: another path of the same kind, whose pictures are not
     trained on: the losses of the averaged weights on held_out_count of them go into the log with the pictures
     (run.picture_every); empty: none.
@@ -253,6 +256,8 @@ class Data:
     timesteps: str = "uniform"
     buckets: bool = False
     bucket_batch: int = number(16, 1)
+    lanes: int = number(16, 1, 65536)
+    pipes: bool = False
     flip: bool = False
     held_out: str = ""
     held_out_count: int = number(64, 1)

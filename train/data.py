@@ -94,7 +94,8 @@ class Source(Protocol):
     same.
     read and encode: the two halves of examples, what needs no network and what does. ahead: whether worker processes
     may read, in any order.
-    state: what besides the step a resumed run must know, for going on with sample n of the run; restore: takes it.
+    state: what besides the step a resumed run must know, for going on with sample n of the run; together: of the states
+    of all processes, the one that a checkpoint holds; restore: takes it.
     """
 
     empty: Text
@@ -115,6 +116,8 @@ class Source(Protocol):
     def text(self, count: int) -> Text: ...
 
     def state(self, n: int) -> dict: ...
+
+    def together(self, states: Sequence[dict]) -> dict: ...
 
     def restore(self, state: dict) -> None: ...
 
@@ -159,6 +162,9 @@ class Numbered:
 
     def state(self, n: int) -> dict:
         return {}
+
+    def together(self, states: Sequence[dict]) -> dict:
+        return states[0]
 
     def restore(self, state: dict) -> None:
         pass

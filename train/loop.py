@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
 from torch import Tensor, nn
 
@@ -501,12 +502,13 @@ def train(
             )
         saves = not state.in_a_row and (state.step % config.run.save_every == 0 or state.step == config.run.steps)
         states = rollouts.gathered(accelerator) if rollouts and saves else None
+        stand = gather_object([source.state(state.step * config.run.batch)]) if saves else []
         if saves and (main or config.run.shard):
             tensors = sharding.gathered(_tensors(parameters, plain, average), keep=main)
             if states is not None:
                 tensors["rollout.x"] = states
             if main:
-                state.source = source.state(state.step * config.run.batch)
+                state.source = source.together(stand)
                 checkpoints.save(state, tensors)
 
     ahead.close()

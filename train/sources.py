@@ -6,14 +6,12 @@ A run whose pictures or captions are drawn often is faster on a cache (`python -
 
 from __future__ import annotations
 
-import glob
 import io
 import json
-import tarfile
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -22,12 +20,13 @@ from torch import Tensor
 
 from asdm_core.packs import write_file
 
+from . import shards
 from .config import Config
 from .data import Cache, Examples, Numbered, Random, Source, pooled_width
 from .diffusion import as_v, coefficients, ddim
 from .progress import Progress
 from .seeds import seeded
-from .captions import SUFFIXES, captioned, decode, read_text, say_unreadable, texts_of
+from .captions import captioned, read_text, say_unreadable, texts_of
 from .buckets import Shape
 from .encode import BROKEN, read_picture, shapes_of
 from .encoders import (
@@ -45,11 +44,12 @@ from .encoders import (
 )
 from .provenance import ENCODERS, NETWORK, contents, digest, made, same_file
 
-SHUFFLED = 1000  # pictures of shards and streams that are shuffled together: reading stays within few files
+SHUFFLED = 1000  # pictures of a stream that are shuffled together
 TRIES = 100  # pictures in a row that may be broken
 THREADS = 8  # that decode pictures
 SAMPLES_IN_FILE = 64  # of the teacher's own pictures, and the most that are drawn at once
 ENDLESS = 2**62  # the length of a stream
+READING = threading.Lock()  # a stream may be asked by several threads for what comes next
 
 Predict = Callable[
     [Tensor, Tensor, Tensor, dict | None], Tensor
@@ -118,13 +118,14 @@ class Pictures(Numbered):
 
 class Read(NamedTuple):
     """Pictures (B, 3, H, W) in [-1, 1], SDXL's sizes (B, 6), tokens of the captions, and how many were broken before
-    each, (B,).
+    each, (B,). places: where the lanes of shards stand after them.
     """
 
     pictures: Tensor
     sizes: Tensor
     tokens: list[Tokens]
     left_out: Tensor
+    places: Mapping[int, tuple[int, shards.Place]] = {}
 
 
 class Folder(Pictures):
@@ -170,87 +171,86 @@ def _texts(caption: object, name: object) -> list[str]:
 # Webdataset shards ----------------------------------------------------------------------------------
 
 
-Row = tuple[str, int, int, int, int, bool]
-
-
-def index_shard(path: Path) -> tuple[list[Row], int]:
-    """Pictures of a tar: name, offset and length of the picture, the same of its caption, whether that is JSON. And how
-    many have no caption.
-
-    Members belong together where they share the name up to the first dot (webdataset). Raises ValueError for a file
-    that is no tar.
-    """
-    found: dict[str, dict[str, tarfile.TarInfo]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                if member.isfile():
-                    found.setdefault(f"{folder}/{stem}", {})[kind.lower()] = member
-    except tarfile.TarError as e:
-        raise ValueError(f"{path}: cannot be read as an uncompressed tar ({e})") from None
-    rows = []
-    without = 0
-    for name, members in found.items():
-        picture = next((members[k] for k in (s[1:] for s in SUFFIXES) if k in members), None)
-        written = next((k for k in ("txt", "caption", "json") if k in members), None)
-        if picture and written:
-            text = members[written]
-            rows.append((name, picture.offset_data, picture.size, text.offset_data, text.size, written == "json"))
-        without += bool(picture and not written)
-    return rows, without
-
-
 class Shards(Pictures):
-    """Webdataset shards on a disk or a mount: tars of NAME.jpg (png, webp) with NAME.txt, or NAME.json with `caption`
-    or `text`.
-
-    The shards are shuffled, and the pictures within each SHUFFLED, so that reading moves from file to file.
+    """Webdataset shards (train/shards.py): tars of NAME.jpg (png, webp ...) with NAME.txt, or NAME.json with `caption`
+    or `text`, read as streams.
     """
 
-    def __init__(self, config: Config, to_latents: ToLatents, to_text: TextEncoders):
+    def __init__(self, config: Config, to_latents: ToLatents, to_text: TextEncoders, processes: int = 1):
         super().__init__(config, to_latents, to_text)
-        path = Path(config.data.path)
-        self.paths = [Path(p) for p in sorted(glob.glob(str(path / "*.tar") if path.is_dir() else str(path)))]
-        if not self.paths:
-            raise ValueError(
-                f"data.path: {path} names no .tar file; wanted a file, a folder, or a pattern such as data/*.tar"
-            )
-        with ThreadPoolExecutor(THREADS) as pool:
-            found = list(pool.map(index_shard, self.paths))
-        self.rows = [rows for rows, _ in found]
-        if without := sum(count for _, count in found):
-            print(f"{path}: {without} pictures have no caption and are left out", flush=True)
-        self.ends = list(accumulate(map(len, self.rows)))
-        if not self.ends[-1]:
-            raise ValueError(
-                f"data.path: {path}: its tars hold no pictures with captions; wanted NAME.jpg with NAME.txt or "
-                "NAME.json"
+        urls = shards.urls_of(config.data.path, config.data.pipes)
+        self.lanes = shards.Lanes(urls, config.data.lanes, config.seed, config.data.pipes)
+        self.urls = digest(urls)
+        self.lanes.first(1)  # so that what is wrong with all of them is said now
+        self.places: dict[int, tuple[int, shards.Place]] = {}
+        self.says_without = False
+        readers = processes * max(1, config.run.workers)
+        if readers > 1 and self.lanes.count % (config.run.micro_batch * readers):
+            print(
+                f"{config.data.path}: {len(urls)} shards in {self.lanes.count} lanes; some are read by several of "
+                f"{readers} readers. Each reads its own where data.lanes, and the number of shards, is a multiple of "
+                f"{config.run.micro_batch * readers} (run.micro_batch x processes x run.workers)",
+                flush=True,
             )
 
-    @property
-    def count(self) -> int:
-        return self.ends[-1]
+    def __len__(self) -> int:
+        return ENDLESS
 
     def order(self, generator: torch.Generator) -> Sequence[int]:
-        shards = torch.randperm(len(self.paths), generator=generator).tolist()
-        rows = torch.cat([torch.arange(self.ends[n] - len(self.rows[n]), self.ends[n]) for n in shards])
-        return torch.cat(
-            [part[torch.randperm(len(part), generator=generator)] for part in rows.split(SHUFFLED)]
-        ).tolist()
+        return range(ENDLESS)
+
+    def after(self, i: int) -> int:
+        return i + self.lanes.count
+
+    def text(self, count: int) -> Text:
+        found = []
+        for row in self.lanes.first(TRIES):
+            with suppress(*BROKEN):
+                found.append(row.captions[0])
+        return self.to_text(found[:count] or [""]).on_cpu()
+
+    def read(self, numbers: Sequence[int], draws: Sequence[float], flips: Sequence[bool] = ()) -> Read:
+        rows = [self.lanes.row(n) for n in numbers]  # a stream is read in its order
+        without = torch.tensor([row.without for row in rows])
+        if without.any() and not self.says_without:
+            self.says_without = True
+            name = next(row.name for row in rows if row.without)
+            print(f"pictures without a caption are left out and counted, the first before {name}", flush=True)
+        read = super().read(numbers, draws, flips)
+        places = {}
+        for n, row in zip(numbers, rows, strict=True):
+            self.lanes.forget(n)
+            c, lane = divmod(n, self.lanes.count)
+            places[lane] = (c + 1, row.place)
+        return read._replace(left_out=read.left_out + without, places=places)
 
     def open(self, i: int) -> tuple[str, Path | BinaryIO, list[str]]:
-        n = bisect_right(self.ends, i)
-        name, at, size, text_at, text_size, is_json = self.rows[n][i - (self.ends[n] - len(self.rows[n]))]
-        with open(self.paths[n], "rb") as f:
-            f.seek(at)
-            picture = f.read(size)
-            f.seek(text_at)
-            data = f.read(text_size)
-        name = f"{self.paths[n].name}:{name.removeprefix('/')}"
-        text = decode(data, name)
-        return name, io.BytesIO(picture), _texts(json.loads(text) if is_json else text, name)
+        with READING:
+            row = self.lanes.row(i)
+        return row.name, io.BytesIO(row.picture), row.captions
+
+    def encode(self, read: Read) -> Examples:
+        self.places |= read.places
+        return super().encode(read)
+
+    def state(self, n: int) -> dict:
+        return {"shards": self.urls, "places": {str(lane): [c, *place] for lane, (c, place) in self.places.items()}}
+
+    def together(self, states: Sequence[dict]) -> dict:
+        places: dict[str, list[int]] = {}
+        for state in states:
+            for lane, place in state["places"].items():
+                places[lane] = max(places.get(lane, place), place)
+        return {"shards": self.urls, "places": places}
+
+    def restore(self, state: dict) -> None:
+        if state["shards"] != self.urls:
+            raise ValueError(
+                "data.path: these are not the shards that the run began with, so where it stood in them says nothing; "
+                "give it those, or delete its checkpoints to start anew"
+            )
+        for lane, (c, *place) in state["places"].items():
+            self.places[int(lane)] = self.lanes.starts[int(lane)] = (c, shards.Place(*place))
 
 
 # Hugging Face datasets ------------------------------------------------------------------------------
@@ -495,11 +495,7 @@ def write_samples(folder: Path, source: Prompts, count: int, batch: int, process
 
 # The choice -----------------------------------------------------------------------------------------
 
-PICTURES: dict[str, Callable[[Config, ToLatents, TextEncoders], Pictures]] = {
-    "folder": Folder,
-    "shards": Shards,
-    "hub": Hub,
-}
+PICTURES: dict[str, Callable[..., Pictures]] = {"folder": Folder, "shards": Shards, "hub": Hub}
 
 
 def encoders(config: Config) -> str:
@@ -529,7 +525,9 @@ def open_source(
     given = config.encoders
     to_text = load_text(encoders(config), given.tokenizer, device, given.clip_skip, given.rows)
     if data.source in PICTURES:
-        pictures = PICTURES[data.source](config, latents_of(load_vae(encoders(config), device)), to_text)
+        given_too = {"processes": processes} if data.source == "shards" else {}
+        to_latents = latents_of(load_vae(encoders(config), device))
+        pictures = PICTURES[data.source](config, to_latents, to_text, **given_too)
         _check_width(pictures.empty, config)
         return pictures
     source = Prompts(config, predict or _no_teacher, to_text, torch.device(device))

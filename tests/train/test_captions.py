@@ -11,7 +11,8 @@ from PIL import Image
 
 from tests.train.test_sources import models, recipe  # noqa: F401  (a fixture)
 from train.captions import SUFFIXES, captioned, say_unreadable
-from train.sources import index_shard, open_source, read_prompts
+from train.shards import rows_of
+from train.sources import open_source, read_prompts
 
 TEXT = "caf\u00e9, \u685c, \U0001f431"
 
@@ -190,14 +191,15 @@ def test_shards_count_what_has_no_caption_and_leave_out_what_cannot_be_decoded(m
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    rows, without = index_shard(tmp_path / "a.tar")
-    assert ([row[0] for row in rows], without) == (["/a", "/c", "/d", "/e", "/f"], 1)
-    source = open_source(recipe("shards", tmp_path, models))
-    assert "1 pictures have no caption and are left out" in capsys.readouterr().out
-    assert source.open(0)[2] == ["red"] and source.open(1)[2] == ["blue"]
-    found = source.examples([2, 3, 4], [0.0] * 3)
+    rows = list(rows_of(str(tmp_path / "a.tar")))
+    assert [(row.name[6:], row.without) for row in rows] == [("a", 0), ("c", 1), ("d", 0), ("e", 0), ("f", 0)]
+    assert [row.captions for row in rows[:2]] == [["red"], ["blue"]]
+    source = open_source(recipe("shards", tmp_path, models, "data.lanes=1"))
+    source.lanes.shuffled = lambda url, epoch: iter(rows)
+    found = source.examples(range(5), [0.0] * 5)
     said = capsys.readouterr().out
-    assert found.left_out.tolist() == [3, 2, 1]
+    assert found.left_out.tolist() == [0, 1, 3, 2, 1]
+    assert "pictures without a caption are left out and counted, the first before a.tar:c" in said
     for name, why in (("d", "wanted a text"), ("e", "not UTF-8"), ("f", "has no caption")):
         assert f"a.tar:{name}: {why}" in said
 

@@ -143,6 +143,7 @@ OUTSIDE = {
     "rollout.window": [0],
     "data.size": [0, -8, 4, 509],
     "data.caption_dropout": [-0.1, 1.1],
+    "data.lanes": [0, 65537],
     "data.bucket_batch": [0, -4],
     "data.held_out_count": [0, -1],
     "encoders.clip_skip": [-1, 25],
