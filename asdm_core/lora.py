@@ -72,6 +72,36 @@ def modules(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+@dataclass(frozen=True)
+class Factors:
+    """Names of a LoRA's tensors for one module: W + (alpha / rank) up down; without alpha W + up down."""
+
+    up: str
+    down: str
+    alpha: str = ""
+
+
+def factors_of(names: Iterable[str]) -> dict[str, Factors | None]:
+    """Module name -> its factors, for the tensor names of a LoRA file; None where it is none, or no plain one."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        match = _ENDING.search(name)
+        ending = match[0] if match else ""
+        part = "up" if _UP.fullmatch(ending) else "down" if _DOWN.fullmatch(ending) else ending.lstrip(".")
+        found.setdefault(name.removesuffix(ending), {})[part] = name
+    return {
+        module: Factors(parts["up"], parts["down"], parts.get("alpha", ""))
+        if {"up", "down"} <= parts.keys() <= {"up", "down", "alpha"}
+        else None
+        for module, parts in found.items()
+    }
+
+
+def of_text_encoder(module: str) -> bool:
+    """Whether a module of a LoRA file is for a text encoder."""
+    return bool(_TEXT.match(module))
+
+
 @lru_cache(maxsize=32)
 def targets(architecture: Architecture, reading: str) -> dict[str, Slot]:
     """Name of a module in a LoRA file -> the layer it means, as the slot of its weight in the unpruned network.

@@ -229,6 +229,38 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Styles:
+    """The networks that teach, drawn from a set (train/styles.py), for a pack that rides on each as a difference.
+
+    checkpoints: finetunes of network.teacher, files or diffusers folders; loras: LoRA files for any of them. Without
+    either, and with teacher = 1, network.teacher teaches alone.
+    teacher: share of the turns in which it does. merged: share of the others with a merge of two of the networks,
+    network.teacher among them. lora: share of the others with a LoRA on them; random: of these, share whose LoRA is a
+    random one, where loras are given. rank, strength: of a random LoRA, whose change of a weight is at most so large in
+    proportion to the weight. every: steps of a turn.
+    draws: whether the network of a step draws its pictures itself, by [samples], for captions of the data; uses:
+    samples of each such picture.
+    """
+
+    checkpoints: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
+    teacher: float = number(1.0, 0, 1)
+    merged: float = number(0.3, 0, 1)
+    lora: float = number(0.5, 0, 1)
+    random: float = number(0.5, 0, 1)
+    rank: int = number(16, 1)
+    strength: float = number(0.1, 0)
+    every: int = number(1, 1)
+    draws: bool = False
+    uses: int = number(1, 1)
+
+    @property
+    def many(self) -> bool:
+        """Whether there is more than network.teacher in the set."""
+        return self.teacher < 1
+
+
+@dataclass(frozen=True)
 class Data:
     """Latents and text states to learn from.
 
@@ -397,6 +429,7 @@ class Config:
     gri: Regional = field(default_factory=Regional)
     lora: Lora = field(default_factory=Lora)
     rollout: Rollout = field(default_factory=Rollout)
+    styles: Styles = field(default_factory=Styles)
     data: Data = field(default_factory=Data)
     encoders: Encoders = field(default_factory=Encoders)
     samples: Samples = field(default_factory=Samples)
@@ -466,6 +499,7 @@ class Config:
             )
         self._check_lora()
         self._check_rollout()
+        self._check_styles()
         _ = self.taps  # raises as well
 
     def _check_data(self) -> None:
@@ -550,6 +584,35 @@ class Config:
                 )
         if self.run.shard:
             raise ValueError("rollout does not go with run.shard; leave it out")
+
+    def _check_styles(self) -> None:
+        styles, run = self.styles, self.run
+        if styles.draws and (self.rollout.steps or self.data.held_out or self.data.flip or self.data.buckets):
+            raise ValueError(
+                "styles.draws: of the data the captions are taken, and no pictures; it does not go with rollout, "
+                "data.held_out, data.flip or data.buckets"
+            )
+        if styles.draws and run.batch % styles.uses:
+            raise ValueError(f"styles.uses = {styles.uses}: run.batch = {run.batch} must be a multiple of it")
+        if not styles.many:
+            if styles.checkpoints or styles.loras:
+                raise ValueError(
+                    "styles.teacher: with 1 network.teacher teaches alone, styles.checkpoints and styles.loras never; "
+                    "set it to the share of the steps that it is to have, such as 0.25"
+                )
+            return
+        if self.student.trained == "all" or self.condconv or self.gains:
+            raise ValueError(
+                "styles: only what can ride on another network as a difference is trained over many: a pack's own "
+                "units (student.trained = own) and a LoRA, without further experts or gains"
+            )
+        for there, name in (
+            (self.rollout.steps, "rollout"),
+            (run.shard, "run.shard"),
+            (self.network.teacher_outputs, "network.teacher_outputs"),
+        ):
+            if there:
+                raise ValueError(f"styles does not go with {name}: it belongs to one teacher; leave one of them out")
 
     @property
     def architecture(self) -> Architecture:

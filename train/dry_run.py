@@ -230,9 +230,11 @@ def memory(student: UNet2DConditionModel, config: Config, processes: int) -> Mem
     kept, copies = activations(student, config)
     # What is frozen and in half precision is the teacher's own, where there is one.
     held = sum(p.nbytes for p in student.parameters() if p.dtype != torch.float32) if teacher else 0
+    # What a style adds to the trained weights, and the sums.
+    ridden = 8 * trained if config.styles.many else 0
     return MemoryEstimate(
         teacher=teacher * half,
-        student=(sum(p.nbytes for p in student.parameters()) - held) // shared,
+        student=(sum(p.nbytes for p in student.parameters()) - held) // shared + ridden,
         gradients=4 * trained // shared,
         optimiser=0 if config.run.offload else kept_moments // shared,
         average=0 if config.run.offload else 4 * trained // shared,

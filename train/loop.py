@@ -39,7 +39,8 @@ from .attention import BmmAttention
 from .teacher_outputs import TeacherOutputs
 from .provenance import difference
 from .show import Show, decoder, predictor, write_card
-from .sources import open_source
+from .sources import Drawn, open_source
+from .styles import Style, StyleSet
 from .vgg import load_vgg
 
 BAD_STEPS = 3  # in a row that stop a run
@@ -327,6 +328,8 @@ def train(
         accelerator.num_processes,
         accelerator.wait_for_everyone,
     )
+    if config.styles.draws:
+        source = Drawn(config, source, predictor(original, half), device)
     batches = Batches(source, config)
     rollouts: rollout.Rollouts | None = None
     if config.rollout.steps:
@@ -399,6 +402,7 @@ def train(
         if config.data.held_out
         else None
     )
+    styles = StyleSet(config, original, student) if config.styles.many else None
     progress = Progress(config.name, config.run.steps)
     parts = (
         _numbers(config, accelerator, step, part)
@@ -413,6 +417,8 @@ def train(
         if rollouts:
             rollouts.prepare(state.step)
             state.bank_seconds += clock() - began
+        if styles:
+            styles.take(styles.drawn(state.step))
 
         # Forward and backward, in as many parts as the batch takes.
         factors = torch.tensor(criterion.factors(state.step), device=device)
@@ -436,7 +442,10 @@ def train(
             last = part == accumulation - 1
             if config.run.shard:
                 sharding.synchronise(student, last)
-            with nullcontext() if last or config.run.shard else accelerator.no_sync(model):
+            with (
+                styles.ridden() if styles else nullcontext(),
+                nullcontext() if last or config.run.shard else accelerator.no_sync(model),
+            ):
                 mine = model(x, batch.t, batch.context, batch.added)
                 value = criterion(batch, x, mine, wanted)
                 accelerator.backward((factors @ value).mean() / accumulation)
@@ -475,6 +484,8 @@ def train(
         # Status and checkpoint.
         shows = bool(config.run.picture_every) and state.step % config.run.picture_every == 0
         shows = shows or state.step == config.run.steps
+        if styles and shows:  # on network.teacher, as the product will be
+            styles.take(Style())
         if held_out and shows:
             with averaged(parameters, average):
                 measured = held_out()
@@ -676,11 +687,18 @@ def tensorboard(folder: Path, step: int):
     return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
 
+def styles_in_words(config: Config) -> dict:
+    """The set that taught, with the names of its files."""
+    files = {name: [Path(path).name for path in getattr(config.styles, name)] for name in ("checkpoints", "loras")}
+    return asdict(config.styles) | files
+
+
 def provenance(config: Config, state: State, log: Log) -> dict:
     """What a product's metadata say of its training."""
     return {
         "teacher": Path(config.network.teacher).name,
         "start": Path(config.student.start).name or "teacher",
+        **({"styles": styles_in_words(config)} if config.styles.many else {}),
         "losses": config.loss.weights,
         "steps": state.step,
         "samples": state.step * config.run.batch,

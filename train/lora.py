@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from asdm_core import few_step
-from asdm_core.addresses import UNetConfig, keys, select
+from asdm_core.addresses import UNetConfig, keys, lora_names, peft_names, select
 from asdm_core.few_step import FewStep
+from asdm_core.lora import Factors, factors_of, of_text_encoder
 from asdm_core.packs import TensorFile, write_file
 
 from .config import Config
@@ -179,17 +181,58 @@ def write_lora(
     write_file(path, tensors, metadata)
 
 
+class LoraFile(Mapping[str, Tensor]):
+    """What a LoRA file adds to the weights of a UNet, float32, by their addressed LDM names, lazily.
+
+    Names are those of `addresses.lora_names` and PEFT's. text: modules that are for text encoders. Raises ValueError
+    for layers of another network, and for what is no LoRA (LoHa, LoKr and the like).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: UNetConfig):
+        file = TensorFile(path)
+        self.path, self.text = file.path, 0
+        self._file = file
+        layers = {**lora_names(config), **peft_names(config)}
+        self._factors: dict[str, Factors] = {}
+        self._shapes = {key: slot.shape for key, slot in keys(config).items()}
+        for module, factors in factors_of(file).items():
+            if module not in layers:
+                if not of_text_encoder(module):
+                    raise ValueError(f"{file.path.name}: {module} is no layer of a UNet of {config.family}")
+                self.text += 1
+                continue
+            if factors is None:
+                raise ValueError(
+                    f"{file.path.name}: {module} is changed otherwise than by a LoRA's two factors; give a LoRA, or "
+                    "LoCon"
+                )
+            key = f"{layers[module]}.weight"
+            sizes = file.shapes[factors.up][0], math.prod(file.shapes[factors.down][1:])
+            wanted = self._shapes[key]
+            if sizes != (wanted[0], math.prod(wanted[1:])):
+                raise ValueError(
+                    f"{file.path.name}: {module} changes a layer of {sizes[0]} outputs and {sizes[1]} inputs; in a "
+                    f"UNet of {config.family} it has {wanted[0]} and {math.prod(wanted[1:])}"
+                )
+            self._factors[key] = factors
+
+    @torch.no_grad()
+    def __getitem__(self, key: str) -> Tensor:
+        factors = self._factors[key]
+        down, up = self._file[factors.down].float(), self._file[factors.up].float()
+        scale = float(self._file[factors.alpha]) / len(down) if factors.alpha else 1.0
+        return scale * (up.flatten(1) @ down.flatten(1)).view(self._shapes[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+
 @torch.no_grad()
 def merge_file(unet: nn.Module, config: UNetConfig, path: Path) -> None:
-    """Merge a LoRA file of `write_lora` into a live diffusers UNet, in place. Raises ValueError for another's names."""
-    file = TensorFile(path)
-    names = {v: k for k, v in file_names(config).items()}
-    for module in sorted({key.split(".")[0] for key in file}):
-        if module not in names:
-            raise ValueError(
-                f"{path.name}: {module} is no layer of a UNet of {config.family}, under its name in kohya's form"
-            )
-        weight = unet.get_parameter(f"{names[module]}.weight")
-        down, up = file[f"{module}.lora_down.weight"].float(), file[f"{module}.lora_up.weight"].float()
-        scale = float(file[f"{module}.alpha"]) / len(down)
-        weight.add_(scale * (up.flatten(1) @ down.flatten(1)).view_as(weight))
+    """Merge a LoRA file into a live diffusers UNet, in place. Raises ValueError for another's names."""
+    names = {key: slot.unit.key(slot.tensor, "diffusers") for key, slot in keys(config).items()}
+    for key, change in LoraFile(path, config).items():
+        unet.get_parameter(names[key]).add_(change)

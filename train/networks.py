@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from asdm_core import condconv, few_step
 from asdm_core.addresses import UNetConfig, in_order
 from asdm_core.architecture import Architecture
-from asdm_core.differences import played_in
+from asdm_core.differences import played_in, to_difference
 from asdm_core.gri import LogGains, gri_attention
 from asdm_core.packs import (
     ZERO_SNR_MARKER,
@@ -86,6 +86,13 @@ def load_teacher(config: Config) -> UNet2DConditionModel:
     sd = convert(dict(found.tensors), architecture, ADDRESSED, Form("diffusers", "addressed"))
     teacher.load_state_dict({k: v.float() for k, v in sd.items()})
     return teacher.requires_grad_(False).eval()
+
+
+def teachers_weights(config: Config) -> Mapping[str, Tensor]:
+    """network.teacher's weights by addressed LDM name, read when they are asked for."""
+    if config.network.teacher == "random":
+        return _weights(load_teacher(config), config.network.config)
+    return open_unet(config.network.teacher).tensors
 
 
 def trained_units(config: Config) -> tuple[str, ...]:
@@ -388,6 +395,10 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
         further |= {k: v.float() for k, v in condconv.extract(student, "diffusers", unet, config.condconv).items()}
     if description.kind == "pack":
         tensors = extract(tensors, config.architecture, description.units)
+    if description.kind == "pack" and config.styles.many:
+        whole = Loaded(config.product, description, tensors)
+        description, changes = to_difference(whole, teachers_weights(config), Path(config.network.teacher).name)
+        tensors = dict(changes)
     check_finite(config.product.name, tensors | further, dtype)  # before the first file is written
     if config.lora.rank:
         write_its_lora()

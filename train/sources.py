@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -442,6 +443,65 @@ def draw(config: Config, predict: Predict, noise: Tensor, text: Text, empty: Tex
     )
 
 
+class Drawn(Numbered):
+    """Pictures that a network draws for the captions of another source, new ones all the time, each for `uses` samples
+    in a row: an epoch never ends. Captions come as in train/rollout.py: an epoch of the source gives each once.
+
+    Whoever changes the network does so between batches, which are a multiple of `uses`: a picture is drawn once for
+    samples that are asked for one part after the other.
+    """
+
+    ahead = False  # the network may be another one at each step
+
+    def __init__(self, config: Config, captions: Source, predict: Predict, device: torch.device):
+        self.config, self.captions, self.predict, self.device = config, captions, predict, device
+        self.empty = captions.empty
+        self.wide = bool(pooled_width(config.network.config))
+        self.drawn: dict[int, tuple[Tensor, Text]] = {}  # by number: those of the last part
+        self.epoch = lru_cache(maxsize=2)(lambda epoch: captions.order(seeded(config.seed, 17, epoch)))
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def order(self, generator: torch.Generator) -> Sequence[int]:
+        return range(ENDLESS)
+
+    def text(self, count: int) -> Text:
+        return self.captions.text(count)
+
+    def read(self, numbers: Sequence[int], draws: Sequence[float], flips: Sequence[bool] = ()) -> list[int]:
+        return list(numbers)
+
+    def encode(self, numbers: Sequence[int]) -> Examples:
+        uses = self.config.styles.uses
+        pictures = list(dict.fromkeys(n // uses for n in numbers))
+        new = [n for n in pictures if n not in self.drawn]
+        if new:
+            latents, text = self._draw(new)
+            pooled = None if text.pooled is None else text.pooled.split(1)
+            texts = [Text(row, pooled[i] if pooled else None) for i, row in enumerate(text.states.split(1))]
+            self.drawn |= dict(zip(new, zip(latents.split(1), texts, strict=True), strict=True))
+        self.drawn = {n: self.drawn[n] for n in pictures}
+        found = [self.drawn[n // uses] for n in numbers]
+        sizes = whole(self.config.data.size).expand(len(found), -1) if self.wide else None
+        return Examples(torch.cat([latents for latents, _ in found]), joined([text for _, text in found]), sizes)
+
+    def _draw(self, pictures: Sequence[int]) -> tuple[Tensor, Text]:
+        config = self.config
+        places = [divmod(n, len(self.captions)) for n in pictures]
+        draws = [float(torch.rand((), generator=seeded(config.seed, 18, n), dtype=torch.float64)) for n in pictures]
+        text = self.captions.texts([self.epoch(epoch)[at] for epoch, at in places], draws)
+        side, channels = config.data.side, config.network.config.in_channels
+        noise = torch.stack([torch.randn(channels, side, side, generator=seeded(config.seed, 19, n)) for n in pictures])
+        return draw(config, self.predict, noise.to(self.device), text, self.empty).cpu(), text
+
+    def state(self, n: int) -> dict:
+        return self.captions.state(n // self.config.styles.uses)
+
+    def restore(self, state: dict) -> None:
+        self.captions.restore(state)
+
+
 def write_samples(folder: Path, source: Prompts, count: int, batch: int, process: int = 0, processes: int = 1) -> None:
     """Draw `count` pictures into a cache in `folder`, or what is missing of them; each process makes its share of the
     files.
@@ -532,7 +592,7 @@ def open_source(
         return pictures
     source = Prompts(config, predict or _no_teacher, to_text, torch.device(device))
     _check_width(source.empty, config)
-    if not config.samples.count or config.rollout.steps:  # a rollout takes the prompts alone
+    if not config.samples.count or config.rollout.steps or config.styles.draws:  # these take the prompts alone
         return source
     folder = config.folder / "samples"
     write_samples(folder, source, config.samples.count, config.run.micro_batch, process, processes)

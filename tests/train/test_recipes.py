@@ -41,6 +41,8 @@ def test_every_recipe_takes_a_step_and_ends_in_its_file(path, tmp_path, monkeypa
             "student.start=",
             "data.source=random",
             "data.size=64",
+            "styles.checkpoints=[]",
+            "styles.uses=1",
             "gri.window=4",
             "gri.pool=2",
             f"run.folder={tmp_path}",
