@@ -1,30 +1,53 @@
 """How much of a finetune's style a pack leaves: packs and LoRAs in OpenMoji, which no training of theirs ever saw.
 
-    python bootstrap.py bench NAME=style ARGS="--minutes 1 3 10"
+    python bootstrap.py bench NAME=style ARGS="--minutes 1 3 10 --speed 9 --grid"
 
 The reference is OpenMoji's own run of 4 steps (dpmpp_2m, simple, CFG 3) from the same noise; packs are drawn with 3
-steps of the same, few-step LoRAs as their metadata say. Beside them the finetune's own fewer steps, and the pack in
-the teacher, against the teacher's own run, for what it loses there by being a difference. A fit learns from the names
-of all concepts as prompts, so many minutes of one process. Goes into bench/results/fewstep.json.
+steps of the same, few-step LoRAs as their metadata say. Beside them the finetune's own fewer steps, and M2 in the
+teacher, against the teacher's own run, for what it loses there by being a difference or trained over many styles. A fit
+learns from the names of all concepts as prompts, for so many CPU minutes of one process with one thread.
+
+    --styles PACK  M2 over many styles (train/configs/emoji-m2-styles.toml): M2 as one gets it without a fit. Without,
+                   that is the shipped pack as a difference
+    --speed N      samples of a fit in a second against a bare step of teacher and student: N rounds, on CPU time
+    --grid         docs/evidence-style.png
+
+Goes into bench/results/fewstep.json and the section on style in docs/evidence.md. Latents are kept in --folder, so the
+same command goes on where it stopped, and rows that are not run again stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from asdm_core import fit
 from asdm_core.__main__ import main as convert
-from bench._common import beside_earlier, command_line, record
+from asdm_core.measure import ratio, time_alternating
+from asdm_core.packs import open_pack, open_unet
+from bench._common import RESULTS, ROOT, beside_earlier, command_line, record
+from bench._evidence import with_style
 from bench.fewstep import Pictures, Row, few_of
-from train.diffusion import simple_times
+from train.diffusion import ALPHAS, simple_times
+from train.emoji.teacher import codec_images
+from train.emoji.text import encoder_beside
+from train.figures import save_grid
+from train.fit import Pair
 from train.progress import plain_errors
 
-TEACHER, FINETUNE = "emoji-teacher.safetensors", "emoji-openmoji.safetensors"
+TEACHER, FINETUNE, TEXT = "emoji-teacher.safetensors", "emoji-openmoji.safetensors", "emoji-text.safetensors"
 SAMPLER, CFG = "dpmpp_2m", 3.0
+SHOWN = 12  # pictures of a row in the grid
+BATCHES = 4  # steps in a round of --speed
 
 
 def own(name: str, steps: int) -> Row:
@@ -35,38 +58,122 @@ def with_pack(name: str, path: Path) -> Row:
     return Row(name, (path,), simple_times(3), SAMPLER, CFG)
 
 
-def fitted(models: Path, folder: Path, prompts: list[str], minutes: float, threads: int) -> Path:
+def difference(args: argparse.Namespace, pack: str) -> Path:
+    """A pack of the family as differences from its teacher; made once."""
+    path = args.folder / f"{pack}-difference.safetensors"
+    its = [args.models / f"emoji-{pack}.safetensors", args.models / TEACHER, path]
+    if not path.exists() and convert(["to-difference", *map(str, its), "--dtype", "fp16"]):
+        raise SystemExit(f"{pack} could not be turned into differences")
+    return path
+
+
+def fitted(args: argparse.Namespace, prompts: list[str], minutes: float) -> Path:
     """The M2 pack, fitted to the finetune for so long; made once."""
-    path = folder / f"m2-fitted-{minutes:g}min.safetensors"
+    path = args.folder / f"m2-fitted-{minutes:g}min.safetensors"
     if not path.exists():
-        words = folder / "prompts.txt"
+        words = args.folder / "prompts.txt"
         words.write_text("\n".join(prompts) + "\n", "utf-8")
-        command = [sys.executable, "-m", "train.emoji", "fit", models / FINETUNE, models / "emoji-m2.safetensors", path]
-        options = ["--prompts", words, "--size", "128", "--minutes", f"{minutes:g}", "--cpu"]
-        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        subprocess.run([str(word) for word in (*command, *options)], check=True, env=env)
+        files = [args.models / FINETUNE, args.models / "emoji-m2.safetensors", path]
+        options = ["--prompts", words, "--size", "128", "--minutes", f"{minutes:g}", "--cpu", "--cpu-time"]
+        command = [sys.executable, "-m", "train.emoji", "fit", *files, *options]
+        subprocess.run([str(word) for word in command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return path
 
 
 def rows_of(args: argparse.Namespace, prompts: list[str]) -> Iterator[Row]:
-    m2 = args.models / "emoji-m2.safetensors"
-    difference = args.folder / "m2-difference.safetensors"
-    if not difference.exists() and convert(
-        ["to-difference", str(m2), str(args.models / TEACHER), str(difference), "--dtype", "fp16"]
-    ):
-        raise SystemExit("the pack could not be turned into differences")
     yield own("style_openmoji_3", 3)
     yield own("style_openmoji_2", 2)
-    yield with_pack("style_m2_absolute", m2)
-    yield with_pack("style_m2_untuned", difference)
+    for pack in ("m1", "m2"):
+        yield with_pack(f"style_{pack}_absolute", args.models / f"emoji-{pack}.safetensors")
+        yield with_pack(f"style_{pack}_difference", difference(args, pack))
+    if args.styles:
+        yield with_pack("style_m2_styles", args.styles)
     for lora in args.lora:
         few = few_of(lora)
         if few is None:
             raise SystemExit(f"{lora.name} does not say for how many steps it was trained")
         yield Row(f"style_{few.steps}_steps_lora", (lora,), few.times, "ddim", few.cfg)
+        yield Row(
+            f"style_{few.steps}_steps_lora_m2_difference", (difference(args, "m2"), lora), few.times, "ddim", few.cfg
+        )
     for minutes in args.minutes:
-        path = fitted(args.models, args.folder, prompts, minutes, args.threads)
-        yield with_pack(f"style_m2_fitted_{minutes:g}min", path)
+        yield with_pack(f"style_m2_fitted_{minutes:g}min", fitted(args, prompts, minutes))
+
+
+def in_the_teacher(args: argparse.Namespace) -> Iterator[Row]:
+    yield own("style_teacher_3", 3)
+    yield with_pack("style_teacher_m2_absolute", args.models / "emoji-m2.safetensors")
+    yield with_pack("style_teacher_m2_difference", difference(args, "m2"))
+    if args.styles:
+        yield with_pack("style_teacher_m2_styles", args.styles)
+
+
+def summary_of(found: list[dict], styles: bool) -> dict[str, float]:
+    """The measures, of the rows that are there. styles: whether one gets the pack over many styles."""
+    rows = {row["row"]: row for row in found}
+    values: dict[str, float] = {}
+    for name, row in rows.items():
+        if not name.startswith("style_teacher_"):
+            values |= {f"style_{key}_{name.removeprefix('style_')}": row[key] for key in ("psnr", "grad")}
+    gotten = "m2_styles" if styles else "m2_difference"
+    for key in ("psnr", "grad"):
+        if f"style_{key}_{gotten}" in values:
+            values[f"style_{key}_m2_untuned"] = values[f"style_{key}_{gotten}"]
+    absolute = rows.get("style_teacher_m2_absolute")
+    for name in ("difference", "styles"):
+        mine = rows.get(f"style_teacher_m2_{name}")
+        if absolute and mine:
+            values[f"teacher_psnr_lost_by_{name}"] = absolute["psnr"] - mine["psnr"]
+    return values
+
+
+def speed(args: argparse.Namespace, prompts: list[str]) -> dict:
+    """Samples of a fit in a CPU second against a bare step: teacher, student, backward and AdamW, on one batch."""
+    torch.set_num_threads(1)
+    pair = Pair(
+        open_unet(args.models / FINETUNE),
+        open_pack(args.models / "emoji-m2.safetensors"),
+        torch.device("cpu"),
+        torch.float32,
+    )
+    to_text = encoder_beside(args.models / TEXT)
+    texts, empty = [to_text([prompt]) for prompt in prompts], to_text([""])
+    networks = pair.networks(texts, empty, 128)
+    settings = fit.Settings()
+    learning = fit.Fit(
+        *networks, pair.taps, pair.parameters, fit.Diffusion(ALPHAS, "v"), (4, 16, 16), len(prompts), settings
+    )
+    count = 2 * settings.walks
+    x, t = torch.randn(count, 4, 16, 16), torch.arange(count) * 999 // count
+    context = torch.cat([text.states for text in [*texts[: settings.walks], *[empty] * settings.walks]])
+    adamw = torch.optim.AdamW(pair.parameters.values(), settings.lr)
+
+    def bare() -> None:
+        for _ in range(BATCHES):
+            with torch.no_grad():
+                wanted = pair.whole(x, t, context).sample
+            (pair.student(x, t, context).sample - wanted).square().mean().backward()
+            adamw.step()
+            adamw.zero_grad()
+
+    def fits() -> None:
+        until = learning.told.steps + BATCHES
+        learning.run(BATCHES, lambda: float(learning.told.steps - until + BATCHES))
+
+    times = time_alternating({"fit": fits, "bare": bare}, args.speed, 1, clock=time.process_time)
+    samples = {name: count * BATCHES / min(seconds) for name, seconds in times.items()}
+    return {
+        "row": "fit_speed",
+        "samples_per_second": samples["fit"],
+        "bare": samples["bare"],
+        "share": 1 / ratio(times, "fit", "bare"),
+        "all_seconds": times,
+    }
+
+
+def images(pictures: Pictures, row: Row) -> Tensor:
+    step = max(1, len(pictures.chosen) // SHOWN)
+    return codec_images(pictures.codec, pictures.latents(row, 0)[::step][:SHOWN]).clamp(0, 1)
 
 
 @plain_errors
@@ -76,6 +183,9 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, nargs="*", default=[1.0, 3.0, 10.0], help="of each fit")
     parser.add_argument("--lora", type=Path, nargs="*", default=[Path("models/loras/emoji-two-steps.safetensors")])
+    parser.add_argument("--styles", type=Path, help="M2 over many styles")
+    parser.add_argument("--speed", type=int, default=0, help="rounds of the comparison with a bare step")
+    parser.add_argument("--grid", action="store_true", help="draw docs/evidence-style.png")
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--models", type=Path, default=Path("models/emoji"))
     parser.add_argument("--folder", type=Path, default=Path("runs/style"))
@@ -83,27 +193,32 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--notes", default="", help="kept in the record: what else the machine was doing")
     args = parser.parse_args()
-    found: list[dict] = []
-    values: dict[str, float] = {}
+    torch.set_num_threads(args.threads)
     finetune = Pictures(args.models, args.folder, args.prompts, 1, args.comfy, FINETUNE)
-    reference = own("style_openmoji_4", 4)
-    for row in rows_of(args, finetune.names):
-        found.append(finetune.measure(row, reference))
-        values |= {f"{key}_{row.name}": found[-1][key] for key in ("psnr", "grad")}
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in found[-1].items() if k != "times"}, flush=True)
     teacher = Pictures(args.models, args.folder / "teacher", args.prompts, 1, args.comfy)
-    alone, pair = own("style_teacher_4", 4), {}
-    for name, path in (
-        ("absolute", args.models / "emoji-m2.safetensors"),
-        ("untuned", args.folder / "m2-difference.safetensors"),
+    shown, found = [], []
+    for pictures, rows, reference in (
+        (finetune, rows_of(args, finetune.names), own("style_openmoji_4", 4)),
+        (teacher, in_the_teacher(args), own("style_teacher_4", 4)),
     ):
-        found.append(teacher.measure(with_pack(f"style_teacher_m2_{name}", path), alone))
-        pair[name] = found[-1]["psnr"]
-    summary = {"_".join(("style", key.replace("_style", ""))): v for key, v in values.items()}
-    summary["teacher_psnr_lost_by_difference"] = pair["absolute"] - pair["untuned"]
+        if args.grid and pictures is finetune:
+            shown.append(images(pictures, reference))
+        for row in rows:
+            found.append(pictures.measure(row, reference))
+            print({k: round(found[-1][k], 4) for k in ("psnr", "grad", "top1")}, row.name, flush=True)
+            if args.grid and pictures is finetune:
+                shown.append(images(pictures, row))
+    values = summary_of(found, bool(args.styles))
+    if args.speed:
+        found.append(speed(args, finetune.names))
+        values["fit_samples_share"] = found[-1]["share"]
     command = command_line("style")
-    summary, found = beside_earlier("fewstep", summary, found, command, lambda row: row["row"])
-    record("fewstep", summary, found, command, notes=args.notes)
+    values, found = beside_earlier("fewstep", values, found, command, lambda row: row["row"])
+    record("fewstep", values, found, command, notes=args.notes)
+    page = ROOT / "docs" / "evidence.md"
+    page.write_text(with_style(page.read_text("utf-8"), json.loads((RESULTS / "fewstep.json").read_text())), "utf-8")
+    if shown:
+        save_grid(ROOT / "docs" / "evidence-style.png", torch.cat(shown), SHOWN, 0.5)
 
 
 if __name__ == "__main__":

@@ -526,7 +526,11 @@ def write(settings: Settings, notes: str = "") -> None:
         )
     }
     evidence.plot_timesteps(docs / "evidence-timesteps.png", bins)
-    (docs / "evidence.md").write_text(page(settings, rows, macs, verdicts, notes), encoding="utf-8")
+    text = page(settings, rows, macs, verdicts, notes)
+    few_steps = ROOT / "bench" / "results" / "fewstep.json"
+    if few_steps.exists():
+        text = evidence.with_style(text, json.loads(few_steps.read_text()))
+    (docs / "evidence.md").write_text(text, encoding="utf-8")
 
 
 TABLES = {

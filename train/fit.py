@@ -170,6 +170,9 @@ def main(arguments: Sequence[str] | None = None, encoder: Encoder | None = None)
     parser.add_argument("--precision", choices=[p for p in PRECISIONS if p != "fp16"], default="no")
     parser.add_argument("--stored", choices=DTYPES, default="float16")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="minutes of this process on a CPU, for a machine that has other work"
+    )
     args = parser.parse_args(arguments)
     check_output(args.output)
     if not args.minutes > 0:
@@ -177,6 +180,8 @@ def main(arguments: Sequence[str] | None = None, encoder: Encoder | None = None)
     if args.size < 64 or args.size % 64:
         raise ValueError(f"--size: wanted a multiple of 64, got {args.size}")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    if args.cpu_time and device.type != "cpu":
+        raise ValueError("--cpu-time: what runs on a GPU takes no time of the CPU; give --cpu as well, or leave it out")
     settings = fit.Settings(walks=args.walks, guidance=args.guidance, lr=args.lr, seed=args.seed)
     prompts = read_prompts(args.prompts)
     pair = Pair(open_unet(args.checkpoint), open_pack(args.pack), device, PRECISIONS[args.precision])
@@ -200,7 +205,7 @@ def main(arguments: Sequence[str] | None = None, encoder: Encoder | None = None)
     try:
         learning.run(
             60 * args.minutes,
-            time.perf_counter,
+            time.process_time if args.cpu_time else time.perf_counter,
             lambda told: progress.show(int(100 * told.share), f"loss {told.loss:.4f}, {told.samples} samples"),
         )
     except KeyboardInterrupt:
