@@ -232,7 +232,11 @@ class LoraFile(Mapping[str, Tensor]):
 
 @torch.no_grad()
 def merge_file(unet: nn.Module, config: UNetConfig, path: Path) -> None:
-    """Merge a LoRA file into a live diffusers UNet, in place. Raises ValueError for another's names."""
+    """Merge a LoRA file into a live diffusers UNet, in place; layers that are cut from it are left out. Raises
+    ValueError for another's names.
+    """
     names = {key: slot.unit.key(slot.tensor, "diffusers") for key, slot in keys(config).items()}
+    live = dict(unet.named_parameters())
     for key, change in LoraFile(path, config).items():
-        unet.get_parameter(names[key]).add_(change)
+        if names[key] in live:
+            live[names[key]].add_(change)

@@ -390,6 +390,25 @@ def test_files_that_do_not_belong_are_refused(files, tmp_path):
         style_set(settings(files, tmp_path, f'styles.checkpoints=["{tmp_path / "nothing.safetensors"}"]'))
 
 
+def test_a_lora_leaves_out_what_a_pack_has_cut(files, tmp_path):
+    recipe = settings(files, tmp_path)
+    one = whole_of(files, "one")
+    student = networks.make_student(one, recipe)
+    kept, cut = "down_blocks.0.attentions.0.proj_in", "down_blocks.0.attentions.1.proj_in"
+    lora, names = {}, file_names(recipe.network.config)
+    for layer in (kept, cut):
+        lora |= {
+            f"{names[layer]}.lora_up.weight": torch.ones(32, 1),
+            f"{names[layer]}.lora_down.weight": torch.ones(1, 32),
+        }
+    save_file(lora, tmp_path / "both.safetensors")
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    assert f"{kept}.weight" in before and f"{cut}.weight" not in before
+    merge_file(student, recipe.network.config, tmp_path / "both.safetensors")
+    changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {f"{kept}.weight"}
+
+
 def test_loras_are_read_in_all_their_spellings_and_others_refused(files, tmp_path):
     unet = settings(files, tmp_path).network.config
     mine = LoraFile(files / "lora.safetensors", unet)
