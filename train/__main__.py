@@ -4,7 +4,8 @@
 
     python -m train fit my-finetune.safetensors my-pack.safetensors fitted.safetensors --prompts prompts.txt
 
-The same command goes on where it stopped. Several CPU processes start with `torchrun --nproc-per-node 2 -m train`.
+The same command goes on where it stopped. Several processes start as accelerate is configured, `accelerate launch
+--config_file train/fsdp2.yaml -m train`, several on a CPU with `torchrun --nproc-per-node 2 -m train` as well.
 """
 
 from __future__ import annotations
@@ -14,10 +15,8 @@ import os
 import sys
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
-from . import dry_run, fit
+from . import dry_run, fit, sharding
 from .config import load
 from .loop import Classifier, train
 
@@ -43,13 +42,7 @@ def main(classifier: Classifier | None = None, encoder: fit.Encoder | None = Non
         if args.dry_run:
             print(dry_run.report(config, int(os.environ.get("WORLD_SIZE", "1"))))
             return
-        accelerator = Accelerator(cpu=args.cpu, mixed_precision=config.run.precision)
-        if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError(
-                "The loop shares the network out by itself: start with accelerate launch --multi_gpu, without "
-                "--use_fsdp, and "
-                "give --set run.shard=true"
-            )
+        accelerator, config = sharding.accelerator_of(config, args.cpu)
         product = train(config, accelerator, classifier=classifier)
         accelerator.print(f"wrote {product}")
     except (ValueError, FloatingPointError, OSError) as e:

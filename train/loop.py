@@ -309,7 +309,7 @@ def train(
     nn.Module.to(student, device)
     student.train()
     if config.run.shard:
-        sharding.shard(student, device)
+        sharding.shard(student, accelerator)
     if device.type == "cpu":  # fused attention is slow to train through on a CPU
         networks.set_attention(original, BmmAttention())
         networks.set_attention(student, BmmAttention())

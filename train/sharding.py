@@ -1,38 +1,98 @@
-"""Weights, gradients, the optimiser's state and the average shared out among the processes (fully sharded data
-parallel, FSDP2).
+"""Several processes as accelerate is configured (`accelerate config`, `accelerate launch`): copies of the student in
+each (DDP), or weights, gradients, the optimiser's state and the average shared out among them (FSDP2).
 
-Every process holds a slice of each tensor; a layer is put together while it computes. Names stay, so everything else of
-the loop works on the slices as on whole tensors. The frozen teacher, which is in half precision, is held whole by each.
+With FSDP2 every process holds a slice of each tensor; a layer is put together while it computes. Names stay, so
+everything else of the loop works on the slices as on whole tensors. The frozen teacher, which is in half precision, is
+held whole by each. Weights are float32 and the passes in run.precision (autocast), as with DDP: it is the same run.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .config import Config
 
-def shard(unet: nn.Module, device: torch.device) -> None:
-    """Keep only this process's slices of a diffusers UNet, in place. Raises ValueError where there is one process
-    alone.
+LAYERS = ["ResnetBlock2D", "BasicTransformerBlock"]  # what is put together at once, where nothing else is configured
+# What accelerate launch sets of its configuration, and where a recipe says the same.
+ENVIRONMENT = {
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "dynamo_config", "--set run.compile=inductor"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "gradient_accumulation_steps", "run.batch and run.micro_batch"),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed", "FSDP with fsdp_version: 2"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM", "FSDP with fsdp_version: 2"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "parallelism_config", "FSDP with fsdp_version: 2"),
+}
+
+
+def accelerator_of(config: Config, cpu: bool) -> tuple[Accelerator, Config]:
+    """The processes as accelerate is configured, and the recipe with run.shard as that says.
+
+    Raises ValueError for a configuration that would be followed in part alone.
+    """
+    for name, (plain, said, instead) in ENVIRONMENT.items():
+        if os.environ.get(name, plain).lower() not in (plain, ""):
+            raise ValueError(f"accelerate's configuration has {said}, which this loop does not follow: {instead}")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", config.run.precision):
+        raise ValueError(
+            f"accelerate's configuration says mixed_precision: {precision}, the recipe run.precision = "
+            f"{config.run.precision}; make them the same, --set run.precision={precision}"
+        )
+    plugin = None
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        plugin = FullyShardedDataParallelPlugin()
+        _check(plugin)
+        checkpoints = config.run.checkpoint_gradients or bool(plugin.activation_checkpointing)
+        config = replace(config, run=replace(config.run, shard=True, checkpoint_gradients=checkpoints))
+    accelerator = Accelerator(cpu=cpu, mixed_precision=config.run.precision, fsdp_plugin=plugin)
+    if plugin and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # As accelerate does it for cards; processors take the same way through it.
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = DistributedType.FSDP
+    return accelerator, config
+
+
+def _check(plugin: FullyShardedDataParallelPlugin) -> None:
+    for wrong, said, instead in (
+        (plugin.fsdp_version != 2, f"fsdp_version: {plugin.fsdp_version}", "fsdp_version: 2"),
+        (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params", "more processes, or run.offload"),
+        (bool(plugin.ignored_modules), "fsdp_ignored_modules", "leave it out"),
+        (plugin.activation_checkpointing_offload, "fsdp_activation_checkpointing_offload", "leave it out"),
+        (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading", "false: each process reads the files"),
+    ):
+        if wrong:
+            raise ValueError(f"accelerate's configuration has {said}, which this loop does not follow: {instead}")
+
+
+def shard(unet: nn.Module, accelerator: Accelerator) -> None:
+    """Keep only this process's slices of a diffusers UNet, in place, in the layers that accelerate's configuration
+    names. Raises ValueError where there is one process alone, or no layer of such a name.
     """
     if not torch.distributed.is_initialized():
         raise ValueError(
             "run.shard shares a network out among several processes, and there is one: start with accelerate launch "
             "--multi_gpu, or torchrun, or leave it out"
         )
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for module in list(unet.modules()):
-        if isinstance(module, (ResnetBlock2D, BasicTransformerBlock)):
-            fully_shard(module, mesh=mesh)
-    fully_shard(unet, mesh=mesh)
+    plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=LAYERS
+    )
+    mesh = init_device_mesh(accelerator.device.type, (torch.distributed.get_world_size(),))
+    chosen = fsdp2_prepare_auto_wrap_policy(plugin, unet)
+    for module in list(unet.modules())[:0:-1]:  # what lies within a layer comes before it
+        if chosen and chosen(module):
+            fully_shard(module, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
+    fully_shard(unet, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
 
 
 def synchronise(unet: nn.Module, whether: bool) -> None:

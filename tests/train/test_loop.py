@@ -202,33 +202,6 @@ def test_two_processes_of_half_a_batch_equal_one(whole_batch, tmp_path):
     assert (tmp_path / "narrow.safetensors").exists() and output.count("wrote") == 1
 
 
-def test_two_processes_that_share_the_weights_go_on_as_one_would(tmp_path):
-    """What is saved is whole: a run goes on with sharing where it stopped without."""
-    drawn = (
-        "network.family=sd15",
-        "samples.steps=2",
-        "optimiser.clip=1e9",
-    )  # SD1.5's latents have a fixed matrix to pictures
-    for folder in (tmp_path / "one", tmp_path / "two"):
-        run(folder, *drawn, "run.steps=1")
-    run(tmp_path / "one", *drawn, "run.steps=2", "run.micro_batch=2")
-    process = command(
-        tmp_path / "two",
-        *drawn,
-        "run.steps=2",
-        "run.micro_batch=1",
-        "run.shard=true",
-        "run.picture_every=1",
-        processes=2,
-    )
-    output, _ = process.communicate(timeout=1800)
-    assert process.returncode == 0 and "going on at step 1" in output, output
-    assert_same_gradients(tmp_path / "one", tmp_path / "two")
-    one, two = (load_file(folder / "narrow.safetensors") for folder in (tmp_path / "one", tmp_path / "two"))
-    assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], rtol=0.02, atol=1e-3) for k in one)
-    assert (tmp_path / "two" / "pictures" / "00000002.png").exists()
-
-
 def test_what_cannot_be_shared_out_is_refused(tmp_path):
     with pytest.raises(ValueError, match="run.shard shares a network out among several processes, and there is one"):
         run(tmp_path, "run.shard=true")

@@ -1,16 +1,28 @@
-"""Two machines, as two calls of accelerate launch that meet at an address and see their run folder under two paths."""
+"""Several processes as accelerate is configured, and two machines, as two calls of accelerate launch that meet at an
+address and see their run folder under two paths.
+"""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
+from asdm_core.packs import TensorFile
 from tests.train.recipes import CONFIGS, NARROW
+from tests.train.test_sources import models, recipe, write_shards  # noqa: F401
+from train import networks, sharding
 from train.__main__ import lost
+from train.config import load
+from train.loop import train
 
 ROOT = CONFIGS.parents[1]
 
@@ -40,6 +52,150 @@ def launched(rank, port, folder, *changes):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+# One machine, as accelerate is configured -------------------------------------------------------------
+
+CONFIGURATIONS = {
+    "ddp": "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: 'no'\nnum_machines: 1\n"
+    "machine_rank: 0\nnum_processes: 2\n",
+    "fsdp2": (ROOT / "train" / "fsdp2.yaml").read_text("utf-8"),
+}
+
+
+def newest(folder):
+    return max(folder.glob("checkpoint-*.safetensors"))
+
+
+def joined(file, prefix=""):
+    return torch.cat([v.flatten().double() for k, v in sorted(load_file(file).items()) if k.startswith(prefix)])
+
+
+def assert_near(one, two):
+    """Checkpoints and products of the same run, whose sums were made in another order.
+
+    AdamW moves every weight by about as much, also where its gradient is nothing but rounding; at this rate that moves
+    no other gradient.
+    """
+    name = newest(one).name
+    start = one / "checkpoint-00000001.safetensors"
+    for prefix in ("exp_avg.", "exp_avg_sq."):
+        a, b = joined(one / name, prefix), joined(two / name, prefix)
+        assert (a - b).norm() < 0.01 * a.norm()
+    for prefix in ("weights.", "average."):
+        a, b = joined(one / name, prefix), joined(two / name, prefix)
+        assert (a - b).norm() < 0.1 * (a - joined(start, prefix)).norm()
+    a, b = (joined(folder / "narrow.safetensors") for folder in (one, two))
+    assert (a - b).norm() < 1e-5 * a.norm()
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_a_run_by_accelerates_configuration_goes_on_and_ends_as_one_process_does(configuration, models, tmp_path):  # noqa: F811
+    """Steps 1 and 3 by one process, step 2 by two with this configuration, on shards that each reads its own of."""
+    write_shards(tmp_path / "data", 12, 3)
+    drawn = [
+        *("data.lanes=4", "run.batch=4", "run.micro_batch=2", "run.save_every=1", "run.keep=3", "optimiser.clip=1e9"),
+        *("run.picture_every=2", "samples.steps=2", "network.family=sd15", "run.stored=float32", "optimiser.lr=1e-5"),
+    ]
+
+    def settings(folder, steps):
+        its = [*drawn, f"run.folder={tmp_path / folder}", f"run.steps={steps}"]
+        return recipe("shards", tmp_path / "data", models, *its), its
+
+    def alone(folder, steps):
+        train(settings(folder, steps)[0], Accelerator(cpu=True))
+
+    for folder in ("one", "two"):
+        alone(folder, 1)
+    alone("one", 2)
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(CONFIGURATIONS[configuration])
+    sets = [
+        *(f"data.{key}={value}" for key, value in {"source": "shards", "path": tmp_path / "data"}.items()),
+        *(f"encoders.models={models}", "data.caption_dropout=0", *settings("two", 2)[1]),
+    ]
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)),
+            *("--main_process_port", "0", "-m", "train", str(NARROW), "--cpu"),
+            *(part for change in sets for part in ("--set", change)),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    output = process.stdout + process.stderr
+    assert process.returncode == 0 and output.count("going on at step 1") == 1 and output.count("wrote") == 1, output
+    assert_near(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "pictures" / "00000002.png").exists()
+    # Both wrote where their shards stand into the one checkpoint, so one process goes on alone.
+    states = [json.loads(TensorFile(newest(tmp_path / f)).metadata["state"])["source"] for f in ("one", "two")]
+    assert states[0] == states[1] and len(states[0]["places"]) == 4
+    for folder in ("one", "two"):
+        alone(folder, 3)
+    assert_near(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.fixture()
+def group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded(plugin):
+    """The classes that are put together at once with a configuration."""
+    config = load(NARROW)
+    unet = networks.make_student(networks.load_teacher(config), config)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    sharding.shard(unet, SimpleNamespace(device=torch.device("cpu"), state=state))
+    assert isinstance(unet, FSDPModule)
+    return {type(m).__name__.removeprefix("FSDP") for m in unet.modules() if isinstance(m, FSDPModule)}
+
+
+def test_the_layers_of_accelerates_configuration_are_shared_out(group, monkeypatch):
+    unet = "UNet2DConditionModel"
+    assert sharded(None) == {unet, *sharding.LAYERS}
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Transformer2DModel")
+    assert sharded(FullyShardedDataParallelPlugin()) == {unet, "Transformer2DModel"}
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaDecoderLayer")
+    with pytest.raises(ValueError, match="Could not find the transformer layer class LlamaDecoderLayer"):
+        sharded(FullyShardedDataParallelPlugin())
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "NO_WRAP")
+    assert sharded(FullyShardedDataParallelPlugin()) == {unet}
+
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({**FSDP2, "FSDP_VERSION": "1"}, "has fsdp_version: 1, which this loop does not follow: fsdp_version: 2"),
+        ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "has fsdp_offload_params"),
+        ({**FSDP2, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "has fsdp_cpu_ram_efficient_loading"),
+        ({**FSDP2, "FSDP_IGNORED_MODULES": "conv_in"}, "has fsdp_ignored_modules"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "has gradient_accumulation_steps, .*: run.batch and"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "has dynamo_config, .*: --set run.compile=inductor"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "has DeepSpeed"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "has parallelism_config"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "says mixed_precision: bf16, the recipe run.precision = no; make"),
+        ({**FSDP2, "given": "optimiser.kind=adafactor"}, "run.shard goes with optimiser.kind = adamw"),
+    ],
+)
+def test_what_would_be_followed_in_part_is_refused(environment, message, monkeypatch):
+    given = [environment[key] for key in environment if key == "given"]
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match=message):
+        sharding.accelerator_of(load(NARROW, given), cpu=True)
+
+
+# Several machines -------------------------------------------------------------------------------------
 
 
 def test_two_machines_meet_and_train_one_student(tmp_path):
