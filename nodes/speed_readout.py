@@ -12,6 +12,7 @@ from ..asdm_core.inheritance import INHERITED
 from ..asdm_core.pictures import duration
 from .common import CATEGORY, SHOWS_PICTURE
 from .engine.assigned import Assigned, assigned_of
+from .engine.forecasts import FORECAST
 from .engine.layer_times import MeasuredRun, Timed, LayerTimes
 from .engine.network import architecture_of
 from .engine.picture import draw_speed, preview, to_image
@@ -58,13 +59,14 @@ def describe(model) -> dict:
     seconds: dict[int, float] = defaultdict(float)  # by step
     players: dict[int, set[int]] = defaultdict(set)
     groups: dict[str, Counter[str]] = {}
-    inherited, saved = set(), []
+    shorter: dict[str, set[int]] = {INHERITED: set(), FORECAST: set()}
+    saved = []
     for number, times in found.items():
         for step, t, roles in times.evaluations:
             seconds[step] += t
             players[step].add(number)
-            if INHERITED in roles:
-                inherited.add(step)
+            for role in roles:
+                shorter[role].add(step)
         for block, kinds in by_group(architecture_of(models[number]).config, times).items():
             groups.setdefault(block, Counter()).update(kinds)
         prefix = f"model {number + 1}: " if len(models) > 1 else ""
@@ -80,7 +82,8 @@ def describe(model) -> dict:
         "seconds": round(total, 4),
         "seconds_per_step": round(total / len(steps), 5),
         "step_seconds": [[step, round(seconds[step], 5)] for step in steps],
-        "inherited_steps": sorted(inherited),
+        "inherited_steps": sorted(shorter[INHERITED]),
+        "forecast_steps": sorted(shorter[FORECAST]),
         "played": [min(players[step]) + 1 for step in steps],
         "groups": {block: {kind: round(t, 5) for kind, t in kinds.items()} for block, kinds in groups.items()},
         "outside_layers": round(max(0.0, total - in_layers), 5) if groups else None,

@@ -23,11 +23,20 @@ from .common import CATEGORY
 from .engine import files
 from .engine.adaptive import AdaptiveForecaster, probe_elements
 from .engine.fingerprint import fingerprint, plain
-from .engine.forecasts import Forecaster, ForecastReport, Forecasts, adds_noise, bytes_of, positives, response_of
+from .engine.forecasts import (
+    FORECAST,
+    Forecaster,
+    ForecastReport,
+    Forecasts,
+    adds_noise,
+    bytes_of,
+    positives,
+    response_of,
+)
 from .engine.network import architecture_of
 from .engine.on_model import with_technique
 from .engine.regional import Regional
-from .engine.technique import MEASURING, InRun, Log, Say, Start, Technique, technique_of
+from .engine.technique import MEASURING, InRun, Log, Measured, Say, Start, Technique, technique_of
 
 TABLE = Path(__file__).parent.parent / "models" / "forecasts.safetensors"
 # Predicted error of the result, as a share of its size, that each position allows: about 43, 35 and 27 dB of PSNR to
@@ -257,6 +266,10 @@ class SpeedUp(Technique):
 
     def label(self) -> str:
         return f"Speed Up ({self.likeness})"
+
+    def saved(self, measured: Measured) -> list[tuple[str, float, str]]:
+        seconds = measured.shorter(FORECAST)
+        return [] if seconds is None else [("Speed Up", seconds, "measured")]
 
     def tells(self, model) -> list[str]:
         return [

@@ -31,6 +31,7 @@ from .engine.regional import Regional
 from .engine.switch import beside, with_switch
 from .engine.technique import techniques_of
 from .engine.timing import TimedModel, alternate
+from .speed_up import LIKENESS, SpeedUp, with_speed_up
 
 OFF = "off"
 ENDING = ".safetensors"  # of a pack's name; may be left out
@@ -59,6 +60,16 @@ def _inherit(model, value: str):
             f"as JSON; got {printable(repr(value))}."
         )
     return with_technique(model, Inheritance(plan))
+
+
+def _speed_up(model, value: str):
+    if value == OFF:
+        return without_technique(model, SpeedUp)
+    if value not in LIKENESS:
+        raise ValueError(
+            f"XY Plot, speed up: wanted {OFF}, {', '.join(LIKENESS)}, as on Speed Up; got {printable(repr(value))}."
+        )
+    return with_speed_up(model, SpeedUp(value))
 
 
 def _pack(model, value: str):
@@ -134,8 +145,15 @@ def _second_inputs() -> list[io.Input]:
     ]
 
 
-# Nodes stand in this order: a pack is on the model before anything looks at its layers, and a switch comes last.
+# Nodes stand in this order: a pack is on the model before anything looks at its layers, GRI is what its own axis says
+# and not what Speed Up adds, and a switch comes last.
 AXES = {
+    "speed up": Axis(
+        _speed_up,
+        f"{OFF}, {', '.join(LIKENESS)}",
+        f"{OFF}, {', '.join(LIKENESS)}: how like the full run Speed Up is to stay",
+        place=1,
+    ),
     "inheritance": Axis(
         _inherit,
         f"{OFF}, {', '.join(DIALS)}",
@@ -145,8 +163,8 @@ AXES = {
     "pack": Axis(_pack, OFF, f"{OFF} and names of packs, as Apply Pack lists them, with or without the ending"),
     "pack strength": Axis(_strength, "0, 0.5, 1", "of the experts and gains of a pack", _pack_input),
     "pack window": Axis(_window, "0-1, 0-0.5, 0.5-1", "where in the run the pack begins and ends to play", _pack_input),
-    "GRI window": Axis(_regional, f"{OFF}, auto", f"{OFF}, auto, or sides of the regions in tokens", place=1),
-    "switch at": Axis(_switch, "0.25, 0.5, 0.75", "where the second model takes over", _second_inputs, place=2),
+    "GRI window": Axis(_regional, f"{OFF}, auto", f"{OFF}, auto, or sides of the regions in tokens", place=2),
+    "switch at": Axis(_switch, "0.25, 0.5, 0.75", "where the second model takes over", _second_inputs, place=3),
 }
 
 
@@ -209,11 +227,9 @@ class ASDMXYPlot(io.ComfyNode):
             node_id="ASDMXYPlot",
             display_name="XY Plot (asdm)",
             category=CATEGORY,
-            description="Samples with every combination of two of asdm's settings (inheritance, packs, their windows "
-            "and strength, GRI, switch "
-            "points) and draws all pictures in a grid, each with its time, the speed-up, and its PSNR and SSIM "
-            "against the "
-            "model as it came in.",
+            description="Samples with every combination of two of asdm's settings (Speed Up, inheritance, packs, their "
+            "windows and strength, GRI, switch points) and draws all pictures in a grid, each with its time, the "
+            "speed-up, and its PSNR and SSIM against the model as it came in.",
             search_aliases=["xy plot", "xyz plot", "grid", "parameter sweep", "benchmark", "compare settings"],
             inputs=[
                 io.Model.Input(
@@ -223,7 +239,7 @@ class ASDMXYPlot(io.ComfyNode):
                 io.Conditioning.Input("negative"),
                 io.Latent.Input("latent_image"),
                 io.Vae.Input("vae"),
-                axis_input("x", "What differs from left to right.", "inheritance"),
+                axis_input("x", "What differs from left to right.", "speed up"),
                 axis_input("y", "What differs from top to bottom.", "nothing"),
                 *sampling_inputs(),
                 io.Int.Input(

@@ -35,7 +35,9 @@ from ...asdm_core.forecast import (
 from ...asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, response
 from ...asdm_core.steps import Moment
 from .circumstances import adds_noise, of_call
-from .technique import InRun, Log, Say, Start, Technique
+from .technique import InRun, Log, Measured, Say, Start, Technique
+
+FORECAST = "forecast"  # of evaluations of which something was not computed, in measurements
 
 
 @dataclass
@@ -77,6 +79,10 @@ class Forecasts(Technique):
 
     def tells(self, model) -> list[str]:
         return ["Whole steps are forecast by a fixed plan."]
+
+    def saved(self, measured: Measured) -> list[tuple[str, float, str]]:
+        seconds = measured.shorter(FORECAST)
+        return [] if seconds is None else [("forecasts", seconds, "measured")]
 
 
 def bytes_of(kept: int, shape: Sequence[int], conds: int, itemsize: int = 4) -> int:
@@ -189,6 +195,9 @@ class Forecaster(InRun):
     def action(self) -> Action:
         """What the plan wants of this evaluation."""
         return self._action
+
+    def evaluation_role(self) -> str:
+        return FORECAST if self._done[-1] and "F" not in self._done[-1] else ""
 
     # once per call ----------------------------------------------------------------------------------
 

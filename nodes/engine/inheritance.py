@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,13 +106,8 @@ class Inheritance(Technique):
         ]
 
     def saved(self, measured: Measured) -> list[tuple[str, float, str]]:
-        # The first evaluation, in which the host still moves weights, is left out.
-        timed = measured.evaluations[1:]
-        full = [t for _, t, roles in timed if INHERITED not in roles]
-        inherited = [t for _, t, roles in timed if INHERITED in roles]
-        if not full or not inherited:
-            return []
-        return [("feature inheritance", statistics.median(full) * len(inherited) - sum(inherited), "measured")]
+        seconds = measured.shorter(INHERITED)
+        return [] if seconds is None else [("feature inheritance", seconds, "measured")]
 
 
 class _InRun(InRun):

@@ -316,6 +316,12 @@ def draw_offers(
 KIND_COLOURS = {"resnet": COLOURS["checkpoint"], "transformer": "#7fb691", "sampler": "#d9c7a3", "outside": "#ccd2db"}
 KIND_NAMES = {"resnet": "resnets", "transformer": "attention", "sampler": "samplers", "outside": "outside the layers"}
 BARS = (230, 26)  # width of the longest bar and height of a line
+FORETOLD = "foretold"
+STEPS = {  # what a step was: colour, meaning, width of the words in the key
+    COMPUTED: (PLAN_COLOURS[COMPUTED], MEANINGS[COMPUTED], 110),
+    INHERITED: (PLAN_COLOURS[INHERITED], MEANINGS[INHERITED], 190),
+    FORETOLD: ("#9a86c8", "foretold by Speed Up", 190),
+}
 SMALLEST = 13  # letters, so that they are read on a node at 100% without a click
 
 
@@ -325,7 +331,8 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
 
     facts: see `nodes.speed_readout.describe`.
     """
-    steps, inherited = facts["step_seconds"], set(facts["inherited_steps"])
+    steps = facts["step_seconds"]
+    roles = dict.fromkeys(facts["inherited_steps"], INHERITED) | dict.fromkeys(facts["forecast_steps"], FORETOLD)
     lines = [(block, kinds) for block, kinds in facts["groups"].items()]
     if lines:
         lines.append(("the rest", {"outside": facts["outside_layers"]}))
@@ -340,14 +347,14 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
         for entry in facts["saved"]
     ]
     top_steps = 16 + 24 * len(heads) + 20 * len(said)
-    top_blocks = top_steps + 110 + (52 if inherited else 30)
+    top_blocks = top_steps + 110 + (52 if roles else 30)
     top_saved = top_blocks + len(lines) * BARS[1] + (64 if lines else 0)
     sheet = _Sheet(PLAN_WIDTH, top_saved + sum(24 + 20 * len(words) for _, words in saved) + 16)
     for i, line in enumerate(heads):
         sheet.text(margin, 12 + 24 * i, line, 17)
     for i, line in enumerate(said):
         sheet.text(margin, 14 + 24 * len(heads) + 20 * i, line, 14, FAINT)
-    _draw_steps(sheet, steps, inherited, facts["played"], left, top_steps, PLAN_WIDTH - margin)
+    _draw_steps(sheet, steps, roles, facts["played"], left, top_steps, PLAN_WIDTH - margin)
     total = facts["seconds"]
     spent = [sum(kinds.values()) for _, kinds in lines]
     longest = max([*spent, *(seconds for seconds, _ in saved)], default=0.0) or 1.0
@@ -377,7 +384,13 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
 
 
 def _draw_steps(
-    sheet: _Sheet, steps: Sequence, inherited: set[int], played: Sequence[int], left: int, top: float, right: float
+    sheet: _Sheet,
+    steps: Sequence,
+    roles: Mapping[int, str],
+    played: Sequence[int],
+    left: int,
+    top: float,
+    right: float,
 ) -> None:
     """A bar for each step, and a mark where another model begins. The first step is often slow because weights still
     move; it must not make all others look alike.
@@ -389,18 +402,19 @@ def _draw_steps(
     sheet.text(left - 10, base - tall + 6, duration(highest), SMALLEST, FAINT, "rm")
     sheet.text(left - 10, base - tall / 2, "each step", 14, INK, "rm")
     for i, (step, t) in enumerate(steps):
-        bar = tall * min(t / highest, 1)
-        role = INHERITED if step in inherited else COMPUTED
-        sheet.cell(left + i * cell, base - bar, max(cell - 1, 1), bar, PLAN_COLOURS[role])
+        bar = max(tall * min(t / highest, 1), 3)  # what is foretold takes next to nothing
+        sheet.cell(left + i * cell, base - bar, max(cell - 1, 1), bar, STEPS[roles.get(step, COMPUTED)][0])
         if i % max(1, round(50 / cell)) == 0:
             sheet.text(left + (i + 0.5) * cell, base + 4, str(step), SMALLEST, FAINT, "ma")
         if i and played[i] != played[i - 1]:
             sheet.line((left + i * cell - 1, base - tall - 14, left + i * cell - 1, base), INK)
             sheet.text(left + i * cell + 5, base - tall - 18, f"model {played[i]}", SMALLEST, INK, "la")
-    for i, role in enumerate((COMPUTED, INHERITED) if inherited else ()):
-        x = left + i * 110
-        sheet.cell(x, base + 28, 16, 14, PLAN_COLOURS[role])
-        sheet.text(x + 24, base + 35, MEANINGS[role], 14, FAINT, "lm")
+    x = left
+    for role, (colour, meaning, wide) in STEPS.items():
+        if role in roles.values() or roles and role == COMPUTED:
+            sheet.cell(x, base + 28, 16, 14, colour)
+            sheet.text(x + 24, base + 35, meaning, 14, FAINT, "lm")
+            x += wide
 
 
 def to_image(picture: Image.Image) -> torch.Tensor:

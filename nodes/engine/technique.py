@@ -13,6 +13,7 @@ Every method has a default that does nothing, so that a technique says only what
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -302,6 +303,15 @@ class Measured:
     evaluations: Sequence[tuple[int, float, frozenset[str]]]
     layers: Mapping[tuple[str, str], tuple[float, int]]
     left_out: Mapping[str, Mapping[str, float]]
+
+    def shorter(self, role: str) -> float | None:
+        """Seconds that the evaluations of a role took less than as many ordinary ones; None without some of both. The
+        first one, in which the host still moves weights, is left out.
+        """
+        timed = self.evaluations[1:]
+        ordinary = [seconds for _, seconds, roles in timed if not roles]
+        short = [seconds for _, seconds, roles in timed if roles == {role}]
+        return statistics.median(ordinary) * len(short) - sum(short) if ordinary and short else None
 
     def needed(self, address: str, multiplications: float) -> float:
         """Seconds that a layer of this kind needed for so many multiplications in this run."""

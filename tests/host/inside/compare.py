@@ -16,8 +16,8 @@ from in_host import execute, module, node_classes
 from PIL import Image
 
 SD, assignment = small.SD, small.assignment
-compare, timing, switch, regional = (
-    module(f"nodes.engine.{name}") for name in ("comparison", "timing", "switch", "regional")
+compare, timing, switch, regional, on_model = (
+    module(f"nodes.engine.{name}") for name in ("comparison", "timing", "switch", "regional", "on_model")
 )
 xy_plot, speed = module("nodes.xy_plot"), module("nodes.speed_readout")
 inheritance, measure, switching = (module(f"asdm_core.{name}") for name in ("inheritance", "measure", "switching"))
@@ -396,6 +396,20 @@ def test_too_many_cells_are_refused_before_the_first(model, monkeypatch):
 
 
 @pytest.mark.parametrize("swapped", [False, True])
+def test_speed_up_is_that_of_the_node_beside_any_other_axis(model, swapped):
+    """GRI as its own axis says, also where Speed Up would add it; off is the model as it came in."""
+    axes = [("speed up", {"values": "off, close"}), ("GRI window", {"values": "off, 2"})]
+    _, images, report, given = xy(model, *(axes[::-1] if swapped else axes), steps=12)
+    sped = on_model.without_technique(*execute("ASDMSpeedUp", model=model, likeness="close"), regional.Regional)
+    regions = [on_model.with_technique(m, regional.Regional(2)) for m in (model, sped)]
+    cells = [model, sped, *regions] if not swapped else [model, regions[0], sped, regions[1]]
+    pictures = [VAE().decode(ksampler(m, **given)) for m in cells]
+    assert torch.equal(images, torch.cat(pictures))
+    assert not torch.equal(pictures[0], pictures[2 if swapped else 1])  # steps were left out
+    assert report["cells"][0]["speedup"] == 1 and report["cells"][0]["psnr"] == [None]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
 def test_a_switch_comes_after_everything_else(model, folder, swapped):
     second = small.model(folder, seed=3)
     axes = [
@@ -440,6 +454,7 @@ def test_windows_and_strengths_of_packs(model, known_pack):
     [
         ("inheritance", "slow", "wanted off, faithful, balanced, fast, a skip branch and an interval"),
         ("pack", "no-such.safetensors", "there is no pack 'no-such.safetensors'. There are .*known"),
+        ("speed up", "very close", "speed up: wanted off, same to the eye, close, same motif, .*got 'very close'"),
         ("GRI window", "large", "GRI window: wanted a whole number from 0 to 1024, got 'large'"),
         ("inheritance", " , ", "needs at least one value"),
     ],
@@ -493,6 +508,27 @@ def test_inheritance_saves_what_its_steps_are_shorter(model):
     saved = speed.savings(model, times([i % 2 == 1 for i in range(10)]))
     assert saved == [("feature inheritance", pytest.approx(5 * 0.9), "measured")]
     assert speed.savings(model, times()) == []
+
+
+def test_speed_up_saves_what_is_not_computed_and_leaves_inheritance_its_own(model):
+    both = small.with_plan(execute("ASDMSpeedUp", model=model, likeness="close")[0], inheritance.dial(SD, "balanced"))
+    seconds = {"": 1.0, "inherited": 0.4, "forecast": 0.1}
+    roles = ["", "", "inherited", "forecast", "", "inherited forecast", "forecast"]
+    evaluations = [(i, seconds[r.split(" ")[-1]], frozenset(r.split())) for i, r in enumerate(roles)]
+    found = speed.savings(both, small.layer_times.LayerTimes((1, 4, 64, 64), evaluations, {}))
+    expected = {"Speed Up": pytest.approx(2 * 0.9), "feature inheritance": pytest.approx(0.6)}
+    assert {name: saved for name, saved, how in found if how == "measured"} == expected
+
+
+def test_the_readout_of_a_run_with_speed_up_names_the_steps_that_it_left_out(model):
+    (sped,) = execute("ASDMSpeedUp", model=model, likeness="same motif")
+    result, timed = measured(sped, steps=12)
+    assert torch.equal(result, ksampler(sped, **inputs(steps=12)))
+    facts = speed.describe(timed)
+    assert facts["steps"] == 12 and facts["forecast_steps"] and not facts["inherited_steps"]
+    assert [entry["technique"] for entry in facts["saved"]] == ["Speed Up"]
+    picture, _ = execute("ASDMSpeedReadout", model=timed)
+    assert picture.shape[2] == 540
 
 
 def test_cut_layers_save_what_their_kind_would_have_taken(model, m2):
