@@ -10,7 +10,6 @@ from comfy_api.latest import io
 from ..asdm_core import packs
 from ..asdm_core.architecture import FAMILIES
 from ..asdm_core.assignment import CHECKPOINT, Override, Provider, Window
-from ..asdm_core.identity import Checkpoint
 from ..asdm_core.packs import Description
 from ..asdm_core.text import printable
 from .common import CATEGORY
@@ -116,7 +115,7 @@ def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
     patcher = models.load_pack(*how) if description.difference_of is None else models.load_differences(model, *how)
     if unchanged := tuple(a for a in description.units if a in patcher.model.unchanged):
         overrides.append(Override(unchanged, CHECKPOINT, window))
-    words = [made_for_another(name, description.made_for)] if is_for_another(model, description) else []
+    words = [made_for_another(name, description)] if is_for_another(model, description) else []
     return with_few_steps(with_overrides(model, overrides, {pack_id: patcher}, words), description, name)
 
 
@@ -125,10 +124,16 @@ def is_for_another(model, description: Description) -> bool:
     return description.made_for is not None and not plays(model, description.made_for)
 
 
-def made_for_another(name: str, checkpoint: Checkpoint) -> str:
+def made_for_another(name: str, description: Description) -> str:
+    made_for = printable(description.made_for.name if description.made_for else "")
+    if not description.units:
+        return (
+            f"{name} was made for {made_for}, and this MODEL is another network: what it adds to the layers there was "
+            "not learned with these. Use it on that one, or on finetunes of it."
+        )
     return (
-        f"{name} was made for {printable(checkpoint.name)}, and this MODEL is another checkpoint: the pictures take on "
-        "that one's style. Fit Pack fits it to this checkpoint in minutes, from prompts alone."
+        f"{name} was made for {made_for}, and this MODEL is another checkpoint: the pictures take on that one's style. "
+        "Fit Pack fits it to this checkpoint in minutes, from prompts alone."
     )
 
 

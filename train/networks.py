@@ -27,6 +27,7 @@ from asdm_core.addresses import UNetConfig, in_order
 from asdm_core.architecture import Architecture
 from asdm_core.differences import played_in, to_difference
 from asdm_core.gri import LogGains, gri_attention
+from asdm_core.identity import Checkpoint
 from asdm_core.packs import (
     ZERO_SNR_MARKER,
     Description,
@@ -405,7 +406,9 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
     if description.kind == "pack":
         write_pack(config.product, tensors | further, description, dtype)
         return
+    write_unet(config.product, tensors, description, dtype, kept)
     if further:
+        written = open_unet(config.product)
         joined = Description(
             "pack",
             Architecture.full(unet),
@@ -414,6 +417,6 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
             condconv=config.condconv,
             gri=config.gains,
             licence=description.licence,
+            made_for=Checkpoint.of(config.product.name, written.tensors, unet),
         )
         write_pack(joining(config.product), further, joined, dtype)
-    write_unet(config.product, tensors, description, dtype, kept)

@@ -147,6 +147,19 @@ def test_shipped_packs_and_students_draw_what_the_teacher_draws(client, checkpoi
     assert 0 < error < 0.04  # an untrained cut is above 0.1
 
 
+@pytest.mark.parametrize(("checkpoint", "said"), [("tiny-e2", []), ("tiny", ["8"]), ("teacher", ["8"])])
+def test_experts_that_were_made_for_another_student_say_so_on_their_node(client, checkpoint, said):
+    described = json.loads((PACK / "workflows/api/text_to_image_pack.json").read_text("utf-8"))
+    described["1"]["inputs"]["ckpt_name"] = f"emoji-{checkpoint}.safetensors"
+    described["8"]["inputs"]["pack_name"] = "emoji-tiny-e2-pack.safetensors"
+    next(n for n in described.values() if n["class_type"] == "KSampler")["inputs"]["steps"] = 1
+    run = client.submit(described)
+    client.wait(run)
+    notes = client.get(f"/asdm/notes?prompt_id={run}")
+    assert all("was made for emoji-tiny-e2.safetensors" in "".join(notes[node]) for node in said)
+    assert sorted(notes) == said
+
+
 def test_pack_changes_the_picture_and_an_empty_window_does_not(client, family):
     plain = graph()
     plain["5"]["inputs"]["model"] = ["1", 0]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import bootstrap
 from asdm_core.architecture import Architecture
+from asdm_core.identity import Checkpoint
 from asdm_core.packs import TensorFile, describe, open_model, open_pack, open_unet
 from train.emoji.codec import load_codec
 from train.emoji.text import Tokens, load_text
@@ -46,7 +47,9 @@ def test_packs_and_students_say_what_they_are(name, kind):
 def test_the_student_with_experts_comes_with_their_pack():
     student = MODELS / "emoji-tiny-e2.safetensors"
     experts = open_pack(joining(student)).description
-    assert open_unet(student).description.training["pack"] == joining(student).name
+    whole = open_unet(student)
+    assert whole.description.training["pack"] == joining(student).name
+    assert not experts.made_for.is_other(Checkpoint.of("", whole.tensors, CONFIG))
     assert set(experts.condconv.experts.values()) == {2}
 
 

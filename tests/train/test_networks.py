@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from asdm_core.architecture import Architecture
+from asdm_core.identity import Checkpoint
 from asdm_core.packs import Description, open_model, open_pack, open_unet, write_unet
 from tests.train.recipes import CONFIGS, NARROW, RECIPES
 from train import networks, taps
@@ -310,6 +311,16 @@ def test_a_product_with_experts_plays_what_was_trained(changes, tmp_path):
     whole = recipe.architecture.name == "tiny"
     pack = open_pack(networks.joining(recipe.product) if whole else recipe.product).description
     assert pack.condconv == recipe.condconv and pack.units == (() if whole else recipe.architecture.own)
+    if whole:  # and say whose layers they join
+        mine, other = (
+            Checkpoint.of("", weights, recipe.network.config)
+            for weights in (
+                open_unet(recipe.product).tensors,
+                networks.addressed(teacher, Architecture.full(recipe.network.config)),
+            )
+        )
+        assert pack.made_for.name == recipe.product.name
+        assert not pack.made_for.is_other(mine) and pack.made_for.is_other(other)
     x = torch.randn(2, 4, 8, 8)
     t = torch.tensor([1, 999])
     context = torch.randn(2, 5, 32)
