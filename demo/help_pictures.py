@@ -20,11 +20,15 @@ from PIL import Image, ImageDraw
 from playwright.sync_api import sync_playwright
 
 import bootstrap
+from asdm_core import measure
 from asdm_core.gri import GRI
 from asdm_core.pictures import EDGE, INK, PAPER, fitted, font
 from demo.browser import WANTED, find_browser
 from demo.job import TEACHER, TEACHER_PACK
 from demo.server import PACK, Client, Server, device_flags
+from demo.thumbnails import saved_picture
+from demo.report import to_tensor
+from demo.timing import made as share_made
 
 FOLDER = PACK / "web" / "docs" / "pictures"
 FINETUNE = "emoji-openmoji.safetensors"
@@ -37,9 +41,9 @@ COLOURS = 96  # of drawings: enough for flat areas and smooth letters
 
 
 def sheet(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int = 2, cell: int = CELL) -> Image.Image:
-    """Square pictures with a label below each."""
-    step = cell + GAP
-    tall = cell + GAP + LETTERS + 6
+    """Square pictures with a label of a line or more below each."""
+    step, lines = cell + GAP, 1 + max(label.count("\n") for label in labels)
+    tall = cell + GAP + lines * (LETTERS + 6)
     made = Image.new("RGB", (columns * step + GAP, -(-len(pictures) // columns) * tall + GAP), PAPER)
     draw = ImageDraw.Draw(made)
     for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
@@ -47,7 +51,8 @@ def sheet(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int =
         y = GAP + i // columns * tall
         draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline=EDGE)
         made.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + cell + 4), fitted(draw, label, LETTERS, cell), INK, font(LETTERS))
+        for n, line in enumerate(label.split("\n")):
+            draw.text((x, y + cell + 4 + n * (LETTERS + 6)), fitted(draw, line, LETTERS, cell), INK, font(LETTERS))
     return made
 
 
@@ -115,6 +120,7 @@ INHERITING: Any = (
     "ASDMFeatureInheritance",
     {"model": ["1", 0], "preset": "balanced", "memory_limit_mb": 0, "keep_on_cpu": False},
 )
+SPED_UP: Any = "ASDMSpeedUp", {"model": ["1", 0], "likeness": "close"}
 
 
 class Studio:
@@ -161,6 +167,23 @@ class Studio:
         return sheet([plain, *images], ["without", *notes])
 
     # One method for each picture; its name is that of the file.
+
+    def speed_up(self) -> Image.Image:
+        """The positions of the dial: the evaluations that are left out, and the PSNR."""
+        pictures, labels = [], ["without"]
+        for likeness in (None, "same to the eye", "close", "same motif"):
+            nodes: dict[str, Any] = {
+                "5": (SPED_UP[0], SPED_UP[1] | {"likeness": likeness}),
+                "6": ("KSampler", sampling(["5" if likeness else "1", 0])),
+                "7": decoded("6"),
+                "save": ("SaveImage", {"images": ["7", 0], "filename_prefix": "help"}),
+            }
+            picture, notes = saved_picture(self._client, graph("strawberry on pink, noto style", **nodes), "save")
+            pictures.append(picture)
+            if likeness:
+                psnr = float(measure.psnr(to_tensor(pictures[0]), to_tensor(picture)))
+                labels.append(f"{likeness}\n{1 - share_made(notes):.0%} less work, {psnr:.0f} dB")
+        return sheet(pictures, labels)
 
     def inheritance(self) -> Image.Image:
         return self.settings(
@@ -235,34 +258,35 @@ class Studio:
         return self.saved("5", 2, **nodes)
 
     def speed(self) -> Image.Image:
-        inheriting = INHERITING[0], INHERITING[1] | {"model": ["5", 0]}
-        return self.saved(
-            "9",
-            **{
-                "5": PACKED,
-                "6": inheriting,
-                "7": ("ASDMMeasureSpeed", {"model": ["6", 0]}),
-                "8": ("KSampler", sampling(["7", 0])),
-                "9": ("ASDMSpeedReadout", {"model": ["7", 0], "after": ["8", 0]}),
-            },
-        )
+        nodes: dict[str, Any] = {
+            "5": PACKED,
+            "6": (SPED_UP[0], SPED_UP[1] | {"model": ["5", 0]}),
+            "7": ("ASDMMeasureSpeed", {"model": ["6", 0]}),
+            "8": ("KSampler", sampling(["7", 0])),
+            "9": ("ASDMSpeedReadout", {"model": ["7", 0], "after": ["8", 0]}),
+        }
+        return self.saved("9", **nodes)
 
     def inspect(self) -> Image.Image:
-        return self.saved(
-            "6",
-            1,
-            **{
-                "5": PACKED,
-                "6": ("ASDMInspectModel", {"model": ["5", 0], "width": 128, "height": 128, "at_percent": 0.0}),
-            },
-        )
+        nodes: dict[str, Any] = {
+            "5": PACKED,
+            "6": (INHERITING[0], INHERITING[1] | {"model": ["5", 0]}),
+            "7": (SPED_UP[0], SPED_UP[1] | {"model": ["6", 0]}),
+            "8": ("ASDMInspectModel", {"model": ["7", 0], "width": 128, "height": 128, "at_percent": 0.0}),
+        }
+        return self.saved("8", 1, **nodes)
 
     def a_against_b(self) -> Image.Image:
-        inputs = sampling(["5", 0], vae=["1", 2], rounds=5, label_a="checkpoint", label_b="with the pack")
-        return self.saved("6", **{"5": PACKED, "6": ("ASDMABCompare", inputs)})
+        inputs = sampling(["5", 0], vae=["1", 2], rounds=5, label_a="in full", label_b="sped up")
+        return self.saved("6", **{"5": SPED_UP, "6": ("ASDMABCompare", inputs)})
 
     def xy_plot(self) -> Image.Image:
-        axes = {"x": "inheritance", "x.values": "off, balanced, fast", "y": "pack", "y.values": f"off, {TEACHER_PACK}"}
+        axes = {
+            "x": "speed up",
+            "x.values": "off, same to the eye, close",
+            "y": "pack",
+            "y.values": f"off, {TEACHER_PACK}",
+        }
         return self.saved(
             "plot",
             text="panda on green, noto style",
@@ -313,7 +337,7 @@ class Studio:
         return both
 
 
-PHOTOS = {"inheritance", "switch", "pack_window", "family", "a_against_b", "xy_plot", "compare"}
+PHOTOS = {"speed_up", "inheritance", "switch", "pack_window", "family", "a_against_b", "xy_plot", "compare"}
 NAMES = [name for name in vars(Studio) if name in PHOTOS | {"gri", "plan", "calibrated", "speed", "inspect"}]
 
 

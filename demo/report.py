@@ -93,8 +93,8 @@ def _variant(side: str, job: Job, sides: Mapping[str, Mapping], images: Mapping[
     """One side against A: how much faster, how much less work, how alike."""
     psnr, ssim = [], []
     for a, b in zip(images["a"], images[side], strict=True):
-        psnr.append(finite(float(measure.psnr(_tensor(a), _tensor(b)))))
-        ssim.append(float(measure.ssim(_tensor(a), _tensor(b))))
+        psnr.append(finite(float(measure.psnr(to_tensor(a), to_tensor(b)))))
+        ssim.append(float(measure.ssim(to_tensor(a), to_tensor(b))))
     unlike = [value for value in psnr if value is not None]
     return {
         "side": side,
@@ -143,7 +143,7 @@ def _open(file: Path) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def _tensor(image: Image.Image) -> torch.Tensor:
+def to_tensor(image: Image.Image) -> torch.Tensor:
     """(1, 3, H, W) in 0 ... 1"""
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)[None]
 

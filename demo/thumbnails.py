@@ -93,31 +93,31 @@ def first_of(graph: Mapping, kind: str) -> str | None:
     return next((key for key, node in graph.items() if node["class_type"] == kind), None)
 
 
-def saved_picture(client: Client, graph: Mapping, key: str) -> tuple[Image.Image, float]:
-    """The first image that a Save Image of the graph saves, and the share of the evaluations that were made for it."""
+def saved_picture(client: Client, graph: Mapping, key: str) -> tuple[Image.Image, Mapping[str, list[str]]]:
+    """The first image that a Save Image of the graph saves, and what was said on the nodes in the run."""
     run = client.submit(needed(graph, key))
     outputs = client.wait(run)
     picture = Image.open(io.BytesIO(client.fetch(outputs[key]["images"][0]))).convert("RGB")
-    return picture, made(client.get(f"/asdm/notes?prompt_id={run}"))
+    return picture, client.get(f"/asdm/notes?prompt_id={run}")
 
 
-def work_of(graph: Mapping, key: str, steps: int, pixels: tuple[int, int], evaluations: float = 1.0) -> float:
+def work_of(graph: Mapping, key: str, steps: int, pixels: tuple[int, int], notes: Mapping[str, list[str]]) -> float:
     """Multiplications of a run of the MODEL that a node gives, against those of the checkpoint in full.
 
-    evaluations: share of them that were made where Speed Up is on it.
+    notes: what was said on the nodes in that run; Speed Up says how many evaluations were made.
     """
     plan, architecture, made_of = None, None, 1.0
     while (kind := graph[key]["class_type"]) != "ASDMCheckpointLoader":
         inputs = graph[key]["inputs"]
         if kind == "ASDMSwitchUNet":
             first, second = (
-                work_of(graph, inputs[f"model_{which}"][0], steps, pixels) for which in ("first", "second")
+                work_of(graph, inputs[f"model_{which}"][0], steps, pixels, notes) for which in ("first", "second")
             )
             return (first * inputs["switch_at"] + second * (steps - inputs["switch_at"])) / steps
         if kind == "ASDMCalibrateInheritance":
             return 1 - inputs["goal.saving"]  # the least that its plan saves
         if kind == "ASDMSpeedUp":
-            made_of = evaluations
+            made_of = made({key: notes.get(key, [])})
         elif kind == "ASDMFeatureInheritance":
             plan = inputs["preset"]
         elif kind in ("ASDMApplyPack", "ASDMFitPack"):
@@ -139,14 +139,14 @@ def forwards_of(graph: Mapping, picture: str) -> int:
     return forwards_of(graph, inputs["samples"][0])
 
 
-def figure(graph: Mapping, pixels: tuple[int, int], evaluations: float = 1.0) -> str:
+def figure(graph: Mapping, pixels: tuple[int, int], notes: Mapping[str, list[str]]) -> str:
     """What a graph saves, in multiplications: times would tell of the machine that made the picture."""
     sampler = first_of(graph, "ASDMABCompare") or first_of(graph, "KSampler")
     if sampler is None:
         raise ValueError("a workflow needs A/B Compare or KSampler for its thumbnail")
     inputs = graph[sampler]["inputs"]
     a, b = (
-        work_of(graph, inputs[name][0], inputs["steps"], pixels, evaluations) if name in inputs else 1.0
+        work_of(graph, inputs[name][0], inputs["steps"], pixels, notes) if name in inputs else 1.0
         for name in ("original", "model")
     )
     return f"-{1 - b / a:.0%} work"
@@ -173,16 +173,16 @@ def thumbnail(client: Client, graph: Mapping) -> Image.Image:
         return split(left, right, labels, f"-{work:.0%} work")
     if comparison:
         sides = [saving_side(graph, [comparison, i]) for i in (1, 2)]
-        (left, evaluations), (right, _) = (saved_picture(client, side, "side") for side in sides)
+        (left, notes), (right, _) = (saved_picture(client, side, "side") for side in sides)
         inputs = graph[comparison]["inputs"]
         labels = inputs["label_a"], inputs["label_b"]
     else:
         key = first_of(graph, "SaveImage")
         if key is None:
             raise ValueError("a workflow needs A/B Compare or Save Image for its thumbnail")
-        (left, _), (right, evaluations) = (saved_picture(client, g, key) for g in (without_asdm(graph), graph))
+        (left, _), (right, notes) = (saved_picture(client, g, key) for g in (without_asdm(graph), graph))
         labels = "in full", "with its pack"
-    return split(left, right, labels, figure(graph, left.size, evaluations))
+    return split(left, right, labels, figure(graph, left.size, notes))
 
 
 def split(left: Image.Image, right: Image.Image, labels: tuple[str, str], figure: str) -> Image.Image:
