@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -129,6 +130,7 @@ class Pictures:
         self.checkpoint = models / checkpoint
         self.folder = folder
         self.rounds = rounds
+        self.decoded: OrderedDict[str, Tensor] = OrderedDict()
         names = json.loads((models / "concepts.json").read_text())
         self.chosen = [i * len(names) // prompts for i in range(min(prompts, len(names)))]
         self.names = list(names.values())
@@ -174,11 +176,21 @@ class Pictures:
             progress.end()
         return torch.cat([load_file(path)["latents"] for path in paths])
 
+    def images(self, row: Row, number: int) -> Tensor:
+        """(N, 3, 128, 128) of one round in [0, 1]; the last two are kept, of which one is the reference."""
+        key = f"{row.key}-{number}"
+        if key not in self.decoded:
+            while len(self.decoded) > 1:
+                self.decoded.popitem(last=False)
+            self.decoded[key] = codec_images(self.codec, self.latents(row, number)).clamp(0, 1)
+        self.decoded.move_to_end(key)
+        return self.decoded[key]
+
     def measure(self, row: Row, reference: Row) -> dict:
         """All numbers of a row."""
         quality, edges, found, sharpness = [], [], [], []
         for number in range(self.rounds):
-            images, its = (codec_images(self.codec, self.latents(r, number)).clamp(0, 1) for r in (row, reference))
+            images, its = self.images(row, number), self.images(reference, number)
             quality.append(psnr(images, its))
             edges.append(border(images))
             sharpness.append((gradient(images).mean(), gradient(its).mean()))

@@ -11,6 +11,7 @@ learns from the names of all concepts as prompts, for so many CPU minutes of one
                    that is the shipped pack as a difference
     --speed N      samples of a fit in a second against a bare step of teacher and student: N rounds, on CPU time
     --grid         docs/evidence-style.png
+    --rows NAME    measure these rows alone, such as m2_fitted_3min
 
 Goes into bench/results/fewstep.json and the section on style in docs/evidence.md. Latents are kept in --folder, so the
 same command goes on where it stopped, and rows that are not run again stay.
@@ -68,12 +69,12 @@ def difference(args: argparse.Namespace, pack: str) -> Path:
 
 
 def fitted(args: argparse.Namespace, prompts: list[str], minutes: float) -> Path:
-    """The M2 pack, fitted to the finetune for so long; made once."""
+    """The M2 pack as a difference, fitted to the finetune for so long; made once."""
     path = args.folder / f"m2-fitted-{minutes:g}min.safetensors"
     if not path.exists():
         words = args.folder / "prompts.txt"
         words.write_text("\n".join(prompts) + "\n", "utf-8")
-        files = [args.models / FINETUNE, args.models / "emoji-m2.safetensors", path]
+        files = [args.models / FINETUNE, difference(args, "m2"), path]
         options = ["--prompts", words, "--size", "128", "--minutes", f"{minutes:g}", "--cpu", "--cpu-time"]
         command = [sys.executable, "-m", "train.emoji", "fit", *files, *options]
         subprocess.run([str(word) for word in command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--styles", type=Path, help="M2 over many styles")
     parser.add_argument("--speed", type=int, default=0, help="rounds of the comparison with a bare step")
     parser.add_argument("--grid", action="store_true", help="draw docs/evidence-style.png")
+    parser.add_argument("--rows", nargs="*", help="measure these alone")
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--models", type=Path, default=Path("models/emoji"))
     parser.add_argument("--folder", type=Path, default=Path("runs/style"))
@@ -204,8 +206,9 @@ def main() -> None:
         if args.grid and pictures is finetune:
             shown.append(images(pictures, reference))
         for row in rows:
-            found.append(pictures.measure(row, reference))
-            print({k: round(found[-1][k], 4) for k in ("psnr", "grad", "top1")}, row.name, flush=True)
+            if args.rows is None or row.name.removeprefix("style_") in args.rows:
+                found.append(pictures.measure(row, reference))
+                print({k: round(found[-1][k], 4) for k in ("psnr", "grad", "top1")}, row.name, flush=True)
             if args.grid and pictures is finetune:
                 shown.append(images(pictures, row))
     values = summary_of(found, bool(args.styles))

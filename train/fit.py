@@ -2,8 +2,8 @@
 
     python -m train fit my-finetune.safetensors my-pack.safetensors fitted.safetensors --prompts prompts.txt
 
-The result is a pack of differences from this checkpoint, bound to it; `python -m asdm_core to-absolute` makes of it
-what Apply Pack plays.
+The result is a pack of differences from this checkpoint, bound to it. A pack of differences (`python -m asdm_core
+to-difference`) begins nearer to its goal than one of whole units.
 Ctrl-C keeps what was learned until then. `python -m train.emoji fit ...` does it with the emoji family's text encoder.
 """
 
