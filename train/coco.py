@@ -15,8 +15,9 @@ import argparse
 import csv
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -188,40 +189,90 @@ def generate(
     accelerator.wait_for_everyone()
 
 
+class Inception:
+    """What the protocol scores with: Inception's networks by clean-fid and torch-fidelity, CLIP by open_clip."""
+
+    note = ""  # what the table says of one's own rows
+
+    def check(self, download: bool) -> None:
+        """Raise ValueError where something is not on this machine. download: whether the libraries may fetch it."""
+        libraries()
+        if not download and (wanted := downloads()):
+            raise ValueError(
+                "\n".join(
+                    [
+                        "the scores need what is not on this machine:",
+                        *wanted,
+                        "or let the libraries fetch it: --download",
+                    ]
+                )
+            )
+
+    def pipeline(self, models: Path, product: Path | None, device: torch.device) -> Any:
+        return load_pipeline(models, product, device)
+
+    def fid(self, folder: Path, real: Path, device: torch.device) -> float:
+        # The mode that agrees with pytorch-fid, which the protocol uses; clean-fid's own resizing is not comparable.
+        return libraries()[0].compute_fid(str(folder), str(real), mode="legacy_pytorch", device=device)
+
+    def inception_score(self, folder: Path, device: torch.device) -> tuple[float, float]:
+        """Mean and deviation over the splits."""
+        metrics = libraries()[1].calculate_metrics(
+            input1=str(folder), isc=True, cuda=device.type == "cuda", verbose=False
+        )
+        return metrics["inception_score_mean"], metrics["inception_score_std"]
+
+    def sides(self, device: torch.device) -> Callable[[Sequence[Image.Image], Sequence[str]], tuple[Tensor, Tensor]]:
+        """What makes vectors (B, D) of pictures and of their prompts, the cosine of which is the CLIP score."""
+        open_clip = libraries()[2]
+        model, _, transform = open_clip.create_model_and_transforms(CLIP[0], pretrained=CLIP[1])
+        model = model.to(device).eval()
+        tokenizer = open_clip.get_tokenizer(CLIP[0])
+
+        def both(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+            seen = torch.stack([transform(picture) for picture in pictures]).to(device)
+            return model.encode_image(seen), model.encode_text(tokenizer(list(prompts)).to(device))
+
+        return both
+
+
 @torch.no_grad()
-def clip_score(open_clip, prompts: Sequence[str], folder: Path, accelerator: Accelerator, batch: int = 32) -> float:
+def clip_score(
+    judge: Inception, prompts: Sequence[str], folder: Path, accelerator: Accelerator, batch: int = 32
+) -> float:
     """Mean cosine of picture and prompt; every process scores its share."""
-    model, _, transform = open_clip.create_model_and_transforms(CLIP[0], pretrained=CLIP[1])
-    model = model.to(accelerator.device).eval()
-    tokenizer = open_clip.get_tokenizer(CLIP[0])
+    sides = judge.sides(accelerator.device)
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     for at in range(0, len(mine), batch):
         numbers = mine[at : at + batch]
-        pictures = torch.stack([transform(Image.open(folder / f"{i:06d}.jpg").convert("RGB")) for i in numbers])
-        sides: list[Tensor] = [
-            model.encode_image(pictures.to(accelerator.device)),
-            model.encode_text(tokenizer([prompts[i] for i in numbers]).to(accelerator.device)),
-        ]
-        a, b = (torch.nn.functional.normalize(side.float(), dim=-1) for side in sides)
+        pictures = [Image.open(folder / f"{i:06d}.jpg").convert("RGB") for i in numbers]
+        a, b = (
+            torch.nn.functional.normalize(side.float(), dim=-1)
+            for side in sides(pictures, [prompts[i] for i in numbers])
+        )
         total += (a * b).sum()
     return float(accelerator.reduce(total)) / len(prompts)
 
 
-def scores(prompts: Sequence[str], folder: Path, real: Path, accelerator: Accelerator) -> dict:
+def scores(
+    prompts: Sequence[str], folder: Path, real: Path, accelerator: Accelerator, judge: Inception | None = None
+) -> dict:
     """FID, IS and CLIP score of a folder of `generate` against a folder of real pictures, in all processes alike."""
-    fid, torch_fidelity, open_clip = libraries()
+    judge = judge or Inception()
     check_real(real)
-    found = {"pictures": len(prompts), "clip": clip_score(open_clip, prompts, folder, accelerator)}
+    found = {"pictures": len(prompts), "clip": clip_score(judge, prompts, folder, accelerator)}
     if accelerator.is_main_process:
-        # The mode that agrees with pytorch-fid, which the protocol uses; clean-fid's own resizing is not comparable.
-        found["fid"] = fid.compute_fid(str(folder), str(real), mode="legacy_pytorch", device=accelerator.device)
-        metrics = torch_fidelity.calculate_metrics(
-            input1=str(folder), isc=True, cuda=accelerator.device.type == "cuda", verbose=False
-        )
-        found |= {"is": metrics["inception_score_mean"], "is_std": metrics["inception_score_std"]}
+        found["fid"] = judge.fid(folder, real, accelerator.device)
+        found["is"], found["is_std"] = judge.inception_score(folder, accelerator.device)
     accelerator.wait_for_everyone()
     return found
+
+
+def parameters(pipeline: Any) -> int:
+    """Of all networks of a pipeline, as BK-SDM's Table 1 counts them."""
+    networks = [getattr(pipeline, name, None) for name in ("unet", "vae", "text_encoder")]
+    return sum(p.numel() for net in networks if net is not None for p in net.parameters())
 
 
 @plain_errors

@@ -6,7 +6,8 @@
 Over all processes; without a product, the original. The same command goes on where it stopped; other settings want
 another --out. What the libraries must download is said before anything is drawn. Ends in a JSON file and a picture
 there, and in scores.md, all of them above the published ones (train/published.py). `python -m train.coco` makes the
-real pictures. Products of the emoji family: `python -m train.emoji.compare`.
+real pictures. Products of the emoji family: `python -m train.emoji.protocol`, and with more numbers
+`train.emoji.compare`.
 """
 
 from __future__ import annotations
@@ -29,19 +30,13 @@ from .published import beside
 SHOWN = 16
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    coco.libraries()
-    if not args.download and (wanted := coco.downloads()):
-        raise ValueError(
-            "\n".join(
-                ["the scores need what is not on this machine:", *wanted, "or let the libraries fetch it: --download"]
-            )
-        )
+def evaluate(args: argparse.Namespace, judge: coco.Inception) -> None:
+    judge.check(args.download)
     coco.check_real(args.real)
     accelerator = Accelerator(cpu=args.cpu)
     prompts = coco.read_prompts(args.prompts, args.limit)
     folder = args.out / (named(args.product) if args.product else "whole")
-    pipeline = coco.load_pipeline(args.models, args.product, accelerator.device)
+    pipeline = judge.pipeline(args.models, args.product, accelerator.device)
     if accelerator.is_main_process:  # once it is known that pictures can be drawn
         folder.mkdir(parents=True, exist_ok=True)
         same_folder(
@@ -56,14 +51,13 @@ def evaluate(args: argparse.Namespace) -> None:
         )
     accelerator.wait_for_everyone()
     coco.generate(pipeline, prompts, folder, accelerator, args.batch, args.steps, args.cfg)
+    row = {"network": folder.name, "steps": args.steps, "cfg": args.cfg, "parameters": coco.parameters(pipeline)}
     del pipeline
-    row = {"network": folder.name, "steps": args.steps, "cfg": args.cfg} | coco.scores(
-        prompts, folder, args.real, accelerator
-    )
+    row |= coco.scores(prompts, folder, args.real, accelerator, judge)
     if accelerator.is_main_process:
         (args.out / f"{folder.name}.json").write_text(json.dumps(row, indent=1) + "\n")
         rows = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
-        (args.out / "scores.md").write_text(beside([r for r in rows if "fid" in r]))
+        (args.out / "scores.md").write_text(beside([r for r in rows if "fid" in r], judge.note))
         files = sorted(folder.glob("*.jpg"))[:SHOWN]
         save_grid(
             args.out / f"{folder.name}.png", torch.stack([to_tensor(Image.open(file)) for file in files]), columns=4
@@ -72,7 +66,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 @plain_errors
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, judge: coco.Inception | None = None) -> None:
+    """judge: what scores in the place of Inception and CLIP (train/emoji/protocol.py)."""
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -94,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"))
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    evaluate(args)
+    evaluate(args, judge or coco.Inception())
 
 
 if __name__ == "__main__":

@@ -16,13 +16,16 @@ PICTURES = 30_000
 
 
 class Row(NamedTuple):
-    """FID (lower is better), IS and CLIP score (higher); None: not given."""
+    """FID (lower is better), IS and CLIP score (higher), and the parameters of all networks in billions; None: not
+    given.
+    """
 
     source: str
     name: str
     fid: float | None
     inception: float | None
     clip: float | None
+    billions: float | None = None
 
 
 ROWS = (
@@ -45,33 +48,36 @@ ROWS = (
     Row(f"{ASDM}, Table 3", "S2: SD 15 steps, then Base 10", 13.529, 34.560, 0.294),
     Row(f"{ASDM}, Table 3", "S3: SD 10 steps, then Base 15", 13.548, 36.720, 0.295),
     Row(f"{ASDM}, Table 3", "Base-UNet", 14.426, 33.403, 0.288),
-    Row(BK, "SD v1.4", 13.05, 36.76, 0.2958),
-    Row(BK, "Small Stable Diffusion", 12.76, 32.33, 0.2851),
-    Row(BK, "BK-SDM-Base", 15.76, 33.79, 0.2878),
-    Row(BK, "BK-SDM-Small", 16.98, 31.68, 0.2677),
-    Row(BK, "BK-SDM-Tiny", 17.12, 30.09, 0.2653),
-    Row(BK, "SD v2.1-base", 13.93, 35.93, 0.3075),
-    Row(BK, "BK-SDM-v2-Base", 15.85, 31.70, 0.2868),
-    Row(BK, "BK-SDM-v2-Small", 16.61, 31.73, 0.2901),
-    Row(BK, "BK-SDM-v2-Tiny", 15.68, 31.64, 0.2897),
+    Row(BK, "SD v1.4", 13.05, 36.76, 0.2958, 1.04),
+    Row(BK, "Small Stable Diffusion", 12.76, 32.33, 0.2851, 0.76),
+    Row(BK, "BK-SDM-Base", 15.76, 33.79, 0.2878, 0.76),
+    Row(BK, "BK-SDM-Small", 16.98, 31.68, 0.2677, 0.66),
+    Row(BK, "BK-SDM-Tiny", 17.12, 30.09, 0.2653, 0.50),
+    Row(BK, "SD v2.1-base", 13.93, 35.93, 0.3075, 1.26),
+    Row(BK, "BK-SDM-v2-Base", 15.85, 31.70, 0.2868, 0.98),
+    Row(BK, "BK-SDM-v2-Small", 16.61, 31.73, 0.2901, 0.88),
+    Row(BK, "BK-SDM-v2-Tiny", 15.68, 31.64, 0.2897, 0.72),
 )
 
 
-def beside(found: Sequence[Mapping]) -> str:
+def beside(found: Sequence[Mapping], note: str = "") -> str:
     """The columns of the papers' tables in Markdown: one's own rows, and beneath them the published ones.
 
-    found: rows of train.evaluate.
+    found: rows of train.evaluate. note: what is to be said of them.
     """
-    lines = ["| | FID | IS | CLIP | pictures, steps, cfg |", "|---|---|---|---|---|"]
+    lines = ["| | FID | IS | CLIP | parameters | pictures, steps, cfg |", "|---|---|---|---|---|---|"]
     for row in found:
         how = f"{row['pictures']}, {row['steps']}, {row['cfg']}"
-        lines.append(f"| **{row['network']}** | {_cells(row['fid'], row['is'], row['clip'])} | {how} |")
+        cells = _cells(row["fid"], row["is"], row["clip"], row["parameters"] / 1e9 if "parameters" in row else None)
+        lines.append(f"| **{row['network']}** | {cells} | {how} |")
     source = ""
     for published in ROWS:
         if published.source != source:
             source = published.source
-            lines.append(f"| *{source}* | | | | |")
+            lines.append(f"| *{source}* | | | | | |")
         lines.append(f"| {published.name} | {_cells(*published[2:])} | |")
+    if note:
+        lines += ["", note]
     few = sorted({row["pictures"] for row in found if row["pictures"] != PICTURES})
     if few:
         said = ", ".join(map(str, few))
@@ -79,6 +85,6 @@ def beside(found: Sequence[Mapping]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(fid: float | None, inception: float | None, clip: float | None) -> str:
-    values = ((fid, ".3f"), (inception, ".3f"), (clip, ".4f"))
-    return " | ".join("-" if value is None else format(value, form) for value, form in values)
+def _cells(fid: float | None, inception: float | None, clip: float | None, billions: float | None) -> str:
+    values = ((fid, ".3f", ""), (inception, ".3f", ""), (clip, ".4f", ""), (billions, ".3g", " B"))
+    return " | ".join("-" if value is None else format(value, form) + unit for value, form, unit in values)

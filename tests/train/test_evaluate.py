@@ -233,7 +233,7 @@ def test_scores_come_from_the_libraries_as_the_protocol_has_them(prompts, tmp_pa
         and (tmp_path / "out" / "whole.png").exists()
     )
     scores = (tmp_path / "out" / "scores.md").read_text()
-    assert "| **whole** | 12.500 | 30.000 | 0.6000 | 5, 25, 7.5 |" in scores and "do not compare" in scores
+    assert "| **whole** | 12.500 | 30.000 | 0.6000 | 0 B | 5, 25, 7.5 |" in scores and "do not compare" in scores
     # Nothing is drawn where something is missing.
     with monkeypatch.context() as m:
         m.setattr(coco, "downloads", lambda: ["the weights for FID"])
@@ -301,10 +301,10 @@ def test_published_rows_stand_beneath_ones_own_with_their_source():
     text = published.beside([row])
     assert "do not compare" not in text and text.splitlines()[2].startswith("| **mine** | 11.000 | 36.000 | 0.2960 |")
     for name, cells in (
-        ("M2, original part frozen", "11.840 | 36.560 | 0.2960"),
-        ("BK-SDM-Tiny", "17.120 | 30.090 | 0.2653"),
-        ("S1: Base 10 steps, then SD 15", "12.900 | 35.651 | 0.2970"),
-        ("M6 (M3, all trained)", "- | - | -"),
+        ("M2, original part frozen", "11.840 | 36.560 | 0.2960 | -"),
+        ("BK-SDM-Tiny", "17.120 | 30.090 | 0.2653 | 0.5 B"),
+        ("S1: Base 10 steps, then SD 15", "12.900 | 35.651 | 0.2970 | -"),
+        ("M6 (M3, all trained)", "- | - | - | -"),
     ):
         assert f"| {name} | {cells} |" in text
     assert {r.source for r in published.ROWS} == {published.BK, *(f"{published.ASDM}, Table {n}" for n in (1, 2, 3))}
