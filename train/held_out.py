@@ -31,7 +31,7 @@ class HeldOut:
         self.losses = losses
         self.names = names
         data = replace(config.data, path=config.data.held_out, caption_dropout=0.0, flip=False)
-        its = replace(config, data=data)
+        its = replace(config, data=data, run=replace(config.run, workers=0))
         self.batches = Batches(open_(its), its)
         self.size = config.run.micro_batch
         each = self.size * accelerator.num_processes

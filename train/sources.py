@@ -177,7 +177,9 @@ class Shards(Pictures):
     or `text`, read as streams.
     """
 
-    def __init__(self, config: Config, to_latents: ToLatents, to_text: TextEncoders, processes: int = 1):
+    def __init__(
+        self, config: Config, to_latents: ToLatents, to_text: TextEncoders, process: int = 0, processes: int = 1
+    ):
         super().__init__(config, to_latents, to_text)
         urls = shards.urls_of(config.data.path, config.data.pipes)
         self.lanes = shards.Lanes(urls, config.data.lanes, config.seed, config.data.pipes)
@@ -186,7 +188,7 @@ class Shards(Pictures):
         self.places: dict[int, tuple[int, shards.Place]] = {}
         self.says_without = False
         readers = processes * max(1, config.run.workers)
-        if readers > 1 and self.lanes.count % (config.run.micro_batch * readers):
+        if process == 0 and readers > 1 and self.lanes.count % (config.run.micro_batch * readers):
             print(
                 f"{config.data.path}: {len(urls)} shards in {self.lanes.count} lanes; some are read by several of "
                 f"{readers} readers. Each reads its own where data.lanes, and the number of shards, is a multiple of "
@@ -585,7 +587,7 @@ def open_source(
     given = config.encoders
     to_text = load_text(encoders(config), given.tokenizer, device, given.clip_skip, given.rows)
     if data.source in PICTURES:
-        given_too = {"processes": processes} if data.source == "shards" else {}
+        given_too = {"process": process, "processes": processes} if data.source == "shards" else {}
         to_latents = latents_of(load_vae(encoders(config), device))
         pictures = PICTURES[data.source](config, to_latents, to_text, **given_too)
         _check_width(pictures.empty, config)
