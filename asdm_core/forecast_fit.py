@@ -11,7 +11,7 @@ The schedule is found by local search, since joint errors cannot be taken apart 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from .forecast import COND, FULL, RESULT, Action, ForecastPlan, line
 LAMBDA = 0.2  # how much each error counts by itself, beside their sum
 POWER = 0.7  # of 1 / (1 + sigma^2): how much a computed result follows its latent
 POINTS = 3  # earlier evaluations that a forecast is a sum of
+MOST_APART = 24  # evaluations of a run in which prompts are told apart, and every search is thorough
 RIDGE = 3e-3
 BETTER = 0.999  # a move is made where the objective falls below this share
 _AT_ONCE = 2**16  # numbers of a row that are in double precision at once
@@ -392,32 +393,34 @@ class Offer:
         return f"{what}: {self.saving:.0%} of the work saved, {self.error:.1%} off"
 
 
-def offers(recording: Recording, steps: int, costs: Sequence[float], fewer: Mapping[int, float] = {}) -> list[Offer]:
-    """The best plan for each cost (in full evaluations), with and without the difference apart, and fewer steps.
-
-    fewer: number of steps -> measured error of the same sampler in so many, as a share of the result's size.
+def fits_of(recording: Recording) -> list[Fit]:
+    """Fits to be tried: with weights alike for all prompts, and where that takes no more than a second or two, with the
+    difference between prompts apart and steps for the positive prompt alone.
     """
-    found = [Offer(1 - m / steps, error, m) for m, error in fewer.items()]
-    fits = [Fit(recording), Fit(recording, apart=True)] if recording.guidance != 1 else [Fit(recording)]
-    for cost in costs:
-        best = min((fit.search(cost, conds=fit.apart) for fit in fits), key=lambda f: f.error)
-        found.append(Offer(best.saving, best.error, steps, best.plan))
-    return sorted(found, key=lambda offer: offer.saving)
+    apart = recording.guidance != 1 and len(recording) <= MOST_APART
+    return [Fit(recording), *([Fit(recording, apart=True)] if apart else [])]
 
 
-def best_offer(found: Sequence[Offer], saving: float | None = None, error: float | None = None) -> Offer:
-    """The offer with the least error that saves at least `saving`, or with the largest saving below `error`.
+def best_of(fits: Sequence[Fit], cost: float) -> Fitted:
+    """The plan with the least predicted error that costs at most so many full evaluations."""
+    return min((fit.search(cost, conds=fit.apart) for fit in fits), key=lambda found: found.error)
 
-    Raises ValueError where there is none.
+
+def cheapest(fits: Sequence[Fit], error: float) -> Fitted:
+    """The plan with the fewest full evaluations whose predicted error is at most so large. The first fit, which is
+    quick, says how many; the others may do with fewer.
     """
-    if saving is not None:
-        enough = [o for o in found if o.saving >= saving - 1e-9]
-        if not enough:
-            most = max((o.saving for o in found), default=0.0)
-            raise ValueError(f"nothing saves {saving:.0%} of the work; the most that can be saved here is {most:.0%}.")
-        return min(enough, key=lambda o: (o.error, -o.saving))
-    near = [o for o in found if error is None or o.error <= error]
-    if not near:
-        least = min((o.error for o in found), default=0.0)
-        raise ValueError(f"nothing stays within {error:.1%} of the full run; the closest is {least:.1%} off.")
-    return max(near, key=lambda o: (o.saving, -o.error))
+    low, high = 1, len(fits[0].recording)
+    thorough = high <= MOST_APART  # the run waits for it
+    best = fits[0].search(high, thorough=thorough)  # the error falls as the cost rises
+    while low < high:
+        cost = (low + high) // 2
+        found = fits[0].search(cost, thorough=thorough)
+        if found.error <= error:
+            high, best = cost, found
+        else:
+            low = cost + 1
+    for fit in fits[1:]:
+        while high > 1 and (found := fit.search(high - 1, conds=fit.apart)).error <= error:
+            high, best = high - 1, found
+    return best

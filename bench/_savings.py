@@ -213,7 +213,7 @@ class Savings:
         sampler, sigmas, response = self._answer(run)
         positions = speed_up.positions_of(response, sigmas)
         recording = speed_up.statistics_for(sampler, run.cfg).recording(response, run.cfg, positions)
-        yield from self._fitted(UNCALIBRATED, run, speed_up.fits_of(recording))
+        yield from self._fitted(UNCALIBRATED, run, fit.fits_of(recording))
         for likeness in speed_up.LIKENESS:
             technique = speed_up.SpeedUp(likeness)
 
@@ -228,13 +228,13 @@ class Savings:
         latents = self.latents(self.calibration, with_technique(self.calibration.model, recorded), run)
         size = float(self.model.model.process_latent_in(latents).square().mean() ** 0.5)
         recording = recorded.results.recording(response, run.cfg, size)
-        yield from self._fitted(OURS, run, pack_module("nodes.speed_up").fits_of(recording))
+        yield from self._fitted(OURS, run, fit.fits_of(recording))
 
     def _fitted(self, method: str, run: Whole, fits: list[fit.Fit]) -> Iterator[Setting]:
         n = len(fits[0].recording)
         for saved in SAVED:
             if round(n * (1 - saved)) >= 1:
-                best = pack_module("nodes.speed_up").best_of(fits, round(n * (1 - saved)))
+                best = fit.best_of(fits, round(n * (1 - saved)))
                 name = f"{saved:.0%}: {best.plan.letters()}"
                 yield self._carried(method, name, run, best.plan, predicted_error=round(best.error, 5))
 

@@ -21,7 +21,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from asdm_core import forecast
+from asdm_core import forecast, forecast_fit
 from asdm_core.measure import psnr
 from bench._unets import with_technique
 from bench._common import ROOT, add_common_arguments, begin, beside_earlier, command_line, pack_module, record
@@ -137,9 +137,9 @@ def rows_of(name: str, run: tuple, test: Prompts, calibration: Prompts, args) ->
         return with_technique(test.model, forecasts.Forecasts(plan))
 
     def fitted_rows(method: str, recording) -> None:
-        fits = speed_up.fits_of(recording)
+        fits = forecast_fit.fits_of(recording)
         for saved in args.saved:
-            found = speed_up.best_of(fits, round(n * (1 - saved)))
+            found = forecast_fit.best_of(fits, round(n * (1 - saved)))
             row(method, found.plan.letters(), carried(found.plan), found.saving, found.error)
 
     if "speed up" in args.methods:

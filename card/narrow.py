@@ -10,7 +10,7 @@ import comfy.sd
 import comfy.supported_models
 import torch
 
-from ..asdm_core import addresses, architecture, condconv, gri, packs, surgery
+from ..asdm_core import addresses, architecture, packs, surgery
 from ..asdm_core.architecture import Architecture
 
 _SD = {"down": ((1, 1), (1, 1), (1, 1), (0, 0)), "mid": 1, "up": ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))}
@@ -99,30 +99,6 @@ def model(folder, config=SD, seed=0, prediction="eps"):
     if not path.exists():
         write_unet(path, config, seed=seed, prediction=prediction)
     return comfy.sd.load_diffusion_model(str(path))
-
-
-def write_experts(path, settings, config=SD, seed=0, how="random", scale=1.0, units=(), preset="m2", student=1):
-    """A pack of experts; with `units` (of `preset`, weights of `student`) it plays these too."""
-    chosen = Architecture.preset(preset, config) if units else Architecture.full(config)
-    tensors = {
-        k: t * (scale if ".experts." in k else 1) for k, t in condconv.start(config, settings, how, seed).items()
-    }
-    tensors |= surgery.extract(weights(config, student), chosen, units)
-    packs.write_pack(path, tensors, packs.Description("pack", chosen, units, condconv=settings), None)
-    return Path(path)
-
-
-def write_gains(path, units, config=SD, seed=0, scale=1.0):
-    """A pack of gains for GRI attention in these transformers."""
-    generator = torch.Generator().manual_seed(seed)
-    description = packs.Description("pack", Architecture.full(config), gri=gri.LogGains(tuple(units)))
-    packs.write_pack(
-        path,
-        {k: torch.randn(s.shape, generator=generator) * scale for k, s in description.keys().items()},
-        description,
-        None,
-    )
-    return Path(path)
 
 
 def cond(config=SD, seed=0, tokens=7, batch=1, **more):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..asdm_core.forecast_fit import Offer, Recording
+from ..asdm_core.forecast_fit import Offer, Recording, best_of, fits_of
 from ..asdm_core.profile import FEWEST, Profile, file_name, write_profile
 from .common import CATEGORY, PIXELS, SHOWS_PICTURE, sampling_inputs
 from .engine import files
@@ -21,7 +21,7 @@ from .engine.on_model import with_technique, without_technique
 from .engine.picture import draw_offers, preview, to_image
 from .engine.progress import Progress
 from .engine.regional import Regional
-from .speed_up import LIKENESS, SpeedUp, best_of, circumstances, fits_of, with_speed_up
+from .speed_up import LIKENESS, SpeedUp, circumstances, with_speed_up
 
 SAVINGS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 FEWER = (0.2, 0.4, 0.6)  # of the steps are saved in runs with fewer of them

@@ -16,7 +16,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..asdm_core.forecast import Action, Adaptive, ForecastPlan, guided_within
-from ..asdm_core.forecast_fit import Fit, Fitted, Recording, Response, Statistics
+from ..asdm_core.forecast_fit import Response, Statistics, cheapest, fits_of
 from ..asdm_core.profile import Circumstances, Profile, nearest
 from ..asdm_core.steps import Steps
 from .common import CATEGORY
@@ -45,7 +45,6 @@ LIKENESS = {"same to the eye": 0.015, "close": 0.03, "same motif": 0.055}
 CAREFUL = next(iter(LIKENESS))
 AUTOMATIC, NO_PROFILE = "automatic", "none"
 ADAPTIVE = Adaptive(threshold=0.1, max_run=1)  # where nothing is known of the run
-MOST_APART = 24  # evaluations
 KEPT = 6  # evaluations that a run remembers at most, whatever plan is chosen
 
 
@@ -73,39 +72,6 @@ def noise_of(sampler) -> str:
 def statistics_for(sampler, guidance: float) -> Statistics:
     """The part of the table that a run is most like."""
     return min(shipped()[noise_of(sampler)], key=lambda s: abs(np.log(max(guidance, 1e-3) / s.guidance)))
-
-
-def fits_of(recording: Recording) -> list[Fit]:
-    """Fits to be tried: with weights alike for all prompts, and where that takes no more than a second or two, with the
-    difference between prompts apart and steps for the positive prompt alone.
-    """
-    apart = recording.guidance != 1 and len(recording) <= MOST_APART
-    return [Fit(recording), *([Fit(recording, apart=True)] if apart else [])]
-
-
-def best_of(fits: Sequence[Fit], cost: float) -> Fitted:
-    """The plan with the least predicted error that costs at most so many full evaluations."""
-    return min((fit.search(cost, conds=fit.apart) for fit in fits), key=lambda found: found.error)
-
-
-def cheapest(fits: Sequence[Fit], error: float) -> Fitted:
-    """The plan with the fewest full evaluations whose predicted error is at most so large. The first fit, which is
-    quick, says how many; the others may do with fewer.
-    """
-    low, high = 1, len(fits[0].recording)
-    thorough = high <= MOST_APART  # the run waits for it
-    best = fits[0].search(high, thorough=thorough)  # the error falls as the cost rises
-    while low < high:
-        cost = (low + high) // 2
-        found = fits[0].search(cost, thorough=thorough)
-        if found.error <= error:
-            high, best = cost, found
-        else:
-            low = cost + 1
-    for fit in fits[1:]:
-        while high > 1 and (found := fit.search(high - 1, conds=fit.apart)).error <= error:
-            high, best = high - 1, found
-    return best
 
 
 def positions_of(response: Response, sigmas: Tensor) -> list[float]:

@@ -122,11 +122,6 @@ def on_each(model, change):
     return clone
 
 
-def without_switches(model):
-    """A clone of MODEL that samples alone, with what it carries besides."""
-    return _set_up(model, (), [])
-
-
 def _set_up(model, switches: tuple[Switch, ...], others: list):
     """A clone of MODEL that carries these switches and no others."""
     clone = with_technique(model, Switching(switches)) if switches else without_technique(model, Switching)

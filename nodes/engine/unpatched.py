@@ -47,11 +47,6 @@ class Unpatched(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
-def identity_of(model, name: str = "") -> Checkpoint:
-    """Which checkpoint a MODEL plays."""
-    return Checkpoint.of(name, Unpatched(model), architecture_of(model).config)
-
-
 def plays(model, checkpoint: Checkpoint) -> bool:
     """Whether a MODEL's checkpoint is this one, as far as its dtype lets it be told."""
     weights = Unpatched(model)

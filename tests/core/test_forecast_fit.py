@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 
 from asdm_core import forecast_fit
 from asdm_core.forecast import COND, FULL, RESULT, denoised_of, v_of
-from asdm_core.forecast_fit import Fit, Offer, Recording, Statistics, best_offer, gram_of, offers, response, transfer
+from asdm_core.forecast_fit import (
+    Fit,
+    Offer,
+    Recording,
+    Statistics,
+    best_of,
+    cheapest,
+    fits_of,
+    gram_of,
+    response,
+    transfer,
+)
 
 SIGMAS = np.array([14.6, 9.0, 5.7, 3.7, 2.4, 1.5, 0.95, 0.55, 0.25, 0.0])
 
@@ -241,19 +252,22 @@ def test_transfer_of_the_last_euler_step_is_its_own():
     assert t[-1] == pytest.approx(-0.25 / (1 + 0.25**2) ** 0.5)
 
 
-def test_fewer_steps_are_offered_and_taken_where_they_win():
+def test_the_best_plan_of_all_fits_is_taken_and_the_cheapest_that_is_good_enough():
     recording = Toy("euler", 3.0).recording()
-    found = offers(recording, 9, (3, 5), {5: 1e-9, 3: 10.0})
-    assert best_offer(found, saving=4 / 9) == Offer(1 - 5 / 9, 1e-9, 5)
-    third = best_offer(found, saving=6 / 9)
-    assert third.plan is not None and third.plan.letters().count("F") + third.plan.letters().count("c") / 2 <= 3
-    assert best_offer(found, error=1e-6).steps == 5
+    fits = fits_of(recording)
+    assert len(fits) == 2 and len(fits_of(Toy("euler", 1.0).recording())) == 1
+    third = best_of(fits, 3)
+    letters = third.plan.letters()
+    assert letters.count("F") + letters.count("c") / 2 <= 3
+    assert third.error == min(fit.search(3, conds=fit.apart).error for fit in fits)
+    # No dearer plan is taken than one that is good enough, and what is taken is good enough.
+    for cost in range(2, 9):
+        error = best_of(fits, cost).error * 1.0001
+        found = cheapest(fits, error)
+        assert found.error <= error and found.saving >= 1 - cost / 9 - 1e-9
+    offered = Offer(third.saving, third.error, 9, third.plan)
+    assert str(offered) == f"{letters}: {third.saving:.0%} of the work saved, {third.error:.1%} off"
     assert str(Offer(0.4, 0.0123, 12)) == "12 steps are as good here: 40% of the work saved, 1.2% off"
-    assert str(third) == f"{third.plan.letters()}: 67% of the work saved, {third.error:.1%} off"
-    with pytest.raises(ValueError, match="nothing saves 90%"):
-        best_offer(found, saving=0.9)
-    with pytest.raises(ValueError, match="the closest is"):
-        best_offer(found, error=1e-12)
 
 
 def test_statistics_give_the_recording_of_a_run_at_other_noise_levels():

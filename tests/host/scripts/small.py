@@ -36,12 +36,36 @@ narrow = module("card.narrow")
 SD, SD2, SDXL, CONFIGS = narrow.SD, narrow.SD2, narrow.SDXL, narrow.CONFIGS
 weights, model, cond, sample, run = narrow.weights, narrow.model, narrow.cond, narrow.sample, narrow.run
 write_unet, write_pack = narrow.write_unet, narrow.write_pack
-write_experts, write_gains, difference = narrow.write_experts, narrow.write_gains, narrow.difference
+difference = narrow.difference
 
 # Few layers, for tests that trace the whole network; no stock loader knows this one.
 TWO_LEVELS = addresses.UNetConfig(
     "two-levels", 32, (1, 2), ((1, 0), (0,)), addresses.RESNET_MID, ((0, 0), (1, 0, 0)), context_dim=48, num_heads=4
 )
+
+
+def write_experts(path, settings, config=SD, seed=0, how="random", scale=1.0, units=(), preset="m2", student=1):
+    """A pack of experts; with `units` (of `preset`, weights of `student`) it plays these too."""
+    chosen = Architecture.preset(preset, config) if units else Architecture.full(config)
+    tensors = {
+        k: t * (scale if ".experts." in k else 1) for k, t in condconv.start(config, settings, how, seed).items()
+    }
+    tensors |= surgery.extract(weights(config, student), chosen, units)
+    packs.write_pack(path, tensors, packs.Description("pack", chosen, units, condconv=settings), None)
+    return Path(path)
+
+
+def write_gains(path, units, config=SD, seed=0, scale=1.0):
+    """A pack of gains for GRI attention in these transformers."""
+    generator = torch.Generator().manual_seed(seed)
+    description = packs.Description("pack", Architecture.full(config), gri=gri.LogGains(tuple(units)))
+    packs.write_pack(
+        path,
+        {k: torch.randn(s.shape, generator=generator) * scale for k, s in description.keys().items()},
+        description,
+        None,
+    )
+    return Path(path)
 
 
 def combined(folder, config=SD, preset="m2", trunk=0, student=1, prediction="eps"):
