@@ -71,9 +71,11 @@ class Action:
       cond      only the positive prompt is computed; its difference to the others is a forecast.
       unguided  only the positive prompt is computed and stands for the others too: guidance is off.
     weights: (evaluation, weight) of the earlier evaluations that v is a sum of; empty: the straight line through the
-             last two that were made.
-    difference: the same for the difference between the positive prompt and each of the others. Empty for a result:
-             everything takes `weights`.
+             last two that were made. With weights a full evaluation is a sum as well, its own result among them: once
+             it is known, what the forecasts before it missed is known better, and is made good here, as the corrector
+             of a multistep method does (UniPC, arXiv 2302.04867). Empty: its own result as it is.
+    difference: the same for the difference between the positive prompt and each of the others. Empty for a result or a
+             full evaluation: everything takes `weights`.
     """
 
     kind: str = FULL
@@ -84,9 +86,9 @@ class Action:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"forecast: an evaluation must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.weights and self.kind != RESULT:
-            raise ValueError(f"forecast: only a result is a sum of earlier ones, not {self.kind!r}")
-        if self.difference and self.kind not in (RESULT, COND):
+        if self.weights and self.kind not in (FULL, RESULT):
+            raise ValueError(f"forecast: {self.kind!r} is no sum of results")
+        if self.difference and self.kind not in (FULL, RESULT, COND):
             raise ValueError(f"forecast: {self.kind!r} has no difference to forecast")
         if isinstance(self.branch, bool) or not isinstance(self.branch, int) or self.branch < 0:
             raise ValueError(f"forecast: branch must be a whole number of at least 0, got {self.branch!r}")
@@ -134,21 +136,29 @@ class ForecastPlan:
             self._check(k, action)
 
     def _check(self, k: int, action: Action) -> None:
-        if action.kind in (FULL, UNGUIDED):
+        if action.kind == UNGUIDED:
             return
-        if not any(a.computes for a in self.actions[:k]):
+        if action.kind != FULL and not any(a.computes for a in self.actions[:k]):
             raise ValueError(f"forecast: evaluation {k} is {action.kind!r}, and no evaluation before it is full")
         apart = bool(action.difference)
         for weights, usable in ((action.weights, _knows_cond if apart else _computes), (action.difference, _computes)):
             for source, _ in weights:
-                if not 0 <= source < k or not usable(self.actions[source]):
+                latest = k if action.kind == FULL else k - 1
+                if not 0 <= source <= latest or not usable(self.actions[source]):
                     raise ValueError(
                         f"forecast: evaluation {k} draws on {source}, which must be an earlier one that is full"
                     )
 
+    def corrects(self, k: int) -> bool:
+        """Whether evaluation k is made and handed on with a correction."""
+        action = self.actions[k]
+        return action.kind == FULL and bool(action.weights or action.difference)
+
     def sources(self, k: int) -> frozenset[int]:
         """The earlier evaluations that evaluation k is made from."""
         action = self.actions[k]
+        if action.kind == FULL:
+            return frozenset(q for q, _ in (*action.weights, *action.difference) if q != k)
         if action.kind not in (RESULT, COND):
             return frozenset()
         given = action.difference if action.kind == COND else (*action.weights, *action.difference)
@@ -165,7 +175,8 @@ class ForecastPlan:
     @property
     def remembered(self) -> int:
         """So many evaluations are remembered at most, for each prompt."""
-        return max(len(self.live(k)) for k in range(len(self.actions)))
+        n = range(len(self.actions))
+        return max(len(self.live(k) | ({k, *self.sources(k)} if self.corrects(k) else set())) for k in n)
 
     def find(self, position: float, after: int) -> int | None:
         """Number of the evaluation at a position, the first one from `after` on; None where the plan has none."""
@@ -184,7 +195,7 @@ class ForecastPlan:
         actions = [Action(RESULT)] * n
         for action, position in zip(reversed(self.actions), reversed(self.positions), strict=True):
             if action.kind != RESULT:
-                actions[min(round(position * n / of), n - 1)] = replace(action, difference=())
+                actions[min(round(position * n / of), n - 1)] = replace(action, weights=(), difference=())
         actions[0] = actions[0] if actions[0].kind in (FULL, UNGUIDED) else Action()
         return ForecastPlan(tuple(actions), name=self.name)
 
@@ -350,13 +361,16 @@ def guided_within(plan: ForecastPlan, start: float, end: float) -> ForecastPlan:
         raise ValueError(f"forecast: guidance needs 0 <= start <= end <= 1, got {start} and {end}")
     steps = int(max(plan.positions)) + 1
     actions: list[Action] = []
-    for action, position in zip(plan.actions, plan.positions, strict=True):
+    for k, (action, position) in enumerate(zip(plan.actions, plan.positions, strict=True)):
         full = {q for q, earlier in enumerate(actions) if earlier.computes}
+        sources = {q for q, _ in (*action.weights, *action.difference)}
         if not start <= position / steps < end:
             action = Action(UNGUIDED)
         elif action.kind != FULL and not full:
             action = Action()
-        elif not {q for q, _ in (*action.weights, *action.difference)} <= full:
+        elif action.kind != FULL and not sources <= full:
             action = replace(action, weights=(), difference=())
+        elif plan.corrects(k) and actions[min(sources) : k] != list(plan.actions[min(sources) : k]):
+            action = Action()  # what it would make good did not happen
         actions.append(action)
     return replace(plan, actions=tuple(actions))

@@ -6,7 +6,9 @@ which is linear in the denoised results it is given (`Response`).
 
 With e_s the error of v at a left-out evaluation s and T_s what becomes of it in the result, all weights of a run
 minimise |sum_s T_s e_s|^2 + lambda sum_s T_s^2 |e_s|^2, one linear system over the Gram matrix of the recorded v.
-The schedule is found by local search, since joint errors cannot be taken apart by steps.
+A full evaluation after the first forecast has weights as well: it hands on its own v moved by earlier differences, so
+that what the forecasts missed is made good once it is known better. The schedule is found by local search from many
+beginnings, since joint errors cannot be taken apart by steps.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ import numpy as np
 from .forecast import COND, FULL, RESULT, Action, ForecastPlan, line
 
 LAMBDA = 0.2  # how much each error counts by itself, beside their sum
+OWN = 0.5  # likewise each correction
 POWER = 0.7  # of 1 / (1 + sigma^2): how much a computed result follows its latent
 POINTS = 3  # earlier evaluations that a forecast is a sum of
 MOST_APART = 24  # evaluations of a run in which prompts are told apart, and every search is thorough
 RIDGE = 3e-3
+STARTS, FEW_STARTS = 10, 4  # schedules drawn by lot that a search begins from
 BETTER = 0.999  # a move is made where the objective falls below this share
 _AT_ONCE = 2**16  # numbers of a row that are in double precision at once
 
@@ -92,9 +96,9 @@ def transfer(response: Response, computed: Sequence[bool], power: float = POWER)
     s2 = response.sigmas**2
     gain = np.where(np.asarray(computed, bool), (1 + s2) ** -power, 1 / (1 + s2))
     n = len(response)
-    carried = np.zeros(len(response))
-    for s in range(n - 1, -1, -1):
-        carried[s] = response.matrix[s, n] + response.matrix[s, s + 1 : n] @ (gain[s + 1 :] * carried[s + 1 :])
+    # carried[s] = matrix[s, n] + the sum over m > s of matrix[s, m] gain[m] carried[m]
+    later = np.triu(response.matrix[:, :n], 1) * gain
+    carried = np.linalg.solve(np.eye(n) - later, response.matrix[:, n])
     return np.asarray(-response.sigmas / np.sqrt(1 + s2) * carried)
 
 
@@ -186,83 +190,136 @@ class Fitted:
     accumulated: float
 
 
+@dataclass(frozen=True)
+class _System:
+    """The weights of one schedule as a linear system.
+
+    acting: (S,) the evaluations with weights. base, truth: (S, 2, N), what stands for them before anything is fitted
+    and what they are, of the positive prompt and the difference. ways: (D, 2, N) by which a base may be moved; owner:
+    (D,) which one. t: (S,) what an error of each is in the result. counts: (S, S) how much products of two errors
+    count. gram: (nodes, nodes); flat: from (S, 2, N) to (S, nodes).
+    """
+
+    acting: list[int]
+    base: np.ndarray
+    truth: np.ndarray
+    ways: np.ndarray
+    owner: np.ndarray
+    t: np.ndarray
+    counts: np.ndarray
+    gram: np.ndarray
+    flat: Callable[[np.ndarray], np.ndarray]
+
+    def _before(self) -> np.ndarray:
+        """(S, S) products of the errors before anything is fitted."""
+        errors = self.flat(self.truth - self.base)
+        return np.asarray(errors @ self.gram @ errors.T)
+
+    def _solved(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(steps (D,) along the ways, the system (D, D), what it is to give (D,))."""
+        flat = self.flat(self.ways)
+        products = flat @ self.gram
+        counts = self.counts[self.owner]
+        system = counts[:, self.owner] * (products @ flat.T)
+        wanted = (counts * (products @ self.flat(self.truth - self.base).T)).sum(1)
+        diagonal = np.diag(system)
+        steps = np.linalg.solve(system + np.diag(RIDGE * diagonal + 1e-14), wanted)
+        return steps, system, wanted
+
+    def objective(self) -> float:
+        if not self.acting:
+            return 0.0
+        before = float((self.counts * self._before()).sum())
+        if not len(self.ways):
+            return before
+        steps, system, wanted = self._solved()
+        return before + float(steps @ (system @ steps - 2 * wanted))
+
+    def forecasts(self) -> np.ndarray:
+        """(S, 2, N), with the fitted weights."""
+        if not len(self.ways):
+            return self.base
+        moved = self._solved()[0][:, None, None] * self.ways
+        return self.base + np.stack([moved[self.owner == i].sum(0) for i in range(len(self.acting))])
+
+    def accumulated(self) -> float:
+        """What is to first order the error of the result, squared."""
+        if not self.acting:
+            return 0.0
+        errors = self.t @ self.flat(self.truth - self.forecasts())
+        return float(errors @ self.gram @ errors)
+
+
 class Fit:
     """Fits weights and schedules to a recording.
 
-    apart: the difference between prompts has weights of its own.
+    apart: the difference between prompts has weights of its own. strength, power, own: see LAMBDA, POWER, OWN. corrects:
+    full evaluations make good what forecasts missed.
     """
 
-    def __init__(self, recording: Recording, apart: bool = False, strength: float = LAMBDA, power: float = POWER):
+    def __init__(
+        self,
+        recording: Recording,
+        apart: bool = False,
+        strength: float = LAMBDA,
+        power: float = POWER,
+        corrects: bool = True,
+        own: float = OWN,
+    ):
         self.recording, self.apart, self._strength, self._power = recording, apart, strength, power
+        self._corrects, self._own = corrects, own
         self._n = len(recording)
         n, w = self._n, recording.guidance - 1
         # With weights alike only the sum matters: v of the guided result.
         both = np.concatenate([np.eye(n), w * np.eye(n)], axis=1)
         self._guided = both @ recording.gram @ both.T
         self._known: dict[tuple[str, bool], float] = {}
+        self._lines: dict[tuple, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def weights(self, kinds: Sequence[str], fitted: bool = True) -> Fitted:
         """The plan that has these kinds of evaluation (full, result, cond), with its weights.
 
-        fitted: otherwise all are straight lines.
+        fitted: otherwise all are straight lines, and nothing is made good.
         """
-        left_out, forecasts, _, objective, accumulated = self._solve(tuple(kinds), fitted)
+        system = self._system(tuple(kinds), fitted)
         actions = [Action(kind) for kind in kinds]
-        for i, s in enumerate(left_out):
-            rows = [_pairs(row) for row in forecasts[i]]
+        for s, rows in zip(system.acting, system.forecasts(), strict=True):
+            cond, difference = (_pairs(row) for row in rows)
             if kinds[s] == COND:
-                actions[s] = Action(COND, difference=rows[1])
+                actions[s] = Action(COND, difference=difference)
             else:
-                actions[s] = Action(RESULT, rows[0], rows[1] if self.apart else ())
+                actions[s] = Action(kinds[s], cond, difference if self.apart else ())
         plan = ForecastPlan(tuple(actions), self.recording.positions)
         size = self.recording.size or 1.0
-        return Fitted(plan, plan.saving(), max(objective, 0.0) ** 0.5 / size, max(accumulated, 0.0) ** 0.5 / size)
+        error, accumulated = (max(e, 0.0) ** 0.5 / size for e in (system.objective(), system.accumulated()))
+        return Fitted(plan, plan.saving(), error, accumulated)
 
     def objective(self, kinds: Sequence[str], fitted: bool = True) -> float:
         """What the weights of these kinds of evaluation minimise, at its minimum."""
         key = "".join(kind[0] for kind in kinds), fitted
         if key not in self._known:
-            self._known[key] = self._solve(tuple(kinds), fitted)[3]
+            self._known[key] = self._system(tuple(kinds), fitted).objective()
         return self._known[key]
 
-    def _solve(self, kinds: tuple[str, ...], fitted: bool) -> tuple[list[int], np.ndarray, np.ndarray, float, float]:
-        """(left-out evaluations, their forecasts (S, 2, N) of cond and difference, T, objective, accumulated)."""
-        n = self._n
-        left_out = [s for s in range(n) if kinds[s] != FULL]
-        t = transfer(self.recording.response, [kind != RESULT for kind in kinds], self._power)[left_out]
-        if not left_out:
-            return left_out, np.zeros((0, 2, n)), t, 0.0, 0.0
-        bases, directions, owners = [], [], []
-        for i, s in enumerate(left_out):
-            base, found = self._forecast(kinds, s)
-            bases.append(base)
-            if fitted:
-                directions += found
-                owners += [i] * len(found)
-        forecasts = np.stack(bases)  # (S, 2, N)
+    def _system(self, kinds: tuple[str, ...], fitted: bool) -> _System:
+        missing = [s for s in range(self._n) if kinds[s] != FULL]
+        first = missing[0] if missing and fitted and self._corrects else self._n
+        acting = [s for s in range(self._n) if kinds[s] != FULL or s > first]
+        t = transfer(self.recording.response, [kind != RESULT for kind in kinds], self._power)[acting]
+        alone = np.array([self._own if kinds[s] == FULL else self._strength for s in acting])
         mixed = self.apart or COND in kinds
         gram, flat = (self.recording.gram, self._flat_apart) if mixed else (self._guided, self._flat_alike)
-        truth = np.stack([self._truth(kinds, s) for s in left_out])
-        errors = flat(truth - forecasts)  # (S, nodes)
-        counts = np.outer(t, t) + self._strength * np.diag(t**2)
-        if directions:
-            ways = np.stack(directions)
-            owner = np.array(owners)
-            flat_ways = flat(ways)
-            products = flat_ways @ gram
-            system = counts[np.ix_(owner, owner)] * (products @ flat_ways.T)
-            wanted = (counts[owner] * (products @ errors.T)).sum(1)
-            ridge = RIDGE * np.diag(np.diag(system)) + 1e-14 * np.eye(len(system))
-            steps = np.linalg.solve(system + ridge, wanted)
-            np.add.at(forecasts, owner, steps[:, None, None] * ways)
-            errors = flat(truth - forecasts)
-        products = errors @ gram @ errors.T
-        return (
-            left_out,
-            forecasts,
+        found = [self._forecast(kinds, s) for s in acting]
+        return _System(
+            acting,
+            np.stack([base for base, _, _ in found]) if found else np.zeros((0, 2, self._n)),
+            np.stack([truth for _, truth, _ in found]) if found else np.zeros((0, 2, self._n)),
+            np.concatenate([ways for _, _, ways in found]) if fitted and found else np.zeros((0, 2, self._n)),
+            np.repeat(np.arange(len(found)), [len(ways) for _, _, ways in found] if fitted else 0),
             t,
-            float((counts * products).sum()),
-            float(t @ products @ t),
+            np.outer(t, t) + np.diag(alone * t**2),
+            gram,
+            flat,
         )
 
     def _flat_apart(self, rows: np.ndarray) -> np.ndarray:
@@ -273,55 +330,68 @@ class Fit:
     def _flat_alike(rows: np.ndarray) -> np.ndarray:
         return rows[:, 0]
 
-    def _truth(self, kinds: Sequence[str], s: int) -> np.ndarray:
-        truth = np.zeros((2, self._n))
-        truth[1, s] = 1
-        if kinds[s] == RESULT:
-            truth[0, s] = 1
-        return truth
+    def _forecast(self, kinds: Sequence[str], s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of an evaluation: what stands for it before anything is fitted (2, N), the straight line or its own result;
+        what it is in truth (2, N); and the directions in which the first may be moved (D, 2, N).
+        """
+        both = tuple([q for q in range(s - 1, -1, -1) if kinds[q] == FULL][:POINTS])
+        cond = tuple([q for q in range(s - 1, -1, -1) if kinds[q] in (FULL, COND)][:POINTS]) if self.apart else both
+        key = kinds[s], s, both, cond
+        if key not in self._lines:
+            self._lines[key] = self._drawn(*key)
+        return self._lines[key]
 
-    def _forecast(self, kinds: Sequence[str], s: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The straight lines of a left-out evaluation, (2, N), and the directions in which they may be moved."""
-        both = [q for q in range(s - 1, -1, -1) if kinds[q] == FULL][:POINTS]
-        cond = [q for q in range(s - 1, -1, -1) if kinds[q] in (FULL, COND)][:POINTS] if self.apart else both
-        base = np.zeros((2, self._n))
-        directions: list[np.ndarray] = []
+    def _drawn(self, kind: str, s: int, both: tuple[int, ...], cond: tuple[int, ...]):
+        truth, base = np.zeros((2, 2, self._n))
+        truth[1 if kind == COND else slice(None), s] = 1
         where = self.recording.positions
-        if kinds[s] == RESULT:
-            for q, weight in line(where[s], [(q, where[q]) for q in cond]):
-                base[0, q] = weight
-        for q, weight in line(where[s], [(q, where[q]) for q in both]):
-            base[1, q] = weight
+        if kind == FULL:
+            base[:, s] = 1
+            both, cond = (s, *both), (s, *cond)
+        else:
+            for row, points in ((0, cond), (1, both))[kind == COND :]:
+                for q, weight in line(where[s], [(q, where[q]) for q in points]):
+                    base[row, q] = weight
+        ways: list[np.ndarray] = []
 
-        def move(row: int | slice, points: Sequence[int]) -> Iterator[np.ndarray]:
+        def move(row: int | slice, points: Sequence[int]) -> None:
             for newer, older in zip(points, points[1:], strict=False):
                 way = np.zeros((2, self._n))
                 way[row, newer], way[row, older] = 1, -1
-                yield way
+                ways.append(way)
 
-        if kinds[s] == COND:
-            directions += move(1, both)
-        elif self.apart:
-            directions += [*move(0, cond), *move(1, both)]
-        else:
-            directions += move(slice(None), both)
-        return base, directions
+        if self.apart and kind != COND:
+            move(0, cond)
+        move(1 if self.apart or kind == COND else slice(None), both)
+        return base, truth, np.stack(ways) if ways else np.zeros((0, 2, self._n))
 
     # the schedule ------------------------------------------------------------------------------------
 
     def search(self, cost: float, conds: bool = False, fitted: bool = True, thorough: bool = True) -> Fitted:
         """The best plan that costs at most as much as `cost` full evaluations.
 
-        conds: also with evaluations for the positive prompt alone, which cost half of one. thorough: otherwise from two
-        beginnings only, and by near moves, in a fifth of the time. Raises ValueError for less than one evaluation.
+        conds: also with evaluations for the positive prompt alone, which cost half of one. thorough: otherwise from few
+        beginnings, and by near moves. Raises ValueError for less than one evaluation.
         """
         if cost < 1:
             raise ValueError(f"forecast: at least one evaluation must be made, got {cost:g}")
         full = min(int(cost), self._n)
-        powers = (1.3, 1.0, 0.8, 2.0) if thorough else (1.3,)
-        starts = [self._late(full), *(self._spread(full, power) for power in powers)]
-        best = min((self._descend(start, conds, fitted) for start in starts), key=lambda k: self.objective(k, fitted))
-        return self.weights(self._descend(best, conds, fitted, far=True) if thorough else best, fitted)
+        starts = {self._late(full), self._spread(full)}
+        starts.update(self._drawn_by_lot(full, STARTS if thorough else FEW_STARTS))
+        found = sorted((self._descend(start, False, fitted, thorough) for start in starts), key=self._by(fitted))
+        if conds:
+            found = [self._descend(kinds, True, fitted, thorough) for kinds in dict.fromkeys(found[:2])]
+        return self.weights(min(found, key=self._by(fitted)), fitted)
+
+    def _by(self, fitted: bool) -> Callable[[tuple[str, ...]], float]:
+        return lambda kinds: self.objective(kinds, fitted)
+
+    def _drawn_by_lot(self, full: int, count: int) -> Iterator[tuple[str, ...]]:
+        """Schedules to begin from, the same ones each time: descents end in many places, the best of them far apart."""
+        rng = np.random.default_rng(full)
+        for _ in range(count):
+            chosen = {0, *(1 + rng.permutation(self._n - 1)[: full - 1]).tolist()}
+            yield tuple(FULL if s in chosen else RESULT for s in range(self._n))
 
     def _late(self, full: int) -> tuple[str, ...]:
         """All full at first, then by turns; where that leaves too many, from the end on."""
@@ -329,8 +399,8 @@ class Fit:
         chosen = set(left_out[: self._n - full])
         return tuple(RESULT if s in chosen else FULL for s in range(self._n))
 
-    def _spread(self, full: int, power: float) -> tuple[str, ...]:
-        places = [min(int(self._n * (j / full) ** power), self._n - 1) for j in range(full)]
+    def _spread(self, full: int) -> tuple[str, ...]:
+        places = [min(int(self._n * (j / full) ** 1.3), self._n - 1) for j in range(full)]
         chosen = set(places)
         free = [s for s in range(self._n) if s not in places]
         chosen.update(free[: full - len(chosen)])
@@ -403,24 +473,22 @@ def fits_of(recording: Recording) -> list[Fit]:
 
 def best_of(fits: Sequence[Fit], cost: float) -> Fitted:
     """The plan with the least predicted error that costs at most so many full evaluations."""
-    return min((fit.search(cost, conds=fit.apart) for fit in fits), key=lambda found: found.error)
+    thorough = len(fits[0].recording) <= MOST_APART  # somebody waits for it
+    return min((fit.search(cost, fit.apart, thorough=thorough) for fit in fits), key=lambda found: found.error)
 
 
 def cheapest(fits: Sequence[Fit], error: float) -> Fitted:
-    """The plan with the fewest full evaluations whose predicted error is at most so large. The first fit, which is
-    quick, says how many; the others may do with fewer.
+    """The plan with the fewest full evaluations whose predicted error is at most so large. A quick search says about
+    how many; the best of so many may do with fewer.
     """
     low, high = 1, len(fits[0].recording)
-    thorough = high <= MOST_APART  # the run waits for it
-    best = fits[0].search(high, thorough=thorough)  # the error falls as the cost rises
     while low < high:
         cost = (low + high) // 2
-        found = fits[0].search(cost, thorough=thorough)
-        if found.error <= error:
-            high, best = cost, found
+        if fits[0].search(cost, thorough=False).error <= error:
+            high = cost
         else:
             low = cost + 1
-    for fit in fits[1:]:
-        while high > 1 and (found := fit.search(high - 1, conds=fit.apart)).error <= error:
-            high, best = high - 1, found
+    best = best_of(fits, high)
+    while high > 1 and (found := best_of(fits, high - 1)).error <= error:
+        high, best = high - 1, found
     return best

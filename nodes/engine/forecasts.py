@@ -156,7 +156,8 @@ class Forecaster(InRun):
         self._sigma, self._position, self._number = 0.0, 0.0, 0
         self._action, self._planned = Action(), True
         self._unplanned = 0
-        self._forced: list[int] = []  # evaluations that were made though the plan forecasts them
+        self._made_anyway: set[int] = set()  # evaluations that the plan forecasts
+        self._forced: list[int] = []  # the last of them
         self._wanted = 1  # points of a straight line
         self._ordinals: Counter = Counter()
         self._tracks: dict[tuple, Track] = {}
@@ -225,6 +226,7 @@ class Forecaster(InRun):
             self._computed += len(live)
             self._done[-1].add("F")
             self._remember(live, keys, now, x, results)
+            results = self._corrected(keys, now, first, x, results)
         self.peak = max(self.peak, self.bytes())
         return results
 
@@ -268,8 +270,24 @@ class Forecaster(InRun):
             for i in range(len(conds))
         ]
 
+    def _corrected(self, keys, now, first, x, results) -> list[Tensor]:
+        """The results of a call that was made, with what the plan makes good in it; as they are where a forecast that
+        the plan has before it was not one here.
+        """
+        if not (self._planned and self._sigma > 0 and self.plan.corrects(self._number)):
+            return results
+        if any(min(self.plan.sources(self._number)) < k < self._number for k in self._made_anyway):
+            return results
+        found = self._results(keys, now, first)
+        if found is None:
+            return results
+        return [
+            denoised_of(x, found[i], self._sigma).to(result.dtype) if i in found else result
+            for i, result in enumerate(results)
+        ]
+
     def _results(self, keys, now, first) -> dict[int, Tensor] | None:
-        """v of each list at an evaluation that is not made; None where something it is drawn on from is missing."""
+        """v of each list as a sum of what is remembered; None where some of that is missing."""
         found: dict[int, Tensor | None] = {}
         apart, v = self._action.difference and first is not None, None
         if apart:
@@ -317,7 +335,10 @@ class Forecaster(InRun):
         needed = self.plan.live(self._next - 1) if self._next else frozenset()
         if not self._planned or len(computed) == len(keys) and self._action.kind != FULL:
             # Made though the plan knows nothing of it: the next straight lines start here.
+            self._made_anyway.add(self._number)
             self._forced = [*[k for k in self._forced if k != self._number][-1:], self._number]
+        if self._planned and self.plan.corrects(self._number):
+            needed |= {self._number, *self.plan.sources(self._number)}
         keep, whole = {*needed, *self._forced}, len(computed) == len(keys)
         for i in computed:
             track = self._tracks.setdefault(keys[i], Track())

@@ -119,6 +119,8 @@ def test_what_is_no_plan_is_one_sentence(text, wanted):
         (Action(), Action(RESULT), Action(RESULT, ((1, 1.0),))),  # from a forecast
         (Action(), Action(COND), Action(RESULT, ((1, 1.0),))),  # the negative prompt was not computed there
         (Action(), Action(UNGUIDED), Action(RESULT, ((1, 1.0),), ((1, 1.0),))),
+        (Action(), Action(weights=((2, 1.0),)), Action()),  # from a later one
+        (Action(), Action(RESULT), Action(weights=((2, 2.0), (1, -1.0)))),
     ],
 )
 def test_a_plan_draws_only_on_what_was_computed(actions):
@@ -143,7 +145,8 @@ def test_the_saving_counts_evaluations():
 def test_a_plan_scales_to_another_number_of_steps():
     scaled = forecast.every(10, 5).for_steps(20)
     assert scaled.letters() == "F" + "r" * 9 + "F" + "r" * 9
-    weighted = ForecastPlan((Action(), Action(), Action(RESULT, ((1, 3.0), (0, -2.0)))))
+    weighted = ForecastPlan((Action(), Action(weights=((1, 2.0), (0, -1.0))), Action(RESULT, ((1, 3.0), (0, -2.0)))))
+    assert weighted.corrects(1) and weighted.remembered == 2
     assert weighted.for_steps(3) is weighted
     assert all(not a.weights and not a.difference for a in weighted.for_steps(6).actions)
     assert weighted.for_steps(6).letters() == "FrFrrr"
@@ -160,6 +163,19 @@ def test_guidance_in_an_interval():
     weighted = ForecastPlan((Action(), Action(), Action(), Action(RESULT, ((2, 2.0), (0, -1.0)))))
     assert forecast.guided_within(weighted, 0.25, 1.0).actions[3] == Action(RESULT)
     assert forecast.guided_within(weighted, 0.0, 1.0) == weighted
+    # What a full evaluation makes good is made good where all that it looks at is as it was planned.
+    makes_good = ForecastPlan(
+        (
+            Action(),
+            Action(),
+            Action(RESULT),
+            Action(weights=((3, 1.5), (1, -0.5))),
+            Action(weights=((4, 2.0), (3, -1.0))),
+        )
+    )
+    assert forecast.guided_within(makes_good, 0.0, 1.0) == makes_good
+    assert forecast.guided_within(makes_good, 0.2, 1.0).actions[3:] == makes_good.actions[3:]
+    assert forecast.guided_within(makes_good, 0.6, 1.0).actions[3:] == (Action(), Action())
     with pytest.raises(ValueError, match="0 <= start <= end <= 1"):
         forecast.guided_within(plan, 0.7, 0.2)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asdm_core import forecast_fit
-from asdm_core.forecast import COND, FULL, RESULT, denoised_of, v_of
+from asdm_core.forecast import COND, FULL, RESULT, ForecastPlan, denoised_of, v_of
 from asdm_core.forecast_fit import (
     Fit,
     Offer,
@@ -144,6 +144,9 @@ class Toy:
                     d = sum(weight * difference[q] for q, weight in action.difference)
                 else:
                     difference[k] = d
+                    if plan and action.weights:
+                        c = sum(weight * cond[q] for q, weight in action.weights)
+                        d = sum(weight * difference[q] for q, weight in action.difference or action.weights)
             positive, negative = denoised_of(x, c, sigma), denoised_of(x, c - d, sigma)
             assert v_of(x, positive, sigma) == pytest.approx(c)
             return negative + w * (positive - negative)
@@ -182,38 +185,64 @@ def test_the_predicted_error_is_the_error_of_the_run(sampler, letters, apart, fi
     assert found.plan.letters() == letters
 
 
+@pytest.mark.parametrize("corrects", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
-def test_no_other_weights_have_a_smaller_objective(apart):
+def test_no_other_weights_have_a_smaller_objective(apart, corrects):
     recording = Toy("dpmpp_2m", 5.0).recording()
     kinds = kinds_of("FFrFrrFrr" if not apart else "FFcFrcFrr")
-    fit = Fit(recording, apart=apart)
+    fit = Fit(recording, apart=apart, corrects=corrects)
     best = fit.objective(kinds)
     assert best < fit.objective(kinds, fitted=False)
-    # The ridge keeps it from the very minimum: moving single weights gains next to nothing.
-    left_out, forecasts, t, _, _ = fit._solve(tuple(kinds), True)
-    counts = np.outer(t, t) + forecast_fit.LAMBDA * np.diag(t**2)
-    w = recording.guidance - 1
+    n, w = len(recording), recording.guidance - 1
+    acting = range(2, n) if corrects else [s for s in range(n) if kinds[s] != FULL]
+    t = transfer(recording.response, [kind != RESULT for kind in kinds])[acting]
+    alone = [forecast_fit.OWN if kinds[s] == FULL else forecast_fit.LAMBDA for s in acting]
+    counts = np.outer(t, t) + np.diag(alone * t**2)
+
+    def rows_of(plan):
+        rows = np.zeros((len(acting), 2, n))
+        for i, s in enumerate(acting):
+            action = plan.actions[s]
+            for row, weights in enumerate((action.weights, action.difference or action.weights)):
+                for q, weight in weights or (((s, 1.0),) if kinds[s] == FULL else ()):
+                    rows[i, row, q] = weight
+        return rows
 
     def objective(rows):
-        total = np.zeros((len(left_out), 2 * len(recording)))
-        for i, s in enumerate(left_out):
-            truth = np.zeros((2, len(recording)))
-            truth[1, s], truth[0, s] = 1, kinds[s] == RESULT
-            error = truth - rows[i]
-            total[i] = np.concatenate([error[0], w * error[1]])
+        truth = np.zeros_like(rows)
+        for i, s in enumerate(acting):
+            truth[i, :, s] = (kinds[s] != COND, 1)
+        errors = truth - rows
+        total = np.concatenate([errors[:, 0], w * errors[:, 1]], axis=1)
         return float((counts * (total @ recording.gram @ total.T)).sum())
 
-    assert objective(forecasts) == pytest.approx(best, rel=1e-6)
-    plain = objective(fit._solve(tuple(kinds), False)[1])
-    for i, s in enumerate(left_out):
-        full = [q for q in range(s) if kinds[q] == FULL]
+    found = rows_of(fit.weights(kinds).plan)
+    assert objective(found) == pytest.approx(best, rel=1e-6)
+    # The ridge keeps it from the very minimum: moving single weights gains next to nothing.
+    plain = objective(rows_of(fit.weights(kinds, fitted=False).plan))
+    for i, s in enumerate(acting):
+        full = [q for q in range(s + 1) if kinds[q] == FULL]
         for newer, older in itertools.pairwise(full[-3:]):
             for amount in (-0.03, 0.03):
-                moved = forecasts.copy()
+                moved = found.copy()
                 rows = slice(1, 2) if kinds[s] == COND else slice(None)
                 moved[i, rows, newer] += amount
                 moved[i, rows, older] -= amount
                 assert objective(moved) > best - 0.02 * plain
+
+
+def test_what_a_full_evaluation_makes_good_lessens_the_error_of_the_run():
+    toy = Toy("dpmpp_2m", 5.0)
+    kinds = kinds_of("FFrFrFFrF")
+    plans = [Fit(toy.recording(), corrects=corrects).weights(kinds) for corrects in (False, True)]
+    assert [[plan.plan.corrects(k) for k in range(9)] for plan in plans] == [
+        [False] * 9,
+        [corrected and kind == FULL for corrected, kind in zip([False] * 3 + [True] * 6, kinds, strict=True)],
+    ]
+    without, with_ = (np.abs(toy.run(plan.plan) - toy.run()).max() for plan in plans)
+    assert with_ < without / 2
+    again = ForecastPlan.from_json(plans[1].plan.to_json())
+    assert again == plans[1].plan
 
 
 def test_weights_of_a_forecast_sum_to_one():

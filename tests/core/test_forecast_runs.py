@@ -110,6 +110,10 @@ class Run:
             else:
                 cond, uncond = (v_of(x, denoised, sigma) for denoised in self.network(x, sigma))
             self.seen.append((cond, uncond))
+            if actions is not None and actions[k].kind == FULL and actions[k].weights:
+                of = actions[k].difference or actions[k].weights
+                cond = sum(w * self.seen[q][0] for q, w in actions[k].weights)
+                uncond = cond - sum(w * (self.seen[q][0] - self.seen[q][1]) for q, w in of)
             positive, negative = denoised_of(x, cond, sigma), denoised_of(x, uncond, sigma)
             return (negative + self.guidance * (positive - negative)).ravel()
 

@@ -97,6 +97,10 @@ def by_hand(plan, cfg):
             if action.kind == FULL:
                 cond, uncond = results((0, 1), x, sigma)
                 v_cond[s], v_uncond[s] = to_v(cond), to_v(uncond)
+                if action.weights:
+                    cond = to_x0(sum(w * v_cond[q] for q, w in action.weights))
+                    low = sum(w * (v_cond[q] - v_uncond[q]) for q, w in action.difference or action.weights)
+                    uncond = to_x0(to_v(cond) - low)
             elif action.kind == UNGUIDED:
                 uncond = cond = results((0,), x, sigma)[0]
             elif action.kind == COND:
@@ -150,7 +154,21 @@ WEIGHTED = ForecastPlan(
         Action(RESULT),
     )
 )
+MADE_GOOD = ForecastPlan(
+    (
+        Action(),
+        Action(),
+        Action(RESULT, ((1, 1.7), (0, -0.7))),
+        Action(FULL, ((3, 1.4), (1, -0.6), (0, 0.2))),
+        Action(RESULT, ((3, 1.5), (1, -0.5))),
+        Action(COND, difference=((3, 1.5), (1, -0.5))),
+        Action(FULL, ((6, 1.3), (5, 0.1), (3, -0.4)), ((6, 1.2), (3, -0.1), (1, -0.1))),
+        Action(FULL, ((7, 0.8), (6, 0.2))),
+    )
+)
 PLANS = {
+    "made good": MADE_GOOD,
+    "made good at once": ForecastPlan((*MADE_GOOD.actions[:5], Action(), Action(RESULT), Action())),
     "every other": every(STEPS, 2),
     "every third, two first": every(STEPS, 3, first=2),
     "cond": plan_of("FFcFcccF"),
@@ -239,7 +257,7 @@ def test_nothing_is_left_after_a_run(model, monkeypatch):
     assert made and all(point() is None for point in made)
 
 
-@pytest.mark.parametrize("name", ["every other", "weighted", "cond"])
+@pytest.mark.parametrize("name", ["every other", "weighted", "cond", "made good at once"])
 def test_the_memory_is_known_before_the_run(model, name):
     carried = Carried(model, PLANS[name])
     small.sample(carried.model, steps=STEPS, size=(12, 20), batch=2)
@@ -268,6 +286,24 @@ def test_cfg_1_and_a_guider_without_negative_are_left_alone_by_cond(model):
     carried = Carried(model, plan)
     assert torch.equal(small.sample(carried.model, steps=STEPS, cfg=1.0), small.sample(model, steps=STEPS, cfg=1.0))
     assert carried.report.letters == "F" * STEPS and carried.report.saving == 0
+
+
+def test_nothing_is_made_good_that_was_not_forecast(model):
+    # With CFG 1 an evaluation for the positive prompt alone is a full one.
+    plan = ForecastPlan((Action(), Action(), Action(COND), Action(FULL, ((3, 1.4), (1, -0.6), (0, 0.2)))))
+    assert small.difference(small.sample(Carried(model, plan).model, steps=4), small.sample(model, steps=4)) > 1e-3
+    carried = Carried(model, plan)
+    assert torch.equal(small.sample(carried.model, steps=4, cfg=1.0), small.sample(model, steps=4, cfg=1.0))
+    # A prompt joins in at the third of four steps: nothing before it is of use.
+    plan = ForecastPlan((Action(), Action(), Action(RESULT), Action(FULL, ((3, 1.4), (1, -0.6), (0, 0.2)))))
+    sampling = model.get_model_object("model_sampling")
+    begins = small.sigmas_of(model, 4)[2]
+    percent = float(1 - sampling.timestep(begins) / 999) - 1e-4
+    positive = small.cond(SD, 1) + small.cond(SD, 3, start_percent=percent, end_percent=1.0)
+    carried = Carried(model, plan)
+    made = small.sample(carried.model, steps=4, positive=positive)
+    assert carried.report.letters == "FFFF"
+    assert torch.equal(made, small.sample(model, steps=4, positive=positive))
 
 
 def test_a_plan_for_other_steps_is_scaled_and_it_is_said(model, caplog):
