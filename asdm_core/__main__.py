@@ -137,7 +137,7 @@ def inspect(args: argparse.Namespace) -> None:
                 + ", ".join(f"{conv} {count}" for conv, count in result["experts"].items())
             )
         if result["log_gains"]:
-            print("  gains for GRI attention: " + ", ".join(result["log_gains"]))
+            print("  log gains for GRI attention: " + ", ".join(result["log_gains"]))
     _print_numbers(result)
     if description.prediction:
         print(f"  predicts: {description.prediction}")
@@ -375,7 +375,7 @@ def assemble(args: argparse.Namespace) -> None:
     if pack.description.condconv or pack.description.gri:
         raise ValueError(
             f"{Path(args.pack).name} has "
-            f"{'convolutions with several experts' if pack.description.condconv else 'gains for GRI attention'}, "
+            f"{'convolutions with several experts' if pack.description.condconv else 'log gains for GRI attention'}, "
             "which no single UNet file can hold; use Apply Pack"
         )
     _check_same(trunk, pack)

@@ -25,9 +25,10 @@ LAMBDA = 0.2  # how much each error counts by itself, beside their sum
 OWN = 0.5  # likewise each correction
 POWER = 0.7  # of 1 / (1 + sigma^2): how much a computed result follows its latent
 POINTS = 3  # earlier evaluations that a forecast is a sum of
-MOST_APART = 24  # evaluations of a run in which prompts are told apart, and every search is thorough
+MOST_APART = 24  # evaluations of a run in which prompts are told apart, and searches begin from many schedules
 RIDGE = 3e-3
-STARTS, FEW_STARTS = 10, 4  # schedules drawn by lot that a search begins from
+LOTS, FEW_LOTS = 12, 2  # schedules drawn by lot that a search begins from
+KEPT = 3  # of what the descents from there have found
 BETTER = 0.999  # a move is made where the objective falls below this share
 _AT_ONCE = 2**16  # numbers of a row that are in double precision at once
 
@@ -281,7 +282,7 @@ class Fit:
 
         fitted: otherwise all are straight lines, and nothing is made good.
         """
-        system = self._system(tuple(kinds), fitted)
+        system = self._system(tuple(kinds), fitted, self._corrects)
         actions = [Action(kind) for kind in kinds]
         for s, rows in zip(system.acting, system.forecasts(), strict=True):
             cond, difference = (_pairs(row) for row in rows)
@@ -295,15 +296,17 @@ class Fit:
         return Fitted(plan, plan.saving(), error, accumulated)
 
     def objective(self, kinds: Sequence[str], fitted: bool = True) -> float:
-        """What the weights of these kinds of evaluation minimise, at its minimum."""
+        """What the weights of these kinds of evaluation minimise, at its minimum, before anything is made good: that
+        would double the system, and moves all schedules nearly alike.
+        """
         key = "".join(kind[0] for kind in kinds), fitted
         if key not in self._known:
-            self._known[key] = self._system(tuple(kinds), fitted).objective()
+            self._known[key] = self._system(tuple(kinds), fitted, corrects=False).objective()
         return self._known[key]
 
-    def _system(self, kinds: tuple[str, ...], fitted: bool) -> _System:
+    def _system(self, kinds: tuple[str, ...], fitted: bool, corrects: bool) -> _System:
         missing = [s for s in range(self._n) if kinds[s] != FULL]
-        first = missing[0] if missing and fitted and self._corrects else self._n
+        first = missing[0] if missing and fitted and corrects else self._n
         acting = [s for s in range(self._n) if kinds[s] != FULL or s > first]
         t = transfer(self.recording.response, [kind != RESULT for kind in kinds], self._power)[acting]
         alone = np.array([self._own if kinds[s] == FULL else self._strength for s in acting])
@@ -367,24 +370,24 @@ class Fit:
 
     # the schedule ------------------------------------------------------------------------------------
 
-    def search(self, cost: float, conds: bool = False, fitted: bool = True, thorough: bool = True) -> Fitted:
+    def search(self, cost: float, conds: bool = False, fitted: bool = True, lots: int = LOTS) -> Fitted:
         """The best plan that costs at most as much as `cost` full evaluations.
 
-        conds: also with evaluations for the positive prompt alone, which cost half of one. thorough: otherwise from few
-        beginnings, and by near moves. Raises ValueError for less than one evaluation.
+        conds: also with evaluations for the positive prompt alone, which cost half of one. lots: schedules drawn by
+        lot that the search begins from, beside two others. Raises ValueError for less than one evaluation.
         """
         if cost < 1:
             raise ValueError(f"forecast: at least one evaluation must be made, got {cost:g}")
         full = min(int(cost), self._n)
-        starts = {self._late(full), self._spread(full)}
-        starts.update(self._drawn_by_lot(full, STARTS if thorough else FEW_STARTS))
-        found = sorted((self._descend(start, False, fitted, thorough) for start in starts), key=self._by(fitted))
-        if conds:
-            found = [self._descend(kinds, True, fitted, thorough) for kinds in dict.fromkeys(found[:2])]
-        return self.weights(min(found, key=self._by(fitted)), fitted)
+        short = self._n <= MOST_APART
+        starts = {self._spread(full), *self._drawn_by_lot(full, lots), *([self._late(full)] if short else [])}
+        found = self._best({self._descend(start, False, fitted) for start in starts}, fitted)
+        if lots and short:  # in a long run there are too many
+            found = self._best({self._descend(kinds, conds, fitted, far=True) for kinds in found}, fitted)
+        return min((self.weights(kinds, fitted) for kinds in found), key=lambda plan: plan.error)
 
-    def _by(self, fitted: bool) -> Callable[[tuple[str, ...]], float]:
-        return lambda kinds: self.objective(kinds, fitted)
+    def _best(self, found: set[tuple[str, ...]], fitted: bool) -> list[tuple[str, ...]]:
+        return sorted(sorted(found), key=lambda kinds: self.objective(kinds, fitted))[:KEPT]
 
     def _drawn_by_lot(self, full: int, count: int) -> Iterator[tuple[str, ...]]:
         """Schedules to begin from, the same ones each time: descents end in many places, the best of them far apart."""
@@ -473,8 +476,8 @@ def fits_of(recording: Recording) -> list[Fit]:
 
 def best_of(fits: Sequence[Fit], cost: float) -> Fitted:
     """The plan with the least predicted error that costs at most so many full evaluations."""
-    thorough = len(fits[0].recording) <= MOST_APART  # somebody waits for it
-    return min((fit.search(cost, fit.apart, thorough=thorough) for fit in fits), key=lambda found: found.error)
+    lots = LOTS if len(fits[0].recording) <= MOST_APART else FEW_LOTS  # somebody waits for it
+    return min((fit.search(cost, fit.apart, lots=lots) for fit in fits), key=lambda found: found.error)
 
 
 def cheapest(fits: Sequence[Fit], error: float) -> Fitted:
@@ -484,7 +487,7 @@ def cheapest(fits: Sequence[Fit], error: float) -> Fitted:
     low, high = 1, len(fits[0].recording)
     while low < high:
         cost = (low + high) // 2
-        if fits[0].search(cost, thorough=False).error <= error:
+        if fits[0].search(cost, lots=0).error <= error:
             high = cost
         else:
             low = cost + 1

@@ -28,7 +28,7 @@ FEWER = (0.2, 0.4, 0.6)  # of the steps are saved in runs with fewer of them
 
 
 @dataclass(frozen=True)
-class Run:
+class Sampling:
     """What a sampler is asked for. samples: latents of the first pictures, (B, C, H, W)."""
 
     positive: list
@@ -70,7 +70,7 @@ class Run:
         )
 
 
-def calibrate(model, run: Run, batches: int, compare: bool) -> tuple[Profile, torch.Tensor]:
+def calibrate(model, run: Sampling, batches: int, compare: bool) -> tuple[Profile, torch.Tensor]:
     """The profile of a run, learned from so many batches of it, and their pictures. model: without Speed Up.
 
     compare: also try fewer steps. Raises ValueError for samplers that cannot be foretold.
@@ -204,7 +204,7 @@ class ASDMCalibrate(io.ComfyNode):
     ):
         file = file_name(name)
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        run = Run(
+        run = Sampling(
             positive,
             negative,
             samples,
