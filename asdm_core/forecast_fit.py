@@ -254,8 +254,8 @@ class _System:
 class Fit:
     """Fits weights and schedules to a recording.
 
-    apart: the difference between prompts has weights of its own. strength, power, own: see LAMBDA, POWER, OWN. corrects:
-    full evaluations make good what forecasts missed.
+    apart: the difference between prompts has weights of its own. strength, power, own: see LAMBDA, POWER, OWN.
+    corrects: full evaluations make good what forecasts missed.
     """
 
     def __init__(
