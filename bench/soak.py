@@ -200,6 +200,8 @@ def main() -> None:
 
 def soak(runs: int, folder: Path, memories, interrupt: Interrupter, interrupted) -> tuple[dict, list[dict]]:
     """The runs: (summary, what was counted after every tenth)."""
+    import comfy.model_management
+
     narrow, made = pack_module("card.narrow"), kinds(folder)
 
     def model(seed: int):
@@ -232,6 +234,7 @@ def soak(runs: int, folder: Path, memories, interrupt: Interrupter, interrupted)
         except interrupted:
             count["interrupted"] += 1
         if (n + 1) % COUNTED == 0:
+            comfy.model_management.unload_all_models()  # else the weights behind a LoRA count, while it is loaded
             rows.append(
                 {
                     "runs": n + 1,
