@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers import PNDMScheduler
@@ -47,7 +48,7 @@ class Pipeline:
         self.unet: nn.Module = load_unet(models / "emoji-teacher.safetensors")
         if product is not None:
             self.unet = assembled(self.unet, product)
-        self.unet.to(device)
+        nn.Module.to(self.unet, device)
         self.vae = load_codec(models).to(device)
         self.text_encoder = load_text(models / "emoji-text.safetensors").to(device)
         self.tokens = Tokens(host_folder(None), ids=self.text_encoder.ids.tolist())
@@ -61,7 +62,7 @@ class Pipeline:
         generator: Sequence[torch.Generator],
     ) -> SimpleNamespace:
         betas = {key: STANDARD[key] for key in ("beta_schedule", "beta_start", "beta_end")}
-        scheduler = PNDMScheduler(STEPS, **betas, skip_prk_steps=True, prediction_type="v_prediction")
+        scheduler: Any = PNDMScheduler(STEPS, **betas, skip_prk_steps=True, prediction_type="v_prediction")
         scheduler.set_timesteps(num_inference_steps)
         texts = [*prompts, *([""] * len(prompts))]
         context = self.text_encoder(self.tokens(texts).to(self.device))
