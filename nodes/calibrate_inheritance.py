@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import comfy.sample
 import comfy.samplers
@@ -170,6 +171,7 @@ class ASDMCalibrateInheritance(io.ComfyNode):
         found, result = calibrate(model, sample, longest, height, width)
         wanted = {"saving": goal["saving"]} if goal["goal"] == "saving" else {"error": goal["error"]}
         best = choose(found, **wanted)
+        best = replace(best, plan=replace(best.plan, name="calibrated"))
         chosen = with_technique(model, Inheritance(best.plan))
         facts = describe(chosen, steps, width * PIXELS, height * PIXELS, samples.shape[0])
         text = (

@@ -388,12 +388,12 @@ app.registerExtension({
   nodeCreated(node) {
     if (shows(node) !== 'comparison') return
     const view = new CompareView()
-    const widget = node.addDOMWidget('asdm_compare', 'asdm_compare', view.root, { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT })
+    const widget = node.addDOMWidget('asdm_compare', 'asdm_compare', view.root, { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT + 20 }) // with the front end's margin
     widget.serializeValue = () => undefined
     // The properties panel writes its own width into the widgets it lists, and leaves it there.
     Object.defineProperty(widget, 'width', { get: () => undefined, set: () => {} })
     const [width, height] = node.size
-    node.setSize([Math.max(width, 420), Math.max(height, 460)])
+    node.setSize([Math.max(width, 420), Math.max(height, 460, node.computeSize()[1])])
     const executed = node.onExecuted
     node.onExecuted = function (output) {
       executed?.apply(this, arguments)

@@ -274,12 +274,12 @@ def draw_offers(
 
     offers: by kind, (saving, error as a share of the result, label). limits: the error that each position allows.
     """
-    width, left, tall = 720, 128, 330
-    lines = [line for whole in (title, *text.split("\n")) for line in wrapped(whole, 14, width - 2 * MARGIN)]
+    width, left, tall = PLAN_WIDTH, 112, 300
+    lines = [line for whole in (title, *text.split("\n")) for line in wrapped(whole, 14, width - 2 * 12)]
     top = 20 + 20 * len(lines) + 14
     sheet = _Sheet(width, top + tall + 74)
     for i, line in enumerate(lines):
-        sheet.text(MARGIN, 14 + 20 * i, line, 14, FAINT if i else INK)
+        sheet.text(12, 14 + 20 * i, line, 14, FAINT if i else INK)
     # Errors differ by powers of ten; a plan without any lies at the upper edge.
     errors = [max(error, 1e-4) for found in offers.values() for _, error, _ in found] + list(limits.values())
     low, high = np.log10(min(errors)) - 0.1, np.log10(max(errors)) + 0.1
@@ -291,7 +291,8 @@ def draw_offers(
     for saved in range(0, 101, 10):
         x, _ = at(saved / 100, 1)
         sheet.line((x, top, x, top + tall), "#eceff4", 1)
-        sheet.text(x, top + tall + 6, f"{saved}%", 12, FAINT, "ma")
+        if saved % 20 == 0:
+            sheet.text(x, top + tall + 6, f"{saved}%", SMALLEST, FAINT, "ma")
     sheet.text((left + width - MARGIN) / 2, top + tall + 24, "of the work saved", 13, INK, "ma")
     for name, error in limits.items():
         _, y = at(0, error)
@@ -305,11 +306,11 @@ def draw_offers(
         for (_, _, label), (x, y) in zip(sorted(found), ends, strict=True):
             sheet.cell(x - 4, y - 4, 9, 9, colour)
             if kind == "fewer steps":
-                sheet.text(x + 7, y - 9, f"{label} steps", 11, colour, "lm")
-        x = left + 170 * i
+                sheet.text(x + 7, y - 9, f"{label} steps", SMALLEST, colour, "lm")
+        x = 12 + 150 * i
         sheet.cell(x, top + tall + 50, 16, 12, colour)
         sheet.text(x + 22, top + tall + 56, {"plans": "steps left out"}.get(kind, kind), 13, INK, "lm")
-    sheet.text(left + 340, top + tall + 56, "higher is more alike", 13, FAINT, "lm")
+    sheet.text(width - 160, top + tall + 56, "higher is more alike", 13, FAINT, "lm")
     return sheet.done()
 
 
