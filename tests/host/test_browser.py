@@ -469,12 +469,11 @@ def test_what_a_technique_says_in_a_run_stands_on_its_node_until_the_next(page):
 def test_a_page_that_is_opened_later_shows_what_was_said(browser, page, server, front_end):
     """Two steps are few for Feature Inheritance, and it says so on its node."""
     name = f"Said before, {front_end}"
-    drop(page, PACK / "workflows" / "07 Image to image.json", name=f"{name}.json")
+    drop(page, PACK / "workflows" / "11 Full stack.json", name=f"{name}.json")
     id = page.evaluate(f"type => {{ {NODE}; return String(node.id) }}", "ASDMFeatureInheritance")
     for widget, value in (("steps", 2), ("rounds", 1), ("seed", 10 + len(front_end))):  # not the host's kept result
         set_widget(page, "ASDMABCompare", widget, value)
     said = """id => app.graph.getNodeById(id)?.widgets?.find(w => w.name === "asdm_notes")?.value ?? ''"""
-    Client(server.url).upload("asdm-pear.png", (PACK / "workflows/pictures/asdm-pear.png").read_bytes())
     run(page)
     until(lambda: "with fewer than 8" in page.evaluate(said, id))
     # Once more, with nothing changed: the host runs nothing, and what it shows is what that was said of.
