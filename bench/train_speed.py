@@ -16,8 +16,11 @@ SD1.5's recipes but for the perceptual one of stage 2.
 And of the data:
 
     waited_for_data       share of the time in which stage 2 on pictures on the disk, with two workers, has no data
-    start_on_a_million    seconds from nothing to the first batch of a cache of 1 million pictures
-    plan_over_peak        memory of train.dry_run's plan over the peak of a process
+    start_on_a_million    seconds from nothing to the first batch of a cache of 1 million pictures, and of as many in
+                          shards (start_on_a_million_in_shards)
+    plan_over_peak        memory of train.dry_run's plan over the peak of a process, in both precisions
+
+--parts speed, memory or data measures that alone and keeps the rest of the record.
 
 Speeds (samples per second) are compared within each round, everything in turn; the first step of each run, in which
 buffers are made, is left out. Memory is the peak of a process of its own, less what it held before the networks.
@@ -26,14 +29,18 @@ buffers are made, is left out. Memory is the peak of a process of its own, less 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import io
 import json
 import re
 import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +54,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from asdm_core.packs import write_file
-from bench._common import add_common_arguments, clock_of, command_line, record
+from bench._common import RESULTS, add_common_arguments, clock_of, command_line, record
 from train import dry_run, losses, loop, networks
 from train.config import Config, load
 from train.data import Batch, Batches
@@ -56,6 +63,7 @@ from train.attention import BmmAttention
 from train.sources import open_source
 
 CONFIGS = Path(loop.__file__).parent / "configs"
+PARTS = ("speed", "memory", "data")
 RUNS = {"stage1": "emoji-base", "stage2": "emoji-m2", "full_student": "emoji-m5", "rollout": "emoji-two-steps-lora"}
 LOSSES = {
     "stage1": ["loss.task=1"],
@@ -76,8 +84,9 @@ MIDDLE = {
 NETWORKS = {"emoji": [], "middle": ["network.family=middle", "data.size=256", "run.batch=8", "run.micro_batch=4"]}
 
 
-def recipe(run: str, network: str, folder: Path, steps: int) -> Config:
+def recipe(run: str, network: str, folder: Path, steps: int, precision: str = "no") -> Config:
     changes = [
+        f"run.precision={precision}",
         *NETWORKS[network],
         *LOSSES.get(run, LOSSES["stage2"]),
         "network.teacher=random",
@@ -188,6 +197,29 @@ def start_on_a_cache(folder: Path, pictures: int, clock: Callable[[], float], fi
     return clock() - began
 
 
+def start_on_shards(folder: Path, shards: int, clock: Callable[[], float], each: int = 1000) -> float:
+    """Seconds until the first batch of so many shards, which are one file under many names."""
+    config = recipe("stage2", "emoji", folder, 1)
+    write_encoders(folder / "models", config.network.config.context_dim)
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), (90, 120, 30)).save(picture, "png")
+    (folder / "shards").mkdir()
+    first = folder / "shards" / "00000.tar"
+    with tarfile.open(first, "w") as tar:
+        for i in range(each):
+            for name, content in ((f"{i:06d}.png", picture.getvalue()), (f"{i:06d}.txt", b"a picture")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    for i in range(1, shards):
+        (folder / "shards" / f"{i:05d}.tar").hardlink_to(first)
+    data = replace(config.data, source="shards", path=str(folder / "shards"), size=32)
+    config = replace(config, data=data, encoders=replace(config.encoders, models=str(folder / "models")))
+    began = clock()
+    Batches(open_source(config), config)(range(config.run.micro_batch))
+    return clock() - began
+
+
 def run_loop(config: Config, clock: Callable[[], float]) -> tuple[float, float]:
     """Mean seconds of the steps of a run, but for the first: without those of a bank, and of the bank in all its steps.
 
@@ -259,37 +291,43 @@ def measure(network: str, rounds: int, steps: int, device: torch.device, clock: 
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     times.setdefault(f"{run}_reference", []).append((clock() - start) / steps)
-    rows = []
-    for name, found in times.items():
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.train_speed", "--network", network, "--memory", name],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        batch = recipes[name.removesuffix("_reference")].run.batch
-        rows.append(
-            {
-                "network": network,
-                "run": name,
-                "batch": batch,
-                "seconds_of_a_step": statistics.median(found),
-                "all_seconds": found,
-                "samples_per_second": batch / statistics.median(found),
-                "peak_bytes": int(done.stdout.split()[-1]),
-            }
-            | (
-                {"plan_bytes": dry_run.memory(dry_run.meta_student(recipes[name]), recipes[name], 1).total}
-                if name in RUNS
-                else {}
+    return [
+        {
+            "network": network,
+            "run": name,
+            "batch": (batch := recipes[name.removesuffix("_reference")].run.batch),
+            "seconds_of_a_step": statistics.median(found),
+            "all_seconds": found,
+            "samples_per_second": batch / statistics.median(found),
+        }
+        | ({"bank_seconds_of_a_step": statistics.median(banks[name])} if name == "rollout" else {})
+        for name, found in times.items()
+    ]
+
+
+def planned(network: str) -> dict[str, float]:
+    """The memory of the plan over the peak of a process of its own, of both stages in both precisions."""
+    found = {}
+    for run in ("stage1", "stage2"):
+        for precision in ("no", "bf16"):
+            done = subprocess.run(
+                [
+                    *(sys.executable, "-m", "bench.train_speed", "--network", network),
+                    *("--memory", run, "--precision", precision),
+                ],
+                capture_output=True,
+                text=True,
+                check=True,
             )
-            | ({"bank_seconds_of_a_step": statistics.median(banks[name])} if name == "rollout" else {})
-        )
-    return rows
+            config = recipe(run, network, Path("nowhere"), 2, precision)
+            plan = dry_run.memory(dry_run.meta_student(config), config, 1).total
+            suffix = ("" if precision == "no" else f"_{precision}") + ("" if network == "emoji" else f"_{network}")
+            found[f"plan_over_peak_{run}{suffix}"] = plan / int(done.stdout.split()[-1])
+    return found
 
 
-def memory(network: str, name: str, device: torch.device) -> int:
-    """Peak bytes of one run in this process, above what it holds now."""
+def memory(network: str, name: str, precision: str, device: torch.device) -> int:
+    """Peak bytes of one run in this process, above what it holds after a first one of a single sample."""
 
     def peak() -> int:
         if device.type == "cuda":
@@ -298,17 +336,27 @@ def memory(network: str, name: str, device: torch.device) -> int:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
-    before = peak()
     with tempfile.TemporaryDirectory() as folder:
-        config = recipe(name.removesuffix("_reference"), network, Path(folder), 2)
-        if name.endswith("_reference"):
-            reference = Reference(config, device)
-            reference.step()
-            reference.step()
-        else:
-            write_cache(config)
-            run_loop(config, lambda: 0.0)
-    return peak() - before
+        config = recipe(name, network, Path(folder), 2, precision)
+        write_cache(config)
+        small = replace(config.run, steps=2, batch=1, micro_batch=1, folder=str(Path(folder) / "first"))
+        run_loop(replace(config, run=small), lambda: 0.0)  # libraries that are loaded when they are first used
+        before = forget(device)
+        run_loop(config, lambda: 0.0)
+        return peak() - before
+
+
+def forget(device: torch.device) -> int:
+    """Begin a new peak; what is held now."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0])
 
 
 def summary(rows: list[dict]) -> dict[str, float]:
@@ -324,46 +372,63 @@ def summary(rows: list[dict]) -> dict[str, float]:
             ("rollout_over_student_step", "rollout", "rollout_reference"),
         ):
             found[name + suffix] = statistics.median(b / a for a, b in zip(times[run], times[other], strict=True))
-        for row in rows:
-            if row["network"] == network and row["run"] in ("stage1", "stage2"):
-                found[f"plan_over_peak_{row['run']}{suffix}"] = row["plan_bytes"] / row["peak_bytes"]
     return found
 
 
-def data_summary(steps: int, clock: Callable[[], float]) -> dict[str, float]:
+def data_summary(networks: Sequence[str], steps: int, clock: Callable[[], float]) -> dict[str, float]:
     found = {}
-    for network in NETWORKS:
+    for network in networks:
         with tempfile.TemporaryDirectory() as folder:
             found[f"waited_for_data_{network}"] = waited_for_data(network, steps, Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         found["start_on_a_million"] = start_on_a_cache(Path(folder), 1_000_000, clock)
+    with tempfile.TemporaryDirectory() as folder:
+        found["start_on_a_million_in_shards"] = start_on_shards(Path(folder), 1000, clock)
     return found
+
+
+def part_of(number: str) -> str:
+    """The part of the record that a number belongs to."""
+    return "data" if number.startswith(("waited", "start")) else "memory" if number.startswith("plan") else "speed"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=[*NETWORKS, "all"], default="all")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="of a run in one round, one more is left out")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--precision", default="no", help=argparse.SUPPRESS)
     add_common_arguments(parser)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.memory:
-        print(memory(args.network, args.memory, device))
+        print(memory(args.network, args.memory, args.precision, device))
         return
     clock = clock_of(args, parser, device)
-    rows = []
-    for network in NETWORKS if args.network == "all" else [args.network]:
-        rows += measure(network, args.rounds, args.steps, device, clock)
-    for row in rows:
-        print(
-            f"{row['network']:6} {row['run']:17} {row['samples_per_second']:8.2f} samples/s  "
-            f"peak {row['peak_bytes'] / 2**20:7.0f} MiB",
-            flush=True,
-        )
-    numbers = summary(rows) | data_summary(2 * args.steps, clock)
-    record("train_speed", numbers, rows, command_line("train_speed"), notes=args.notes)
+    networks = list(NETWORKS) if args.network == "all" else [args.network]
+    numbers: dict[str, float] = {}
+    measured: list[dict] = []
+    if "speed" in args.parts:
+        measured = [row for network in networks for row in measure(network, args.rounds, args.steps, device, clock)]
+        numbers |= summary(measured)
+        for row in measured:
+            print(f"{row['network']:6} {row['run']:17} {row['samples_per_second']:8.2f} samples/s", flush=True)
+    if "memory" in args.parts:
+        for network in networks:
+            numbers |= planned(network)
+    if "data" in args.parts:
+        numbers |= data_summary(networks, 2 * args.steps, clock)
+    path = RESULTS / "train_speed.json"
+    earlier = json.loads(path.read_text("utf-8")) if path.exists() else {"summary": {}, "rows": []}
+    kept = {name: value for name, value in earlier["summary"].items() if part_of(name) not in args.parts}
+    notes = args.notes
+    if kept:
+        left = ", ".join(sorted({part_of(name) for name in kept}))
+        of = f"{earlier['date']}, asdm {earlier['versions']['asdm']}: {earlier['command']} ({earlier.get('notes', '')})"
+        notes = f"{notes + '; ' if notes else ''}{left}: kept from {of}"
+    record("train_speed", kept | numbers, measured or earlier["rows"], command_line("train_speed"), notes=notes)
 
 
 if __name__ == "__main__":
