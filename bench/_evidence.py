@@ -304,15 +304,15 @@ def with_style(page: str, found: Mapping) -> str:
             numbers = f"{row['psnr']:.2f}{error} | {row['grad']:.2f} | {row['top1']:.1%}"
             lines.append(f"| {what} | {row['forwards']} | {numbers} |")
         else:
-            lines.append(f"| {what} | not run | | | |")
+            lines.append(f"| {what} | | not run | | |")
     if (speed := rows.get("fit_speed")) is not None:
         lines += [
             "",
-            f"A fit learns from {speed['samples_per_second']:.1f} samples in a CPU second, {speed['share']:.2f} of "
-            f"what a bare step of teacher and student takes ({speed['bare']:.1f}).",
+            f"A fit makes {speed['share']:.2f} of the samples in a CPU second that a bare step of teacher and student "
+            "makes.",
         ]
     picture = "The finetune's own 4 steps, then the first rows of the table, in its order as they were drawn"
-    lines += ["", f"![{picture}](evidence-style.png)", ""]
+    lines += ["", f"![{picture}](evidence-style.jpg)", ""]
     lines += ["`python bootstrap.py bench NAME=style` makes this section anew.", ""]
     before, _, rest = page.partition(f"{STYLE}\n")
     if rest:
