@@ -321,9 +321,7 @@ def dead_entries(beside: Beside) -> float:
     beside.sample(beside.packed(beside.teacher))
     model = beside.switched(beside.teacher, beside.packed(beside.other))
     beside.sample(model)
-    held: list[Any] = [model]
-    held.append(held)  # as in a traceback: only the collector finds it
-    del model, held
+    del model
     gc.collect()
     return float(sum(bool(e.real_model and e.is_dead()) for e in management.current_loaded_models))
 
