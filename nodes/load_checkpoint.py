@@ -26,6 +26,7 @@ class MadeFor(Technique):
     side: int
 
     key: ClassVar[str] = "size"
+    speaks_only: ClassVar[bool] = True
 
     def bind(self, start: Start, say: Say) -> InRun | None:
         height, width = (PIXELS * n for n in start.shape[-2:])

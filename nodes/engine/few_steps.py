@@ -25,6 +25,7 @@ class FewSteps(Technique):
 
     key: ClassVar[str] = "few_steps"
     order: ClassVar[int] = MEASURING
+    speaks_only: ClassVar[bool] = True
 
     def bind(self, start: Start, say: Say) -> InRun | None:
         others = list(_otherwise(self.wanted, start))

@@ -100,6 +100,7 @@ class Technique:
     outermost: whether its runs lie round all that other packs do, and its MODEL may be exchanged (Switch UNet).
     role: of the layers that it changes, in measurements; "" where it changes none.
     callbacks: (kind, function) of the host's patcher callbacks that it needs while it is on a MODEL.
+    speaks_only: it changes and measures nothing, so nobody misses it in a run that it is out of.
     """
 
     key: ClassVar[str]
@@ -107,6 +108,7 @@ class Technique:
     outermost: ClassVar[bool] = False
     role: ClassVar[str] = ""
     callbacks: ClassVar[tuple[tuple[str, Callable], ...]] = ()
+    speaks_only: ClassVar[bool] = False
 
     def check(self, model) -> None:
         """Raise ValueError, for a person to read, where it cannot be on this MODEL."""

@@ -168,7 +168,7 @@ def check_in_place(model) -> None:
                 "Model CFG Guider does with model_negative). Connect this MODEL as the first one, or leave this node "
                 "out."
             )
-        for p in placed:
+        for p in (p for p in placed if not p.technique.speaks_only):
             notes.speaker(p.node_id)(f"{p.technique.label() or p.technique.key} is out of this run: {why}")
 
 

@@ -71,6 +71,12 @@ def test_a_model_whose_turn_never_comes_is_not_blamed(model, m2, folder, caplog)
     assert "did not act" not in caplog.text
 
 
+def test_what_only_speaks_is_not_missed(model, ours, caplog):
+    speaks = small.with_technique(ours["m2"](model), module("nodes.load_checkpoint").MadeFor(128))
+    small.sample(writes_wrappers_anew(WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL)(speaks), steps=STEPS)
+    assert caplog.text.count("is out of this run") == 1 and "m2 is out of this run" in caplog.text
+
+
 @pytest.mark.parametrize("kinds", [(WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL), (WrappersMP.OUTER_SAMPLE,)])
 @pytest.mark.parametrize("name", ["m2", "balanced inheritance", "GRI attention", "switched"])
 def test_wrappers_written_anew_behind_ours_are_said(model, ours, caplog, name, kinds):
