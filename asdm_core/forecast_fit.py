@@ -241,7 +241,7 @@ class _System:
         if not len(self.ways):
             return self.base
         moved = self._solved()[0][:, None, None] * self.ways
-        return self.base + np.stack([moved[self.owner == i].sum(0) for i in range(len(self.acting))])
+        return np.asarray(self.base + np.stack([moved[self.owner == i].sum(0) for i in range(len(self.acting))]))
 
     def accumulated(self) -> float:
         """What is to first order the error of the result, squared."""
@@ -275,7 +275,7 @@ class Fit:
         both = np.concatenate([np.eye(n), w * np.eye(n)], axis=1)
         self._guided = both @ recording.gram @ both.T
         self._known: dict[tuple[str, bool], float] = {}
-        self._lines: dict[tuple, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._lines: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def weights(self, kinds: Sequence[str], fitted: bool = True) -> Fitted:
         """The plan that has these kinds of evaluation (full, result, cond), with its weights.
@@ -344,7 +344,9 @@ class Fit:
             self._lines[key] = self._drawn(*key)
         return self._lines[key]
 
-    def _drawn(self, kind: str, s: int, both: tuple[int, ...], cond: tuple[int, ...]):
+    def _drawn(
+        self, kind: str, s: int, both: tuple[int, ...], cond: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         truth, base = np.zeros((2, 2, self._n))
         truth[1 if kind == COND else slice(None), s] = 1
         where = self.recording.positions
