@@ -1,5 +1,6 @@
 """asdm: faster Stable Diffusion in ComfyUI by changing the UNet."""
 
+import importlib.util
 import logging
 import re
 import sys
@@ -11,6 +12,12 @@ OLDEST_HOST = "0.27.0"  # the oldest ComfyUI that was tried; requires-comfyui of
 def _too_old() -> str:
     """One sentence where this ComfyUI is too old; nothing elsewhere, also outside of a ComfyUI."""
     version = str(getattr(sys.modules.get("comfyui_version"), "__version__", ""))
+    if (
+        "comfyui_version" not in sys.modules
+        and "folder_paths" in sys.modules
+        and not importlib.util.find_spec("comfyui_version")
+    ):
+        version = "0.3.10 or older"  # ComfyUI tells its version since 0.3.11
     numbers = re.match(r"(\d+)\.(\d+)", version)
     oldest = tuple(map(int, OLDEST_HOST.split(".")[:2]))
     if numbers is None or tuple(map(int, numbers.groups())) >= oldest:

@@ -44,3 +44,14 @@ def test_a_host_that_is_too_old_gets_one_sentence(monkeypatch, caplog, version, 
 def test_others_get_none(monkeypatch, caplog, version):
     module = load(monkeypatch, version, v3=version is not None)
     assert module._too_old() == "" and not caplog.records
+
+
+def test_a_host_from_before_it_told_its_version_gets_the_sentence_too(monkeypatch, caplog):
+    # Our own tests run with a ComfyUI beside them at times; here nothing may find its version.
+    monkeypatch.setitem(sys.modules, "folder_paths", types.SimpleNamespace())
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "comfyui_version" else find(name))
+    module = load(monkeypatch, None, v3=False)
+    assert [r.getMessage() for r in caplog.records] == [sentence("0.3.10 or older")]
+    with pytest.raises(RuntimeError, match="0.3.10 or older"):
+        asyncio.run(module.comfy_entrypoint())
