@@ -19,8 +19,19 @@ const STYLE = `font: 12px/${LINE}px sans-serif; padding: ${ROOM / 2}px 8px; box-
 function heightOf(text, width) {
   const pen = document.createElement('canvas').getContext('2d')
   pen.font = '12px sans-serif'
-  const lines = text.split('\n').map((line) => Math.max(1, Math.ceil((1.08 * pen.measureText(line).width) / (width - 56))))
-  return LINE * lines.reduce((sum, n) => sum + n, 0) + ROOM + MARGIN
+  const room = (width - 56) / 1.08
+  let lines = 0
+  for (const line of text.split('\n')) {
+    lines += 1
+    let used = 0
+    for (const word of line.split(' ')) {
+      const wide = pen.measureText(word + ' ').width
+      if (used && used + wide > room) [lines, used] = [lines + 1, 0]
+      lines += Math.max(0, Math.ceil(wide / room) - 1) // a word longer than a line is broken
+      used = (used + wide) % room
+    }
+  }
+  return LINE * lines + ROOM + MARGIN
 }
 
 // Shows text on a node, in a widget of its own that is not saved and not sent with a run; no text takes it away.
