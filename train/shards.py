@@ -268,10 +268,10 @@ class Lanes:
         self.readers[lane].forget(c)
 
     def shuffled(self, url: str, epoch: int) -> Iterator[Row]:
-        """The pictures of a shard, shuffled as webdataset does it, the same each time."""
+        """The pictures of a shard, shuffled as webdataset does it, the same each time and wherever the shard lies."""
         from webdataset.filters import _shuffle
 
-        rng = random.Random(f"{self.seed} {epoch} {url}")
+        rng = random.Random(f"{self.seed} {epoch} {self.urls.index(url)}")
         yield from _shuffle(readable(url, self.pipes), SHUFFLED, FIRST, rng=rng)
 
     def stream(self, lane: int, place: Place) -> Iterator[Row]:

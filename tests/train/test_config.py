@@ -21,6 +21,12 @@ def test_recipes_are_what_their_names_say(path):
     family, _, name = path.stem.partition("-")
     if "-steps-" in name:
         return _check_few_steps(recipe, family, name.rpartition("-")[2])
+    if name.endswith("-styles"):
+        name = name.removesuffix("-styles")
+        assert recipe.architecture.name == name and recipe.student.trained == "own" and recipe.styles.many
+        # The pack goes on learning: the shipped one, or what its own recipe ends in.
+        assert Path(recipe.student.start).name == f"{family}-{name}.safetensors"
+        return
     name, _, experts = name.partition("-")
     if name:
         frozen = {"m4": "m1", "m5": "m2", "gri": "full"}
@@ -164,6 +170,9 @@ OUTSIDE = {
     **{f"run.{n}": [0, -1] for n in "steps batch micro_batch save_every keep log_every".split()},
     "run.picture_every": [-1],
     "run.workers": [-1, 65],
+    **{f"styles.{n}": [-0.1, 1.5] for n in "teacher merged lora random".split()},
+    **{f"styles.{n}": [0, -1] for n in "rank every uses".split()},
+    "styles.strength": [-0.1],
 }
 
 

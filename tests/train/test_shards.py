@@ -58,7 +58,7 @@ def test_pictures_of_a_shard_are_shuffled_as_webdataset_does_it(tmp_path):
     in_order = [row.name for row in shards.rows_of(lanes.urls[0])]
     assert sorted(names) == sorted(in_order) and names != in_order
     assert names != [lanes.row(n).name for n in range(200, 400)]
-    seed = f"7 0 {lanes.urls[0]}"
+    seed = "7 0 0"  # of the run, the epoch and the shard, wherever that lies
     assert names == list(shuffle(shards.SHUFFLED, initial=shards.FIRST, seed=seed)(iter(in_order)))
 
 

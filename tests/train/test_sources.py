@@ -175,9 +175,9 @@ def test_a_stream_goes_on_for_ever_and_from_where_it_was(models, tmp_path):
 @pytest.mark.parametrize("source", WRITERS)
 def test_the_caption_and_the_picture_are_encoded(source, models, tmp_path):
     config = recipe(source, WRITERS[source](tmp_path / "data"), models)
-    batch = Batches(open_source(config), config)(range(4))
+    batch = Batches(open_source(config), config)(range(12))
     # "blue cat" is 7 tokens, of which a row holds 6.
-    assert batch.x0.shape == (4, 4, 8, 8) and batch.context.shape == (4, 16, 32) and batch.pooled is None
+    assert batch.x0.shape == (12, 4, 8, 8) and batch.context.shape == (12, 16, 32) and batch.pooled is None
     to_text = load_text(models)
     wanted = [to_text([caption]).states[0] for caption in ("red", "blue cat", "blue")]
     assert all(any(torch.allclose(row, w.repeat(16 // len(w), 1), atol=1e-6) for w in wanted) for row in batch.context)
@@ -187,8 +187,10 @@ def test_the_caption_and_the_picture_are_encoded(source, models, tmp_path):
 def test_broken_pictures_are_replaced_named_and_counted(source, models, tmp_path, capsys):
     config = recipe(source, WRITERS[source](tmp_path / "data", broken=(3, 4)), models)
     opened = open_source(config)
-    batch = Batches(opened, config)(range(12))
-    assert 2 <= int(batch.left_out.sum()) <= 4 and capsys.readouterr().out.count("left out") == 2
+    # Lanes of shards go on to the next epoch before all pictures of this one were read.
+    count = 48 if source == "shards" else 12
+    batch = Batches(opened, config)(range(count))
+    assert 2 <= int(batch.left_out.sum()) <= count / 3 and capsys.readouterr().out.count("left out") == 2
     assert not {3, 4} & set(greys(opened, range(12)))
     broken = open_source(recipe(source, WRITERS[source](tmp_path / "all", broken=range(12)), models))
     with pytest.raises(ValueError, match="none of 100 pictures in a row could be read"):
@@ -381,7 +383,7 @@ def newest(folder):
     [*((source, 0) for source in WRITERS), ("folder", 2), ("shards", 2), ("hub", 2), ("prompts", 0), ("fresh", 0)],
 )
 def test_a_resumed_run_equals_an_unbroken_one(source, workers, models, prompts, tmp_path, monkeypatch):
-    path = prompts if source in ("prompts", "fresh") else WRITERS[source](tmp_path / "data", 6, broken=(3,))
+    path = prompts if source in ("prompts", "fresh") else WRITERS[source](tmp_path / "data", 6, broken=(3, 4))
     changes = [
         *DRAWN,
         "samples.count=0" if source == "fresh" else "samples.count=6",
