@@ -23,7 +23,10 @@ FAMILY = ROOT / "models" / "emoji"
 TABLE = ROOT / "models" / "forecasts.safetensors"
 # What the table is recorded with, by what the sampler does with noise: adds none, some at every step, all anew.
 RECORDED = {"none": "dpmpp_2m", "some": "dpmpp_2m_sde", "all": "lcm"}
-FIRST, SEED = 17, 1000  # first prompt among the concepts, first seed; the test prompts of bench/inheritance.py are others
+FIRST, SEED = (
+    17,
+    1000,
+)  # first prompt among the concepts, first seed; the test prompts of bench/inheritance.py are others
 
 
 class Prompts:
