@@ -401,8 +401,9 @@ def main() -> None:
     ]
     for row in rows:
         print(f"{row['kind']}: {row['before']} -> {row['now']} (right: {row['right']})")
-    summary: dict[str, Any] = {"kinds": len(rows), "before": commit_of(args.before) if args.before else ""}
-    record("neighbours", summary, rows, command_line("neighbours"), Path(os.environ["COMFYUI_PATH"]), args.notes)
+    notes = "; ".join(filter(None, [f"before: {commit_of(args.before)}" if args.before else "", args.notes]))
+    host = Path(os.environ["COMFYUI_PATH"])
+    record("neighbours", {"kinds": len(rows)}, rows, command_line("neighbours"), host, notes)
 
 
 if __name__ == "__main__":
