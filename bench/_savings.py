@@ -202,9 +202,9 @@ class Savings:
         import comfy.samplers
 
         forecasts = pack_module("nodes.engine.forecasts")
-        sampling = self.model.get_model_object("model_sampling")
-        steps = run.steps if run.denoise == 1 else int(run.steps / run.denoise)
-        sigmas = comfy.samplers.calculate_sigmas(sampling, run.scheduler, steps)[-(run.steps + 1) :]
+        # As KSampler has them: some samplers leave out the last but one.
+        settings = run.steps, torch.device("cpu"), run.sampler, run.scheduler, run.denoise, self.model.model_options
+        sigmas = comfy.samplers.KSampler(self.model, *settings).sigmas.cpu()
         sampler = comfy.samplers.sampler_object(run.sampler)
         return sampler, sigmas, forecasts.response_of(sampler, sigmas, self.model)
 

@@ -216,7 +216,7 @@ def draw_headline(report: Mapping, images: Mapping[str, Sequence[Image.Image]]) 
         f"{variant['side'].upper()}: {1 - variant['macs_share']:.0%} fewer multiplications{same} "
         f"({likeness_of(variant)})"
     )
-    draw.text((margin, 18), fitted(draw, against, 30, sheet.width - 2 * margin), INK, font(30))
+    draw.text((margin, 20), fitted(draw, against, 27, sheet.width - 2 * margin), INK, font(27))
     names = (("a", "in full"), (variant["side"], variant["addition"]))
     for row, (side, name) in enumerate(names):
         top = over + row * (cell + gap)
