@@ -66,7 +66,7 @@ def describe(model) -> dict:
             seconds[step] += t
             players[step].add(number)
             for role in roles:
-                shorter[role].add(step)
+                shorter.setdefault(role, set()).add(step)
         for block, kinds in by_group(architecture_of(models[number]).config, times).items():
             groups.setdefault(block, Counter()).update(kinds)
         prefix = f"model {number + 1}: " if len(models) > 1 else ""

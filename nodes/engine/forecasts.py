@@ -276,7 +276,8 @@ class Forecaster(InRun):
         """
         if not (self._planned and self._sigma > 0 and self.plan.corrects(self._number)):
             return results
-        if any(min(self.plan.sources(self._number)) < k < self._number for k in self._made_anyway):
+        oldest = min(self.plan.sources(self._number), default=self._number)
+        if any(oldest < k < self._number for k in self._made_anyway):
             return results
         found = self._results(keys, now, first)
         if found is None:

@@ -168,7 +168,7 @@ MADE_GOOD = ForecastPlan(
 )
 PLANS = {
     "made good": MADE_GOOD,
-    "made good at once": ForecastPlan((*MADE_GOOD.actions[:5], Action(), Action(RESULT), Action())),
+    "made good at once": ForecastPlan((*MADE_GOOD.actions[:5], Action(), Action(RESULT), Action(FULL, ((7, 1.0),)))),
     "every other": every(STEPS, 2),
     "every third, two first": every(STEPS, 3, first=2),
     "cond": plan_of("FFcFcccF"),
