@@ -90,7 +90,7 @@ def assert_near(one, two):
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
-def test_a_run_by_accelerates_configuration_goes_on_and_ends_as_one_process_does(configuration, models, tmp_path):  # noqa: F811
+def test_a_run_by_accelerates_configuration_ends_as_one_process_does(configuration, models, tmp_path):  # noqa: F811
     """Steps 1 and 3 by one process, step 2 by two with this configuration, on shards that each reads its own of."""
     write_shards(tmp_path / "data", 12, 3)
     drawn = [
