@@ -71,22 +71,24 @@ def joined(file, prefix=""):
     return torch.cat([v.flatten().double() for k, v in sorted(load_file(file).items()) if k.startswith(prefix)])
 
 
-def assert_near(one, two):
+def assert_near(one, two, within):
     """Checkpoints and products of the same run, whose sums were made in another order.
 
-    AdamW moves every weight by about as much, also where its gradient is nothing but rounding; at this rate that moves
-    no other gradient.
+    AdamW moves every weight by about as much, also where its gradient is nothing but rounding, and there in any
+    direction: weights count in proportion to their gradients.
     """
     name = newest(one).name
     start = one / "checkpoint-00000001.safetensors"
     for prefix in ("exp_avg.", "exp_avg_sq."):
         a, b = joined(one / name, prefix), joined(two / name, prefix)
-        assert (a - b).norm() < 0.01 * a.norm()
+        assert (a - b).norm() < within * a.norm()
+    gradient = joined(one / name, "exp_avg_sq.").sqrt()
     for prefix in ("weights.", "average."):
         a, b = joined(one / name, prefix), joined(two / name, prefix)
-        assert (a - b).norm() < 0.1 * (a - joined(start, prefix)).norm()
+        moved = gradient * (a - joined(start, prefix))
+        assert moved.norm() > 0 and (gradient * (a - b)).norm() < within * moved.norm()
     a, b = (joined(folder / "narrow.safetensors") for folder in (one, two))
-    assert (a - b).norm() < 1e-5 * a.norm()
+    assert (a - b).abs().max() <= 2 * 3 * 1.01e-5  # twice the way of three steps at this rate
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
@@ -128,14 +130,16 @@ def test_a_run_by_accelerates_configuration_ends_as_one_process_does(configurati
     )
     output = process.stdout + process.stderr
     assert process.returncode == 0 and output.count("going on at step 1") == 1 and output.count("wrote") == 1, output
-    assert_near(tmp_path / "one", tmp_path / "two")
+    assert_near(tmp_path / "one", tmp_path / "two", within=0.01)
     assert (tmp_path / "two" / "pictures" / "00000002.png").exists()
     # Both wrote where their shards stand into the one checkpoint, so one process goes on alone.
     states = [json.loads(TensorFile(newest(tmp_path / f)).metadata["state"])["source"] for f in ("one", "two")]
     assert states[0] == states[1] and len(states[0]["places"]) == 4
     for folder in ("one", "two"):
         alone(folder, 3)
-    assert_near(tmp_path / "one", tmp_path / "two")
+    # What is rounding in step 2 has moved weights in other directions, and a network of random weights feels that; other
+    # pictures than the first one saw would be far more.
+    assert_near(tmp_path / "one", tmp_path / "two", within=0.05)
 
 
 @pytest.fixture()
