@@ -5,8 +5,6 @@ Nothing here skips: a host that cannot be had is a failure.
 
 import functools
 import json
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +12,9 @@ import pytest
 
 import bootstrap
 from demo.server import Client, Server
-from tests.host.limits import run_within
+from tests.host.forks import Forks
 
 FOLDER = Path(__file__).parent
-RUNNER = FOLDER / "runner.py"
 
 
 def pytest_collection_modifyitems(items):
@@ -62,10 +59,18 @@ def client(server) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="session")
-def call_in_host(host):
+def forks(host) -> Iterator[Forks]:
+    """Host processes that begin with ComfyUI imported, one after another."""
+    running = Forks(host, ["--cpu", "--use-pytorch-cross-attention"])
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def call_in_host(forks):
     """call_in_host(folder, script, function, ...): run_in_host with a folder of the caller's."""
 
-    def call_in_host(folder, script, function="main", *args, cpu_seconds=900, flags=(), **kwargs):
+    def call_in_host(folder, script, function="main", *args, cpu_seconds=900, **kwargs):
         call, result = folder / "call.json", folder / "result.json"
         result.unlink(missing_ok=True)
         path = FOLDER / "scripts" / script
@@ -73,11 +78,7 @@ def call_in_host(host):
         base = folder / "base"
         for name in ("input", "output", "models", "custom_nodes", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(RUNNER), str(host), str(call), str(result)]
-        command += ["--cpu", "--use-pytorch-cross-attention", "--base-directory", str(base), *flags]
-        ended, output = run_within(
-            command, cpu_seconds=cpu_seconds, cwd=base, env=dict(os.environ, PYTHONUNBUFFERED="1")
-        )
+        ended, output = forks.run(call, result, base, cpu_seconds)
         if ended != "ended with status 0" or not result.exists():
             pytest.fail(f"{script}:{function} {ended} in the host:\n{output[-8000:]}", pytrace=False)
         return json.loads(result.read_text())

@@ -4,7 +4,7 @@ import contextlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import psutil
 
@@ -16,18 +16,27 @@ def run_within(command: Sequence[str], cpu_seconds: float, quiet_seconds: float 
     """
     with tempfile.TemporaryFile() as output:
         process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **options)
-        ended = _wait(process, cpu_seconds, quiet_seconds)
+
+        def status(seconds):
+            with contextlib.suppress(psutil.TimeoutExpired):
+                return process.wait(seconds)
+            return None
+
+        ended = wait_within(process, status, cpu_seconds, quiet_seconds)
         output.seek(0)
         return ended, output.read().decode("utf-8", "replace")
 
 
-def _wait(process: psutil.Process, cpu_seconds: float, quiet_seconds: float) -> str:
+def wait_within(
+    process: psutil.Process, status: Callable[[float], object], cpu_seconds: float, quiet_seconds: float = 900
+) -> str:
+    """How a process ended, or that it was stopped. status(seconds) waits so long; what it ended with, else None."""
     used = 0.0
     worked = time.monotonic()
     try:
         while True:
-            with contextlib.suppress(psutil.TimeoutExpired):
-                return f"ended with status {process.wait(1)}"
+            if (found := status(1)) is not None:
+                return f"ended with status {found}"
             now = _cpu_seconds(process)
             if now > used + 0.1:
                 used = now
@@ -40,7 +49,8 @@ def _wait(process: psutil.Process, cpu_seconds: float, quiet_seconds: float) -> 
         for one in _family(process):
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
-        process.wait()
+        while status(1) is None:
+            pass
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:

@@ -111,7 +111,7 @@ def test_what_a_dead_process_left_undone_fails_once_and_the_rest_is_kept(call_in
         return call_in_host(*args, **kwargs)
 
     names = functions(path)
-    found = run_inside(path, names, call, tmp_path, cpu_seconds=60)
+    found = run_inside(path, names, call, tmp_path, cpu_seconds=8)
     assert len(started) == 2
     assert found.keys() == set(names) - {"test_after"}
     assert found["test_passes"] == []
