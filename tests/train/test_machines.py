@@ -137,8 +137,8 @@ def test_a_run_by_accelerates_configuration_ends_as_one_process_does(configurati
     assert states[0] == states[1] and len(states[0]["places"]) == 4
     for folder in ("one", "two"):
         alone(folder, 3)
-    # What is rounding in step 2 has moved weights in other directions, and a network of random weights feels that; other
-    # pictures than the first one saw would be far more.
+    # What is rounding in step 2 has moved weights in other directions, and a network of random weights feels that;
+    # pictures that the first one did not see would be far more.
     assert_near(tmp_path / "one", tmp_path / "two", within=0.05)
 
 
