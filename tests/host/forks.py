@@ -27,7 +27,7 @@ class Forks:
         self.log = tempfile.TemporaryFile()
 
     def run(self, call: Path, result: Path, base: Path, cpu_seconds: float) -> tuple[str, str]:
-        """How the process ended, and its output. Where the system can fork, the import of ComfyUI counts in no limit."""
+        """How the process ended, and its output. Where the system can fork, no limit holds the import of ComfyUI."""
         if not hasattr(os, "fork"):
             command = [*self.command, str(call), str(result), *self.arguments, "--base-directory", str(base)]
             return run_within(command, cpu_seconds=IMPORT + cpu_seconds, cwd=base, env=self.environment)
