@@ -637,12 +637,16 @@ def _check_values(file: TensorFile, names: Iterable[str]) -> None:
 
 
 # What a UNet's file is called in a diffusers folder, and the subfolders it may lie in. A variant (fp16, bf16, non_ema)
-# stands before the ending, or before the number of a shard.
+# stands before the ending; of a shard before its number, or, as older versions wrote it, behind; of an index behind its
+# name, or as of a file.
 _STEMS = ("diffusion_pytorch_model", "model")
 _SUBFOLDERS = ("unet", "", "unet_ema")
-_UNET_FILE = re.compile(rf"({'|'.join(_STEMS)})(?P<variant>(\.\w+)?)\.safetensors")
-_UNET_INDEX = re.compile(rf"({'|'.join(_STEMS)})\.safetensors\.index(?P<variant>(\.\w+)?)\.json")
-_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
+_VARIANT = r"(?:\.[\w-]+)?"
+_UNET_FILE = re.compile(rf"({'|'.join(_STEMS)})(?P<variant>{_VARIANT})\.safetensors")
+_UNET_INDEX = re.compile(
+    rf"({'|'.join(_STEMS)})(?P<variant>{_VARIANT})\.safetensors\.index(?P<behind>{_VARIANT})\.json"
+)
+_SHARD = re.compile(rf".*-\d{{5}}-of-\d{{5}}{_VARIANT}\.safetensors")
 
 
 def unet_in_folder(folder: str | os.PathLike[str]) -> Path | None:
@@ -654,8 +658,8 @@ def unet_in_folder(folder: str | os.PathLike[str]) -> Path | None:
         for path in sorted(Path(folder, sub).glob("*")):
             for sharded, pattern in enumerate((_UNET_FILE, _UNET_INDEX)):
                 match = pattern.fullmatch(path.name)
-                if match and path.is_file():
-                    variant = match["variant"].lstrip(".")
+                if match and path.is_file() and not is_shard(path.name):
+                    variant = (match["variant"] or match.groupdict().get("behind", "")).lstrip(".")
                     found.append((variant != "", variant != "fp16", sharded, path.name, path))
         if found:
             return min(found)[-1]
@@ -710,7 +714,10 @@ class Shards(TensorFile):
             isinstance(n, str) and n.isprintable() and Path(n).name == n for n in places.values()
         ):
             raise bad("its weight_map does not name files beside it")
-        files = {name: TensorFile(self.path.parent / name) for name in sorted(set(places.values()))}
+        names = sorted(set(places.values()))
+        if lost := [name for name in names if not (self.path.parent / name).is_file()]:
+            raise bad(f"{len(lost)} of the {len(names)} files that it names are not beside it, as {printable(lost[0])}")
+        files = {name: TensorFile(self.path.parent / name) for name in names}
         self._places = {key: files[name] for key, name in places.items()}
         for key, name in places.items():
             if key not in files[name].dtypes:

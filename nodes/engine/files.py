@@ -51,7 +51,7 @@ def _embedded(kind: str) -> dict[str, Path]:
 
 
 _EMA = "unet_ema"  # training writes averaged weights there, beside the last ones
-_DEEPEST = 3  # folders within folders, as in author/model/unet
+_DEEPEST = 4  # folders within folders, as in author/model/unet or hub/models--author--model/snapshots/REVISION
 
 
 def _diffusers_folders() -> dict[str, Path]:
@@ -72,9 +72,8 @@ def _diffusers_folders() -> dict[str, Path]:
             elif depth > 1:
                 look(path, here, depth - 1)
 
-    for kind in ("diffusion_models", "diffusers"):
-        for root in map(Path, folder_paths.get_folder_paths(kind)):
-            look(root, "", _DEEPEST)
+    for root in _diffusers_roots():
+        look(Path(root), "", _DEEPEST)
     return found
 
 
@@ -135,7 +134,20 @@ def unet_path(name: str) -> Path:
             f"there is no UNet to load yet. Put a .safetensors file or a diffusers folder into one of {places}, "
             "press R to refresh the lists, and choose it."
         )
-    return _diffusers_folders().get(name) or _in_folder("diffusion_models", name)
+    return _diffusers_folders().get(name) or _unlisted_folder(name) or _in_folder("diffusion_models", name)
+
+
+def _unlisted_folder(name: str) -> Path | None:
+    """A folder that is there and holds no UNet we read (pickle files, another framework's): opening it says which."""
+    parts = PurePath(name).parts
+    if not name.endswith(_FOLDER_MARK) or PurePath(name).is_absolute() or ".." in parts:
+        return None
+    folders = (Path(root, name) for root in _diffusers_roots())
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def _diffusers_roots() -> list[str]:
+    return [root for kind in ("diffusion_models", "diffusers") for root in folder_paths.get_folder_paths(kind)]
 
 
 def pack_path(name: str) -> Path:

@@ -209,6 +209,28 @@ def test_folders_of_every_kind(tmp_path, diffusers_weights, sub, variant, sharde
     assert found.description.architecture == BASE and equal(found.tensors, surgery.cut(weights(SD), BASE)[0])
 
 
+@pytest.mark.parametrize(
+    "file, part, index",
+    [
+        ("{}-{}.fp16", "{}.fp16-{}", "{}.safetensors.index.fp16.json"),  # as older diffusers named shards
+        ("{}.fp16-{}", "{}.fp16-{}", "{}.fp16.safetensors.index.json"),
+        ("{}.fp16-full-{}", "{}.fp16-{}", "{}.safetensors.index.fp16-full.json"),
+    ],
+)
+def test_variants_in_other_places(tmp_path, diffusers_weights, file, part, index):
+    stem = "diffusion_pytorch_model"
+    written = shard(tmp_path / "unet", diffusers_weights, "fp16")
+    places = written.read_text()
+    for number in ("00001-of-00002", "00002-of-00002"):
+        old, new = (f"{form.format(stem, number)}.safetensors" for form in (part, file))
+        (tmp_path / "unet" / old).rename(tmp_path / "unet" / new)
+        places = places.replace(old, new)
+        assert packs.is_shard(new)
+    written.unlink()
+    (tmp_path / "unet" / index.format(stem)).write_text(places)
+    assert equal(open_unet(tmp_path).tensors, surgery.cut(weights(SD), BASE)[0])
+
+
 def test_of_several_files_the_plain_one_is_taken_then_fp16(tmp_path):
     names = ["non_ema", "bf16", "fp16", ""]
     for variant in names:
@@ -225,7 +247,7 @@ def test_of_several_files_the_plain_one_is_taken_then_fp16(tmp_path):
         (lambda index: index.write_text("[]"), "no index of shards"),
         (lambda index: index.write_text('{"weight_map": {"a": "../a.safetensors"}}'), "files beside it"),
         (lambda index: index.write_text('{"weight_map": {"a": 5}}'), "files beside it"),
-        (lambda index: index.write_text('{"weight_map": {"a": "absent.safetensors"}}'), "no such file"),
+        (lambda index: index.write_text('{"weight_map": {"a": "absent.safetensors"}}'), "1 of the 1 files"),
         (lambda index: index.write_text(index.read_text().replace('"conv_in.weight"', '"moon"')), "no tensor moon"),
     ],
 )

@@ -69,6 +69,7 @@ def test_what_is_listed_of_diffusers_folders_is_what_loads(monkeypatch, tmp_path
     sd = tensors("base", layout="diffusers")
     write_folder(roots["diffusers"] / "author" / "pipeline", sd)
     write_folder(roots["diffusers"] / "author" / "averaged", sd, unet="unet_ema")
+    write_folder(roots["diffusers"] / "hub" / "models--author--model" / "snapshots" / "0123abc", sd)
     both = write_folder(roots["diffusion_models"] / "both", sd)
     write_folder(both, sd, unet="unet_ema")
     (both / "vae").mkdir()
@@ -85,6 +86,7 @@ def test_what_is_listed_of_diffusers_folders_is_what_loads(monkeypatch, tmp_path
     assert {name for name in listed if name.endswith("/")} == {
         "author/pipeline/",
         "author/averaged/",
+        "hub/models--author--model/snapshots/0123abc/",
         "both/",
         "both/unet_ema/",
         "bf16/",
@@ -92,6 +94,12 @@ def test_what_is_listed_of_diffusers_folders_is_what_loads(monkeypatch, tmp_path
     assert not any("vae" in name or "-of-" in name or name.endswith(".bin") for name in listed)
     for name in listed:
         models.load_unet(str(files.unet_path(name)))
+    # One that is there and not listed says why.
+    with pytest.raises(packs.BadFile, match="a pickle file .* convert it"):
+        models.load_unet(str(files.unet_path("pickled/")))
+    for name in ("absent/", "../pickled/", f"{tmp_path}/"):
+        with pytest.raises(ValueError, match="is not there any more"):
+            files.unet_path(name)
 
 
 # The host's cache ---------------------------------------------------------------------------------------
