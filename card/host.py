@@ -33,6 +33,11 @@ def _is_host(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("comfy/sd.py", "nodes.py", "folder_paths.py"))
 
 
+# Narrow networks gain nothing by more, and threads that wait for each other stand still on a machine that does other
+# work as well.
+CPU_THREADS = 1
+
+
 def start(host: Path, flags: tuple[str, ...] = (), dynamic: bool = False) -> None:
     """Put ComfyUI on the path and let it read its flags, as its main.py would. Call before importing comfy.
 
@@ -111,9 +116,9 @@ def machine() -> dict:
             (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
             cpu,
         )
-    found = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system()}
+    found = {"cpu": cpu, "cores": os.cpu_count(), "threads": CPU_THREADS, "system": platform.system()}
     if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name()}
+        found |= {"threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name()}
     return found
 
 

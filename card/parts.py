@@ -133,6 +133,10 @@ def work(connection, comfyui: Path, base: Path, part: Part, known: set[str], pat
     until = time.monotonic() + MOST
     try:
         host.start(comfyui, (*part.flags, "--base-directory", str(base)), dynamic=True)
+        if "--cpu" in part.flags:
+            import torch
+
+            torch.set_num_threads(host.CPU_THREADS)
         for name, call in items(part, base, lambda: until - time.monotonic()):
             if name not in known:
                 connection.send(("begin", name))
