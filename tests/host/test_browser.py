@@ -3,14 +3,18 @@
 Screenshots are written to output/browser/, to be looked at.
 """
 
+import base64
 import html
+import io
 import json
 import re
 import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from demo.browser import WANTED, find_browser
@@ -317,6 +321,54 @@ def test_quick_start_runs_to_a_comparison(page, front_end):
     with page.expect_download() as saved:
         view.get_by_role("button", name="Save").click()
     assert saved.value.suggested_filename.startswith("asdm.compare.")
+    copies_are_what_is_shown(page, view)
+
+
+COPIED = """async () => {
+  const [item] = await navigator.clipboard.read()
+  const bytes = new Uint8Array(await (await item.getType("image/png")).arrayBuffer())
+  return btoa(Array.from(bytes, byte => String.fromCharCode(byte)).join(""))
+}"""
+
+
+def copies_are_what_is_shown(page, view) -> None:
+    """Each mode's picture on the clipboard, against the files that the view shows."""
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    view.get_by_role("button", name="Slider").click()
+    sources = view.locator("img").evaluate_all("images => images.map(image => image.src)")
+    first, second = (pixels(page.request.get(source).body()) for source in sources)
+    width = first.shape[1]
+    stage = view.locator(".asdm-stage").bounding_box()
+    page.mouse.move(stage["x"] + stage["width"] / 4, stage["y"] + stage["height"] / 2)
+    line = round(width * view.locator("img").nth(1).evaluate(SPLIT))
+    brighter = 4 * np.abs(first.astype(int) - second)
+    wanted = {
+        "Slider": np.concatenate([first[:, :line], second[:, line:]], 1),
+        "Flip": second,
+        "Side by side": np.concatenate([first, second], 1),
+        "Difference": brighter.clip(0, 255),
+    }
+    for mode, picture in wanted.items():
+        view.get_by_role("button", name=mode).click()
+        if mode == "Flip" and view.locator("img").nth(1).is_hidden():
+            view.locator(".asdm-stage").click()
+        if mode == "Difference":
+            view.get_by_role("slider").fill("2")
+        view.get_by_role("button", name="Copy").click()
+        expect(view.get_by_role("button", name="Copied")).to_have_count(1)
+        found = pixels(base64.b64decode(page.evaluate(COPIED)))
+        assert found.shape == picture.shape, mode
+        off = np.abs(found.astype(int) - picture).max((0, 2))
+        at_line = np.abs(np.arange(off.size) - line) <= 1 if mode == "Slider" else np.zeros(off.size, bool)
+        assert off[~at_line].max() <= 4 * (mode == "Difference"), mode  # a brightness is rounded twice
+        expect(view.get_by_role("button", name="Copied")).to_have_count(0)
+
+
+SPLIT = "image => parseFloat(image.style.clipPath.split(' ').pop()) / image.parentElement.clientWidth"
+
+
+def pixels(file: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
 
 
 # Words an artist types: what comes first, and what is among the finds.
@@ -371,6 +423,59 @@ def test_the_view_fills_the_window_and_goes_back(page, front_end):
     page.keyboard.press("Escape")
     expect(large).to_have_count(0)
     expect(view.locator(".asdm-pane")).to_have_count(3)
+
+
+def test_the_view_works_by_touch(page, front_end):
+    """One finger moves the line, or a picture that is zoomed in; two zoom; a tap flips."""
+    drop(page, PACK / "workflows" / "01 Quick start.json", name=f"Touch {front_end}.json")
+    show_pictures(page, "ASDMABCompare", 2)
+    view = view_of(page, "ASDMABCompare", "touched")
+    select(page, "ASDMABCompare")
+    view.get_by_role("button", name="Enlarge").click()
+    large = page.locator("dialog.asdm-compare")
+    stage, second, zoom = large.locator(".asdm-stage"), large.locator("img").nth(1), large.locator(".asdm-zoom")
+    expect(stage).to_be_visible()
+    box = stage.bounding_box()
+    hand = page.context.new_cdp_session(page)
+
+    def touch(kind, *shares):
+        points = [
+            {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"], "id": i}
+            for i, (x, y) in enumerate(shares)
+        ]
+        hand.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    def line():
+        return second.evaluate(SPLIT)
+
+    touch("touchStart", (0.3, 0.5))
+    for share in (0.4, 0.6, 0.8):
+        touch("touchMove", (share, 0.5))
+    until(lambda: line() == pytest.approx(0.8, abs=0.02))
+    touch("touchEnd")
+
+    touch("touchStart", (0.4, 0.5), (0.6, 0.5))
+    touch("touchMove", (0.3, 0.5), (0.7, 0.5))
+    expect(zoom).to_have_text("2.0\u00d7")
+    touch("touchEnd")
+    assert line() == pytest.approx((0.8 + 0.5) / 2, abs=0.02)  # of the picture, twice as large about the middle
+    moved = "image => image.style.transform"
+    before = second.evaluate(moved)
+    touch("touchStart", (0.5, 0.2))
+    touch("touchMove", (0.6, 0.3))
+    until(lambda: second.evaluate(moved) != before)
+    touch("touchEnd")
+    expect(zoom).to_have_text("2.0\u00d7")
+
+    zoom.click()
+    large.get_by_role("button", name="Flip").click()
+    hidden = second.is_hidden()
+    touch("touchStart", (0.5, 0.5))
+    touch("touchEnd")
+    until(lambda: second.is_hidden() != hidden)
+    hand.detach()
+    page.keyboard.press("Escape")
+    expect(large).to_have_count(0)
 
 
 def test_words_of_the_view_are_translated(browser, server):
