@@ -58,7 +58,7 @@ EXIT_SETUP = 2
 
 TARGETS = {
     "demo": "compare the teacher (A) with its combined UNet (B) in a real ComfyUI",
-    "test": "run all tests, those against a real ComfyUI included",
+    "test": "run the tests, those against a real ComfyUI included",
     "lint": "check the format, the rules and the types of all Python here, with ruff and mypy",
     "serve": "open ComfyUI with this pack for a person, until Ctrl-C",
     "bench": "run the benchmarks in bench/",
@@ -76,6 +76,7 @@ SETTINGS = {
     },
     "test": {
         "FAST": "FAST=1 runs only what needs neither a ComfyUI nor a training",
+        "ALL": "ALL=1 runs all cases of the sweeps as well, of which some stand for the rest otherwise",
         "ARGS": "further arguments for pytest, such as ARGS='-k switching'",
         "HOST": "the folder of a ComfyUI to test against, as COMFYUI_PATH",
     },
@@ -834,6 +835,8 @@ def run(target, settings):
         return 0
     env = clean_environment()
     env["COMFYUI_PATH"] = str(host)
+    if target == "test":
+        env["ASDM_ALL_TESTS"] = "1" if on(settings, "ALL") else ""
     if target in ("demo", "serve", "bench") and settings.get("NAME") not in MEASURES_MEMORY:
         env = KEEPS_FREED_MEMORY | env
     commands = {

@@ -1,12 +1,15 @@
-"""How the tests are shared out among worker processes (pytest-xdist)."""
+"""Which tests are played, and how they are shared out among worker processes (pytest-xdist)."""
 
 import os
 
 import pytest
 
+from tests.host.scripts import sweeps
 
-def pytest_configure():
+
+def pytest_configure(config):
     """Share the cores among the workers: before torch is imported, and for the hosts the tests start as well."""
+    config.pluginmanager.register(sweeps)
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 

@@ -1,5 +1,6 @@
 """The tree meets the registry's rules, and the check that says so finds what breaks them."""
 
+import functools
 import re
 import shutil
 import subprocess
@@ -11,6 +12,16 @@ import bootstrap
 from tools import registry
 
 pytestmark = pytest.mark.slow  # of who publishes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_file_is_read_once():
+    """All trees here are this one, but for a file or two."""
+    read = functools.cache(lambda *file: tuple(code_problems(*file)))
+    code_problems = registry.code_problems
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "code_problems", read)
+        yield
 
 
 def test_the_tree_can_be_published():

@@ -159,6 +159,7 @@ def test_forecasts_are_the_same_whether_the_network_predicts_eps_or_v(sampler, a
     assert skipped == pytest.approx(runs[1](actions), abs=1e-8)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("network, lowest, helps", [("mixture", 0.95, 0.9), ("random eps", 0.98, 1.0)])
 def test_the_predicted_error_ranks_plans_over_schedules_steps_guidance_and_denoise(sampler, network, lowest, helps):
@@ -183,6 +184,7 @@ def test_the_predicted_error_ranks_plans_over_schedules_steps_guidance_and_denoi
     assert np.percentile(np.array(predicted) / np.array(actual), 5) > 0.4
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("guidance", [3.0, 7.0])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("sampler, spacing", [("euler", normal), ("dpmpp_2m", karras)])

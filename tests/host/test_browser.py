@@ -196,6 +196,7 @@ CUT = """() => {
 }"""
 
 
+@pytest.mark.sweep(1)
 def test_workflows_open_legible_and_whole(page, front_end):
     """At the smallest window; in the larger ones the saved view is the same, with more room around it."""
     try:
@@ -259,6 +260,7 @@ def loaded(image) -> None:
     until(lambda: image.evaluate("image => image.complete && image.naturalWidth > 0"))
 
 
+@pytest.mark.sweep(1)
 def test_quick_start_runs_to_a_comparison(page, front_end):
     drop(page, PACK / "workflows" / "01 Quick start.json")
     for name, value in (("steps", 6), ("rounds", 1)):
@@ -571,6 +573,7 @@ def test_what_a_technique_says_in_a_run_stands_on_its_node_until_the_next(page):
     page.wait_for_function(standing, arg="in a subgraph.")
 
 
+@pytest.mark.sweep(1)
 def test_a_page_that_is_opened_later_shows_what_was_said(browser, page, server, front_end):
     """Two steps are few for Feature Inheritance, and it says so on its node."""
     name = f"Said before, {front_end}"
@@ -776,6 +779,7 @@ def test_every_node_is_among_those_that_are_shown():
     assert ours() == sorted(node_ids())
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
 @pytest.mark.parametrize("palette", ["dark", "light"])
 def test_every_node_is_legible_after_a_run(after_a_run, palette, vue):

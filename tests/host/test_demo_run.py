@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from demo import __main__ as demo
+from demo import job as jobs
 from demo.job import EMBEDDED, SIDES, Job
+from tests.host.scripts import sweeps
 
 
 @pytest.fixture(scope="module", params=["pack", "speed up"])
@@ -28,6 +30,7 @@ def job(random_family, request):
     )
 
 
+@pytest.mark.sweep(1)
 def test_demo_compares_and_leaves_no_server(job, host, tmp_path, capsys, monkeypatch):
     servers = []
 
@@ -63,23 +66,29 @@ def test_demo_compares_and_leaves_no_server(job, host, tmp_path, capsys, monkeyp
     assert "2/2" in capsys.readouterr().out
 
 
+@pytest.mark.sweep(1)
 def test_file_the_host_does_not_offer_is_named(job, client):
     with pytest.raises(demo.DemoError, match="does not offer .*elsewhere.safetensors in CheckpointLoaderSimple"):
         demo.check(client, replace(job, loader="CheckpointLoaderSimple", checkpoint=Path("elsewhere.safetensors")))
 
 
+@pytest.mark.sweep(1)
 def test_missing_node_is_named(job, client):
     with pytest.raises(demo.DemoError, match="lacks the nodes NoSuchLoader"):
         demo.check(client, replace(job, loader="NoSuchLoader"))
 
 
-def test_demo_of_the_embedded_family(tmp_path, capfd):
-    """What `make demo` runs; its headline in multiplications, which no machine changes: half at the most, at 30 dB."""
+def test_demo_of_the_embedded_family(tmp_path, capfd, monkeypatch):
+    """What `make demo` runs, of its prompts the first three or, with ALL=1, all; its headline in multiplications, which
+    no machine changes: half at the most, at 30 dB.
+    """
+    prompts = jobs.EMOJI_PROMPTS if sweeps.everything() else jobs.EMOJI_PROMPTS[:3]
+    monkeypatch.setattr(jobs, "EMOJI_PROMPTS", prompts)
     assert (EMBEDDED / "emoji-teacher.safetensors").exists()
     assert demo.main(["--output", str(tmp_path)]) == 0
     assert "fewer multiplications" in capfd.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
-    assert len(report["prompts"]) == 8
+    assert len(report["prompts"]) == len(prompts)
     found = {variant["side"]: variant["psnr"] for variant in report["variants"]}
     assert report["psnr"] == found["b"] >= 30
     shares = {variant["side"]: variant["macs_share"] for variant in report["variants"]}

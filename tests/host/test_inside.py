@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.host.limits import run_within
+from tests.host.scripts import sweeps
 
 FILES = sorted((Path(__file__).parent / "inside").glob("*.py"))
 
@@ -53,8 +54,11 @@ def run_inside(path, names, call_in_host, base, cpu_seconds=3000):
             )
         except pytest.fail.Exception as ended:
             died = str(ended)
-        found = json.loads(file.read_text("utf-8")) if file.exists() else {"failures": {}, "under_way": ""}
+        found = (
+            json.loads(file.read_text("utf-8")) if file.exists() else {"failures": {}, "under_way": "", "left_out": {}}
+        )
         known |= found["failures"]
+        sweeps.LEFT_OUT.update(found["left_out"])
         if died is None or not found["under_way"]:
             return known | ({"": [died]} if died else {})
         known.setdefault(found["under_way"], []).append(died)

@@ -352,6 +352,7 @@ def test_the_rate_is_a_trapezoid():
     assert {learning_rate(load(NARROW, ["optimiser.lr=2.0"]), step) for step in range(6)} == {2.0}
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("warmup", [0, 10])
 def test_the_rate_may_follow_a_cosine_or_another_course(warmup):
     def rates(schedule):

@@ -92,6 +92,7 @@ def run(folder, monkeypatch, *changes, stop=None):
     return load_file(max(folder.glob("checkpoint-*.safetensors")))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("changes", [["optimiser.kind=odd"], ["optimiser.kind=adafactor"], ["run.offload=true"]])
 def test_a_resumed_run_equals_an_unbroken_one(changes, odd, tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", monkeypatch, *changes)

@@ -285,6 +285,7 @@ def run(recipe):
     return recipe
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("changes", [(), ("student.preset=m2", "student.trained=own", "rollout.steps=[4,2]")])
 def test_a_broken_off_run_equals_an_unbroken_one(changes, tmp_path):
     whole, broken = (run(settings(tmp_path / name, *changes, "run.keep=9")) for name in ("whole", "broken"))

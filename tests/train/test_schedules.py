@@ -111,6 +111,7 @@ KINDS = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("write", "wanted"), KINDS.values(), ids=KINDS)
 def test_a_run_is_trained_on_its_teachers_schedule_and_says_so(write, wanted, tmp_path, monkeypatch):
     teacher = write(tmp_path)

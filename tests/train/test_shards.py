@@ -137,6 +137,7 @@ def test_workers_ahead_bring_the_samples_and_the_places(models, data):  # noqa: 
 # Going on -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("n", [0, 1, 5, 8, 11, 23, 24, 30])
 def test_a_run_goes_on_where_it_was_from_the_states_of_all_processes(n, models, data, opens):  # noqa: F811
     config = recipe("shards", data, models, "data.lanes=4", "run.batch=2")

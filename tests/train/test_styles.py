@@ -130,6 +130,7 @@ def test_a_turn_lasts_as_many_steps_as_the_recipe_says(files, tmp_path):
 # Each network ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "style",
     [
@@ -284,6 +285,7 @@ def test_a_set_with_the_teacher_alone_trains_as_always(files, tmp_path, monkeypa
         torch.testing.assert_close(back[key], tensor.float(), rtol=2**-10, atol=1e-5)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("more", [(), ("styles.draws=true", "styles.uses=2", "samples.steps=2", "styles.every=2")])
 def test_a_run_that_was_stopped_equals_an_unbroken_one(files, tmp_path, monkeypatch, more):
     class Stop(Exception):

@@ -81,6 +81,7 @@ def ab(model, original=None, rounds=1, **given):
 # What is sampled --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "run",
     [
@@ -243,6 +244,7 @@ def test_sides_take_turns(model):
 # What is left behind ------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("after", [1, 2, 5])
 def test_an_interrupt_leaves_nothing_behind(model, m2, monkeypatch, after):
     packed = small.with_pack(model, m2)
@@ -395,6 +397,7 @@ def test_too_many_cells_are_refused_before_the_first(model, monkeypatch):
         xy(model, many, ("inheritance", {"values": ",".join(["0/3"] * 20)}))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("swapped", [False, True])
 def test_speed_up_is_that_of_the_node_beside_any_other_axis(model, swapped):
     """GRI as its own axis says, also where Speed Up would add it; off is the model as it came in."""
@@ -409,6 +412,7 @@ def test_speed_up_is_that_of_the_node_beside_any_other_axis(model, swapped):
     assert report["cells"][0]["speedup"] == 1 and report["cells"][0]["psnr"] == [None]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_switch_comes_after_everything_else(model, folder, swapped):
     second = small.model(folder, seed=3)
@@ -473,6 +477,7 @@ def measured(model, **given):
     return result, timed
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("plan", [None, "balanced"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_measuring_changes_no_bit(model, m2, plan, packed):

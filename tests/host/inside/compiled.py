@@ -159,6 +159,7 @@ def at(first, second, step):
     return switch.with_switch(first, second, switching.SwitchPoint(step, "step"))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("technique", matrix.GRAPHS)
 def test_every_technique_has_so_many_graphs(folder, model, pack, graphs, technique):
     """Right pictures, and the graphs that docs/compatibility.md names for a first and a second run."""

@@ -73,6 +73,7 @@ def test_differences_of_zero_change_no_bit(model, folder, plain_samples):
         assert torch.equal(small.sample(small.with_pack(model, path), batch=batch), small.sample(model, batch=batch))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("strength", [1.0, 0.4])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_equals_the_formula_on_the_models_own_weights(model, experts, plain_samples, strength, batch):
@@ -223,6 +224,7 @@ def test_lora_on_experts_of_a_pack(model, folder, m2, experts):
     )
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode), ids=lambda mode: mode.name)
 def test_hook_lora_acts_on_the_first_expert(model, experts, mode):
     hooks = comfy.hooks.create_hook_lora(lora=small.lora(), strength_model=1.0, strength_clip=0.0)
@@ -237,6 +239,7 @@ def test_hook_lora_acts_on_the_first_expert(model, experts, mode):
     assert small.difference(played, small.sample(small.with_pack(model, experts))) > 0.01
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_e5m2"])
 def test_models_in_fp8(folder, experts, dtype):
     path = small.write_unet(folder / "fp8.safetensors")

@@ -91,6 +91,7 @@ def test_host_detects_renumbered_presets(preset):
     }
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_cut_equals_renumbered(preset):
     config = narrow(preset)
@@ -117,6 +118,7 @@ def counted(unet, name):
     return [path for path, module in unet.named_modules() if type(module).__name__ == name]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "config, preset", [(small.SD, "base"), (small.SD, "small"), (small.SDXL, "koala-700m"), (small.SDXL, "ssd-1b")]
 )

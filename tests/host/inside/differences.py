@@ -61,6 +61,7 @@ def added(folder, seed=0, dtype=None):
     return small.models.load_unet(str(path))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("seed", [0, 3])
 def test_it_plays_the_sum_with_the_checkpoints_own_weights(folder, pack, seed):
     played = small.with_pack(small.model(folder, seed=seed), pack)
@@ -91,6 +92,7 @@ def test_zero_is_bit_identical_to_none_where_the_pack_plays_itself(model, nothin
     assert torch.equal(small.sample(small.with_pack(small.add_lora(model, lora), path)), wanted)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_e5m2"])
 def test_checkpoints_in_fp8(folder, pack, nothing, lora, dtype):
     path = small.write_unet(folder / "for-fp8.safetensors")
@@ -146,6 +148,7 @@ def test_a_merge_acts_as_on_the_checkpoint(model, folder, pack, nothing, lora):
     assert torch.equal(small.sample(small.with_pack(plain, nothing)), small.sample(plain))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode), ids=lambda mode: mode.name)
 def test_hook_loras(model, folder, pack, nothing, lora, mode):
     def in_mode(model):
@@ -168,6 +171,7 @@ def test_each_checkpoint_has_sums_of_its_own_made_once(folder, pack):
     assert modules[0] is modules[1] is not modules[2]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("copied", [lambda m: m.clone(force_deepcopy=True), lambda m: m.deepclone_multigpu()])
 def test_it_plays_on_deep_copies(model, pack, lora, copied):
     played = small.with_pack(model, pack)
@@ -218,6 +222,7 @@ def said(monkeypatch):
     return texts
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("dtype", ["default", "fp8_e4m3fn"])
 def test_another_checkpoint_is_told_in_each_run(folder, said, dtype):
     mine, other = (

@@ -123,6 +123,7 @@ def pack(tmp_path_factory):
     return path
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "settings, said",
     [

@@ -224,6 +224,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("preset", ["base", "tiny"])
 def test_every_form_gives_the_same_model(tmp_path, reference, form, preset):
@@ -259,6 +260,7 @@ def test_tensors_of_no_layer_are_ignored_as_in_stock(tmp_path, caplog):
     assert same(ours, stock)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("preset", ["base", "small", "m1"])
 def test_pruned_files_load_as_in_stock(tmp_path, preset):
     path = tmp_path / "file.safetensors"
@@ -310,6 +312,7 @@ def test_folder_says_what_is_predicted(tmp_path, config, prediction, kind):
     assert models.load_unet(str(root / "unet")).model.model_type == kind
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("prediction, kind", [("eps", Type.EPS), ("v", Type.V_PREDICTION)])
 @pytest.mark.parametrize("config", [SD, SD2, SDXL], ids=lambda c: c.family)
 def test_description_and_choice_say_what_is_predicted(tmp_path, config, prediction, kind):
@@ -333,6 +336,7 @@ def test_rule_of_sd2_is_asked_with_unpruned_names(tmp_path):
         assert models.load_unet(str(tmp_path / "file.safetensors")).model.model_type == kind
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_markers_of_sdxl_checkpoints(tmp_path, prefix):
     path = tmp_path / "file.safetensors"
@@ -368,6 +372,7 @@ def save(model, output, dtype="as loaded", **given):
     return execute("ASDMSaveUNet", model=model, filename_prefix="ours/file", dtype=dtype, **given)[0]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("preset", ["base", "m1", "m2", "m3"])
 def test_saved_unet_loads_in_stock(output, reference, preset):
     model = reference(preset)
@@ -397,6 +402,7 @@ def test_stock_knows_the_class_of_saved_presets(preset):
     assert type(found).__name__ == wanted
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("config", [SD, SDXL], ids=lambda c: c.family)
 def test_saved_v_prediction_is_found_again(output, config):
     model = models.load_unet(small.write_unet(output / "v.safetensors", config, prediction="v"))

@@ -178,6 +178,7 @@ PLANS = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", PLANS)
 def test_a_run_equals_a_loop_by_hand(model, name):
     carried = Carried(model, PLANS[name])
@@ -188,6 +189,7 @@ def test_a_run_equals_a_loop_by_hand(model, name):
     assert carried.report.saving == pytest.approx(PLANS[name].saving()) and not carried.report.notes
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_both_predictions_of_a_batch(folder, prediction):
     m = small.model(folder)
@@ -212,6 +214,7 @@ def test_prompts_in_areas_with_masks_and_times_equal_the_loop(model):
     assert small.difference(made, reference(model, plan, positive=positive)) < 2e-5
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "uni_pc", "dpmpp_sde", "dpm_2"])
 def test_a_plan_of_full_steps_is_bit_identical_to_none(model, sampler):
     carried = Carried(model, every(4, 1))
@@ -257,6 +260,7 @@ def test_nothing_is_left_after_a_run(model, monkeypatch):
     assert made and all(point() is None for point in made)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", ["every other", "weighted", "cond", "made good at once"])
 def test_the_memory_is_known_before_the_run(model, name):
     carried = Carried(model, PLANS[name])
@@ -371,6 +375,7 @@ AROUND = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", AROUND)
 def test_beside_others_a_run_equals_one_with_a_filter(model, name):
     plan = plan_of("FFrFrrFr")
@@ -417,14 +422,15 @@ def test_in_a_switched_run_a_model_is_forecast_while_it_plays(model, folder):
     )
 
 
-def test_a_compiled_model_gets_no_further_graph(model, graphs):
+def test_a_compiled_model_gets_no_further_graph(folder, graphs):
+    model = small.models.load_unet(small.write_unet(folder / "two-levels.safetensors", small.TWO_LEVELS))
     compiled, carried = small.compiled(model), Carried(model, every(4, 2))
-    wanted = small.sample(carried.model, steps=4)
-    small.sample(compiled, steps=4)
+    wanted = small.sample(carried.model, small.TWO_LEVELS, steps=4)
+    small.sample(compiled, small.TWO_LEVELS, steps=4)
     count = len(graphs)
     assert count
     for m in (small.compiled(carried.model), small.with_technique(compiled, forecasts.Forecasts(every(4, 2)))):
-        assert small.difference(small.sample(m, steps=4), wanted) < 1e-4
+        assert small.difference(small.sample(m, small.TWO_LEVELS, steps=4), wanted) < 1e-4
     assert len(graphs) == count
 
 
@@ -443,6 +449,7 @@ def perpneg(m):
     return nodes_perpneg.PerpNeg.execute(m, small.cond(SD, 5), 1.0)[0]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("apply, asked", [(sag, 3), (slg, 2), (perpneg, 3)], ids=["SAG", "SLG", "PerpNeg"])
 def test_further_passes_are_kept_apart(model, apply, asked):
     full, plan = small.sample(apply(model), steps=STEPS), every(STEPS, 2, first=2)
@@ -501,6 +508,7 @@ def perpneg_guider(m):
     return guider
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", [dual_cfg, perpneg_guider])
 def test_guiders_with_three_prompts_compute_the_positive_one_alone(model, make):
     plan = plan_of("FFcFcFcc")
@@ -696,6 +704,7 @@ def test_a_recorded_run_is_the_plain_run_and_tells_its_v(model):
     assert statistics.gram[0, 0] == pytest.approx(float(recorder.cond[0].square().mean()), rel=1e-4)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("sampler, scheduler", [("euler", "normal"), ("dpmpp_2m", "karras"), ("heun", "normal")])
 def test_speed_up_leaves_out_more_the_less_alike_it_may_be(model, sampler, scheduler):
     found = {}

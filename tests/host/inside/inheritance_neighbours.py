@@ -113,6 +113,7 @@ NODES = {
 
 
 # Others, one at a time, in compatibility.py.
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", ["FreeU", "FreeU_V2", "deep shrink", "attn2 patched"])
 def test_stock_nodes_act_on_inherited_steps(model, name):
     acted = check(NODES[name], model)
@@ -145,6 +146,7 @@ def test_perturbed_guidance_of_inherited_parts_computes_in_full(model):
     assert all(counts[s, "replay"] == counts[s, "compute"] == 1 for s in (1, 3, 5))
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("part", ["attn1", "attn2", "ff"])
 @pytest.mark.parametrize("name", ["attn2 replaced", "attn2 patched", "HyperTile"])
 def test_parts_of_patched_blocks_compute(model, name, part):
@@ -167,6 +169,7 @@ def test_a_block_with_another_forward_computes(model):
     assert len(calls) == 4
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("schedule", [ONCE, Schedule(interval=3), Schedule("adaptive", threshold=1e9, max_run=10)])
 def test_steps_on_which_maps_change_their_size_compute(model, schedule):
     def shrink(m):
@@ -186,6 +189,7 @@ def test_steps_on_which_maps_change_their_size_compute(model, schedule):
         check(shrink, model, plan=plan, replays=inherited(m), full=set(range(STEPS)) - set(inherited(m)))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("node", [nodes_easycache.EasyCacheNode, nodes_easycache.LazyCacheNode])
 @pytest.mark.parametrize("interval", [2, 3])
 def test_other_caches_on_top(model, node, interval):
@@ -249,6 +253,7 @@ def controlled(control, seeds=(1, 2)):
     )
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "kind, places",
     [
@@ -275,6 +280,7 @@ def control_steps(model, start, end):
     ]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("start, end", [(0.0, 0.4), (0.4, 1.0), (0.2, 0.6)])
 def test_control_that_sets_in_or_ends_in_mid_run(model, start, end):
     acts = control_steps(model, start, end)
@@ -326,6 +332,7 @@ def test_a_prompt_that_enters_makes_the_common_forward_compute(model):
     assert inherited(m) == [s for s in range(1, STEPS) if not late[s]]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("schedule, replays", [("standard_static", (1, 3, 5)), ("standard_uniform", None)])
 def test_context_windows(model, schedule, replays):
     def windows(m):
@@ -403,6 +410,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_unusual_schedules(model, name):
     sigmas = SCHEDULES[name](small.sigmas_of(model, 8))
@@ -424,6 +432,7 @@ def test_a_window_of_steps_and_image_to_image(model):
         check(itself, model, partial(small.sample, latent=latent, **more))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "plan",
     [PLAN, inheritance.attention(SD, "attn1|attn2|ff", EVERY_OTHER), inheritance.encoder(SD, EVERY_OTHER)],

@@ -51,6 +51,7 @@ def spelled_by_peft(lora, config):
     }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", PRUNED)
 def test_a_lora_of_the_pruned_unet_acts_as_with_the_stock_loader(folder, caplog, name):
     config, chosen = PRUNED[name][0], PRUNED[name][1]()
@@ -196,6 +197,7 @@ def pack_weights(model):
     return {k.removeprefix("diffusion_model."): v.clone() for k, v in patcher.model.state_dict().items()}
 
 
+@pytest.mark.sweep(1)
 def test_hook_lora_on_one_prompt(model, m2, combined, lora, mode):
     run = {"positive": hooked(lora), "negative": small.cond(seed=2)}
     played = small.with_pack(in_mode(model, mode), m2)
@@ -208,6 +210,7 @@ def test_hook_lora_on_one_prompt(model, m2, combined, lora, mode):
     assert torch.equal(small.sample(small.with_pack(model, m2)), plain)
 
 
+@pytest.mark.sweep(1)
 def test_hook_lora_with_keyframes(model, m2, combined, lora, mode):
     run = {
         "positive": hooked(lora, keyframes=[(1.0, 0.0), (0.3, 0.3), (0.0, 0.6)]),
@@ -219,6 +222,7 @@ def test_hook_lora_with_keyframes(model, m2, combined, lora, mode):
         assert torch.equal(small.sample(played, **run), small.sample(in_mode(combined, mode), **run))
 
 
+@pytest.mark.sweep(1)
 def test_hook_lora_over_an_ordinary_one(model, m2, combined, lora, mode):
     run = {"positive": hooked(small.lora(seed=1)), "negative": small.cond(seed=2)}
     played = small.with_pack(in_mode(small.add_lora(model, lora), mode), m2)

@@ -57,6 +57,7 @@ def writes_wrappers_anew(*kinds):
     return node
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", ["m2", "balanced inheritance", "GRI attention"])
 def test_a_node_that_runs_the_network_itself_is_named_once(model, ours, caplog, name):
     wanted = small.sample(runs_the_network_itself(model), steps=STEPS)
@@ -77,6 +78,7 @@ def test_what_only_speaks_is_not_missed(model, ours, caplog):
     assert caplog.text.count("is out of this run") == 1 and "m2 is out of this run" in caplog.text
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kinds", [(WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL), (WrappersMP.OUTER_SAMPLE,)])
 @pytest.mark.parametrize("name", ["m2", "balanced inheritance", "GRI attention", "switched"])
 def test_wrappers_written_anew_behind_ours_are_said(model, ours, caplog, name, kinds):
@@ -148,6 +150,7 @@ def test_a_run_that_inherits_much_less_than_its_plan_says_so(model, caplog):
     assert caplog.text.count("steps that the plan lets inherit did") == 1
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", ["m2", "balanced inheritance", "GRI attention", "switched"])
 def test_a_further_model_of_a_guider_is_told(model, ours, folder, caplog, name):
     other = small.model(folder, seed=4)
@@ -194,6 +197,7 @@ class PastTheSampling(comfy.samplers.CFGGuider):
         return self.outer_sample(noise, latent_image, sampler, sigmas, **more)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "kind, words", [(PastTheGuider, "did not act in this run: the guider"), (PastTheSampling, "is out of this run")]
 )

@@ -96,6 +96,7 @@ def lora():
     return small.lora(SDXL)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_lora_patches_what_is_kept_under_its_own_address(pruned, lora, dialect):
     matrices = {k for k, slot in addresses.keys(SDXL).items() if len(slot.shape) > 1}
@@ -140,6 +141,7 @@ def test_which_blocks_were_kept_matters_to_a_lora_only(folder, pruned, koala, lo
 # Combinations and packs -----------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("preset", "stages"), STAGES)
 def test_some_stages_of_a_student_over_sdxl(folder, model, lora, preset, stages):
     chosen = Architecture.preset(preset, SDXL).over(stages)

@@ -157,6 +157,7 @@ def test_fewer_steps_are_measured(model, kept):
     assert offers[1].error == pytest.approx((off / size) ** 0.5, rel=1e-3)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "more, taken, said",
     [
@@ -251,6 +252,7 @@ def test_guidance_between_two_points_only(model):
         execute("ASDMSpeedUp", model=model, likeness="close", guidance_start=0.7, guidance_end=0.6)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("sampler", ["dpmpp_sde", "dpmpp_2m_sde", "euler_ancestral", "lcm"])
 def test_of_samplers_that_add_noise_what_is_foretold_is_what_the_table_says(model, sampler):
     chosen, sigmas = comfy.samplers.sampler_object(sampler), small.sigmas_of(model, STEPS)
@@ -333,6 +335,7 @@ def by_hand(model, settings, cfg=3.0):
     return decisions, comfy.samplers.KSAMPLER(loop)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("threshold, max_run", [(0.3, 2), (0.12, 1)])
 def test_a_run_that_decides_equals_a_loop_by_hand(model, threshold, max_run):
     settings = forecast.Adaptive(threshold, max_run)

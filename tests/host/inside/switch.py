@@ -153,6 +153,7 @@ def test_switched_after_the_last_step_equals_the_first(first, second, steps, cap
     assert "plays in none" not in caplog.text
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun"])
 def test_a_model_switched_to_its_equal_equals_the_run_without(first, folder, sampler):
     plain = sample(first, sampler=sampler)
@@ -163,6 +164,7 @@ def test_a_model_switched_to_its_equal_equals_the_run_without(first, folder, sam
 # Between them ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "euler_ancestral", "lms"])
 @pytest.mark.parametrize(("where", "unit"), [(2, "step"), (3.0, "sigma")])
 def test_the_sampler_keeps_its_history(first, second, sampler, where, unit):
@@ -187,6 +189,7 @@ def test_steps_are_those_of_the_run(first, second):
     assert small.difference(sample(at(first, second, 3), **more), sample(first, **more)) > 0.001
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("more", [{"steps": 5}, {"steps": 7, "start_step": 2, "last_step": 7}], ids=str)
 def test_a_share_of_the_steps_counts_those_of_the_run(first, second, more):
     # 40% of 5 steps: the first two are the first model's.
@@ -352,6 +355,7 @@ def test_a_control_net_is_mapped_to_each(first, second):
     assert small.difference(found, run(at(first, v, 2))) > 0.001
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("shared", [False, True])
 def test_hook_loras_act_on_both(first, second, m2, shared):
     other = small.with_pack(first if shared else second, m2)

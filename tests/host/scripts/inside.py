@@ -8,14 +8,17 @@ import pytest
 
 import comfy.model_management
 
-sys.path.append(str(Path(__file__).parent))  # for small.py and shared.py
+sys.path.append(str(Path(__file__).parent))  # for small.py, shared.py and sweeps.py
+import sweeps  # noqa: E402
+
 SETTINGS = Path(__file__).with_name("inside.ini")
 
 
 class Outcomes:
     """Collects what failed, by the name of the test function; parameters of one function together.
 
-    A file holds the failures and the name of the test under way, at each moment: what is known when this process dies.
+    A file holds the failures, the name of the test under way and what sweeps left out, at each moment: what is known
+    when this process dies.
     """
 
     def __init__(self, file: Path):
@@ -30,7 +33,9 @@ class Outcomes:
 
     def write(self, under_way: str | None):
         part = self.file.with_suffix(".part")
-        part.write_text(json.dumps({"failures": self.failures, "under_way": under_way}), "utf-8")
+        part.write_text(
+            json.dumps({"failures": self.failures, "under_way": under_way, "left_out": sweeps.LEFT_OUT}), "utf-8"
+        )
         part.replace(self.file)
 
     def pytest_runtest_logreport(self, report):
@@ -76,4 +81,4 @@ def main(path, names, base, file):
         "--durations=15",
         "--durations-min=0.5",
     ]
-    pytest.main([*options, *tests, "-p", "shared"], plugins=[outcomes])
+    pytest.main([*options, *tests, "-p", "shared"], plugins=[outcomes, sweeps])
