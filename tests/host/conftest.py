@@ -18,11 +18,14 @@ FOLDER = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests of this folder, and run them after the quick ones."""
+    """Mark the tests of this folder, and run them after the quick ones: last the many short files of test_inside.py, so
+    that no worker is left alone with a long one.
+    """
     ours = [item for item in items if item.path.is_relative_to(FOLDER)]
     for item in ours:
         item.add_marker("host")
-    items[:] = [item for item in items if item not in ours] + ours
+    ours.sort(key=lambda item: item.path.name == "test_inside.py")
+    items[:] = [item for item in items if not item.path.is_relative_to(FOLDER)] + ours
 
 
 @pytest.hookimpl(wrapper=True)

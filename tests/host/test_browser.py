@@ -708,7 +708,7 @@ EVERYTHING = {
     "20": (
         "ASDMFitPack",
         {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "pack_name": "emoji-m2.safetensors"}
-        | {"prompts": "panda\nrocket", "minutes": 0.1, "width": 128, "height": 128, "filename_prefix": "shown"}
+        | {"prompts": "panda\nrocket", "minutes": 0.05, "width": 128, "height": 128, "filename_prefix": "shown"}
         | {"cfg": 3.0, "batch": 1, "learning_rate": 0.0005, "seed": 0},
     ),
     "21": ("ASDMSaveUNet", {"model": ["5", 0], "filename_prefix": "shown", "dtype": "fp16"}),

@@ -49,7 +49,7 @@ def drawn(tmp_path_factory, judge):
             [
                 *([str(MODELS / f"{name}.safetensors")] if name else []),
                 *("--models", str(MODELS), "--prompts", str(folder / "metadata.csv"), "--real", str(folder / "real")),
-                *("--steps", "4", "--cfg", "3", "--batch", "16", "--cpu", "--out", str(folder / "out")),
+                *("--steps", "2", "--cfg", "3", "--batch", "16", "--cpu", "--out", str(folder / "out")),
             ],
             MODELS,
         )
@@ -76,7 +76,7 @@ def test_the_table_has_the_papers_columns_and_rows(drawn):
     own = [line for line in lines if line.startswith("| **")]
     for row in rows.values():
         cells = (
-            f"{row['fid']:.3f} | {row['is']:.3f} | {row['clip']:.4f} | {row['parameters'] / 1e9:.3g} B | 70, 4, 3.0 |"
+            f"{row['fid']:.3f} | {row['is']:.3f} | {row['clip']:.4f} | {row['parameters'] / 1e9:.3g} B | 70, 2, 3.0 |"
         )
         assert f"| **{row['network']}** | {cells}" in own
     for published in (
@@ -127,7 +127,7 @@ def test_a_stopped_evaluation_goes_on_and_other_prompts_are_refused(drawn, judge
     (folder / "out" / "whole" / "000007.jpg").unlink()
     command = [
         *("--models", str(MODELS), "--prompts", str(folder / "metadata.csv"), "--real", str(folder / "real")),
-        *("--steps", "4", "--cfg", "3", "--cpu", "--out", str(folder / "out")),
+        *("--steps", "2", "--cfg", "3", "--cpu", "--out", str(folder / "out")),
     ]
     protocol.main(command, MODELS)
     again = json.loads((folder / "out" / "whole.json").read_text())

@@ -15,7 +15,7 @@ regional, switch = module("nodes.engine.regional"), module("nodes.engine.switch"
 Window, STEPS = small.assignment.Window, 8
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ours(model, m2, folder):
     other = small.model(folder, seed=3)
     return {

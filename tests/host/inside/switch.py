@@ -26,12 +26,17 @@ def loaded(folder):
     return small.model(folder), small.model(folder, seed=1), small.model(folder, seed=2)
 
 
+@pytest.fixture(scope="module")
+def fresh_samples(loaded):
+    return [small.sample(m, steps=1) for m in loaded]
+
+
 @pytest.fixture
-def models(loaded):
+def models(loaded, fresh_samples):
     """Three stock MODELs of different weights, which must be the same after the test as before."""
-    before = [(state(m), small.sample(m, steps=1)) for m in loaded]
+    before = [state(m) for m in loaded]
     yield loaded
-    for m, (was, sample) in zip(loaded, before, strict=True):
+    for m, was, sample in zip(loaded, before, fresh_samples, strict=True):
         assert state(m) == was
         assert torch.equal(small.sample(m, steps=1), sample)
 
