@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...asdm_core.inheritance import COMPUTED, INHERITED, PARTLY, Plan, cache_elements
+from ...asdm_core.inheritance import COMPUTED, DIALS, INHERITED, PARTLY, Plan, cache_elements
 from ...asdm_core.steps import Moment
 from .feature_cache import REPLAY, FeatureCache
 from .network import architecture_of
@@ -97,17 +98,25 @@ class Inheritance(Technique):
         return _InRun(self, start.sigmas.tolist(), Recorder(start.model.load_device), say)
 
     def label(self) -> str:
-        return f"{self.plan.name or 'custom'} inheritance"
+        return f"{_title(self.plan)} inheritance"
 
     def tells(self, model) -> list[str]:
         return [
-            f"Feature Inheritance is on ({self.plan.name or 'a custom plan'}): Inheritance Plan shows its steps; "
+            f"Feature Inheritance is on ({_title(self.plan)}): Inheritance Plan shows its steps; "
             "bypass its node to leave it off."
         ]
 
     def saved(self, measured: Measured) -> list[tuple[str, float, str]]:
         seconds = measured.shorter(INHERITED)
         return [] if seconds is None else [("feature inheritance", seconds, "measured")]
+
+
+def _title(plan: Plan) -> str:
+    """What a plan is called on nodes: a dial's position, or what a custom plan does."""
+    if plan.name in DIALS:
+        return plan.name
+    does = re.sub(r"deepcache-(\d+)", r"DeepCache branch \1", plan.name)
+    return f"custom ({does})" if does else "custom"
 
 
 class _InRun(InRun):

@@ -414,3 +414,13 @@ def test_a_survey_beside_another_cache_measures_the_steps_that_run(model):
     survey = Survey(tuple(calibrate.plans_for(SD)), 2)
     assert torch.equal(small.sample(small.with_technique(lazy, survey), steps=8), small.sample(lazy, steps=8))
     assert any(len(track._sensitivity) > 0 for track in survey.found.tracks)
+
+
+def test_a_plan_is_called_by_its_dial_or_by_what_it_does(model):
+    def called(plan):
+        return small.technique.technique_of(small.with_plan(model, plan), small.inheritance.Inheritance).label()
+
+    assert called(inheritance.dial(SD, "fast")) == "fast inheritance"
+    forecast = inheritance.deepcache(SD, 2, EVERY_OTHER).reusing("forecast")
+    assert called(forecast) == "custom (DeepCache branch 2, forecast) inheritance"
+    assert called(inheritance.Plan(forecast.rules, EVERY_OTHER)) == "custom inheritance"
