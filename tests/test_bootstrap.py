@@ -217,6 +217,7 @@ def test_managed_host_is_made_once(sdist, monkeypatch):
     assert bootstrap.ensure_managed_host() == folder
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "damage",
     [

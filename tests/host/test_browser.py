@@ -410,6 +410,7 @@ def finds(page) -> list[str]:
     return page.evaluate("() => [...document.querySelectorAll('[role=option]')].map(e => e.innerText.split('\\n')[0])")
 
 
+@pytest.mark.sweep(1)
 def test_the_view_fills_the_window_and_goes_back(page, front_end):
     drop(page, PACK / "workflows" / "01 Quick start.json", name=f"Large {front_end}.json")
     show_pictures(page, "ASDMABCompare", 3)
@@ -616,6 +617,7 @@ SHOWN = """([note, title]) => {
 }"""
 
 
+@pytest.mark.sweep(1)
 def test_what_a_run_showed_is_back_after_a_change_of_tabs_and_an_undo(page, front_end):
     name = f"Left and back, {front_end}"
     drop(page, PACK / "workflows" / "01 Quick start.json", name=f"{name}.json")

@@ -410,6 +410,7 @@ OLD = {  # inputs of a DeepCache node of other packs, and the settings of ours t
 }
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("old", OLD)
 def test_a_graph_with_a_dead_deepcache_node_runs_with_feature_inheritance(client, family, old):
     inputs, settings = OLD[old]

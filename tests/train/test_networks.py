@@ -476,7 +476,7 @@ def test_a_small_change_survives_a_weight_in_half_precision():
 # Plans ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sweep(9)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_has_a_plan(path):
     recipe = load(path)

@@ -171,6 +171,7 @@ NODES = {
 }
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("config", [SD, small.SDXL], ids=["sd", "sdxl"])
 def test_layers_that_nobody_changed_are_played_as_they_are(folder, config):
     model = small.model(folder, config)

@@ -289,6 +289,7 @@ def tiles(model, moving, altered=False):
     return clone
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("altered", [False, True])
 def test_tiles(model, altered, caplog):
     kept = small.with_plan(model, PLAN)
@@ -301,6 +302,7 @@ def test_tiles(model, altered, caplog):
     assert caplog.text.count("showed another part of the picture") == 1
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("place", [above, beneath])
 def test_results_are_not_forecast_from_another_part(model, place, caplog):
     carried = forecasts.Forecasts(forecast.every(9, 2))

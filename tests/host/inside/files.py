@@ -418,6 +418,7 @@ def test_stock_save_of_a_model_with_a_pack_is_the_model_without(output, folder):
     assert same(comfy.sd.load_diffusion_model(str(stock_save(played, output))), model)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("preset", ["m2", "tiny"])
 def test_pack_is_saved_as_the_network_it_plays(output, folder, preset):
     model = small.model(folder)

@@ -593,6 +593,7 @@ def test_context_windows_are_kept_apart(model):
     assert small.difference(made, alone) < 1e-4
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("moving", [False, True])
 def test_parts_that_move_are_computed_and_it_is_said_once(model, moving, caplog):
     def windowed(m):

@@ -392,6 +392,7 @@ def test_guidance_that_is_off_in_part_of_the_run(model, apart):
         check(lambda m, s=start, e=end: nodes_custom_sampler.CFGOverride.execute(m, 1.0, s, e)[0], model, replays=None)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("same", [False, True])
 def test_a_guider_with_a_model_for_each_prompt(model, folder, same):
     other = model.clone() if same else small.model(folder, seed=7)

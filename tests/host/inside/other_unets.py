@@ -146,6 +146,7 @@ def test_nine_channels_are_inpainting_and_others_nothing_of_the_kind(folder, cap
 # Frames ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("frames", (3, 16))
 def test_attention_over_frames_is_no_other_node(frames, caplog):
     """As many frames as a map of 4 x 4 has tokens is the case in which shapes tell nothing."""

@@ -357,6 +357,7 @@ def on_two_devices(model):
     return split
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("split_first", [False, True])
 def test_pack_plays_when_work_is_split_over_devices(model, m2, plain_samples, split_first):
     lora = small.lora()

@@ -302,6 +302,7 @@ def test_each_keeps_its_own_guidance(first, second):
     assert torch.equal(run(at(first, pag, 2)), reference((first, pag), lambda sigma: int(sigma <= 2), "euler"))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("shared", [False, True])
 def test_v_prediction_with_eps(first, second, shared):
     v = v_prediction(first if shared else second)
@@ -482,6 +483,7 @@ def with_motion(m):
     return clone
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("pack", [False, True])
 def test_what_a_pack_inserts_is_in_both_models(first, second, m2, pack):
     def model_of(m):

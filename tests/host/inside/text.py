@@ -134,6 +134,7 @@ def encoded(clip, prompt):
     return states, more["pooled_output"]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_captions_are_what_clip_text_encode_makes_of_them(checkpoints, family):
     path, clip = checkpoints[family]
@@ -179,6 +180,7 @@ def test_random_brackets_are_read_as_the_host_reads_them():
         assert emphasised(text) == [(comfy.sd1_clip.unescape_important(t), w) for t, w in host], text
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("family", "factor"), [("sd15", 0.18215), ("sdxl", 0.13025)])
 def test_the_vae_is_the_hosts(checkpoints, vae, family, factor):
     path, _ = checkpoints[family]

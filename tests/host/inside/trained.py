@@ -28,13 +28,17 @@ from train.config import load  # noqa: E402
 from train.diffusion import ALPHAS  # noqa: E402
 
 FAMILIES[small.SD.family] = UNetConfig.from_dict(small.SD.to_dict())  # train's own copy of the pack's package
-# The command `python -m train`, to which the narrow network is a family like others.
+# The command `python -m train`, to which the narrow network is a family like others, for one recipe after another.
 COMMAND = f"""
+import sys
 import asdm_core.architecture as architecture
 from asdm_core.addresses import UNetConfig
 architecture.FAMILIES[{small.SD.family!r}] = UNetConfig.from_dict({small.SD.to_dict()!r})
 from train.__main__ import main
-main()
+recipes, *more = sys.argv[1:]
+for recipe in recipes.splitlines():
+    sys.argv[1:] = [recipe, *more]
+    main()
 """
 TOKENIZER = Path(comfy.sd.__file__).parent / "sd1_tokenizer"
 STEPS = 3
@@ -81,18 +85,19 @@ def runs(finetune):
     """Where the two commands of docs/training.md ran."""
     folder = finetune.parent
     (folder / "prompts.txt").write_text("a cat\nred hair, smile\na house by the sea\n")
-    for recipe in ("sd15-base", "sd15-m2"):
-        sets = [part for change in settings(finetune) for part in ("--set", change)]
-        done = subprocess.run(
-            [sys.executable, "-c", COMMAND, str(ROOT / "train" / "configs" / f"{recipe}.toml"), "--cpu", *sets],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0 and f"wrote runs/{recipe}/{recipe}.safetensors" in done.stdout, (
-            done.stdout + done.stderr
-        )
+    recipes = ("sd15-base", "sd15-m2")
+    sets = [part for change in settings(finetune) for part in ("--set", change)]
+    paths = [str(ROOT / "train" / "configs" / f"{recipe}.toml") for recipe in recipes]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "\n".join(paths), "--cpu", *sets],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert all(f"wrote runs/{recipe}/{recipe}.safetensors" in done.stdout for recipe in recipes), said
     return folder / "runs"
 
 
