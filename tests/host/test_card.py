@@ -35,7 +35,7 @@ def test_the_fast_form_passes_goes_on_and_says_so_in_one_sentence(host, tmp_path
 
     # What passed is not done again; a part goes on with what it lacks, and with what failed.
     part = found["parts"]["correct fp32"]
-    failed, *_, lost = part["rows"]
+    failed, *_, lost, _ = part["rows"]  # the last one, that nothing is left behind, takes longest
     part["rows"][failed]["passed"] = False
     del part["rows"][lost]
     (tmp_path / "report.json").write_text(json.dumps(found), "utf-8")

@@ -79,10 +79,10 @@ def test_missing_node_is_named(job, client):
 
 
 def test_demo_of_the_embedded_family(tmp_path, capfd, monkeypatch):
-    """What `make demo` runs, of its prompts the first three or, with ALL=1, all; its headline in multiplications, which
+    """What `make demo` runs, of its prompts the first two or, with ALL=1, all; its headline in multiplications, which
     no machine changes: half at the most, at 30 dB.
     """
-    prompts = jobs.EMOJI_PROMPTS if sweeps.everything() else jobs.EMOJI_PROMPTS[:3]
+    prompts = jobs.EMOJI_PROMPTS if sweeps.everything() else jobs.EMOJI_PROMPTS[:2]
     monkeypatch.setattr(jobs, "EMOJI_PROMPTS", prompts)
     assert (EMBEDDED / "emoji-teacher.safetensors").exists()
     assert demo.main(["--output", str(tmp_path)]) == 0
