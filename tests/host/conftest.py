@@ -4,7 +4,6 @@ Nothing here skips: a host that cannot be had is a failure.
 """
 
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,21 +71,7 @@ def forks(host) -> Iterator[Forks]:
 @pytest.fixture(scope="session")
 def call_in_host(forks):
     """call_in_host(folder, script, function, ...): run_in_host with a folder of the caller's."""
-
-    def call_in_host(folder, script, function="main", *args, cpu_seconds=900, **kwargs):
-        call, result = folder / "call.json", folder / "result.json"
-        result.unlink(missing_ok=True)
-        path = FOLDER / "scripts" / script
-        call.write_text(json.dumps({"script": str(path), "function": function, "args": args, "kwargs": kwargs}))
-        base = folder / "base"
-        for name in ("input", "output", "models", "custom_nodes", "user"):
-            (base / name).mkdir(parents=True, exist_ok=True)
-        ended, output = forks.run(call, result, base, cpu_seconds)
-        if ended != "ended with status 0" or not result.exists():
-            pytest.fail(f"{script}:{function} {ended} in the host:\n{output[-8000:]}", pytrace=False)
-        return json.loads(result.read_text())
-
-    return call_in_host
+    return forks.call
 
 
 @pytest.fixture(scope="session")

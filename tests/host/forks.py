@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.host.limits import run_within, wait_within
 
-RUNNER = Path(__file__).with_name("runner.py")
+RUNNER, SCRIPTS = (Path(__file__).with_name(name) for name in ("runner.py", "scripts"))
 IMPORT = 120  # seconds of CPU time, at the most
 
 
@@ -25,6 +26,19 @@ class Forks:
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
         self.parent: subprocess.Popen | None = None
         self.log = tempfile.TemporaryFile()
+
+    def call(self, folder: Path, script: str, function: str = "main", *args, cpu_seconds: float = 900, **kwargs):
+        """What a function of a script (tests/host/scripts) returns; a folder for the call and the host's files."""
+        call, result, base = folder / "call.json", folder / "result.json", folder / "base"
+        result.unlink(missing_ok=True)
+        path = SCRIPTS / script
+        call.write_text(json.dumps({"script": str(path), "function": function, "args": args, "kwargs": kwargs}))
+        for name in ("input", "output", "models", "custom_nodes", "user"):
+            (base / name).mkdir(parents=True, exist_ok=True)
+        ended, output = self.run(call, result, base, cpu_seconds)
+        if ended != "ended with status 0" or not result.exists():
+            pytest.fail(f"{script}:{function} {ended} in the host:\n{output[-8000:]}", pytrace=False)
+        return json.loads(result.read_text())
 
     def run(self, call: Path, result: Path, base: Path, cpu_seconds: float) -> tuple[str, str]:
         """How the process ended, and its output. Where the system can fork, no limit holds the import of ComfyUI."""

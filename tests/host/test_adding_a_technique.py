@@ -1,11 +1,13 @@
 """What docs/adding_a_technique.md says, done as it says: a technique is one core file, one node file and one test."""
 
+import contextlib
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.host.forks import Forks
 from tests.host.test_inside import functions, run_inside
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,7 +17,7 @@ NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
 
 
 @pytest.fixture
-def played(tmp_path, monkeypatch, call_in_host):
+def played(tmp_path, monkeypatch, host, forks):
     """played(files): what failed in the test among them, by name, in a copy of the pack to which they are added."""
 
     def played(files: dict[str, str]) -> dict[str, list[str]]:
@@ -33,7 +35,8 @@ def played(tmp_path, monkeypatch, call_in_host):
         (test,) = [pack / name for name in files if name.startswith("tests/")]
         monkeypatch.setenv("ASDM_PACK", str(pack))
         names = functions(test)
-        found = run_inside(test, names, call_in_host, tmp_path)
+        with contextlib.closing(Forks(host, forks.arguments)) as others:  # the other forks have the pack as it is
+            found = run_inside(test, names, others.call, tmp_path)
         assert set(found) == set(names), found
         return {name: failed for name, failed in found.items() if failed}
 
