@@ -40,7 +40,7 @@ def main(classifier: Classifier | None = None, encoder: fit.Encoder | None = Non
     try:
         config = load(args.recipe, args.set)
         if args.dry_run:
-            print(dry_run.report(config, int(os.environ.get("WORLD_SIZE", "1"))))
+            print(dry_run.report(config, int(os.environ.get("WORLD_SIZE", "1")), args.cpu))
             return
         accelerator, config = sharding.accelerator_of(config, args.cpu)
         product = train(config, accelerator, classifier=classifier)

@@ -27,6 +27,7 @@ from asdm_core.measure import costs, total
 from asdm_core.surgery import cut_diffusers
 
 from . import networks
+from .attention import BmmAttention
 from .config import PRECISIONS, Config, load
 from .losses import LOSSES
 from .data import pooled_width
@@ -40,8 +41,8 @@ class MemoryEstimate:
     """Bytes of one process. Not counted: buffers of the libraries, a sharded run's layer at work, the classifier of the
     emoji family.
 
-    copies: of weights, in the precision of the forward pass, which autocast keeps for the backward pass. perceptual:
-    VGG16 and what it keeps. cpu: what lies in the memory of the machine instead, with run.offload: moments and average,
+    copies: of weights, in the precision of the forward pass, which autocast keeps for the backward pass. compared: what
+    the losses between both networks keep. perceptual: VGG16 and what it keeps. cpu: what lies in the memory of the machine instead, with run.offload: moments and average,
     and weights and gradients on their way.
     """
 
@@ -52,6 +53,7 @@ class MemoryEstimate:
     average: int
     activations: int
     copies: int
+    compared: int
     perceptual: int
     cpu: int = 0
 
@@ -62,8 +64,8 @@ class MemoryEstimate:
 
 
 class Autocast(TorchFunctionMode):
-    """What torch.autocast does on a GPU, for tensors without numbers, which it leaves alone: products in `half`, norms
-    in float32 (the lists of torch's documentation of autocast, as far as a UNet needs them).
+    """What torch.autocast does, for tensors without numbers, which it leaves alone: products in `half`, and on a GPU
+    norms and softmax in float32 (the lists of torch's documentation of autocast, as far as a UNet needs them).
 
     copies: storages that are copies of weights.
     """
@@ -73,15 +75,16 @@ class Autocast(TorchFunctionMode):
     )
     FLOAT32 = frozenset({F.group_norm, F.layer_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.mse_loss})
 
-    def __init__(self, half: torch.dtype):
+    def __init__(self, half: torch.dtype, on_cpu: bool = False):
         super().__init__()
         self.half = half
+        self.float32 = frozenset({F.mse_loss}) if on_cpu else self.FLOAT32
         self.copies: dict[int, object] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.HALF:
             args = tuple(self._cast(a, torch.float32, self.half) for a in args)
-        elif func in self.FLOAT32:
+        elif func in self.float32:
             args = tuple(self._cast(a, self.half, torch.float32) for a in args)
         return func(*args, **(kwargs or {}))
 
@@ -109,8 +112,8 @@ class Kept:
         self.at = ""
 
     @contextmanager
-    def counted(self, precision: torch.dtype) -> Iterator[None]:
-        mode = Autocast(precision)
+    def counted(self, precision: torch.dtype, on_cpu: bool = False) -> Iterator[None]:
+        mode = Autocast(precision, on_cpu)
 
         def pack(tensor: Tensor) -> Tensor:
             number = _id(tensor)
@@ -157,13 +160,12 @@ def meta_student(config: Config) -> UNet2DConditionModel:
     return student
 
 
-def activations(student: UNet2DConditionModel, config: Config) -> tuple[int, int]:
+def activations(student: UNet2DConditionModel, config: Config, on_cpu: bool = False) -> tuple[int, int]:
     """Bytes that a forward pass of one micro batch keeps for the backward pass: activations, and copies of weights.
 
-    Counted on the meta device. With gradient checkpointing: the inputs of all checkpointed parts, what lies between
+    Counted on the meta device. on_cpu: with the attention that trains there, which keeps its probabilities. With gradient checkpointing: the inputs of all checkpointed parts, what lies between
     them, and what the largest one keeps while it is computed again.
     """
-    unet, side = config.network.config, config.data.side
     kept, inputs = Kept(student), 0
     handles = []
     for name, module in student.named_modules():
@@ -178,9 +180,21 @@ def activations(student: UNet2DConditionModel, config: Config) -> tuple[int, int
                 kept.at = ""
 
             handles += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
-    counting: Any = _CountingProcessor()
+    counting: Any = BmmAttention() if on_cpu else _CountingProcessor()
     student.set_attn_processor(counting)
-    size = config.run.micro_batch
+    with kept.counted(PRECISIONS[config.run.precision], on_cpu):
+        _forward(student, config)
+    for handle in handles:
+        handle.remove()
+    if not config.run.checkpoint_gradients:
+        return kept.tensors.total(), kept.copies.total()
+    largest = max((name for name in kept.tensors if name), key=lambda name: kept.tensors[name] + kept.copies[name])
+    return kept.tensors[""] + inputs + kept.tensors[largest], kept.copies[""] + kept.copies[largest]
+
+
+def _forward(student: UNet2DConditionModel, config: Config) -> Tensor:
+    """What a student predicts for one micro batch, all of it on the meta device."""
+    unet, side, size = config.network.config, config.data.side, config.run.micro_batch
     # Gains are not seen here, because attention is only counted: with them everything keeps what its input's gradient
     # needs.
     x = torch.empty(size, unet.in_channels, side, side, device="meta", requires_grad=config.gains is not None)
@@ -191,14 +205,29 @@ def activations(student: UNet2DConditionModel, config: Config) -> tuple[int, int
         if pooled
         else None
     )
-    with kept.counted(PRECISIONS[config.run.precision]):
-        student(*arguments, added_cond_kwargs=added, return_dict=False)
+    return student(*arguments, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def compared(student: UNet2DConditionModel, config: Config) -> int:
+    """Bytes that the losses between both networks keep of one micro batch: what the teacher gave, and for the backward
+    pass its difference from the student's, in float32.
+    """
+    if not any(LOSSES[name].teacher for name in config.loss.weights):
+        return 0
+    numbers = 0
+
+    def count(module, args, output):
+        nonlocal numbers
+        numbers += (output[0] if isinstance(output, tuple) else output).numel()
+
+    taps = {tap.student for kind in config.taps.values() for tap in kind}
+    handles = [student.get_submodule(path).register_forward_hook(count) for path in taps]
+    student.set_attn_processor(_CountingProcessor())
+    with torch.no_grad():
+        numbers += _forward(student, config).numel()
     for handle in handles:
         handle.remove()
-    if not config.run.checkpoint_gradients:
-        return kept.tensors.total(), kept.copies.total()
-    largest = max((name for name in kept.tensors if name), key=lambda name: kept.tensors[name] + kept.copies[name])
-    return kept.tensors[""] + inputs + kept.tensors[largest], kept.copies[""] + kept.copies[largest]
+    return numbers * (PRECISIONS[config.run.precision].itemsize + 4)
 
 
 def perceptual(config: Config) -> int:
@@ -218,7 +247,7 @@ def perceptual(config: Config) -> int:
     )
 
 
-def memory(student: UNet2DConditionModel, config: Config, processes: int) -> MemoryEstimate:
+def memory(student: UNet2DConditionModel, config: Config, processes: int, on_cpu: bool = False) -> MemoryEstimate:
     shared = processes if config.run.shard else 1
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     moments = KINDS[config.optimiser.kind].moments
@@ -227,7 +256,7 @@ def memory(student: UNet2DConditionModel, config: Config, processes: int) -> Mem
     draws = config.data.source == "prompts" or config.rollout.steps
     needs_teacher = draws or any(LOSSES[name].teacher for name in config.loss.weights)
     teacher = Architecture.full(config.network.config).params if needs_teacher else 0
-    kept, copies = activations(student, config)
+    kept, copies = activations(student, config, on_cpu)
     # What is frozen and in half precision is the teacher's own, where there is one.
     held = sum(p.nbytes for p in student.parameters() if p.dtype != torch.float32) if teacher else 0
     # What a style adds to the trained weights, and the sums.
@@ -240,13 +269,14 @@ def memory(student: UNet2DConditionModel, config: Config, processes: int) -> Mem
         average=0 if config.run.offload else 4 * trained // shared,
         activations=kept,
         copies=copies,
+        compared=compared(student, config),
         perceptual=perceptual(config),
         cpu=kept_moments + 12 * trained if config.run.offload else 0,
     )
 
 
-def report(config: Config, processes: int) -> str:
-    """The whole plan as text. Raises ValueError where the run could not start."""
+def report(config: Config, processes: int, on_cpu: bool = False) -> str:
+    """The whole plan as text. on_cpu: for a run on the CPU. Raises ValueError where the run could not start."""
     student = meta_student(config)
     accumulation = config.accumulation(processes)
     trained: Counter[str] = Counter()
@@ -261,7 +291,7 @@ def report(config: Config, processes: int) -> str:
     lines += [f"{block:<8}{kept[block] / 1e6:>14.3f}{trained[block] / 1e6:>12.3f}" for block in kept]
     lines += [f"{'all':<8}{kept.total() / 1e6:>14.3f}{trained.total() / 1e6:>12.3f}", ""]
     lines += [f"taps of {kind}: {', '.join(tap.name for tap in found)}" for kind, found in config.taps.items()]
-    need = memory(student, config, processes)
+    need = memory(student, config, processes, on_cpu)
     lines += ["", "memory of one process, estimated:"]
     lines += [f"  {name:<12}{_size(value):>12}" for name, value in vars(need).items() if name != "cpu"]
     lines += [

@@ -8,6 +8,7 @@ from torch import nn
 from tests.train.recipes import CONFIGS, NARROW
 from train import networks, vgg
 from train.config import load
+from train.attention import BmmAttention
 from train.dry_run import CARDS, Kept, activations, memory, meta_student, perceptual, table
 
 
@@ -61,6 +62,20 @@ def test_a_plan_counts_what_a_real_step_keeps(changes, precision, norms_as_on_a_
         m.weight.numel() for m in student.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.requires_grad
     )
     assert planned[1] >= 0.8 * half_weights if precision == "bf16" else planned[1] == 0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_plan_for_the_cpu_counts_its_attention(precision):
+    config = load(NARROW, ["student.preset=m2", f"run.precision={precision}", "run.micro_batch=2", "data.size=128"])
+    student = networks.make_student(networks.load_teacher(config), config)
+    if precision == "bf16":
+        networks.hold_frozen(student, None, torch.bfloat16)
+    networks.set_attention(student, BmmAttention())
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([1, 999]), torch.randn(2, 77, 32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        real, _ = really_kept(student, lambda: student(x, t, context).sample)
+    on_cpu, on_a_card = (sum(activations(meta_student(config), config, cpu)) for cpu in (True, False))
+    assert on_cpu == pytest.approx(real, rel=0.03) and abs(on_a_card - real) > 0.05 * real
 
 
 def test_what_autocast_keeps_of_a_few_layers_is_what_its_rules_say():
