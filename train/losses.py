@@ -53,9 +53,27 @@ LATENT_RGB = {
 LATENT_RGB_BIAS = {"sdxl": (0.1084, -0.0175, -0.0011)}
 
 
+class _SquaredError(torch.autograd.Function):
+    """Keeps a and b as they are, which others keep as well; plain autograd would keep their difference in float32."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return (a.float() - b.float()).square().flatten(1).mean(1)
+
+    @staticmethod
+    def backward(ctx, given: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        difference = a.float() - b.float()
+        each = given / difference[0].numel()
+        gradient = each.view(-1, *[1] * (a.dim() - 1)) * (2 * difference)
+        to_a, to_b = ctx.needs_input_grad
+        return gradient.to(a.dtype) if to_a else None, -gradient.to(b.dtype) if to_b else None
+
+
 def squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference of each sample, (B,), float32, for a and b of shape (B, ...)."""
-    return (a.float() - b.float()).square().flatten(1).mean(1)
+    """Mean squared difference of each sample, (B,), float32, for a and b of one shape (B, ...)."""
+    return _SquaredError.apply(a, b)
 
 
 def relative_error(a: Tensor, b: Tensor) -> Tensor:

@@ -150,6 +150,13 @@ def test_interrupt(client):
         client.wait(run, timeout=600)
 
 
+def in_a_terminal():
+    """A session of its own, which listens to Ctrl-C also where these tests were started in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals and terminals")
 def test_serve_keeps_its_port_opens_the_browser_and_ends_in_order(tmp_path, host):
     """Under make in a terminal, twice in a row on one port, with a browser that stays connected."""
@@ -170,7 +177,7 @@ def test_serve_keeps_its_port_opens_the_browser_and_ends_in_order(tmp_path, host
         leader, follower = os.openpty()
         make = subprocess.Popen(
             ["make", "serve"], cwd=tmp_path, env=env, stdin=follower, stdout=follower, stderr=follower,
-            preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+            preexec_fn=in_a_terminal,
         )  # fmt: skip
         os.close(follower)
         said = b""

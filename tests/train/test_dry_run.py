@@ -110,6 +110,14 @@ def test_the_perceptual_network_is_counted(monkeypatch):
     assert perceptual(load(CONFIGS / "sd15-m2.toml", [*changes, "loss.perceptual=0"])) == 0
 
 
+def test_what_the_losses_keep_is_the_teachers_features():
+    """Of the mid block alone: 1280 channels at 4 x 4; and of the prediction, 4 at 32 x 32."""
+    changes = ["network.teacher=x", "run.precision=bf16", "run.batch=3", "run.micro_batch=3", "data.size=256"]
+    config = load(CONFIGS / "sd15-m2.toml", changes)
+    assert {kind: len(taps) for kind, taps in config.taps.items()} == {"mid": 1}
+    assert memory(meta_student(config), config, 1).compared == 3 * (1280 * 4 * 4 + 4 * 32 * 32) * 2
+
+
 def test_of_m2_only_what_is_trained_is_held_twice():
     """Two bytes for each number that is multiplied: of frozen ones the teacher's own, of the others a copy a step."""
     changes = ["network.teacher=x", "run.precision=bf16", "run.checkpoint_gradients=false", "run.micro_batch=1"]

@@ -1,5 +1,6 @@
 """Each loss against a value computed by hand."""
 
+import pytest
 import torch
 
 from train import losses
@@ -18,6 +19,27 @@ def test_squared_error_is_the_mean_of_each_sample_in_float32():
     big = torch.full((1, 4), 1000.0, dtype=torch.float16)  # its square is beyond float16
     error = losses.squared_error(big, torch.zeros_like(big))
     assert error.dtype == torch.float32 and error.tolist() == [1e6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squared_error_has_the_gradient_of_plain_autograd_and_keeps_nothing_more(dtype):
+    g = torch.Generator().manual_seed(0)
+    given = torch.rand(3, generator=g)
+
+    def pair():
+        g.manual_seed(1)
+        return [torch.randn(3, 5, 7, 2, generator=g).to(dtype).requires_grad_() for _ in range(2)]
+
+    (a, b), (c, d) = pair(), pair()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        found = losses.squared_error(a, b)
+    assert set(kept) == {a.data_ptr(), b.data_ptr()}
+    plain = (c.float() - d.float()).square().flatten(1).mean(1)
+    assert torch.equal(found, plain)
+    found.backward(given)
+    plain.backward(given)
+    assert torch.equal(a.grad, c.grad) and torch.equal(b.grad, d.grad)
 
 
 def test_task_compares_with_the_noise_or_with_v():
