@@ -150,18 +150,17 @@ def test_interrupt(client):
         client.wait(run, timeout=600)
 
 
-def in_a_terminal():
-    """A session of its own, which listens to Ctrl-C also where these tests were started in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.setsid()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals and terminals")
 def test_serve_keeps_its_port_opens_the_browser_and_ends_in_order(tmp_path, host):
     """Under make in a terminal, twice in a row on one port, with a browser that stays connected."""
     import fcntl
     import termios
+
+    def in_a_terminal():
+        # Listens to Ctrl-C also where these tests were started in the background.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     page = tmp_path / "page"
     port = free_port()
