@@ -42,8 +42,8 @@ class MemoryEstimate:
     emoji family.
 
     copies: of weights, in the precision of the forward pass, which autocast keeps for the backward pass. compared: what
-    the losses between both networks keep. perceptual: VGG16 and what it keeps. cpu: what lies in the memory of the machine instead, with run.offload: moments and average,
-    and weights and gradients on their way.
+    the losses between both networks keep. perceptual: VGG16 and what it keeps. cpu: what lies in the memory of the
+    machine instead, with run.offload: moments and average, and weights and gradients on their way.
     """
 
     teacher: int
@@ -163,8 +163,9 @@ def meta_student(config: Config) -> UNet2DConditionModel:
 def activations(student: UNet2DConditionModel, config: Config, on_cpu: bool = False) -> tuple[int, int]:
     """Bytes that a forward pass of one micro batch keeps for the backward pass: activations, and copies of weights.
 
-    Counted on the meta device. on_cpu: with the attention that trains there, which keeps its probabilities. With gradient checkpointing: the inputs of all checkpointed parts, what lies between
-    them, and what the largest one keeps while it is computed again.
+    Counted on the meta device. on_cpu: with the attention that trains there, which keeps its probabilities. With
+    gradient checkpointing: the inputs of all checkpointed parts, what lies between them, and what the largest one keeps
+    while it is computed again.
     """
     kept, inputs = Kept(student), 0
     handles = []
@@ -209,8 +210,8 @@ def _forward(student: UNet2DConditionModel, config: Config) -> Tensor:
 
 
 def compared(student: UNet2DConditionModel, config: Config) -> int:
-    """Bytes that the losses between both networks keep of one micro batch: what the teacher gave. The student's features
-    are kept by the student.
+    """Bytes that the losses between both networks keep of one micro batch: what the teacher gave. The student keeps its
+    own features.
     """
     if not any(LOSSES[name].teacher for name in config.loss.weights):
         return 0
