@@ -334,7 +334,7 @@ def planned(network: str) -> dict[str, float]:
 
 
 def for_memory(config: Config) -> Config:
-    """With so many samples at once that what libraries keep for themselves, some 40 MB, is little beside them."""
+    """With so many samples at once that what libraries keep for themselves is little beside them."""
     return replace(config, run=replace(config.run, batch=SAMPLES, micro_batch=SAMPLES))
 
 
