@@ -715,7 +715,7 @@ class Shards(TensorFile):
         ):
             raise bad("its weight_map does not name files beside it")
         names = sorted(set(places.values()))
-        if lost := [name for name in names if not (self.path.parent / name).is_file()]:
+        if lost := [name for name in names if not os.path.isfile(self.path.parent / name)]:  # false for names too long
             raise bad(f"{len(lost)} of the {len(names)} files that it names are not beside it, as {printable(lost[0])}")
         files = {name: TensorFile(self.path.parent / name) for name in names}
         self._places = {key: files[name] for key, name in places.items()}

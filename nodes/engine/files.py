@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import lru_cache
 from pathlib import Path, PurePath
 
@@ -143,7 +144,7 @@ def _unlisted_folder(name: str) -> Path | None:
     if not name.endswith(_FOLDER_MARK) or PurePath(name).is_absolute() or ".." in parts:
         return None
     folders = (Path(root, name) for root in _diffusers_roots())
-    return next((folder for folder in folders if folder.is_dir()), None)
+    return next((folder for folder in folders if os.path.isdir(folder)), None)  # false for names too long
 
 
 def _diffusers_roots() -> list[str]:

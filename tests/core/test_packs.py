@@ -248,6 +248,7 @@ def test_of_several_files_the_plain_one_is_taken_then_fp16(tmp_path):
         (lambda index: index.write_text('{"weight_map": {"a": "../a.safetensors"}}'), "files beside it"),
         (lambda index: index.write_text('{"weight_map": {"a": 5}}'), "files beside it"),
         (lambda index: index.write_text('{"weight_map": {"a": "absent.safetensors"}}'), "1 of the 1 files"),
+        (lambda index: index.write_text(json.dumps({"weight_map": {"a": "a" * 5000}})), "1 of the 1 files"),
         (lambda index: index.write_text(index.read_text().replace('"conv_in.weight"', '"moon"')), "no tensor moon"),
     ],
 )
