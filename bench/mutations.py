@@ -184,8 +184,9 @@ def damaged_json(value: Any, choose: random.Random) -> Any:
             case 4 if isinstance(within[key], int) and not isinstance(within[key], bool):
                 within[key] = within[key] + choose.choice((-1, 1, 8, 2**20, -(2**70)))
             case 5 if isinstance(within[key], str):
-                longer = within[key] * choose.choice((0, 2, 1000)) + choose.choice(WORDS)
-                within[key] = longer[:LONGEST]
+                times = choose.choice((0, 2, 1000))
+                enough = min(times, LONGEST // max(len(within[key]), 1) + 1)  # what is cut off again takes no memory
+                within[key] = (within[key] * enough + choose.choice(WORDS))[:LONGEST]
             case _:
                 within[key] = anything(choose)
     return value
