@@ -7,7 +7,7 @@ else has entered his own, before or after our node, and keeps what he has. Nobod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +23,9 @@ from ...asdm_core.steps import Moment
 from . import notes, units
 from .assigned import Players
 from .technique import PLAYED, AtUNet, InRun, Measured, Say, Start, Technique, UNetInRun
+
+# The host's attention functions that a compiled graph takes in whole.
+_TRACED = [getattr(attention, f"attention_{name}", None) for name in ("basic", "pytorch", "xformers", "flash")]
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class Attention(AtUNet):
         self._say = say or notes.speaker()
         self.blocks = settings.blocks(config)
         self.videos: set[tuple[str, int]] = set()  # blocks that attend over the frames too, by the same door
-        self._on = False
+        self._on, self._traced = False, True
         self.log_gains: dict[
             str, dict[int, Callable[[Tensor], Tensor]]
         ] = {}  # transformer -> block -> log gains of its heads
@@ -141,10 +144,18 @@ class Attention(AtUNet):
             s = self._settings
             self.name = f"gri{s.window}x{s.pool}x{s.stages}{'s' * s.shifted}{gains}"
 
+    def defies_graphs(self, patches: Mapping[str, list]) -> bool:
+        """Where the host's attention breaks a graph (split and sub-quadratic ask for free memory, Sage is not traced),
+        its pieces are compiled block by block, and TorchCompileModel leaves out the guards by which a block of the same
+        shape would notice that GRI is not in it.
+        """
+        return self._on and not self._traced
+
     def role(self, address: str, role: str) -> str:
         return self._settings.role if self._on and role == PLAYED and address in self.blocks.values() else role
 
     def options(self, options: dict) -> dict:
+        self._traced = attention.optimized_attention in _TRACED and "optimized_attention_override" not in options
         return self.entered(options) if self._on else options
 
     def entered(self, options: dict) -> dict:

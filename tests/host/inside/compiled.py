@@ -1,9 +1,12 @@
 """The host's TorchCompileModel: right images with every technique, one graph per assignment and role of a step."""
 
+import dataclasses
+
 import matrix
 import pytest
 import small
 import torch
+from comfy.ldm.modules import attention
 from comfy_extras import nodes_model_downscale
 from in_host import module
 from torch._dynamo.utils import counters
@@ -123,6 +126,18 @@ def test_a_step_that_looks_first_runs_uncompiled(model, graphs):
     assert torch.equal(sample(compiled(m), steps=6), wanted)
     assert small.last_run(m).roles() == roles
     assert len(graphs) == 1 and not counters["graph_break"]
+
+
+def test_gri_runs_uncompiled_beside_attention_that_breaks_graphs(folder, graphs, monkeypatch):
+    """In pieces, the mid block, which has no GRI, would be played by the graph of another block of its shape."""
+    config = dataclasses.replace(CONFIG, family="small-short", down=((1,), (1,)), mid=1, up=((1, 1), (1, 1)))
+    monkeypatch.setitem(small.architecture.FAMILIES, config.family, config)
+    model = small.models.load_unet(small.write_unet(folder / "short.safetensors", config))
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_sub_quad)
+    m = small.with_technique(model, regional.Regional(4, 2))
+    wanted = small.sample(m, config, steps=1)
+    assert not torch.equal(small.sample(model, config, steps=1), wanted)
+    assert torch.equal(small.sample(compiled(m), config, steps=1), wanted)
 
 
 @pytest.mark.parametrize("after_skip", [True, False])
