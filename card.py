@@ -132,7 +132,7 @@ def run(part, comfyui: Path, base: Path, rows: dict, keep) -> dict:
         print(f"asdm: {text[:110]}", flush=True)
 
     if part.compares and not (base / "reference.safetensors").exists():
-        settings = {"dtype": "fp32"} | {k: v for k, v in part.settings.items() if k in ("networks", "runs")}
+        settings = {"dtype": "fp32"} | {k: v for k, v in part.settings.items() if k in ("networks", "runs", "only")}
         flags = ("--cpu", "--use-pytorch-cross-attention", parts.TYPES["fp32"])
         made = parts.run(parts.Part("reference", "reference", flags, settings), comfyui, base, {}, lambda: None, say)
         if made["state"] != "done":

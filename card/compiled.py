@@ -9,6 +9,7 @@ import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
 from .correct import Check, Setting, near, of_network
+from .techniques import NONE
 
 NEAR = 4  # as many times the rounding of the type: a compiled graph adds in another order
 
@@ -24,7 +25,7 @@ def missing() -> str:
     return ""
 
 
-def checks(s: Setting, network: str, only: tuple[str, ...] = ()) -> Iterator[tuple[str, Check]]:
+def checks(s: Setting, network: str) -> Iterator[tuple[str, Check]]:
     def compiled(technique):
         torch._dynamo.reset()
         n = s.network(network)
@@ -32,8 +33,8 @@ def checks(s: Setting, network: str, only: tuple[str, ...] = ()) -> Iterator[tup
         steps = technique.steps or 3
         wanted = n.sample(model, steps=steps)
         found = n.sample(TorchCompileModel.execute(model, "inductor")[0], steps=steps)
-        return near(found, wanted, NEAR * s.rounding[1])
+        return near(found, wanted, max(NEAR * s.rounding[1], technique.jump))
 
-    for t in of_network(network):
-        if (t.ours or t.name == "none") and (not only or t.name in only):
+    for t in s.techniques(of_network(network)):
+        if t.ours or t is NONE:
             yield f"{network}: {t.name}, compiled", partial(compiled, t)

@@ -6,7 +6,7 @@ Each check compares runs of the host's own sampling. Where two runs must be the 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from .faces import execute
 from .narrow import difference
-from .techniques import NETWORKS, NONE, Network, of
+from .techniques import NETWORKS, NONE, Network, Technique, of
 
 # Runs of every check: one picture, and four of an odd size.
 RUNS = {"1 of 16 x 16": {}, "4 of 13 x 19": {"size": (13, 19), "batch": 4}}
@@ -30,13 +30,17 @@ Check = Callable[[], dict]
 
 @dataclass
 class Setting:
-    """Where checks run. reference: a file of latents of fp32 on the CPU, for comparisons."""
+    """Where checks run. reference: a file of latents of fp32 on the CPU, for comparisons. only: the names of the
+    techniques that are played; empty for all. again: whether all of them are played twice, to see what they leave.
+    """
 
     folder: Path
     dtype: str
-    networks: tuple[str, ...] = tuple(NETWORKS)
+    networks: tuple[str, ...] = ("emoji", "narrow SD1.5", "narrow SDXL")
     runs: tuple[str, ...] = tuple(RUNS)
     reference: Path | None = None
+    only: tuple[str, ...] = ()
+    again: bool = True
     built: dict = field(default_factory=dict)
 
     def once(self, key, make: Callable[[], object]):
@@ -56,6 +60,10 @@ class Setting:
         """Latents of the network alone. steps: see `Technique.steps`."""
         n = self.network(network)
         return self.once((network, run, steps), lambda: n.sample(n.model, **settings(run, steps)))
+
+    def techniques(self, known: Iterable[Technique]) -> list[Technique]:
+        """Those of the known techniques that are played here."""
+        return [t for t in known if not self.only or t.name in self.only]
 
     @property
     def rounding(self) -> tuple[float, float]:
@@ -142,7 +150,7 @@ def limits(s: Setting, network: str, run: str) -> Iterator[tuple[str, Check]]:
 
 def techniques(s: Setting, network: str, run: str) -> Iterator[tuple[str, Check]]:
     """Each technique leaves the MODEL as it was; and, with a reference, makes what it makes on the CPU."""
-    ours = [t for t in of_network(network) if t.ours]
+    ours = [t for t in s.techniques(of_network(network)) if t.ours]
 
     def made(technique):
         if technique is NONE:
@@ -160,7 +168,7 @@ def techniques(s: Setting, network: str, run: str) -> Iterator[tuple[str, Check]
         steps = technique.steps
         alone = off(s.plain(network, run, steps), s.wanted[key(network, run, NONE.name, steps)])
         most, floor = s.rounding
-        bound = most if technique is NONE else max(TIMES * (alone or 0), floor)
+        bound = most if technique is NONE else max(TIMES * (alone or 0), floor, technique.jump)
         return near(made(technique), s.wanted[key(network, run, technique.name, technique.steps)], bound)
 
     for t in ours:
@@ -228,7 +236,8 @@ def checks(s: Setting) -> Iterator[tuple[str, Check]]:
                 yield f"{network}, {run}: {name}", check
     if "emoji" in s.networks:
         yield "emoji: a prompt makes a picture", lambda: picture(s)
-    yield f"{s.networks[0]}: nothing is left behind", lambda: left_over(s, s.networks[0])
+    if s.again:
+        yield f"{s.networks[0]}: nothing is left behind", lambda: left_over(s, s.networks[0])
 
 
 def key(network: str, run: str, technique: str, steps: int = 0) -> str:
@@ -241,9 +250,9 @@ def write_reference(s: Setting, path: Path) -> None:
     for network in s.networks:
         n = s.network(network)
         for run in s.runs:
-            for steps in {t.steps for t in of(n)}:
+            for steps in {0, *(t.steps for t in s.techniques(of(n)))}:
                 found[key(network, run, NONE.name, steps)] = n.sample(n.model, **settings(run, steps))
-            for t in of(n):
+            for t in s.techniques(of(n)):
                 if t.ours:
                     found[key(network, run, t.name, t.steps)] = n.sample(t.make(n), **settings(run, t.steps))
     save_file(found, path)

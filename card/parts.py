@@ -49,13 +49,19 @@ MODES: dict[str, tuple[tuple[str, ...], str, bool]] = {
     "novram": (("--novram",), "", True),
     "highvram": (("--highvram",), "", True),
     "fp8 weights": (("--fp8_e4m3fn-unet",), "", False),
-    "pytorch attention": (("--use-pytorch-cross-attention",), "", False),
+    "pytorch attention": (("--use-pytorch-cross-attention",), "", True),
     "split attention": (("--use-split-cross-attention",), "", False),
     "sub-quadratic attention": (("--use-quad-cross-attention",), "", False),
     "xformers attention": ((), "xformers", True),
     "flash attention": (("--use-flash-attention",), "flash_attn", True),
     "sage attention": (("--use-sage-attention",), "sageattention", True),
 }
+
+
+# Without a card: one technique of each kind, and those that a kind of weights, or of attention, could spoil.
+ONE_OF_EACH = ["M2", "GRI", "inheritance 'balanced'", "Speed Up 'close'", "switch to M2", "CondConv", "all together"]
+WITH_WEIGHTS = ["M2", "CondConv", "switch to M2", "all together"]
+WITH_ATTENTION = ["M2", "GRI", "inheritance 'balanced'"]
 
 
 def parts(card: dict, fast: bool) -> list[Part]:
@@ -82,30 +88,39 @@ def parts(card: dict, fast: bool) -> list[Part]:
     if card:
         found = [Part(f"correct {name}", "correct", (flag,), {"dtype": name}, "", True) for name, flag in TYPES.items()]
     else:
-        flags, odd = (*base, *pytorch), {**one, "runs": ["4 of 13 x 19"]}
+        # All of them in the first part; after it one of each kind, as one core has not the time of a card.
+        few = {**one, "again": False, "only": ONE_OF_EACH}
+        flags, odd = (*base, *pytorch), {**few, "runs": ["4 of 13 x 19"]}
         found = [
             Part("correct fp32", "correct", (*flags, TYPES["fp32"]), {"dtype": "fp32", "runs": one["runs"]}),
             Part("odd sizes", "correct", (*flags, TYPES["fp32"]), {"dtype": "fp32", **odd}),
             *(
-                Part(f"correct {name}", "correct", (*flags, TYPES[name]), {"dtype": name, **one}, "", True)
+                Part(f"correct {name}", "correct", (*flags, TYPES[name]), {"dtype": name, **few}, "", True)
                 for name in ("fp16", "bf16")
             ),
         ]
     for name, (flags, package, needs_card) in MODES.items():
         lacks = "needs a graphics card" if needs_card and not card else ""
+        if flags == pytorch and not card:
+            lacks = "without a card the first part has it"
         if package and not importlib.util.find_spec(package):
             lacks = f"the package {package} is not there"
         fp16 = () if "fp8" in name else (TYPES["fp16" if card else "fp32"],)
         settings: dict = {"dtype": "fp16" if card else "bf16" if "fp8" in name else "fp32", **one}
+        if not card:
+            settings |= {"again": False, "only": WITH_WEIGHTS if "fp8" in name else WITH_ATTENTION}
         found.append(Part(name, "correct", (*base, *flags, *fp16), settings, lacks))
-    few: dict = {"only": ["none", "GRI"]} if not card else {}
-    flags = (*base, TYPES["fp16" if card else "fp32"])
-    found.append(Part("compiled", "compiled", flags, {"dtype": "fp16" if card else "fp32", **few}))
+    if card:
+        settings = {"dtype": "fp16", "networks": ["narrow SD1.5", "narrow SDXL"]}
+        found.append(Part("compiled", "compiled", (TYPES["fp16"],), settings))
+    else:
+        settings = {"dtype": "fp32", "networks": ["two levels"], "only": ["inheritance 'balanced'"]}
+        found.append(Part("compiled", "compiled", (*base, *pytorch, TYPES["fp32"]), settings))
     if card:
         found += [timed(card, family, size, (1, 4)) for family, sizes in SIZES.items() for size in sizes]
     else:
-        for name, pixels in (("narrow SD1.5", [128, 256]), ("narrow SDXL", [128])):
-            settings = {"narrow": [name], "pixels": pixels, "batches": [1]}
+        for name in ("narrow SD1.5", "narrow SDXL"):
+            settings = {"narrow": [name], "pixels": [128], "batches": [1], "rounds": 1}
             found.append(Part(f"times {name}", "fast", (*base, *pytorch), settings))
     return found
 
@@ -186,7 +201,6 @@ def items(part: Part, base: Path, until: Callable[[], float]) -> Iterator[tuple[
         yield from timings(settings, folder, until)
         return
     correct = host.pack_module("card.correct")
-    only = settings.pop("only", ())
     s = correct.Setting(folder, **settings, reference=base / "reference.safetensors" if part.compares else None)
     if part.does == "reference":
         yield "reference", lambda: correct.write_reference(s, base / "reference.safetensors") or {"kind": "made"}
@@ -195,8 +209,8 @@ def items(part: Part, base: Path, until: Callable[[], float]) -> Iterator[tuple[
         if why := compiled.missing():
             yield "inductor", lambda: {"kind": "skipped", "why": why}
             return
-        for network in ("narrow SD1.5",) if only else ("narrow SD1.5", "narrow SDXL"):
-            yield from compiled.checks(s, network, tuple(only))
+        for network in s.networks:
+            yield from compiled.checks(s, network)
     else:
         yield from correct.checks(s)
 

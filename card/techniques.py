@@ -68,11 +68,10 @@ class Network:
         )
         state = self.model.model.diffusion_model.state_dict()
         dtype = next(t.dtype for t in state.values())
+        name = f"own {dtype}".replace("torch.", "")  # a file of each type that its numbers were rounded to
         if dtype not in packs.DTYPES.values():  # fp8, which the network computes in a wider type as well
             dtype = torch.float16
-        return self.written(
-            f"own {dtype}".replace("torch.", ""), description, {k: state[k].cpu().to(dtype) for k in description.keys()}
-        )
+        return self.written(name, description, {k: state[k].cpu().to(dtype) for k in description.keys()})
 
     def experts(self, how: str) -> str:
         """A pack of two experts on the convolutions of the shallowest decoder layer that no preset cuts."""
@@ -140,6 +139,7 @@ NETWORKS: dict[str, Callable[[Path], Network]] = {
     "emoji": emoji,
     "narrow SD1.5": partial(random_narrow, "narrow SD1.5", "sd15", narrow.SD),
     "narrow SDXL": partial(random_narrow, "narrow SDXL", "sdxl", narrow.SDXL),
+    "two levels": partial(random_narrow, "two levels", "sd15", narrow.SHORT),
 }
 
 
@@ -165,7 +165,8 @@ class Technique:
     """make: Network -> MODEL. family: for presets of one family only. preset: whose work is known.
 
     ours: made by the pack, not by the host. headline: named in the report's one sentence. steps: of its runs, where
-    what it does depends on them; 0 for those of the check.
+    what it does depends on them; 0 for those of the check. jump: how far its picture moves where rounding turns one of
+    its choices: GRI puts a token into the cell with the nearest mean key, and two can be equally near.
     """
 
     name: str
@@ -175,6 +176,7 @@ class Technique:
     ours: bool = True
     headline: bool = False
     steps: int = 0
+    jump: float = 0.0
 
 
 def pack(name: str, preset: str, family: str) -> Technique:
@@ -202,6 +204,8 @@ def of_host(module: str, node: str, *inputs):
     return make
 
 
+# More than the types round: a token that goes to another cell moves the picture at once.
+JUMP = 0.02
 NONE = Technique("none", lambda n: n.model, ours=False)
 TABLE: tuple[Technique, ...] = (
     NONE,
@@ -212,7 +216,7 @@ TABLE: tuple[Technique, ...] = (
     pack("SSD-1B", "ssd-1b", "sdxl"),
     pack("Vega", "vega", "sdxl"),
     pack("KOALA-700M", "koala-700m", "sdxl"),
-    Technique("GRI", lambda n: n.attending()),
+    Technique("GRI", lambda n: n.attending(), jump=JUMP),
     *(Technique(f"inheritance '{name}'", partial(Network.inheriting, preset=name)) for name in DIALS),
     *(
         Technique(f"Speed Up '{name}'", partial(Network.sped_up, likeness=name), headline=name == "close", steps=LONG)
@@ -221,8 +225,8 @@ TABLE: tuple[Technique, ...] = (
     Technique("switch to M2", lambda n: n.switched(n.applied(n.preset("m2"))), "sd15"),
     Technique("switch to Vega", lambda n: n.switched(n.applied(n.preset("vega"))), "sdxl"),
     Technique("CondConv", lambda n: n.applied(n.experts("random"))),
-    Technique("all together", together("m2"), "sd15", steps=LONG),
-    Technique("all together", together("vega"), "sdxl", steps=LONG),
+    Technique("all together", together("m2"), "sd15", steps=LONG, jump=JUMP),
+    Technique("all together", together("vega"), "sdxl", steps=LONG, jump=JUMP),
     Technique("EasyCache", of_host("nodes_easycache", "EasyCacheNode", 0.2, 0.15, 0.95, False), ours=False),
     Technique("HyperTile", of_host("nodes_hypertile", "HyperTile", 256, 2, 0, False), ours=False),
     Technique("ToMe", of_host("nodes_tomesd", "TomePatchModel", 0.3), ours=False),

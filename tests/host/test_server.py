@@ -143,7 +143,7 @@ def test_interrupt(client):
         graph[str(i)] = {"class_type": "ImageScale", "inputs": inputs}
     graph["100"] = {"class_type": "PreviewImage", "inputs": {"images": ["99", 0]}}
     run = client.submit(graph)
-    # ComfyUI forgets an interruption that comes between a prompt's leaving the queue and its start, so ask until it ends.
+    # ComfyUI forgets an interruption between a prompt's leaving the queue and its start, so ask until it has ended.
     deadline = time.monotonic() + 600
     while not client.get(f"/history/{run}"):
         assert time.monotonic() < deadline, "the prompt does not end"
