@@ -8,8 +8,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -203,19 +205,36 @@ def test_what_would_be_followed_in_part_is_refused(environment, message, monkeyp
 # Several machines -------------------------------------------------------------------------------------
 
 
-def test_two_machines_meet_and_train_one_student(tmp_path):
+def test_two_machines_meet_lose_one_and_train_one_student(tmp_path):
+    """One of them is killed in its run: the other ends with one line, and the same commands go on."""
     shared, seen = tmp_path / "shared", tmp_path / "elsewhere"
     shared.mkdir()
     seen.symlink_to(shared)
-    port = free_port()
-    both = [
-        launched(rank, port, folder, "run.steps=2", "run.save_every=1", "run.picture_every=0")
-        for rank, folder in enumerate((shared, seen))
-    ]
+
+    def start(steps):
+        port = free_port()
+        settings = (f"run.steps={steps}", "run.save_every=1", "run.picture_every=0")
+        return [launched(rank, port, folder, *settings) for rank, folder in enumerate((shared, seen))]
+
+    both = start(1_000_000)
+    until = time.monotonic() + 1500
+    while not list(shared.glob("checkpoint-*.safetensors")):
+        assert time.monotonic() < until and all(p.poll() is None for p in both), [p.communicate()[0] for p in both]
+        time.sleep(0.05)
+    (worker,) = [p for p in psutil.Process(both[1].pid).children(recursive=True) if str(NARROW) in p.cmdline()]
+    worker.kill()
+    outputs = [p.communicate(timeout=1500)[0] for p in both]
+    assert all(p.returncode for p in both), outputs
+    assert outputs[0].count("another process of the run was lost (") == 1, outputs[0]
+    assert "the same command goes on from the last checkpoint" in outputs[0]
+    reached = int(newest(shared).stem.partition("-")[2])
+    assert reached < 1_000_000 and not (shared / "narrow.safetensors").exists()
+
+    both = start(reached + 1)
     outputs = [p.communicate(timeout=1500)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], outputs
-    assert (shared / "narrow.safetensors").exists()
-    assert load_file(max(shared.glob("checkpoint-*.safetensors")))
+    assert f"going on at step {reached}" in outputs[0] and (shared / "narrow.safetensors").exists()
+    assert load_file(newest(shared))
     assert all(output.count("wrote") == 1 for output in outputs)
 
 
