@@ -30,9 +30,12 @@ def decode(data: bytes, name: object) -> str:
     """A text that is UTF-8, with or without a mark of byte order, or UTF-16 with one. Raises ValueError."""
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return data.decode("utf-16" if utf16 else "utf-8-sig")
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"{name}: not UTF-8 (byte {e.start}); save it as UTF-8") from None
+    if "\0" in text:  # UTF-16 without its mark, or no text at all
+        raise ValueError(f"{name}: not UTF-8 (a zero, character {text.index(chr(0)) + 1}); save it as UTF-8")
+    return text
 
 
 def read_text(path: Path) -> str:
@@ -155,7 +158,7 @@ def _sheet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         text = rest
     else:
         delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         columns = [name.strip().lower() for name in next(reader, [])]
         if not set(columns) & set(FILE_COLUMNS) or not set(columns) & set(TEXT_COLUMNS):

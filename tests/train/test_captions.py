@@ -69,6 +69,13 @@ def test_what_cannot_be_decoded_names_its_file(folder, encoding):
         read_prompts(prompts)
 
 
+@pytest.mark.parametrize("data", ["cat".encode("utf-16-le"), "cat".encode("utf-16-be"), b"cat\0dog"])
+def test_zeros_are_no_text(folder, data):
+    (folder / "a.txt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a.txt: not UTF-8 \(a zero, character \d\); save it as UTF-8$"):
+        captioned(folder)
+
+
 def test_prompts_of_windows_editors_have_no_mark_in_them(tmp_path):
     (tmp_path / "p.txt").write_bytes(f"{TEXT}\r\n\r\na cat\r\n".encode("utf-8-sig"))
     assert read_prompts(tmp_path / "p.txt") == [TEXT, "a cat"]
@@ -125,6 +132,7 @@ def test_any_table_of_csv_comes_back_as_it_was(folder):
         ("a.png,red\n", "metadata.csv: wanted the columns file_name and text, got a.png, red"),
         ("", "wanted the columns file_name and text, got none"),
         ("file_name,text\n,red\n", "entry 1 of its metadata has no file_name"),
+        ('file_name,text\na.png,"red\nb.png,blue\n', "metadata.csv, line 3: cannot be read as a table .unexpected end"),
     ],
 )
 def test_wrong_tables_are_refused_by_line(folder, data, said):
