@@ -217,7 +217,7 @@ def left_over(s: Setting, network: str) -> dict:
     """What the second time of everything leaves behind."""
     n, made = s.network(network), []
     for _ in range(2):
-        for technique in of(n):
+        for technique in s.techniques(of(n)):
             if technique.ours:
                 n.sample(technique.make(n))
         made.append(memory())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import comfy.model_management as management
 import torch
@@ -92,14 +92,25 @@ def work(n: Network, technique: Technique, pixels: int, batch: int) -> float | N
     return 2 * batch * measure.total(measure.costs(chosen, side, side, 77 if n.full else 7)).total
 
 
-def times(n: Network, pixels: int, batch: int, most: float, rounds: int, until: Callable[[], float]) -> list[dict]:
-    """A row for each technique. most: multiplications a second of the card. until: seconds that are left."""
+def times(
+    n: Network,
+    pixels: int,
+    batch: int,
+    most: float,
+    rounds: int,
+    until: Callable[[], float],
+    only: Collection[str] = (),
+) -> list[dict]:
+    """A row for each technique. most: multiplications a second of the card. until: seconds that are left. only: names
+    of the techniques beside none; empty for all.
+    """
+    techniques = [t for t in of(n) if not only or t is NONE or t.name in only]
     base = {"kind": "time", "network": n.name, "pixels": pixels, "batch": batch}
     models: dict[str, object] = {}
     rows: dict[str, dict] = {}
     peaks: dict[str, float | None] = {}
     found: dict[str, list[float]] = {}
-    for t in of(n):
+    for t in techniques:
         try:
             models[t.name] = t.make(n)
             if torch.cuda.is_available():
@@ -119,10 +130,10 @@ def times(n: Network, pixels: int, batch: int, most: float, rounds: int, until: 
         # Another round only where it fits.
         if done and until() < 1.5 * (time.monotonic() - began) / done:
             break
-        for t in of(n):
+        for t in techniques:
             if t.name in models:
                 found[t.name].append(run(n, models[t.name], pixels, batch, t.steps)[0])
-    for t in of(n):
+    for t in techniques:
         if t.name in models:
             seconds = statistics.median(found[t.name])
             macs = work(n, t, pixels, batch)

@@ -69,15 +69,12 @@ def parts(card: dict, fast: bool) -> list[Part]:
     one: dict = {"networks": ["narrow SD1.5"], "runs": ["1 of 16 x 16"]}
     base = () if card else ("--cpu",)
     pytorch = ("--use-pytorch-cross-attention",)
+    each: dict = {"only": ONE_OF_EACH}
+    small: dict = {"pixels": [128], "batches": [1], "rounds": 1}
     if fast and not card:
         return [
-            Part("correct fp32", "correct", (*base, *pytorch, TYPES["fp32"]), {"dtype": "fp32", **one}),
-            Part(
-                "times",
-                "fast",
-                (*base, *pytorch),
-                {"narrow": ["narrow SD1.5"], "pixels": [128], "batches": [1], "rounds": 1},
-            ),
+            Part("correct fp32", "correct", (*base, *pytorch, TYPES["fp32"]), {"dtype": "fp32", **one, **each}),
+            Part("times", "fast", (*base, *pytorch), {"narrow": ["narrow SD1.5"], **small, **each}),
         ]
     if fast:
         networks = {"networks": ["emoji", "narrow SD1.5"], "runs": ["4 of 13 x 19"]}
@@ -89,7 +86,7 @@ def parts(card: dict, fast: bool) -> list[Part]:
         found = [Part(f"correct {name}", "correct", (flag,), {"dtype": name}, "", True) for name, flag in TYPES.items()]
     else:
         # All of them in the first part; after it one of each kind, as one core has not the time of a card.
-        few = {**one, "again": False, "only": ONE_OF_EACH}
+        few = {**one, **each, "again": False}
         flags, odd = (*base, *pytorch), {**few, "runs": ["4 of 13 x 19"]}
         found = [
             Part("correct fp32", "correct", (*flags, TYPES["fp32"]), {"dtype": "fp32", "runs": one["runs"]}),
@@ -120,7 +117,7 @@ def parts(card: dict, fast: bool) -> list[Part]:
         found += [timed(card, family, size, (1, 4)) for family, sizes in SIZES.items() for size in sizes]
     else:
         for name in ("narrow SD1.5", "narrow SDXL"):
-            settings = {"narrow": [name], "pixels": [128], "batches": [1], "rounds": 1}
+            settings = {"narrow": [name], **small}
             found.append(Part(f"times {name}", "fast", (*base, *pytorch), settings))
     return found
 
@@ -235,7 +232,13 @@ def timings(settings: dict, folder: Path, until: Callable[[], float]) -> Iterato
                     share = until() / max(1, len(settings["batches"]) - settings["batches"].index(batch))
                     began = time.monotonic()
                     rows = fast.times(
-                        network, pixels, batch, most, rounds, lambda: min(LONG, share) - time.monotonic() + began
+                        network,
+                        pixels,
+                        batch,
+                        most,
+                        rounds,
+                        lambda: min(LONG, share) - time.monotonic() + began,
+                        settings.get("only", ()),
                     )
                     return {"kind": "times", "rows": rows, "limit": most}
 
