@@ -132,9 +132,8 @@ def test_lora_before_and_after_acts_as_on_the_checkpoint(model, folder, pack, lo
 
 def test_a_merge_acts_as_on_the_checkpoint(model, folder, pack, nothing, lora):
     ratio, other = 0.3, small.model(folder, seed=3)
-    merge = nodes_model_merging.ModelMergeSimple().merge
-    (plain,) = merge(model, other, ratio)
-    (merged,) = merge(small.with_pack(model, pack), other, ratio)
+    plain = small.merged(model, other, ratio)
+    (merged,) = nodes_model_merging.ModelMergeSimple().merge(small.with_pack(model, pack), other, ratio)
     assert torch.equal(small.sample(merged), small.sample(small.with_pack(plain, pack)))
     first, second = small.weights(SD, 0), small.weights(SD, 3)
     blended = {k: ratio * first[k] + (1 - ratio) * second[k] for k in first}

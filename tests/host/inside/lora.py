@@ -144,7 +144,7 @@ def test_merge_blends_the_checkpoint_and_not_the_pack(model, folder, m2):
     ratio = 0.5
     other = small.model(folder, seed=3)
     (merged,) = nodes_model_merging.ModelMergeSimple().merge(small.with_pack(model, m2), other, ratio)
-    (before,) = nodes_model_merging.ModelMergeSimple().merge(model, other, ratio)
+    before = small.merged(model, other, ratio)
     samples = small.sample(merged)
     assert torch.equal(samples, small.sample(small.with_pack(before, m2)))
 
@@ -158,11 +158,9 @@ def test_merge_blends_the_checkpoint_and_not_the_pack(model, folder, m2):
 
 
 def test_lora_after_a_merge_acts_on_the_pack(model, folder, m2, lora):
-    (merged,) = nodes_model_merging.ModelMergeSimple().merge(
-        small.with_pack(model, m2), small.model(folder, seed=3), 0.5
-    )
+    merged = small.merged(small.with_pack(model, m2), small.model(folder, seed=3), 0.5)
     samples = small.sample(small.add_lora(merged, lora))
-    (before,) = nodes_model_merging.ModelMergeSimple().merge(model, small.model(folder, seed=3), 0.5)
+    before = small.merged(model, small.model(folder, seed=3), 0.5)
     assert torch.equal(samples, small.sample(small.with_pack(small.add_lora(before, lora), m2)))
     assert not torch.equal(samples, small.sample(merged))
 

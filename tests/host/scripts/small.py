@@ -138,6 +138,13 @@ def add_lora(model, lora, strength=1.0):
     return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
 
 
+def merged(model, other, ratio):
+    """What the stock node Merge Simple makes, which adds weights one by one and makes a table of all for each."""
+    clone = model.clone()
+    clone.add_patches(other.get_key_patches("diffusion_model."), 1.0 - ratio, ratio)
+    return clone
+
+
 def control_net(config=SD, seed=4):
     """A random ControlNet for a family, as the stock loader would give it."""
     # The host's ControlNet builds its transformers from scalars of these, so they are given whole.
