@@ -76,7 +76,7 @@ class Regional(Technique):
 
     def left_out(self, architecture: Architecture, height: int, width: int) -> dict[str, float]:
         shapes, cost, found = sizes(architecture, height, width), costs(architecture, height, width), {}
-        for address in self.blocks(architecture.config).values():
+        for address in self.blocks(architecture.config).values() - architecture.cut:
             h, w = shapes[address]
             gri = self.on(h, w, False)
             if gri is not None:

@@ -553,6 +553,9 @@ def test_gri_leaves_out_what_lies_outside_windows_and_cells():
     }
     assert shares[8] > shares[16] > 0
     left = regional.Regional(window=16, pool=4, stages=1).left_out(whole, 64, 64)
+    m2 = small.Architecture.preset("m2", SD)
+    kept = regional.Regional(window=16, pool=4, stages=1).left_out(m2, 64, 64)
+    assert kept == {address: left[address] for address in left.keys() - m2.cut} and len(kept) < len(left)
     product = measure.costs(whole, 64, 64)["down.0.0.transformer"].attention["attn1"]
     assert left["down.0.0.transformer"] == pytest.approx(product * (1 - (256 + (4096 - 256) / 16) / 4096))
 
