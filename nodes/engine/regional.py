@@ -76,7 +76,9 @@ class Regional(Technique):
 
     def left_out(self, architecture: Architecture, height: int, width: int) -> dict[str, float]:
         shapes, cost, found = sizes(architecture, height, width), costs(architecture, height, width), {}
-        for address in self.blocks(architecture.config).values() - architecture.cut:
+        for address in self.blocks(architecture.config).values():
+            if address in architecture.cut:
+                continue
             h, w = shapes[address]
             gri = self.on(h, w, False)
             if gri is not None:
