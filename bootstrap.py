@@ -677,9 +677,8 @@ FAST_TESTS = ["--ignore=tests/host", "--ignore=tests/train", "-m", "not slow"]
 
 
 def target_test(python, settings):
-    # Small networks gain more from a second process than from a second thread; and one worker more than cores, because
-    # tests of servers and browsers wait a good part of their time.
-    workers = ["-n", str(min((os.cpu_count() or 1) + 1, 4)), "--dist", "loadscope", "--no-loadscope-reorder"]
+    # Small networks gain more from a second process than from a second thread.
+    workers = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadscope", "--no-loadscope-reorder"]
     tests = [python, "-m", "pytest", *workers]
     arguments = words(settings.get("ARGS", ""))
     if on(settings, "FAST"):
