@@ -533,6 +533,7 @@ def train(
             networks.write_product(student, config, training)
             write_card(config, training)
     accelerator.wait_for_everyone()
+    sharding.let_gloo_end(accelerator)
     accelerator.end_training()
     return config.product
 

@@ -9,6 +9,7 @@ held whole by each. Weights are float32 and the passes in run.precision (autocas
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -131,3 +132,14 @@ def put_together(unet: nn.Module) -> Iterator[None]:
     finally:
         for module in sharded:
             module.reshard()
+
+
+def let_gloo_end(accelerator: Accelerator) -> None:
+    """Give the threads of gloo a second of the interpreter after the last thing that the processes did together.
+
+    Such a thread takes the lock of its group and then waits for the interpreter, to let go of what it has done; if the
+    group is freed in that moment, as it is with the network that DistributedDataParallel wraps, the interpreter waits
+    for the lock, and the process never ends (torch 2.11).
+    """
+    if accelerator.num_processes > 1:
+        time.sleep(1)
