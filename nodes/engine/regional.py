@@ -24,6 +24,7 @@ from . import notes, units
 from .assigned import Players
 from .technique import PLAYED, AtUNet, InRun, Measured, Say, Start, Technique, UNetInRun
 
+COMPILED = "torch.compile"  # the host's key of the wrapper by which a MODEL is compiled
 # The host's attention functions that a compiled graph takes in whole.
 _TRACED = [getattr(attention, f"attention_{name}", None) for name in ("basic", "pytorch", "xformers", "flash")]
 
@@ -158,6 +159,12 @@ class Attention(AtUNet):
 
     def options(self, options: dict) -> dict:
         self._traced = attention.optimized_attention in _TRACED and "optimized_attention_override" not in options
+        if self._on and not self._traced and COMPILED in options.get("wrappers", {}).get("apply_model", {}):
+            self._say(
+                "GRI plays without torch.compile here: the attention of this run breaks a compiled graph in pieces, "
+                "which would mix up blocks. For both, start ComfyUI with --use-pytorch-cross-attention, without a node that "
+                "exchanges attention."
+            )
         return self.entered(options) if self._on else options
 
     def entered(self, options: dict) -> dict:

@@ -128,7 +128,7 @@ def test_a_step_that_looks_first_runs_uncompiled(model, graphs):
     assert len(graphs) == 1 and not counters["graph_break"]
 
 
-def test_gri_runs_uncompiled_beside_attention_that_breaks_graphs(folder, graphs, monkeypatch):
+def test_gri_runs_uncompiled_beside_attention_that_breaks_graphs(folder, graphs, monkeypatch, caplog):
     """In pieces, the mid block, which has no GRI, would be played by the graph of another block of its shape."""
     config = dataclasses.replace(CONFIG, family="small-short", down=((1,), (1,)), mid=1, up=((1, 1), (1, 1)))
     monkeypatch.setitem(small.architecture.FAMILIES, config.family, config)
@@ -137,7 +137,10 @@ def test_gri_runs_uncompiled_beside_attention_that_breaks_graphs(folder, graphs,
     m = small.with_technique(model, regional.Regional(4, 2))
     wanted = small.sample(m, config, steps=1)
     assert not torch.equal(small.sample(model, config, steps=1), wanted)
-    assert torch.equal(small.sample(compiled(m), config, steps=1), wanted)
+    said = "GRI plays without torch.compile here"
+    assert said not in caplog.text
+    assert torch.equal(small.sample(compiled(m), config, steps=1), wanted) and not graphs
+    assert caplog.text.count(said) == 1
 
 
 @pytest.mark.parametrize("after_skip", [True, False])
