@@ -28,7 +28,7 @@ SDXL = addresses.UNetConfig(
     use_linear=True,
     adm_channels=2816,
 )
-# Few layers: making its compiled graphs takes a tenth of the others' time.
+# Few layers, for graphs that a CPU has to compile.
 SHORT = addresses.UNetConfig("small-short", 32, (1, 2), ((1,), (1,)), 1, ((1, 1), (1, 1)), context_dim=48, num_heads=4)
 CONFIGS = {"sd": SD, "sd2": SD2, "sdxl": SDXL, "short": SHORT}
 

@@ -49,7 +49,7 @@ MODES: dict[str, tuple[tuple[str, ...], str, bool]] = {
     "novram": (("--novram",), "", True),
     "highvram": (("--highvram",), "", True),
     "fp8 weights": (("--fp8_e4m3fn-unet",), "", False),
-    "pytorch attention": (("--use-pytorch-cross-attention",), "", True),
+    "pytorch attention": (("--use-pytorch-cross-attention",), "", False),
     "split attention": (("--use-split-cross-attention",), "", False),
     "sub-quadratic attention": (("--use-quad-cross-attention",), "", False),
     "xformers attention": ((), "xformers", True),
