@@ -162,8 +162,8 @@ class Attention(AtUNet):
         if self._on and not self._traced and COMPILED in options.get("wrappers", {}).get("apply_model", {}):
             self._say(
                 "GRI plays without torch.compile here: the attention of this run breaks a compiled graph in pieces, "
-                "which would mix up blocks. For both, start ComfyUI with --use-pytorch-cross-attention, without a node that "
-                "exchanges attention."
+                "which would mix up blocks. For both, start ComfyUI with --use-pytorch-cross-attention, "
+                "without a node that exchanges attention."
             )
         return self.entered(options) if self._on else options
 
