@@ -438,9 +438,11 @@ def lora_onto(args: argparse.Namespace) -> None:
 
 
 def shrink_lora(args: argparse.Namespace) -> None:
-    file = TensorFile(args.file)
+    file, *others = [TensorFile(path) for path in args.files]
     tensors = {key: file[key] for key in file}
     width = max((t.element_size() for t in tensors.values()), default=2)
+    if others:
+        tensors = lora_size.mean([tensors, *({key: other[key] for key in other} for other in others)])
     found, kept = lora_size.shrink(tensors, int(args.mb * 2**20 / width))
     ranks = [len(t) for key, t in found.items() if key.endswith(lora_size.DOWN)]
     if not ranks:
@@ -607,9 +609,10 @@ def parser() -> argparse.ArgumentParser:
         "shrink-lora",
         shrink_lora,
         "Write a LoRA in fewer numbers: each layer keeps the singular values of its change that tell most for what "
-        "they cost. The file stays one that every Load LoRA reads.",
+        "they cost. Of several files, such as checkpoints of one training, the mean of their changes is taken, "
+        "which is often better than each. The file stays one that every Load LoRA reads.",
     )
-    p.add_argument("file", metavar="FILE")
+    p.add_argument("files", metavar="FILE", nargs="+")
     p.add_argument("output", metavar="OUT")
     p.add_argument("--mb", type=float, required=True, help="how large it may be, in MB of numbers")
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from asdm_core.__main__ import main
-from asdm_core.lora_size import shrink
+from asdm_core.lora_size import mean, shrink
 from asdm_core.packs import TensorFile, write_file
 
 
@@ -80,3 +80,29 @@ def test_what_is_no_plain_lora_is_refused(tmp_path, capsys):
     write_file(tmp_path / "in.safetensors", {"a.hada_w1_a": torch.zeros(2, 2)}, {})
     assert main(["shrink-lora", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), "--mb", "1"]) == 2
     assert "a.hada_w1_a" in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_mean_of_several_is_the_mean_of_their_changes(tmp_path):
+    other = {"a": (12, (10,), 2, 5), "b": (20, (6, 3, 3), 5, 1), "c": (8, (8,), 1, 1)}
+    loras = [lora(LAYERS), lora(other, seed=1), lora(LAYERS, seed=2)]
+    del loras[1]["a.alpha"]  # which is its rank then
+    found = mean(loras)
+    loras[1]["a.alpha"] = torch.tensor(2.0)
+    for name in LAYERS:
+        wanted = sum(change(one, name) for one in loras) / 3
+        torch.testing.assert_close(change(found, name), wanted, rtol=1e-5, atol=1e-5)
+        assert found[f"{name}.lora_up.weight"].shape[2:] == loras[0][f"{name}.lora_up.weight"].shape[2:]
+    for number, one in enumerate(loras):
+        write_file(tmp_path / f"{number}.safetensors", one, {"other": str(number)})
+    files = [str(tmp_path / f"{name}.safetensors") for name in (0, 1, 2, "out")]
+    assert main(["shrink-lora", *files, "--mb", "1"]) == 0
+    file = TensorFile(files[-1])
+    torch.testing.assert_close(change({k: file[k] for k in file}, "b"), change(found, "b"), rtol=1e-5, atol=1e-5)
+    assert file.metadata["other"] == "0"
+
+
+def test_a_mean_is_of_the_same_layers_in_the_same_shapes():
+    with pytest.raises(ValueError, match="number 1 or 2 lacks c"):
+        mean([lora(LAYERS), lora({name: LAYERS[name] for name in "ab"})])
+    with pytest.raises(ValueError, match="b has another shape in number 3 than in number 1"):
+        mean([lora(LAYERS), lora(LAYERS), lora(LAYERS | {"b": (20, (6, 1, 1), 5, 5)})])
