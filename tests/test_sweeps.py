@@ -29,6 +29,9 @@ def test_few(a): pass
 
 @pytest.mark.parametrize("a", range(4))
 def test_no_sweep(a): pass
+
+@pytest.mark.sweep(0)
+def test_costly(): pass
 """
 
 
@@ -64,12 +67,12 @@ def played(folder, everything, *arguments):
 def test_what_is_left_out_is_counted(tmp_path, workers):
     text = played(tmp_path, "", "-n", workers)
     assert "10 passed" in text and "skipped" not in text
-    assert "8 cases of 2 sweeps were left out: make test ALL=1 runs them" in text
+    assert "9 cases of 3 sweeps were left out: make test ALL=1 runs them" in text
 
 
 def test_all_cases_are_played_with_all(tmp_path):
     text = played(tmp_path, "1")
-    assert "18 passed" in text and "left out" not in text
+    assert "19 passed" in text and "left out" not in text
 
 
 def test_a_case_that_is_asked_for_is_played(tmp_path):

@@ -599,7 +599,7 @@ def renumbered_network(unet, chosen):
     return small
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_compute_what_the_renumbered_network_computes(preset):
     config = NARROW_XL if PRESETS[preset].family == "sdxl" else NARROW

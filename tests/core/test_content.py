@@ -52,7 +52,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.mark.sweep(18)
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize("power", [1, 2, 3])
 @pytest.mark.parametrize("size", [8, 16, 64])
 @pytest.mark.parametrize("steps", [4, 20])
@@ -64,7 +64,7 @@ def test_no_sampler_moves_a_latent(sampler, steps, size, power):
         assert sampler != "euler" or set(found) == {"stays"}
 
 
-@pytest.mark.sweep(18)
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize("power", [1, 2, 3])
 @pytest.mark.parametrize("steps", [8, 20])
 @pytest.mark.parametrize("sampler", ["euler", "ancestral", "sde"])

@@ -30,7 +30,7 @@ def job(random_family, request):
     )
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.sweep(0)
 def test_demo_compares_and_leaves_no_server(job, host, tmp_path, capsys, monkeypatch):
     servers = []
 

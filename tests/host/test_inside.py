@@ -14,11 +14,15 @@ FILES = sorted((Path(__file__).parent / "inside").glob("*.py"))
 
 
 def functions(path):
-    return [
-        node.name
-        for node in ast.parse(path.read_text("utf-8")).body
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    ]
+    """The tests of a file, but for those that are played with ALL=1 alone, where it is not set."""
+    found = []
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            if sweeps.everything() or "pytest.mark.sweep(0)" not in map(ast.unparse, node.decorator_list):
+                found.append(node.name)
+            else:
+                sweeps.LEFT_OUT[f"{path.name}::{node.name}"] = 1
+    return found
 
 
 def pytest_generate_tests(metafunc):

@@ -111,7 +111,7 @@ def test_there_are_workflows():
     assert GRAPHS
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
 def test_workflow_runs(client, path, host):
     upload_pictures(client)
@@ -130,7 +130,7 @@ def test_workflow_runs(client, path, host):
         assert low < high
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("checkpoint", "pack"),
     [("teacher", "m1"), ("teacher", "m2"), ("small", ""), ("tiny", ""), ("tiny-e2", "tiny-e2-pack")],

@@ -87,7 +87,7 @@ async def told(client, graph, node):
     raise AssertionError("the connection ended in the middle of a run")
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("node", NODES)
 def test_one_bar_over_all_inner_runs(server, node):
     bar, words = asyncio.run(told(Client(server.url), graph(node), "6"))

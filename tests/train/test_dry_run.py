@@ -36,7 +36,7 @@ def norms_as_on_a_gpu(monkeypatch):
         monkeypatch.setattr(F, name, lambda x, *a, plain=plain, **k: plain(x.float(), *a, **k))
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize(
     "changes",
@@ -143,7 +143,7 @@ def rows():
     return {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in found if len(cells) == 7}
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("recipe", ["sd15-m2", "sd15-base", "sd15-m3", "sdxl-ssd-1b-1"])
 def test_the_page_has_the_row_that_the_plan_gives(recipe):
     assert table([CONFIGS / f"{recipe}.toml"]).splitlines()[-1] in PAGE

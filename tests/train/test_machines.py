@@ -93,7 +93,7 @@ def assert_near(one, two, within):
     assert (a - b).abs().max() <= 2 * 3 * 1.01e-5  # twice the way of three steps at this rate
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.sweep(0)
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_a_run_by_accelerates_configuration_ends_as_one_process_does(configuration, models, tmp_path):  # noqa: F811
     """Steps 1 and 3 by one process, step 2 by two with this configuration, on shards that each reads its own of."""

@@ -417,7 +417,7 @@ def test_products_hold_the_student(changes, kind, stored, tmp_path):
         assert torch.equal(value, mine[key].to(value.dtype)), key
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -476,7 +476,7 @@ def test_a_small_change_survives_a_weight_in_half_precision():
 # Plans ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_has_a_plan(path):
     recipe = load(path)

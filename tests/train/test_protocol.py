@@ -40,7 +40,7 @@ def drawn(tmp_path_factory, judge):
     for at in range(0, PICTURES, 16):
         numbers = range(at, min(at + 16, PICTURES))
         noises = [torch.Generator().manual_seed(10**6 + i) for i in numbers]
-        for i, picture in zip(numbers, pipeline([names[i] for i in numbers], 4, 3.0, noises).images, strict=True):
+        for i, picture in zip(numbers, pipeline([names[i] for i in numbers], 2, 1.0, noises).images, strict=True):
             picture.save(folder / "val" / f"{i:03d}.png")
     coco.main([str(folder / "val"), str(folder / "real"), "--names", str(folder / "metadata.csv")])
     rows = {}
@@ -49,7 +49,7 @@ def drawn(tmp_path_factory, judge):
             [
                 *([str(MODELS / f"{name}.safetensors")] if name else []),
                 *("--models", str(MODELS), "--prompts", str(folder / "metadata.csv"), "--real", str(folder / "real")),
-                *("--steps", "2", "--cfg", "3", "--batch", "16", "--cpu", "--out", str(folder / "out")),
+                *("--steps", "2", "--cfg", "1", "--batch", "16", "--cpu", "--out", str(folder / "out")),
             ],
             MODELS,
         )
@@ -76,7 +76,7 @@ def test_the_table_has_the_papers_columns_and_rows(drawn):
     own = [line for line in lines if line.startswith("| **")]
     for row in rows.values():
         cells = (
-            f"{row['fid']:.3f} | {row['is']:.3f} | {row['clip']:.4f} | {row['parameters'] / 1e9:.3g} B | 70, 2, 3.0 |"
+            f"{row['fid']:.3f} | {row['is']:.3f} | {row['clip']:.4f} | {row['parameters'] / 1e9:.3g} B | 70, 2, 1.0 |"
         )
         assert f"| **{row['network']}** | {cells}" in own
     for published in (
@@ -127,7 +127,7 @@ def test_a_stopped_evaluation_goes_on_and_other_prompts_are_refused(drawn, judge
     (folder / "out" / "whole" / "000007.jpg").unlink()
     command = [
         *("--models", str(MODELS), "--prompts", str(folder / "metadata.csv"), "--real", str(folder / "real")),
-        *("--steps", "2", "--cfg", "3", "--cpu", "--out", str(folder / "out")),
+        *("--steps", "2", "--cfg", "1", "--cpu", "--out", str(folder / "out")),
     ]
     protocol.main(command, MODELS)
     again = json.loads((folder / "out" / "whole.json").read_text())

@@ -29,7 +29,7 @@ class Pixels(nn.Module):
         return [pictures]
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_takes_a_step_and_ends_in_its_file(path, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "load_vgg", lambda file: Pixels())

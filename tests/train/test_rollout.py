@@ -363,6 +363,7 @@ def test_pictures_on_the_way_are_drawn_as_teacher_and_student_are_run(tmp_path):
     assert show.rows(predict).shape[:2] == (2, 4) and asked == [(999, 4), (499, 4)]
 
 
+@pytest.mark.sweep(0)
 def test_two_processes_equal_one(tmp_path):
     """Each walks its own samples; what one does is what both do together, up to the order of sums."""
     changes = ("run.micro_batch=2", "run.stored=float32", "optimiser.ema=0", "run.steps=3")

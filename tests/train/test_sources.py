@@ -378,7 +378,7 @@ def newest(folder):
     return max(folder.glob("checkpoint-*.safetensors"))
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("source", "workers"),
     [*((source, 0) for source in WRITERS), ("folder", 2), ("shards", 2), ("hub", 2), ("prompts", 0), ("fresh", 0)],

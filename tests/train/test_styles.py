@@ -130,7 +130,7 @@ def test_a_turn_lasts_as_many_steps_as_the_recipe_says(files, tmp_path):
 # Each network ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "style",
     [

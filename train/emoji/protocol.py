@@ -64,14 +64,17 @@ class Pipeline:
         betas = {key: STANDARD[key] for key in ("beta_schedule", "beta_start", "beta_end")}
         scheduler: Any = PNDMScheduler(STEPS, **betas, skip_prk_steps=True, prediction_type="v_prediction")
         scheduler.set_timesteps(num_inference_steps)
-        texts = [*prompts, *([""] * len(prompts))]
+        texts = list(prompts)
+        if guidance_scale != 1:  # at 1 the picture without a prompt has no part in it
+            texts += [""] * len(prompts)
         context = self.text_encoder(self.tokens(texts).to(self.device))
         x = torch.stack([torch.randn(4, 16, 16, generator=g) for g in generator]).to(self.device)
         for t in scheduler.timesteps:
-            cond, uncond = self.unet(x.repeat(2, 1, 1, 1), t.expand(len(texts)).to(self.device), context).sample.chunk(
-                2
-            )
-            x = scheduler.step(uncond + guidance_scale * (cond - uncond), t, x).prev_sample
+            copies = len(texts) // len(prompts)
+            seen = self.unet(x.repeat(copies, 1, 1, 1), t.expand(len(texts)).to(self.device), context).sample
+            cond, *uncond = seen.chunk(copies)
+            v = uncond[0] + guidance_scale * (cond - uncond[0]) if uncond else cond
+            x = scheduler.step(v, t, x).prev_sample
         return SimpleNamespace(images=[to_pil_image(image.clamp(0, 1)) for image in codec_images(self.vae, x)])
 
 

@@ -185,7 +185,7 @@ def test_layers_that_nobody_changed_are_played_as_they_are(folder, config):
         assert found.player is patcher.model.layer(address) and not found.name and not found.lost
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", NODES)
 def test_what_others_change_acts_on_the_pack(model, base, one_file, caplog, name):
     node = NODES[name]

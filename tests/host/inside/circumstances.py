@@ -96,7 +96,7 @@ def guided(model, prompts, sigmas, latent, noise):
     return out, seen
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", CHANGES)
 def test_forecast_features_come_from_the_same_circumstances(model, changes, name):
     plan = replace(inheritance.dial(SD, "balanced"), schedule=Schedule("explicit", steps=(0, 2, CHANGE)))
@@ -116,7 +116,7 @@ def test_forecast_features_come_from_the_same_circumstances(model, changes, name
     assert small.difference(made, full) > 1e-4
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("letters", ["FFrFFrrr", "FFcFFccc"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_forecast_results_come_from_the_same_circumstances(model, changes, name, letters):
@@ -198,7 +198,7 @@ def picture(model, batch=1, **more):
     return small.run(model, noise, torch.zeros_like(noise), steps=9, seed=7, **more)
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("place", [above, beneath])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_inherited_from_another_part(model, kind, place, caplog):
@@ -210,7 +210,7 @@ def test_nothing_is_inherited_from_another_part(model, kind, place, caplog):
     assert "steps that the plan lets inherit" not in caplog.text
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde"])
 @pytest.mark.parametrize("place", [above, beneath])
 def test_a_shift_by_one_pixel_late_in_a_run_is_found(model, place, sampler, caplog):
@@ -222,7 +222,7 @@ def test_a_shift_by_one_pixel_late_in_a_run_is_found(model, place, sampler, capl
     assert caplog.text.count("showed another part of the picture") == 1
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("steps", [4, 20])
 @pytest.mark.parametrize(
     "sampler",

@@ -81,7 +81,7 @@ def ab(model, original=None, rounds=1, **given):
 # What is sampled --------------------------------------------------------------------------------------
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "run",
     [
@@ -397,7 +397,7 @@ def test_too_many_cells_are_refused_before_the_first(model, monkeypatch):
         xy(model, many, ("inheritance", {"values": ",".join(["0/3"] * 20)}))
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.sweep(0)
 @pytest.mark.parametrize("swapped", [False, True])
 def test_speed_up_is_that_of_the_node_beside_any_other_axis(model, swapped):
     """GRI as its own axis says, also where Speed Up would add it; off is the model as it came in."""
@@ -477,7 +477,7 @@ def measured(model, **given):
     return result, timed
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("plan", [None, "balanced"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_measuring_changes_no_bit(model, m2, plan, packed):

@@ -578,7 +578,7 @@ def test_the_table_has_these_features():
     )
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(3)
 def test_pruned_unet(bench):
     model = bench(bench.of.combined)
     if status(bench, PRUNED) == matrix.REFUSED:
@@ -591,7 +591,7 @@ def test_pruned_unet(bench):
     bench.check_that_it_acts(wanted, PRUNED, bench.stock.combined)
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(3)
 def test_pack(bench):
     wanted = bench.on_combined
     tolerance = 0.0
@@ -605,7 +605,7 @@ def test_pack(bench):
         same(bench.picture(model), wanted, tolerance)
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(3)
 def test_condconv_pack(bench):
     with reference.experts(bench.of.plain, bench.of.experts):
         wanted = bench.picture(bench(bench.of.plain))
@@ -615,7 +615,7 @@ def test_condconv_pack(bench):
     assert small.difference(found, bench.alone) > 1e-3
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(3)
 def test_feature_inheritance(bench, caplog):
     def technique(model):
         return small.with_plan(model, PLAN)
@@ -633,7 +633,7 @@ def test_feature_inheritance(bench, caplog):
 OWN_WAY = {"restart", "unsampling", "EasyCache", "LazyCache", "CFGOverride"}
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(3)
 def test_speed_up(bench):
     forecast, forecasts = module("asdm_core.forecast"), module("nodes.engine.forecasts")
     steps = len(bench.run["sigmas"]) - 1 if "sigmas" in bench.run else bench.run["steps"]
@@ -651,7 +651,7 @@ def test_speed_up(bench):
         assert small.difference(made[0], bench.alone) > 1e-5
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(3)
 def test_gri_attention(bench, caplog):
     def exact(model):
         return small.with_technique(model, regional.Regional(4, 1))
@@ -673,7 +673,7 @@ def at(first, second, where, unit="step"):
     return switch.with_switch(first, second, switching.SwitchPoint(where, unit))
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(3)
 def test_switch_unet(bench):
     first, second = bench(bench.of.plain), bench(bench.of.second)
     alone = bench.picture(second)
@@ -728,7 +728,7 @@ def fresh(model):
     return load(*arguments)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("technique", matrix.TECHNIQUES)
 def test_dynamic_memory(checkpoints, on_a_card, technique):
     """In dynamic mode compiling and hook LoRAs move a MODEL to an ordinary patcher and a UNet object of its own."""

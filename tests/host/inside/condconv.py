@@ -73,7 +73,7 @@ def test_differences_of_zero_change_no_bit(model, folder, plain_samples):
         assert torch.equal(small.sample(small.with_pack(model, path), batch=batch), small.sample(model, batch=batch))
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("strength", [1.0, 0.4])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_equals_the_formula_on_the_models_own_weights(model, experts, plain_samples, strength, batch):
@@ -308,6 +308,7 @@ TWO = small.TWO_LEVELS
 graphs = pytest.fixture(small.fresh_graphs)
 
 
+@pytest.mark.sweep(0)
 def test_compiled_experts_have_a_graph_for_each_strength(folder, graphs):
     two = small.models.load_unet(small.write_unet(folder / "two-levels.safetensors", TWO))
     path = small.write_experts(

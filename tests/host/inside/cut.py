@@ -91,7 +91,7 @@ def test_host_detects_renumbered_presets(preset):
     }
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_cut_equals_renumbered(preset):
     config = narrow(preset)

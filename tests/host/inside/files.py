@@ -224,7 +224,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("preset", ["base", "tiny"])
 def test_every_form_gives_the_same_model(tmp_path, reference, form, preset):
@@ -312,7 +312,7 @@ def test_folder_says_what_is_predicted(tmp_path, config, prediction, kind):
     assert models.load_unet(str(root / "unet")).model.model_type == kind
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("prediction, kind", [("eps", Type.EPS), ("v", Type.V_PREDICTION)])
 @pytest.mark.parametrize("config", [SD, SD2, SDXL], ids=lambda c: c.family)
 def test_description_and_choice_say_what_is_predicted(tmp_path, config, prediction, kind):

@@ -211,6 +211,7 @@ def test_what_cannot_be_fitted(model, folder, m2, folder_of_packs, monkeypatch):
         run(lcm, m2, monkeypatch)
 
 
+@pytest.mark.sweep(0)
 def test_sdxl(folder, folder_of_packs, monkeypatch):
     class Wide(Clip):
         def encode_from_tokens(self, text, return_pooled=False):
@@ -220,6 +221,6 @@ def test_sdxl(folder, folder_of_packs, monkeypatch):
         model = small.model(folder, small.SDXL)
     path = small.write_pack(folder / "xl.safetensors", small.SDXL, preset="koala-700m", seed=1)
     own = small.sample(model, small.SDXL)
-    (played, name, _) = run(model, path, monkeypatch, steps=15, clip=Wide())
+    (played, name, _) = run(model, path, monkeypatch, steps=8, clip=Wide())
     assert like(played, own, config=small.SDXL) < like(small.with_pack(model, path), own, config=small.SDXL)
     assert json.loads(packs.read_header(folder_of_packs / name).metadata["asdm"])["format"] == 3

@@ -178,7 +178,7 @@ PLANS = {
 }
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", PLANS)
 def test_a_run_equals_a_loop_by_hand(model, name):
     carried = Carried(model, PLANS[name])
@@ -214,7 +214,7 @@ def test_prompts_in_areas_with_masks_and_times_equal_the_loop(model):
     assert small.difference(made, reference(model, plan, positive=positive)) < 2e-5
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "uni_pc", "dpmpp_sde", "dpm_2"])
 def test_a_plan_of_full_steps_is_bit_identical_to_none(model, sampler):
     carried = Carried(model, every(4, 1))
@@ -260,7 +260,7 @@ def test_nothing_is_left_after_a_run(model, monkeypatch):
     assert made and all(point() is None for point in made)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", ["every other", "weighted", "cond", "made good at once"])
 def test_the_memory_is_known_before_the_run(model, name):
     carried = Carried(model, PLANS[name])
@@ -375,7 +375,7 @@ AROUND = {
 }
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", AROUND)
 def test_beside_others_a_run_equals_one_with_a_filter(model, name):
     plan = plan_of("FFrFrrFr")
@@ -705,7 +705,7 @@ def test_a_recorded_run_is_the_plain_run_and_tells_its_v(model):
     assert statistics.gram[0, 0] == pytest.approx(float(recorder.cond[0].square().mean()), rel=1e-4)
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.sweep(0)
 @pytest.mark.parametrize("sampler, scheduler", [("euler", "normal"), ("dpmpp_2m", "karras"), ("heun", "normal")])
 def test_speed_up_leaves_out_more_the_less_alike_it_may_be(model, sampler, scheduler):
     found = {}

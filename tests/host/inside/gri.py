@@ -59,7 +59,7 @@ def test_the_model_that_came_in_stays_as_it_was(model, plain):
     assert torch.equal(small.sample(model), plain)
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("config", [SD, SD2, SDXL], ids=["sd", "sd2", "sdxl"])
 @pytest.mark.parametrize("run", [{}, {"size": (13, 19)}, {"batch": 3}, {"cfg": 1.0}], ids=str)
 def test_cells_of_one_token_are_full_attention(folder, calls, config, run):

@@ -35,7 +35,7 @@ PLANS = {
 }
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", PLANS)
 def test_a_run_equals_the_reference_by_hooks(model, name):
     plan = PLANS[name]
@@ -266,7 +266,7 @@ def kept(model):
     return small.last_run(model)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", ["deepcache-0", "encoder", "residuals", "parts", "forecast"])
 def test_the_size_of_the_cache_is_known_before_the_run(model, name):
     plan = Plan((Rule("mid, up.0", "forecast"),), EVERY_OTHER) if name == "forecast" else PLANS[name]

@@ -113,7 +113,7 @@ NODES = {
 
 
 # Others, one at a time, in compatibility.py.
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", ["FreeU", "FreeU_V2", "deep shrink", "attn2 patched"])
 def test_stock_nodes_act_on_inherited_steps(model, name):
     acted = check(NODES[name], model)
@@ -146,7 +146,7 @@ def test_perturbed_guidance_of_inherited_parts_computes_in_full(model):
     assert all(counts[s, "replay"] == counts[s, "compute"] == 1 for s in (1, 3, 5))
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("part", ["attn1", "attn2", "ff"])
 @pytest.mark.parametrize("name", ["attn2 replaced", "attn2 patched", "HyperTile"])
 def test_parts_of_patched_blocks_compute(model, name, part):
@@ -189,7 +189,7 @@ def test_steps_on_which_maps_change_their_size_compute(model, schedule):
         check(shrink, model, plan=plan, replays=inherited(m), full=set(range(STEPS)) - set(inherited(m)))
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("node", [nodes_easycache.EasyCacheNode, nodes_easycache.LazyCacheNode])
 @pytest.mark.parametrize("interval", [2, 3])
 def test_other_caches_on_top(model, node, interval):
@@ -253,7 +253,7 @@ def controlled(control, seeds=(1, 2)):
     )
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "kind, places",
     [

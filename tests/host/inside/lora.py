@@ -51,7 +51,7 @@ def spelled_by_peft(lora, config):
     }
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", PRUNED)
 def test_a_lora_of_the_pruned_unet_acts_as_with_the_stock_loader(folder, caplog, name):
     config, chosen = PRUNED[name][0], PRUNED[name][1]()

@@ -68,7 +68,7 @@ PRUNED = [("sd", name) for name in ("base", "small", "tiny", "m1", "m2", "m3")] 
 ]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("family, preset", PRUNED)
 def test_control_residuals_reach_their_own_positions(family, preset):
     config = small.CONFIGS[family]
@@ -229,7 +229,7 @@ NEIGHBOURS = {
 }
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
 def test_stock_patches_before_and_after_the_pack(model, m2, combined, neighbour):
     def apply(model):

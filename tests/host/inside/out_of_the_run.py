@@ -78,7 +78,7 @@ def test_what_only_speaks_is_not_missed(model, ours, caplog):
     assert caplog.text.count("is out of this run") == 1 and "m2 is out of this run" in caplog.text
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kinds", [(WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL), (WrappersMP.OUTER_SAMPLE,)])
 @pytest.mark.parametrize("name", ["m2", "balanced inheritance", "GRI attention", "switched"])
 def test_wrappers_written_anew_behind_ours_are_said(model, ours, caplog, name, kinds):
@@ -197,7 +197,7 @@ class PastTheSampling(comfy.samplers.CFGGuider):
         return self.outer_sample(noise, latent_image, sampler, sigmas, **more)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "kind, words", [(PastTheGuider, "did not act in this run: the guider"), (PastTheSampling, "is out of this run")]
 )

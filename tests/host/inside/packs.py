@@ -74,7 +74,7 @@ def test_pack_with_the_hosts_own_weights_is_bit_equal(model, folder, plain_sampl
     assert len(dispatched) == len(units) * 2  # cond and uncond go together
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("preset", ["m1", "m2", "m3", "base", "small", "tiny"])
 def test_pack_plays_what_the_combined_file_plays(model, folder, plain_samples, preset):
     path = small.write_pack(folder / f"{preset}-1.safetensors", preset=preset, seed=1)
@@ -114,7 +114,7 @@ def test_pack_in_int8_plays(model, folder):
     assert small.difference(small.sample(small.with_pack(model, path)), small.sample(small.combined(folder))) < 0.2
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "run",
     [

@@ -12,7 +12,7 @@ from in_host import module
 
 inheritance, replay = module("asdm_core.inheritance"), module("nodes.engine.feature_cache")
 Schedule = inheritance.Schedule
-RUNS = 24
+RUNS = 12
 PLANS = [
     inheritance.deepcache(small.SD, 1),
     inheritance.attention(small.SD),

@@ -157,7 +157,7 @@ def test_fewer_steps_are_measured(model, kept):
     assert offers[1].error == pytest.approx((off / size) ** 0.5, rel=1e-3)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "more, taken, said",
     [

@@ -169,7 +169,7 @@ def test_a_model_switched_to_its_equal_equals_the_run_without(first, folder, sam
 # Between them ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "euler_ancestral", "lms"])
 @pytest.mark.parametrize(("where", "unit"), [(2, "step"), (3.0, "sigma")])
 def test_the_sampler_keeps_its_history(first, second, sampler, where, unit):

@@ -1,6 +1,7 @@
 """Sweeps: test functions of many cases, of which `make test` plays some and `make test ALL=1` all.
 
     @pytest.mark.sweep(6)  # of its cases 6, spread evenly
+    @pytest.mark.sweep(0)  # none: what it costs is much, and other tests see most of what it sees
 
 A plugin of both pytests: the outer one, and the one that runs within the host (inside.py). What is left out is
 deselected, never skipped, and is counted at the end.
@@ -25,17 +26,21 @@ def spread(cases: int, wanted: int, number: int) -> list[int]:
     So no value of a parameter that changes fastest is met again and again. number: of the sweep in its file, each of
     which begins a place later: sweeps over one list that are enough meet all of it together.
     """
+    if not wanted:
+        return []
     edges = [k * cases // wanted for k in range(wanted + 1)]
     return [start + (k + number) % (end - start) for k, (start, end) in enumerate(zip(edges, edges[1:], strict=False))]
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "sweep(n): of its cases `make test` plays n, spread evenly, and ALL=1 all")
+    config.addinivalue_line(
+        "markers", "sweep(n): of its cases `make test` plays n, spread evenly, none for 0, and ALL=1 all"
+    )
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """After -k and -m: of what they choose at least one case stays."""
+    """After -k and -m: of what they choose at least one case stays, but of sweep(0)."""
     if everything():
         return
     sweeps: dict[tuple, list] = {}
