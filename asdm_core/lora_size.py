@@ -18,7 +18,7 @@ UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
 
 def mean(loras: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """A LoRA whose change is the mean of the changes of several, exactly, with the sum of their ranks: of checkpoints
-    of one training it is often better than each (Izmailov et al. 2018; Wortsman et al. 2022). Dtypes are the first one's.
+    of one training it is often better than each (Izmailov et al. 2018; Wortsman et al. 2022). The first one's dtypes.
 
     Raises ValueError for other names or shapes of layers.
     """
