@@ -16,31 +16,40 @@ TOY = ROOT / "tests" / "host" / "toy"
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
 
 
-@pytest.fixture
-def played(tmp_path, monkeypatch, host, forks):
-    """played(files): what failed in the test among them, by name, in a copy of the pack to which they are added."""
+# By file of the pack: what the page shows, and the toy.
+SHOWN = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", PAGE, re.DOTALL))
+SOURCES = {"asdm_core/hold.py": "core.py", "nodes/toy.py": "node.py", "tests/host/inside/toy.py": "test.py"}
 
-    def played(files: dict[str, str]) -> dict[str, list[str]]:
-        pack = tmp_path / "pack"
-        for name in ("asdm_core", "nodes", "card"):
-            shutil.copytree(ROOT / name, pack / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "__init__.py", pack)
-        for name in ("models", "web"):
-            (pack / name).symlink_to(ROOT / name)
-        for name, text in files.items():
-            path = pack / name
-            assert not path.exists(), f"{name} is a file of the pack: a technique changes none"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, "utf-8")
-        (test,) = [pack / name for name in files if name.startswith("tests/")]
-        monkeypatch.setenv("ASDM_PACK", str(pack))
-        names = functions(test)
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory, host, forks):
+    """What failed in the tests of each, by name, in a copy of the pack to which the files of both are added."""
+    folder = tmp_path_factory.mktemp("technique")
+    pack = folder / "pack"
+    for name in ("asdm_core", "nodes", "card"):
+        shutil.copytree(ROOT / name, pack / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "__init__.py", pack)
+    for name in ("models", "web"):
+        (pack / name).symlink_to(ROOT / name)
+    toy = {name: (TOY / source).read_text("utf-8") for name, source in SOURCES.items()}
+    for name, text in (*SHOWN.items(), *toy.items()):
+        path = pack / name
+        assert not path.exists(), f"{name} is a file of the pack: a technique changes none"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    failures = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ASDM_PACK", str(pack))
         with contextlib.closing(Forks(host, forks.arguments)) as others:  # the other forks have the pack as it is
-            found = run_inside(test, names, others.call, tmp_path)
-        assert set(found) == set(names), found
-        return {name: failed for name, failed in found.items() if failed}
-
-    return played
+            for which, files in (("shown", SHOWN), ("toy", toy)):
+                (test,) = [pack / name for name in files if name.startswith("tests/")]
+                names = functions(test)
+                base = folder / which
+                base.mkdir()
+                found = run_inside(test, names, others.call, base)
+                assert set(found) == set(names), found
+                failures[which] = {name: failed for name, failed in found.items() if failed}
+    return failures
 
 
 def files_said() -> int:
@@ -49,13 +58,11 @@ def files_said() -> int:
     return NUMBERS[word]
 
 
-def test_the_pages_own_example_runs_as_it_stands(played):
-    files = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", PAGE, re.DOTALL))
-    assert len(files) == files_said() and len(files) == PAGE.count("```python")
-    assert not played(files)
+def test_the_pages_own_example_runs_as_it_stands(failures):
+    assert len(SHOWN) == files_said() and len(SHOWN) == PAGE.count("```python")
+    assert not failures["shown"]
 
 
-def test_a_technique_with_state_and_a_voice_is_as_many_files(played):
-    files = {"asdm_core/hold.py": "core.py", "nodes/toy.py": "node.py", "tests/host/inside/toy.py": "test.py"}
-    assert len(files) == files_said() == len(list(TOY.glob("*.py")))
-    assert not played({name: (TOY / source).read_text("utf-8") for name, source in files.items()})
+def test_a_technique_with_state_and_a_voice_is_as_many_files(failures):
+    assert len(SOURCES) == files_said() == len(list(TOY.glob("*.py")))
+    assert not failures["toy"]
