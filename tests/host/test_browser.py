@@ -781,7 +781,7 @@ def test_every_node_is_among_those_that_are_shown():
     assert ours() == sorted(node_ids())
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.sweep(0)
 @pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
 @pytest.mark.parametrize("palette", ["dark", "light"])
 def test_every_node_is_legible_after_a_run(after_a_run, palette, vue):

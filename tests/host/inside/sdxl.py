@@ -198,11 +198,17 @@ def continued(first, second, steps):
     return small.run(second, torch.zeros_like(half), half, SDXL, steps=steps, seed=0, start_step=2, disable_noise=True)
 
 
-def test_switching(model, pruned, both, lora):
-    for first, second in ((pruned["koala-700m"], model), (model, both[0]), (both[0], small.add_lora(model, lora))):
-        switched = switch.with_switch(first, second, switching.SwitchPoint(0.5, "share of steps"))
-        found = sample(switched, steps=4)
-        assert small.difference(found, continued(first, second, 4)) < 1e-4
-        assert min(small.difference(found, sample(m, steps=4)) for m in (first, second)) > 0.001
-        whole = switch.with_switch(first, second, switching.SwitchPoint(1000.0, "sigma"))
-        assert torch.equal(sample(whole), sample(second))
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("which", ["from a pruned UNet", "to a pack", "to one with a LoRA"])
+def test_switching(model, pruned, both, lora, which):
+    first, second = {
+        "from a pruned UNet": (pruned["koala-700m"], model),
+        "to a pack": (model, both[0]),
+        "to one with a LoRA": (both[0], small.add_lora(model, lora)),
+    }[which]
+    switched = switch.with_switch(first, second, switching.SwitchPoint(0.5, "share of steps"))
+    found = sample(switched, steps=4)
+    assert small.difference(found, continued(first, second, 4)) < 1e-4
+    assert min(small.difference(found, sample(m, steps=4)) for m in (first, second)) > 0.001
+    whole = switch.with_switch(first, second, switching.SwitchPoint(1000.0, "sigma"))
+    assert torch.equal(sample(whole), sample(second))
