@@ -272,9 +272,12 @@ class Forecaster(InRun):
 
     def _corrected(self, keys, now, first, x, results) -> list[Tensor]:
         """The results of a call that was made, with what the plan makes good in it; as they are where a forecast that
-        the plan has before it was not one here.
+        the plan has before it was not one here, and in a run that has been computed in full so far: there is nothing to
+        make good in it.
         """
         if not (self._planned and self._sigma > 0 and self.plan.corrects(self._number)):
+            return results
+        if all(done <= {"F"} for done in self._done):
             return results
         oldest = min(self.plan.sources(self._number), default=self._number)
         if any(oldest < k < self._number for k in self._made_anyway):

@@ -225,6 +225,17 @@ def test_a_plan_of_full_steps_is_bit_identical_to_none(model, sampler):
     assert carried.report.peak == 0 and carried.report.saving == 0
 
 
+def test_where_nothing_could_be_forecast_nothing_is_made_good(model, monkeypatch):
+    actions = [Action(), Action(RESULT), Action(RESULT)]
+    actions += [Action(FULL, weights=((k, 1.5), (0 if k == 3 else k - 1, -0.5))) for k in range(3, STEPS)]
+    carried = Carried(model, ForecastPlan(tuple(actions)))
+    plain = small.sample(model, steps=STEPS)
+    assert small.difference(small.sample(carried.model, steps=STEPS), plain) > 1e-3 and carried.report.saving == 0.25
+    # As where what is sampled shows something else at each step.
+    monkeypatch.setattr(forecasts.Forecaster, "_forecast", lambda *_: None)
+    assert torch.equal(small.sample(carried.model, steps=STEPS), plain) and carried.report.saving == 0
+
+
 def test_what_is_computed_before_the_first_forecast_is_bit_identical(model):
     seen = {}
     plan = plan_of("FFFFFFFr")
