@@ -221,7 +221,10 @@ class Forecaster(InRun):
         results = self._forecast(executor, model, conds, x, timestep, model_options, keys, now, first)
         if results is None:
             if self._action.kind != FULL and self._has_moved(keys, now):
-                self.note("the latent is sampled in parts that move from step to step, and those steps are computed")
+                self.note(
+                    "what is sampled shows something else from step to step (parts that move, or noise drawn anew, as LCM "
+                    "does), and those steps are computed"
+                )
             results = executor(model, conds, x, timestep, model_options)
             self._computed += len(live)
             self._done[-1].add("F")
