@@ -222,8 +222,8 @@ class Forecaster(InRun):
         if results is None:
             if self._action.kind != FULL and self._has_moved(keys, now):
                 self.note(
-                    "what is sampled shows something else from step to step (parts that move, or noise drawn anew, as LCM "
-                    "does), and those steps are computed"
+                    "what is sampled shows something else from step to step (parts that move, or noise drawn anew, as "
+                    "LCM does), and those steps are computed"
                 )
             results = executor(model, conds, x, timestep, model_options)
             self._computed += len(live)
