@@ -181,7 +181,8 @@ class Lora:
     """A LoRA (train/lora.py) on what is not trained itself.
 
     rank: 0 for none; no layer gets more than its own rank. alpha: 0 for the rank. on: range expression of units.
-    convolutions: whether convolutions get one (LoCon), or linear layers alone. start: LoRA file of the stage before.
+    convolutions: whether convolutions get one (LoCon), or linear layers alone. start: LoRA file of the stage before, of
+    this rank or smaller ones.
     """
 
     rank: int = number(0, 0)
@@ -366,7 +367,7 @@ class Optimiser:
     """The optimiser, with clipped gradients, a course of the learning rate (steps), and the average of the weights.
 
     kind: "adamw"; "adamw-8bit" (bitsandbytes) or "adamw-8bit-torchao", whose moments take a quarter; "adafactor", which
-    keeps a third of them for 3x3 convolutions and hardly any for the rest, and has no betas.
+    keeps a third of them for 3x3 convolutions and hardly any for the rest, and has no betas; "muon", which keeps half.
     clip: the largest norm of the gradient; 0 for no clipping. schedule: "trapezoid" (warm-up, constant, cooldown to 0),
     or one of diffusers' schedules over the whole run, with warm-up and without cooldown.
     """

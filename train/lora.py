@@ -108,19 +108,23 @@ def _take(student: nn.Module, config: Config) -> None:
     for name, change in changes(student).items():
         module = names[name]
         wanted = {"lora_down": tuple(change.down.shape), "lora_up": tuple(change.up.shape)}
-        for kind, shape in wanted.items():
+        rank = file.shapes.get(f"{module}.lora_down.weight", (0,))[0]
+        for (kind, shape), of_rank in zip(wanted.items(), (0, 1), strict=True):
             key = f"{module}.{kind}.weight"
             its = file.shapes.get(key)
-            if its is None or (its[0], math.prod(its[1:])) != shape:
+            flat = [its[0], math.prod(its[1:])] if its else []
+            if not its or flat[of_rank] != rank or rank > shape[of_rank] or flat[1 - of_rank] != shape[1 - of_rank]:
                 raise ValueError(
-                    f"lora.start: {file.path.name} does not fit at {key}: wanted {list(shape)}, got "
-                    f"{list(its) if its else 'none'}; lora.rank, lora.on and lora.convolutions must be those it was "
-                    "trained with"
+                    f"lora.start: {file.path.name} does not fit at {key}: wanted {list(shape)} or a smaller rank, got "
+                    f"{list(its) if its else 'none'}; lora.on and lora.convolutions must be those it was trained with, "
+                    "and lora.rank no smaller"
                 )
-        change.down.copy_(file[f"{module}.lora_down.weight"].flatten(1))
-        change.up.copy_(file[f"{module}.lora_up.weight"].flatten(1))
-        alpha = float(file[f"{module}.alpha"]) if f"{module}.alpha" in file else change.down.shape[0]
-        change.up.mul_(alpha / change.down.shape[0] / change.scale)
+        # What the file's rank leaves free does nothing yet, as in a LoRA without a start.
+        change.down[:rank].copy_(file[f"{module}.lora_down.weight"].flatten(1))
+        change.up.zero_()
+        change.up[:, :rank].copy_(file[f"{module}.lora_up.weight"].flatten(1))
+        alpha = float(file[f"{module}.alpha"]) if f"{module}.alpha" in file else rank
+        change.up.mul_(alpha / rank / change.scale)
 
 
 def file_names(config: UNetConfig) -> dict[str, str]:

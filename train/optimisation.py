@@ -40,11 +40,17 @@ def _factored(shape: Sequence[int]) -> float:
     return 4 * (count // shape[-1] + count // shape[-2]) / count
 
 
+def _matrices(shape: Sequence[int]) -> float:
+    """One number for each of a matrix, two for the rest (Muon)."""
+    return 4.0 if len(shape) > 1 else 8.0
+
+
 KINDS = {
     "adamw": Kind("torch.optim", "AdamW", "torch", lambda shape: 8.0),
     "adamw-8bit": Kind("bitsandbytes.optim", "AdamW8bit", "bitsandbytes", _eight_bit),
     "adamw-8bit-torchao": Kind("torchao.optim", "AdamW8bit", "torchao", _eight_bit),
     "adafactor": Kind("torch.optim", "Adafactor", "torch", _factored),
+    "muon": Kind("torch.optim", "Muon", "torch>=2.9", _matrices),
 }
 
 
@@ -60,6 +66,7 @@ def make_optimiser(
             f"optimiser.kind: {kind!r} needs the library {found.package}: pip install {found.package}; or take another "
             f"of {', '.join(KINDS)}"
         ) from None
+    made = Muon if kind == "muon" else made  # torch's takes matrices alone
     arguments: dict[str, Any] = {"betas": betas} if kind != "adafactor" else {}
     if kind == "adamw":
         arguments["fused"] = True
@@ -103,6 +110,41 @@ def restore_moments(optimiser: torch.optim.Optimizer, saved: Sequence[tuple[Tens
                 held.copy_(value)
             else:
                 state[outer] = type(held)(value.item())
+
+
+class Muon(torch.optim.Optimizer):
+    """torch's Muon (arXiv 2502.16982) for linear layers and convolutions, whose weights are matrices of outputs by all
+    that an output sums over; AdamW, with these betas, for the rest. lr means what it does there: each number moves by
+    about .2 lr in a step, as AdamW's often do.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float, betas: tuple[float, float]):
+        given = list(parameters)
+        # One storage, so the step of the matrix is the step of the weight.
+        self.pairs = [(p, torch.nn.Parameter(p.detach().flatten(1))) for p in given if p.dim() > 1]
+        rest = [p for p in given if p.dim() < 2]
+        self.inner: list[torch.optim.Optimizer] = []
+        if self.pairs:
+            matrices = [matrix for _, matrix in self.pairs]
+            self.inner.append(torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"))
+        if rest:
+            self.inner.append(torch.optim.AdamW(rest, lr, betas=betas, weight_decay=weight_decay, fused=True))
+        super().__init__(given, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for optimiser in self.inner:
+            for group in optimiser.param_groups:
+                group["lr"] = self.param_groups[0]["lr"]
+        for p, matrix in self.pairs:
+            assert p.data_ptr() == matrix.data_ptr(), "weights were replaced after the optimiser was made"
+            matrix.grad = p.grad.flatten(1) if p.grad is not None else None
+        for optimiser in self.inner:
+            optimiser.step()
+        for p, matrix in self.pairs:
+            self.state[p] = self.inner[0].state[matrix]
+        for optimiser in self.inner[bool(self.pairs) :]:
+            self.state.update(optimiser.state)
 
 
 class OnCPU(torch.optim.Optimizer):

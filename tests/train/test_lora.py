@@ -139,6 +139,14 @@ def test_a_file_lands_whole_and_goes_on_exactly(tmp_path):
     for name, layer in changes(other).items():
         zero = torch.zeros(layer.up.shape[0], layer.down.shape[1])
         torch.testing.assert_close(layer(zero), changes(again)[name](zero))
+    # A larger rank goes on from the same change, with room that does nothing yet.
+    wide = networks.make_student(networks.load_teacher(recipe), settings(f"lora.start={path}", "lora.rank=5"))
+    for name, layer in changes(wide).items():
+        zero = torch.zeros(layer.up.shape[0], layer.down.shape[1])
+        torch.testing.assert_close(layer(zero), changes(again)[name](zero))
+        rank = changes(again)[name].down.shape[0]
+        assert len(layer.down) == rank or layer.down[rank:].any() and not layer.up[:, rank:].any()
+    assert any(len(layer.down) > len(changes(again)[name].down) for name, layer in changes(wide).items())
     with pytest.raises(ValueError, match="a.safetensors does not fit at lora_unet_conv_in.lora_down.weight"):
         networks.make_student(networks.load_teacher(recipe), settings(f"lora.start={path}", "lora.rank=2"))
     with pytest.raises(ValueError, match="lora.start: .*Train the stage before this one first"):

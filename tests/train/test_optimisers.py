@@ -92,8 +92,11 @@ def run(folder, monkeypatch, *changes, stop=None):
     return load_file(max(folder.glob("checkpoint-*.safetensors")))
 
 
-@pytest.mark.sweep(1)
-@pytest.mark.parametrize("changes", [["optimiser.kind=odd"], ["optimiser.kind=adafactor"], ["run.offload=true"]])
+@pytest.mark.sweep(2)
+@pytest.mark.parametrize(
+    "changes",
+    [["optimiser.kind=muon"], ["optimiser.kind=odd"], ["optimiser.kind=adafactor"], ["run.offload=true"]],
+)
 def test_a_resumed_run_equals_an_unbroken_one(changes, odd, tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", monkeypatch, *changes)
     run(tmp_path / "broken", monkeypatch, *changes, stop=3)
@@ -190,6 +193,31 @@ def test_moments_on_the_cpu_are_those_of_the_plain_optimiser():
     assert ends[0][1].keys() == ends[1][1].keys() and all(torch.equal(v, ends[1][1][k]) for k, v in ends[0][1].items())
 
 
+def test_muon_turns_gradients_of_matrices_and_leaves_the_rest_to_adamw():
+    g = torch.Generator().manual_seed(0)
+    weights = {"conv": (48, 16, 3, 3), "linear": (32, 64), "norm": (48,)}
+    start = {name: torch.randn(shape, generator=g) for name, shape in weights.items()}
+    gradients = {name: torch.randn(shape, generator=g) for name, shape in weights.items()}
+    ends = {}
+    for kind in ("muon", "adamw"):
+        parameters = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
+        optimiser = make_optimiser(kind, parameters.values(), 1e-3, (0.9, 0.99), 0.0)
+        optimiser.param_groups[0]["lr"] = 0.1  # as the loop sets it
+        for name, p in parameters.items():
+            p.grad = gradients[name].clone()
+        optimiser.step()
+        ends[kind] = {name: start[name] - p.detach() for name, p in parameters.items()}
+    assert torch.equal(ends["muon"]["norm"], ends["adamw"]["norm"])
+    for name in ("conv", "linear"):
+        step, gradient = ends["muon"][name].flatten(1).double(), gradients[name].flatten(1).double()
+        u, s, v = torch.linalg.svd(gradient, full_matrices=False)
+        along = torch.einsum("ij,jk,ki->i", u.T, step, v.T)  # the step in the gradient's own directions
+        # All of them alike: torch's iteration brings each to between .7 and 1.2. The length is AdamW's.
+        assert along.min() > 0.5 * along.mean() and along.max() < 1.5 * along.mean() and s.max() > 2 * s.min()
+        size = step.square().mean().sqrt()
+        assert size == pytest.approx(float(ends["adamw"][name].square().mean().sqrt()) * 0.2, rel=0.2)
+
+
 def test_restoring_moments_moves_nothing_and_leaves_no_gradient(odd):
     p = torch.nn.Parameter(torch.arange(6.0))
     optimiser = make_optimiser("odd", [p], 0.1, (0.9, 0.99), 0.0)
@@ -204,7 +232,7 @@ def test_restoring_moments_moves_nothing_and_leaves_no_gradient(odd):
 
 
 @pytest.mark.parametrize("shape", [(64, 48, 3, 3), (70, 80), (5,)])
-@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon"])
 def test_the_plan_counts_what_an_optimiser_keeps(kind, shape):
     p = torch.nn.Parameter(torch.zeros(shape))
     optimiser = make_optimiser(kind, [p], 1e-3, (0.9, 0.99), 0.0)
