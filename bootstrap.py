@@ -677,11 +677,13 @@ FAST_TESTS = ["--ignore=tests/host", "--ignore=tests/train", "-m", "not slow"]
 
 
 def target_test(python, settings):
-    # Small networks gain more from a second process than from a second thread.
-    workers = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadscope", "--no-loadscope-reorder"]
+    # Small networks gain more from a second process than from a second thread; and one more than there are cores, for
+    # tests of servers and of the browser wait now and then.
+    fast = on(settings, "FAST")
+    workers = ["-n", str(min((os.cpu_count() or 1) + (not fast), 4)), "--dist", "loadscope", "--no-loadscope-reorder"]
     tests = [python, "-m", "pytest", *workers]
     arguments = words(settings.get("ARGS", ""))
-    if on(settings, "FAST"):
+    if fast:
         return [[*tests, *FAST_TESTS, *arguments]]
     return [[python, "-m", "demo.browser"], [*tests, *arguments]]
 

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import muon
 from .architecture import Architecture
 
 EMPTY = -1  # in place of a prompt's number
@@ -240,7 +241,8 @@ class Fit:
         self.device = next(iter(self.parameters.values())).device
         self.shape, self.count = shape, prompts
         self.told = Told(0, 0, 0.0, math.nan)
-        self._adamw = torch.optim.AdamW(self.parameters.values(), settings.lr, (0.9, 0.99), weight_decay=0.0)
+        make = muon.Muon if muon.HERE else torch.optim.AdamW
+        self._optimiser = make(self.parameters.values(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
         self._average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=half == torch.float16)
         self._random = random.Random(settings.seed)
@@ -315,14 +317,14 @@ class Fit:
         self._scaler.scale(loss).backward()
         rise = min(1.0, (self.told.steps + 1) / settings.warmup) if settings.warmup else 1.0
         fall = min(1.0, (1 - share) / settings.cooldown) if settings.cooldown else 1.0
-        for group in self._adamw.param_groups:
+        for group in self._optimiser.param_groups:
             group["lr"] = settings.lr * min(rise, fall)
-        self._scaler.unscale_(self._adamw)
+        self._scaler.unscale_(self._optimiser)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
         if self._scaler.is_enabled() or norm.isfinite():
-            self._scaler.step(self._adamw)
+            self._scaler.step(self._optimiser)
         self._scaler.update()
-        self._adamw.zero_grad()
+        self._optimiser.zero_grad()
         self._tell(share, float(loss.detach()))
         self._move(guided(wanted, settings.guidance), guided(v.detach(), settings.guidance), t)
 
@@ -367,5 +369,5 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
 
 
 def learning_bytes(parameters: Iterable[Tensor]) -> int:
-    """Bytes of the weights that learn: themselves, their gradients, AdamW's two moments and the average, float32."""
+    """Bytes of the weights that learn: themselves, their gradients, up to two moments and the average, float32."""
     return 5 * 4 * sum(p.numel() for p in parameters)

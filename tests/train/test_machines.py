@@ -205,37 +205,48 @@ def test_what_would_be_followed_in_part_is_refused(environment, message, monkeyp
 # Several machines -------------------------------------------------------------------------------------
 
 
-def test_two_machines_meet_lose_one_and_train_one_student(tmp_path):
-    """One of them is killed in its run: the other ends with one line, and the same commands go on."""
+def test_two_machines_go_on_together_and_lose_one(tmp_path):
+    """From a checkpoint of one process. When one of them is killed the other ends with one line, and what both had
+    reached goes on.
+    """
     shared, seen = tmp_path / "shared", tmp_path / "elsewhere"
     shared.mkdir()
     seen.symlink_to(shared)
+    settings = ("run.micro_batch=1", "run.batch=2", "run.save_every=1", "run.picture_every=0")
 
-    def start(steps):
-        port = free_port()
-        settings = (f"run.steps={steps}", "run.save_every=1", "run.picture_every=0")
-        return [launched(rank, port, folder, *settings) for rank, folder in enumerate((shared, seen))]
+    def alone(steps):
+        train(load(NARROW, [*settings, f"run.folder={shared}", f"run.steps={steps}"]), Accelerator(cpu=True))
 
-    both = start(1_000_000)
+    alone(1)
+    (shared / "narrow.safetensors").unlink()
+    port = free_port()
+    both = [
+        launched(rank, port, folder, *settings[2:], "run.steps=1000000") for rank, folder in enumerate((shared, seen))
+    ]
     until = time.monotonic() + 1500
-    while not list(shared.glob("checkpoint-*.safetensors")):
+    while newest(shared).name == "checkpoint-00000001.safetensors":
         assert time.monotonic() < until and all(p.poll() is None for p in both), [p.communicate()[0] for p in both]
         time.sleep(0.05)
     (worker,) = [p for p in psutil.Process(both[1].pid).children(recursive=True) if str(NARROW) in p.cmdline()]
     worker.kill()
     outputs = [p.communicate(timeout=1500)[0] for p in both]
     assert all(p.returncode for p in both), outputs
+    assert outputs[0].count("going on at step 1\n") == 1, outputs[0]  # one of them speaks
     assert outputs[0].count("another process of the run was lost (") == 1, outputs[0]
     assert "the same command goes on from the last checkpoint" in outputs[0]
     reached = int(newest(shared).stem.partition("-")[2])
-    assert reached < 1_000_000 and not (shared / "narrow.safetensors").exists()
+    assert 1 < reached < 1_000_000 and not (shared / "narrow.safetensors").exists()
+    alone(reached + 1)
+    assert load_file(newest(shared)) and load_file(shared / "narrow.safetensors")
 
-    both = start(reached + 1)
+
+@pytest.mark.sweep(0)
+def test_two_machines_train_one_student_to_its_end(tmp_path):
+    port = free_port()
+    both = [launched(rank, port, tmp_path, "run.steps=2", "run.picture_every=0") for rank in range(2)]
     outputs = [p.communicate(timeout=1500)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], outputs
-    assert f"going on at step {reached}" in outputs[0] and (shared / "narrow.safetensors").exists()
-    assert load_file(newest(shared))
-    assert all(output.count("wrote") == 1 for output in outputs)
+    assert load_file(tmp_path / "narrow.safetensors") and all(output.count("wrote") == 1 for output in outputs)
 
 
 @pytest.mark.parametrize(
