@@ -8,7 +8,8 @@ same order, against outputs of the teacher computed once. --samples is what a ru
 
 It can be stopped at any point, kill -9 included: the same command goes on, and every finished run and measurement
 is a file under runs/tables/. After each one it writes bench/results/tables.json and docs/evidence.md anew, from
-what is there. Needs the family's glyphs and latents in --runs and its cache (`python -m train.emoji.cache`).
+what is there. With --shipped it measures the files in models/ alone, and puts their rows beside those of the record.
+Needs the family's glyphs and latents in --runs and its cache (`python -m train.emoji.cache`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from train.teacher_outputs import write_teacher_outputs
 from train.networks import assembled
 
 from . import _evidence as evidence
-from ._common import record
+from ._common import RESULTS, beside_earlier, command_line, record
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "train" / "configs"
@@ -316,9 +317,9 @@ def switched(judge: Judge, settings: Settings, switch: tuple[str, str, float], s
     return Switched(trained(judge, settings, first, seed), trained(judge, settings, second, seed), at, settings.steps)
 
 
-def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = ()) -> Iterator[Job]:
+def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = (), shipped: bool = False) -> Iterator[Job]:
     """Everything there is to do, or what belongs to some rows, in order of importance; what is done already takes no
-    time.
+    time. shipped: what is measured of the files in models/ alone.
 
     Raises ValueError where a run that is finished learned from other --samples.
     """
@@ -335,7 +336,7 @@ def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = ()) -> 
         steps=settings.steps,
     )
     teacher = judge("teacher")
-    finetune = judge("openmoji") if not rows else None
+    finetune = judge("openmoji") if not rows and not shipped else None
     measure = partial(teacher.measure, rounds=settings.rounds)
     yield "teacher", lambda: measure("whole", lambda: teacher.whole)
     for seed in seeds:
@@ -357,6 +358,9 @@ def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = ()) -> 
         if seed == 1 and finetune:
             yield from switching(settings, seed, measure, teacher, SWITCHES)
             yield from transfer(settings, seed, finetune, TRANSFER)
+    if shipped:
+        for preset in dict.fromkeys(cut for name in settings.shipped() if (cut := find(name).cut)):
+            yield f"measure cut {preset}", partial(measure, f"cut-{preset}", partial(cut_teacher, teacher, preset))
     if not rows:
         for path in settings.shipped().values():
             yield f"measure {path.name}", partial(measure, named(path), partial(assembled, teacher.whole, path))
@@ -489,9 +493,25 @@ def write(settings: Settings, notes: str = "") -> None:
     """
     seeds = settings.seeds()
     rows = gathered(settings, seeds)
-    mine, its = rows["teacher"], rows["openmoji"]
+    mine = rows["teacher"]
     if "whole" not in mine or not any("samples" in found for found in mine.values()):
         return
+    publish(settings, rows, command(settings), notes)
+    bins = {
+        name: measured[0]["v_mse"]["teacher"]
+        for name in ("cut-m2", "base", "m2", "m2-direct", "m5", "teacher-on")
+        if (
+            measured := evidence.read(
+                settings.folder / "measured", "teacher", name, None if name.startswith("cut") else seeds
+            )
+        )
+    }
+    evidence.plot_timesteps(ROOT / "docs" / "evidence-timesteps.png", bins)
+
+
+def publish(settings: Settings, rows: dict[str, dict[str, dict]], made_by: str, notes: str, kept: bool = False) -> None:
+    """The record, the text and the plots of rows. kept: most of them are the record's own, which stay as they are."""
+    mine, its = rows["teacher"], rows["openmoji"]
     presets = {name: Architecture.preset(name, CONFIG) for name in CUT}
     macs = {name: evidence.macs_share(a) for name, a in presets.items()} | {"whole": 1.0}
     macs |= {switch_name((a, b, at)): at * macs[a] + (1 - at) * macs[b] for a, b, at in SWITCHES}
@@ -511,26 +531,47 @@ def write(settings: Settings, notes: str = "") -> None:
         if metric in found
     }
     records = [{"host": host, "row": name, **found} for host, part in rows.items() for name, found in part.items()]
-    record("tables", summary, records + verdicts, command(settings), notes=notes)
+    if kept:
+        # Verdicts are of runs of the comparison, which the files in models/ are not among.
+        new = [row for row in records if row["row"].startswith("shipped-")]
+        summary, new = beside_earlier("tables", summary, new, command_line("tables"), lambda row: row.get("row"))
+        record("tables", summary, new, made_by, notes=notes)
+    else:
+        record("tables", summary, records + verdicts, made_by, notes=notes)
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
     evidence.plot_rows(docs / "evidence-rows.png", mine)
     evidence.plot_switching(docs / "evidence-switching.png", mine, macs)
-    bins = {
-        name: measured[0]["v_mse"]["teacher"]
-        for name in ("cut-m2", "base", "m2", "m2-direct", "m5", "teacher-on")
-        if (
-            measured := evidence.read(
-                settings.folder / "measured", "teacher", name, None if name.startswith("cut") else seeds
-            )
-        )
-    }
-    evidence.plot_timesteps(docs / "evidence-timesteps.png", bins)
-    text = page(settings, rows, macs, verdicts, notes)
+    text = page(settings, rows, macs, verdicts, made_by, notes)
     few_steps = ROOT / "bench" / "results" / "fewstep.json"
     if few_steps.exists():
         text = evidence.with_style(text, json.loads(few_steps.read_text()))
     (docs / "evidence.md").write_text(text, encoding="utf-8")
+
+
+def measure_shipped(settings: Settings) -> None:
+    """Put what lies in models/ now into the record and the text, whose other rows stay.
+
+    Raises ValueError where the record was made with other prompts or steps.
+    """
+    old = json.loads((RESULTS / "tables.json").read_text())
+    its = argparse.ArgumentParser()
+    for name in ("--samples", "--prompts", "--steps"):
+        its.add_argument(name, type=int, default=0)
+    given, _ = its.parse_known_args(shlex.split(old["command"]))
+    if vars(given) != {name: getattr(settings, name) for name in ("samples", "prompts", "steps")}:
+        raise ValueError(f"the record was made by `{old['command']}`: give the same --samples, --prompts and --steps")
+    for name, do in jobs(settings, (), shipped=True):
+        print(f"-- {name}", flush=True)
+        do()
+    rows: dict[str, dict[str, dict]] = {"teacher": {}, "openmoji": {}}
+    for row in old["rows"]:
+        if "host" in row:
+            rows[row["host"]][row["row"]] = {k: v for k, v in row.items() if k not in ("host", "row")}
+    for name, found in gathered(settings, ())["teacher"].items():
+        if name.startswith("shipped-"):
+            rows["teacher"][name] = found
+    publish(settings, rows, old["command"], old.get("notes", ""), kept=True)
 
 
 TABLES = {
@@ -648,7 +689,9 @@ pictures.
 """
 
 
-def page(settings: Settings, rows: dict, macs: dict[str, float], verdicts: Sequence[dict], notes: str) -> str:
+def page(
+    settings: Settings, rows: dict, macs: dict[str, float], verdicts: Sequence[dict], made_by: str, notes: str
+) -> str:
     """docs/evidence.md."""
     mine, its = rows["teacher"], rows["openmoji"]
     titles = {run.name: run.what for run in RUNS}
@@ -680,7 +723,7 @@ def page(settings: Settings, rows: dict, macs: dict[str, float], verdicts: Seque
         tables="\n\n".join(f"## {title}\n\n{table(mine, names)}" for title, names in TABLES.items()),
         switches=table(mine, map(switch_name, sorted(SWITCHES)), macs),
         transfer=table(its, ["whole", "cut-m2", *TRANSFER]),
-        command=command(settings),
+        command=made_by,
     )
 
 
@@ -764,12 +807,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/tables"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--notes", default="", help="kept in the results and the text: what else the machine was doing")
+    parser.add_argument(
+        "--shipped", action="store_true", help="measure the files in models/ anew; the record's other rows stay"
+    )
     parser.add_argument("--report", action="store_true", help="only write the results and the text from what is there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings = Settings(args.samples, args.prompts, args.steps, args.rounds, args.folder, args.runs, args.models)
     if args.report:
         write(settings, args.notes)
+        return
+    if args.shipped:
+        measure_shipped(settings)
         return
     known: set[Path] = set()
     for name, do in jobs(settings, args.seeds, args.rows):

@@ -12,6 +12,7 @@ from bench import _evidence as evidence
 from bench import tables
 from bench._evidence import Claim, verdict
 from bench.tables import RUNS, Settings
+from train.provenance import named
 from train.config import LOSSES
 from train.emoji.unet import CONFIG
 
@@ -236,3 +237,32 @@ def test_plots_and_text_are_written_from_what_is_there(settings, tmp_path, monke
     logged(settings, "base", 90.0, 3), finished(settings, "base", 4000, 3)
     tables.write(settings)
     assert json.loads((tmp_path / "root" / "tables.json").read_text())["summary"]["psnr_base"] == 17
+
+    # Files in models/ that came later are put beside what the record has, from a folder of their own.
+    before = json.loads((tmp_path / "root" / "tables.json").read_text())
+    shipped = tmp_path / "models" / "emoji-m2.safetensors"
+    shipped.parent.mkdir()
+    shipped.write_bytes(b"a pack")
+    later = dataclasses.replace(settings, folder=tmp_path / "later", models=shipped.parent)
+    (later.folder / "measured").mkdir(parents=True)
+    its = later.folder / "measured"
+    (its / "settings.json").write_text((measured / "settings.json").read_text())
+    (its / "teacher-cut-m2.json").write_text(json.dumps(numbers | paired | {"mse": 0.3}))
+    (its / f"teacher-{named(shipped)}.json").write_text(json.dumps(numbers | paired | {"psnr": 23.5}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "root")
+    monkeypatch.setattr(tables, "jobs", lambda *given, **more: iter([]))
+    with pytest.raises(ValueError, match="give the same --samples, --prompts and --steps"):
+        tables.measure_shipped(dataclasses.replace(later, samples=4000, prompts=7))
+    monkeypatch.setattr("sys.argv", ["tables", "--shipped"])
+    tables.measure_shipped(dataclasses.replace(later, samples=4000, prompts=240, steps=10))
+    after = json.loads((tmp_path / "root" / "tables.json").read_text())
+    assert after["summary"] == before["summary"] | {
+        key: value for key, value in after["summary"].items() if key.endswith("_shipped_m2")
+    }
+    assert after["summary"]["psnr_shipped_m2"] == 23.5
+    assert after["summary"]["gap_recovered_shipped_m2"] == pytest.approx(0.9)
+    assert after["command"] == before["command"] and after.get("notes") == before.get("notes")
+    kept = [{k: v for k, v in row.items() if k != "command"} for row in after["rows"] if row.get("row") != "shipped-m2"]
+    assert kept == before["rows"] and len(after["rows"]) == len(kept) + 1
+    text = (tmp_path / "root" / "docs" / "evidence.md").read_text()
+    assert "| m2 in models/ |  |  | 0.1000 |" in text and "| stage 1, Base | 4,000 |" in text
