@@ -317,9 +317,11 @@ def switched(judge: Judge, settings: Settings, switch: tuple[str, str, float], s
     return Switched(trained(judge, settings, first, seed), trained(judge, settings, second, seed), at, settings.steps)
 
 
-def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = (), shipped: bool = False) -> Iterator[Job]:
+def jobs(
+    settings: Settings, seeds: Sequence[int], rows: Sequence[str] = (), shipped: Sequence[str] = ()
+) -> Iterator[Job]:
     """Everything there is to do, or what belongs to some rows, in order of importance; what is done already takes no
-    time. shipped: what is measured of the files in models/ alone.
+    time. shipped: these files in models/, alone.
 
     Raises ValueError where a run that is finished learned from other --samples.
     """
@@ -359,10 +361,10 @@ def jobs(settings: Settings, seeds: Sequence[int], rows: Sequence[str] = (), shi
             yield from switching(settings, seed, measure, teacher, SWITCHES)
             yield from transfer(settings, seed, finetune, TRANSFER)
     if shipped:
-        for preset in dict.fromkeys(cut for name in settings.shipped() if (cut := find(name).cut)):
+        for preset in dict.fromkeys(cut for name in shipped if (cut := find(name).cut)):
             yield f"measure cut {preset}", partial(measure, f"cut-{preset}", partial(cut_teacher, teacher, preset))
     if not rows:
-        for path in settings.shipped().values():
+        for path in (path for name, path in settings.shipped().items() if not shipped or name in shipped):
             yield f"measure {path.name}", partial(measure, named(path), partial(assembled, teacher.whole, path))
 
 
@@ -509,8 +511,10 @@ def write(settings: Settings, notes: str = "") -> None:
     evidence.plot_timesteps(ROOT / "docs" / "evidence-timesteps.png", bins)
 
 
-def publish(settings: Settings, rows: dict[str, dict[str, dict]], made_by: str, notes: str, kept: bool = False) -> None:
-    """The record, the text and the plots of rows. kept: most of them are the record's own, which stay as they are."""
+def publish(
+    settings: Settings, rows: dict[str, dict[str, dict]], made_by: str, notes: str, shipped: Sequence[str] = ()
+) -> None:
+    """The record, the text and the plots of rows. shipped: where these alone are new, the others the record's own."""
     mine, its = rows["teacher"], rows["openmoji"]
     presets = {name: Architecture.preset(name, CONFIG) for name in CUT}
     macs = {name: evidence.macs_share(a) for name, a in presets.items()} | {"whole": 1.0}
@@ -531,9 +535,9 @@ def publish(settings: Settings, rows: dict[str, dict[str, dict]], made_by: str, 
         if metric in found
     }
     records = [{"host": host, "row": name, **found} for host, part in rows.items() for name, found in part.items()]
-    if kept:
+    if shipped:
         # Verdicts are of runs of the comparison, which the files in models/ are not among.
-        new = [row for row in records if row["row"].startswith("shipped-")]
+        new = [row for row in records if row["row"] in {f"shipped-{name}" for name in shipped}]
         summary, new = beside_earlier("tables", summary, new, command_line("tables"), lambda row: row.get("row"))
         record("tables", summary, new, made_by, notes=notes)
     else:
@@ -549,8 +553,8 @@ def publish(settings: Settings, rows: dict[str, dict[str, dict]], made_by: str, 
     (docs / "evidence.md").write_text(text, encoding="utf-8")
 
 
-def measure_shipped(settings: Settings) -> None:
-    """Put what lies in models/ now into the record and the text, whose other rows stay.
+def measure_shipped(settings: Settings, names: Sequence[str]) -> None:
+    """Put what lies in models/ now of these names into the record and the text, whose other rows stay.
 
     Raises ValueError where the record was made with other prompts or steps.
     """
@@ -561,7 +565,7 @@ def measure_shipped(settings: Settings) -> None:
     given, _ = its.parse_known_args(shlex.split(old["command"]))
     if vars(given) != {name: getattr(settings, name) for name in ("samples", "prompts", "steps")}:
         raise ValueError(f"the record was made by `{old['command']}`: give the same --samples, --prompts and --steps")
-    for name, do in jobs(settings, (), shipped=True):
+    for name, do in jobs(settings, (), shipped=names):
         print(f"-- {name}", flush=True)
         do()
     rows: dict[str, dict[str, dict]] = {"teacher": {}, "openmoji": {}}
@@ -569,9 +573,9 @@ def measure_shipped(settings: Settings) -> None:
         if "host" in row:
             rows[row["host"]][row["row"]] = {k: v for k, v in row.items() if k not in ("host", "row")}
     for name, found in gathered(settings, ())["teacher"].items():
-        if name.startswith("shipped-"):
+        if name.removeprefix("shipped-") in names and name.startswith("shipped-"):
             rows["teacher"][name] = found
-    publish(settings, rows, old["command"], old.get("notes", ""), kept=True)
+    publish(settings, rows, old["command"], old.get("notes", ""), names)
 
 
 TABLES = {
@@ -808,7 +812,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--notes", default="", help="kept in the results and the text: what else the machine was doing")
     parser.add_argument(
-        "--shipped", action="store_true", help="measure the files in models/ anew; the record's other rows stay"
+        "--shipped",
+        nargs="+",
+        choices=SHIPPED,
+        default=(),
+        help="measure these files of models/ anew; the record's other rows stay",
     )
     parser.add_argument("--report", action="store_true", help="only write the results and the text from what is there")
     args = parser.parse_args()
@@ -818,7 +826,7 @@ def main() -> None:
         write(settings, args.notes)
         return
     if args.shipped:
-        measure_shipped(settings)
+        measure_shipped(settings, args.shipped)
         return
     known: set[Path] = set()
     for name, do in jobs(settings, args.seeds, args.rows):

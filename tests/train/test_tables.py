@@ -252,9 +252,9 @@ def test_plots_and_text_are_written_from_what_is_there(settings, tmp_path, monke
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "root")
     monkeypatch.setattr(tables, "jobs", lambda *given, **more: iter([]))
     with pytest.raises(ValueError, match="give the same --samples, --prompts and --steps"):
-        tables.measure_shipped(dataclasses.replace(later, samples=4000, prompts=7))
-    monkeypatch.setattr("sys.argv", ["tables", "--shipped"])
-    tables.measure_shipped(dataclasses.replace(later, samples=4000, prompts=240, steps=10))
+        tables.measure_shipped(dataclasses.replace(later, samples=4000, prompts=7), ["m2"])
+    monkeypatch.setattr("sys.argv", ["tables", "--shipped", "m2"])
+    tables.measure_shipped(dataclasses.replace(later, samples=4000, prompts=240, steps=10), ["m2"])
     after = json.loads((tmp_path / "root" / "tables.json").read_text())
     assert after["summary"] == before["summary"] | {
         key: value for key, value in after["summary"].items() if key.endswith("_shipped_m2")
