@@ -5,7 +5,7 @@
 The reference is OpenMoji's own run of 4 steps (dpmpp_2m, simple, CFG 3) from the same noise; packs are drawn with 3
 steps of the same, few-step LoRAs as their metadata say. Beside them the finetune's own fewer steps, and M2 in the
 teacher, against the teacher's own run, for what it loses there by being a difference or trained over many styles. A fit
-learns from the names of all concepts as prompts, for so many CPU minutes of one process with one thread.
+learns from the names of all concepts as prompts, 8 walks at a time in bfloat16, for so many CPU minutes of one thread.
 
     --styles PACK  M2 over many styles (train/configs/emoji-m2-styles.toml): M2 as one gets it without a fit. Without,
                    that is the shipped pack as a difference
@@ -50,6 +50,7 @@ from train.progress import plain_errors
 TEACHER, FINETUNE, TEXT = "emoji-teacher.safetensors", "emoji-openmoji.safetensors", "emoji-text.safetensors"
 SAMPLER, CFG = "dpmpp_2m", 3.0
 SHOWN = 12  # pictures of a row in the grid
+WALKS = 8  # of a fit: states this small leave room for more than its default
 BATCHES = 4  # steps in a round of --speed
 
 
@@ -77,7 +78,8 @@ def fitted(args: argparse.Namespace, prompts: list[str], minutes: float) -> Path
         words = args.folder / "prompts.txt"
         words.write_text("\n".join(prompts) + "\n", "utf-8")
         files = [args.models / FINETUNE, difference(args, "m2"), path]
-        options = ["--prompts", words, "--size", "128", "--minutes", f"{minutes:g}", "--cpu", "--cpu-time"]
+        options = ["--prompts", words, "--size", "128", "--walks", WALKS, "--precision", "bf16"]
+        options += ["--minutes", f"{minutes:g}", "--cpu", "--cpu-time"]
         command = [sys.executable, "-m", "train.emoji", "fit", *files, *options]
         subprocess.run([str(word) for word in command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return path
@@ -142,13 +144,14 @@ def speed(args: argparse.Namespace, prompts: list[str]) -> dict:
     to_text = encoder_beside(args.models / TEXT)
     texts, empty = [to_text([prompt]) for prompt in prompts], to_text([""])
     networks = pair.networks(texts, empty, 128)
-    settings = fit.Settings()
+    settings = fit.Settings(walks=WALKS)
     learning = fit.Fit(
         *networks, pair.taps, pair.parameters, fit.Diffusion(ALPHAS, "v"), (4, 16, 16), len(prompts), settings
     )
     count = 2 * settings.walks
     x, t = torch.randn(count, 4, 16, 16), torch.arange(count) * 999 // count
-    context = torch.cat([text.states for text in [*texts[: settings.walks], *[empty] * settings.walks]])
+    chosen = [texts[i % len(texts)] for i in range(settings.walks)]
+    context = torch.cat([text.states for text in [*chosen, *[empty] * settings.walks]])
     adamw = torch.optim.AdamW(pair.parameters.values(), settings.lr)
 
     def bare() -> None:
