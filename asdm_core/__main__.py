@@ -6,8 +6,10 @@ python -m asdm_core match STUDENT ORIGINAL  which layers of the original has a p
 python -m asdm_core extract-pack IN ...     take some units of a trained UNet out into a pack
 python -m asdm_core to-difference PACK ...  a pack as differences from the teacher it was trained from
 python -m asdm_core to-absolute PACK ...    a pack of differences as the units it plays in a checkpoint
+python -m asdm_core mean-pack PACK ... OUT  the mean of several packs of one training
 python -m asdm_core assemble CKPT PACK OUT  a checkpoint's UNet with a pack built in
 python -m asdm_core lora FILE --onto PRESET which modules of a LoRA act on a pruned UNet?
+python -m asdm_core shrink-lora FILE ...    a LoRA, or the mean of several, in fewer numbers
 python -m asdm_core presets                 the pruned UNets asdm knows
 """
 
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import condconv, differences, lora, lora_size, match, packs, surgery
+from . import condconv, differences, few_step, lora, lora_size, match, packs, surgery
 from .addresses import LAYOUTS, in_order, select
 from .architecture import NUMBERINGS, PRESETS, Architecture
 from .measure import costs, total
@@ -362,6 +364,33 @@ def to_absolute(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}: {len(description.units)} units as they play in {checkpoint.path.name}")
 
 
+def mean_packs(args: argparse.Namespace) -> None:
+    first, *others = [packs.open_pack(path) for path in args.files]
+    if not others:
+        raise ValueError("a mean needs two packs or more, such as checkpoints of one training")
+
+    def kind(loaded: packs.Loaded) -> packs.Description:
+        """All that it says but how it came to be."""
+        few = loaded.description.training.get(few_step.KEY)
+        return dataclasses.replace(loaded.description, training={few_step.KEY: few})
+
+    for other in others:
+        if kind(other) != kind(first) or other.tensors.keys() != first.tensors.keys():
+            raise ValueError(
+                f"{other.path.name} is another kind of pack than {first.path.name}: a mean is of packs that play the "
+                "same units, made in the same way for the same checkpoint"
+            )
+
+    def mean(key: str) -> Tensor:
+        return torch.stack([loaded.tensors[key].float() for loaded in (first, *others)]).mean(0)
+
+    training = {**first.description.training, "mean_of": [loaded.path.name for loaded in (first, *others)]}
+    tensors = _Progress({key: mean(key) for key in first.tensors}, "mean")
+    description = dataclasses.replace(first.description, training=training)
+    packs.write_pack(args.output, tensors, description, DTYPES[args.dtype])
+    print(f"wrote {args.output}: the mean of {len(args.files)} packs of {len(first.description.units)} units")
+
+
 def _check_same(unet: packs.Loaded, pack: packs.Loaded) -> None:
     """Raise ValueError where a pack is for UNets of another family than this one's."""
     ours, theirs = unet.description.architecture.config, pack.description.architecture.config
@@ -578,6 +607,15 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("pack", metavar="PACK")
     p.add_argument("checkpoint", metavar="CHECKPOINT")
+    p.add_argument("output", metavar="OUT")
+    p.add_argument("--dtype", choices=DTYPES, default="fp16")
+
+    p = command(
+        "mean-pack",
+        mean_packs,
+        "Write the mean of several packs, such as the ends of two stretches of one training: often better than each.",
+    )
+    p.add_argument("files", metavar="PACK", nargs="+")
     p.add_argument("output", metavar="OUT")
     p.add_argument("--dtype", choices=DTYPES, default="fp16")
 

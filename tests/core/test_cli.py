@@ -616,6 +616,7 @@ def test_mistakes_cost_one_line_and_no_file(run, folder, bad, tmp_path, command,
         "convert G/full.safetensors OUT --layout ldm",
         "extract-pack G/full.safetensors OUT --units mid",
         "assemble G/full.safetensors G/m2.safetensors OUT",
+        "mean-pack G/m2.safetensors G/m2.safetensors OUT",
     ],
 )
 @pytest.mark.parametrize(
@@ -633,6 +634,34 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(run, folder, tmp_pat
     assert (code, out) == (2, "")
     assert err.startswith("asdm: ") and message in err and err.count("\n") == 1 and "\r" not in err
     assert os.listdir(tmp_path) == ["taken.safetensors"]
+
+
+def test_the_mean_of_packs(run, folder, tmp_path):
+    m2 = Architecture.preset("m2", NARROW)
+    wanted, files = {}, []
+    for seed, say in ((1, {}), (2, {}), (3, {}), (4, {"few_step": {"steps": 2}})):
+        units = surgery.extract(weights(owning(Architecture.full(NARROW)), seed), m2, m2.own)
+        description = packs.Description("pack", m2, m2.own, licence="kept", training={"seed": seed, **say})
+        packs.write_pack(tmp_path / f"{seed}.safetensors", units, description)
+        files.append(tmp_path / f"{seed}.safetensors")
+        wanted = {k: wanted.get(k, 0) + v.double() / 3 for k, v in units.items()} if seed < 4 else wanted
+    out = tmp_path / "out.safetensors"
+    code, said, _ = run("mean-pack", *files[:3], out, "--dtype", "fp32")
+    assert code == 0 and "the mean of 3 packs" in said
+    found = packs.open_pack(out)
+    assert found.description.units == m2.own and found.description.licence == "kept"
+    assert found.description.training == {"seed": 1, "mean_of": [path.name for path in files[:3]]}
+    assert found.tensors.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found.tensors[key].double(), value, rtol=1e-5, atol=1e-6)
+    out.unlink()
+    for given, message in (
+        (files[:1], "two packs or more"),
+        ([files[0], files[3]], "4.safetensors is another kind of pack than 1.safetensors"),
+        ([files[0], folder / "m2.safetensors"], "m2.safetensors is another kind of pack"),
+    ):
+        code, _, err = run("mean-pack", *given, out)
+        assert code == 2 and message in err and not out.exists()
 
 
 def python(*argv):
