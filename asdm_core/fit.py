@@ -241,7 +241,7 @@ class Fit:
         self.device = next(iter(self.parameters.values())).device
         self.shape, self.count = shape, prompts
         self.told = Told(0, 0, 0.0, math.nan)
-        make = muon.Muon if muon.HERE else torch.optim.AdamW
+        make = muon.Muon if muon.AVAILABLE else torch.optim.AdamW
         self._optimiser = make(self.parameters.values(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
         self._average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=half == torch.float16)

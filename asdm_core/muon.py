@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HERE = hasattr(torch.optim, "Muon")  # from torch 2.9 on
+AVAILABLE = hasattr(torch.optim, "Muon")  # from torch 2.9 on
 
 
 class Muon(torch.optim.Optimizer):

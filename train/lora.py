@@ -113,7 +113,8 @@ def _take(student: nn.Module, config: Config) -> None:
             key = f"{module}.{kind}.weight"
             its = file.shapes.get(key)
             flat = [its[0], math.prod(its[1:])] if its else []
-            if not its or flat[of_rank] != rank or rank > shape[of_rank] or flat[1 - of_rank] != shape[1 - of_rank]:
+            fits = its and flat[of_rank] == rank and flat[1 - of_rank] == shape[1 - of_rank]
+            if not fits or not 0 < rank <= shape[of_rank]:
                 raise ValueError(
                     f"lora.start: {file.path.name} does not fit at {key}: wanted {list(shape)} or a smaller rank, got "
                     f"{list(its) if its else 'none'}; lora.on and lora.convolutions must be those it was trained with, "

@@ -52,7 +52,7 @@ KINDS = {
     "adamw-8bit": Kind("bitsandbytes.optim", "AdamW8bit", "bitsandbytes", _eight_bit),
     "adamw-8bit-torchao": Kind("torchao.optim", "AdamW8bit", "torchao", _eight_bit),
     "adafactor": Kind("torch.optim", "Adafactor", "torch", _factored),
-    "muon": Kind("torch.optim", "Muon", "torch>=2.9", _matrices),
+    "muon": Kind("torch.optim", "Muon", "'torch>=2.9'", _matrices),
 }
 
 
