@@ -25,7 +25,8 @@ LAMBDA = 0.2  # how much each error counts by itself, beside their sum
 OWN = 0.5  # likewise each correction
 POWER = 0.7  # of 1 / (1 + sigma^2): how much a computed result follows its latent
 POINTS = 3  # earlier evaluations that a forecast is a sum of
-MOST_APART = 24  # evaluations of a run in which prompts are told apart, and searches begin from many schedules
+MOST_APART = 24  # evaluations of a run in which prompts are told apart
+MOST_FAR, MOST_FAR_PATIENT = 32, 64  # of one in which searches begin from many schedules and move to anywhere
 RIDGE = 3e-3
 LOTS, FEW_LOTS = 12, 2  # schedules drawn by lot that a search begins from
 KEPT = 3  # of what the descents from there have found
@@ -372,19 +373,21 @@ class Fit:
 
     # the schedule ------------------------------------------------------------------------------------
 
-    def search(self, cost: float, conds: bool = False, fitted: bool = True, lots: int = LOTS) -> Fitted:
+    def search(
+        self, cost: float, conds: bool = False, fitted: bool = True, lots: int = LOTS, far: bool = True
+    ) -> Fitted:
         """The best plan that costs at most as much as `cost` full evaluations.
 
         conds: also with evaluations for the positive prompt alone, which cost half of one. lots: schedules drawn by
-        lot that the search begins from, beside two others. Raises ValueError for less than one evaluation.
+        lot that the search begins from, beside two others. far: the best of what was found may move to anywhere, which
+        takes longer by the square of the evaluations. Raises ValueError for less than one evaluation.
         """
         if cost < 1:
             raise ValueError(f"forecast: at least one evaluation must be made, got {cost:g}")
         full = min(int(cost), self._n)
-        short = self._n <= MOST_APART
-        starts = {self._spread(full), *self._drawn_by_lot(full, lots), *([self._late(full)] if short else [])}
+        starts = {self._spread(full), *self._drawn_by_lot(full, lots), *([self._late(full)] if far else [])}
         found = self._best({self._descend(start, False, fitted) for start in starts}, fitted)
-        if lots and short:  # in a long run there are too many
+        if far:
             found = self._best({self._descend(kinds, conds, fitted, far=True) for kinds in found}, fitted)
         return min((self.weights(kinds, fitted) for kinds in found), key=lambda plan: plan.error)
 
@@ -476,10 +479,14 @@ def fits_of(recording: Recording) -> list[Fit]:
     return [Fit(recording), *([Fit(recording, apart=True)] if apart else [])]
 
 
-def best_of(fits: Sequence[Fit], cost: float) -> Fitted:
-    """The plan with the least predicted error that costs at most so many full evaluations."""
-    lots = LOTS if len(fits[0].recording) <= MOST_APART else FEW_LOTS  # somebody waits for it
-    return min((fit.search(cost, fit.apart, lots=lots) for fit in fits), key=lambda found: found.error)
+def best_of(fits: Sequence[Fit], cost: float, patient: bool = False) -> Fitted:
+    """The plan with the least predicted error that costs at most so many full evaluations.
+
+    patient: long runs are searched as well as short ones, for seconds; else a picture waits for it.
+    """
+    far = len(fits[0].recording) <= (MOST_FAR_PATIENT if patient else MOST_FAR)
+    lots = LOTS if far else FEW_LOTS
+    return min((fit.search(cost, fit.apart, lots=lots, far=far) for fit in fits), key=lambda found: found.error)
 
 
 def cheapest(fits: Sequence[Fit], error: float) -> Fitted:
@@ -489,7 +496,7 @@ def cheapest(fits: Sequence[Fit], error: float) -> Fitted:
     low, high = 1, len(fits[0].recording)
     while low < high:
         cost = (low + high) // 2
-        if fits[0].search(cost, lots=0).error <= error:
+        if fits[0].search(cost, lots=0, far=False).error <= error:
             high = cost
         else:
             low = cost + 1

@@ -234,7 +234,7 @@ class Savings:
         n = len(fits[0].recording)
         for saved in SAVED:
             if round(n * (1 - saved)) >= 1:
-                best = fit.best_of(fits, round(n * (1 - saved)))
+                best = fit.best_of(fits, round(n * (1 - saved)), patient=method == OURS)
                 name = f"{saved:.0%}: {best.plan.letters()}"
                 yield self._carried(method, name, run, best.plan, predicted_error=round(best.error, 5))
 

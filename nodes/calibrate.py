@@ -118,7 +118,7 @@ def plans(recording: Recording, steps: int) -> list[Offer]:
         comfy.model_management.throw_exception_if_processing_interrupted()
         cost = max(1, round(n * (1 - saving)))
         if cost < n:
-            best = best_of(fits, cost)
+            best = best_of(fits, cost, patient=True)
             found[best.plan] = Offer(best.saving, best.error, steps, best.plan)
     return list(found.values())
 

@@ -1,11 +1,13 @@
 """The fit, against runs of a toy network in which its prediction is exact, and samplers written out."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from asdm_core import forecast_fit
 from asdm_core.forecast import COND, FULL, RESULT, ForecastPlan, denoised_of, v_of
@@ -274,6 +276,24 @@ def test_evaluations_for_the_prompt_alone_are_taken_where_they_help():
     alone, together = (Fit(recording, apart=True).search(5, conds=conds) for conds in (False, True))
     assert together.error < alone.error and COND in [a.kind for a in together.plan.actions]
     assert together.saving == pytest.approx(alone.saving)
+
+
+def table_run(steps):
+    """A recording of euler with noise levels as karras spaces them, from the table that ships."""
+    tensors = load_file(Path(forecast_fit.__file__).parents[1] / "models" / "forecasts.safetensors")
+    factor, (guidance, size) = tensors["none-cfg7.factor"].astype(float), tensors["none-cfg7.run"]
+    table = Statistics(tensors["none-cfg7.sigmas"].astype(float), factor @ factor.T, float(guidance), float(size))
+    sigmas = np.append(np.linspace(14.6 ** (1 / 7), 0.03 ** (1 / 7), steps) ** 7, 0.0)
+    found = response(lambda denoise, rows: euler(denoise, np.zeros(rows), sigmas))
+    return table.recording(found, 7.0, range(steps))
+
+
+@pytest.mark.parametrize(("steps", "differs"), [(30, False), (40, True), (65, False)])
+def test_patience_finds_better_schedules_of_long_runs_and_is_not_needed_for_short_ones(steps, differs):
+    fits = fits_of(table_run(steps))
+    quick, patient = (best_of(fits, 0.3 * steps, patient) for patient in (False, True))
+    assert (patient.plan != quick.plan) == differs and (patient.error < quick.error) == differs
+    assert patient.saving == quick.saving
 
 
 def test_transfer_of_the_last_euler_step_is_its_own():
