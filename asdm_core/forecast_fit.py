@@ -23,7 +23,7 @@ from .forecast import COND, FULL, RESULT, Action, ForecastPlan, line
 
 LAMBDA = 0.2  # how much each error counts by itself, beside their sum
 OWN = 0.5  # likewise each correction
-POWER = 0.7  # of 1 / (1 + sigma^2): how much a computed result follows its latent
+POWER = 0.4  # of 1 / (1 + sigma^2): how much a computed result follows its latent
 POINTS = 3  # earlier evaluations that a forecast is a sum of
 MOST_APART = 24  # evaluations of a run in which prompts are told apart
 MOST_FAR, MOST_FAR_PATIENT = 32, 64  # of one in which searches begin from many schedules and move to anywhere
