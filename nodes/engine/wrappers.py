@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ...asdm_core.frames import with_room
 from . import notes
 from .run import OTHERS, Run
 from .technique import KEY, Misfit, Start, placed_on, techniques_of
@@ -93,7 +94,7 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
             if unet and unet.defies_graphs(options.get("patches", {}))
             else nullcontext()
         ):
-            return executor(x, t, c_concat, c_crossattn, residuals, options, **kwargs, **named)
+            return with_room(executor, x, t, c_concat, c_crossattn, residuals, options, **kwargs, **named)
 
     if unet is None:
         return forward("")
