@@ -12,7 +12,8 @@ counts and one image to image. Likeness to the full run, and to the same prompts
 of the whole run: Speed Up's plans fitted to a recording of 8 other prompts ("profile") and from the table that ships
 ("uncalibrated"), the same sampler in fewer steps, whole-step extrapolation of first and second order, a first-block
 cache, DeepCache's plans, the dial of Feature Inheritance, the core's EasyCache and LazyCache. Rows are kept as they
-come, so a stopped bench goes on where it stopped.
+come, so a stopped bench goes on where it stopped. At its end docs/forecasts.md is made anew from the record, which
+"--parts page" does alone.
 
 Part two: the emoji teacher, 20 steps (and 30 and 50 for one sampler each), CFG 3, paired seeds, against the run in
 full. In the same host, one after another: our dial and its neighbours, DeepCache's plan as a setting of
@@ -48,7 +49,7 @@ from bench._common import (
     record,
     upper_edge,
 )
-from bench import _savings
+from bench import _savings, _savings_page
 from bench._family import Family
 from bench._unets import full_size, with_plan
 
@@ -338,6 +339,15 @@ def bench_runs(args, host: Path, clock) -> None:
             summary |= _savings.summary(rows)
             with redirect_stdout(io.StringIO()):
                 record("inheritance", summary, rows, command, host, args.notes)
+    write_page()
+
+
+def write_page() -> None:
+    """The part "Measured" of docs/forecasts.md and its plot, from the record."""
+    found = json.loads((RESULTS / "inheritance.json").read_text())
+    page = ROOT / "docs" / "forecasts.md"
+    page.write_text(_savings_page.with_measures(page.read_text("utf-8"), found["rows"], found["summary"]), "utf-8")
+    _savings_page.draw(found["rows"], page.with_suffix(".png"))
 
 
 def _part(row: dict) -> tuple:
@@ -348,7 +358,9 @@ def _part(row: dict) -> tuple:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["cost", "quality", _savings.PART], default=["cost", "quality"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=["cost", "quality", _savings.PART, "page"], default=["cost", "quality"]
+    )
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default=None, help="of part one; by default fp16 on CUDA and bf16 on a CPU"
     )
@@ -364,7 +376,9 @@ def main() -> None:
     rows = []
     if _savings.PART in args.parts:
         bench_runs(args, host, clock)
-    if args.parts == [_savings.PART]:
+    elif "page" in args.parts:
+        write_page()
+    if not {"cost", "quality"} & set(args.parts):
         return
     if "quality" in args.parts:
         rows += bench_quality(Family(args.pictures), args.rounds, clock, args.runs)
