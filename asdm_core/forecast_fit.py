@@ -23,7 +23,7 @@ from .forecast import COND, FULL, RESULT, Action, ForecastPlan, line
 
 LAMBDA = 0.2  # how much each error counts by itself, beside their sum
 OWN = 0.5  # likewise each correction
-POWER = 0.4  # of 1 / (1 + sigma^2): how much a computed result follows its latent
+POWER, POWER_NOISY = 0.4, 0.1  # of 1 / (1 + sigma^2): how much a computed result follows its latent; in noisy runs
 POINTS = 3  # earlier evaluations that a forecast is a sum of
 MOST_APART = 24  # evaluations of a run in which prompts are told apart
 MOST_FAR, MOST_FAR_PATIENT = 32, 64  # of one in which searches begin from many schedules and move to anywhere
@@ -42,11 +42,13 @@ class Response:
     """How a sampler answers to the denoised results it is given, one evaluation at a time.
 
     sigmas: (N,) noise level of each evaluation. matrix: (N, N + 1); matrix[s, m] is how far the latent at evaluation m
-    (N: the result) moves if the denoised result of evaluation s moves by 1 and all others stay.
+    (N: the result) moves if the denoised result of evaluation s moves by 1 and all others stay. noisy: whether the
+    sampler draws noise on its way.
     """
 
     sigmas: np.ndarray
     matrix: np.ndarray
+    noisy: bool = False
 
     def __len__(self) -> int:
         return len(self.sigmas)
@@ -89,12 +91,16 @@ def response(sample: Callable[[Callable[[Any, Any], np.ndarray], int], Any], tol
     return Response(np.array(sigmas), matrix)
 
 
-def transfer(response: Response, computed: Sequence[bool], power: float = POWER) -> np.ndarray:
+def transfer(response: Response, computed: Sequence[bool], power: float | None = None) -> np.ndarray:
     """T (N,): what becomes in the result of an error of 1 in v at each evaluation.
 
     The latents after it move as the sampler answers, and what is denoised from them moves along: of a left-out
-    evaluation by 1 / (1 + sigma^2), as v is drawn on whatever the latent; of a computed one by that to a power.
+    evaluation by 1 / (1 + sigma^2), as v is drawn on whatever the latent; of a computed one by that to a power (None:
+    POWER, or POWER_NOISY). Where fresh noise is mixed in, an error of an early step was seen to stay and to make some
+    pictures others, so there computed results follow nearly as far as it goes.
     """
+    if power is None:
+        power = POWER_NOISY if response.noisy else POWER
     s2 = response.sigmas**2
     gain = np.where(np.asarray(computed, bool), (1 + s2) ** -power, 1 / (1 + s2))
     n = len(response)
@@ -255,7 +261,7 @@ class _System:
 class Fit:
     """Fits weights and schedules to a recording.
 
-    apart: the difference between prompts has weights of its own. strength, power, own: see LAMBDA, POWER, OWN.
+    apart: the difference between prompts has weights of its own. strength, own: see LAMBDA, OWN; power: see `transfer`.
     corrects: full evaluations make good what forecasts missed.
     """
 
@@ -264,7 +270,7 @@ class Fit:
         recording: Recording,
         apart: bool = False,
         strength: float = LAMBDA,
-        power: float = POWER,
+        power: float | None = None,
         corrects: bool = True,
         own: float = OWN,
     ):

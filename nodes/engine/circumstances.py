@@ -31,6 +31,11 @@ def adds_noise(sampler) -> bool:
     return "noise_sampler" in inspect.signature(sampler.sampler_function).parameters
 
 
+def draws_noise(sampler) -> bool:
+    """Whether it does so as it is set."""
+    return adds_noise(sampler) and sampler.extra_options.get("eta") != 0
+
+
 def keeps_its_noise(sampler) -> bool:
     """Whether a sampler is one of the host's own that draws none, as it is set."""
     function, settings = getattr(sampler, "sampler_function", None), getattr(sampler, "extra_options", {})

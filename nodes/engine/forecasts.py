@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -34,7 +34,7 @@ from ...asdm_core.forecast import (
 )
 from ...asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, response
 from ...asdm_core.steps import Moment
-from .circumstances import adds_noise, of_call
+from .circumstances import adds_noise, draws_noise, of_call
 from .technique import InRun, Log, Measured, Say, Start, Technique
 
 FORECAST = "forecast"  # of evaluations of which something was not computed, in measurements
@@ -541,7 +541,7 @@ def response_of(sampler, sigmas: Tensor, model) -> Response:
     nodes = sigmas.detach().cpu().float()
     try:
         with torch.no_grad():
-            return response(sample)
+            return replace(response(sample), noisy=draws_noise(sampler))
     except (TypeError, AttributeError, IndexError, RuntimeError, KeyError):
         name = function.__name__.removeprefix("sample_")
         raise ValueError(f"{name} wants more of a model than its results, as samplers of CFG++ do") from None

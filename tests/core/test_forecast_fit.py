@@ -1,6 +1,7 @@
 """The fit, against runs of a toy network in which its prediction is exact, and samplers written out."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -278,13 +279,13 @@ def test_evaluations_for_the_prompt_alone_are_taken_where_they_help():
     assert together.saving == pytest.approx(alone.saving)
 
 
-def table_run(steps):
-    """A recording of euler with noise levels as karras spaces them, from the table that ships."""
+def table_run(steps, kind="none", sampler=euler):
+    """A recording of a sampler with noise levels as karras spaces them, from the table that ships."""
     tensors = load_file(Path(forecast_fit.__file__).parents[1] / "models" / "forecasts.safetensors")
-    factor, (guidance, size) = tensors["none-cfg7.factor"].astype(float), tensors["none-cfg7.run"]
-    table = Statistics(tensors["none-cfg7.sigmas"].astype(float), factor @ factor.T, float(guidance), float(size))
+    factor, (guidance, size) = tensors[f"{kind}-cfg7.factor"].astype(float), tensors[f"{kind}-cfg7.run"]
+    table = Statistics(tensors[f"{kind}-cfg7.sigmas"].astype(float), factor @ factor.T, float(guidance), float(size))
     sigmas = np.append(np.linspace(14.6 ** (1 / 7), 0.03 ** (1 / 7), steps) ** 7, 0.0)
-    found = response(lambda denoise, rows: euler(denoise, np.zeros(rows), sigmas))
+    found = response(lambda denoise, rows: sampler(denoise, np.zeros(rows), sigmas))
     return table.recording(found, 7.0, range(steps))
 
 
@@ -294,6 +295,25 @@ def test_patience_finds_better_schedules_of_long_runs_and_is_not_needed_for_shor
     quick, patient = (best_of(fits, 0.3 * steps, patient) for patient in (False, True))
     assert (patient.plan != quick.plan) == differs and (patient.error < quick.error) == differs
     assert patient.saving == quick.saving
+
+
+def ancestral(denoise, x, sigmas):
+    """Without its noise, which moves nothing."""
+    for a, b in itertools.pairwise(sigmas):
+        down = b * b / a
+        x = x + (x - denoise(x, a)) / a * (down - a)
+    return x
+
+
+def test_where_noise_is_drawn_errors_of_early_evaluations_last():
+    plain = table_run(20, "some", ancestral)
+    noisy = replace(plain, response=replace(plain.response, noisy=True))
+    computed = [True] * 20
+    quiet, loud = (np.abs(transfer(r.response, computed)) for r in (plain, noisy))
+    assert quiet[-1] == pytest.approx(loud[-1]) and (loud[:-1] >= quiet[:-1]).all() and loud[0] > 1.5 * quiet[0]
+    assert loud == pytest.approx(np.abs(transfer(plain.response, computed, forecast_fit.POWER_NOISY)))
+    first = [best_of(fits_of(r), 16).plan.letters().index("r") for r in (plain, noisy)]
+    assert first[0] < first[1]
 
 
 def test_transfer_of_the_last_euler_step_is_its_own():

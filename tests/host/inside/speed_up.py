@@ -258,7 +258,7 @@ def test_of_samplers_that_add_noise_what_is_foretold_is_what_the_table_says(mode
     chosen, sigmas = comfy.samplers.sampler_object(sampler), small.sigmas_of(model, STEPS)
     found = forecasts.response_of(chosen, sigmas, model)
     noise = {"lcm": "all"}.get(sampler, "some")
-    assert speed_up.noise_of(chosen) == noise
+    assert speed_up.noise_of(chosen) == noise and found.noisy
     plan = speed_up.plan_for("same motif", chosen, sigmas, 3.0, model)
     assert len(plan.actions) == len(found) and plan.saving() < 0.8
     report, made = run(model, sampler=sampler)
@@ -267,6 +267,17 @@ def test_of_samplers_that_add_noise_what_is_foretold_is_what_the_table_says(mode
     assert torch.equal(made, plain) == (plan.saving() == 0)
     if not plan.saving():
         assert any("every step is computed" in note for note in report.notes)
+
+
+def test_a_sampler_whose_noise_is_turned_off_is_one_without(model):
+    quiet, sigmas = comfy.samplers.ksampler("euler_ancestral", {"eta": 0}), small.sigmas_of(model, STEPS)
+    plain = comfy.samplers.ksampler("euler")
+    found, wanted = (forecasts.response_of(sampler, sigmas, model) for sampler in (quiet, plain))
+    assert speed_up.noise_of(quiet) == "none" and not found.noisy and not wanted.noisy
+    assert found.matrix == pytest.approx(wanted.matrix, abs=1e-5)
+    assert speed_up.plan_for("close", quiet, sigmas, 3.0, model) == speed_up.plan_for(
+        "close", plain, sigmas, 3.0, model
+    )
 
 
 def test_a_guider_without_a_single_cfg_keeps_the_run_the_same_to_the_eye(model):
