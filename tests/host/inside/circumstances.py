@@ -263,7 +263,7 @@ def windowed(model, moving):
 @pytest.mark.parametrize("moving", [False, True])
 def test_windows_that_move(model, moving, caplog):
     # Frames are independent here: windows change nothing.
-    kept = small.with_plan(model, inheritance.dial(SD, "balanced"))
+    kept = small.with_plan(model, inheritance.deepcache(SD, 1, Schedule(interval=2)).reusing("forecast"))
     wanted = picture(model if moving else kept, 8)
     assert small.difference(picture(windowed(kept, moving), 8), wanted) < 1e-4
     assert caplog.text.count("showed another part of the picture") == moving
