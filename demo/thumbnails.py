@@ -114,9 +114,7 @@ def work_of(graph: Mapping, key: str, steps: int, pixels: tuple[int, int], notes
                 work_of(graph, inputs[f"model_{which}"][0], steps, pixels, notes) for which in ("first", "second")
             )
             return (first * inputs["switch_at"] + second * (steps - inputs["switch_at"])) / steps
-        if kind == "ASDMCalibrateInheritance":
-            return 1 - inputs["goal.saving"]  # the least that its plan saves
-        if kind == "ASDMSpeedUp":
+        if kind in ("ASDMSpeedUp", "ASDMCalibrate"):
             made_of = made({key: notes.get(key, [])})
         elif kind == "ASDMFeatureInheritance":
             plan = inputs["preset"]

@@ -158,7 +158,7 @@ def test_workflow_drops_onto_the_canvas(page, path):
     rooms = {
         node["id"]: node["size"]
         for node in workflow["nodes"]
-        if node["type"] in ("ASDMCalibrateInheritance", "ASDMInheritancePlan", "ASDMInspectModel")
+        if node["type"] in ("ASDMCalibrate", "ASDMInheritancePlan", "ASDMInspectModel")
     }
     assert (
         page.evaluate(
