@@ -292,6 +292,11 @@ class Plan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         version = data.get("format") if isinstance(data, Mapping) else None
+        if isinstance(data, Mapping) and data.get("technique") == "profile":  # see `profile`
+            raise ValueError(
+                "inheritance plan: this is a profile of Calibrate and no plan; connect the MODEL output of Calibrate "
+                "in place of Feature Inheritance, or choose the profile by its name in Speed Up."
+            )
         if isinstance(version, bool) or version not in range(1, FORMAT + 1):
             raise ValueError(f"inheritance plan: wanted a JSON object of format 1 to {FORMAT}, got {str(data)[:80]}")
         renamed = _FORMAT_1 if version == 1 else {}

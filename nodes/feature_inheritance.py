@@ -73,8 +73,8 @@ def chosen_plan(config, settings: dict) -> Plan:
     if preset == "plan":
         if not settings["plan"].strip():
             raise ValueError(
-                "the plan is empty. Connect the `plan` output of Calibrate Inheritance, paste a plan that was kept or "
-                "shared, or choose another preset."
+                "the plan is empty. Paste a plan that was kept or shared, connect the `plan` output of another Feature "
+                "Inheritance, or choose another preset."
             )
         return Plan.from_json(settings["plan"])
     return custom_plan(config, **settings) if preset == "custom" else inheritance.dial(config, preset)
@@ -208,7 +208,7 @@ class ASDMFeatureInheritance(io.ComfyNode):
                                     "plan",
                                     multiline=True,
                                     default="",
-                                    tooltip="A plan as JSON: from Calibrate Inheritance, or one that somebody shared.",
+                                    tooltip="A plan as JSON: one that this node gave, or that somebody shared.",
                                 )
                             ],
                         ),
@@ -216,7 +216,7 @@ class ASDMFeatureInheritance(io.ComfyNode):
                     ],
                     tooltip="faithful: hardly visible. balanced: small differences. fast: the same motif, details "
                     "may differ. "
-                    "plan: one made by Calibrate Inheritance. custom: all settings.",
+                    "plan: one that was kept or shared. custom: all settings.",
                 ),
                 io.Int.Input(
                     "memory_limit_mb",

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from asdm_core.addresses import walk
 from asdm_core.architecture import FAMILIES, Architecture
+from asdm_core.forecast_fit import Offer
 from asdm_core.inheritance import (
     DIALS,
     MODES,
@@ -23,6 +24,7 @@ from asdm_core.inheritance import (
     step_macs,
     targets,
 )
+from asdm_core.profile import Circumstances, Profile
 
 SD = FAMILIES["sd15"]
 
@@ -216,6 +218,13 @@ def test_a_sampler_has_no_residual():
 def test_a_broken_plan_file_is_refused(text):
     with pytest.raises(ValueError, match="inheritance"):
         Plan.from_json(text)
+
+
+def test_a_profile_in_place_of_a_plan_is_one_sentence_that_says_where_it_belongs():
+    made_for = Circumstances("model", "euler", (1.0, 0.5, 0.0), 7.0, (16, 16))
+    profile = Profile(made_for, (Offer(0.5, 0.1, 1),), 4)
+    with pytest.raises(ValueError, match="MODEL output of Calibrate .*, or choose the profile by its name in Speed Up"):
+        Plan.from_json(profile.to_json())
 
 
 def test_plans_of_format_1_are_read():

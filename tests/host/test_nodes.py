@@ -363,7 +363,8 @@ def test_a_plan_travels_as_text(client, family):
     "settings, said",
     [
         ({"preset": "plan", "plan": "{"}, "not valid JSON"),
-        ({"preset": "plan", "plan": " "}, "the plan is empty. Connect the `plan` output of Calibrate Inheritance"),
+        ({"preset": "plan", "plan": " "}, "the plan is empty. Paste a plan that was kept or shared"),
+        ({"preset": "plan", "plan": '{"technique": "profile", "format": 1}'}, "connect the MODEL output of Calibrate"),
         ({"preset": "plan", "plan": '{"format": 1, "rules": [{"targets": "down.7"}]}'}, r"down\.7"),
         ({"preset": "custom", **CUSTOM, "when": "windows", "windows": "0.2, 0.8"}, "start, end, interval"),
         ({"preset": "custom", **CUSTOM, "what": "encoder", "reuse": "residual"}, "has no residual"),
