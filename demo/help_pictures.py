@@ -251,12 +251,6 @@ class Studio:
             },
         )
 
-    def calibrated(self) -> Image.Image:
-        inputs = sampling(["1", 0], goal="saving", longest=2) | {"goal.saving": 0.4}
-        del inputs["denoise"]
-        nodes: dict[str, Any] = {"5": ("ASDMCalibrateInheritance", inputs)}
-        return self.saved("5", 2, **nodes)
-
     def speed(self) -> Image.Image:
         nodes: dict[str, Any] = {
             "5": PACKED,
@@ -338,7 +332,7 @@ class Studio:
 
 
 PHOTOS = {"speed_up", "inheritance", "switch", "pack_window", "family", "a_against_b", "xy_plot", "compare"}
-NAMES = [name for name in vars(Studio) if name in PHOTOS | {"gri", "plan", "calibrated", "speed", "inspect"}]
+NAMES = [name for name in vars(Studio) if name in PHOTOS | {"gri", "plan", "speed", "inspect"}]
 
 
 def save(name: str, picture: Image.Image) -> Path:

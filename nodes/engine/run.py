@@ -212,12 +212,6 @@ class BoundUNet(UNetInRun):
     def defies_graphs(self, patches: Mapping[str, list]) -> bool:
         return any(technique.defies_graphs(patches) for technique in self.techniques)
 
-    def trials(self):
-        """What is to be played again in this forward: (name, what to call with both outputs)."""
-        for technique in self.techniques:
-            for compare in technique.trials():
-                yield self.name, compare
-
     def close(self) -> None:
         for technique in self.techniques:
             technique.close()

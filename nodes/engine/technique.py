@@ -14,7 +14,7 @@ Every method has a default that does nothing, so that a technique says only what
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -254,10 +254,6 @@ class AtUNet:
     def role(self, address: str, role: str) -> str:
         """The role of a unit in the running forward; given what those before say."""
         return role
-
-    def trials(self) -> Iterator[Callable[[Tensor, Tensor], None]]:
-        """What is to be played again after a forward, for measuring: for each, what to call with both outputs."""
-        return iter(())
 
     def close(self) -> None:
         """The run is over."""

@@ -6,7 +6,7 @@ is in its transformer_options, which the host copies for each run.
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -87,7 +87,7 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
             holding = unet.holding
             if holding:
                 options[HOLDING], named[HELD] = holding, tuple(technique.held for technique in holding)
-        # The UNet pops residuals off these lists, and a survey goes through it more than once.
+        # The UNet pops residuals off these lists, and after a Misfit it goes through them once more.
         residuals = control and {k: list(v) for k, v in control.items()}
         with (
             torch.compiler.set_stance("force_eager")
@@ -99,15 +99,11 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     if unet is None:
         return forward("")
     try:
-        out = forward(
+        return forward(
             unet.begin_forward(x, control, transformer_options, executor.class_obj.current_patcher.current_hooks)
         )
     except Misfit:
-        out = forward(unet.begin_again())
-    for name, compare in unet.trials():
-        with suppress(Misfit):
-            compare(out, forward(name))
-    return out
+        return forward(unet.begin_again())
 
 
 def _diffusion_model(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):

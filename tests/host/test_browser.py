@@ -699,10 +699,6 @@ EVERYTHING = {
         {"model": ["1", 0], "vae": ["1", 2], **RUN, "denoise": 1.0, "rounds": 1, "y": "nothing"}
         | {"x": "speed up", "x.values": "off, close"},
     ),
-    "18": (
-        "ASDMCalibrateInheritance",
-        {"model": ["1", 0], **RUN, "goal": "saving", "goal.saving": 0.3, "longest": 2},
-    ),
     "19": (
         "ASDMCalibrate",
         {"model": ["1", 0], **RUN, "denoise": 1.0, "pictures": 4, "name": "shown", "likeness": "close"},
@@ -719,8 +715,7 @@ EVERYTHING = {
     "24": ("VAEDecode", {"samples": ["23", 0], "vae": ["1", 2]}),
     "25": ("PreviewImage", {"images": ["24", 0]}),
 }
-DRAWING = {"ASDMInspectModel", "ASDMInheritancePlan", "ASDMSpeedReadout", "ASDMXYPlot"}
-DRAWING |= {"ASDMCalibrateInheritance", "ASDMCalibrate"}
+DRAWING = {"ASDMInspectModel", "ASDMInheritancePlan", "ASDMSpeedReadout", "ASDMXYPlot", "ASDMCalibrate"}
 COMPARING = {"ASDMABCompare", "ASDMCompareImages", "ASDMFitPack"}
 SPEAKING = {
     "ASDMSpeedUp": "left out",

@@ -47,7 +47,6 @@ NODES = {
         },
         2 * (1 + 2),  # in full, and in 3 and 2 of 4 steps
     ),
-    "ASDMCalibrateInheritance": ({"model": ["1", 0], "goal": "saving", "goal.saving": 0.1, "longest": 2}, 1),
 }
 
 

@@ -16,7 +16,6 @@ inheritance, switching = (
     module("asdm_core.switching"),
 )
 regional, switch = module("nodes.engine.regional"), module("nodes.engine.switch")
-Survey = module("nodes.engine.survey").Survey
 Plan, Rule, Schedule = inheritance.Plan, inheritance.Rule, inheritance.Schedule
 CONFIG = small.TWO_LEVELS
 CHOSEN = small.Architecture.choose(CONFIG, "down.0.1, up.1.1", "down.0, up.1")
@@ -158,16 +157,6 @@ def test_inheriting_beside_deep_shrink_runs_uncompiled(model, graphs, after_skip
     wanted = sample(m, steps=6)
     assert torch.equal(sample(compiled(m), steps=6), wanted) and not graphs
     assert small.difference(sample(small.with_plan(model, PLANS["output"]), steps=6), wanted) > 0.01
-
-
-def test_calibration_of_a_compiled_model(model, graphs):
-    tables = []
-    for m in (model, compiled(model)):
-        survey = Survey((PLANS["forecast"],), 2)
-        sample(small.with_technique(m, survey), steps=4)
-        tables.append([c.errors for c in survey.candidates(small.network.architecture_of(model), 16, 16)])
-    assert all((a == b).all() for a, b in zip(*tables, strict=True))
-    assert len(graphs) == 2 and not counters["graph_break"]
 
 
 # The table ------------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ from in_host import module
 
 SD, SDXL = small.SD, small.SDXL
 inheritance, replay = module("asdm_core.inheritance"), module("nodes.engine.feature_cache")
-calibration, calibrate = module("asdm_core.calibration"), module("nodes.calibrate_inheritance")
-Survey, steps = module("nodes.engine.survey").Survey, module("asdm_core.steps")
+steps = module("asdm_core.steps")
 Schedule, Plan, Rule = inheritance.Schedule, inheritance.Plan, inheritance.Rule
 EVERY_OTHER = Schedule(interval=2)
 
@@ -362,58 +361,6 @@ def test_the_host_leaves_room_for_the_cache(model, monkeypatch):
 def test_a_plan_for_other_units_is_refused_at_once(model):
     with pytest.raises(ValueError, match=r"down\.9"):
         small.with_plan(model, Plan((Rule("down.9"),)))
-
-
-# Calibration ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def calibrated(model):
-    """(choices, the latent of the measured run) for euler in 8 steps."""
-    return calibrate.calibrate(model, lambda m: small.sample(m, steps=8), 3, 16, 16)
-
-
-def test_the_measured_run_is_the_plain_run(model, calibrated):
-    assert torch.equal(calibrated[1], small.sample(model, steps=8))
-
-
-def test_the_most_faithful_plan_for_a_saving_saves_it(model, calibrated):
-    for saving in (0.2, 0.4):
-        best = calibration.choose(calibrated[0], saving=saving)
-        m = small.with_plan(model, best.plan)
-        small.sample(m, steps=8)
-        assert kept(m).replayed.count(False) == len(best.plan.schedule.steps) and best.saving >= saving
-        assert best.saving == pytest.approx(
-            inheritance.saving(best.plan, small.network.architecture_of(model), 8, 16, 16)
-        )
-
-
-def test_an_error_measured_one_step_back_is_what_inheriting_there_does(model):
-    # The last step of euler goes all the way to the predicted result, so its error is the run's.
-    survey = Survey((inheritance.deepcache(SD, 1),), 2)
-    full = small.sample(small.with_technique(model, survey), steps=4)
-    (candidate,) = survey.candidates(small.network.architecture_of(model), 16, 16)
-    plan = inheritance.deepcache(SD, 1, Schedule("explicit", steps=(0, 1, 2)))
-    off = small.sample(small.with_plan(model, plan), steps=4) - full
-    assert candidate.errors[3, 1, 0] == pytest.approx(
-        float(off.square().mean().sqrt() / full.square().mean().sqrt()), rel=0.05
-    )
-
-
-def test_a_survey_leaves_nothing_behind_and_control_reaches_every_trial(model):
-    survey = Survey(tuple(calibrate.plans_for(SD)), 2)
-    measured = small.sample(small.with_technique(with_residual(model, 0.5), survey), steps=4)
-    assert torch.equal(measured, small.sample(with_residual(model, 0.5), steps=4))
-    assert not any(track.size() for track in survey.found.tracks)
-
-
-def test_a_survey_beside_another_cache_measures_the_steps_that_run(model):
-    from comfy_extras.nodes_easycache import EasyCacheNode
-
-    lazy = EasyCacheNode.execute(model, 3.0, 0.2, 0.9, False).args[0]
-    survey = Survey(tuple(calibrate.plans_for(SD)), 2)
-    assert torch.equal(small.sample(small.with_technique(lazy, survey), steps=8), small.sample(lazy, steps=8))
-    assert any(len(track._sensitivity) > 0 for track in survey.found.tracks)
 
 
 def test_a_plan_is_called_by_its_dial_or_by_what_it_does(model):
