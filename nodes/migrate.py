@@ -1,16 +1,25 @@
-"""Workflows that still use the DeepCache packs, which no longer run: their nodes become Feature Inheritance.
+"""Workflows that use nodes which are gone: those of the DeepCache packs, which no longer run, become Feature
+Inheritance, and our own Calibrate Inheritance becomes Calibrate.
 
 The browser offers the exchange when such a workflow is opened, the host makes it in an API graph that is queued; both
 only where the old node is not installed. The mechanism copies or sets values and cannot calculate: the old start and
-end, counted in timesteps by one pack and in steps by the others, are left out (their defaults are the whole run). The
-browser does not reach settings that appear with a choice (those behind "custom"): there the interval and the branch
-come out as our defaults.
+end of DeepCache, counted in timesteps by one pack and in steps by the others, are left out (their defaults are the
+whole run). The browser does not reach settings that appear with a choice (those behind "custom"): there the interval
+and the branch come out as our defaults.
+
+Of Calibrate Inheritance the run carries over. Its goal does not, because Calibrate finds plans for all savings at once:
+the MODEL that comes out is at the default of its dial. Outputs lie in the same order, but where a plan was there is a
+profile now, and Feature Inheritance, where that led to, says what to do with one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from comfy_api.latest import ComfyAPI, io
 
+from .calibrate import ASDMCalibrate
 from .feature_inheritance import ASDMFeatureInheritance, custom_inputs
 
 # Old node: its widgets in the order in which workflows keep their values, and the settings of ours that differ from the
@@ -38,8 +47,35 @@ DEEPCACHE: dict[str, tuple[list[str], dict[str, object]]] = {
 }
 
 
-def replacement(old: str) -> io.NodeReplace:
-    """The exchange of one old node for Feature Inheritance with custom settings."""
+CALIBRATE_INHERITANCE = "ASDMCalibrateInheritance"
+CONTROL = "control_after_generate"  # of the seed; a widget of the browser alone
+# As in DEEPCACHE. In place of goal.saving, goal.error where that was the goal.
+CALIBRATE_WIDGETS = ["seed", CONTROL, "steps", "cfg", "sampler_name", "scheduler", "goal", "goal.saving", "longest"]
+
+
+def exchange(
+    old: str, new: type[io.ComfyNode], widgets: list[str], inputs: Mapping[str, Any], outputs: int
+) -> io.NodeReplace:
+    """The exchange of one node for another, with the first so many outputs in the same order.
+
+    widgets: of the old node, in the order in which workflows keep their values. inputs: of the new one; a name in
+    braces is the old input that is taken.
+    """
+    copied = {name: value.strip("{}") for name, value in inputs.items() if str(value).startswith("{")}
+    return io.NodeReplace(
+        new_node_id=new.define_schema().node_id,
+        old_node_id=old,
+        old_widget_ids=widgets,
+        input_mapping=[
+            {"new_id": name, **({"old_id": copied[name]} if name in copied else {"set_value": value})}
+            for name, value in inputs.items()
+        ],
+        output_mapping=[{"new_idx": i, "old_idx": i} for i in range(outputs)],
+    )
+
+
+def deepcache(old: str) -> io.NodeReplace:
+    """The exchange of one node of a DeepCache pack for Feature Inheritance with custom settings."""
     widgets, known = DEEPCACHE[old]
     # A step that inherits in DeepCache uses the features as they were.
     settings = (
@@ -52,19 +88,21 @@ def replacement(old: str) -> io.NodeReplace:
         "memory_limit_mb": 0,
         "keep_on_cpu": False,
     }
-    return io.NodeReplace(
-        new_node_id=ASDMFeatureInheritance.define_schema().node_id,
-        old_node_id=old,
-        old_widget_ids=widgets,
-        input_mapping=[
-            {"new_id": new, **({"old_id": value.strip("{}")} if str(value).startswith("{") else {"set_value": value})}
-            for new, value in inputs.items()
-        ],
-        output_mapping=[{"new_idx": 0, "old_idx": 0}],
-    )
+    return exchange(old, ASDMFeatureInheritance, widgets, inputs, 1)
+
+
+def calibrate_inheritance() -> io.NodeReplace:
+    """The exchange of Calibrate Inheritance for Calibrate of the same run."""
+    schema = ASDMCalibrate.define_schema()
+    kept = {"model", "positive", "negative", "latent_image", *CALIBRATE_WIDGETS}
+    inputs = {i.id: f"{{{i.id}}}" if i.id in kept else i.default for i in schema.inputs}
+    # The old seed stayed as it was, so that nothing was measured again in the next run. This cannot be copied, because
+    # API graphs do not have it, and the host would look for it there.
+    inputs[CONTROL] = "fixed"
+    return exchange(CALIBRATE_INHERITANCE, ASDMCalibrate, CALIBRATE_WIDGETS, inputs, len(schema.outputs))
 
 
 async def register() -> None:
     """Tell the host about the old nodes."""
-    for old in DEEPCACHE:
-        await ComfyAPI().node_replacement.register(replacement(old))
+    for replacement in (*map(deepcache, DEEPCACHE), calibrate_inheritance()):
+        await ComfyAPI().node_replacement.register(replacement)

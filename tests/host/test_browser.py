@@ -894,6 +894,38 @@ def test_a_workflow_with_a_dead_deepcache_node_is_mended_with_a_click(page):
     wait_for_picture(page)
 
 
+def test_a_workflow_with_calibrate_inheritance_is_mended_with_a_click(page):
+    path = PACK / "workflows" / "06 Calibrate my model.json"
+
+    def older(text):
+        workflow = json.loads(text)
+        node = next(n for n in workflow["nodes"] if n["type"] == "ASDMCalibrate")
+        node |= {
+            "type": "ASDMCalibrateInheritance",
+            "widgets_values": [1, "fixed", 20, 3, "euler", "normal", "saving", 0.35, 2],
+            "inputs": [i for i in node["inputs"] if "widget" not in i],
+        }
+        node["outputs"][1] |= {"localized_name": "plan", "name": "plan"}
+        return json.dumps(workflow)
+
+    drop(page, path, older, "With Calibrate Inheritance.json")
+    page.get_by_test_id("error-overlay-see-errors").click()
+    page.get_by_role("button", name="Replace Node").click()
+    page.wait_for_function(
+        "() => app.graph._nodes.some(n => n.type === 'ASDMCalibrate') && app.graph._nodes.every(n => n.type "
+        "!== 'ASDMCalibrateInheritance')"
+    )
+    expected = api_graph(path)
+    (calibrate,) = (node for node in expected.values() if node["class_type"] == "ASDMCalibrate")
+    calibrate["inputs"]["name"] = "my profile"
+    graph = page.evaluate("async () => (await app.graphToPrompt()).output")
+    assert {key: (n["class_type"], n["inputs"]) for key, n in graph.items()} == {
+        key: (n["class_type"], n["inputs"]) for key, n in expected.items()
+    }
+    control = "node.widgets.find(w => w.name === 'control_after_generate').value"
+    assert page.evaluate(f"type => {{ {NODE}; return {control} }}", "ASDMCalibrate") == "fixed"
+
+
 def test_a_broken_pack_is_a_clear_error_and_the_graph_can_be_mended(page, server):
     packs = server.base / "models" / "asdm_packs"
     packs.mkdir(parents=True, exist_ok=True)

@@ -434,6 +434,67 @@ def test_the_browser_is_told_of_dead_deepcache_nodes(client):
         assert set(needed) <= {m["new_id"] for m in entry["input_mapping"]}
 
 
+def calibrating(node, **more):
+    """Text to image with the MODEL of a calibration, and its full run saved by 11."""
+    g = graph()
+    inputs = g["5"]["inputs"]
+    run = {
+        name: inputs[name]
+        for name in ("positive", "negative", "latent_image", "seed", "cfg", "sampler_name", "scheduler")
+    }
+    g["8"] = {"class_type": node, "inputs": {"model": ["1", 0], **run, "steps": 6, **more}, "_meta": {"title": node}}
+    g["10"] = {"class_type": "VAEDecode", "inputs": {"samples": ["8", 3], "vae": ["1", 2]}}
+    g["11"] = {"class_type": "SaveImage", "inputs": {"images": ["10", 0], "filename_prefix": "full"}}
+    inputs |= {"steps": 6, "model": ["8", 0]}
+    return g
+
+
+OLD_GOAL = {"goal": "saving", "goal.saving": 0.2, "longest": 2}
+
+
+def test_a_graph_with_calibrate_inheritance_runs_with_calibrate(client, family):
+    theirs = client.run(calibrating("ASDMCalibrateInheritance", **OLD_GOAL))
+    said = theirs["8"]["text"][0]
+    assert said.startswith("profile my profile, learned from 4 pictures")
+    defaults = {"denoise": 1.0, "pictures": 4, "name": "my profile", "likeness": "close", "try_fewer_steps": True}
+    ours = client.run(calibrating("ASDMCalibrate", **defaults))
+    assert ours["8"]["text"][0] == said
+    for node in ("7", "11"):
+        assert image(client, theirs, node).tobytes() == image(client, ours, node).tobytes()
+
+
+def test_a_profile_that_comes_where_a_plan_did_is_one_clear_error(client, family):
+    g = calibrating("ASDMCalibrateInheritance", **OLD_GOAL)
+    g["9"] = {
+        "class_type": "ASDMFeatureInheritance",
+        "inputs": {
+            "model": ["1", 0],
+            "preset": "plan",
+            "preset.plan": ["8", 1],
+            "memory_limit_mb": 0,
+            "keep_on_cpu": False,
+        },
+    }
+    g["5"]["inputs"]["model"] = ["9", 0]
+    said = r"(?s)node 9 \(ASDMFeatureInheritance\): .*connect the MODEL output of Calibrate in place of"
+    with pytest.raises(PromptError, match=said):
+        client.run(g)
+
+
+def test_the_browser_is_told_of_calibrate_inheritance(client):
+    (entry,) = client.get("/node_replacements")["ASDMCalibrateInheritance"]
+    assert entry["new_node_id"] == "ASDMCalibrate"
+    # As the workflow of this pack kept them: 1, "fixed", 20, 3, "euler", "normal", "saving", 0.35, 2.
+    run = ["steps", "cfg", "sampler_name", "scheduler"]
+    assert entry["old_widget_ids"] == ["seed", "control_after_generate", *run, *OLD_GOAL]
+    needed = client.object_info("ASDMCalibrate")["input"]["required"]
+    assert {m["new_id"] for m in entry["input_mapping"]} == {*needed, "control_after_generate"}
+    copied = {m["new_id"]: m["old_id"] for m in entry["input_mapping"] if "old_id" in m}
+    assert copied == {n: n for n in ("model", "positive", "negative", "latent_image", "seed", *run)}
+    outputs = range(len(client.object_info("ASDMCalibrate")["output"]))
+    assert entry["output_mapping"] == [{"new_idx": i, "old_idx": i} for i in outputs]
+
+
 def test_the_plan_of_a_model_without_one_is_a_clear_error(client, family):
     g = inheriting()
     g["9"]["inputs"]["model"] = ["1", 0]
