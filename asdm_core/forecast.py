@@ -211,11 +211,14 @@ class ForecastPlan:
         )
 
     def features(self, config: UNetConfig) -> inheritance.Plan | None:
-        """The plan of feature inheritance for the evaluations that inherit features; None where there are none."""
+        """The plan of feature inheritance for the evaluations that inherit features; None where there are none.
+
+        What is a result is none of its full steps: the network is not called there, so there is nothing to inherit.
+        """
         branch = next((a.branch for a in self.actions if a.kind == FEATURES), None)
         if branch is None:
             return None
-        steps = {int(p) for a, p in zip(self.actions, self.positions, strict=True) if a.kind != FEATURES}
+        steps = {int(p) for a, p in zip(self.actions, self.positions, strict=True) if a.kind not in (FEATURES, RESULT)}
         schedule = inheritance.Schedule("explicit", steps=tuple(sorted(steps)), of=int(max(self.positions)) + 1)
         return inheritance.deepcache(config, branch, schedule).reusing("forecast")
 

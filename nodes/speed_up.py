@@ -22,14 +22,15 @@ from ..asdm_core.steps import Steps
 from .common import CATEGORY
 from .engine import files
 from .engine.adaptive import AdaptiveForecaster, probe_elements
-from .engine.fingerprint import fingerprint, plain
 from .engine.circumstances import adds_noise, draws_noise
+from .engine.fingerprint import fingerprint, plain
 from .engine.forecasts import (
     FORECAST,
-    Forecaster,
     ForecastReport,
     Forecasts,
     bytes_of,
+    features_of,
+    forecaster,
     positives,
     response_of,
 )
@@ -158,7 +159,14 @@ class SpeedUp(Technique):
         itemsize = torch.empty((), dtype=model.model.get_dtype_inference()).element_size()
         channels = architecture_of(model).config.model_channels
         watched = probe_elements(channels, shape) * len(conds) * itemsize  # where the run itself decides
-        return bytes_of(KEPT, shape, len(conds)) + watched
+        return bytes_of(KEPT, shape, len(conds)) + watched + self._features_bytes(model, shape, conds)
+
+    def _features_bytes(self, model, shape: Sequence[int], conds: Mapping[str, list]) -> int:
+        """Of the features that the plans of profiles inherit at most."""
+        profiles = {} if self.profile == NO_PROFILE else known_profiles(lambda *_, **__: None)
+        plans = [offer.plan for p in profiles.values() for offer in p.offers if offer.plan is not None]
+        inherit = [found for plan in plans if (found := features_of(plan, model)) is not None]
+        return max((found.device_bytes(model, shape, conds) for found in inherit), default=0)
 
     def bind(self, start: Start, say: Say) -> InRun:
         likeness, notes, sigmas = self.likeness, [], start.sigmas
@@ -182,15 +190,15 @@ class SpeedUp(Technique):
                     return AdaptiveForecaster(ADAPTIVE, self.log, sigmas.tolist(), positives(start.guider), say)
                 plan = ForecastPlan((Action(),) * max(len(sigmas) - 1, 1))
                 notes.append(f"every step is computed: {e}")
-        if not plan.saving() and not any("every step" in note for note in notes):
+        if set(plan.letters()) == {"F"} and not any("every step" in note for note in notes):
             notes.append(f"every step is computed: none can be left out of this run that stays {likeness}")
         if (self.start, self.end) != (0, 1):
             plan = guided_within(plan, self.start, self.end)
-        forecaster = Forecaster(plan, self.log, sigmas.tolist(), positives(start.guider), say)
+        part = forecaster(plan, self.log, start, say)
         for note in notes:
-            forecaster.note(note)
+            part.note(note)
         say(f"Speed Up, {likeness}, by {source}: {plan.letters()}", report=True)
-        return forecaster
+        return part
 
     def _from_profile(self, start: Start, guidance: float, likeness: str, notes: list[str], say: Say):
         """The plan of the profile that fits or was chosen; None where there is none."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...asdm_core.forecast import (
     COND,
+    FEATURES,
     FULL,
     RESULT,
     TOLERANCE,
@@ -35,7 +36,9 @@ from ...asdm_core.forecast import (
 from ...asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, response
 from ...asdm_core.steps import Moment
 from .circumstances import adds_noise, draws_noise, of_call
-from .technique import InRun, Log, Measured, Say, Start, Technique
+from .inheritance import Inheritance
+from .network import architecture_of
+from .technique import InRun, Log, Measured, Say, Start, Technique, technique_of
 
 FORECAST = "forecast"  # of evaluations of which something was not computed, in measurements
 
@@ -69,10 +72,12 @@ class Forecasts(Technique):
     key: ClassVar[str] = "forecasts"
 
     def device_bytes(self, model, shape: Sequence[int], conds: Mapping[str, list]) -> int:
-        return bytes_of(self.plan.remembered, shape, len(conds))
+        inherits = features_of(self.plan, model)
+        features = inherits.device_bytes(model, shape, conds) if inherits else 0
+        return bytes_of(self.plan.remembered, shape, len(conds)) + features
 
     def bind(self, start: Start, say: Say) -> InRun:
-        return Forecaster(self.plan, self.log, start.sigmas.tolist(), positives(start.guider), say)
+        return forecaster(self.plan, self.log, start, say)
 
     def label(self) -> str:
         return "forecasts"
@@ -90,6 +95,25 @@ def bytes_of(kept: int, shape: Sequence[int], conds: int, itemsize: int = 4) -> 
     evaluations each are kept.
     """
     return kept * conds * math.prod(shape) * itemsize
+
+
+def features_of(plan: ForecastPlan, model) -> Inheritance | None:
+    """What inherits the features of a plan's evaluations on a MODEL; None where it has no such evaluations."""
+    if not any(action.kind == FEATURES for action in plan.actions):
+        return None
+    features = plan.features(architecture_of(model).config)
+    return Inheritance(features) if features else None
+
+
+def forecaster(plan: ForecastPlan, log: Log[ForecastReport], start: Start, say: Say) -> Forecaster:
+    """A plan in a run, with the features that it inherits."""
+    found = Forecaster(plan, log, start.sigmas.tolist(), positives(start.guider), say)
+    inherits = features_of(found.plan, start.model)
+    if inherits and technique_of(start.model, Inheritance):
+        found.note("the MODEL has Feature Inheritance, whose plan stands; the features of this one are left out")
+    elif inherits:
+        found.brings = (inherits,)
+    return found
 
 
 def positives(guider) -> frozenset:
@@ -227,7 +251,7 @@ class Forecaster(InRun):
                 )
             results = executor(model, conds, x, timestep, model_options)
             self._computed += len(live)
-            self._done[-1].add("F")
+            self._done[-1].add("f" if self._action.kind == FEATURES and self.brings else "F")
             self._remember(live, keys, now, x, results)
             results = self._corrected(keys, now, first, x, results)
         self.peak = max(self.peak, self.bytes())
@@ -340,7 +364,7 @@ class Forecaster(InRun):
         if not self._sigma > 0:
             return
         needed = self.plan.live(self._next - 1) if self._next else frozenset()
-        if not self._planned or len(computed) == len(keys) and self._action.kind != FULL:
+        if not self._planned or len(computed) == len(keys) and self._action.kind not in (FULL, FEATURES):
             # Made though the plan knows nothing of it: the next straight lines start here.
             self._made_anyway.add(self._number)
             self._forced = [*[k for k in self._forced if k != self._number][-1:], self._number]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embe
 from ...asdm_core.steps import Moment, Steps
 from . import circumstances, notes, units
 from .network import architecture_of
-from .technique import CUT, PLAYED, Around, AtUNet, Forward, InRun, Part, Placed, Say, Start, UNetInRun
+from .technique import CUT, PLAYED, Around, AtUNet, Forward, InRun, Part, Placed, Say, Start, Technique, UNetInRun
 
 OTHERS = "asdm_others"  # in transformer_options during a forward: the patches without our entry
 
@@ -31,13 +31,14 @@ class Run:
             circumstances.Gates(), circumstances.Content(circumstances.keeps_its_noise(start.sampler))
         )
         self._voices: list[tuple[str, Say]] = []  # what each is called, and what it speaks with
+        bound: list[tuple[Technique, InRun, Say]] = []
         for p in placed:
             say = notes.speaker(p.node_id)
-            part = p.technique.bind(start, say)
-            if part is not None:
-                part.around = self._around
-                self.techniques.append(part)
-                self._voices.append((p.technique.label() or p.technique.key, say))
+            bound += _bound(p.technique, start, say)
+        for technique, part, say in sorted(bound, key=lambda b: b[0].order):
+            part.around = self._around
+            self.techniques.append(part)
+            self._voices.append((technique.label() or technique.key, say))
         self._evaluations = 0
         self._unets: dict[int, BoundUNet] | None = None
 
@@ -125,6 +126,15 @@ class Run:
         self._unets, self.techniques = {}, []  # of a switch they know the MODELs, whose options know this run
         self._model = None
         self._around.close()
+
+
+def _bound(technique: Technique, start: Start, say: Say) -> Iterator[tuple[Technique, InRun, Say]]:
+    """The part of a technique in a run, if it has one, and what that brings along."""
+    part = technique.bind(start, say)
+    if part is not None:
+        yield technique, part, say
+        for other in part.brings:
+            yield from _bound(other, start, say)
 
 
 class BoundUNet(UNetInRun):

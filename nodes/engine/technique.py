@@ -166,10 +166,12 @@ class InRun:
     circumstances: what of it must be as it was for the results of one evaluation to stand for those of another (who
         plays); told when an evaluation has begun.
     around: what it may know of the run; given by the run before it begins.
+    brings: techniques that are not on the MODEL and act in this run because of it; known when it is bound.
     """
 
     circumstances: Any = None
     around: Around
+    brings: Sequence[Technique] = ()
 
     def at(self, unet: UNetInRun, model) -> AtUNet | None:
         """Its part at one UNet object, whose MODEL is given to be read and not to be kept; None where it has none."""

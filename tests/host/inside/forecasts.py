@@ -34,6 +34,7 @@ forecast, forecasts, speed_up = (
     module(name) for name in ("asdm_core.forecast", "nodes.engine.forecasts", "nodes.speed_up")
 )
 switch, switching = module("nodes.engine.switch"), module("asdm_core.switching")
+inheritance = module("asdm_core.inheritance")
 Action, ForecastPlan, every = forecast.Action, forecast.ForecastPlan, forecast.every
 FULL, RESULT, COND, UNGUIDED = forecast.FULL, forecast.RESULT, forecast.COND, forecast.UNGUIDED
 STEPS = 8
@@ -187,6 +188,37 @@ def test_a_run_equals_a_loop_by_hand(model, name):
     assert small.difference(made, small.sample(model, steps=STEPS)) > 1e-3
     assert carried.report.letters == PLANS[name].letters()
     assert carried.report.saving == pytest.approx(PLANS[name].saving()) and not carried.report.notes
+
+
+def mixed(branch=1):
+    kinds = [FULL, FULL, forecast.FEATURES, RESULT, FULL, forecast.FEATURES, RESULT, forecast.FEATURES]
+    return ForecastPlan(tuple(Action(kind, branch=branch if kind == forecast.FEATURES else 0) for kind in kinds))
+
+
+def test_full_steps_features_and_results_in_one_plan(model):
+    plan = mixed()
+    features, carried = plan.features(SD), Carried(model, plan)
+    made = small.sample(carried.model, steps=STEPS)
+    assert carried.report.letters == plan.letters() == "FFfrFfrf" and carried.report.saving == 0.25
+    # The filter and Feature Inheritance know nothing of each other.
+    apart = small.sample(small.with_plan(stock.filtered(model, plan), features), steps=STEPS)
+    assert small.difference(made, apart) < 2e-5
+    for part in (small.with_plan(model, features), stock.filtered(model, plan)):
+        assert small.difference(made, small.sample(part, steps=STEPS)) > 1e-4
+    kept, shape, conds = carried.kept, (1, 4, 16, 16), {"positive": [1], "negative": [1]}
+    alone = small.inheritance.Inheritance(features).device_bytes(model, shape, conds)
+    assert alone > 0 and kept.device_bytes(model, shape, conds) == alone + forecasts.bytes_of(
+        plan.remembered, shape, len(conds)
+    )
+
+
+def test_features_of_a_plan_leave_those_of_the_node_alone(model, caplog):
+    plan, never = mixed(), inheritance.deepcache(SD, 0, inheritance.Schedule(interval=1))
+    carried = Carried(small.with_plan(model, never), plan)
+    made = small.sample(carried.model, steps=STEPS)
+    assert small.difference(made, small.sample(stock.filtered(model, plan), steps=STEPS)) < 2e-5
+    assert caplog.text.count("the features of this one are left out") == 1
+    assert carried.report.letters == "FFFrFFrF"
 
 
 @pytest.mark.sweep(1)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
@@ -14,8 +15,9 @@ from comfy_extras import nodes_custom_sampler, nodes_model_advanced
 from in_host import execute, module
 
 SD = small.SD
-forecast, forecasts, speed_up = (
-    module(name) for name in ("asdm_core.forecast", "nodes.engine.forecasts", "nodes.speed_up")
+forecast, forecast_fit, forecasts, speed_up = (
+    module(name)
+    for name in ("asdm_core.forecast", "asdm_core.forecast_fit", "nodes.engine.forecasts", "nodes.speed_up")
 )
 adaptive, calibrate, files, prints = (
     module(f"nodes.{name}") for name in ("engine.adaptive", "calibrate", "engine.files", "engine.fingerprint")
@@ -128,6 +130,24 @@ def test_a_profile_is_written_and_speed_up_takes_it_by_itself(model, kept, caplo
     # It carries the plan out, weights and all.
     carried = small.with_technique(model, forecasts.Forecasts(plan))
     assert torch.equal(small.sample(carried, steps=STEPS), made)
+
+
+def test_a_profile_may_hold_steps_of_features(model, kept):
+    calibrated(model)
+    path = kept / "mine.json"
+    kinds = ["full", "full", "features", "result", "full", "features", "full", "features", "result", "full"]
+    actions = tuple(forecast.Action(kind, branch=1 if kind == "features" else 0) for kind in kinds)
+    plan = forecast.ForecastPlan(actions)
+    before = speed_up.SpeedUp("same motif").device_bytes(model, (1, 4, 16, 16), {"positive": [1], "negative": [1]})
+    offer = forecast_fit.Offer(plan.saving(shared={1: 0.5}), 0.01, STEPS, plan)
+    path.write_text(replace(profiles.read_profile(path), offers=(offer,)).to_json())
+    listed()
+    report, made = run(model)
+    assert report.letters == plan.letters() == "FFfrFfFfrF" and not report.notes
+    wanted = small.sample(small.with_technique(model, forecasts.Forecasts(plan)), steps=STEPS)
+    assert torch.equal(made, wanted) and not torch.equal(made, small.sample(model, steps=STEPS))
+    after = speed_up.SpeedUp("same motif").device_bytes(model, (1, 4, 16, 16), {"positive": [1], "negative": [1]})
+    assert after > before
 
 
 def test_what_is_learned_is_the_mean_over_the_pictures(model, kept):

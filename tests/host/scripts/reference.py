@@ -139,7 +139,7 @@ def experts(model, path, strength=1.0):
 
 def filtered(model, plan):
     """A MODEL whose results are forecast by a filter that knows the order of calls and nothing else: results at the
-    steps a plan leaves out, in straight lines of v of the textbook.
+    steps a plan leaves out, in straight lines of v of the textbook. Nothing is drawn on from steps of features.
     """
     kept, seen = {}, []
 
@@ -151,6 +151,8 @@ def filtered(model, plan):
         kept["calls"] += 1
         s, n = len(seen) - 1, kept["calls"]
         alpha = 1 / (1 + sigma**2) ** 0.5
+        if plan.actions[s].kind == "features":
+            return executor(base, conds, x, timestep, options)
         if plan.actions[s].computes:
             out = executor(base, conds, x, timestep, options)
             v = [alpha * (x - o) / sigma - alpha * sigma * o for o in out]
