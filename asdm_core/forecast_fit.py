@@ -24,6 +24,7 @@ from .forecast import COND, FULL, RESULT, Action, ForecastPlan, line
 LAMBDA = 0.2  # how much each error counts by itself, beside their sum
 OWN = 0.5  # likewise each correction
 POWER, POWER_NOISY = 0.4, 0.1  # of 1 / (1 + sigma^2): how much a computed result follows its latent; in noisy runs
+OVERRATED = 1.5  # so many times too large, beside those of other runs, are the errors that are predicted of noisy ones
 POINTS = 3  # earlier evaluations that a forecast is a sum of
 MOST_APART = 24  # evaluations of a run in which prompts are told apart
 MOST_FAR, MOST_FAR_PATIENT = 32, 64  # of one in which searches begin from many schedules and move to anywhere
@@ -300,6 +301,8 @@ class Fit:
         plan = ForecastPlan(tuple(actions), self.recording.positions)
         size = self.recording.size or 1.0
         error, accumulated = (max(e, 0.0) ** 0.5 / size for e in (system.objective(), system.accumulated()))
+        if self.recording.response.noisy:
+            error /= OVERRATED
         return Fitted(plan, plan.saving(), error, accumulated)
 
     def objective(self, kinds: Sequence[str], fitted: bool = True) -> float:

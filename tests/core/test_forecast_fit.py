@@ -312,6 +312,11 @@ def test_where_noise_is_drawn_errors_of_early_evaluations_last():
     quiet, loud = (np.abs(transfer(r.response, computed)) for r in (plain, noisy))
     assert quiet[-1] == pytest.approx(loud[-1]) and (loud[:-1] >= quiet[:-1]).all() and loud[0] > 1.5 * quiet[0]
     assert loud == pytest.approx(np.abs(transfer(plain.response, computed, forecast_fit.POWER_NOISY)))
+    kinds = kinds_of("F" * 16 + "rFrr")
+    errors = [
+        Fit(r, power=0.25).weights(kinds).error * times for r, times in ((plain, 1), (noisy, forecast_fit.OVERRATED))
+    ]
+    assert errors[0] == pytest.approx(errors[1])
     first = [best_of(fits_of(r), 16).plan.letters().index("r") for r in (plain, noisy)]
     assert first[0] < first[1]
 
