@@ -576,20 +576,20 @@ def test_what_a_technique_says_in_a_run_stands_on_its_node_until_the_next(page):
 
 @pytest.mark.sweep(1)
 def test_a_page_that_is_opened_later_shows_what_was_said(browser, page, server, front_end):
-    """Two steps are few for Feature Inheritance, and it says so on its node."""
+    """In two steps nothing can be left out, and Speed Up says so on its node."""
     name = f"Said before, {front_end}"
     drop(page, PACK / "workflows" / "11 Full stack.json", name=f"{name}.json")
-    id = page.evaluate(f"type => {{ {NODE}; return String(node.id) }}", "ASDMFeatureInheritance")
+    id = page.evaluate(f"type => {{ {NODE}; return String(node.id) }}", "ASDMSpeedUp")
     for widget, value in (("steps", 2), ("rounds", 1), ("seed", 10 + len(front_end))):  # not the host's kept result
         set_widget(page, "ASDMABCompare", widget, value)
     said = """id => app.graph.getNodeById(id)?.widgets?.find(w => w.name === "asdm_notes")?.value ?? ''"""
     run(page)
-    until(lambda: "with fewer than 8" in page.evaluate(said, id))
+    until(lambda: "every step is computed" in page.evaluate(said, id))
     # Once more, with nothing changed: the host runs nothing, and what it shows is what that was said of.
     page.evaluate("() => { window.over = new Promise(done => app.api.addEventListener('execution_success', done)) }")
     run(page)
     page.evaluate("() => window.over.then(() => true)")
-    until(lambda: "with fewer than 8" in page.evaluate(said, id))
+    until(lambda: "every step is computed" in page.evaluate(said, id))
     saved = page.evaluate("() => app.graph.serialize()")
     later = browser.new_page(viewport={"width": 1366, "height": 768})
     try:
@@ -597,7 +597,7 @@ def test_a_page_that_is_opened_later_shows_what_was_said(browser, page, server, 
         later.goto(server.url)
         later.wait_for_function(READY)
         later.evaluate("saved => app.loadGraphData(saved)", saved)
-        until(lambda: "with fewer than 8" in later.evaluate(said, id))
+        until(lambda: "every step is computed" in later.evaluate(said, id))
         later.evaluate("saved => app.loadGraphData(saved)", saved | {"id": "11111111-1111-4111-8111-111111111111"})
         until(lambda: later.evaluate(said, id) == "")  # another workflow, where the same id is another node
     finally:
