@@ -487,7 +487,7 @@ def test_measuring_changes_no_bit(model, m2, plan, packed):
     assert torch.equal(result, ksampler(played, **inputs(steps=8)))
     facts = speed.describe(timed)
     assert facts["steps"] == 8 and len(facts["step_seconds"]) == 8
-    assert facts["inherited_steps"] == ([5, 7] if plan else [])
+    assert facts["inherited_steps"] == ([6] if plan else [])
     units = [u for u in small.addresses.walk(SD) if u.side in ("down", "mid", "up")]
     assert {a for a, _ in small.last_times(timed).layers} == {u.address for u in units}
     inside = sum(sum(kinds.values()) for kinds in facts["groups"].values())
