@@ -180,7 +180,7 @@ class Savings:
             yield from getattr(self, "_" + method.replace(" ", "_"))(run)
 
     def _fewer_steps(self, run: Whole) -> Iterator[Setting]:
-        for steps in sorted({round(run.steps * (1 - saved)) for saved in (0.1, *SAVED)} - {run.steps}):
+        for steps in sorted({round(run.steps * (1 - saved)) for saved in (0.05, 0.1, *SAVED)} - {run.steps}):
             yield Setting(FEWER, f"{steps} steps", self.model, 1 - steps / run.steps, steps)
 
     def _carried(self, method: str, name: str, run: Whole, plan, **more) -> Setting:
@@ -344,6 +344,14 @@ def summary(rows: list[dict]) -> dict[str, float]:
         for name, values in leads.items():
             if values:
                 found[f"{prefix}lead_over_{name}_db"] = min(values)
+    dial = [
+        quality - other
+        for run in runs
+        for saved, quality in _points(rows, run, "dial")
+        if run.split("-")[0] in DETERMINISTIC and (other := _line(_points(rows, run, FEWER), saved)) is not None
+    ]
+    if dial:
+        found["dial_lead_over_fewer_steps_db"] = min(dial)
     found["runs_measured"] = sum(_finished(rows, run, OURS) and bool(_points(rows, run, FEWER)) for run in runs)
     for run in runs:
         for method in (OURS, UNCALIBRATED):

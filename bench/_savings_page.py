@@ -107,6 +107,12 @@ def with_measures(page: str, rows: Sequence[Mapping], summary: Mapping[str, floa
             "whole steps on by lines or parabolas at even intervals; the dial is that of Feature Inheritance.",
             *_table([*head, "first-block cache", "plain extrapolation", "dial"], peers),
         ]
+    if "dial_lead_over_fewer_steps_db" in summary:
+        lines += [
+            f"Each position of Feature Inheritance's dial is at least {summary['dial_lead_over_fewer_steps_db']:.1f} dB"
+            " ahead of fewer steps, in all of these runs where it was measured.",
+            "",
+        ]
     lines += [
         "**What was aimed at**, and what is reached:",
         *_table(["", "goal", "with a profile", "without"], list(_goals(summary))),

@@ -46,3 +46,13 @@ def test_the_dial_is_told_where_all_its_positions_were_measured():
     said = "| euler, normal, 20 steps, CFG 3 | 50%: 41.0 dB (32.0) | 60%: 35.0 dB (26.0) | 70%: 30.0 dB (21.0) |"
     for rows, told in (([*ROWS, *DIAL], False), ([*ROWS, *DIAL, tail], True)):
         assert (said in with_measures(HEADING, rows, {})) == told
+
+
+def test_the_least_lead_of_the_positions_of_feature_inheritance_is_told():
+    # Fewer steps at 30%: 41 dB. Where they were not measured, nothing is compared; nor where noise is added.
+    dial = [row("dial", name, s, q) for name, s, q in (("faithful", 0.3, 43.5), ("fast", 0.5, 41), ("x", 0.1, 2))]
+    noisy = [row(FEWER, "16 steps", 0.2, 30, "dpmpp_sde-20-cfg3"), row("dial", "fast", 0.2, 20, "dpmpp_sde-20-cfg3")]
+    found = summary([*ROWS, *dial, *noisy])
+    assert found["dial_lead_over_fewer_steps_db"] == 2.5
+    assert "dial is at least 2.5 dB ahead of fewer steps" in with_measures(HEADING, ROWS, found)
+    assert "dial is at least" not in with_measures(HEADING, ROWS, summary(ROWS))
