@@ -381,7 +381,7 @@ def attention(config: UNetConfig, parts: str = "attn1|attn2", schedule: Schedule
 # step inherits. What early steps inherit makes another picture, so each position leaves them alone: chosen on the emoji
 # family over CFG 3 and 7, euler and dpmpp_2m karras, 20 and 30 steps, so that none is behind the same sampler in fewer
 # steps (bench/inheritance.py).
-DIALS = {"faithful": 0.8, "balanced": 0.7, "fast": 0.6}
+DIALS = {"faithful": 0.8, "balanced": 0.66, "fast": 0.6}
 
 
 def dial(config: UNetConfig, name: str) -> Plan:
