@@ -217,7 +217,10 @@ TABLE: tuple[Technique, ...] = (
     pack("Vega", "vega", "sdxl"),
     pack("KOALA-700M", "koala-700m", "sdxl"),
     Technique("GRI", lambda n: n.attending(), jump=JUMP),
-    *(Technique(f"inheritance '{name}'", partial(Network.inheriting, preset=name)) for name in DIALS),
+    *(
+        Technique(f"inheritance '{name}'", partial(Network.inheriting, preset=name), steps=LONG)  # late in a run
+        for name in DIALS
+    ),
     *(
         Technique(f"Speed Up '{name}'", partial(Network.sped_up, likeness=name), headline=name == "close", steps=LONG)
         for name in LIKENESS
