@@ -214,8 +214,8 @@ class ASDMFeatureInheritance(io.ComfyNode):
                         ),
                         io.DynamicCombo.Option("custom", custom_inputs()),
                     ],
-                    tooltip="faithful, balanced, fast: every other step inherits from 0.8, 0.66 or 0.6 of the run on; all "
-                    "three stay close to the full run, and Speed Up saves more. plan: one that was kept or shared. "
+                    tooltip="faithful, balanced, fast: every other step inherits from 0.8, 0.66 or 0.6 of the run on; "
+                    "all three stay close to the full run, and Speed Up saves more. plan: one that was kept or shared. "
                     "custom: all settings.",
                 ),
                 io.Int.Input(
