@@ -113,6 +113,11 @@ def forecaster(plan: ForecastPlan, log: Log[ForecastReport], start: Start, say: 
         found.note("the MODEL has Feature Inheritance, whose plan stands; the features of this one are left out")
     elif inherits:
         found.brings = (inherits,)
+        full = inherits.plan.schedule.steps
+        if any(
+            a.kind == FEATURES and int(p) in full for a, p in zip(found.plan.actions, found.plan.positions, strict=True)
+        ):
+            found.note("features are not kept in steps of which another evaluation is computed in full")
     return found
 
 

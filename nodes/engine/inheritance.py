@@ -153,12 +153,20 @@ class _InRun(InRun):
         plan, ran = self._inheritance.plan, {step for (step, _), n in cache.counts.items() if n}
         if plan.schedule.mode == "adaptive" and not cache.moved:
             return
-        wanted = {step for step, source in enumerate(plan.sources(cache.steps)) if source < step} & ran
+        planned = {step for step, source in enumerate(plan.sources(cache.steps)) if source < step}
+        wanted = planned & ran
         if cache.moved:
             self._say(
                 f"feature inheritance: {cache.moved} calls of the network showed another part of the picture than the "
                 "same call a step before (windows of frames or tiles that move, latents that are shifted), and were "
                 "computed in full."
+            )
+            return
+        if not wanted and cache.steps >= FEW_STEPS and (planned or plan.name in DIALS):  # of fewer it was warned
+            self._say(
+                f"feature inheritance had nothing to do in this run: of its {cache.steps} steps the plan lets "
+                f"{len(planned)} inherit, and none of them was played by this model. Take more steps, another plan, or "
+                "Speed Up."
             )
             return
         if wanted and cache.acts is False:

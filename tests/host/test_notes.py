@@ -80,7 +80,7 @@ def test_the_same_graph_under_other_ids_speaks_under_these(server, other):
 
 def test_the_embedded_family_says_on_its_loader_that_a_size_is_not_its_own(server):
     client = Client(server.url)
-    nodes = graph(8, preset="faithful")
+    nodes = graph(8, preset="balanced")
     nodes["4"]["inputs"]["width"] = 192
     run, found = asyncio.run(events(client, nodes))
     assert [e["node"] for e in found] == ["1"] and "paints 128 x 128 pixels" in found[0]["notes"][0]

@@ -371,3 +371,14 @@ def test_a_plan_is_called_by_its_dial_or_by_what_it_does(model):
     forecast = inheritance.deepcache(SD, 2, EVERY_OTHER).reusing("forecast")
     assert called(forecast) == "custom (DeepCache branch 2, forecast) inheritance"
     assert called(inheritance.Plan(forecast.rules, EVERY_OTHER)) == "custom inheritance"
+
+
+def test_a_plan_whose_steps_are_not_in_the_run_says_so(model, caplog):
+    few, late = (small.with_plan(model, inheritance.dial(SD, name)) for name in ("faithful", "fast"))
+    plain = small.sample(model, steps=8)
+    assert torch.equal(small.sample(few, steps=8), plain)
+    assert caplog.text.count("had nothing to do in this run: of its 8 steps the plan lets 0 inherit") == 1
+    small.sample(late, steps=10)
+    never = inheritance.deepcache(SD, 0, inheritance.Schedule(interval=1))
+    small.sample(small.with_plan(model, never), steps=8)  # as asked
+    assert caplog.text.count("had nothing to do") == 1
