@@ -212,6 +212,16 @@ def test_full_steps_features_and_results_in_one_plan(model):
     )
 
 
+def test_features_in_a_step_that_is_computed_in_full_as_well_are_said(model):
+    kinds = [FULL, FULL, FULL, forecast.FEATURES, FULL, FULL, FULL]
+    plan = ForecastPlan(tuple(Action(kind) for kind in kinds), (0, 1, 1, 2, 2, 3, 3))
+    carried = Carried(model, plan)
+    assert torch.equal(
+        small.sample(carried.model, steps=4, sampler="heun"), small.sample(model, steps=4, sampler="heun")
+    )
+    assert any("another evaluation is computed in full" in note for note in carried.report.notes)
+
+
 def test_features_of_a_plan_leave_those_of_the_node_alone(model, caplog):
     plan, never = mixed(), inheritance.deepcache(SD, 0, inheritance.Schedule(interval=1))
     carried = Carried(small.with_plan(model, never), plan)
