@@ -182,7 +182,8 @@ class Lora:
 
     rank: 0 for none; no layer gets more than its own rank. alpha: 0 for the rank. on: range expression of units.
     convolutions: whether convolutions get one (LoCon), or linear layers alone. start: LoRA file of the stage before, of
-    this rank or smaller ones.
+    this rank or smaller ones. trained: whether it learns; if not, that of start stays as it is, on all of the student,
+    and the units of a pack learn to play with it.
     """
 
     rank: int = number(0, 0)
@@ -190,6 +191,7 @@ class Lora:
     on: str = "*"
     convolutions: bool = True
     start: str = ""
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -551,6 +553,11 @@ class Config:
             if self.lora.start:
                 raise ValueError("lora.start: set lora.rank to that of the file")
             return
+        if not self.lora.trained and not (self.lora.start and self.makes_network):
+            raise ValueError(
+                "lora.trained = false is for a pack that learns to play with a LoRA: name that in lora.start, and "
+                "choose a preset with units of its own and student.trained = own"
+            )
         if self.student.trained == "all":
             raise ValueError("lora.rank: with student.trained = all nothing is left for a LoRA; choose own or none")
         if self.condconv or self.gains:

@@ -152,7 +152,7 @@ def meta_student(config: Config) -> UNet2DConditionModel:
     cut_diffusers(student, config.architecture)
     networks.give_experts(student, teacher, config)
     networks.give_gains(student, config.network.config, config.gains, config.gri)
-    networks.give_lora(student, config, set(networks.trained_units(config)))
+    networks.give_lora(student, config, networks.without_lora(config))
     networks.freeze(student, config)
     half = PRECISIONS[config.run.precision]
     if half != torch.float32 and not config.run.shard:
@@ -318,7 +318,7 @@ def _products(config: Config) -> str:
         return f"{config.lora_file} (LoRA)"
     product = networks.describe_product(config, {})
     further = [product.training["pack"]] if "pack" in product.training else []
-    further += [f"{config.lora_file.name} (LoRA)"] if config.lora.rank else []
+    further += [f"{config.lora_file.name} (LoRA)"] if config.lora.rank and config.lora.trained else []
     return " and ".join([f"{config.product} ({product.kind})", *further])
 
 

@@ -105,6 +105,11 @@ def trained_units(config: Config) -> tuple[str, ...]:
     return in_order(architecture.config, {*own, *(OWN_STEM if config.student.stem else ())})
 
 
+def without_lora(config: Config) -> set[str]:
+    """Addresses of the units that a LoRA leaves alone: one that is trained those that are trained themselves."""
+    return set(trained_units(config)) if config.lora.trained else set()
+
+
 def make_student(teacher: UNet2DConditionModel, config: Config) -> UNet2DConditionModel:
     """A cut copy of the teacher, with the units of the stage before where the recipe names one; frozen but for the
     trained units.
@@ -116,7 +121,7 @@ def make_student(teacher: UNet2DConditionModel, config: Config) -> UNet2DConditi
         load_units(student, "diffusers", architecture, _started(config, teacher))
     give_experts(student, teacher, config)
     give_gains(student, config.network.config, config.gains, config.gri)
-    give_lora(student, config, set(trained_units(config)))
+    give_lora(student, config, without_lora(config))
     freeze(student, config)
     return student
 
@@ -201,7 +206,7 @@ def freeze(student: nn.Module, config: Config) -> None:
         elif isinstance(layer, RegionalAttention):
             layer.log_gain.requires_grad_(True)
         elif isinstance(layer, lora.Change):
-            layer.requires_grad_(True)
+            layer.requires_grad_(config.lora.trained)
 
 
 def hold_frozen(student: nn.Module, teacher: nn.Module | None, half: torch.dtype) -> set[str]:
@@ -315,7 +320,7 @@ def full_training(config: Config, training: Mapping) -> dict:
     if config.rollout.steps:
         training[few_step.KEY] = few_steps(config.rollout).to_dict()
     if config.lora.rank and config.makes_network:
-        training["lora"] = config.lora_file.name
+        training["lora"] = (config.lora_file if config.lora.trained else Path(config.lora.start)).name
     if config.gains:
         training["gri"] = {"window": config.gri.window, "pool": config.gri.pool}
     return training
@@ -401,7 +406,7 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
         description, changes = to_difference(whole, teachers_weights(config), Path(config.network.teacher).name)
         tensors = dict(changes)
     check_finite(config.product.name, tensors | further, dtype)  # before the first file is written
-    if config.lora.rank:
+    if config.lora.rank and config.lora.trained:
         write_its_lora()
     if description.kind == "pack":
         write_pack(config.product, tensors | further, description, dtype)

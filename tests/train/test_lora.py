@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from asdm_core.addresses import keys, lora_names
 from asdm_core.architecture import FAMILIES
 from asdm_core.lora import report
-from asdm_core.packs import TensorFile
+from asdm_core.packs import TensorFile, open_pack
 from tests.train.recipes import NARROW
 from train import lora, networks
 from train.config import load
@@ -152,3 +152,34 @@ def test_a_file_lands_whole_and_goes_on_exactly(tmp_path):
     with pytest.raises(ValueError, match="lora.start: .*Train the stage before this one first"):
         networks.make_student(networks.load_teacher(recipe), settings(f"lora.start={tmp_path / 'none.safetensors'}"))
     assert tensors_of(net, recipe.network.config).keys() == set(file)
+
+
+def test_a_pack_learns_to_play_with_a_lora_that_stays_as_it_is(tmp_path):
+    """What is trained is the pack in the original with the file merged into all of it, as the host plays the two."""
+    first, path = settings(), tmp_path / "given.safetensors"
+    write_lora(path, student(first), first, {"steps": 1}, None, "CC0-1.0")
+    given = [f"lora.start={path}", "lora.rank=6", "lora.trained=false", "student.preset=m2", "student.trained=own"]
+    recipe = settings(*given, f"run.folder={tmp_path}", "run.stored=float32")
+    net = networks.make_student(networks.load_teacher(recipe), recipe).eval()
+    out = net(*inputs(recipe)).sample
+    out.square().mean().backward()
+    own = set(recipe.architecture.own)
+    got = {
+        name.replace(f"{lora.MERGED}.original", "weight") for name, p in net.named_parameters() if p.grad is not None
+    }
+    slots = recipe.architecture.keys("diffusers").values()
+    assert got == {s.unit.key(s.tensor, "diffusers") for s in slots if s.unit.address in own}
+    networks.write_product(net, recipe, {"teacher": "random", "start": "", "steps": 1, "samples": 1})
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, recipe.product.name])
+    assert open_pack(recipe.product).description.training["lora"] == path.name
+    played = networks.assembled(networks.load_teacher(recipe), recipe.product)
+    plain = played(*inputs(recipe)).sample
+    merge_file(played, recipe.network.config, path)
+    torch.testing.assert_close(out, played(*inputs(recipe)).sample, rtol=1e-3, atol=1e-4)
+    assert (out - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("given", [(), ("lora.start=a.safetensors",)])
+def test_a_lora_that_does_not_learn_needs_a_file_and_a_pack_that_does(given):
+    with pytest.raises(ValueError, match="is for a pack that learns to play with a LoRA"):
+        settings("lora.trained=false", *given)
