@@ -287,8 +287,6 @@ def with_style(page: str, found: Mapping) -> str:
     """docs/evidence.md with its section on style made anew. found: bench/results/fewstep.json."""
     rows = {row["row"]: row for row in found["rows"]}
     lines = [
-        STYLE,
-        "",
         "In OpenMoji, a finetune that no training of these packs and no choice of a setting ever saw: PSNR to the "
         "finetune's own pictures of 4 steps (dpmpp_2m, simple, CFG 3) from the same noise, `grad` the mean difference "
         "of neighbouring pixels in proportion to theirs, accuracy by the family's classifier. Packs are drawn with 3 "
@@ -313,14 +311,80 @@ def with_style(page: str, found: Mapping) -> str:
         ]
     picture = "The finetune's own 4 steps, then the first rows of the table, in its order as they were drawn"
     lines += ["", f"![{picture}](evidence-style.jpg)", ""]
-    lines += ["`python bootstrap.py bench NAME=style` makes this section anew.", ""]
-    before, _, rest = page.partition(f"{STYLE}\n")
+    return with_section(page, STYLE, [*lines, "`python bootstrap.py bench NAME=style` makes this section anew."])
+
+
+def with_section(page: str, heading: str, lines: Sequence[str]) -> str:
+    """docs/evidence.md with a section made anew, or put before the last one but one."""
+    made = "\n".join([heading, "", *lines, ""]) + "\n"
+    before, _, rest = page.partition(f"{heading}\n")
     if rest:
-        after = rest[rest.index("\n## ") + 1 :]
-    else:
-        before, heading, after = page.partition("## Not tried here")
-        after = heading + after
-    return before + "\n".join(lines) + "\n" + after
+        return before + made + rest[rest.index("\n## ") + 1 :]
+    before, last, after = page.partition("## Not tried here")
+    return before + made + last + after
+
+
+# More samples ---------------------------------------------------------------------------------------
+
+LONGER = "## More samples, and what chance does"
+# What the packs in models/ learned from in stage 2: 12,000, and 118,400 in each further stretch (models/README.md).
+SHIPPED_SAMPLES = {"m1": 248_800, "m2": 248_800}
+
+
+def of_seeds(rows: Sequence[Mapping], name: str, samples: int) -> dict[str, float]:
+    """Mean PSNR over training seeds, as "", and from two on its standard deviation, as "_sd"."""
+    values = [r["psnr"] for r in rows if r["part"] == "samples" and (r["row"], r["samples"]) == (name, samples)]
+    return {"": statistics.mean(values)} | ({"_sd": statistics.stdev(values)} if len(values) > 1 else {})
+
+
+def with_longer(page: str, rows: Sequence[Mapping]) -> str:
+    """docs/evidence.md with its section on more samples made anew. rows: those of bench/results/longer.json."""
+    parts = {part: [row for row in rows if row["part"] == part] for part in ("samples", "noises", "bank")}
+    lines: list[str] = []
+    if parts["samples"]:
+        counts = sorted({row["samples"] for row in parts["samples"]})
+        lines += [
+            "M1 and M2, both stages by the recipes and settings of the tables above, from so many samples a stage: "
+            "PSNR to the original's pictures, with the standard deviation over training seeds in brackets where there "
+            "are several. The packs in models/ learned by another optimiser in their later stretches.",
+            "",
+            f"| samples of a stage | {' | '.join(f'{count:,}' for count in counts)} | in models/ |",
+            f"|{'---|' * (len(counts) + 2)}",
+        ]
+        shipped = {row["row"]: row for row in parts["noises"]}
+        for name in dict.fromkeys(row["row"] for row in parts["samples"]):
+            its = [of_seeds(rows, name, count) for count in counts]
+            cells = [f"{v['']:.2f}" + (f" ({v['_sd']:.2f})" if "_sd" in v else "") for v in its]
+            last = f"{shipped[name]['psnr']:.2f} after {SHIPPED_SAMPLES[name]:,}" if name in shipped else ""
+            lines.append(f"| {name.upper()} | {' | '.join(cells)} | {last} |")
+        lines += ["", "![PSNR against samples, on a logarithmic axis](evidence-samples.png)", ""]
+    if parts["noises"]:
+        row = parts["noises"][0]
+        lines += [
+            f"The files in models/, with pictures from the noises of {row['noises']} seeds: mean, standard deviation "
+            "over these seeds, and each. What a row above gets from one seed of noise is known no better than that.",
+            "",
+            "| file | PSNR | each |",
+            "|---|---|---|",
+        ]
+        for row in parts["noises"]:
+            each = ", ".join(f"{value:.2f}" for value in row["each"])
+            lines.append(f"| {row['row'].replace('_', ' ')} | {row['psnr']:.2f} ({row['psnr_sd']:.2f}) | {each} |")
+        lines.append("")
+    if parts["bank"]:
+        lines += [
+            "Few trajectories or many: LoRAs for two steps without guidance, all from as many samples, measured as in "
+            "[two steps for twenty](few_steps.md).",
+            "",
+            "| trajectories | each walked | samples | PSNR | border | grad | accuracy |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in parts["bank"]:
+            learned = f"{row['trajectories']:,} | {row['uses']} times | {row['samples']:,}"
+            numbers = f"{row['psnr']:.2f} +- {row['psnr_se']:.2f} | {row['border']:.4f} | {row['grad']:.2f}"
+            lines.append(f"| {learned} | {numbers} | {row['top1']:.1%} |")
+        lines.append("")
+    return with_section(page, LONGER, [*lines, "`python bootstrap.py bench NAME=longer` makes this section anew."])
 
 
 # Plots ----------------------------------------------------------------------------------------------
@@ -383,5 +447,22 @@ def plot_switching(path: Path, rows: Mapping[str, Mapping], macs: Mapping[str, f
     if "base" in rows:
         axes.plot([macs["base"]], [rows["base"]["psnr"]], "k*", label="Base alone")
     axes.set(xlabel="MACs relative to the original's", ylabel="PSNR to the original, dB")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def plot_samples(path: Path, rows: Sequence[Mapping]) -> None:
+    """PSNR of packs against the samples of a stage, every training seed, and the packs in models/."""
+    figure, axes = _axes(7, 4)
+    shipped = {row["row"]: row["psnr"] for row in rows if row["part"] == "noises"}
+    for number, name in enumerate(dict.fromkeys(row["row"] for row in rows if row["part"] == "samples")):
+        its = [row for row in rows if row["part"] == "samples" and row["row"] == name]
+        counts = sorted({row["samples"] for row in its})
+        colour = f"C{number}"
+        axes.plot(counts, [of_seeds(its, name, n)[""] for n in counts], color=colour, label=name.upper())
+        axes.plot([row["samples"] for row in its], [row["psnr"] for row in its], "o", color=colour)
+        if name in shipped:
+            axes.plot([SHIPPED_SAMPLES[name]], [shipped[name]], "*", color=colour, markersize=11)
+    axes.set(xscale="log", xlabel="samples of a stage (a star: in models/)", ylabel="PSNR to the original, dB")
     axes.legend(fontsize=8)
     _save(figure, path)

@@ -550,6 +550,9 @@ def publish(
     few_steps = ROOT / "bench" / "results" / "fewstep.json"
     if few_steps.exists():
         text = evidence.with_style(text, json.loads(few_steps.read_text()))
+    longer = ROOT / "bench" / "results" / "longer.json"
+    if longer.exists():
+        text = evidence.with_longer(text, json.loads(longer.read_text())["rows"])
     (docs / "evidence.md").write_text(text, encoding="utf-8")
 
 

@@ -1,0 +1,204 @@
+"""What more samples bring the packs of the emoji family, and what chance does: docs/evidence.md, "More samples".
+
+    python bootstrap.py bench NAME=longer
+
+samples: M1 and M2, stage 1 and 2 by the recipes and settings of bench/tables.py, from each of SAMPLES samples a stage;
+         from the most of them with several training seeds.
+noises:  the files in models/, drawn from noises of several seeds.
+bank:    LoRAs for two steps, all from as many samples: of many trajectories that are each walked a few times, or of few
+         that are walked often.
+
+PSNR is to the teacher's own pictures from the same noise, as bench/tables.py and, for few steps, bench/fewstep.py
+measure it. Goes into bench/results/longer.json and the page. The same command goes on where it stopped; --parts runs
+some, and the record keeps the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from asdm_core.measure import psnr
+from bench import _evidence as evidence
+from bench import tables
+from bench._common import ROOT, beside_earlier, command_line, record
+from bench.fewstep import Pictures, Row, rows_of
+from train.config import Config, load
+from train.emoji.compare import Judge
+from train.loop import train
+from train.networks import assembled
+from train.progress import plain_errors
+from train.provenance import named
+
+STEPS = 10  # of sampling, for packs
+SAMPLES = (3000, 6000, 12_000, 24_000)  # of a stage
+SEEDS = (1, 2, 3)  # of training, with the most samples
+NOISES = 3
+PACKS = ("m1", "m2")
+LORA = "two_steps_lora"
+ROLLED = 6144  # samples of a LoRA
+USES = (3, 24, 96)  # of each trajectory
+
+
+# More samples ---------------------------------------------------------------------------------------
+
+
+def by_samples(args: argparse.Namespace) -> list[dict]:
+    """A row for each pack, number of samples and training seed."""
+    rows = []
+    for samples in SAMPLES:
+        its = tables.Settings(samples, args.prompts, STEPS, 1, args.folder / str(samples), args.runs, args.models)
+        for seed in SEEDS if samples == SAMPLES[-1] else SEEDS[:1]:
+            for name, do in tables.jobs(its, [seed], ("base", *PACKS)):
+                print(f"-- {samples:,} samples: {name}", flush=True)
+                do()
+            found = tables.gathered(its, [seed])["teacher"]
+            rows += [
+                {"part": "samples", "row": name, "samples": tables.samples(its, tables.find(name), seed), "seed": seed}
+                | {key: found[name][key] for key in ("psnr", "psnr_se", "accuracy", "v_mse_teacher", "pictures")}
+                for name in PACKS
+            ]
+    return rows
+
+
+# What chance does -----------------------------------------------------------------------------------
+
+
+def by_noises(args: argparse.Namespace) -> list[dict]:
+    """A row for each file in models/: PSNR from the noises of each seed."""
+    judge = Judge("teacher", args.folder / "noises", args.runs, args.models, args.prompts, STEPS)
+    rows = []
+    for name in tables.SHIPPED:
+        path = args.models / f"emoji-{name}.safetensors"
+        network = partial(assembled, judge.whole, path)
+        rounds = [
+            psnr(
+                judge.pictures(named(path), network, n)["images"],
+                judge.pictures("whole", lambda: judge.whole, n)["images"],
+            )
+            for n in range(NOISES)
+        ]
+        rows.append(spread(name, rounds))
+    pictures, reference, lora = few_steps(args, f"{LORA}={args.lora}")
+    rows.append(spread(LORA, [psnr(pictures.images(lora, n), pictures.images(reference, n)) for n in range(NOISES)]))
+    return rows
+
+
+def spread(name: str, rounds: Sequence[torch.Tensor]) -> dict:
+    """rounds: PSNR of each picture, (N,), from the noises of each seed."""
+    means = [float(found.mean()) for found in rounds]
+    return {
+        "part": "noises",
+        "row": name,
+        "noises": len(means),
+        "pictures": len(rounds[0]),
+        "psnr": statistics.mean(means),
+        "psnr_sd": statistics.stdev(means),
+        "each": means,
+    }
+
+
+def few_steps(args: argparse.Namespace, student: str) -> tuple[Pictures, Row, Row]:
+    """What bench/fewstep.py draws one round with, its reference, and a student (NAME=FILE)."""
+    reference, *_, row = rows_of([student])
+    return Pictures(args.models, args.folder / "fewstep", 360, 1, None), reference, row
+
+
+# Few trajectories, or many --------------------------------------------------------------------------
+
+
+def recipe(args: argparse.Namespace, uses: int) -> Config:
+    """Of a LoRA for two steps whose trajectories are walked so often; all that are, from its first step on."""
+    config = load(tables.RECIPES / "emoji-two-steps-lora.toml", [])
+    (steps,), batch = config.rollout.steps, config.run.batch
+    updates = ROLLED // batch
+    return load(
+        tables.RECIPES / "emoji-two-steps-lora.toml",
+        [
+            f"data.path={args.runs / 'prompts.safetensors'}",
+            f"network.teacher={args.models / 'emoji-teacher.safetensors'}",
+            f"run.folder={args.folder / f'uses-{uses}'}",
+            f"run.steps={updates}",
+            "run.precision=bf16",
+            "run.save_every=50",
+            "run.keep=1",
+            f"optimiser.cooldown={updates // 2}",
+            f"rollout.uses={uses}",
+            f"rollout.window={ROLLED // steps // uses}",
+            f"rollout.bank={args.folder / 'bank'}",
+        ],
+    )
+
+
+def by_trajectories(args: argparse.Namespace) -> list[dict]:
+    """A row for each number of uses of a trajectory."""
+    rows = []
+    for uses in USES:
+        its = recipe(args, uses)
+        product = its.folder / f"{its.name}.safetensors"
+        if not product.exists():
+            print(f"-- each trajectory {uses} times", flush=True)
+            train(its, Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=its.run.precision))
+        pictures, reference, row = few_steps(args, f"uses_{uses}={product}")
+        found = pictures.measure(row, reference)
+        kept = ("psnr", "psnr_se", "border", "grad", "top1", "pictures")
+        rows.append(
+            {"part": "bank", "row": f"uses_{uses}", "uses": uses, "trajectories": its.rollout.window}
+            | {"samples": its.run.steps * its.run.batch}
+            | {key: found[key] for key in kept}
+        )
+    return rows
+
+
+PARTS = {"samples": by_samples, "noises": by_noises, "bank": by_trajectories}
+
+
+def summary(rows: Sequence[dict]) -> dict[str, float]:
+    """psnr_m1_24000 and _sd over training seeds; psnr_noises_m1 and _sd over seeds of noise; psnr_uses_3."""
+    values: dict[str, float] = {}
+    for row in rows:
+        if row["part"] == "samples":
+            its = evidence.of_seeds(rows, row["row"], row["samples"])
+            values |= {f"psnr_{row['row']}_{row['samples']}{key}": value for key, value in its.items()}
+        elif row["part"] == "noises":
+            values |= {f"psnr_noises_{row['row']}": row["psnr"], f"psnr_noises_{row['row']}_sd": row["psnr_sd"]}
+        else:
+            values[f"psnr_{row['row']}"] = row["psnr"]
+    return values
+
+
+@plain_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.longer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--prompts", type=int, default=240, help="drawn with each pack")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/emoji"), help="folder of the family's glyphs, latents and caches"
+    )
+    parser.add_argument("--models", type=Path, default=Path("models/emoji"))
+    parser.add_argument("--lora", type=Path, default=Path("models/loras/emoji-two-steps.safetensors"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/longer"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--notes", default="", help="kept in the record: what else the machine was doing")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for part in args.parts:
+        made = command_line("longer")
+        rows = PARTS[part](args)
+        values, rows = beside_earlier("longer", summary(rows), rows, made, lambda row: row["part"])
+        record("longer", values, rows, made, notes=args.notes)
+        page = ROOT / "docs" / "evidence.md"
+        page.write_text(evidence.with_longer(page.read_text("utf-8"), rows), "utf-8")
+        evidence.plot_samples(ROOT / "docs" / "evidence-samples.png", rows)
+
+
+if __name__ == "__main__":
+    main()
