@@ -27,15 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import condconv, differences, few_step, lora, lora_size, match, packs, surgery
+from . import condconv, differences, few_step, lora, lora_size, match, packs, surgery, tensor_file
 from .addresses import LAYOUTS, in_order, select
 from .architecture import NUMBERINGS, PRESETS, Architecture
 from .measure import costs, total
-from .packs import BadFile, Description, TensorFile
+from .packs import Description
+from .tensor_file import BadFile, TensorFile
 from .recognise import Unrecognised, recognise
 from .text import MESSAGE, TEXT, printable
 
-DTYPES: dict[str, torch.dtype | str | None] = {"keep": None, **packs.DTYPES, "int8": "int8"}
+DTYPES: dict[str, torch.dtype | str | None] = {"keep": None, **tensor_file.DTYPES, "int8": "int8"}
 # What stock ComfyUI reads: our int8 it would take for the weights themselves.
 STOCK_DTYPES = [name for name in DTYPES if name != "int8"]
 LATENT = {"sdxl": 128, "emoji": 16}  # side of the latent that MACs are given for; 64 (512 x 512 pixels) elsewhere
@@ -146,7 +147,7 @@ def inspect(args: argparse.Namespace) -> None:
     if description.licence:
         print(f"  licence: {printable(description.licence, TEXT)}")
     if loaded.unknown:
-        print(f"  unknown, which ComfyUI ignores: {packs.some(loaded.unknown)}")
+        print(f"  unknown, which ComfyUI ignores: {tensor_file.some(loaded.unknown)}")
 
 
 def _headline(f: dict[str, Any]) -> str:
@@ -180,11 +181,13 @@ def convert(args: argparse.Namespace) -> None:
         packs.write_unet(args.output, tensors, loaded.description, dtype, loaded.markers)
     else:
         _check_recognised(args.input, architecture, form)
-        renamed = packs.stored(surgery.convert(tensors, architecture, surgery.ADDRESSED, form), dtype)
-        packs.write_file(args.output, renamed | packs.markers(loaded.description, loaded.markers), {"format": "pt"})
+        renamed = tensor_file.stored(surgery.convert(tensors, architecture, surgery.ADDRESSED, form), dtype)
+        tensor_file.write_file(
+            args.output, renamed | packs.markers(loaded.description, loaded.markers), {"format": "pt"}
+        )
     print(
         f"wrote {args.output}: {len(tensors)} tensors, {form.layout} layout, {form.numbering}"
-        + (f", without {packs.some(loaded.unknown)}" if loaded.unknown else "")
+        + (f", without {tensor_file.some(loaded.unknown)}" if loaded.unknown else "")
     )
 
 
@@ -205,7 +208,7 @@ def _readdressed(loaded: packs.Loaded, architecture: Architecture) -> packs.Load
     """A student that keeps other layers of the original than its file or the convention says."""
     names = surgery.readdressed(loaded.description.architecture, architecture)
     description = dataclasses.replace(loaded.description, architecture=architecture)
-    return dataclasses.replace(loaded, tensors=packs.Renamed(loaded.tensors, names), description=description)
+    return dataclasses.replace(loaded, tensors=tensor_file.Renamed(loaded.tensors, names), description=description)
 
 
 def match_original(args: argparse.Namespace) -> None:
@@ -477,7 +480,7 @@ def shrink_lora(args: argparse.Namespace) -> None:
     if not ranks:
         raise ValueError(f"{args.mb:g} MB hold no layer of this LoRA; give it more")
     rank = {"ss_network_dim": str(max(ranks)), "ss_network_alpha": str(max(ranks))}
-    packs.write_file(args.output, found, {**file.metadata, **rank})
+    tensor_file.write_file(args.output, found, {**file.metadata, **rank})
     print(f"wrote {args.output}: {len(ranks)} layers of rank {min(ranks)} to {max(ranks)}, {kept:.2%} of the change")
 
 
@@ -663,7 +666,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if getattr(args, "output", None):
-            packs.check_output(args.output)
+            tensor_file.check_output(args.output)
         args.run(args)
     except (BadFile, ValueError, OSError) as e:
         print(f"asdm: {printable(e, 2 * MESSAGE)}", file=sys.stderr)

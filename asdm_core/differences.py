@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .identity import Checkpoint
-from .packs import BadFile, Description, Loaded
+from .packs import Description, Loaded
+from .tensor_file import BadFile
 from .surgery import shapes_of
 
 

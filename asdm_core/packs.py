@@ -3,10 +3,6 @@
 A pack is a safetensors file with only what differs from a checkpoint, under addressed LDM names,
 and a description as JSON in the metadata (key "asdm"). A standalone pruned UNet is written in the
 renumbered LDM layout, which stock ComfyUI loads, with the same description beside it.
-
-Files are read lazily: opening one reads its header, a tensor is mapped from disk when it is asked for.
-Only safetensors are read. Everything is checked before anything is handed out, and an error names the
-file, the tensor, what was wanted and what came.
 """
 
 from __future__ import annotations
@@ -15,27 +11,25 @@ import json
 import math
 import os
 import re
-import struct
-import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .addresses import Slot, in_order
 from .architecture import Architecture
 from .condconv import CondConv, Conv
+from .diffusers_folder import file_in_folder, folder_prediction, open_file
 from .gri import LogGains
 from .identity import Checkpoint
 from .recognise import Recognised, Unrecognised, recognise, unet_prefix
 from .surgery import ADDRESSED, Form, Mismatch, StateDict, check, convert, shapes_of
-from .text import MESSAGE, printable, read_json
+from .tensor_file import BadFile, Renamed, TensorFile, check_values, some, stored, write_file
+from .text import printable, read_json
 
 METADATA_KEY = "asdm"
 # 1 had "gains" where log gains are meant: keys `attn1.gain`, read as `attn1.log_gain`. 3 has packs of differences,
@@ -47,236 +41,7 @@ PREDICTIONS = ("eps", "v")
 # noise.
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 MARKERS = (V_MARKER, ZERO_SNR_MARKER, "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
-# Dtypes of weights by the names people know. A stored file can also be "int8", see `quantise`.
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-)
-SCALE = ".scale"  # int8 weights have their per-output-channel scale under <key>.scale
-
-# Bounds for what a header may claim, each some ten times what any known file has: a checkpoint of 2,600 tensors has a
-# header of 0.3 MB. They keep a crafted file from taking time and memory.
-_MAX_HEADER, _MAX_TENSORS, _MAX_RANK, _MAX_SIDE, _MAX_NUMBERS = 16_000_000, 65_536, 8, 2**31, 2**40
-_MAX_MARKER = 16  # numbers in a tensor that only says how a UNet was trained
-_READ = {  # by a safetensors header's names
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_SCALE_DTYPES = {"F32", "F16", "BF16"}
-_WEIGHT_DTYPES = _SCALE_DTYPES | {"F8_E4M3", "F8_E5M2", "I8"}
-
-
-class BadFile(ValueError):
-    """A file that cannot be used. The message says which, what was wanted, what came and what to do; it is one line of
-    bounded length, whatever names the file holds.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(printable(message, MESSAGE))
-
-
-# Headers --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file says about itself: tensors by name as (dtype name, shape), and its metadata."""
-
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    metadata: Mapping[str, str]
-
-
-def parse_header(data: bytes, size: int, name: str) -> Header:
-    """Read a safetensors header.
-
-    data: the first bytes of the file, at least the whole header; size: length of the file in bytes.
-    Raises BadFile, naming `name`.
-    """
-
-    def bad(why: str, do: str = "Download or export it again.") -> BadFile:
-        return BadFile(f"{printable(name)}: {why}. {do}")
-
-    # The first bytes alone do not tell: they can be the length of a header, which a brace follows.
-    if (data[:2] == b"PK" or data[:1] == b"\x80") and data[8:9] != b"{":
-        raise bad(
-            "this is a pickle file (.ckpt, .pt or .bin), which can run code when it is opened; asdm reads only "
-            "safetensors",
-            "Convert it to safetensors first.",
-        )
-    if len(data) < 8:
-        raise bad(f"only {len(data)} bytes long; wanted a safetensors file")
-    length = struct.unpack("<Q", data[:8])[0]
-    if _MAX_HEADER < length <= size - 8:
-        raise bad(f"its header is {length} bytes long; wanted at most {_MAX_HEADER}")
-    if length > max(size - 8, 0) or length > len(data) - 8:
-        raise bad(f"its header claims {length} bytes and the file has {size}; it is cut short, or no safetensors file")
-    try:
-        header = read_json(data[8 : 8 + length])
-    except ValueError:
-        raise bad("its header is not valid JSON, so it is no safetensors file") from None
-    if not isinstance(header, dict):
-        raise bad("its header is not a table of tensors")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise bad("its metadata is not a table of texts")
-    if len(header) > _MAX_TENSORS:
-        raise bad(f"its header names {len(header)} tensors; wanted at most {_MAX_TENSORS}")
-    tensors, end = {}, 0
-    for key, entry in header.items():
-        try:
-            dtype = entry["dtype"]
-            shape = tuple(entry["shape"])
-            (start, stop) = entry["data_offsets"]
-            numbers = (*shape, start, stop)
-        except (TypeError, KeyError, ValueError):
-            raise bad(f"the entry of tensor {printable(key)} is malformed") from None
-        if not isinstance(dtype, str) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-            raise bad(f"the entry of tensor {printable(key)} is malformed")
-        if (
-            len(shape) > _MAX_RANK
-            or max(shape, default=0) >= _MAX_SIDE
-            or math.prod(n for n in shape if n) >= _MAX_NUMBERS
-        ):
-            raise bad(
-                f"tensor {printable(key)} claims the shape {printable(list(shape[: _MAX_RANK + 1]))}; wanted at most "
-                f"{_MAX_RANK} dimensions, below {_MAX_SIDE} each and below {_MAX_NUMBERS} numbers in all"
-            )
-        if dtype in _READ and stop - start != math.prod(shape) * _READ[dtype].itemsize:
-            raise bad(
-                f"tensor {printable(key)} ({dtype}, {list(shape)}) takes {stop - start} bytes, which does "
-                f"not fit its shape"
-            )
-        tensors[key] = (dtype, shape)
-        end = max(end, stop)
-    if 8 + length + end != size:
-        raise bad(
-            f"it should be {8 + length + end} bytes long and has {size}; it is "
-            + ("cut short" if size < 8 + length + end else "too long")
-        )
-    return Header(tensors, metadata)
-
-
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """Header of a safetensors file, without its tensors. Raises BadFile."""
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            data = f.read(9)
-            if data[8:] == b"{":
-                data += f.read(min(struct.unpack("<Q", data[:8])[0], _MAX_HEADER, size))
-    except FileNotFoundError:
-        raise BadFile(f"{path.name}: there is no such file ({path})") from None
-    except IsADirectoryError:
-        raise BadFile(f"{path.name}: this is a folder; wanted a .safetensors file ({path})") from None
-    except OSError as e:
-        raise BadFile(f"{path.name}: cannot be read ({e.strerror or e})") from None
-    return parse_header(data, size, path.name)
-
-
-class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file as a lazy mapping; int8 weights come out dequantised (float32).
-
-    shapes: name -> shape of everything it holds, known without reading a tensor.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-        header = read_header(path)
-        self.metadata = header.metadata
-        self.dtypes = {k: d for k, (d, _) in header.tensors.items()}
-        self._scales = {k + SCALE for k, d in self.dtypes.items() if d == "I8" and k + SCALE in self.dtypes}
-        self.shapes = {k: s for k, (_, s) in header.tensors.items() if k not in self._scales}
-        for key in sorted(self._scales):
-            (dtype, shape) = header.tensors[key]
-            wanted = list(header.tensors[key.removesuffix(SCALE)][1][:1])
-            if dtype not in _SCALE_DTYPES or list(shape) != wanted:
-                raise BadFile(
-                    f"{self.path.name}: tensor {printable(key)} ({printable(dtype)}, {list(shape)}) is no "
-                    f"scale of int8 weights; wanted "
-                    f"{wanted}, one number per output channel, as one of {', '.join(sorted(_SCALE_DTYPES))}"
-                )
-        try:
-            self._file = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as e:
-            raise BadFile(
-                f"{self.path.name}: cannot be read as safetensors ({e}). Download or export it again."
-            ) from None
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self.shapes:
-            raise KeyError(key)
-        if self.dtypes[key] not in _READ:
-            raise BadFile(
-                f"{self.path.name}: tensor {printable(key)} has dtype {printable(self.dtypes[key])}, which "
-                f"asdm does not "
-                f"read; wanted one of {', '.join(sorted(_READ))}"
-            )
-        tensor: Tensor = self._file.get_tensor(key)
-        if key + SCALE in self._scales:
-            return dequantise(tensor, self._file.get_tensor(key + SCALE))
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-class Renamed(Mapping[str, Tensor]):
-    """Some tensors of another mapping under new names, still lazy. names: new name -> old name."""
-
-    def __init__(self, source: Mapping[str, Tensor], names: Mapping[str, str]):
-        self.source = source
-        self.names = dict(names)
-        shapes = shapes_of(source)
-        self.shapes = {new: tuple(shapes[old]) for new, old in self.names.items()}
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.source[self.names[key]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-# int8 storage ---------------------------------------------------------------------------------------
-
-
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 per output channel: (int8 of weight's shape, float32 scale of shape (out,))."""
-    flat = weight.detach().float().flatten(1)
-    scale = flat.abs().amax(1) / 127
-    steps = flat / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    return steps.round().clamp(-127, 127).to(torch.int8).view(weight.shape), scale
-
-
-def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
-    """Inverse of `quantise`: float32."""
-    return weight.float() * scale.float().view(-1, *[1] * (weight.dim() - 1))
-
-
-def quantised(sd: Mapping[str, Tensor], vector_dtype: torch.dtype = torch.float32) -> StateDict:
-    """A state dict with every weight of two or more dimensions as int8 and scale, vectors as `vector_dtype`."""
-    result: StateDict = {}
-    for key, tensor in sd.items():
-        if tensor.dim() < 2:
-            result[key] = tensor.detach().to(vector_dtype)
-        else:
-            result[key], result[key + SCALE] = quantise(tensor)
-    return result
+MAX_MARKER = 16  # numbers in a tensor that only says how a UNet was trained
 
 
 # Descriptions ---------------------------------------------------------------------------------------
@@ -509,7 +274,7 @@ def open_pack(source: str | os.PathLike[str] | TensorFile) -> Loaded:
         check({key: file.shapes[name] for key, name in names.items()}, description.keys(), file.path.name)
     except Mismatch as e:
         raise BadFile(f"{e}. The file does not hold what its description says; export it again.") from None
-    _check_values(file, file.shapes)
+    check_values(file, file.shapes)
     return Loaded(file.path, description, Renamed(file, names))
 
 
@@ -565,12 +330,12 @@ def open_unet(
         file, predicted = source, prediction
     else:
         path = Path(source)
-        file = open_file(_file_in_folder(path) if path.is_dir() else path)
-        predicted = prediction or _folder_prediction(path)
+        file = open_file(file_in_folder(path) if path.is_dir() else path)
+        predicted = prediction or folder_prediction(path)
     description, found = identify_unet(file)
     _check_unknown(file, found, drop_unknown)
     names = {slot.unit.key(slot.tensor): key for key, slot in found.keys().items()}
-    _check_values(file, names.values())
+    check_values(file, names.values())
     if prediction:
         description = replace(description, prediction=prediction)
     elif description.prediction is None:
@@ -587,10 +352,10 @@ def open_unet(
 def _markers_of(file: TensorFile) -> StateDict:
     found = {name: file.shapes[name] for name in MARKERS if name in file.shapes}
     for name, shape in found.items():
-        if math.prod(shape) > _MAX_MARKER or name.startswith("edm_vpred.") and math.prod(shape) != 1:
+        if math.prod(shape) > MAX_MARKER or name.startswith("edm_vpred.") and math.prod(shape) != 1:
             raise BadFile(
                 f"{file.path.name}: {name}, which says how a UNet was trained, has shape {list(shape)}; wanted "
-                + ("one number" if name.startswith("edm_vpred.") else f"at most {_MAX_MARKER} numbers")
+                + ("one number" if name.startswith("edm_vpred.") else f"at most {MAX_MARKER} numbers")
             )
     return {name: file[name] for name in found}
 
@@ -614,275 +379,7 @@ def _check_unknown(file: TensorFile, found: Recognised, drop: bool) -> None:
         )
 
 
-def some(names: Sequence[str]) -> str:
-    """The first of many names, for people."""
-    return ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _check_values(file: TensorFile, names: Iterable[str]) -> None:
-    for key in names:
-        dtype = file.dtypes[key]
-        if dtype not in _WEIGHT_DTYPES or dtype == "I8" and key + SCALE not in file.dtypes:
-            raise BadFile(
-                f"{file.path.name}: tensor {key} has dtype {printable(dtype)}; wanted one of "
-                f"{', '.join(sorted(_WEIGHT_DTYPES))}" + (f" (int8 weights need {key}{SCALE})" if dtype == "I8" else "")
-            )
-        tensor = file[key]
-        # fp8 has no isfinite of its own on CPU.
-        if not torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all():
-            raise BadFile(
-                f"{file.path.name}: tensor {key} holds numbers that are not finite (NaN or infinity). "
-                "The file is damaged, or its training diverged."
-            )
-
-
-# What a UNet's file is called in a diffusers folder, and the subfolders it may lie in. A variant (fp16, bf16, non_ema)
-# stands before the ending; of a shard before its number, or, as older versions wrote it, behind; of an index behind its
-# name, or as of a file.
-_STEMS = ("diffusion_pytorch_model", "model")
-_SUBFOLDERS = ("unet", "", "unet_ema")
-_VARIANT = r"(?:\.[\w-]+)?"
-_UNET_FILE = re.compile(rf"({'|'.join(_STEMS)})(?P<variant>{_VARIANT})\.safetensors")
-_UNET_INDEX = re.compile(
-    rf"({'|'.join(_STEMS)})(?P<variant>{_VARIANT})\.safetensors\.index(?P<behind>{_VARIANT})\.json"
-)
-_SHARD = re.compile(rf".*-\d{{5}}-of-\d{{5}}{_VARIANT}\.safetensors")
-
-
-def unet_in_folder(folder: str | os.PathLike[str]) -> Path | None:
-    """The file that stands for the UNet of a diffusers folder (a pipeline's or the unet's own): a safetensors file, the
-    index of one in shards, or None where there is neither. Files without a variant in their name come first, then fp16.
-    """
-    for sub in _SUBFOLDERS:
-        found = []
-        for path in sorted(Path(folder, sub).glob("*")):
-            for sharded, pattern in enumerate((_UNET_FILE, _UNET_INDEX)):
-                match = pattern.fullmatch(path.name)
-                if match and path.is_file() and not is_shard(path.name):
-                    variant = (match["variant"] or match.groupdict().get("behind", "")).lstrip(".")
-                    found.append((variant != "", variant != "fp16", sharded, path.name, path))
-        if found:
-            return min(found)[-1]
-    return None
-
-
-def _file_in_folder(folder: Path) -> Path:
-    """As `unet_in_folder`. Raises BadFile where there is none."""
-    found = unet_in_folder(folder)
-    if found is not None:
-        return found
-    for sub in _SUBFOLDERS:
-        pickles = sorted(p for ending in ("*.bin", "*.ckpt", "*.pt") for p in Path(folder, sub).glob(ending))
-        if pickles:
-            raise BadFile(
-                f"{folder.name}: it holds only {pickles[0].name}, a pickle file, which can run code when it is opened; "
-                "asdm reads only safetensors. Look for the same model in safetensors, or convert it where "
-                "you trust the "
-                "file: in Python, diffusers.UNet2DConditionModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
-            )
-    raise BadFile(
-        f"{folder.name}: this folder holds no UNet; wanted {_STEMS[0]}.safetensors (with a variant, as .fp16, or in "
-        f"shards with their index) in it or in its subfolder {_SUBFOLDERS[0]} or {_SUBFOLDERS[-1]}"
-    )
-
-
-def is_shard(name: str) -> bool:
-    """Whether a file of this name is only a part of a model."""
-    return _SHARD.fullmatch(name) is not None
-
-
-class Shards(TensorFile):
-    """The tensors of several safetensors files that one index lists, as one."""
-
-    def __init__(self, index: str | os.PathLike[str]):
-        self.path = Path(index)
-
-        def bad(why: str) -> BadFile:
-            return BadFile(f"{self.path.name}: {why}. Download the folder again.")
-
-        try:
-            if self.path.stat().st_size > _MAX_HEADER:
-                raise bad(f"this index is longer than {_MAX_HEADER} bytes")
-            places = read_json(self.path.read_bytes())["weight_map"]
-        except (ValueError, TypeError, KeyError) as e:
-            if isinstance(e, BadFile):
-                raise
-            raise bad("this is no index of shards (a JSON object with weight_map)") from None
-        except OSError as e:
-            raise bad(f"cannot be read ({e.strerror or e})") from None
-        if not isinstance(places, dict) or not all(
-            isinstance(n, str) and n.isprintable() and Path(n).name == n for n in places.values()
-        ):
-            raise bad("its weight_map does not name files beside it")
-        names = sorted(set(places.values()))
-        if lost := [name for name in names if not os.path.isfile(self.path.parent / name)]:  # false for names too long
-            raise bad(f"{len(lost)} of the {len(names)} files that it names are not beside it, as {printable(lost[0])}")
-        files = {name: TensorFile(self.path.parent / name) for name in names}
-        self._places = {key: files[name] for key, name in places.items()}
-        for key, name in places.items():
-            if key not in files[name].dtypes:
-                raise bad(f"{printable(name)} has no tensor {printable(key)}, which it says is there")
-        self.metadata, self.dtypes, self.shapes = {}, {}, {}
-        for file in files.values():
-            if twice := self.dtypes.keys() & file.dtypes.keys():
-                raise bad(f"tensor {printable(min(twice))} is in two of its files")
-            self._places |= dict.fromkeys(file.dtypes, file)
-            self.metadata = {**file.metadata, **self.metadata}
-            self.dtypes |= file.dtypes
-            self.shapes |= file.shapes
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._places[key][key]
-
-
-def open_file(path: str | os.PathLike[str]) -> TensorFile:
-    """The tensors of a safetensors file, or of the shards an index lists. Raises BadFile."""
-    path = Path(path)
-    return Shards(path) if _UNET_INDEX.fullmatch(path.name) else TensorFile(path)
-
-
-def _folder_prediction(path: Path) -> str | None:
-    """Prediction type from the scheduler config of a diffusers folder, where there is one."""
-    if not path.is_dir():
-        return None
-    for folder in (path, path.parent):  # a pipeline's folder, or the unet's own
-        config = folder / "scheduler" / "scheduler_config.json"
-        if config.is_file():
-            try:
-                kind = json.loads(config.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
-            except (ValueError, AttributeError, OSError):
-                raise BadFile(f"{config}: cannot be read as JSON") from None
-            names = {"epsilon": "eps", "v_prediction": "v"}
-            if not isinstance(kind, str) or kind not in names:
-                raise BadFile(f"{config}: prediction type {kind!r} is not supported; wanted one of {', '.join(names)}")
-            return names[kind]
-    return None
-
-
-# Text encoders of the embedded family ---------------------------------------------------------------
-
-# What the config of one must say, with the largest value that is taken: some ten times what known ones have.
-_TEXT_CONFIG = {
-    "hidden_size": 8192,
-    "intermediate_size": 65_536,
-    "num_hidden_layers": 200,
-    "num_attention_heads": 200,
-    "max_position_embeddings": 4096,
-    "projection_dim": 8192,
-    "vocab_size": 500_000,
-}
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
-
-
-def _text_shapes(config: Mapping[str, Any], rows: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a text encoder in CLIP's layout, with so many rows in its table of tokens."""
-    wide, inner = config["hidden_size"], config["intermediate_size"]
-    shapes = {
-        TOKEN_TABLE: (rows, wide),
-        "text_model.embeddings.position_embedding.weight": (config["max_position_embeddings"], wide),
-        "text_model.final_layer_norm.weight": (wide,),
-        "text_model.final_layer_norm.bias": (wide,),
-    }
-    for i in range(config["num_hidden_layers"]):
-        at = f"text_model.encoder.layers.{i}"
-        linears = {f"self_attn.{to}": (wide, wide) for to in ("q_proj", "k_proj", "v_proj", "out_proj")}
-        for name, shape in (linears | {"mlp.fc1": (inner, wide), "mlp.fc2": (wide, inner)}).items():
-            shapes |= {f"{at}.{name}.weight": shape, f"{at}.{name}.bias": shape[:1]}
-        for norm in ("layer_norm1", "layer_norm2"):
-            shapes |= {f"{at}.{norm}.weight": (wide,), f"{at}.{norm}.bias": (wide,)}
-    return shapes
-
-
-def open_text_encoder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], StateDict]:
-    """Config and weights of a text encoder of the embedded family, in CLIP's layout and with the whole table of tokens.
-
-    Its file holds only the rows in use (`token_ids`); words that were never trained are zero vectors: they say nothing,
-    instead of something random. Raises BadFile.
-    """
-    file = TensorFile(path)
-
-    def bad(why: str) -> BadFile:
-        return BadFile(f"{file.path.name}: this is no text encoder of the embedded family: {why}")
-
-    if "text_config" not in file.metadata or "token_ids" not in file:
-        raise bad("no text_config or no token_ids in it")
-    try:
-        config = read_json(file.metadata["text_config"])
-    except ValueError:
-        raise bad("its text_config is not valid JSON") from None
-    if not isinstance(config, dict):
-        raise bad("its text_config is not a JSON object")
-    for name, highest in _TEXT_CONFIG.items():
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
-            raise bad(f"{name} must be a whole number from 1 to {highest}, got {printable(repr(value))}")
-    for name in _TOKENS:
-        value = config.get(name, None if name == "eos_token_id" else 0)  # the one that ComfyUI reads
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < config["vocab_size"]:
-            raise bad(f"{name} must be a token below {config['vocab_size']}, got {printable(repr(value))}")
-    if config["hidden_size"] % config["num_attention_heads"]:
-        raise bad(f"{config['num_attention_heads']} heads cannot share {config['hidden_size']} channels")
-    epsilon = config.get("layer_norm_eps", 1e-5)
-    if config.get("hidden_act") not in ("quick_gelu", "gelu") or not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        raise bad("hidden_act must be quick_gelu or gelu, and layer_norm_eps lie between 0 and 1")
-    (rows, *rest), kind = file.shapes["token_ids"] or (0, 0), file.dtypes["token_ids"]  # a single number has no rows
-    if rest or kind not in ("I32", "I64") or rows > config["vocab_size"]:
-        raise bad(f"token_ids ({printable(kind)}, {list(file.shapes['token_ids'])}) must be a list of whole numbers")
-    ids = file["token_ids"].long()
-    wanted = _text_shapes(config, rows)
-    if rows and not 0 <= int(ids.min()) <= int(ids.max()) < config["vocab_size"]:
-        raise bad(f"token_ids must lie below {config['vocab_size']}, got {int(ids.min())} to {int(ids.max())}")
-    found = {k: s for k, s in file.shapes.items() if k != "token_ids"}
-    for key in sorted(wanted.keys() | found.keys()):
-        if wanted.get(key) != found.get(key):
-            raise bad(
-                f"{printable(key)} has shape {printable(found.get(key, 'none (it is missing)'))}; wanted "
-                f"{wanted.get(key, 'no such tensor')}"
-            )
-    _check_values(file, found)
-    weights = {key: file[key] for key in found}
-    table = torch.zeros(config["vocab_size"], config["hidden_size"], dtype=weights[TOKEN_TABLE].dtype)
-    table[ids] = weights[TOKEN_TABLE]
-    return config, weights | {TOKEN_TABLE: table}
-
-
 # Writing --------------------------------------------------------------------------------------------
-
-
-def check_output(path: str | os.PathLike[str]) -> Path:
-    """Raise ValueError where no model file can have this name: better asked before the work than after it."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path.name}: the name must end in .safetensors")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise ValueError(f"{path.name}: there is a folder of this name ({path})")
-    return path
-
-
-def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whole or not at all (a temporary file in the same folder, then a rename).
-
-    Raises ValueError for a name that cannot be, OSError where writing fails.
-    """
-    path = check_output(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
-    os.close(handle)
-    try:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata=dict(metadata))
-        with open(
-            temporary, "rb+"
-        ) as f:  # on the disk before the rename is: else a power cut may leave the name and not the contents
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; a model file is as public as its folder
-        os.replace(temporary, path)
-    except BaseException as e:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(e, SafetensorError):  # a full disk, told by a library that has no OSError
-            raise OSError(f"{path.name}: cannot be written ({e})") from None
-        raise
 
 
 def write_pack(
@@ -922,10 +419,3 @@ def markers(description: Description, kept: Mapping[str, Tensor]) -> StateDict:
     """
     predicts = {V_MARKER: torch.zeros(0)} if description.prediction == "v" else {}
     return predicts | {name: tensor for name, tensor in kept.items() if name != V_MARKER}
-
-
-def stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> StateDict:
-    """Tensors as they go into a file: as `dtype`, int8 with scales for "int8", or unchanged for None."""
-    if dtype == "int8":
-        return quantised(tensors)
-    return {k: t if dtype is None else t.to(dtype) for k, t in tensors.items()}

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from asdm_core.architecture import Architecture
 from asdm_core.condconv import CondConv, CondConv2d, convolution, convolutions, further_experts, start
 from asdm_core.measure import ratio, time_alternating
-from asdm_core.packs import DTYPES, Description, Loaded
+from asdm_core.packs import Description, Loaded
+from asdm_core.tensor_file import DTYPES
 from bench._common import add_common_arguments, begin, beside_earlier, command_line, pack_module, record
 from bench._unets import SD15, Cutter, build
 

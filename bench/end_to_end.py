@@ -16,7 +16,7 @@ from pathlib import Path
 
 from asdm_core import few_step
 from asdm_core.measure import ratio, time_alternating
-from asdm_core.packs import TensorFile
+from asdm_core.tensor_file import TensorFile
 from bench._common import ROOT, add_common_arguments, begin, beside_earlier, command_line, pack_module, record
 
 FAMILY = ROOT / "models" / "emoji"

@@ -35,7 +35,8 @@ from asdm_core.architecture import Architecture
 from asdm_core.few_step import FewStep
 from asdm_core.lora import modules as lora_modules
 from asdm_core.measure import costs, psnr, total
-from asdm_core.packs import TensorFile, describe, open_pack, write_file
+from asdm_core.packs import describe, open_pack
+from asdm_core.tensor_file import TensorFile, write_file
 from bench._common import beside_earlier, command_line, record
 from train.attention import BmmAttention
 from train.diffusion import schedule, simple_times

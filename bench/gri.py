@@ -47,7 +47,7 @@ from asdm_core import packs
 from asdm_core.architecture import Architecture
 from asdm_core.assignment import Window
 from asdm_core.measure import psnr, ratio, time_alternating
-from asdm_core.packs import DTYPES
+from asdm_core.tensor_file import DTYPES
 from bench._attention import Larger, Map, error, full, recorded
 from bench._common import (
     ROOT,

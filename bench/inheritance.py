@@ -35,7 +35,7 @@ import torch
 
 from asdm_core import inheritance
 from asdm_core.measure import psnr, ratio, ssim, time_alternating
-from asdm_core.packs import DTYPES
+from asdm_core.tensor_file import DTYPES
 from bench._common import (
     RESULTS,
     ROOT,

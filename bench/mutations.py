@@ -28,11 +28,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from asdm_core import packs
+from asdm_core import packs, text_encoder
 from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.condconv import CondConv
 from asdm_core.gri import LogGains
-from asdm_core.packs import BadFile, Description
+from asdm_core.packs import Description
+from asdm_core.tensor_file import BadFile
 from asdm_core.text import MESSAGE
 from bench._common import command_line, record
 
@@ -120,7 +121,7 @@ def sources(folder: Path) -> list[Source]:
     index = pipeline / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     encoder = folder / "text.safetensors"
-    text = {k: torch.randn(s, generator=generator) for k, s in packs._text_shapes(TEXT_CONFIG, 3).items()}
+    text = {k: torch.randn(s, generator=generator) for k, s in text_encoder.text_shapes(TEXT_CONFIG, 3).items()}
     text["token_ids"] = torch.tensor([4, 18, 19], dtype=torch.int32)
     save_file(text, encoder, {"text_config": json.dumps(TEXT_CONFIG)})
     lora = folder / "lora.safetensors"
@@ -129,7 +130,7 @@ def sources(folder: Path) -> list[Source]:
     return [
         *found,
         *(Source(path.stem, path, read_model) for path in (unet, checkpoint, pipeline, lora)),
-        Source("text encoder", encoder, lambda path: packs.open_text_encoder(path)),
+        Source("text encoder", encoder, lambda path: text_encoder.open_text_encoder(path)),
     ]
 
 

@@ -28,7 +28,7 @@ from asdm_core import forecast, packs
 from asdm_core.architecture import Architecture
 from asdm_core.assignment import Window
 from asdm_core.measure import costs
-from asdm_core.packs import DTYPES
+from asdm_core.tensor_file import DTYPES
 from bench._common import (
     RESULTS,
     add_common_arguments,

@@ -34,7 +34,7 @@ from asdm_core import packs
 from asdm_core.architecture import Architecture
 from asdm_core.assignment import Window
 from asdm_core.measure import psnr, ratio, ssim, time_alternating
-from asdm_core.packs import DTYPES
+from asdm_core.tensor_file import DTYPES
 from asdm_core.switching import PRESETS, SwitchPoint
 from bench._common import (
     ROOT,

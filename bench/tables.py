@@ -30,7 +30,8 @@ import torch
 from accelerate import Accelerator
 
 from asdm_core.architecture import Architecture
-from asdm_core.packs import TensorFile, describe
+from asdm_core.packs import describe
+from asdm_core.tensor_file import TensorFile
 from asdm_core.surgery import cut_diffusers
 from train.config import Config, load
 from train.emoji.compare import FIXED, REFERENCE, Judge, Switched

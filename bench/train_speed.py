@@ -54,7 +54,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 from bench._common import RESULTS, add_common_arguments, clock_of, command_line, record
 from train import dry_run, losses, loop, networks
 from train.config import Config, load

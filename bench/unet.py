@@ -22,7 +22,7 @@ from asdm_core import packs
 from asdm_core.architecture import Architecture
 from asdm_core.assignment import Window
 from asdm_core.measure import costs, ratio, time_alternating, total
-from asdm_core.packs import DTYPES
+from asdm_core.tensor_file import DTYPES
 from bench._common import add_common_arguments, begin, command_line, pack_module, record
 from bench._unets import SD15, Cutter, build, full_size
 

@@ -14,7 +14,7 @@ from typing import Any
 import comfy.sd
 import torch
 
-from ..asdm_core import condconv, packs
+from ..asdm_core import condconv, packs, tensor_file
 from ..asdm_core.addresses import UNetConfig, keys
 from ..asdm_core.architecture import FAMILIES, Architecture
 from ..asdm_core.inheritance import DIALS
@@ -69,7 +69,7 @@ class Network:
         state = self.model.model.diffusion_model.state_dict()
         dtype = next(t.dtype for t in state.values())
         name = f"own {dtype}".replace("torch.", "")  # a file of each type that its numbers were rounded to
-        if dtype not in packs.DTYPES.values():  # fp8, which the network computes in a wider type as well
+        if dtype not in tensor_file.DTYPES.values():  # fp8, which the network computes in a wider type as well
             dtype = torch.float16
         return self.written(name, description, {k: state[k].cpu().to(dtype) for k in description.keys()})
 

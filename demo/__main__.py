@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import bootstrap
-from asdm_core.packs import BadFile
+from asdm_core.tensor_file import BadFile
 from demo.job import DemoError, Job, find_job, networks, node_id
 from demo.report import clear_results, image_name, summary, write_results
 from demo.server import PACK, Client, PromptError, Server, ServerError, device_flags

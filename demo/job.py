@@ -9,7 +9,7 @@ from pathlib import Path
 
 from asdm_core import packs
 from asdm_core.architecture import Architecture
-from asdm_core.packs import TensorFile
+from asdm_core.tensor_file import TensorFile
 from demo.server import PACK
 
 EMBEDDED = PACK / "models" / "emoji"
@@ -129,7 +129,7 @@ class Job:
 def networks(job: Job) -> dict[str, Architecture]:
     """The network of each side of a job, from the headers of its files.
 
-    Raises packs.BadFile where a file cannot be used, DemoError where it is of another kind than the job needs.
+    Raises tensor_file.BadFile where a file cannot be used, DemoError where it is of another kind than the job needs.
     """
     file = TensorFile(job.checkpoint)
     whole = packs.identify_unet(file)[0].architecture

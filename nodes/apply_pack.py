@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..asdm_core import packs
+from ..asdm_core import packs, tensor_file
 from ..asdm_core.architecture import FAMILIES
 from ..asdm_core.assignment import CHECKPOINT, Override, Provider, Window
 from ..asdm_core.packs import Description
@@ -99,9 +99,9 @@ def pack_dtype(model, stored: torch.dtype) -> torch.dtype:
 def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
     """A clone of MODEL with a pack in its assignment; MODEL itself where the pack would change nothing.
 
-    Raises ValueError (packs.BadFile among them).
+    Raises ValueError (tensor_file.BadFile among them).
     """
-    file = packs.TensorFile(path)
+    file = tensor_file.TensorFile(path)
     description = packs.describe_pack(file)
     check_fit(model, description, name)
     check_experts(model, description, name, strength)

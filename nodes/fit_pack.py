@@ -14,7 +14,7 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..asdm_core import fit, packs
+from ..asdm_core import fit, packs, tensor_file
 from ..asdm_core.assignment import Window
 from .apply_pack import apply_pack, check_fit
 from .common import CATEGORY, PIXELS, SHOWS_COMPARISON
@@ -220,7 +220,7 @@ class ASDMFitPack(io.ComfyNode):
         texts = fitting.Texts(clip, prompts_of(prompts))
         folder = Path(folder_paths.get_folder_paths(files.PACK_FOLDER)[0])
         folder.mkdir(parents=True, exist_ok=True)
-        path = packs.check_output(unused_path(folder, filename_prefix))
+        path = tensor_file.check_output(unused_path(folder, filename_prefix))
         settings = fit.Settings(walks=batch, guidance=cfg, lr=learning_rate, seed=seed)
         shape = (model.model.latent_format.latent_channels, height // PIXELS, width // PIXELS)
 

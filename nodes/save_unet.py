@@ -14,15 +14,16 @@ from comfy_api.latest import io
 
 from ..asdm_core.addresses import Slot, UNetConfig, keys
 from ..asdm_core.architecture import Architecture
-from ..asdm_core import packs
-from ..asdm_core.packs import ZERO_SNR_MARKER, Description, TensorFile, write_unet
+from ..asdm_core import tensor_file
+from ..asdm_core.packs import Description, ZERO_SNR_MARKER, write_unet
+from ..asdm_core.tensor_file import TensorFile
 from ..asdm_core.text import printable
 from .common import CATEGORY, SHOWS_WORDS
 from .engine import models, pack_loras, quantised, switch
 from .engine.assigned import assigned_of, network_of, packs_of, providers_of
 from .engine.network import without_self_attention
 
-DTYPES = {"as loaded": None, **packs.DTYPES}
+DTYPES = {"as loaded": None, **tensor_file.DTYPES}
 
 
 def played_architecture(model) -> tuple[Architecture, dict[str, str]]:

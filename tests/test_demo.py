@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from asdm_core import measure, packs, pictures
+from asdm_core import measure, packs, pictures, tensor_file
 from asdm_core.architecture import FAMILIES, Architecture
 from demo import job, report
 from demo.server import PromptError, PromptInterrupted, outputs_of
@@ -168,9 +168,9 @@ def test_broken_files_are_refused_before_anything_starts(checkpoint, roots):
     found = checkpoint(checkpoint_shapes(Architecture.full(FAMILIES["sd15"])))
     with open(found.checkpoint, "r+b") as file:
         file.truncate(found.checkpoint.stat().st_size // 2)
-    with pytest.raises(packs.BadFile, match="it is cut short"):
+    with pytest.raises(tensor_file.BadFile, match="it is cut short"):
         job.networks(found)
-    with pytest.raises(packs.BadFile, match="no Stable Diffusion UNet in this file"):
+    with pytest.raises(tensor_file.BadFile, match="no Stable Diffusion UNet in this file"):
         job.networks(checkpoint({"lora_unet_x.lora_up.weight": (4, 4)}))
 
 

@@ -36,7 +36,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from asdm_core.addresses import UNetConfig
-from asdm_core.packs import read_header
+from asdm_core.tensor_file import read_header
 
 from .buckets import groups, in_groups
 from .buckets import shapes as bucket_shapes

@@ -22,7 +22,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from asdm_core.packs import read_header, write_file
+from asdm_core.tensor_file import read_header, write_file
 
 from .buckets import STEP, Shape, nearest
 from .captions import Captioned, captioned

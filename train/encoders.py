@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from asdm_core.packs import TensorFile, read_header
+from asdm_core.tensor_file import TensorFile, read_header
 
 from .prompts import Row, Tokeniser
 

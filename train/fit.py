@@ -24,7 +24,8 @@ from asdm_core import differences, fit
 from asdm_core.addresses import walk
 from asdm_core.architecture import Architecture
 from asdm_core.identity import Checkpoint
-from asdm_core.packs import Description, Loaded, check_output, open_pack, open_unet, write_pack
+from asdm_core.packs import Description, Loaded, open_pack, open_unet, write_pack
+from asdm_core.tensor_file import check_output
 from asdm_core.surgery import ADDRESSED, Form, convert, cut_diffusers, load_units, modules
 
 from . import schedules

@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
 from torch import Tensor, nn
 
-from asdm_core.packs import BadFile, TensorFile, write_file
+from asdm_core.tensor_file import BadFile, TensorFile, write_file
 
 from . import losses, networks, rollout, sharding, taps
 from .ahead import Ahead

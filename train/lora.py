@@ -22,7 +22,7 @@ from asdm_core import few_step
 from asdm_core.addresses import UNetConfig, keys, lora_names, peft_names, select
 from asdm_core.few_step import FewStep
 from asdm_core.lora import Factors, factors_of, of_text_encoder
-from asdm_core.packs import TensorFile, write_file
+from asdm_core.tensor_file import TensorFile, write_file
 
 from .config import Config
 from .seeds import seeded

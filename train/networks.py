@@ -29,9 +29,9 @@ from asdm_core.differences import played_in, to_difference
 from asdm_core.gri import LogGains, gri_attention
 from asdm_core.identity import Checkpoint
 from asdm_core.packs import (
-    ZERO_SNR_MARKER,
     Description,
     Loaded,
+    ZERO_SNR_MARKER,
     open_model,
     open_pack,
     open_unet,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from asdm_core.packs import read_header
+from asdm_core.tensor_file import read_header
 
 MADE = "made"  # the key of these settings in a file's metadata
 

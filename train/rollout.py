@@ -34,7 +34,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from asdm_core.few_step import FewStep
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 
 from .config import Config, Rollout
 from .data import Batch, Source

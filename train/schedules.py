@@ -16,7 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from asdm_core.packs import ZERO_SNR_MARKER, BadFile, describe, open_file, unet_in_folder
+from asdm_core.diffusers_folder import open_file, unet_in_folder
+from asdm_core.packs import ZERO_SNR_MARKER, describe
+from asdm_core.tensor_file import BadFile
 
 from .diffusion import ALPHAS, STEPS, zero_terminal_snr
 

@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 
 from . import shards
 from .config import Config

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from asdm_core.packs import read_header, write_file
+from asdm_core.tensor_file import read_header, write_file
 
 from .config import Config
 from .data import Batches

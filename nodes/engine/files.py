@@ -10,7 +10,9 @@ from pathlib import Path, PurePath
 import folder_paths
 
 from ...asdm_core import profile
-from ...asdm_core.packs import BadFile, TensorFile, describe, is_shard, unet_in_folder
+from ...asdm_core.diffusers_folder import is_shard, unet_in_folder
+from ...asdm_core.packs import describe
+from ...asdm_core.tensor_file import BadFile, TensorFile
 from ...asdm_core.text import read_json
 
 EMBEDDED = Path(__file__).resolve().parent.parent.parent / "models" / "emoji"

@@ -22,10 +22,11 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ...asdm_core import packs
+from ...asdm_core import packs, tensor_file, text_encoder
 from ...asdm_core.addresses import UNetConfig
 from ...asdm_core.architecture import Architecture
-from ...asdm_core.packs import BadFile, Description, TensorFile
+from ...asdm_core.packs import Description
+from ...asdm_core.tensor_file import BadFile, TensorFile
 from ...asdm_core.surgery import ADDRESSED, cut_modules
 from ...asdm_core.text import TEXT, printable
 from . import lora_keys, narrow_vae, units
@@ -125,13 +126,13 @@ def load_unet(
 ):
     """MODEL from a UNet file of any known form (also inside a checkpoint), in addressed form.
 
-    Tensors that belong to no layer are left out with a word in the log. Raises packs.BadFile. Follows
+    Tensors that belong to no layer are left out with a word in the log. Raises tensor_file.BadFile. Follows
     comfy.sd.load_diffusion_model_state_dict in the choice of dtypes.
     """
     loaded = packs.open_unet(path, drop_unknown=True, prediction=prediction)
     if loaded.unknown:
         logging.warning(
-            f"asdm: {loaded.path.name}: no layer of this UNet has {packs.some(loaded.unknown)}, which is ignored."
+            f"asdm: {loaded.path.name}: no layer of this UNet has {tensor_file.some(loaded.unknown)}, which is ignored."
         )
     channels = loaded.description.architecture.config.in_channels
     if channels not in (LATENTS, PIX2PIX, INPAINTING):
@@ -192,7 +193,7 @@ def _refuse_control_lora(executor, *args, **kwargs):
 
 
 def load_checkpoint(path: Path):
-    """MODEL, CLIP and VAE of a checkpoint with a pruned UNet, or of the embedded family. Raises packs.BadFile."""
+    """MODEL, CLIP and VAE of a checkpoint with a pruned UNet, or of the embedded family. Raises tensor_file.BadFile."""
     file = TensorFile(path)
     description = packs.describe(file)
     if description is not None and description.companions:
@@ -280,7 +281,7 @@ def _load_companion_vae(path: str):
     # The host takes a file that lacks some of its tensors, with a word in its log, and plays random numbers there.
     missing = sorted(vae.first_stage_model.state_dict().keys() - weights.keys() - {"vae_scale", "vae_shift"})
     if missing:
-        raise BadFile(f"{file.path.name}: this VAE lacks {packs.some(missing)}. Download or export it again.")
+        raise BadFile(f"{file.path.name}: this VAE lacks {tensor_file.some(missing)}. Download or export it again.")
     return vae
 
 
@@ -290,10 +291,10 @@ def _companion_clip(path: Path, description: Description):
 
 def load_small_clip(path: str):
     """CLIP from a text encoder in CLIP layout with its own config and only the token rows in use."""
-    config, weights = packs.open_text_encoder(path)
+    config, weights = text_encoder.open_text_encoder(path)
     width = config["hidden_size"]
     # The host's class has a projection of the pooled output, which SD1.x does not use.
-    weights.setdefault("text_projection.weight", torch.eye(width, dtype=weights[packs.TOKEN_TABLE].dtype))
+    weights.setdefault("text_projection.weight", torch.eye(width, dtype=weights[text_encoder.TOKEN_TABLE].dtype))
 
     class SmallTextModel(comfy.sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options={}):

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from asdm_core import packs, surgery
+from asdm_core import packs, surgery, tensor_file
 from asdm_core.__main__ import main
 from asdm_core.addresses import LAYOUTS, UNetConfig, keys, select, walk
 from asdm_core.architecture import FAMILIES, PRESETS, Architecture
@@ -417,7 +417,7 @@ def test_packs_are_fp16_unless_told(run, folder, tmp_path):
     for wanted, stored in ((None, {"F16"}), ("fp32", {"F32"}), ("int8", {"I8", "F32"})):
         out = tmp_path / f"{wanted}.safetensors"
         assert run("extract-pack", source, out, "--units", "up.3", *(["--dtype", wanted] if wanted else []))[0] == 0
-        assert {dtype for dtype, _ in packs.read_header(out).tensors.values()} == stored
+        assert {dtype for dtype, _ in tensor_file.read_header(out).tensors.values()} == stored
         for key, tensor in packs.open_pack(out).tensors.items():
             step = whole[key].float().flatten(1).abs().amax(1).max() / 127 if whole[key].dim() > 1 else 0
             assert (tensor.float() - whole[key].float()).abs().max() <= (0.51 * step if wanted == "int8" else 0)
@@ -692,7 +692,7 @@ def test_an_interruption_leaves_no_file(folder, tmp_path, monkeypatch):
         Path(path).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(packs, "save_file", interrupted)
+    monkeypatch.setattr(tensor_file, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(["convert", str(folder / "full.safetensors"), str(out), "--layout", "ldm"])
     assert os.listdir(tmp_path) == ["out.safetensors"] and out.read_bytes() == b"dear to somebody"

@@ -16,7 +16,8 @@ from asdm_core.__main__ import main
 from asdm_core.addresses import keys, walk
 from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.condconv import CondConv, CondConv2d
-from asdm_core.packs import BadFile, Description, TensorFile, open_pack
+from asdm_core.packs import Description, open_pack
+from asdm_core.tensor_file import BadFile, TensorFile
 from asdm_core.surgery import Mismatch, cut, extract
 from tests.core.narrow import SD, weights
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from asdm_core import differences, packs, surgery
+from asdm_core import differences, packs, surgery, tensor_file
 from asdm_core.__main__ import main
 from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.identity import Checkpoint, places
-from asdm_core.packs import BadFile, Description, open_pack
+from asdm_core.packs import Description, open_pack
+from asdm_core.tensor_file import BadFile
 from tests.core.narrow import CONFIGS, SD, weights
 
 KEY = "input_blocks.1.0.in_layers.2.weight"
@@ -80,9 +81,9 @@ def test_in_another_checkpoint_the_difference_is_added_to_its_weights(tmp_path, 
 
 def test_files_say_what_they_are(tmp_path, teacher, capsys):
     path = write_pack(tmp_path / "p.safetensors", own(1))
-    assert json.loads(packs.read_header(path).metadata["asdm"])["format"] == 2  # older versions read it
+    assert json.loads(tensor_file.read_header(path).metadata["asdm"])["format"] == 2  # older versions read it
     main(["to-difference", str(path), str(teacher), str(tmp_path / "d.safetensors")])
-    assert json.loads(packs.read_header(tmp_path / "d.safetensors").metadata["asdm"])["format"] == 3
+    assert json.loads(tensor_file.read_header(tmp_path / "d.safetensors").metadata["asdm"])["format"] == 3
     capsys.readouterr()
     main(["inspect", str(tmp_path / "d.safetensors")])
     assert "differences from teacher.safetensors" in capsys.readouterr().out

@@ -3,7 +3,7 @@ import torch
 
 from asdm_core.__main__ import main
 from asdm_core.lora_size import mean, shrink
-from asdm_core.packs import TensorFile, write_file
+from asdm_core.tensor_file import TensorFile, write_file
 
 
 def lora(layers, seed=0, dtype=torch.float32):

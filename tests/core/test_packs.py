@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from asdm_core import packs, recognise, surgery
+from asdm_core import diffusers_folder, packs, recognise, surgery, tensor_file, text_encoder
 from asdm_core.architecture import FAMILIES, PRESETS, Architecture
 from asdm_core.gri import LogGains
-from asdm_core.packs import BadFile, Description, TensorFile, open_pack, open_unet, parse_header
+from asdm_core.packs import Description, open_pack, open_unet
+from asdm_core.tensor_file import BadFile, TensorFile, parse_header
 from asdm_core.surgery import ADDRESSED, Form, Mismatch
 from tests.core.narrow import CONFIGS, SD, weights
 
@@ -106,7 +107,7 @@ def test_int8_is_close_and_small(tmp_path):
         # Half a step of 127, of the largest number in each output channel; small tensors stay fp16.
         step = tensor.abs().amax(dim=tuple(range(1, tensor.dim())), keepdim=True) / 127
         assert ((found[key] - tensor).abs() <= step * 0.51 + 1e-2).all(), key
-    assert packs.read_header(tmp_path / "file.safetensors").tensors[KEY][0] == "I8"
+    assert tensor_file.read_header(tmp_path / "file.safetensors").tensors[KEY][0] == "I8"
 
 
 def test_files_are_read_lazily(pack, monkeypatch):
@@ -127,7 +128,7 @@ def test_unets_without_a_description(tmp_path, form):
     assert equal(found.tensors, sd)
 
 
-def diffusers_folder(root, scheduler=None, sub="unet"):
+def a_folder(root, scheduler=None, sub="unet"):
     sd, _ = surgery.cut(weights(SD), BASE)
     (root / sub).mkdir(parents=True)
     save_file(
@@ -150,7 +151,7 @@ def diffusers_folder(root, scheduler=None, sub="unet"):
     ],
 )
 def test_folders_say_what_is_predicted(tmp_path, scheduler, prediction):
-    root = diffusers_folder(tmp_path / "model", scheduler)
+    root = a_folder(tmp_path / "model", scheduler)
     for path in (root, root / "unet"):
         assert open_unet(path).description.prediction == prediction
 
@@ -169,7 +170,7 @@ def test_folders_say_what_is_predicted(tmp_path, scheduler, prediction):
 )
 def test_folders_with_a_bad_scheduler(tmp_path, scheduler, message):
     with pytest.raises(BadFile, match=f"scheduler_config.json: .*{re.escape(message)}"):
-        open_unet(diffusers_folder(tmp_path / "model", scheduler))
+        open_unet(a_folder(tmp_path / "model", scheduler))
 
 
 def shard(folder, sd, variant="", parts=2, stem="diffusion_pytorch_model"):
@@ -225,7 +226,7 @@ def test_variants_in_other_places(tmp_path, diffusers_weights, file, part, index
         old, new = (f"{form.format(stem, number)}.safetensors" for form in (part, file))
         (tmp_path / "unet" / old).rename(tmp_path / "unet" / new)
         places = places.replace(old, new)
-        assert packs.is_shard(new)
+        assert diffusers_folder.is_shard(new)
     written.unlink()
     (tmp_path / "unet" / index.format(stem)).write_text(places)
     assert equal(open_unet(tmp_path).tensors, surgery.cut(weights(SD), BASE)[0])
@@ -236,8 +237,8 @@ def test_of_several_files_the_plain_one_is_taken_then_fp16(tmp_path):
     for variant in names:
         path = tmp_path / f"diffusion_pytorch_model{'.' * bool(variant)}{variant}.safetensors"
         path.touch()
-        assert packs.unet_in_folder(tmp_path) == path
-    assert packs.unet_in_folder(tmp_path / "absent") is None
+        assert diffusers_folder.unet_in_folder(tmp_path) == path
+    assert diffusers_folder.unet_in_folder(tmp_path / "absent") is None
 
 
 @pytest.mark.parametrize(
@@ -268,7 +269,7 @@ def test_a_tensor_in_two_shards(tmp_path, diffusers_weights):
 
 def test_a_choice_by_hand_wins_over_the_schedulers_file(tmp_path):
     for scheduler in ('{"prediction_type": "sample"}', '{"prediction_type": "v_prediction"}', "{"):
-        root = diffusers_folder(tmp_path / str(len(scheduler)), scheduler)
+        root = a_folder(tmp_path / str(len(scheduler)), scheduler)
         assert open_unet(root, prediction="eps").description.prediction == "eps"
 
 
@@ -368,7 +369,7 @@ def test_wrong_int8_scales(tmp_path, scale, message):
     packs.write_pack(
         path, surgery.extract(weights(SD), M2, M2.pack_units()), Description("pack", M2, M2.pack_units()), "int8"
     )
-    rewritten(path, lambda sd: sd.update({KEY + packs.SCALE: scale}))
+    rewritten(path, lambda sd: sd.update({KEY + tensor_file.SCALE: scale}))
     with pytest.raises(BadFile, match=rf"^pack.safetensors: .*{message}"):
         open_pack(path)
 
@@ -611,7 +612,7 @@ def test_markers_are_small(tmp_path, unet, name, tensor, message):
 
 @pytest.mark.parametrize("name", [5, ["vae"], "../vae.safetensors", "a\nb", ""])
 def test_companions_are_names_of_files_beside_it(pack, name):
-    text = json.dumps(json.loads(packs.TensorFile(pack).metadata["asdm"]) | {"companions": {"vae": name}})
+    text = json.dumps(json.loads(tensor_file.TensorFile(pack).metadata["asdm"]) | {"companions": {"vae": name}})
     with pytest.raises(ValueError, match="names of files beside it"):
         Description.from_json(text)
 
@@ -777,7 +778,7 @@ def test_wrong_tensors_are_not_written(tmp_path):
 )
 def test_places_where_nothing_is_written(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
-        packs.write_file(tmp_path / name, {}, {})
+        tensor_file.write_file(tmp_path / name, {}, {})
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(pack, monkeypatch):
@@ -787,9 +788,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(pack, monkeypatch):
         Path(args[1]).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(packs, "save_file", fail)
+    monkeypatch.setattr(tensor_file, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        packs.write_file(pack, {"a": torch.zeros(1)}, {})
+        tensor_file.write_file(pack, {"a": torch.zeros(1)}, {})
     assert pack.read_bytes() == before and list(pack.parent.iterdir()) == [pack]
 
 
@@ -825,11 +826,11 @@ def write_text_encoder(path, config=TEXT, **changes):
 
 def test_text_encoders_get_their_whole_table(tmp_path):
     sd = write_text_encoder(tmp_path / "text.safetensors")
-    config, weights = packs.open_text_encoder(tmp_path / "text.safetensors")
-    table = weights.pop(packs.TOKEN_TABLE)
+    config, weights = text_encoder.open_text_encoder(tmp_path / "text.safetensors")
+    table = weights.pop(text_encoder.TOKEN_TABLE)
     assert config == TEXT and table.shape == (20, 8)
-    assert torch.equal(table[[4, 18, 19]], sd[packs.TOKEN_TABLE]) and table.count_nonzero() == 24
-    assert equal(weights, {k: v for k, v in sd.items() if k not in (packs.TOKEN_TABLE, "token_ids")})
+    assert torch.equal(table[[4, 18, 19]], sd[text_encoder.TOKEN_TABLE]) and table.count_nonzero() == 24
+    assert equal(weights, {k: v for k, v in sd.items() if k not in (text_encoder.TOKEN_TABLE, "token_ids")})
 
 
 BIAS = "text_model.encoder.layers.1.mlp.fc1.bias"
@@ -863,4 +864,4 @@ BIAS = "text_model.encoder.layers.1.mlp.fc1.bias"
 def test_wrong_text_encoders(tmp_path, config, changes, message):
     write_text_encoder(tmp_path / "text.safetensors", config, **changes)
     with pytest.raises(BadFile, match=message):
-        packs.open_text_encoder(tmp_path / "text.safetensors")
+        text_encoder.open_text_encoder(tmp_path / "text.safetensors")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from asdm_core.addresses import UNetConfig
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 
 from train.emoji import unet
 from train.emoji.codec import Codec, to_taesd

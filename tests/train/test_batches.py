@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 from tests.train.recipes import CONFIGS, NARROW
 from train.config import load
 from train.data import Batches, Cache, Random

@@ -6,7 +6,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors import safe_open
 
 from asdm_core.architecture import FAMILIES
-from asdm_core.packs import dequantise, quantise
+from asdm_core.tensor_file import dequantise, quantise
 from train.emoji import unet as unets
 from train.diffusion import ALPHAS, coefficients, ddim, noised, schedule, step_weights
 from train.emoji.text import LENGTH, TextEncoder, host_folder

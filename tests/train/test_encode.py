@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import train.encode
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 from tests.train.recipes import NARROW
 from train.config import load
 from train.data import Cache

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import bootstrap
 from asdm_core.architecture import Architecture
 from asdm_core.identity import Checkpoint
-from asdm_core.packs import TensorFile, describe, open_model, open_pack, open_unet
+from asdm_core.packs import describe, open_model, open_pack, open_unet
+from asdm_core.tensor_file import TensorFile
 from train.emoji.codec import load_codec
 from train.emoji.text import Tokens, load_text
 from train.emoji.unet import CONFIG, addressed, load_unet

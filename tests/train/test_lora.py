@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from asdm_core.addresses import keys, lora_names
 from asdm_core.architecture import FAMILIES
 from asdm_core.lora import report
-from asdm_core.packs import TensorFile, open_pack
+from asdm_core.packs import open_pack
+from asdm_core.tensor_file import TensorFile
 from tests.train.recipes import NARROW
 from train import lora, networks
 from train.config import load

@@ -18,7 +18,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
-from asdm_core.packs import TensorFile
+from asdm_core.tensor_file import TensorFile
 from tests.train.recipes import CONFIGS, NARROW
 from tests.train.test_sources import models, recipe, write_shards  # noqa: F401
 from train import networks, sharding

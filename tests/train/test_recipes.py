@@ -7,7 +7,8 @@ import pytest
 from accelerate import Accelerator
 from torch import nn
 
-from asdm_core.packs import TensorFile, open_model
+from asdm_core.packs import open_model
+from asdm_core.tensor_file import TensorFile
 from tests.train.recipes import RECIPES
 from train import loop
 from train.config import LOSSES, load

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from asdm_core import few_step
-from asdm_core.packs import TensorFile, open_pack
+from asdm_core.packs import open_pack
+from asdm_core.tensor_file import TensorFile
 from tests.train.recipes import CONFIGS, NARROW
 from train import dry_run, losses, networks
 from train.config import load

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from asdm_core.architecture import Architecture
-from asdm_core.packs import Description, TensorFile, describe, write_unet
+from asdm_core.packs import Description, describe, write_unet
+from asdm_core.tensor_file import TensorFile
 from tests.train.recipes import NARROW
 from train import networks
 from train.config import load

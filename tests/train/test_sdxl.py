@@ -9,7 +9,8 @@ from diffusers.models.embeddings import Timesteps
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from asdm_core.packs import open_unet, write_file
+from asdm_core.packs import open_unet
+from asdm_core.tensor_file import write_file
 from tests.train.recipes import CONFIGS
 from train import taps
 from train.config import load

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from asdm_core import packs
+from asdm_core import tensor_file
 from tests.train.recipes import NARROW
 from train import show
 from train.config import load
@@ -94,7 +94,7 @@ def test_tensorboard_that_is_not_there_is_named(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_goes_on_from_it(tmp_path, monkeypatch):
-    original = packs.save_file
+    original = tensor_file.save_file
 
     def full(tensors, path, metadata=None):
         if "00000004" in str(path):
@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_goes_on_from_i
             r"device\). checkpoint-00000002.safetensors is whole; make room",
         ),
     ):
-        m.setattr(packs, "save_file", full)
+        m.setattr(tensor_file, "save_file", full)
         run(tmp_path / "full")
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["checkpoint-00000002.safetensors", "log.jsonl"]
     run(tmp_path / "full"), run(tmp_path / "whole")

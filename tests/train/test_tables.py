@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from asdm_core.architecture import Architecture
-from asdm_core.packs import METADATA_KEY, Description, write_file
+from asdm_core.packs import Description, METADATA_KEY
+from asdm_core.tensor_file import write_file
 from bench import _evidence as evidence
 from bench import tables
 from bench._evidence import Claim, verdict

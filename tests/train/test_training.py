@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 from train.emoji import data as family
 from train.emoji import teacher
 from train.emoji import unet as unets

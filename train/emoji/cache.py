@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 
 from .captions import caption, own_tags, prompt
 from .data import Glyphs, load_glyphs

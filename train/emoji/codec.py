@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 
 from .data import ALL_COPIES, draw, load_glyphs, variants
 from .sources import STYLES

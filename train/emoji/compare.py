@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from asdm_core.measure import psnr, ssim
-from asdm_core.packs import open_model, write_file
+from asdm_core.packs import open_model
+from asdm_core.tensor_file import write_file
 
 from ..figures import save_grid
 from ..metrics import by_bins, frechet, kid, standard_error

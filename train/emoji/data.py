@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 
 from .captions import held_out
 from .render import BACKGROUNDS, IDENTITY, compose, jitter, render

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import functional as F
 
-from asdm_core.packs import read_header
+from asdm_core.tensor_file import read_header
 
 from ..losses import PerceptualNetwork
 from .classifier import SIZE, load_classifier

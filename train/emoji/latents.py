@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 
 from .codec import load_codec
 from .data import Glyphs, Variant, draw, load_glyphs, variants

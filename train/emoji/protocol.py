@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from asdm_core.packs import read_header
+from asdm_core.tensor_file import read_header
 
 from .. import coco
 from ..diffusion import STEPS

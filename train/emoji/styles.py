@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 
 from ..progress import Progress, plain_errors
 from .codec import load_codec

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 
 from ..encoders import Text, ToText
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from asdm_core.packs import write_file
+from asdm_core.tensor_file import write_file
 
 from ..optimisation import Average, trapezoid
 

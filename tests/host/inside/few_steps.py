@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.append(str(ROOT))  # last: the host has its own `nodes`
 
 from asdm_core import few_step  # noqa: E402
-from asdm_core.packs import TensorFile  # noqa: E402
+from asdm_core.tensor_file import TensorFile  # noqa: E402
 from train import lora, networks  # noqa: E402
 from train.config import load  # noqa: E402
 from train.diffusion import simple_times  # noqa: E402

@@ -23,7 +23,7 @@ SD, SD2, SDXL = small.SD, small.SD2, small.SDXL
 Architecture = small.Architecture
 Form = small.surgery.Form
 surgery = small.surgery
-packs = small.packs
+packs, tensor_file = small.packs, in_pack("asdm_core.tensor_file")
 models = small.models
 Type = comfy.model_base.ModelType
 files, switch = in_pack("nodes.engine.files"), in_pack("nodes.engine.switch")
@@ -95,7 +95,7 @@ def test_what_is_listed_of_diffusers_folders_is_what_loads(monkeypatch, tmp_path
     for name in listed:
         models.load_unet(str(files.unet_path(name)))
     # One that is there and not listed says why.
-    with pytest.raises(packs.BadFile, match="a pickle file.* convert it"):
+    with pytest.raises(tensor_file.BadFile, match="a pickle file.* convert it"):
         models.load_unet(str(files.unet_path("pickled/")))
     for name in ("absent/", "../pickled/", f"{tmp_path}/"):
         with pytest.raises(ValueError, match="is not there any more"):
@@ -114,7 +114,7 @@ def test_a_replaced_file_has_another_fingerprint(monkeypatch, tmp_path):
         save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     chosen = small.Architecture.full(SD)
     description = packs.Description("unet", chosen, companions={"vae": "vae.safetensors"})
-    packs.write_file(tmp_path / "whole.safetensors", {"a": torch.zeros(1)}, {"asdm": description.to_json()})
+    tensor_file.write_file(tmp_path / "whole.safetensors", {"a": torch.zeros(1)}, {"asdm": description.to_json()})
     nodes = node_classes()
     cases = [
         ("ASDMLoadPrunedUNet", "unet_name", "folder/", "folder/unet/diffusion_pytorch_model.safetensors"),

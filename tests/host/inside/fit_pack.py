@@ -13,6 +13,7 @@ from in_host import module, node_classes
 SD = small.SD
 fit_pack, fitting = module("nodes.fit_pack"), module("nodes.engine.fitting")
 differences, identity, packs = module("asdm_core.differences"), module("asdm_core.identity"), small.packs
+tensor_file = module("asdm_core.tensor_file")
 core = module("asdm_core.fit")
 unpatched = module("nodes.engine.unpatched")
 M2 = small.Architecture.preset("m2", SD)
@@ -223,4 +224,4 @@ def test_sdxl(folder, folder_of_packs, monkeypatch):
     own = small.sample(model, small.SDXL)
     (played, name, _) = run(model, path, monkeypatch, steps=8, clip=Wide())
     assert like(played, own, config=small.SDXL) < like(small.with_pack(model, path), own, config=small.SDXL)
-    assert json.loads(packs.read_header(folder_of_packs / name).metadata["asdm"])["format"] == 3
+    assert json.loads(tensor_file.read_header(folder_of_packs / name).metadata["asdm"])["format"] == 3

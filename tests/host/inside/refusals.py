@@ -11,12 +11,13 @@ from in_host import execute, module, node_classes
 from safetensors.torch import load_file, save_file
 
 SD, SDXL, packs, models = small.SD, small.SDXL, small.packs, small.models
+tensor_file = module("asdm_core.tensor_file")
 
 
 def test_errors_have_a_short_public_name(tmp_path):
     node_classes()
     (tmp_path / "broken.safetensors").write_bytes(b"no safetensors")
-    with pytest.raises(packs.BadFile) as caught:
+    with pytest.raises(tensor_file.BadFile) as caught:
         models.load_unet(str(tmp_path / "broken.safetensors"))
     assert full_type_name(type(caught.value)) == "asdm.BadFile"
     recognise = module("asdm_core.recognise")
@@ -101,7 +102,7 @@ def damage(pack, name, change):
     sd = load_file(pack)
     path = pack.with_name(f"{name}.safetensors")
     change(sd)
-    save_file(sd, path, packs.TensorFile(pack).metadata)
+    save_file(sd, path, tensor_file.TensorFile(pack).metadata)
     return path
 
 

@@ -32,7 +32,7 @@ FAMILIES[small.SD.family] = UNetConfig.from_dict(small.SD.to_dict())  # train's 
 COMMAND = f"""
 import sys
 import asdm_core.architecture as architecture
-from asdm_core.addresses import UNetConfig
+from asdm_core.addresses import UNetConfig  # noqa: E402
 architecture.FAMILIES[{small.SD.family!r}] = UNetConfig.from_dict({small.SD.to_dict()!r})
 from train.__main__ import main
 recipes, *more = sys.argv[1:]

@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).parent))
 from small import weights  # noqa: E402
 
 packs = module("asdm_core.packs")
+tensor_file = module("asdm_core.tensor_file")
 architecture = module("asdm_core.architecture")
 Architecture, Description = architecture.Architecture, packs.Description
 
@@ -44,7 +45,7 @@ def write_text_encoder(path):
     name = "text_model.embeddings.token_embedding.weight"
     ids = torch.cat([torch.arange(1000), torch.tensor([49406, 49407])])
     tensors[name] = torch.randn(len(ids), WIDTH)
-    packs.write_file(
+    tensor_file.write_file(
         path, {**tensors, "token_ids": ids.int()}, {"format": "pt", "text_config": json.dumps(TEXT_CONFIG)}
     )
 
@@ -61,7 +62,7 @@ def write_vae(path):
         (k for k in tensors if k.startswith("taesd_decoder") and k.endswith("bias")), key=lambda k: int(k.split(".")[1])
     )
     tensors[last] += 0.5  # grey on average; without it all is black
-    packs.write_file(path, tensors, {"format": "pt"})
+    tensor_file.write_file(path, tensors, {"format": "pt"})
 
 
 def main(folder):
