@@ -37,13 +37,13 @@ from train.progress import plain_errors
 from train.provenance import named
 
 STEPS = 10  # of sampling, for packs
-SAMPLES = (3000, 6000, 12_000, 24_000)  # of a stage
+SAMPLES = (3000, 8000, 24_000)  # of a stage
 SEEDS = (1, 2, 3)  # of training, with the most samples
 NOISES = 3
 PACKS = ("m1", "m2")
 LORA = "two_steps_lora"
 ROLLED = 6144  # samples of a LoRA
-USES = (3, 24, 96)  # of each trajectory
+USES = (3, 48)  # of each trajectory
 
 
 # More samples ---------------------------------------------------------------------------------------
