@@ -16,6 +16,7 @@ some, and the record keeps the others.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from accelerate import Accelerator
 
 from asdm_core.measure import psnr
 from bench import _evidence as evidence
+from bench import _evidence_page as evidence_page
 from bench import tables
 from bench._common import ROOT, beside_earlier, command_line, record
 from bench.fewstep import Pictures, Row, rows_of
@@ -118,6 +120,7 @@ def recipe(args: argparse.Namespace, uses: int) -> Config:
     config = load(tables.RECIPES / "emoji-two-steps-lora.toml", [])
     (steps,), batch = config.rollout.steps, config.run.batch
     updates = ROLLED // batch
+    walks = ROLLED // steps + batch  # those that begin or end in the middle count as well
     return load(
         tables.RECIPES / "emoji-two-steps-lora.toml",
         [
@@ -130,7 +133,7 @@ def recipe(args: argparse.Namespace, uses: int) -> Config:
             "run.keep=1",
             f"optimiser.cooldown={updates // 2}",
             f"rollout.uses={uses}",
-            f"rollout.window={ROLLED // steps // uses}",
+            f"rollout.window={math.ceil(walks / uses)}",
             f"rollout.bank={args.folder / 'bank'}",
         ],
     )
@@ -196,7 +199,7 @@ def main() -> None:
         values, rows = beside_earlier("longer", summary(rows), rows, made, lambda row: row["part"])
         record("longer", values, rows, made, notes=args.notes)
         page = ROOT / "docs" / "evidence.md"
-        page.write_text(evidence.with_longer(page.read_text("utf-8"), rows), "utf-8")
+        page.write_text(evidence_page.with_longer(page.read_text("utf-8"), rows), "utf-8")
         evidence.plot_samples(ROOT / "docs" / "evidence-samples.png", rows)
 
 

@@ -38,7 +38,7 @@ from asdm_core.__main__ import main as convert
 from asdm_core.measure import ratio, time_alternating
 from asdm_core.packs import open_pack, open_unet
 from bench._common import RESULTS, ROOT, beside_earlier, command_line, record
-from bench._evidence import with_style
+from bench._evidence_page import with_style
 from bench.fewstep import Pictures, Row, few_of
 from train.diffusion import ALPHAS, simple_times
 from train.emoji.teacher import codec_images

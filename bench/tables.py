@@ -34,7 +34,7 @@ from asdm_core.packs import describe
 from asdm_core.tensor_file import TensorFile
 from asdm_core.surgery import cut_diffusers
 from train.config import Config, load
-from train.emoji.compare import FIXED, REFERENCE, Judge, Switched
+from train.emoji.compare import FIXED, Judge, Switched
 from train.progress import plain_errors
 from train.provenance import named
 from train.emoji.features import ClassifierFeatures
@@ -44,6 +44,7 @@ from train.teacher_outputs import write_teacher_outputs
 from train.networks import assembled
 
 from . import _evidence as evidence
+from . import _evidence_page as evidence_page
 from ._common import RESULTS, beside_earlier, command_line, record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -550,10 +551,10 @@ def publish(
     text = page(settings, rows, macs, verdicts, made_by, notes)
     few_steps = ROOT / "bench" / "results" / "fewstep.json"
     if few_steps.exists():
-        text = evidence.with_style(text, json.loads(few_steps.read_text()))
+        text = evidence_page.with_style(text, json.loads(few_steps.read_text()))
     longer = ROOT / "bench" / "results" / "longer.json"
     if longer.exists():
-        text = evidence.with_longer(text, json.loads(longer.read_text())["rows"])
+        text = evidence_page.with_longer(text, json.loads(longer.read_text())["rows"])
     (docs / "evidence.md").write_text(text, encoding="utf-8")
 
 
@@ -582,121 +583,6 @@ def measure_shipped(settings: Settings, names: Sequence[str]) -> None:
     publish(settings, rows, old["command"], old.get("notes", ""), names)
 
 
-TABLES = {
-    "Table 1: students of stage 1, with further experts": (
-        "shipped-small",
-        "shipped-tiny",
-        "shipped-tiny-e2",
-        "base",
-        "base-task",
-        "base-on",
-        "base-e2",
-        "base-clme",
-        "small",
-        "small-on",
-        "small-e2",
-        "small-e2-fixed",
-        "small-clme",
-        "tiny",
-        "tiny-on",
-        "tiny-e2",
-        "tiny-e2-fixed",
-        "tiny-clme",
-    ),
-    "Table 2: combined UNets": (
-        "shipped-m1",
-        "shipped-m2",
-        "base",
-        "m1",
-        "m2",
-        "m3",
-        "m4",
-        "m5",
-        "m5-seconds",
-        "m2-paper",
-        "m2-mid",
-        "m2-features",
-        "m2-both",
-    ),
-    "Controls": (
-        "teacher-on",
-        "m2-direct",
-        "m2-alone",
-        "m1-alone",
-        "m3-alone",
-        "base-alone",
-        "small-alone",
-        "tiny-alone",
-    ),
-}
-
-
-PAGE = """\
-# What the papers claim, tried at emoji scale
-
-Written by `bench/tables.py` from its measurements (`bench/results/tables.json`); nothing is typed in by hand. The \
-numbers compare techniques with each other on the small [emoji family](../models/README.md). **They say nothing \
-absolute about SD1.5.**
-
-- Each run of one stage learned from {samples:,} samples, equal for all: the same samples in the same order, batch \
-{batch}, learning rate {lr:g}. That is very little: all rows are far from converged, and a claim about long training \
-is not refuted by them. The rows "in models/" are not part of the comparison: they are the weights that ship, made by \
-the same recipes ([models/README.md](../models/README.md) says with how many samples).
-- {finished} of {runs} runs are finished; {spread}. Pictures are not counted as n.
-- Measured on {pictures} pictures of each row ({prompts} plain prompts, {steps} DDIM steps, CFG {cfg:g}), drawn from \
-the same noises in every row, and on {fixed} fixed inputs (v-MSE). PSNR and SSIM are to the original's picture from \
-the same noise. Accuracy is the emoji classifier's top-1. KID is the unbiased kernel distance of its features to real \
-glyphs{frechet}.
-- Distances to the teacher punish a network that is better than it; accuracy, KID and the v-MSE to the data do not.
-- A verdict needs a difference above a margin: {margins}{chance}.
-- "samples" and "s" (seconds of training) include the stage before. The teacher's outputs were computed once and are \
-not counted.{notes}
-{trained_on}
-## Claims
-
-{claims}
-
-![v-MSE to the teacher of all rows](evidence-rows.png)
-
-## The original and what is merely cut
-
-{cut}
-
-{tables}
-
-![v-MSE to the teacher by timestep](evidence-timesteps.png)
-
-## Table 3: two UNets in one sampling run
-
-Rows differ in MACs, so they are drawn against them and not ranked alone. The paper's S1 is Base for 10 of 25 steps, \
-then the original; S2 the original for 15, then Base; S3 the original for 10, then Base.
-
-{switches}
-
-![PSNR against MACs](evidence-switching.png)
-
-## Transfer: packs in the OpenMoji finetune they never saw
-
-PSNR, SSIM and the gap are to the finetune's own pictures.
-
-{transfer}
-
-## Not tried here
-
-- VGG: where A-SDM has it, the rows with features of a frozen network have the family's own classifier, at one weight.
-- Held-out pairs of emoji and style or background; see [models/README.md](../models/README.md) for the shipped pack.
-
-## Doing it again
-
-```
-{command}
-```
-
-The same command goes on where it stopped; more `--seeds` add training seeds of the key rows, more `--rounds` add \
-pictures.
-"""
-
-
 def page(
     settings: Settings, rows: dict, macs: dict[str, float], verdicts: Sequence[dict], made_by: str, notes: str
 ) -> str:
@@ -705,80 +591,36 @@ def page(
     titles = {run.name: run.what for run in RUNS}
     titles |= {f"cut-{preset}": f"{preset.capitalize()}, merely cut" for preset in CUT}
     titles |= {f"shipped-{name}": f"{name} in models/" for name in SHIPPED}
-    titles |= {"whole": "the original", **{switch_name(switch): switch_title(switch) for switch in SWITCHES}}
+    titles |= {
+        "whole": "the original",
+        **{switch_name(switch): evidence_page.switch_title(switch) for switch in SWITCHES},
+    }
 
     def table(of: dict, names: Iterable[str], macs: dict[str, float] | None = None) -> str:
-        return "\n".join(evidence.table(of, [(name, titles[name]) for name in names], macs))
+        return "\n".join(evidence_page.table(of, [(name, titles[name]) for name in names], macs))
 
     seeds = max(found["seeds"] for found in mine.values() if "samples" in found)
-    return PAGE.format(
+    return evidence_page.PAGE.format(
         **drawn(settings),
         samples=settings.updates() * BATCH,
         batch=BATCH,
         lr=LR,
         finished=sum(run.name in mine for run in RUNS),
         runs=len(RUNS),
-        spread=said_of_the_spread(seeds),
+        spread=evidence_page.said_of_the_spread(seeds),
         pictures=mine["whole"]["pictures"],
         fixed=FIXED,
-        frechet=said_of_the_frechet_distance(mine["whole"]),
+        frechet=evidence_page.said_of_the_frechet_distance(mine["whole"]),
         margins=", ".join(map(evidence.margin, evidence.MARGINS)),
-        chance=said_of_chance(seeds),
+        chance=evidence_page.said_of_chance(seeds),
         notes=f" Notes: {notes}." if notes else "",
-        trained_on=said_of_training_on(mine),
-        claims="\n".join(evidence.claims_text(verdicts)),
+        trained_on=evidence_page.said_of_training_on(mine),
+        claims="\n".join(evidence_page.claims_text(verdicts)),
         cut=table(mine, ["whole", *(f"cut-{preset}" for preset in CUT)]),
-        tables="\n\n".join(f"## {title}\n\n{table(mine, names)}" for title, names in TABLES.items()),
+        tables="\n\n".join(f"## {title}\n\n{table(mine, names)}" for title, names in evidence_page.TABLES.items()),
         switches=table(mine, map(switch_name, sorted(SWITCHES)), macs),
         transfer=table(its, ["whole", "cut-m2", *TRANSFER]),
         command=made_by,
-    )
-
-
-def switch_title(switch: tuple[str, str, float]) -> str:
-    first, second = (name.replace("whole", "the original") for name in switch[:2])
-    in_the_paper = {("base", 0.4): " (S1)", ("whole", 0.6): " (S2)", ("whole", 0.4): " (S3)"}
-    return f"{first} for {switch[2]:.0%}, then {second}{in_the_paper.get((switch[0], switch[2]), '')}"
-
-
-def said_of_the_spread(seeds: int) -> str:
-    if seeds == 1:
-        return (
-            "every row is **one** training run, so nothing here knows the spread over training seeds; small "
-            "differences may be chance"
-        )
-    return (
-        f"the standard deviation over {seeds} training seeds is in brackets where a row has several; the others are "
-        "**one** training run"
-    )
-
-
-def said_of_chance(seeds: int) -> str:
-    if seeds == 1:
-        return ". With one training seed nobody knows what chance can do; these are guesses"
-    return (
-        ", and one above twice the standard error over training seeds, where one of the two rows has several; "
-        "elsewhere nobody knows what chance can do"
-    )
-
-
-def said_of_the_frechet_distance(original: dict) -> str:
-    if "fed_glyphs" not in original:
-        return ""
-    return (
-        ", FED their Frechet distance. Few pictures bias that upwards, all rows alike: as many real glyphs (or "
-        f"{REFERENCE // 2:,}) get {original['fed_glyphs']:.1f}"
-    )
-
-
-def said_of_training_on(rows: dict[str, dict]) -> str:
-    """A line where the original became worse by more training."""
-    if "teacher-on" not in rows or rows["teacher-on"]["v_mse_data"] <= rows["whole"]["v_mse_data"]:
-        return ""
-    return (
-        f"- The original trained on went from {rows['whole']['v_mse_data']:.4f} to "
-        f"{rows['teacher-on']['v_mse_data']:.4f} in v-MSE to the data: at this learning rate so few samples make a "
-        "finished network worse before they could make it better.\n"
     )
 
 

@@ -10,6 +10,7 @@ from asdm_core.architecture import Architecture
 from asdm_core.packs import Description, METADATA_KEY
 from asdm_core.tensor_file import write_file
 from bench import _evidence as evidence
+from bench import _evidence_page as evidence_page
 from bench import tables
 from bench._evidence import Claim, verdict
 from bench.tables import RUNS, Settings
@@ -96,7 +97,7 @@ def test_claims_are_about_rows_that_exist():
     rows = {*NAMES, "whole", *map(tables.switch_name, tables.SWITCHES)}
     for claim in evidence.CLAIMS:
         assert {claim.better, claim.worse} <= rows, claim
-    assert {name for names in tables.TABLES.values() for name in names} == {
+    assert {name for names in evidence_page.TABLES.values() for name in names} == {
         *NAMES,
         *(f"shipped-{name}" for name in tables.SHIPPED),
     }
@@ -150,7 +151,7 @@ def test_accuracy_is_compared_in_standard_errors():
 def test_what_was_not_run_is_said_to_be():
     found = verdict(NEAR, {"a": ROW})
     assert (found["verdict"], found["missing"]) == ("not run", ["b"])
-    lines = evidence.table({"a": ROW}, [("a", "one"), ("b", "two")])
+    lines = evidence_page.table({"a": ROW}, [("a", "one"), ("b", "two")])
     assert lines[2].startswith("| one | 0.1000 | 16.00") and lines[3].startswith("| two | not run")
     assert lines[3].count("|") == lines[0].count("|")
 
