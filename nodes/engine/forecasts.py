@@ -570,7 +570,9 @@ def response_of(sampler, sigmas: Tensor, model) -> Response:
     nodes = sigmas.detach().cpu().float()
     try:
         with torch.no_grad():
-            return replace(response(sample), noisy=draws_noise(sampler))
+            found = response(sample)
+            beside = len(found) >= len(nodes) or function.__name__.startswith("sample_unipc")  # its corrector
+            return replace(found, noisy=draws_noise(sampler), beside=beside)
     except (TypeError, AttributeError, IndexError, RuntimeError, KeyError):
         name = function.__name__.removeprefix("sample_")
         raise ValueError(f"{name} wants more of a model than its results, as samplers of CFG++ do") from None

@@ -194,7 +194,8 @@ def test_no_other_weights_have_a_smaller_objective(apart, corrects):
     recording = Toy("dpmpp_2m", 5.0).recording()
     kinds = kinds_of("FFrFrrFrr" if not apart else "FFcFrcFrr")
     fit = Fit(recording, apart=apart, corrects=corrects)
-    best, straight = ((fit.weights(kinds, fitted).error * recording.size) ** 2 for fitted in (True, False))
+    its = forecast_fit.strain(recording.response, fit.weights(kinds).saving, recording.guidance)
+    best, straight = ((fit.weights(kinds, fitted).error / its * recording.size) ** 2 for fitted in (True, False))
     assert best < straight
     assert corrects or fit.objective(kinds) == pytest.approx(best)
     n, w = len(recording), recording.guidance - 1
@@ -319,6 +320,19 @@ def test_where_noise_is_drawn_errors_of_early_evaluations_last():
     assert errors[0] == pytest.approx(errors[1])
     first = [best_of(fits_of(r), 16).plan.letters().index("r") for r in (plain, noisy)]
     assert first[0] < first[1]
+
+
+def test_errors_strain_with_long_gaps_guidance_and_trial_states():
+    strain, euler = forecast_fit.strain, response_of("euler")
+    beside, noisy = replace(euler, beside=True), replace(euler, noisy=True)
+    assert strain(euler, 0.2, 7) == strain(euler, 0.5, 7) == 1 and strain(euler, 0.8, 7) == pytest.approx(1.33)
+    assert strain(euler, 0.5, 3) == pytest.approx((3 / 7) ** 0.3) and strain(euler, 0.5, 0) == strain(euler, 0.5, 1)
+    assert strain(beside, 0.5, 7) == forecast_fit.UNDERRATED and strain(noisy, 0.5, 7) == 1 / forecast_fit.OVERRATED
+    recording = Toy("euler", 5.0).recording()
+    trial = replace(recording, response=replace(recording.response, beside=True))
+    kinds = kinds_of("FFrFrrFrr")
+    assert Fit(trial).weights(kinds).error == pytest.approx(1.6 * Fit(recording).weights(kinds).error)
+    assert Fit(trial).weights(kinds).plan == Fit(recording).weights(kinds).plan
 
 
 def test_transfer_of_the_last_euler_step_is_its_own():

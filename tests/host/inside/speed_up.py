@@ -289,6 +289,15 @@ def test_of_samplers_that_add_noise_what_is_foretold_is_what_the_table_says(mode
         assert any("every step is computed" in note for note in report.notes)
 
 
+def test_samplers_that_try_states_beside_their_path_are_known(model):
+    sigmas = small.sigmas_of(model, STEPS)
+    found = {
+        name: forecasts.response_of(comfy.samplers.sampler_object(name), sigmas, model).beside
+        for name in ("euler", "dpmpp_2m", "res_multistep", "heun", "dpm_2", "uni_pc", "uni_pc_bh2")
+    }
+    assert [name for name, beside in found.items() if beside] == ["heun", "dpm_2", "uni_pc", "uni_pc_bh2"]
+
+
 def test_a_sampler_whose_noise_is_turned_off_is_one_without(model):
     quiet, sigmas = comfy.samplers.ksampler("euler_ancestral", {"eta": 0}), small.sigmas_of(model, STEPS)
     plain = comfy.samplers.ksampler("euler")
