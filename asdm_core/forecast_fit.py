@@ -126,7 +126,7 @@ def strain(response: Response, saving: float, guidance: float) -> float:
     """
     gaps = max(1.0, 1 + LONG_GAPS * (saving - 0.5))
     kind = 1 / OVERRATED if response.noisy else UNDERRATED if response.beside else 1.0
-    return gaps * kind * (max(guidance, 1.0) / 7) ** GUIDED
+    return float(gaps * kind * (max(guidance, 1.0) / 7) ** GUIDED)
 
 
 # The recorded run -----------------------------------------------------------------------------------
