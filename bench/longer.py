@@ -31,7 +31,8 @@ from bench import _evidence_page as evidence_page
 from bench import tables
 from bench._common import ROOT, beside_earlier, command_line, record
 from bench.fewstep import Pictures, Row, rows_of
-from train.config import Config, load
+from train.config import Config
+from train.recipe import load
 from train.emoji.compare import Judge
 from train.loop import train
 from train.networks import assembled

@@ -33,7 +33,8 @@ from asdm_core.architecture import Architecture
 from asdm_core.packs import describe
 from asdm_core.tensor_file import TensorFile
 from asdm_core.surgery import cut_diffusers
-from train.config import Config, load
+from train.config import Config
+from train.recipe import load
 from train.emoji.compare import FIXED, Judge, Switched
 from train.progress import plain_errors
 from train.provenance import named

@@ -57,7 +57,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from asdm_core.tensor_file import write_file
 from bench._common import RESULTS, add_common_arguments, clock_of, command_line, record
 from train import dry_run, losses, loop, networks
-from train.config import Config, load
+from train.config import Config
+from train.recipe import load
 from train.data import Batch, Batches
 from train.diffusion import STEPS, coefficients
 from train.attention import BmmAttention

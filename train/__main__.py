@@ -17,7 +17,7 @@ import sys
 import torch
 
 from . import dry_run, fit, sharding
-from .config import load
+from .recipe import load
 from .loop import Classifier, train
 
 

@@ -28,7 +28,9 @@ from asdm_core.surgery import cut_diffusers
 
 from . import networks
 from .attention import BmmAttention
-from .config import PRECISIONS, Config, load
+from .config import Config
+from .recipe import load
+from .sections import PRECISIONS
 from .losses import LOSSES
 from .data import pooled_width
 from .optimisation import KINDS

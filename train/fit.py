@@ -30,7 +30,7 @@ from asdm_core.surgery import ADDRESSED, Form, convert, cut_diffusers, load_unit
 
 from . import schedules
 from .attention import BmmAttention
-from .config import PRECISIONS
+from .sections import PRECISIONS
 from .encoders import Text, ToText, conditions, load_text
 from .networks import DTYPES, set_attention
 from .progress import Progress, plain_errors

@@ -29,7 +29,8 @@ from asdm_core.tensor_file import BadFile, TensorFile, write_file
 
 from . import losses, networks, rollout, sharding, taps
 from .ahead import Ahead
-from .config import PRECISIONS, Config
+from .config import Config
+from .sections import PRECISIONS
 from .data import Batch, Batches, Source, cast_added
 from .diffusion import STEPS, as_v, coefficients
 from .held_out import HeldOut

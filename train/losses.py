@@ -221,7 +221,7 @@ class Kind:
     teacher: bool = True
 
 
-# Every loss by the name of its weight in a recipe's section [loss] (train/config.py).
+# Every loss by the name of its weight in a recipe's section [loss] (train/sections.py).
 LOSSES: dict[str, Kind] = {
     "task": Kind(_task, teacher=False),
     "output": Kind(_output),

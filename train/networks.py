@@ -41,7 +41,8 @@ from asdm_core.packs import (
 from asdm_core.surgery import ADDRESSED, Form, convert, cut_diffusers, extract, load_units, modules
 
 from . import lora, schedules
-from .config import Config, Regional
+from .config import Config
+from .sections import Regional
 from .lora import give_lora, write_lora
 from .rollout import few_steps
 

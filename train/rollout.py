@@ -36,7 +36,8 @@ from torch import Tensor
 from asdm_core.few_step import FewStep
 from asdm_core.tensor_file import write_file
 
-from .config import Config, Rollout
+from .config import Config
+from .sections import Rollout
 from .data import Batch, Source
 from .diffusion import ALPHAS, as_v
 from .encoders import Text, conditions, guided, joined, whole

@@ -28,7 +28,8 @@ from asdm_core.addresses import keys
 from asdm_core.packs import open_unet
 
 from . import schedules
-from .config import PRECISIONS, Config, Styles
+from .config import Config
+from .sections import PRECISIONS, Styles
 from .lora import MERGED, LoraFile
 from .networks import hold_frozen, teachers_weights
 from .seeds import seeded

@@ -10,7 +10,7 @@ import torch
 from tests.train.recipes import NARROW
 from tests.train.test_sources import models, recipe, write_folder  # noqa: F401
 from train.ahead import Ahead
-from train.config import load
+from train.recipe import load
 from train.data import Batches, Random
 from train.sources import open_source
 

@@ -5,7 +5,7 @@ import torch
 
 from asdm_core.tensor_file import write_file
 from tests.train.recipes import CONFIGS, NARROW
-from train.config import load
+from train.recipe import load
 from train.data import Batches, Cache, Random
 from train.diffusion import STEPS
 from train.sources import open_source

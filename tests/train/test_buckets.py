@@ -12,7 +12,7 @@ from PIL import Image
 from tests.train.recipes import NARROW
 from tests.train.test_sources import models  # noqa: F401
 from train import buckets
-from train.config import load
+from train.recipe import load
 from train.data import Batches, Cache
 from train.encode import captioned, encode, read_picture, shape_of
 from train.encoders import latents_of, load_text, load_vae

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from train import config
-from train.config import load
+from train import config, sections
+from train.losses import LOSSES
+from train.recipe import load
 
 RECIPES = sorted((Path(config.__file__).parent / "configs").glob("*.toml"))
 SMOKE = next(p for p in RECIPES if p.stem == "smoke")
@@ -67,7 +68,7 @@ def test_experts_sit_where_the_recipe_says():
 
 def test_stage_one_has_the_settings_of_bk_sdm():
     recipe = load(SMOKE.with_name("sd15-base.toml"))
-    assert recipe.optimiser == config.Optimiser(5e-5, (0.9, 0.999), 0.01, 1.0, 0, 0, 0.9999)
+    assert recipe.optimiser == sections.Optimiser(5e-5, (0.9, 0.999), 0.01, 1.0, 0, 0, 0.9999)
     assert (recipe.run.batch, recipe.run.steps) == (256, 50_000)
     assert (recipe.loss.task, recipe.loss.output, recipe.loss.blocks, recipe.loss.mid) == (1, 1, 1, 0)
 
@@ -261,8 +262,8 @@ def test_recipes_of_windows_editors_are_read(tmp_path):
 
 
 def test_losses_and_their_weights_have_the_same_names():
-    weights = {f.name for f in dataclasses.fields(config.Loss) if f.type == "float"}
-    assert weights == set(config.LOSSES)
+    weights = {f.name for f in dataclasses.fields(sections.Loss) if f.type == "float"}
+    assert weights == set(LOSSES)
 
 
 def test_an_unknown_family_is_named():

@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.train.recipes import CONFIGS, NARROW
 from train import networks, vgg
-from train.config import load
+from train.recipe import load
 from train.attention import BmmAttention
 from train.dry_run import CARDS, Kept, activations, memory, meta_student, perceptual, table
 

@@ -1,7 +1,7 @@
 import torch
 
 from tests.train.recipes import CONFIGS
-from train.config import load
+from train.recipe import load
 from train.data import Batches, Cache
 from train.emoji.cache import write_cache
 

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import train.encode
 from asdm_core.tensor_file import write_file
 from tests.train.recipes import NARROW
-from train.config import load
+from train.recipe import load
 from train.data import Cache
 from train.encode import captioned, encode, read_picture
 from train.encoders import Text, latents_of, load_text, load_vae

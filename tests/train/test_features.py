@@ -6,7 +6,7 @@ import torch
 from asdm_core.tensor_file import write_file
 from tests.train.recipes import CONFIGS
 from train import losses
-from train.config import load
+from train.recipe import load
 from train.data import Batch
 from train.emoji.classifier import Classifier, save_classifier
 from train.emoji.codec import Codec, to_taesd

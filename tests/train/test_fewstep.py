@@ -7,7 +7,7 @@ from asdm_core.architecture import FAMILIES
 from bench import fewstep
 from tests.train.recipes import CONFIGS
 from train import lora, networks
-from train.config import load
+from train.recipe import load
 from train.diffusion import ddim, schedule
 from train.encoders import Text
 from train.rollout import few_steps, guided_trajectory

@@ -19,7 +19,7 @@ from asdm_core.packs import open_pack
 from asdm_core.surgery import load_units
 from tests.train.recipes import CONFIGS, NARROW
 from train import loop, networks
-from train.config import load
+from train.recipe import load
 from train.data import Random
 from train.loop import Criterion, learning_rate, train
 

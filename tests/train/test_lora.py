@@ -11,7 +11,7 @@ from asdm_core.packs import open_pack
 from asdm_core.tensor_file import TensorFile
 from tests.train.recipes import NARROW
 from train import lora, networks
-from train.config import load
+from train.recipe import load
 from train.lora import changes, file_names, merge_file, tensors_of, write_lora
 
 LORA = ("student.preset=full", "student.trained=none", "lora.rank=4", "loss.blocks=0", "loss.mid=0")

@@ -23,7 +23,7 @@ from tests.train.recipes import CONFIGS, NARROW
 from tests.train.test_sources import models, recipe, write_shards  # noqa: F401
 from train import networks, sharding
 from train.__main__ import lost
-from train.config import load
+from train.recipe import load
 from train.loop import train
 
 ROOT = CONFIGS.parents[1]

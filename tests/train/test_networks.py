@@ -8,7 +8,8 @@ from asdm_core.identity import Checkpoint
 from asdm_core.packs import Description, open_model, open_pack, open_unet, write_unet
 from tests.train.recipes import CONFIGS, NARROW, RECIPES
 from train import networks, taps
-from train.config import Regional, load
+from train.recipe import load
+from train.sections import Regional
 from train.attention import BmmAttention
 from train.dry_run import activations, meta_student, report
 from train.taps import Tap, Tapped, caught

@@ -12,7 +12,7 @@ from torch._dynamo import register_backend
 
 from tests.train.recipes import NARROW
 from train import loop, networks
-from train.config import load
+from train.recipe import load
 from train.dry_run import memory, meta_student
 from train.loop import train
 from train.taps import Tapped

@@ -8,7 +8,7 @@ import torch
 from tests.train.recipes import NARROW
 from tests.train.test_batches import write_cache
 from tests.train.test_schedules import write_folder, write_teacher
-from train.config import load
+from train.recipe import load
 from train.data import Random
 from train.encoders import Text
 from train.provenance import ENCODERS, NETWORK, contents

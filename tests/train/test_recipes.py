@@ -11,7 +11,8 @@ from asdm_core.packs import open_model
 from asdm_core.tensor_file import TensorFile
 from tests.train.recipes import RECIPES
 from train import loop
-from train.config import LOSSES, load
+from train.losses import LOSSES
+from train.recipe import load
 from train.loop import train
 
 SHAPES = {

@@ -17,7 +17,7 @@ from asdm_core.packs import open_pack
 from asdm_core.tensor_file import TensorFile
 from tests.train.recipes import CONFIGS, NARROW
 from train import dry_run, losses, networks
-from train.config import load
+from train.recipe import load
 from train.data import Random
 from train.diffusion import ALPHAS, as_v, coefficients, simple_times
 from train.encoders import Text

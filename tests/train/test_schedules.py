@@ -13,7 +13,7 @@ from asdm_core.packs import Description, describe, write_unet
 from asdm_core.tensor_file import TensorFile
 from tests.train.recipes import NARROW
 from train import networks
-from train.config import load
+from train.recipe import load
 from train.diffusion import ALPHAS, ddim, step_weights
 from train.loop import Criterion, train
 from train.rollout import Solver

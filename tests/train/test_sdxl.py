@@ -13,7 +13,7 @@ from asdm_core.packs import open_unet
 from asdm_core.tensor_file import write_file
 from tests.train.recipes import CONFIGS
 from train import taps
-from train.config import load
+from train.recipe import load
 from train.data import Batches, Cache, Random
 from train.encoders import load_text
 from train.loop import train

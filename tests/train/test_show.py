@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from asdm_core import tensor_file
 from tests.train.recipes import NARROW
 from train import show
-from train.config import load
+from train.recipe import load
 from train.loop import Average, averaged, train
 
 # The narrow network as one of SD1.5, whose latents have a fixed matrix to pictures.

@@ -19,7 +19,7 @@ from asdm_core.architecture import Architecture
 from asdm_core.packs import open_pack
 from tests.train.recipes import CONFIGS, NARROW
 from train import loop, sources, networks
-from train.config import load
+from train.recipe import load
 from train.data import Batches, Cache
 from train.diffusion import STEPS, coefficients
 from train.seeds import seeded

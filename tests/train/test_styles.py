@@ -14,7 +14,8 @@ from asdm_core.packs import Description, open_pack, open_unet, write_unet
 from tests.train.recipes import NARROW
 from train import loop, networks
 from train import styles as styles_of_a_run
-from train.config import Styles, load
+from train.recipe import load
+from train.sections import Styles
 from train.lora import LoraFile, file_names, merge_file
 from train.loop import train
 from train.sources import Drawn, draw

@@ -15,7 +15,7 @@ from bench import tables
 from bench._evidence import Claim, verdict
 from bench.tables import RUNS, Settings
 from train.provenance import named
-from train.config import LOSSES
+from train.losses import LOSSES
 from train.emoji.unet import CONFIG
 
 NAMES = [run.name for run in RUNS]

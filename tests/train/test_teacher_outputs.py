@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from tests.train.recipes import NARROW
-from train.config import load
+from train.recipe import load
 from train.loop import Criterion, train
 from train.teacher_outputs import TeacherOutputs, write_teacher_outputs
 

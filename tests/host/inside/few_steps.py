@@ -18,7 +18,7 @@ sys.path.append(str(ROOT))  # last: the host has its own `nodes`
 from asdm_core import few_step  # noqa: E402
 from asdm_core.tensor_file import TensorFile  # noqa: E402
 from train import lora, networks  # noqa: E402
-from train.config import load  # noqa: E402
+from train.recipe import load  # noqa: E402
 from train.diffusion import simple_times  # noqa: E402
 from train.rollout import few_steps, rotations, table  # noqa: E402
 

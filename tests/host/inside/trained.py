@@ -24,7 +24,7 @@ from asdm_core.architecture import FAMILIES  # noqa: E402
 from asdm_core.addresses import UNetConfig  # noqa: E402
 from asdm_core.packs import open_pack, open_unet  # noqa: E402
 from train import networks  # noqa: E402
-from train.config import load  # noqa: E402
+from train.recipe import load  # noqa: E402
 from train.diffusion import ALPHAS  # noqa: E402
 
 FAMILIES[small.SD.family] = UNetConfig.from_dict(small.SD.to_dict())  # train's own copy of the pack's package
