@@ -109,7 +109,7 @@ def flat(measured: Mapping) -> dict[str, float]:
     found = {"accuracy": measured["top1"], "accuracy_se": measured["top1_se"]}
     found |= {
         k: measured[k]
-        for k in ("psnr", "psnr_se", "ssim", "kid", "fed", "fed_glyphs", "mse", "latent_mse")
+        for k in ("psnr", "psnr_se", "ssim", "border", "grad", "kid", "fed", "fed_glyphs", "mse", "latent_mse")
         if k in measured
     }
     if "v_mse" in measured:

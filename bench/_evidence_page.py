@@ -70,8 +70,9 @@ the same recipes ([models/README.md](../models/README.md) says with how many sam
 - {finished} of {runs} runs are finished; {spread}. Pictures are not counted as n.
 - Measured on {pictures} pictures of each row ({prompts} plain prompts, {steps} DDIM steps, CFG {cfg:g}), drawn from \
 the same noises in every row, and on {fixed} fixed inputs (v-MSE). PSNR and SSIM are to the original's picture from \
-the same noise. Accuracy is the emoji classifier's top-1. KID is the unbiased kernel distance of its features to real \
-glyphs{frechet}.
+the same noise; border (how muddy the ground is) and grad (sharpness, in proportion to the original's) stand where a \
+row was measured since they are. Accuracy is the emoji classifier's top-1. KID is the unbiased kernel distance of its \
+features to real glyphs{frechet}.
 - Distances to the teacher punish a network that is better than it; accuracy, KID and the v-MSE to the data do not.
 - A verdict needs a difference above a margin: {margins}{chance}.
 - "samples" and "s" (seconds of training) include the stage before. The teacher's outputs were computed once and are \
@@ -178,6 +179,8 @@ COLUMNS = (
     ("v_mse_data", "v-MSE to data", "{:.4f}"),
     ("psnr", "PSNR", "{:.2f}"),
     ("ssim", "SSIM", "{:.3f}"),
+    ("border", "border", "{:.4f}"),
+    ("grad", "grad", "{:.2f}"),
     ("gap_recovered", "gap recovered", "{:.2f}"),
     ("accuracy", "accuracy", "{:.1%}"),
     ("kid", "KID", "{:.3f}"),
@@ -235,6 +238,39 @@ def claims_text(verdicts: Sequence[Mapping]) -> list[str]:
 
 
 # Style ----------------------------------------------------------------------------------------------
+
+FEW = "## Few steps without guidance"
+FEW_ROWS = {
+    "ddim_20": "the original, 20 steps of ddim, CFG 3",
+    **{f"teacher_{n}": f"the original, {n} step{'s'[: n > 1]} of dpmpp_2m, CFG 3" for n in (4, 3, 2, 1)},
+    "three_steps_lora": "LoRA, 3 steps (not in models/)",
+    "two_steps_lora": "LoRA in models/, 2 steps",
+    "two_steps_lora_m2": "the same with M2 in models/, not trained together",
+    "two_steps_m2": "M2 for two steps",
+    "one_step": "LoRA, 1 step (not in models/)",
+}
+
+
+def with_few_steps(page: str, found: Mapping) -> str:
+    """docs/evidence.md with its section on few steps made anew. found: bench/results/fewstep.json."""
+    rows = {row["row"]: row for row in found["rows"]}
+    lines = [
+        "PSNR to the original's pictures of 20 steps, over all plain prompts. `border`: how muddy the ground is. "
+        "`grad`: sharpness, in proportion to the 20 steps'. How each was trained: "
+        "[two steps for twenty](few_steps.md).",
+        "",
+        "| row | forwards | fewer multiplications | PSNR | border | grad | accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, what in FEW_ROWS.items():
+        if (row := rows.get(name)) is None:
+            lines.append(f"| {what} | | | not run | | | |")
+            continue
+        quality = f"{row['psnr']:.2f} +- {row['psnr_se']:.2f}" if "psnr" in row else ""
+        numbers = f"{row['factor']:.1f} x | {quality} | {row['border']:.4f} | {row['grad']:.2f} | {row['top1']:.1%}"
+        lines.append(f"| {what} | {row['forwards']} | {numbers} |")
+    return with_section(page, FEW, [*lines, "", "`python bootstrap.py bench NAME=fewstep` makes this section anew."])
+
 
 STYLE = "## Style: what a pack leaves of a finetune's"
 STYLE_ROWS = {

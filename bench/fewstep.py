@@ -11,6 +11,8 @@ CFG 3, because recognition cannot tell a few-step picture from a long run's:
     top1       share the family's classifier recognises
     factor     multiplications of the UNet in the reference run over those of the row
 
+Goes into bench/results/fewstep.json and the section on few steps in docs/evidence.md.
+
 A student is NAME=PACK, NAME=LORA or NAME=PACK+LORA; its steps are those its file says. Latents are kept in --folder, so
 the same command goes on where it stopped.
 """
@@ -37,7 +39,8 @@ from asdm_core.lora import modules as lora_modules
 from asdm_core.measure import costs, psnr, total
 from asdm_core.packs import describe, open_pack
 from asdm_core.tensor_file import TensorFile, write_file
-from bench._common import beside_earlier, command_line, record
+from bench._common import ROOT, beside_earlier, command_line, record
+from bench._evidence_page import with_few_steps
 from train.attention import BmmAttention
 from train.diffusion import schedule, simple_times
 from train.emoji.classifier import load_classifier, top_k
@@ -252,6 +255,8 @@ def main() -> None:
     command = command_line("fewstep")
     values, found = beside_earlier("fewstep", summary(found), found, command, lambda row: row["row"])
     record("fewstep", values, found, command, notes=args.notes)
+    page = ROOT / "docs" / "evidence.md"
+    page.write_text(with_few_steps(page.read_text("utf-8"), {"rows": found}), "utf-8")
 
 
 if __name__ == "__main__":

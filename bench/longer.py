@@ -64,7 +64,10 @@ def by_samples(args: argparse.Namespace) -> list[dict]:
             found = tables.gathered(its, [seed])["teacher"]
             rows += [
                 {"part": "samples", "row": name, "samples": tables.samples(its, tables.find(name), seed), "seed": seed}
-                | {key: found[name][key] for key in ("psnr", "psnr_se", "accuracy", "v_mse_teacher", "pictures")}
+                | {
+                    key: found[name][key]
+                    for key in ("psnr", "psnr_se", "border", "grad", "accuracy", "v_mse_teacher", "pictures")
+                }
                 for name in PACKS
             ]
     return rows

@@ -552,7 +552,8 @@ def publish(
     text = page(settings, rows, macs, verdicts, made_by, notes)
     few_steps = ROOT / "bench" / "results" / "fewstep.json"
     if few_steps.exists():
-        text = evidence_page.with_style(text, json.loads(few_steps.read_text()))
+        its_rows = json.loads(few_steps.read_text())
+        text = evidence_page.with_style(evidence_page.with_few_steps(text, its_rows), its_rows)
     longer = ROOT / "bench" / "results" / "longer.json"
     if longer.exists():
         text = evidence_page.with_longer(text, json.loads(longer.read_text())["rows"])

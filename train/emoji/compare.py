@@ -5,8 +5,9 @@
 With --on openmoji against the finetune. The same command goes on where it stopped; other settings want another --out.
 
 Two measures need no sampling and a few seconds: the squared difference of v to the teacher's, and to the data's, on
-fixed inputs. The others are of pictures drawn from paired noise: PSNR and SSIM to the teacher's own, recognition
-by the classifier, and the Frechet and kernel distances of its features to those of real glyphs after the codec.
+fixed inputs. The others are of pictures drawn from paired noise: PSNR and SSIM to the teacher's own, how muddy the
+ground and how sharp all is (train/metrics.py), recognition by the classifier, and the Frechet and kernel distances of
+its features to those of real glyphs after the codec.
 Distances to the teacher punish a network that is better than it; recognition and the distances to glyphs do not.
 """
 
@@ -29,7 +30,7 @@ from asdm_core.packs import open_model
 from asdm_core.tensor_file import write_file
 
 from ..figures import save_grid
-from ..metrics import by_bins, frechet, kid, standard_error
+from ..metrics import border, by_bins, frechet, gradient, kid, standard_error
 from ..provenance import fingerprint, named, same_folder
 from .captions import prompt
 from .classifier import load_classifier, top_k
@@ -205,7 +206,7 @@ class Judge:
         """
         path = self.folder / f"{self.host}-{name}.json"
         done = json.loads(path.read_text()) if path.exists() else {}
-        if done.get("rounds") == rounds:
+        if done.get("rounds") == rounds and "border" in done:
             return done
         found = {"network": name, "host": self.host, "rounds": rounds, "steps": self.steps, "cfg": self.cfg}
         if fixed:
@@ -219,6 +220,8 @@ class Judge:
             "top5": float(a["top5"].mean()),
             "top1_se": standard_error(a["top1"]),
             "kid": kid(a["features"], self.reference),
+            "border": float(border(a["images"]).mean()),
+            "grad": float(gradient(a["images"]).mean() / gradient(b["images"]).mean()),
         }
         if len(a["images"]) > self.reference.shape[1]:
             # Biased upwards by the number of pictures; fed_glyphs is what as many real glyphs get, or half of them
