@@ -40,7 +40,7 @@ from train.progress import plain_errors
 from train.provenance import named
 
 STEPS = 10  # of sampling, for packs
-SAMPLES = (3000, 8000, 24_000)  # of a stage
+SAMPLES = (3000, 12_000)  # of a stage
 SEEDS = (1, 2, 3)  # of training, with the most samples
 NOISES = 3
 PACKS = ("m1", "m2")
