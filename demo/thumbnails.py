@@ -129,12 +129,13 @@ def work_of(graph: Mapping, key: str, steps: int, pixels: tuple[int, int], notes
     return share * left * made_of
 
 
-def forwards_of(graph: Mapping, picture: str) -> int:
-    """Forwards of the network behind the picture of a node: two a step with guidance."""
+def work_behind(graph: Mapping, picture: str, pixels: tuple[int, int], notes: Mapping[str, list[str]]) -> float:
+    """Multiplications behind the picture of a node, in forwards of the checkpoint in full: two a step with guidance."""
     inputs = graph[picture]["inputs"]
     if "steps" in inputs:
-        return inputs["steps"] * (1 if inputs["cfg"] == 1 else 2)
-    return forwards_of(graph, inputs["samples"][0])
+        forwards = inputs["steps"] * (1 if inputs["cfg"] == 1 else 2)
+        return forwards * work_of(graph, inputs["model"][0], inputs["steps"], pixels, notes)
+    return work_behind(graph, inputs["samples"][0], pixels, notes)
 
 
 def figure(graph: Mapping, pixels: tuple[int, int], notes: Mapping[str, list[str]]) -> str:
@@ -165,10 +166,13 @@ def thumbnail(client: Client, graph: Mapping) -> Image.Image:
     if images:  # two samplers of one checkpoint
         inputs = graph[images]["inputs"]
         a, b = inputs["images.a"], inputs["images.b"]
-        (left, _), (right, _) = (saved_picture(client, saving_side(graph, side), "side") for side in (a, b))
+        sides = [saved_picture(client, saving_side(graph, side), "side") for side in (a, b)]
         labels = tuple(label.strip() for label in inputs["labels"].split(","))
-        work = 1 - forwards_of(graph, b[0]) / forwards_of(graph, a[0])
-        return split(left, right, labels, f"-{work:.0%} work")
+        whole, fewer = (
+            work_behind(graph, side[0], picture.size, notes)
+            for side, (picture, notes) in zip((a, b), sides, strict=True)
+        )
+        return split(*(picture for picture, _ in sides), labels, f"-{1 - fewer / whole:.0%} work")
     if comparison:
         sides = [saving_side(graph, [comparison, i]) for i in (1, 2)]
         (left, notes), (right, _) = (saved_picture(client, side, "side") for side in sides)
