@@ -166,13 +166,10 @@ def thumbnail(client: Client, graph: Mapping) -> Image.Image:
     if images:  # two samplers of one checkpoint
         inputs = graph[images]["inputs"]
         a, b = inputs["images.a"], inputs["images.b"]
-        sides = [saved_picture(client, saving_side(graph, side), "side") for side in (a, b)]
+        (left, mine), (right, its) = (saved_picture(client, saving_side(graph, side), "side") for side in (a, b))
         labels = tuple(label.strip() for label in inputs["labels"].split(","))
-        whole, fewer = (
-            work_behind(graph, side[0], picture.size, notes)
-            for side, (picture, notes) in zip((a, b), sides, strict=True)
-        )
-        return split(*(picture for picture, _ in sides), labels, f"-{1 - fewer / whole:.0%} work")
+        whole, fewer = work_behind(graph, a[0], left.size, mine), work_behind(graph, b[0], left.size, its)
+        return split(left, right, labels, f"-{1 - fewer / whole:.0%} work")
     if comparison:
         sides = [saving_side(graph, [comparison, i]) for i in (1, 2)]
         (left, notes), (right, _) = (saved_picture(client, side, "side") for side in sides)
