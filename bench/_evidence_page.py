@@ -10,7 +10,6 @@ from train.emoji.compare import REFERENCE
 TABLES = {
     "Table 1: students of stage 1, with further experts": (
         "shipped-small",
-        "shipped-tiny",
         "shipped-tiny-e2",
         "base",
         "base-task",

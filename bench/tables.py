@@ -180,7 +180,7 @@ RUNS = (
     ),
 )
 KEY = ("base", "m2", "m2-direct", "m5", "base-on")  # trained with every seed, the others with the first
-SHIPPED = ("m2", "m1", "small", "tiny", "tiny-e2")  # in models/, made with --rows
+SHIPPED = ("m2", "m1", "small", "tiny-e2")  # in models/, made with --rows
 CUT = ("base", "m2", "tiny", "small", "m1", "m3")  # merely cut
 # Table 3, first and second network and the share of the first: the paper switches after 10 or 15 of 25 steps.
 SWITCHES = (

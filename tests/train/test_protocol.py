@@ -44,7 +44,7 @@ def drawn(tmp_path_factory, judge):
             picture.save(folder / "val" / f"{i:03d}.png")
     coco.main([str(folder / "val"), str(folder / "real"), "--names", str(folder / "metadata.csv")])
     rows = {}
-    for name in (None, "emoji-m2", "emoji-tiny"):
+    for name in (None, "emoji-m2", "emoji-small"):
         protocol.main(
             [
                 *([str(MODELS / f"{name}.safetensors")] if name else []),
@@ -61,11 +61,11 @@ def drawn(tmp_path_factory, judge):
 
 def test_students_are_told_from_the_teacher(drawn):
     _, rows = drawn
-    assert set(rows) == {"whole", "emoji-m2", "emoji-tiny"} and all(r["pictures"] == PICTURES for r in rows.values())
+    assert set(rows) == {"whole", "emoji-m2", "emoji-small"} and all(r["pictures"] == PICTURES for r in rows.values())
     # The teacher is nearest to its own pictures; the student with most cut is the farthest in every column.
-    assert rows["whole"]["fid"] < rows["emoji-m2"]["fid"] and rows["whole"]["fid"] < rows["emoji-tiny"]["fid"]
-    assert rows["emoji-tiny"]["clip"] == min(r["clip"] for r in rows.values())
-    assert rows["emoji-tiny"]["parameters"] < rows["emoji-m2"]["parameters"] < rows["whole"]["parameters"]
+    assert rows["whole"]["fid"] < rows["emoji-m2"]["fid"] and rows["whole"]["fid"] < rows["emoji-small"]["fid"]
+    assert rows["emoji-small"]["clip"] == min(r["clip"] for r in rows.values())
+    assert rows["emoji-small"]["parameters"] < rows["emoji-m2"]["parameters"] < rows["whole"]["parameters"]
     assert 1 < rows["whole"]["is"] <= PICTURES / protocol.SPLITS
 
 
