@@ -138,7 +138,7 @@ def recipe(args: argparse.Namespace, uses: int) -> Config:
             f"optimiser.cooldown={updates // 2}",
             f"rollout.uses={uses}",
             f"rollout.window={math.ceil(walks / uses)}",
-            f"rollout.bank={args.folder / 'bank'}",
+            f"rollout.bank={args.folder / f'bank-{uses}'}",
         ],
     )
 
