@@ -125,8 +125,9 @@ def strain(response: Response, saving: float, guidance: float) -> float:
     of a moved latent, and a sampler that tries states beside its path has results that no smooth line holds.
     """
     gaps = max(1.0, 1 + LONG_GAPS * (saving - 0.5))
-    kind = 1 / OVERRATED if response.noisy else UNDERRATED if response.beside else 1.0
-    return float(gaps * kind * (max(guidance, 1.0) / 7) ** GUIDED)
+    if response.noisy:  # single pictures go another way there whatever the guidance
+        return gaps / OVERRATED
+    return float(gaps * (UNDERRATED if response.beside else 1.0) * (max(guidance, 1.0) / 7) ** GUIDED)
 
 
 # The recorded run -----------------------------------------------------------------------------------

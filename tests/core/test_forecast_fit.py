@@ -328,6 +328,7 @@ def test_errors_strain_with_long_gaps_guidance_and_trial_states():
     assert strain(euler, 0.2, 7) == strain(euler, 0.5, 7) == 1 and strain(euler, 0.8, 7) == pytest.approx(1.33)
     assert strain(euler, 0.5, 3) == pytest.approx((3 / 7) ** 0.3) and strain(euler, 0.5, 0) == strain(euler, 0.5, 1)
     assert strain(beside, 0.5, 7) == forecast_fit.UNDERRATED and strain(noisy, 0.5, 7) == 1 / forecast_fit.OVERRATED
+    assert strain(noisy, 0.5, 3) == strain(noisy, 0.5, 7)
     recording = Toy("euler", 5.0).recording()
     trial = replace(recording, response=replace(recording.response, beside=True))
     kinds = kinds_of("FFrFrrFrr")
