@@ -338,9 +338,18 @@ def with_section(page: str, heading: str, lines: Sequence[str]) -> str:
 LONGER = "## More samples, and what chance does"
 
 
+ROLLOUTS = {
+    "own_states": "its own states, many trajectories",
+    "few_trajectories": "the same, few trajectories",
+    "teacher_states": "the states of the teacher's trajectory",
+    "pairs": "states between its noise and its picture (Rectified Diffusion)",
+    "guidance_alone": "as many steps as the teacher: guidance alone",
+}
+
+
 def with_longer(page: str, rows: Sequence[Mapping]) -> str:
     """docs/evidence.md with its section on more samples made anew. rows: those of bench/results/longer.json."""
-    parts = {part: [row for row in rows if row["part"] == part] for part in ("samples", "noises", "bank")}
+    parts = {part: [row for row in rows if row["part"] == part] for part in ("samples", "noises", "rollouts")}
     lines: list[str] = []
     if parts["samples"]:
         counts = sorted({row["samples"] for row in parts["samples"]})
@@ -372,17 +381,16 @@ def with_longer(page: str, rows: Sequence[Mapping]) -> str:
             each = ", ".join(f"{value:.2f}" for value in row["each"])
             lines.append(f"| {row['row'].replace('_', ' ')} | {row['psnr']:.2f} ({row['psnr_sd']:.2f}) | {each} |")
         lines.append("")
-    if parts["bank"]:
+    if parts["rollouts"]:
         lines += [
-            "Few trajectories or many: LoRAs for two steps without guidance, all from as many samples, measured as in "
-            "[two steps for twenty](few_steps.md).",
+            "Ways of rollout: LoRAs without guidance, all from as many samples, measured as few steps are.",
             "",
-            "| trajectories | each walked | samples | PSNR | border | grad | accuracy |",
-            "|---|---|---|---|---|---|---|",
+            "| way | steps | trajectories | each walked | PSNR | border | grad | accuracy |",
+            "|---|---|---|---|---|---|---|---|",
         ]
-        for row in parts["bank"]:
-            learned = f"{row['trajectories']:,} | {row['uses']} times | {row['samples']:,}"
+        for row in parts["rollouts"]:
+            learned = f"{row['steps']} | {row['trajectories']:,} | {row['uses']} times"
             numbers = f"{row['psnr']:.2f} +- {row['psnr_se']:.2f} | {row['border']:.4f} | {row['grad']:.2f}"
-            lines.append(f"| {learned} | {numbers} | {row['top1']:.1%} |")
-        lines.append("")
+            lines.append(f"| {ROLLOUTS[row['row']]} | {learned} | {numbers} | {row['top1']:.1%} |")
+        lines += ["", f"Each from {parts['rollouts'][0]['samples']:,} samples.", ""]
     return with_section(page, LONGER, [*lines, "`python bootstrap.py bench NAME=longer` makes this section anew."])

@@ -5,8 +5,10 @@
 samples: M1 and M2, stage 1 and 2 by the recipes and settings of bench/tables.py, from each of SAMPLES samples a stage;
          from the most of them with several training seeds.
 noises:  the files in models/, drawn from noises of several seeds.
-bank:    LoRAs for two steps, all from as many samples: of many trajectories that are each walked a few times, or of few
-         that are walked often.
+rollouts: LoRAs without guidance, all from as many samples: for two steps on their own states, of many trajectories that
+         are each walked a few times, or of few that are walked often; on the states of the teacher's trajectory; on
+         those between its noise and its picture (Rectified Diffusion); and for as many steps as the teacher, which
+         leaves guidance alone to be learned.
 
 PSNR is to the teacher's own pictures from the same noise, as bench/tables.py and, for few steps, bench/fewstep.py
 measure it. Goes into bench/results/longer.json and the page. The same command goes on where it stopped; --parts runs
@@ -46,7 +48,14 @@ NOISES = 3
 PACKS = ("m1", "m2")
 LORA = "two_steps_lora"
 ROLLED = 6144  # samples of a LoRA
-USES = (3, 48)  # of each trajectory
+# Uses of each trajectory, and what else is otherwise than in the recipe.
+ROLLOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "own_states": (3, ()),
+    "few_trajectories": (48, ()),
+    "teacher_states": (3, ("rollout.states=teacher",)),
+    "pairs": (3, ("rollout.states=pairs",)),
+    "guidance_alone": (3, ("rollout.steps=[8]",)),
+}
 
 
 # More samples ---------------------------------------------------------------------------------------
@@ -116,21 +125,24 @@ def few_steps(args: argparse.Namespace, student: str) -> tuple[Pictures, Row, Ro
     return Pictures(args.models, args.folder / "fewstep", 360, 1, None), reference, row
 
 
-# Few trajectories, or many --------------------------------------------------------------------------
+# Ways of rollout ------------------------------------------------------------------------------------
 
 
-def recipe(args: argparse.Namespace, uses: int) -> Config:
-    """Of a LoRA for two steps whose trajectories are walked so often; all that are, from its first step on."""
-    config = load(tables.RECIPES / "emoji-two-steps-lora.toml", [])
+def recipe(args: argparse.Namespace, name: str) -> Config:
+    """Of a LoRA without guidance, from its first step on, whose trajectories are walked so often."""
+    uses, changes = ROLLOUTS[name]
+    path = tables.RECIPES / "emoji-two-steps-lora.toml"
+    config = load(path, changes)
     (steps,), batch = config.rollout.steps, config.run.batch
     updates = ROLLED // batch
     walks = ROLLED // steps + batch  # those that begin or end in the middle count as well
     return load(
-        tables.RECIPES / "emoji-two-steps-lora.toml",
+        path,
         [
+            *changes,
             f"data.path={args.runs / 'prompts.safetensors'}",
             f"network.teacher={args.models / 'emoji-teacher.safetensors'}",
-            f"run.folder={args.folder / f'uses-{uses}'}",
+            f"run.folder={args.folder / name}",
             f"run.steps={updates}",
             "run.precision=bf16",
             "run.save_every=50",
@@ -138,36 +150,35 @@ def recipe(args: argparse.Namespace, uses: int) -> Config:
             f"optimiser.cooldown={updates // 2}",
             f"rollout.uses={uses}",
             f"rollout.window={math.ceil(walks / uses)}",
-            f"rollout.bank={args.folder / f'bank-{uses}'}",
         ],
     )
 
 
-def by_trajectories(args: argparse.Namespace) -> list[dict]:
-    """A row for each number of uses of a trajectory."""
+def by_ways(args: argparse.Namespace) -> list[dict]:
+    """A row for each of ROLLOUTS."""
     rows = []
-    for uses in USES:
-        its = recipe(args, uses)
+    for name in ROLLOUTS:
+        its = recipe(args, name)
         product = its.folder / f"{its.name}.safetensors"
         if not product.exists():
-            print(f"-- each trajectory {uses} times", flush=True)
+            print(f"-- {name}", flush=True)
             train(its, Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=its.run.precision))
-        pictures, reference, row = few_steps(args, f"uses_{uses}={product}")
+        pictures, reference, row = few_steps(args, f"{name}={product}")
         found = pictures.measure(row, reference)
-        kept = ("psnr", "psnr_se", "border", "grad", "top1", "pictures")
+        kept = ("steps", "psnr", "psnr_se", "border", "grad", "top1", "pictures")
         rows.append(
-            {"part": "bank", "row": f"uses_{uses}", "uses": uses, "trajectories": its.rollout.window}
+            {"part": "rollouts", "row": name, "uses": its.rollout.uses, "trajectories": its.rollout.window}
             | {"samples": its.run.steps * its.run.batch}
             | {key: found[key] for key in kept}
         )
     return rows
 
 
-PARTS = {"samples": by_samples, "noises": by_noises, "bank": by_trajectories}
+PARTS = {"samples": by_samples, "noises": by_noises, "rollouts": by_ways}
 
 
 def summary(rows: Sequence[dict]) -> dict[str, float]:
-    """psnr_m1_24000 and _sd over training seeds; psnr_noises_m1 and _sd over seeds of noise; psnr_uses_3."""
+    """psnr_m1_24000 and _sd over training seeds; psnr_noises_m1 and _sd over seeds of noise; psnr_rollout_pairs."""
     values: dict[str, float] = {}
     for row in rows:
         if row["part"] == "samples":
@@ -176,7 +187,7 @@ def summary(rows: Sequence[dict]) -> dict[str, float]:
         elif row["part"] == "noises":
             values |= {f"psnr_noises_{row['row']}": row["psnr"], f"psnr_noises_{row['row']}_sd": row["psnr_sd"]}
         else:
-            values[f"psnr_{row['row']}"] = row["psnr"]
+            values[f"psnr_rollout_{row['row']}"] = row["psnr"]
     return values
 
 

@@ -9,7 +9,7 @@ import torch
 from asdm_core.packs import open_pack, open_unet
 from bench import longer, style
 from bench._evidence import plot_samples
-from bench._evidence_page import FEW, FEW_ROWS, LONGER, STYLE, with_few_steps, with_longer, with_style
+from bench._evidence_page import FEW, FEW_ROWS, LONGER, ROLLOUTS, STYLE, with_few_steps, with_longer, with_style
 from tests.train.recipes import CONFIGS
 from train.emoji.unet import load_unet
 from train.rollout import Course
@@ -63,21 +63,21 @@ LONGER_ROWS = [
     ),
     *({"part": "samples", "row": "m1", "samples": 24_000, "seed": s, "psnr": 20.0 + s} for s in (1, 2, 3)),
     longer.spread("m1", [torch.tensor([23.0, 25.0]), torch.tensor([24.0, 26.0])]),
-    {"part": "bank", "row": "uses_3", "uses": 3, "trajectories": 1024, "samples": 6144, "psnr": 18.0, "psnr_se": 0.2}
-    | {"border": 0.02, "grad": 0.9, "top1": 0.8},
+    {"part": "rollouts", "row": "pairs", "uses": 3, "trajectories": 1024, "samples": 6144, "psnr": 18.0, "psnr_se": 0.2}
+    | {"steps": 2, "border": 0.02, "grad": 0.9, "top1": 0.8},
 ]
 
 
 def test_longer_trainings_have_a_section_and_means_over_seeds(tmp_path):
     found = longer.summary(LONGER_ROWS)
     assert (found["psnr_m1_24000"], found["psnr_m1_24000_sd"], found["psnr_m1_3008"]) == (22, 1, 18)
-    assert "psnr_m1_3008_sd" not in found and found["psnr_uses_3"] == 18
+    assert "psnr_m1_3008_sd" not in found and found["psnr_rollout_pairs"] == 18
     assert found["psnr_noises_m1"] == 24.5 and found["psnr_noises_m1_sd"] == pytest.approx(0.5**0.5)
     page = "# Title\n\n" + STYLE + "\n\nsome\n\n## Not tried here\n\n- this\n"
     once = with_longer(page, LONGER_ROWS[:2])
     again = with_longer(once, LONGER_ROWS)
     assert once.startswith("# Title\n\n" + STYLE + "\n\nsome\n\n" + LONGER)
-    assert "| M1 | 18.00 | 20.00 | 22.00 (1.00) | 24.50 after" in again and "| 1,024 | 3 times | 6,144 | 18.00" in again
+    assert "| M1 | 18.00 | 20.00 | 22.00 (1.00) | 24.50 after" in again and "| 2 | 1,024 | 3 times | 18.00" in again
     assert again.count(LONGER) == 1 and again.endswith("\n## Not tried here\n\n- this\n")
     assert with_longer(again, LONGER_ROWS[:2]) == once
     plot_samples(tmp_path / "plot.png", LONGER_ROWS)
@@ -95,18 +95,19 @@ def test_few_steps_have_a_section_with_the_original_beside_them():
     assert "| the original, 20 steps of ddim, CFG 3 | 2 | 20.0 x |  | 0.0200 |" in found
 
 
-def test_trajectories_of_few_are_walked_as_often_as_samples_want(tmp_path):
+def test_trajectories_are_walked_as_often_as_the_way_says(tmp_path):
     """All recipes of the bench have as many samples; each trajectory is walked so often, and none but those."""
     args = argparse.Namespace(folder=tmp_path, models=MODELS, runs=tmp_path)
-    for uses in longer.USES:
-        recipe = longer.recipe(args, uses)
+    assert set(longer.ROLLOUTS) == set(ROLLOUTS)
+    for name, (uses, _) in longer.ROLLOUTS.items():
+        recipe = longer.recipe(args, name)
         assert recipe.run.steps * recipe.run.batch == longer.ROLLED
         course = Course(recipe)
         walks = {
             course.place(step, sample).walk for step in range(recipe.run.steps) for sample in range(recipe.run.batch)
         }
         used = Counter(map(course.trajectory, walks))
-        assert recipe.rollout.window == pytest.approx(longer.ROLLED / 2 / uses, rel=0.02)
+        assert recipe.rollout.window == pytest.approx(longer.ROLLED / recipe.rollout.steps[0] / uses, rel=0.03)
         assert len(used) == recipe.rollout.window and max(used.values()) == uses
 
 
