@@ -12,7 +12,7 @@ rollouts: LoRAs without guidance, all from as many samples: for two steps on the
 
 PSNR is to the teacher's own pictures from the same noise, as bench/tables.py and, for few steps, bench/fewstep.py
 measure it. Goes into bench/results/longer.json and the page. The same command goes on where it stopped; --parts runs
-some, and the record keeps the others.
+some, and the record keeps the others. --rows: of the last two parts, files (m1, two_steps_lora) and ways (pairs).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def by_samples(args: argparse.Namespace) -> list[dict]:
     rows = []
     for samples in SAMPLES:
         its = tables.Settings(samples, args.prompts, STEPS, 1, args.folder / str(samples), args.runs, args.models)
-        for seed in SEEDS if samples == SAMPLES[-1] else SEEDS[:1]:
+        for seed in args.seeds if samples == SAMPLES[-1] else args.seeds[:1]:
             for name, do in tables.jobs(its, [seed], ("base", *PACKS)):
                 print(f"-- {samples:,} samples: {name}", flush=True)
                 do()
@@ -89,7 +89,7 @@ def by_noises(args: argparse.Namespace) -> list[dict]:
     """A row for each file in models/: PSNR from the noises of each seed."""
     judge = Judge("teacher", args.folder / "noises", args.runs, args.models, args.prompts, STEPS)
     rows = []
-    for name in tables.SHIPPED:
+    for name in filter(args.asks_for, tables.SHIPPED):
         path = args.models / f"emoji-{name}.safetensors"
         network = partial(assembled, judge.whole, path)
         rounds = [
@@ -100,8 +100,10 @@ def by_noises(args: argparse.Namespace) -> list[dict]:
             for n in range(NOISES)
         ]
         rows.append(spread(name, rounds))
-    pictures, reference, lora = few_steps(args, f"{LORA}={args.lora}")
-    rows.append(spread(LORA, [psnr(pictures.images(lora, n), pictures.images(reference, n)) for n in range(NOISES)]))
+    if args.asks_for(LORA):
+        pictures, reference, lora = few_steps(args, f"{LORA}={args.lora}")
+        found = [psnr(pictures.images(lora, n), pictures.images(reference, n)) for n in range(NOISES)]
+        rows.append(spread(LORA, found))
     return rows
 
 
@@ -157,7 +159,7 @@ def recipe(args: argparse.Namespace, name: str) -> Config:
 def by_ways(args: argparse.Namespace) -> list[dict]:
     """A row for each of ROLLOUTS."""
     rows = []
-    for name in ROLLOUTS:
+    for name in filter(args.asks_for, ROLLOUTS):
         its = recipe(args, name)
         product = its.folder / f"{its.name}.safetensors"
         if not product.exists():
@@ -206,7 +208,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/longer"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--notes", default="", help="kept in the record: what else the machine was doing")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of training, with the most samples")
+    parser.add_argument("--rows", nargs="+", default=[], help="of noises and rollouts, these alone")
     args = parser.parse_args()
+    args.asks_for = lambda name: not args.rows or name in args.rows
     torch.set_num_threads(args.threads)
     for part in args.parts:
         made = command_line("longer")
