@@ -275,6 +275,7 @@ def plot_samples(path: Path, rows: Sequence[Mapping]) -> None:
     """PSNR of packs against the samples of a stage, every training seed, and the packs in models/."""
     figure, axes = _axes(7, 4)
     shipped = {row["row"]: row["psnr"] for row in rows if row["part"] == "noises"}
+    places = {row["samples"] for row in rows if row["part"] == "samples"}
     for number, name in enumerate(dict.fromkeys(row["row"] for row in rows if row["part"] == "samples")):
         its = [row for row in rows if row["part"] == "samples" and row["row"] == name]
         counts = sorted({row["samples"] for row in its})
@@ -283,6 +284,9 @@ def plot_samples(path: Path, rows: Sequence[Mapping]) -> None:
         axes.plot([row["samples"] for row in its], [row["psnr"] for row in its], "o", color=colour)
         if name in shipped:
             axes.plot([SHIPPED_SAMPLES[name]], [shipped[name]], "*", color=colour, markersize=11)
+            places.add(SHIPPED_SAMPLES[name])
     axes.set(xscale="log", xlabel="samples of a stage (a star: in models/)", ylabel="PSNR to the original, dB")
+    axes.minorticks_off()
+    axes.set_xticks(sorted(places), [f"{place:,}" for place in sorted(places)], rotation=20)
     axes.legend(fontsize=8)
     _save(figure, path)
