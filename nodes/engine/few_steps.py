@@ -18,10 +18,13 @@ from .technique import MEASURING, InRun, Say, Start, Technique
 
 @dataclass(frozen=True)
 class FewSteps(Technique):
-    """Weights on a MODEL that were trained for one way to sample. name: of their file."""
+    """Weights on a MODEL that were trained for one way to sample. name: of their file; lora: of the LoRA they play
+    beneath, if any.
+    """
 
     wanted: FewStep
     name: str
+    lora: str = ""
 
     key: ClassVar[str] = "few_steps"
     order: ClassVar[int] = MEASURING
@@ -34,6 +37,12 @@ class FewSteps(Technique):
                 f"{self.name} was trained for {_in_words(self.wanted)}. This run has {', '.join(others)}, for which it "
                 "was not made: set the sampler as it was trained."
             )
+        model = start.model
+        if self.lora and not (model.patches or model.hook_patches or model.injections):
+            say(
+                f"{self.name} was trained beneath the LoRA {self.lora}, and no LoRA is on this MODEL: put Load LoRA "
+                "before or after Apply Pack, unless the checkpoint has it merged."
+            )
         return None
 
     def tells(self, model) -> list[str]:
@@ -45,7 +54,11 @@ def with_few_steps(model, description: Description, name: str):
     file says nothing of it. Raises ValueError.
     """
     wanted = few_step.of_pack(description.training)
-    return model if wanted is None else with_technique(model, FewSteps(wanted, name))
+    return (
+        model
+        if wanted is None
+        else with_technique(model, FewSteps(wanted, name, str(description.training.get("lora", ""))))
+    )
 
 
 def _in_words(wanted: FewStep) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import comfy.sample
 import comfy.samplers
+import comfy.sd
+import comfy.utils
 import folder_paths
 import nodes as stock
 import pytest
@@ -143,6 +145,18 @@ def test_a_run_that_is_set_up_otherwise_than_a_pack_was_trained_for_is_told_so_o
     )
     told = "two-steps-m2.safetensors was trained for 2 steps of euler, scheduler simple, CFG 1."
     assert caplog.text.count(told) == bool(said) and said in caplog.text
+
+
+@pytest.mark.parametrize("worn", [False, True])
+def test_a_pack_for_a_lora_says_once_where_no_lora_is_on_the_model(caplog, worn):
+    model = small.with_pack(small.models.load_unet(str(TEACHER)), ROOT / "models/emoji/emoji-m2-two-steps.safetensors")
+    if worn:
+        lora = comfy.utils.load_torch_file(str(ROOT / "models/loras/emoji-two-steps.safetensors"))
+        model, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    states, latent = torch.zeros(1, 77, 128), {"samples": torch.zeros(1, 4, 16, 16)}
+    stock.common_ksampler(model, 0, 2, 1.0, "euler", "simple", [[states, {}]], [[states, {}]], latent)
+    told = "emoji-m2-two-steps.safetensors was trained beneath the LoRA emoji-two-steps.safetensors, and no LoRA is on"
+    assert caplog.text.count(told) == (not worn) and "This run has" not in caplog.text
 
 
 def test_inspect_model_tells_what_a_pack_was_trained_for(pack):
