@@ -1,4 +1,4 @@
-"""docs/evidence.md: the text of bench/tables.py, and the sections of bench/style.py and bench/longer.py in it."""
+"""docs/evidence.md: the text of bench/tables.py, and the sections of fewstep.py, style.py and longer.py in it."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def claims_text(verdicts: Sequence[Mapping]) -> list[str]:
     return lines
 
 
-# Style ----------------------------------------------------------------------------------------------
+# Few steps ------------------------------------------------------------------------------------------
 
 FEW = "## Few steps without guidance"
 FEW_ROWS = {
@@ -245,7 +245,7 @@ FEW_ROWS = {
     "three_steps_lora": "LoRA, 3 steps (not in models/)",
     "two_steps_lora": "LoRA in models/, 2 steps",
     "two_steps_lora_m2": "the same with M2 in models/, not trained together",
-    "two_steps_m2": "M2 for two steps",
+    "two_steps_m2": "the same with M2 for two steps in models/, which learned beneath it",
     "one_step": "LoRA, 1 step (not in models/)",
 }
 
@@ -270,6 +270,8 @@ def with_few_steps(page: str, found: Mapping) -> str:
         lines.append(f"| {what} | {row['forwards']} | {numbers} |")
     return with_section(page, FEW, [*lines, "", "`python bootstrap.py bench NAME=fewstep` makes this section anew."])
 
+
+# Style ----------------------------------------------------------------------------------------------
 
 STYLE = "## Style: what a pack leaves of a finetune's"
 STYLE_ROWS = {
@@ -388,7 +390,7 @@ def with_longer(page: str, rows: Sequence[Mapping]) -> str:
             "| way | steps | trajectories | each walked | PSNR | border | grad | accuracy |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for row in parts["rollouts"]:
+        for row in sorted(parts["rollouts"], key=lambda row: list(ROLLOUTS).index(row["row"])):
             learned = f"{row['steps']} | {row['trajectories']:,} | {row['uses']} times"
             numbers = f"{row['psnr']:.2f} +- {row['psnr_se']:.2f} | {row['border']:.4f} | {row['grad']:.2f}"
             lines.append(f"| {ROLLOUTS[row['row']]} | {learned} | {numbers} | {row['top1']:.1%} |")

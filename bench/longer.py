@@ -12,7 +12,7 @@ rollouts: LoRAs without guidance, all from as many samples: for two steps on the
 
 PSNR is to the teacher's own pictures from the same noise, as bench/tables.py and, for few steps, bench/fewstep.py
 measure it. Goes into bench/results/longer.json and the page. The same command goes on where it stopped; --parts runs
-some, and the record keeps the others. --rows: of the last two parts, files (m1, two_steps_lora) and ways (pairs).
+some, --rows some files (m1, two_steps_lora) and ways (pairs) of the last two, and the record keeps the others.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def by_noises(args: argparse.Namespace) -> list[dict]:
     """A row for each file in models/: PSNR from the noises of each seed."""
     judge = Judge("teacher", args.folder / "noises", args.runs, args.models, args.prompts, STEPS)
     rows = []
-    for name in filter(args.asks_for, tables.SHIPPED):
+    for name in (name for name in tables.SHIPPED if name in args.rows):
         path = args.models / f"emoji-{name}.safetensors"
         network = partial(assembled, judge.whole, path)
         rounds = [
@@ -100,7 +100,7 @@ def by_noises(args: argparse.Namespace) -> list[dict]:
             for n in range(NOISES)
         ]
         rows.append(spread(name, rounds))
-    if args.asks_for(LORA):
+    if LORA in args.rows:
         pictures, reference, lora = few_steps(args, f"{LORA}={args.lora}")
         found = [psnr(pictures.images(lora, n), pictures.images(reference, n)) for n in range(NOISES)]
         rows.append(spread(LORA, found))
@@ -159,7 +159,7 @@ def recipe(args: argparse.Namespace, name: str) -> Config:
 def by_ways(args: argparse.Namespace) -> list[dict]:
     """A row for each of ROLLOUTS."""
     rows = []
-    for name in filter(args.asks_for, ROLLOUTS):
+    for name in (name for name in ROLLOUTS if name in args.rows):
         its = recipe(args, name)
         product = its.folder / f"{its.name}.safetensors"
         if not product.exists():
@@ -179,8 +179,13 @@ def by_ways(args: argparse.Namespace) -> list[dict]:
 PARTS = {"samples": by_samples, "noises": by_noises, "rollouts": by_ways}
 
 
+def kind_of(row: dict) -> tuple:
+    """What a row that is made anew takes the place of in the record."""
+    return row["part"], row["row"], row["samples"] if row["part"] == "samples" else None
+
+
 def summary(rows: Sequence[dict]) -> dict[str, float]:
-    """psnr_m1_24000 and _sd over training seeds; psnr_noises_m1 and _sd over seeds of noise; psnr_rollout_pairs."""
+    """psnr_m1_12000 and _sd over training seeds; psnr_noises_m1 and _sd over seeds of noise; psnr_rollout_pairs."""
     values: dict[str, float] = {}
     for row in rows:
         if row["part"] == "samples":
@@ -209,14 +214,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--notes", default="", help="kept in the record: what else the machine was doing")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of training, with the most samples")
-    parser.add_argument("--rows", nargs="+", default=[], help="of noises and rollouts, these alone")
+    named_rows = (*tables.SHIPPED, LORA, *ROLLOUTS)
+    parser.add_argument(
+        "--rows", nargs="+", choices=named_rows, default=named_rows, help="of noises and rollouts, these alone"
+    )
     args = parser.parse_args()
-    args.asks_for = lambda name: not args.rows or name in args.rows
     torch.set_num_threads(args.threads)
     for part in args.parts:
         made = command_line("longer")
         rows = PARTS[part](args)
-        values, rows = beside_earlier("longer", summary(rows), rows, made, lambda row: row["part"])
+        values, rows = beside_earlier("longer", summary(rows), rows, made, kind_of)
         record("longer", values, rows, made, notes=args.notes)
         page = ROOT / "docs" / "evidence.md"
         page.write_text(evidence_page.with_longer(page.read_text("utf-8"), rows), "utf-8")
