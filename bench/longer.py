@@ -42,7 +42,7 @@ from train.progress import plain_errors
 from train.provenance import named
 
 STEPS = 10  # of sampling, for packs
-SAMPLES = (3000, 12_000)  # of a stage
+SAMPLES = (3000, 12_000, 24_000)  # of a stage
 SEEDS = (1, 2, 3)  # of training, with the most samples
 NOISES = 3
 PACKS = ("m1", "m2")
@@ -181,7 +181,7 @@ PARTS = {"samples": by_samples, "noises": by_noises, "rollouts": by_ways}
 
 def kind_of(row: dict) -> tuple:
     """What a row that is made anew takes the place of in the record."""
-    return row["part"], row["row"], row["samples"] if row["part"] == "samples" else None
+    return row["part"], row["row"], *((row["samples"], row["seed"]) if row["part"] == "samples" else ())
 
 
 def summary(rows: Sequence[dict]) -> dict[str, float]:
