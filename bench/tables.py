@@ -40,7 +40,8 @@ from train.progress import plain_errors
 from train.provenance import named
 from train.emoji.features import ClassifierFeatures
 from train.emoji.unet import CONFIG
-from train.loop import Criterion, train
+from train.criterion import Criterion
+from train.loop import train
 from train.teacher_outputs import write_teacher_outputs
 from train.networks import assembled
 

@@ -18,11 +18,12 @@ import torch
 
 from . import dry_run, fit, sharding
 from .recipe import load
-from .loop import Classifier, train
+from .criterion import Classifier
+from .loop import train
 
 
 def main(classifier: Classifier | None = None, encoder: fit.Encoder | None = None) -> None:
-    """classifier: see train.loop.Criterion. encoder: of the checkpoints that a pack is fitted to (train/fit.py)."""
+    """classifier: see criterion.Criterion. encoder: of the checkpoints that a pack is fitted to (train/fit.py)."""
     if sys.argv[1:2] == ["fit"]:
         return fit.main(sys.argv[2:], encoder)
     parser = argparse.ArgumentParser(

@@ -15,11 +15,12 @@ from asdm_core.addresses import in_order, select
 from asdm_core.architecture import Architecture
 from asdm_core.condconv import FORMS, CondConv, convolutions, sharing
 from asdm_core.gri import GRI, LogGains
+from asdm_core.packs import PREDICTIONS
 
 from .buckets import STEP
 from .diffusion import STEPS
 from .optimisation import KINDS as KINDS_OF_OPTIMISERS
-from .losses import LATENT_RGB, LOSSES, PREDICTIONS
+from .losses import LATENT_RGB, LOSSES
 from .schedules import SCHEDULES
 from .taps import KINDS, Tap
 

@@ -215,7 +215,7 @@ def compared(student: UNet2DConditionModel, config: Config) -> int:
     """Bytes that the losses between both networks keep of one micro batch: what the teacher gave. The student keeps its
     own features.
     """
-    if not any(LOSSES[name].teacher for name in config.loss.weights):
+    if not any(LOSSES[name] for name in config.loss.weights):
         return 0
     numbers = 0
 
@@ -258,7 +258,7 @@ def memory(student: UNet2DConditionModel, config: Config, processes: int, on_cpu
     kept_moments = round(sum(p.numel() * moments(p.shape) for p in student.parameters() if p.requires_grad))
     half = PRECISIONS[config.run.precision].itemsize
     draws = config.data.source == "prompts" or config.rollout.steps
-    needs_teacher = draws or any(LOSSES[name].teacher for name in config.loss.weights)
+    needs_teacher = draws or any(LOSSES[name] for name in config.loss.weights)
     teacher = Architecture.full(config.network.config).params if needs_teacher else 0
     kept, copies = activations(student, config, on_cpu)
     # What is frozen and in half precision is the teacher's own, where there is one.

@@ -17,22 +17,22 @@ of the up blocks reach 1e3, whose square float16 does not hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import taps
-from .diffusion import as_v
 
-if TYPE_CHECKING:
-    from .data import Batch
-    from .loop import Criterion
-
-PREDICTIONS = ("eps", "v")
+# Every loss by the name of its weight in a recipe's section [loss] (train/sections.py), and whether it looks at what
+# the teacher makes of a batch. train/criterion.py has what each of them compares.
+LOSSES: dict[str, bool] = {
+    "task": False,
+    "output": True,
+    **dict.fromkeys(taps.KINDS, True),
+    "perceptual": True,
+    "rollout": False,  # the teacher has drawn the trajectories before
+}
 
 # Latents (4 channels) to linear RGB in about [-1, 1], (4, 3): the fixed matrices ComfyUI previews with
 # (comfy/latent_formats.py).
@@ -152,80 +152,3 @@ class PerceptualNetwork(nn.Module):
 def resized(pictures: Tensor, size: int) -> Tensor:
     """Pictures (B, 3, H, W) at size x size, bilinear."""
     return F.interpolate(pictures, size=(size, size), mode="bilinear", align_corners=False)
-
-
-# The table ------------------------------------------------------------------------------------------
-
-Outputs = tuple[Tensor, Mapping[str, Tensor]]  # a network's prediction, and its features by path
-
-
-@dataclass(frozen=True)
-class Compared:
-    """What a loss may look at: x_t and its coefficients, predictions and features of student and teacher."""
-
-    criterion: Criterion
-    batch: Batch
-    x: Tensor
-    a: Tensor
-    s: Tensor
-    student: Outputs
-    its: Outputs | None
-
-    @property
-    def teacher(self) -> Outputs:
-        assert self.its is not None, "a loss that compares with the teacher says so in LOSSES"
-        return self.its
-
-    @property
-    def prediction(self) -> str:
-        return self.criterion.config.network.prediction
-
-
-def _task(c: Compared) -> Tensor:
-    return task(c.student[0], c.batch.x0, c.batch.noise, c.a, c.s, c.prediction)
-
-
-def _output(c: Compared) -> Tensor:
-    return output(c.student[0], c.teacher[0])
-
-
-def _features(c: Compared, kind: str) -> Tensor:
-    chosen = c.criterion.taps[kind]
-    return features(
-        {tap.name: c.student[1][tap.student] for tap in chosen},
-        {tap.name: c.teacher[1][tap.teacher] for tap in chosen},
-        {tap.name: tap.weight for tap in chosen},
-        c.criterion.config.loss.relative,
-    )
-
-
-def _perceptual(c: Compared) -> Tensor:
-    mine, its = (
-        c.criterion.picture(denoised(c.x, predicted, c.a, c.s, c.prediction))
-        for predicted in (c.student[0], c.teacher[0])
-    )
-    assert c.criterion.net is not None
-    return perceptual(mine, its, c.criterion.net, c.batch.t < c.criterion.config.loss.perceptual_until)
-
-
-def _rollout(c: Compared) -> Tensor:
-    assert c.batch.v is not None and c.batch.weight is not None
-    return rollout(as_v(c.student[0], c.x, c.a, c.s, c.prediction), c.batch.v, c.batch.weight)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """value: of each sample of a batch, (B,). teacher: whether it looks at the teacher's outputs for that batch."""
-
-    value: Callable[[Compared], Tensor]
-    teacher: bool = True
-
-
-# Every loss by the name of its weight in a recipe's section [loss] (train/sections.py).
-LOSSES: dict[str, Kind] = {
-    "task": Kind(_task, teacher=False),
-    "output": Kind(_output),
-    **{name: Kind(partial(_features, kind=name)) for name in taps.KINDS},
-    "perceptual": Kind(_perceptual),
-    "rollout": Kind(_rollout, teacher=False),
-}

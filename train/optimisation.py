@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from asdm_core.muon import Muon
@@ -182,3 +183,21 @@ class Average:
         weight = 1 - min(self.ema, (1 + updates) / (10 + updates))
         new = [parameters[k].detach().to(mine.device) for k, mine in self.weights.items()]
         torch._foreach_lerp_(list(self.weights.values()), new, weight)
+
+
+@contextmanager
+@torch.no_grad()
+def averaged(parameters: Mapping[str, nn.Parameter], average: Average) -> Iterator[None]:
+    """The average in the place of the weights, which are put back exactly."""
+
+    def exchange() -> None:
+        for key, p in parameters.items():
+            held = p.clone()
+            p.copy_(average.weights[key])
+            average.weights[key].copy_(held)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()

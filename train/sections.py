@@ -316,7 +316,7 @@ class Loss:
     """Weights of the losses (train/losses.py); 0 leaves one out.
 
     relative: features (blocks, layers, attention, mid) in proportion to the teacher's.
-    vgg: file of the weights of the perceptual loss's VGG16; empty: torchvision's own cache.
+    vgg: .safetensors file of the weights of the perceptual loss's VGG16 (train/vgg.py).
     classifier: folder of the emoji family's weights, whose classifier then takes the place of VGG; for that family
     alone. perceptual_until: timesteps from which x_0 shows nothing yet. perceptual_warmup: steps over which its weight
     rises.

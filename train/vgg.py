@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from .losses import resized
 
-FILE = "vgg16-397923af.pth"  # as torchvision names it in its cache
+SOURCE = "timm/vgg16.tv_in1k"  # on the Hugging Face hub: torchvision's weights, its names, as safetensors
 LEVELS = (3, 8, 15, 22)  # relu1_2, relu2_2, relu3_3, relu4_3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = 224
+_HOW = f"Give model.safetensors of {SOURCE} (Hugging Face hub) as loss.vgg, or set loss.perceptual to 0"
 
 
 class VGG16(nn.Module):
@@ -43,18 +44,16 @@ class VGG16(nn.Module):
         return levels
 
 
-def load_vgg(path: str = "") -> VGG16:
-    """VGG16 with weights from a file (.pth or .safetensors), or from torchvision's cache. Raises ValueError where there
-    are none.
-    """
-    file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / FILE
+def load_vgg(path: str) -> VGG16:
+    """VGG16 with weights from a .safetensors file. Raises ValueError where there are none."""
+    if not path:
+        raise ValueError(f"loss.perceptual needs the weights of VGG16, and loss.vgg names no file. {_HOW}")
+    file = Path(path)
     if not file.is_file():
-        raise ValueError(
-            f"loss.perceptual needs the weights of VGG16, and {file} does not exist. Give a file of them as "
-            f'loss.vgg, fetch them once with torchvision.models.vgg16(weights="DEFAULT"), or set '
-            "loss.perceptual to 0"
-        )
-    sd = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+        raise ValueError(f"loss.perceptual needs the weights of VGG16, and {file} does not exist. {_HOW}")
+    if file.suffix != ".safetensors":
+        raise ValueError(f"loss.vgg: {file.name} is no .safetensors file, and no other kind is read. {_HOW}")
+    sd = load_file(file)
     net = VGG16()
     wanted = net.state_dict()
     for key, value in wanted.items():

@@ -12,7 +12,7 @@ from train.emoji.classifier import Classifier, save_classifier
 from train.emoji.codec import Codec, to_taesd
 from train.emoji.features import ClassifierFeatures
 from train.diffusion import coefficients
-from train.loop import Criterion
+from train.criterion import Criterion
 
 
 @pytest.fixture()

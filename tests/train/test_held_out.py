@@ -11,7 +11,9 @@ from tests.train.test_sources import models, recipe, write_folder  # noqa: F401
 from train import networks
 from train.data import Batches
 from train.diffusion import coefficients
-from train.loop import Criterion, flat, train
+from train.criterion import Criterion
+from train.log import flat
+from train.loop import train
 from train.sources import open_source
 from train.taps import Tapped
 

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from asdm_core.packs import open_pack
 from asdm_core.surgery import load_units
 from tests.train.recipes import CONFIGS, NARROW
-from train import loop, networks
+from train import criterion, loop, networks
 from train.recipe import load
 from train.data import Random
-from train.loop import Criterion, learning_rate, train
+from train.criterion import Criterion
+from train.loop import learning_rate, train
 
 ROOT = CONFIGS.parents[1]
 
@@ -372,13 +373,12 @@ def test_the_rate_may_follow_a_cosine_or_another_course(warmup):
         load(NARROW, ["optimiser.schedule=cosine", "optimiser.cooldown=5"])
 
 
-def test_the_perceptual_loss_rises_and_wants_its_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+def test_the_perceptual_loss_rises_and_wants_its_weights(monkeypatch):
     recipe = load(CONFIGS / "sd15-m2.toml", ["loss.perceptual_warmup=4"])
-    with pytest.raises(ValueError, match=r"needs the weights of VGG16, and .*vgg16-397923af.pth does not exist"):
+    with pytest.raises(ValueError, match="needs the weights of VGG16, and loss.vgg names no file"):
         Criterion(recipe, torch.device("cpu"))
-    monkeypatch.setattr(loop, "load_vgg", lambda path: torch.nn.Identity())
-    criterion = Criterion(recipe, torch.device("cpu"))
-    assert list(criterion.weights) == ["task", "output", "mid", "perceptual"]
-    assert [round(criterion.factors(step)[3], 6) for step in (0, 1, 3, 9)] == [0.025, 0.05, 0.1, 0.1]
-    assert criterion.factors(0)[:3] == [1, 1, 1]
+    monkeypatch.setattr(criterion, "load_vgg", lambda path: torch.nn.Identity())
+    its = Criterion(recipe, torch.device("cpu"))
+    assert list(its.weights) == ["task", "output", "mid", "perceptual"]
+    assert [round(its.factors(step)[3], 6) for step in (0, 1, 3, 9)] == [0.025, 0.05, 0.1, 0.1]
+    assert its.factors(0)[:3] == [1, 1, 1]

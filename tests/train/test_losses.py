@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from asdm_core.packs import PREDICTIONS
 from train import losses
 
 HALF = torch.full((2, 1, 1, 1), 0.6), torch.full((2, 1, 1, 1), 0.8)
@@ -72,7 +73,7 @@ def test_denoised_inverts_the_noising():
     noise = torch.randn(2, 4, 2, 2)
     (a, s) = HALF
     x = a * x0 + s * noise
-    for prediction in losses.PREDICTIONS:
+    for prediction in PREDICTIONS:
         wanted = losses.target(x0, noise, a, s, prediction)
         torch.testing.assert_close(losses.denoised(x, wanted, a, s, prediction), x0)
 

@@ -10,7 +10,7 @@ from torch import nn
 from asdm_core.packs import open_model
 from asdm_core.tensor_file import TensorFile
 from tests.train.recipes import RECIPES
-from train import loop
+from train import criterion
 from train.losses import LOSSES
 from train.recipe import load
 from train.loop import train
@@ -34,7 +34,7 @@ class Pixels(nn.Module):
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_takes_a_step_and_ends_in_its_file(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "load_vgg", lambda file: Pixels())
+    monkeypatch.setattr(criterion, "load_vgg", lambda file: Pixels())
     shape = SHAPES["sdxl" if load(path).network.family == "sdxl" else "sd15"]
     recipe = load(
         path,

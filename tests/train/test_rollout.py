@@ -21,7 +21,8 @@ from train.recipe import load
 from train.data import Random
 from train.diffusion import ALPHAS, as_v, coefficients, simple_times
 from train.encoders import Text
-from train.loop import Criterion, train
+from train.criterion import Criterion
+from train.loop import train
 from train.show import Show
 from train.lora import file_names, merge_file
 from train.rollout import Bank, Course, Rollouts, guided_trajectory, landing, rotations, table

@@ -15,7 +15,8 @@ from tests.train.recipes import NARROW
 from train import networks
 from train.recipe import load
 from train.diffusion import ALPHAS, ddim, step_weights
-from train.loop import Criterion, train
+from train.criterion import Criterion
+from train.loop import train
 from train.rollout import Solver
 from train.schedules import STANDARD, read_schedule, schedule_of
 

@@ -13,7 +13,8 @@ from asdm_core import tensor_file
 from tests.train.recipes import NARROW
 from train import show
 from train.recipe import load
-from train.loop import Average, averaged, train
+from train.loop import train
+from train.optimisation import Average, averaged
 
 # The narrow network as one of SD1.5, whose latents have a fixed matrix to pictures.
 SD15 = ("network.family=sd15", "samples.steps=2", "run.steps=2", "run.log_every=1")

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 
 from tests.train.recipes import NARROW
 from train.recipe import load
-from train.loop import Criterion, train
+from train.criterion import Criterion
+from train.loop import train
 from train.teacher_outputs import TeacherOutputs, write_teacher_outputs
 
 CPU = torch.device("cpu")

@@ -17,18 +17,23 @@ def test_its_levels_are_the_last_relu_of_four_stages():
     assert all(known[k] == v.shape for k, v in net.state_dict().items())
 
 
-def test_weights_come_from_a_file_or_an_error_says_how_to_get_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(ValueError, match=r"needs the weights of VGG16.*loss.vgg"):
-        load_vgg()
+def test_weights_come_from_a_safetensors_file_or_an_error_says_which(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"needs the weights of VGG16, and loss.vgg names no file. Give model.safetensors"
+    ):
+        load_vgg("")
+    with pytest.raises(ValueError, match=r"none.safetensors does not exist. Give model.safetensors"):
+        load_vgg(str(tmp_path / "none.safetensors"))
+    torch.save({}, tmp_path / "vgg16.pth")
+    with pytest.raises(ValueError, match=r"vgg16.pth is no .safetensors file, and no other kind is read"):
+        load_vgg(str(tmp_path / "vgg16.pth"))
     save_file({"features.0.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors: features.0.weight is missing or of another shape"):
         load_vgg(str(tmp_path / "other.safetensors"))
     torch.manual_seed(0)
     net = VGG16()
-    (tmp_path / "checkpoints").mkdir()
-    torch.save(net.state_dict(), tmp_path / "checkpoints" / "vgg16-397923af.pth")
-    loaded = load_vgg()
+    save_file(net.state_dict(), tmp_path / "vgg16.safetensors")
+    loaded = load_vgg(str(tmp_path / "vgg16.safetensors"))
     assert not any(p.requires_grad for p in loaded.parameters())
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), loaded.state_dict().values(), strict=True))
 
