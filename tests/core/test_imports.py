@@ -129,7 +129,7 @@ def relative(path, module):
     )
 
 
-@pytest.mark.parametrize("room", ["asdm_core", "nodes.engine"])
+@pytest.mark.parametrize("room", MAY_IMPORT)
 def test_no_file_imports_one_that_imports_it(room):
     arrows = {path.stem: set() for path in files_of(room) if path.stem != "__init__"}
     for path in files_of(room):
@@ -137,7 +137,7 @@ def test_no_file_imports_one_that_imports_it(room):
             inside = module.removeprefix(f"{room}.").split(".")[0] if module.startswith(f"{room}.") else ""
             if inside in arrows and path.stem in arrows and inside != path.stem:
                 arrows[path.stem].add(inside)
-    assert sum(map(len, arrows.values())) > 15
+    assert any(arrows.values())
     while leaves := [name for name, others in arrows.items() if not others & arrows.keys()]:
         for name in leaves:
             del arrows[name]
