@@ -7,9 +7,8 @@ steps of the same, few-step LoRAs as their metadata say. Beside them the finetun
 teacher, against the teacher's own run, for what it loses there by being a difference or trained over many styles. A fit
 learns from the names of all concepts as prompts, 8 walks at a time in bfloat16, for so many CPU minutes of one thread.
 
-    --styles PACK  M2 over many styles (train/configs/emoji-m2-styles.toml; else emoji-m2-styles in models/ where it is
-                   there): M2 as one gets it without a fit, and where fits begin. Without, that is the shipped pack as a
-                   difference
+    --styles PACK  M2 over many styles (train/configs/emoji-m2-styles.toml). Where it lies in --models it ships, and is
+                   M2 as one gets it without a fit; else that is M2 in models/ as a difference
     --speed N      samples of a fit in a second against a bare step of teacher and student: N rounds, on CPU time
     --grid         docs/evidence-style.jpg
     --rows NAME    measure these rows alone, such as m2_fitted_3min
@@ -47,7 +46,6 @@ from train.emoji.text import encoder_beside
 from train.figures import save_grid
 from train.fit import Pair
 from train.progress import plain_errors
-from train.provenance import fingerprint
 
 TEACHER, FINETUNE, TEXT = "emoji-teacher.safetensors", "emoji-openmoji.safetensors", "emoji-text.safetensors"
 SAMPLER, CFG = "dpmpp_2m", 3.0
@@ -74,13 +72,12 @@ def difference(args: argparse.Namespace, pack: str) -> Path:
 
 
 def fitted(args: argparse.Namespace, prompts: list[str], minutes: float) -> Path:
-    """M2 as one gets it, fitted to the finetune for so long; made once of each pack."""
-    start = args.styles or difference(args, "m2")
-    path = args.folder / f"{start.stem}-{fingerprint(start)}-fitted-{minutes:g}min.safetensors"
+    """The M2 pack as a difference, fitted to the finetune for so long; made once."""
+    path = args.folder / f"m2-fitted-{minutes:g}min.safetensors"
     if not path.exists():
         words = args.folder / "prompts.txt"
         words.write_text("\n".join(prompts) + "\n", "utf-8")
-        files = [args.models / FINETUNE, start, path]
+        files = [args.models / FINETUNE, difference(args, "m2"), path]
         options = ["--prompts", words, "--size", "128", "--walks", WALKS, "--precision", "bf16"]
         options += ["--minutes", f"{minutes:g}", "--cpu", "--cpu-time"]
         command = [sys.executable, "-m", "train.emoji", "fit", *files, *options]
@@ -192,7 +189,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, nargs="*", default=[1.0, 3.0, 10.0], help="of each fit")
     parser.add_argument("--lora", type=Path, nargs="*", default=[Path("models/loras/emoji-two-steps.safetensors")])
-    parser.add_argument("--styles", type=Path, help="M2 over many styles; else the one in --models, if there is one")
+    parser.add_argument("--styles", type=Path, help="M2 over many styles")
     parser.add_argument("--speed", type=int, default=0, help="rounds of the comparison with a bare step")
     parser.add_argument("--grid", action="store_true", help="draw docs/evidence-style.jpg")
     parser.add_argument("--rows", nargs="*", help="measure these alone")
@@ -204,8 +201,6 @@ def main() -> None:
     parser.add_argument("--notes", default="", help="kept in the record: what else the machine was doing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    shipped = args.models / "emoji-m2-styles.safetensors"
-    args.styles = args.styles or (shipped if shipped.exists() else None)
     finetune = Pictures(args.models, args.folder, args.prompts, 1, args.comfy, FINETUNE)
     teacher = Pictures(args.models, args.folder / "teacher", args.prompts, 1, args.comfy)
     shown, found = [], []
@@ -221,7 +216,7 @@ def main() -> None:
                 print({k: round(found[-1][k], 4) for k in ("psnr", "grad", "top1")}, row.name, flush=True)
             if args.grid and pictures is finetune:
                 shown.append(images(pictures, row))
-    values = summary_of(found, bool(args.styles))
+    values = summary_of(found, bool(args.styles) and args.styles.parent.samefile(args.models))
     if args.speed:
         found.append(speed(args, finetune.names))
         values["fit_samples_share"] = found[-1]["share"]
