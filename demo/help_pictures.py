@@ -185,6 +185,33 @@ class Studio:
                 labels.append(f"{likeness}\n{1 - share_made(notes):.0%} less work, {psnr:.0f} dB")
         return sheet(pictures, labels)
 
+    def calibrate(self) -> Image.Image:
+        """What the node draws of four pictures."""
+        its = {"pictures": 4, "name": "help", "likeness": "close", "try_fewer_steps": True}
+        run = sampling(["1", 0], sampler_name="dpmpp_2m", scheduler="karras", **its)
+        return self.saved("5", 2, text="strawberry on pink, noto style", **{"5": ("ASDMCalibrate", run)})
+
+    def fit_pack(self) -> Image.Image:
+        """The finetune's own pictures, with a pack before and after it was fitted."""
+        prompts = list(json.loads((PACK / "models" / "emoji" / "concepts.json").read_text("utf-8")).values())
+        inputs = {
+            "model": ["1", 0],
+            "clip": ["1", 1],
+            "vae": ["1", 2],
+            "pack_name": TEACHER_PACK,
+            "prompts": "\n".join(prompts[:: len(prompts) // 60]),
+            "minutes": 5.0,
+            "width": 128,
+            "height": 128,
+            "filename_prefix": "help",
+            "cfg": 3.0,
+            "batch": 8,
+            "learning_rate": 5e-4,
+            "seed": 0,
+        }
+        fitting: Any = "ASDMFitPack", inputs
+        return self.saved("5", 2, checkpoint=FINETUNE, **{"5": fitting})
+
     def inheritance(self) -> Image.Image:
         return self.settings(
             "strawberry on pink, noto style",
@@ -331,8 +358,18 @@ class Studio:
         return both
 
 
-PHOTOS = {"speed_up", "inheritance", "switch", "pack_window", "family", "a_against_b", "xy_plot", "compare"}
-NAMES = [name for name in vars(Studio) if name in PHOTOS | {"gri", "plan", "speed", "inspect"}]
+PHOTOS = {
+    "speed_up",
+    "fit_pack",
+    "inheritance",
+    "switch",
+    "pack_window",
+    "family",
+    "a_against_b",
+    "xy_plot",
+    "compare",
+}
+NAMES = [name for name in vars(Studio) if name in PHOTOS | {"calibrate", "gri", "plan", "speed", "inspect"}]
 
 
 def save(name: str, picture: Image.Image) -> Path:
