@@ -5,7 +5,7 @@
 
 Some have names, and any number of others are drawn by their numbers: `drawn-7` is always the same. They are for
 training packs over many styles, and for choosing settings: OpenMoji, the style that packs are judged in, stays unseen.
-The checkpoints are written beside the other files of the run, not into models/; those that are there are not made anew.
+The checkpoints are written beside the other files of the run, not into models/; those that are there stay.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from .text import Tokens, host_folder, load_text
 from .training import add_common_arguments, start
 from .unet import load_unet, save_unet
 
-RIM = 9  # width of an outline, in pixels of the glyphs: an odd number
 Change = Callable[[Tensor], Tensor]  # premultiplied RGBA in [0, 1], (B, 4, H, W) -> the same
 
 
@@ -50,38 +49,8 @@ def grey(pixels: Tensor) -> Tensor:
     return torch.cat([light.expand(-1, 3, -1, -1), pixels[:, 3:]], 1)
 
 
-def outlined(pixels: Tensor) -> Tensor:
-    """Pale inside a dark rim."""
-    alpha = pixels[:, 3:]
-    inner = -F.max_pool2d(-alpha, RIM, 1, RIM // 2)
-    pale = 0.5 * pixels[:, :3] + 0.5 * alpha
-    return torch.cat([pale * inner, alpha], 1)
-
-
-def flat(pixels: Tensor) -> Tensor:
-    """Few colours: three of each channel."""
-    alpha = pixels[:, 3:]
-    straight = pixels[:, :3] / alpha.clamp_min(1e-3)
-    return torch.cat([(straight.clamp(0, 1) * 2).round() / 2 * alpha, alpha], 1)
-
-
 def as_it_is(pixels: Tensor) -> Tensor:
     return pixels
-
-
-# Name -> the sets it is drawn from, and what is done to them.
-MADE: dict[str, tuple[tuple[str, ...], Change]] = {
-    "noto": (TEACHER_STYLES[:1], as_it_is),
-    "twemoji": (TEACHER_STYLES[1:], as_it_is),
-    "turned": (TEACHER_STYLES, turned),
-    "grey": (TEACHER_STYLES, grey),
-    "outlined": (TEACHER_STYLES, outlined),
-    "flat": (TEACHER_STYLES, flat),
-    "outlined-turned": (TEACHER_STYLES, lambda pixels: outlined(turned(pixels))),
-}
-
-
-# Styles by number -----------------------------------------------------------------------------------
 
 
 def recoloured(pixels: Tensor, angle: float, saturation: float, inverted: bool) -> Tensor:
@@ -99,8 +68,8 @@ def recoloured(pixels: Tensor, angle: float, saturation: float, inverted: bool) 
 def rimmed(pixels: Tensor, width: int, ink: tuple[float, float, float], pale: float) -> Tensor:
     """A rim of this colour inside the shape; what it surrounds goes so far towards white. width: odd."""
     alpha = pixels[:, 3:]
-    inner = (-F.max_pool2d(-alpha, width, 1, width // 2)).clamp(0, 1).minimum(alpha)
-    colour = ((1 - pale) * pixels[:, :3] + pale * alpha) * inner / alpha.clamp_min(1e-3)
+    inner = -F.max_pool2d(-alpha, width, 1, width // 2)
+    colour = ((1 - pale) * pixels[:, :3] + pale * alpha) * inner
     return torch.cat([colour + torch.tensor(ink)[:, None, None] * (alpha - inner), alpha], 1)
 
 
@@ -130,6 +99,22 @@ def levelled(pixels: Tensor, levels: int) -> Tensor:
 def soft(pixels: Tensor, width: int) -> Tensor:
     """Blurred. width: odd."""
     return F.avg_pool2d(pixels, width, 1, width // 2)
+
+
+# The styles -----------------------------------------------------------------------------------------
+
+outlined = partial(rimmed, width=9, ink=(0.0, 0.0, 0.0), pale=0.5)
+
+# Name -> the sets it is drawn from, and what is done to them.
+MADE: dict[str, tuple[tuple[str, ...], Change]] = {
+    "noto": (TEACHER_STYLES[:1], as_it_is),
+    "twemoji": (TEACHER_STYLES[1:], as_it_is),
+    "turned": (TEACHER_STYLES, turned),
+    "grey": (TEACHER_STYLES, grey),
+    "outlined": (TEACHER_STYLES, outlined),
+    "flat": (TEACHER_STYLES, partial(levelled, levels=2)),
+    "outlined-turned": (TEACHER_STYLES, lambda pixels: outlined(turned(pixels))),
+}
 
 
 def drawn(number: int) -> tuple[tuple[str, ...], Change]:
@@ -224,7 +209,9 @@ def main() -> None:
     start(args)
     glyphs = load_glyphs(args.runs)
     for name in args.styles:
-        if not (args.runs / f"emoji-{name}.safetensors").exists():
+        if (args.runs / f"emoji-{name}.safetensors").exists() and not args.fresh:
+            print(f"{name} is there; --fresh makes it anew")
+        else:
             make(args, name, glyphs)
 
 
