@@ -34,3 +34,8 @@ def weights(config, seed=0):
     """A full state dict (addressed LDM names). Not to be changed."""
     generator = torch.Generator().manual_seed(seed)
     return {key: torch.randn(slot.shape, generator=generator) for key, slot in keys(config).items()}
+
+
+def equal(a, b):
+    """Whether two state dicts are the same, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -8,20 +8,16 @@ import torch
 
 from asdm_core import differences, packs, surgery, tensor_file
 from asdm_core.__main__ import main
-from asdm_core.architecture import FAMILIES, Architecture
+from asdm_core.architecture import Architecture
 from asdm_core.identity import Checkpoint, places
 from asdm_core.packs import Description, open_pack
 from asdm_core.tensor_file import BadFile
-from tests.core.narrow import CONFIGS, SD, weights
+from tests.core.narrow import SD, weights
+
+pytestmark = pytest.mark.usefixtures("known")
 
 KEY = "input_blocks.1.0.in_layers.2.weight"
 M2 = Architecture.preset("m2", SD)
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    for config in CONFIGS.values():
-        monkeypatch.setitem(FAMILIES, config.family, config)
 
 
 @pytest.fixture

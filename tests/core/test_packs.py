@@ -13,24 +13,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from asdm_core import diffusers_folder, packs, recognise, surgery, tensor_file, text_encoder
-from asdm_core.architecture import FAMILIES, PRESETS, Architecture
+from asdm_core import packs, recognise, surgery, tensor_file
+from asdm_core.architecture import PRESETS, Architecture
 from asdm_core.gri import LogGains
 from asdm_core.packs import Description, open_pack, open_unet
 from asdm_core.tensor_file import BadFile, TensorFile, parse_header
 from asdm_core.surgery import ADDRESSED, Form, Mismatch
-from tests.core.narrow import CONFIGS, SD, weights
+from tests.core.narrow import CONFIGS, SD, equal, weights
+
+pytestmark = pytest.mark.usefixtures("known")
 
 KEY = "input_blocks.1.0.in_layers.2.weight"
 M2 = Architecture.preset("m2", SD)
 BASE = Architecture.preset("base", SD)
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    """Narrow UNets without a description are recognised, as those of the published widths are."""
-    for config in CONFIGS.values():
-        monkeypatch.setitem(FAMILIES, config.family, config)
 
 
 @pytest.fixture
@@ -47,10 +42,6 @@ def unet(tmp_path):
     path = tmp_path / "unet.safetensors"
     packs.write_unet(path, surgery.cut(weights(SD), BASE)[0], Description("unet", BASE, prediction="v"))
     return path
-
-
-def equal(a, b):
-    return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # There and back -------------------------------------------------------------------------------------
@@ -126,158 +117,6 @@ def test_unets_without_a_description(tmp_path, form):
     found = open_unet(tmp_path / "file.safetensors")
     assert found.description.architecture.cut == BASE.cut and found.description.prediction is None
     assert equal(found.tensors, sd)
-
-
-def a_folder(root, scheduler=None, sub="unet"):
-    sd, _ = surgery.cut(weights(SD), BASE)
-    (root / sub).mkdir(parents=True)
-    save_file(
-        surgery.convert(sd, BASE, ADDRESSED, Form("diffusers", "renumbered")),
-        root / sub / "diffusion_pytorch_model.safetensors",
-    )
-    if scheduler is not None:
-        (root / "scheduler").mkdir()
-        (root / "scheduler/scheduler_config.json").write_text(scheduler)
-    return root
-
-
-@pytest.mark.parametrize(
-    "scheduler, prediction",
-    [
-        (None, None),
-        ("{}", "eps"),
-        ('{"prediction_type": "epsilon"}', "eps"),
-        ('{"prediction_type": "v_prediction"}', "v"),
-    ],
-)
-def test_folders_say_what_is_predicted(tmp_path, scheduler, prediction):
-    root = a_folder(tmp_path / "model", scheduler)
-    for path in (root, root / "unet"):
-        assert open_unet(path).description.prediction == prediction
-
-
-@pytest.mark.parametrize(
-    "scheduler, message",
-    [
-        (
-            '{"prediction_type": "sample"}',
-            "prediction type 'sample' is not supported; wanted one of epsilon, v_prediction",
-        ),
-        ("{", "cannot be read as JSON"),
-        ("[]", "cannot be read as JSON"),
-        ('{"prediction_type": ["epsilon"]}', "is not supported"),
-    ],
-)
-def test_folders_with_a_bad_scheduler(tmp_path, scheduler, message):
-    with pytest.raises(BadFile, match=f"scheduler_config.json: .*{re.escape(message)}"):
-        open_unet(a_folder(tmp_path / "model", scheduler))
-
-
-def shard(folder, sd, variant="", parts=2, stem="diffusion_pytorch_model"):
-    """A UNet in several files with their index, named as diffusers names them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    dot, names = f".{variant}" if variant else "", sorted(sd)
-    places = {}
-    for i in range(parts):
-        name = f"{stem}{dot}-{i + 1:05}-of-{parts:05}.safetensors"
-        mine = names[i::parts]
-        save_file({k: sd[k] for k in mine}, folder / name)
-        places |= dict.fromkeys(mine, name)
-    index = folder / f"{stem}.safetensors.index{dot}.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
-    return index
-
-
-@pytest.fixture
-def diffusers_weights():
-    sd = surgery.cut(weights(SD), BASE)[0]
-    return surgery.convert(sd, BASE, ADDRESSED, Form("diffusers", "renumbered"))
-
-
-@pytest.mark.parametrize("sub", ["unet", "", "unet_ema"])
-@pytest.mark.parametrize("variant", ["", "fp16", "bf16", "non_ema"])
-@pytest.mark.parametrize("sharded", [False, True])
-def test_folders_of_every_kind(tmp_path, diffusers_weights, sub, variant, sharded):
-    folder = tmp_path / "model" / sub
-    if sharded:
-        shard(folder, diffusers_weights, variant)
-    else:
-        folder.mkdir(parents=True)
-        dot = f".{variant}" if variant else ""
-        save_file(diffusers_weights, folder / f"diffusion_pytorch_model{dot}.safetensors")
-    (folder / "diffusion_pytorch_model.bin").touch()
-    found = open_unet(tmp_path / "model")
-    assert found.description.architecture == BASE and equal(found.tensors, surgery.cut(weights(SD), BASE)[0])
-
-
-@pytest.mark.parametrize(
-    "file, part, index",
-    [
-        ("{}-{}.fp16", "{}.fp16-{}", "{}.safetensors.index.fp16.json"),  # as older diffusers named shards
-        ("{}.fp16-{}", "{}.fp16-{}", "{}.fp16.safetensors.index.json"),
-        ("{}.fp16-full-{}", "{}.fp16-{}", "{}.safetensors.index.fp16-full.json"),
-    ],
-)
-def test_variants_in_other_places(tmp_path, diffusers_weights, file, part, index):
-    stem = "diffusion_pytorch_model"
-    written = shard(tmp_path / "unet", diffusers_weights, "fp16")
-    places = written.read_text()
-    for number in ("00001-of-00002", "00002-of-00002"):
-        old, new = (f"{form.format(stem, number)}.safetensors" for form in (part, file))
-        (tmp_path / "unet" / old).rename(tmp_path / "unet" / new)
-        places = places.replace(old, new)
-        assert diffusers_folder.is_shard(new)
-    written.unlink()
-    (tmp_path / "unet" / index.format(stem)).write_text(places)
-    assert equal(open_unet(tmp_path).tensors, surgery.cut(weights(SD), BASE)[0])
-
-
-def test_of_several_files_the_plain_one_is_taken_then_fp16(tmp_path):
-    names = ["non_ema", "bf16", "fp16", ""]
-    for variant in names:
-        path = tmp_path / f"diffusion_pytorch_model{'.' * bool(variant)}{variant}.safetensors"
-        path.touch()
-        assert diffusers_folder.unet_in_folder(tmp_path) == path
-    assert diffusers_folder.unet_in_folder(tmp_path / "absent") is None
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda index: index.write_text("{"), "no index of shards"),
-        (lambda index: index.write_text("[]"), "no index of shards"),
-        (lambda index: index.write_text('{"weight_map": {"a": "../a.safetensors"}}'), "files beside it"),
-        (lambda index: index.write_text('{"weight_map": {"a": 5}}'), "files beside it"),
-        (lambda index: index.write_text('{"weight_map": {"a": "absent.safetensors"}}'), "1 of the 1 files"),
-        (lambda index: index.write_text(json.dumps({"weight_map": {"a": "a" * 5000}})), "1 of the 1 files"),
-        (lambda index: index.write_text(index.read_text().replace('"conv_in.weight"', '"moon"')), "no tensor moon"),
-    ],
-)
-def test_wrong_shards(tmp_path, diffusers_weights, change, message):
-    change(shard(tmp_path / "unet", diffusers_weights))
-    with pytest.raises(BadFile, match=message):
-        open_unet(tmp_path)
-
-
-def test_a_tensor_in_two_shards(tmp_path, diffusers_weights):
-    shard(tmp_path, diffusers_weights)
-    name = tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors"
-    save_file(load_file(name) | load_file(tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors"), name)
-    with pytest.raises(BadFile, match="in two of its files"):
-        open_unet(tmp_path)
-
-
-def test_a_choice_by_hand_wins_over_the_schedulers_file(tmp_path):
-    for scheduler in ('{"prediction_type": "sample"}', '{"prediction_type": "v_prediction"}', "{"):
-        root = a_folder(tmp_path / str(len(scheduler)), scheduler)
-        assert open_unet(root, prediction="eps").description.prediction == "eps"
-
-
-def test_folders_of_pickles_are_refused_with_a_way_out(tmp_path):
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "diffusion_pytorch_model.bin").touch()
-    with pytest.raises(BadFile, match=r"pickle file.*save_pretrained\(NEW_FOLDER\)"):
-        open_unet(tmp_path)
 
 
 # What is wrong is named -----------------------------------------------------------------------------
@@ -792,76 +631,3 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(pack, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         tensor_file.write_file(pack, {"a": torch.zeros(1)}, {})
     assert pack.read_bytes() == before and list(pack.parent.iterdir()) == [pack]
-
-
-# Text encoders --------------------------------------------------------------------------------------
-
-TEXT = {
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 5,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "projection_dim": 8,
-    "bos_token_id": 18,
-    "eos_token_id": 19,
-    "pad_token_id": 19,
-    "vocab_size": 20,
-}
-
-
-def write_text_encoder(path, config=TEXT, **changes):
-    """As transformers' own model has it, with three rows of the table; changes: tensors by name, None for none."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    model = CLIPTextModel(CLIPTextConfig(**(TEXT | {"vocab_size": 3, "bos_token_id": 0, "eos_token_id": 2})))
-    sd = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in model.named_parameters()}
-    sd |= {"token_ids": torch.tensor([4, 18, 19], dtype=torch.int32)} | changes
-    text = config if isinstance(config, str) else json.dumps(config)
-    save_file({k: v.detach() for k, v in sd.items() if v is not None}, path, {"text_config": text})
-    return sd
-
-
-def test_text_encoders_get_their_whole_table(tmp_path):
-    sd = write_text_encoder(tmp_path / "text.safetensors")
-    config, weights = text_encoder.open_text_encoder(tmp_path / "text.safetensors")
-    table = weights.pop(text_encoder.TOKEN_TABLE)
-    assert config == TEXT and table.shape == (20, 8)
-    assert torch.equal(table[[4, 18, 19]], sd[text_encoder.TOKEN_TABLE]) and table.count_nonzero() == 24
-    assert equal(weights, {k: v for k, v in sd.items() if k not in (text_encoder.TOKEN_TABLE, "token_ids")})
-
-
-BIAS = "text_model.encoder.layers.1.mlp.fc1.bias"
-
-
-@pytest.mark.parametrize(
-    "config, changes, message",
-    [
-        ("[" * 100_000, {}, "not valid JSON"),
-        ("[]", {}, "not a JSON object"),
-        ({k: v for k, v in TEXT.items() if k != "vocab_size"}, {}, "vocab_size must be"),
-        (TEXT | {"vocab_size": 10**12}, {}, "vocab_size must be"),
-        (TEXT | {"num_hidden_layers": "2"}, {}, "num_hidden_layers must be"),
-        (TEXT | {"num_hidden_layers": 3}, {}, "missing"),
-        (TEXT | {"num_attention_heads": 3}, {}, "cannot share"),
-        (TEXT | {"eos_token_id": 20}, {}, "eos_token_id must be"),
-        (TEXT | {"hidden_act": "rm"}, {}, "hidden_act"),
-        (TEXT, {BIAS: None}, f"{BIAS} has shape none"),
-        (TEXT, {BIAS: torch.zeros(13)}, f"{BIAS} has shape \\(13,\\)"),
-        (TEXT, {BIAS: torch.full((12,), torch.nan)}, "not finite"),
-        (TEXT, {BIAS: torch.zeros(12, dtype=torch.int64)}, "dtype I64"),
-        (TEXT, {"more": torch.zeros(1)}, "no such tensor"),
-        (TEXT, {"token_ids": torch.tensor([4, 18, 20])}, "must lie below 20"),
-        (TEXT, {"token_ids": torch.tensor([-1, 18, 19])}, "must lie below 20"),
-        (TEXT, {"token_ids": torch.tensor([4.0, 18.0, 19.0])}, "list of whole numbers"),
-        (TEXT, {"token_ids": torch.tensor(4)}, "list of whole numbers"),
-        (TEXT, {"token_ids": torch.tensor([4, 18], dtype=torch.int64)}, "token_embedding"),
-        (TEXT, {"token_ids": None}, "no token_ids"),
-    ],
-)
-def test_wrong_text_encoders(tmp_path, config, changes, message):
-    write_text_encoder(tmp_path / "text.safetensors", config, **changes)
-    with pytest.raises(BadFile, match=message):
-        text_encoder.open_text_encoder(tmp_path / "text.safetensors")

@@ -10,7 +10,7 @@ from asdm_core import surgery
 from asdm_core.addresses import LAYOUTS, keys, walk
 from asdm_core.architecture import NUMBERINGS, PRESETS, Architecture
 from asdm_core.surgery import ADDRESSED, Form, Mismatch
-from tests.core.narrow import CONFIGS, SD, weights
+from tests.core.narrow import CONFIGS, SD, equal, weights
 
 FORMS = [Form(*form) for form in itertools.product(LAYOUTS, NUMBERINGS)]
 KEY = "input_blocks.1.0.in_layers.2.weight"
@@ -18,10 +18,6 @@ KEY = "input_blocks.1.0.in_layers.2.weight"
 
 def preset(name):
     return Architecture.preset(name, CONFIGS[PRESETS[name].family])
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("name", PRESETS)
