@@ -210,7 +210,9 @@ class Studio:
             "seed": 0,
         }
         fitting: Any = "ASDMFitPack", inputs
-        return self.saved("5", 2, checkpoint=FINETUNE, **{"5": fitting})
+        picture = self.saved("5", 2, checkpoint=FINETUNE, **{"5": fitting})
+        picture.thumbnail((640, 1200), Image.Resampling.LANCZOS)
+        return picture
 
     def inheritance(self) -> Image.Image:
         return self.settings(

@@ -250,9 +250,10 @@ class ASDMFitPack(io.ComfyNode):
         pictures = [comparison.decode(vae, {"samples": cls._scaled(model, x)}) for x in (own, before, after)]
         gained = [comparison.in_words(comparison.alike(pictures[0], p)[0]) for p in pictures[1:]]
         labels = ["checkpoint", f"{Path(pack_name).stem} before", "fitted"]
-        text = f"{path.name}\n{told.samples} samples in {minutes:g} min; before {gained[0]}, now {gained[1]}"
+        learned = f"{told.samples} samples in {minutes:g} min\nbefore {gained[0]}\nnow {gained[1]}"
+        text = f"{path.name}\n{learned}"
         played = apply_pack(model, path, path.name, Window())
-        picture = comparison.draw(path.name, text, labels, pictures)
+        picture = comparison.draw(path.name, learned, labels, pictures)
         return io.NodeOutput(
             played,
             path.name,
