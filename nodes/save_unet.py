@@ -19,7 +19,7 @@ from ..asdm_core.packs import Description, ZERO_SNR_MARKER, write_unet
 from ..asdm_core.tensor_file import TensorFile
 from ..asdm_core.text import printable
 from .common import CATEGORY, SHOWS_WORDS
-from .engine import models, pack_loras, quantised, switch
+from .engine import bypass, models, pack_loras, quantised, switch
 from .engine.assigned import assigned_of, network_of, packs_of, providers_of
 from .engine.network import without_self_attention
 
@@ -67,6 +67,7 @@ def played_weights(
 
     dequantise: take out what quantised layers compute with. Raises ValueError for them otherwise.
     """
+    model = bypass.in_weights(model)
     unet = model.model.diffusion_model
     own = {key: slot for key, slot in architecture.keys().items() if slot.unit.address not in sources}
     odd = {key: slot for key, slot in own.items() if not quantised.is_plain(quantised.held(unet, key), slot.shape)}

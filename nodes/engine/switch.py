@@ -8,7 +8,6 @@ The sampler sees one model function and keeps its history.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,10 +19,10 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP, get_all_wrappers
-from comfy.weight_adapter import BypassInjectionManager
 from ...asdm_core.steps import Moment
 from ...asdm_core.switching import Switch, SwitchPoint, shares
 from ...asdm_core.text import printable
+from . import bypass
 from .assigned import pack_patchers, set_pack_patchers
 from .network import architecture_of, clone_for
 from .on_model import models_key, with_technique, without_technique
@@ -191,8 +190,7 @@ def _apart(model, others):
     try:
         copy = model.clone(force_deepcopy=True)
         set_pack_patchers(copy, [pack.clone(force_deepcopy=True) for pack in pack_patchers(model)])
-        copy.is_injected = False  # as the original may be at the moment
-        copy.injections = {k: [_bound_to(copy, injection) for injection in v] for k, v in copy.injections.items()}
+        bypass.bind_to_copy(copy)
     except RuntimeError as error:
         raise ValueError(
             "Switch UNet: both models are one UNet with different LoRAs or patches, and this UNet cannot be loaded a "
@@ -200,18 +198,6 @@ def _apart(model, others):
             "time because its loader does not say how. Load it with a stock loader or one of asdm's."
         ) from error
     return copy
-
-
-def _bound_to(model, injection):
-    """An injection as it is; of a bypass LoRA, which holds the modules of the UNet it was made for, one for the UNet of
-    MODEL.
-    """
-    manager = inspect.getclosurevars(injection.inject).nonlocals.get("self")
-    if not isinstance(manager, BypassInjectionManager):
-        return injection
-    anew = BypassInjectionManager()
-    anew.adapters = manager.adapters
-    return anew.create_injections(model.model)[0]
 
 
 @contextmanager

@@ -512,6 +512,14 @@ def test_a_switch_and_gains_are_not_saved(output, folder):
     assert not list(output.glob("ours/*"))
 
 
+def test_a_bypass_lora_is_saved_as_any_other(output, model, m2):
+    lora = small.lora()
+    for plain in (model, small.with_pack(model, m2)):
+        wanted = load_file(save(small.add_lora(plain, lora, 0.7), output))
+        found = load_file(save(comfy.sd.load_bypass_lora_for_models(plain, None, lora, 0.7, 0)[0], output))
+        assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in found)
+
+
 def test_quantised_weights_are_not_saved_as_if_they_were_plain(output):
     weights = dict(small.weights(SD))
     layer = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
