@@ -357,7 +357,7 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
+        if type(tensor) is Tensor:  # of other classes are weights: parameters, and those that a host has quantised
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor

@@ -8,7 +8,7 @@ dtype moves each by no more than that dtype rounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,12 @@ class Checkpoint:
     @classmethod
     def of(cls, name: str, weights: Mapping[str, Tensor], config: UNetConfig) -> Checkpoint:
         """weights: addressed LDM names; those of other layers are not looked at."""
-        found = {key: float(weights[key].flatten()[at]) for key, at in places(config).items() if key in weights}
-        return cls(name, tuple(found.get(key) for key in places(config)))
+        return cls.read(name, lambda key, at: float(weights[key].flatten()[at]) if key in weights else None, config)
+
+    @classmethod
+    def read(cls, name: str, number: Callable[[str, int], float | None], config: UNetConfig) -> Checkpoint:
+        """number: gives one number of a weight by its addressed LDM name, None where there is none."""
+        return cls(name, tuple(number(key, at) for key, at in places(config).items()))
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "marks": list(self.marks)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from ..asdm_core import fit, packs, tensor_file
 from ..asdm_core.assignment import Window
+from ..asdm_core.text import printable
 from .apply_pack import apply_pack, check_fit
 from .common import CATEGORY, PIXELS, SHOWS_COMPARISON
 from .engine import comparison, files, fitting
@@ -103,6 +105,17 @@ def prompts_of(text: str) -> list[str]:
             "twenty or more make a better pack."
         )
     return found
+
+
+def within(folder: Path, prefix: str) -> str:
+    """A prefix of file names, which may begin with folders. Raises ValueError where it leads out of this folder."""
+    path = Path(os.path.abspath(folder / prefix))
+    if not prefix.strip() or not path.is_relative_to(os.path.abspath(folder)) or path == Path(os.path.abspath(folder)):
+        raise ValueError(
+            f"filename_prefix is the beginning of a file's name in models/asdm_packs, or in a folder there; got "
+            f"{printable(prefix)}. Write one such as fitted or mine/fitted."
+        )
+    return str(path.relative_to(os.path.abspath(folder)))
 
 
 class ASDMFitPack(io.ComfyNode):
@@ -220,7 +233,7 @@ class ASDMFitPack(io.ComfyNode):
         texts = fitting.Texts(clip, prompts_of(prompts))
         folder = Path(folder_paths.get_folder_paths(files.PACK_FOLDER)[0])
         folder.mkdir(parents=True, exist_ok=True)
-        path = tensor_file.check_output(unused_path(folder, filename_prefix))
+        path = tensor_file.check_output(unused_path(folder, within(folder, filename_prefix)))
         settings = fit.Settings(walks=batch, guidance=cfg, lr=learning_rate, seed=seed)
         shape = (model.model.latent_format.latent_channels, height // PIXELS, width // PIXELS)
 
@@ -230,8 +243,7 @@ class ASDMFitPack(io.ComfyNode):
             try:
                 one = Fitting(copy, texts, shape, settings)
                 needed = copy.memory(one.networks[1], shape, batch)
-                free = comfy.model_management.get_free_memory(copy.device)
-                fitting.check_memory(needed, free, batch, cls._say)
+                fitting.check_memory(needed, copy.make_room(needed), batch, cls._say)
                 with one.fit.averaged():
                     own, before = one.pairs(SHOWN)
                 try:
@@ -252,11 +264,12 @@ class ASDMFitPack(io.ComfyNode):
         labels = ["checkpoint", f"{Path(pack_name).stem} before", "fitted"]
         learned = f"{told.samples} samples in {minutes:g} min\nbefore {gained[0]}\nnow {gained[1]}"
         text = f"{path.name}\n{learned}"
-        played = apply_pack(model, path, path.name, Window())
+        name = str(path.relative_to(folder))
+        played = apply_pack(model, path, name, Window())
         picture = comparison.draw(path.name, learned, labels, pictures)
         return io.NodeOutput(
             played,
-            path.name,
+            name,
             to_image(picture),
             ui={"text": (text,), **comparison.view(cls, path.name, labels, pictures)},
         )

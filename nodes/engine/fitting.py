@@ -10,29 +10,27 @@ from pathlib import Path
 import comfy.model_management
 import comfy.model_sampling
 import torch
+from comfy.model_patcher import get_key_weight
 from torch import Tensor, nn
 
-from ...asdm_core import fit
-from ...asdm_core.identity import Checkpoint
+from ...asdm_core import few_step, fit
 from ...asdm_core.packs import Description, Loaded
-from . import units
+from . import bypass, units
 from .comparison import original_of
-from .network import architecture_of
-from .unpatched import Unpatched
+from .network import architecture_of, prediction_of
+from .unpatched import Unpatched, checkpoint_of, numbers
 
-PREDICTIONS = {comfy.model_sampling.EPS: "eps", comfy.model_sampling.V_PREDICTION: "v"}
-MEASURED_AT = 16  # side of the latents on which the memory of a forward is measured
+MEASURED_AT = (8, 16, 24)  # sides of the latents on which the memory of a forward is measured
 
 
 def diffusion_of(model) -> fit.Diffusion:
     """How a MODEL is trained. Raises ValueError where that is neither of noise nor of v, on a table of time steps."""
     sampling = model.get_model_object("model_sampling")
-    kinds = [kind for kind in type(sampling).__mro__ if not issubclass(kind, nn.Module) and kind is not object]
-    prediction = PREDICTIONS.get(kinds[0]) if kinds else None
+    prediction, kind = prediction_of(model)
     if prediction is None or not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
         raise ValueError(
             "Fit Pack works on models that predict the noise or v on a table of time steps; this MODEL has "
-            f"{kinds[0].__name__ if kinds else type(sampling).__name__}. Leave out nodes that change its sampling (as "
+            f"{kind}. Leave out nodes that change its sampling (as "
             "ModelSamplingDiscrete with lcm), and fit before them."
         )
     return fit.Diffusion(1 / (1 + sampling.sigmas.double().cpu() ** 2), prediction)
@@ -40,7 +38,8 @@ def diffusion_of(model) -> fit.Diffusion:
 
 def name_of(model) -> str:
     """What a MODEL's checkpoint is called, for people."""
-    source = model.cached_patcher_init[1][0] if model.cached_patcher_init else ""
+    given = model.cached_patcher_init[1] if model.cached_patcher_init else ()
+    source = given[0] if given else ""
     return Path(source).name if isinstance(source, str) and source else "a checkpoint"
 
 
@@ -92,13 +91,15 @@ class Copy:
         self.architecture = description.architecture
         self._model, self._pack = model, pack
         unpatched = Unpatched(model)
+        original = bypass.in_weights(original_of(model))
         try:
-            self.patcher = original_of(model).clone(disable_dynamic=True, force_deepcopy=True)
+            self.patcher = original.clone(disable_dynamic=True, force_deepcopy=True)
         except RuntimeError as e:
             raise ValueError(
                 "this MODEL cannot be read a second time, which Fit Pack must do: the node that loaded it keeps no "
                 f"note of its file ({e}). Load the checkpoint with Load Checkpoint or Load Diffusion Model."
             ) from None
+        bypass.bind_to_copy(self.patcher)
         device = self.patcher.load_device
         if self.dtype == torch.float16 and comfy.model_management.should_use_bf16(device):
             self.patcher.set_model_compute_dtype(torch.bfloat16)  # gradients need its range
@@ -106,12 +107,13 @@ class Copy:
         self.unet = self.patcher.model.diffusion_model.requires_grad_(False)
         self.device = device
         # The units as Apply Pack would play them: what training changed, on top of the LoRAs.
-        live = self.unet.state_dict()
-        self.own = {key: live[key].detach().float().clone() for key in description.unit_keys}
+        self.own = {
+            key: numbers(key, get_key_weight(self.unet, key)[0]).float().clone() for key in description.unit_keys
+        }
         difference = description.difference_of is not None
         start = {}
         for key in description.unit_keys:
-            changed = pack.tensors[key].float() - (0 if difference else unpatched[key].float())
+            changed = pack.tensors[key].float() - (0 if difference else unpatched[key].float().cpu())
             start[key] = self.own[key] + changed.to(self.own[key].device)
         plain = Description("pack", self.architecture, description.units)
         precision = self.patcher.model.model_config.unet_config.get("attn_precision")
@@ -145,15 +147,29 @@ class Copy:
         return call
 
     def memory(self, student: fit.Network, shape: tuple[int, int, int], walks: int) -> int:
-        """Bytes that learning takes beside the networks: a forward is measured on small latents, of which it takes in
-        proportion to their area.
+        """Bytes that learning takes beside the networks: a forward is measured on small latents of several sizes.
+
+        What it keeps has a part for the prompts, one that grows with the area, and where attention keeps its
+        probabilities one that grows with the area's square.
         """
-        channels, *sides = shape
-        small = [min(side, MEASURED_AT) for side in sides]
-        x = torch.zeros(2, channels, *small, device=self.device)
+        channels, height, width = shape
         t = torch.zeros(2, device=self.device)
-        kept = fit.saved_bytes(lambda: student(x, t, [0, fit.EMPTY]))
-        return int(kept * walks * math.prod(sides) / math.prod(small)) + fit.learning_bytes(self.parameters.values())
+        areas, kept = [], []
+        for side in MEASURED_AT:
+            x = torch.zeros(2, channels, side, side, device=self.device)
+            areas.append(float(side * side))
+            kept.append(float(fit.saved_bytes(lambda x=x: student(x, t, [0, fit.EMPTY]))))
+        powers = torch.tensor([[1.0, area, area**2] for area in areas], dtype=torch.float64)
+        constant, linear, square = torch.linalg.solve(powers, torch.tensor(kept, dtype=torch.float64)).clamp_min(0)
+        area = height * width
+        needed = walks * float(constant + linear * area + square * area**2)
+        return int(needed) + fit.learning_bytes(self.parameters.values())
+
+    def make_room(self, needed: int) -> int:
+        """Have the host unload what it can beside the copy; bytes that are free then."""
+        others = [entry for entry in comfy.model_management.current_loaded_models if entry.model is self.patcher]
+        comfy.model_management.free_memory(needed, self.device, keep_loaded=others)
+        return comfy.model_management.get_free_memory(self.device)
 
     def load(self) -> None:
         """Have the copy on its device again, after others have been there."""
@@ -161,7 +177,7 @@ class Copy:
 
     def learned(self, training: dict) -> tuple[Description, dict[str, Tensor]]:
         """The pack as it is now: differences from the MODEL's checkpoint, bound to it."""
-        whose = Checkpoint.of(name_of(self._model), Unpatched(self._model), self.architecture.config)
+        whose = checkpoint_of(self._model, name_of(self._model))
         before = self._pack.description
         description = Description(
             "pack",
@@ -223,13 +239,19 @@ def check_model(model, pack: Loaded) -> None:
             f"{name} has experts or gains, which are not fitted. Choose a pack that plays units alone; experts "
             "and gains suit any checkpoint as they are."
         )
+    if few_step.of_pack(description.training) is not None:
+        raise ValueError(
+            f"{name} was trained for a run of few steps, and Fit Pack teaches what a whole run makes. Choose a pack "
+            "that is for any number of steps; the few-step LoRA goes on top of it."
+        )
     mine = architecture_of(model)
     if mine.cut:
         raise ValueError(
             f"this MODEL is a pruned UNet ({mine.name or 'a choice of its own'}) and can teach nothing of what it "
             "lacks. Connect the unpruned checkpoint."
         )
-    if model.model.concat_keys:
+    beside = model.model.model_config.unet_config["in_channels"] != model.model.latent_format.latent_channels
+    if model.model.concat_keys or beside:
         raise ValueError(
             "this MODEL is for inpainting or editing and wants pictures beside its prompts. Fit the pack to the "
             "checkpoint it was made from."

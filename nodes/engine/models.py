@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -318,7 +319,10 @@ def load_small_clip(path: str):
 # Packs ----------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4)
+KEPT = 4  # packs in memory that nobody may be using; of those of differences for each network
+
+
+@lru_cache(maxsize=KEPT)
 def load_pack(path: str, modified: float, dtype: torch.dtype, attn_precision):
     """Patcher of a pack's units, with weights as `dtype`. One per file and dtype for the whole process.
 
@@ -329,20 +333,25 @@ def load_pack(path: str, modified: float, dtype: torch.dtype, attn_precision):
 
 
 # By the network that differences were added to, and as in `load_pack`.
-_on_networks: WeakKeyDictionary[torch.nn.Module, dict[tuple, comfy.model_patcher.ModelPatcher]] = WeakKeyDictionary()
+_on_networks: WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, comfy.model_patcher.ModelPatcher]] = (
+    WeakKeyDictionary()
+)
 
 
 def load_differences(model, path: str, modified: float, dtype: torch.dtype, attn_precision):
     """Patcher of the units that a pack of differences plays in the checkpoint of a MODEL: its unpatched weights and
-    what training changed, added once. One per file, dtype and network; see `load_pack`.
+    what training changed, added once. One per file, dtype and network, of the last KEPT; see `load_pack`.
     """
-    known = _on_networks.setdefault(model.model, {})
+    known = _on_networks.setdefault(model.model, OrderedDict())
     key = path, modified, dtype, attn_precision
     if key not in known:
         weights = Unpatched(model)
         wanted = packs.describe_pack(TensorFile(path)).unit_keys
-        own = {name: weights[name].to(dtype) for name in wanted if name in weights}
+        own = {name: weights[name].to("cpu", dtype, copy=True) for name in wanted if name in weights}
         known[key] = new_pack_patcher(path, dtype, attn_precision, own)
+        while len(known) > KEPT:
+            known.popitem(last=False)
+    known.move_to_end(key)
     return known[key]
 
 

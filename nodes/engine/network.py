@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import comfy.model_sampling
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import nn
 
 from ...asdm_core.addresses import UNetConfig, walk
 from ...asdm_core.architecture import FAMILIES, Architecture
+
+
+PREDICTIONS = {comfy.model_sampling.EPS: "eps", comfy.model_sampling.V_PREDICTION: "v"}
+
+
+def prediction_of(model) -> tuple[str | None, str]:
+    """What a MODEL's network is taken to predict, "eps" or "v", None for another thing; and the name of its kind."""
+    sampling = model.get_model_object("model_sampling")
+    kinds = [kind for kind in type(sampling).__mro__ if not issubclass(kind, nn.Module) and kind is not object]
+    return (PREDICTIONS.get(kinds[0]), kinds[0].__name__) if kinds else (None, type(sampling).__name__)
 
 
 def architecture_of(model) -> Architecture:

@@ -1,7 +1,9 @@
 """Fit Pack within the host: what is learned, what stays as it was, and what is refused."""
 
+import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import comfy.model_management
 import comfy.model_sampling
@@ -131,6 +133,40 @@ def test_loras_are_learned_with_and_act_as_on_the_checkpoint(model, m2, folder_o
     assert like(small.with_pack(model, path), small.sample(small.with_pack(model, m2))) < 0.01
 
 
+def test_bypass_loras_are_learned_with_as_others(model, m2, folder_of_packs, monkeypatch):
+    lora, before = small.lora(), weights_of(model)
+    bypassed = small.comfy.sd.load_bypass_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+    own = small.sample(bypassed)
+    (played, name, _) = run(bypassed, m2, monkeypatch, steps=1, learning_rate=1e-7)
+    assert like(played, small.sample(small.with_pack(bypassed, m2))) < 0.01
+    taught = {}
+    for kind, teacher in (("plain", model), ("bypass", bypassed), ("weights", small.add_lora(model, lora))):
+        with fitting.learning():
+            copy = fitting.Copy(teacher, packs.open_pack(m2))
+            x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+            context = torch.randn(1, 7, 48, generator=torch.Generator().manual_seed(1))
+            with torch.no_grad():
+                taught[kind] = copy.unet(x, torch.tensor([500.0]), context, None, transformer_options={})
+            copy.close()
+    assert torch.equal(taught["bypass"], taught["weights"])
+    assert small.difference(taught["bypass"], taught["plain"]) > 0.1
+    assert same(before, weights_of(model)) and torch.equal(small.sample(bypassed), own)
+
+
+@pytest.mark.parametrize("form", ["comfy_quant", "scaled_fp8"])
+def test_a_quantised_checkpoint_is_fitted_to(m2, folder_of_packs, monkeypatch, form):
+    held, numbers = small.quantised(small.weights(SD), form)
+    with torch.inference_mode():
+        model = small.comfy.sd.load_diffusion_model_state_dict(dict(held))
+    again = small.comfy.sd.load_diffusion_model_state_dict
+    model.cached_patcher_init = (lambda disable_dynamic=False: again(dict(held), disable_dynamic=disable_dynamic), ())
+    (played, name, _) = run(model, m2, monkeypatch, steps=1, learning_rate=1e-7)
+    kept = packs.open_pack(folder_of_packs / name).tensors
+    for key, weight in small.surgery.extract(small.weights(SD, 1), M2, M2.pack_units()).items():
+        assert torch.allclose(kept[key].float(), weight - numbers[key], rtol=1e-3, atol=1e-3), key
+    assert like(played, small.sample(small.with_pack(model, m2))) < 0.01
+
+
 def test_cancel_keeps_what_was_learned(model, m2, folder_of_packs, monkeypatch):
     calls = []
 
@@ -160,7 +196,7 @@ def test_memory_is_said_and_refused(model, m2, folder_of_packs, monkeypatch):
     monkeypatch.setattr(
         fit_pack.comfy.model_management,
         "get_free_memory",
-        lambda *args, **more: 1000 if "fit_pack" in _caller() else free(*args, **more),
+        lambda *args, **more: 1000 if _caller() == "make_room" else free(*args, **more),
     )
     before = weights_of(model)
     with pytest.raises(ValueError, match=r"needs .* GiB beside the model.*Make width and height smaller"):
@@ -169,13 +205,29 @@ def test_memory_is_said_and_refused(model, m2, folder_of_packs, monkeypatch):
 
 
 def _caller():
-    return sys._getframe(2).f_code.co_filename
+    return sys._getframe(2).f_code.co_name
 
 
 def test_a_copy_that_does_not_fit_is_refused(model, m2, folder_of_packs, monkeypatch):
     monkeypatch.setattr(fitting.comfy.model_management, "get_free_memory", lambda *_: 1000)
     with pytest.raises(ValueError, match="works on a copy of this MODEL's network"):
         run(model, m2, monkeypatch)
+
+
+@pytest.mark.parametrize("prompts", [["a cat"], ["a cat", "a very long prompt about a dog"]])
+def test_memory_is_foretold(model, m2, prompts):
+    """From small states to those as large as SD1.5's, whatever the attention of this machine keeps."""
+    with fitting.learning():
+        texts = fitting.Texts(Clip(), prompts)
+        texts.prepare(model, 512, 384)
+        copy = fitting.Copy(model, packs.open_pack(m2))
+        student = copy.network(copy.student, texts)
+        x, t = torch.zeros(2, 4, 48, 64), torch.zeros(2)
+        real = core.saved_bytes(lambda: student(x, t, [0, core.EMPTY]))
+        beside = core.learning_bytes(copy.parameters.values())
+        foretold = copy.memory(student, (4, 48, 64), 3) - beside
+        copy.close()
+    assert foretold == pytest.approx(3 * real, rel=0.2)
 
 
 def test_measured_memory_is_what_autograd_keeps():
@@ -187,11 +239,23 @@ def test_measured_memory_is_what_autograd_keeps():
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"prompts": " \n "}, "one a line, and none came"), ({"filename_prefix": "there/is/none"}, "there is no folder")],
+    [
+        ({"prompts": " \n "}, "one a line, and none came"),
+        ({"filename_prefix": "there/is/none"}, "there is no folder"),
+        ({"filename_prefix": "../up"}, "filename_prefix is the beginning of a file's name in models/asdm_packs"),
+        ({"filename_prefix": "/tmp/up"}, "or in a folder there; got /tmp/up"),
+        ({"filename_prefix": " "}, "Write one such as fitted"),
+    ],
 )
 def test_bad_input(model, m2, folder_of_packs, monkeypatch, given, message):
     with pytest.raises(ValueError, match=message):
         run(model, m2, monkeypatch, **given)
+
+
+def test_the_name_has_its_folder(model, m2, folder_of_packs, monkeypatch):
+    (folder_of_packs / "mine").mkdir()
+    (_, name, _) = run(model, m2, monkeypatch, steps=1, filename_prefix="mine/fitted")
+    assert name == str(Path("mine", "fitted_00001.safetensors")) and (folder_of_packs / name).is_file()
 
 
 def test_what_cannot_be_fitted(model, folder, m2, folder_of_packs, monkeypatch):
@@ -210,6 +274,17 @@ def test_what_cannot_be_fitted(model, folder, m2, folder_of_packs, monkeypatch):
     lcm.add_object_patch("model_sampling", Lcm(model.model.model_config))
     with pytest.raises(ValueError, match="predict the noise or v"):
         run(lcm, m2, monkeypatch)
+    few = {"few_step": {"steps": 2, "sampler": "ddim", "scheduler": "simple", "cfg": 1.0, "times": [999, 499]}}
+    tensors = dict(packs.open_pack(m2).tensors)
+    two_steps = folder / "two-steps.safetensors"
+    packs.write_pack(two_steps, tensors, packs.Description("pack", M2, M2.pack_units(), training=few), None)
+    with pytest.raises(ValueError, match="trained for a run of few steps.*any number of steps"):
+        run(model, two_steps, monkeypatch)
+    with torch.inference_mode():
+        config = dataclasses.replace(SD, in_channels=8)
+        editing = small.models.load_unet(small.write_unet(folder / "editing.safetensors", config))
+    with pytest.raises(ValueError, match="for inpainting or editing"):
+        run(editing, m2, monkeypatch)
 
 
 @pytest.mark.sweep(0)

@@ -138,6 +138,29 @@ def add_lora(model, lora, strength=1.0):
     return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
 
 
+def quantised(weights, form):
+    """Linear layers of transformers in fp8 with a scale, as files hold them by now ("comfy_quant") or once did
+    ("scaled_fp8"); and the numbers they stand for.
+    """
+    held, numbers = {}, dict(weights)
+    if form == "scaled_fp8":
+        held["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    for key, weight in weights.items():
+        held[key] = weight.clone()
+        if weight.dim() != 2 or "transformer_blocks" not in key:
+            continue
+        scale = weight.abs().max() / 448
+        held[key] = (weight / scale).to(torch.float8_e4m3fn)
+        numbers[key] = held[key].float() * scale
+        layer = key.removesuffix("weight")
+        if form == "scaled_fp8":
+            held[f"{layer}scale_weight"] = scale
+        else:
+            held[f"{layer}weight_scale"] = scale
+            held[f"{layer}comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    return held, numbers
+
+
 def merged(model, other, ratio):
     """What the stock node Merge Simple makes, which adds weights one by one and makes a table of all for each."""
     clone = model.clone()
