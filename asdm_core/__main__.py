@@ -276,7 +276,8 @@ def extract_pack(args: argparse.Namespace) -> None:
     training = {"extracted_from": Path(args.student).name}
     experts, further = _gathered(args, loaded, units) if args.experts_from else (None, {})
     tensors |= further
-    description = Description("pack", chosen, units, licence=args.licence, training=training, condconv=experts)
+    its = loaded.description.prediction
+    description = Description("pack", chosen, units, its, args.licence, training, condconv=experts)
     packs.write_pack(args.output, _Progress(tensors, "extract"), description, DTYPES[args.dtype])
     print(
         f"wrote {args.output}: {len(units)} units, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters"

@@ -116,7 +116,9 @@ def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
     if unchanged := tuple(a for a in description.units if a in patcher.model.unchanged):
         overrides.append(Override(unchanged, CHECKPOINT, window))
     words = [made_for_another(name, description)] if is_for_another(model, description) else []
-    return with_few_steps(with_overrides(model, overrides, {pack_id: patcher}, words), description, name)
+    trained_for = [(name, description.prediction)] if description.prediction and description.units else []
+    played = with_overrides(model, overrides, {pack_id: patcher}, words, trained_for)
+    return with_few_steps(played, description, name)
 
 
 def is_for_another(model, description: Description) -> bool:

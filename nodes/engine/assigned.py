@@ -21,18 +21,25 @@ from ...asdm_core.measure import costs
 from ...asdm_core.steps import Moment
 from . import pack_loras, units
 from .carried import Carried
-from .network import architecture_of, clone_for
+from .network import architecture_of, clone_for, prediction_of
 from .on_model import models_key, with_technique
 from .technique import CUT, PLAYED, PLAYERS, AtUNet, InRun, Measured, Say, Start, Technique, UNetInRun, technique_of
 
 
+PREDICTED = {"eps": "the noise", "v": "v"}  # in words
+
+
 @dataclass(frozen=True)
 class Assigned(Technique):
-    """An assignment, the ids of the packs in it, in the order of their patchers, and what is to be said in each run."""
+    """An assignment, the ids of the packs in it, in the order of their patchers, and what is to be said in each run.
+
+    trained_for: what the networks predict that packs were trained in, by the packs' names.
+    """
 
     assignment: Assignment
     packs: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
+    trained_for: tuple[tuple[str, str], ...] = ()
 
     key: ClassVar[str] = "assignment"
     order: ClassVar[int] = PLAYERS
@@ -44,6 +51,13 @@ class Assigned(Technique):
     def bind(self, start: Start, say: Say) -> InRun:
         for text in self.words:
             say(text)
+        predicted, _ = prediction_of(start.model)
+        for name, wanted in self.trained_for:
+            if predicted not in (None, wanted):
+                say(
+                    f"{name} was trained in a network that predicts {PREDICTED[wanted]}, and this MODEL's predicts "
+                    f"{PREDICTED[predicted]}: its units do not fit. Use a pack that was trained for such checkpoints."
+                )
         if pack_loras.merged(start.model, pack_patchers(start.model)):
             say(
                 "the MODEL is merged with another one, also in layers that a pack plays. There the pack's own weights "
@@ -91,12 +105,16 @@ def set_pack_patchers(model, patchers: list) -> None:
 
 
 def with_overrides(
-    model, overrides: Iterable[Override], packs: Mapping[str, object] | None = None, words: Iterable[str] = ()
+    model,
+    overrides: Iterable[Override],
+    packs: Mapping[str, object] | None = None,
+    words: Iterable[str] = (),
+    trained_for: Iterable[tuple[str, str]] = (),
 ):
     """A clone of MODEL in which some units are played by others. The MODEL that came in is not altered.
 
     packs: patchers, by id, of the packs that the overrides name and the MODEL does not have yet. words: sentences to be
-    said in each run.
+    said in each run. trained_for: see `Assigned`.
     """
     assigned, patchers = assigned_of(model), packs_of(model)
     for pack_id, patcher in (packs or {}).items():
@@ -107,6 +125,7 @@ def with_overrides(
         assignment=assigned.assignment.with_overrides(overrides),
         packs=tuple(patchers),
         words=tuple(dict.fromkeys((*assigned.words, *words))),
+        trained_for=tuple(dict.fromkeys((*assigned.trained_for, *trained_for))),
     )
     clone = with_technique(model, joined)
     # Those that the clone has already are its own clones of the MODEL's.

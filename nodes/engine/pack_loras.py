@@ -13,6 +13,8 @@ import comfy.hooks
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
+from .unpatched import Unpatched
+
 
 def _acts(patch) -> bool:
     """Whether a patch is for whatever weights a layer has: LoRAs, factors, differences between models."""
@@ -56,6 +58,22 @@ def _round_differences(patcher, patches: Mapping[str, list]) -> dict[str, list]:
     return rounded
 
 
+def _as_differences(weights: Unpatched, key: str, patches: list) -> list:
+    """Patches of a hook for a unit of a pack. A checkpoint as LoRA is the difference of its weights from those that are
+    patched, which the host would take from the pack's: it is meant to be that from the MODEL's.
+    """
+    return [
+        (strength, ("diff", (_changed(weights, key, value[1][0]),)), *more)
+        if isinstance(value, tuple) and value[0] == "model_as_lora"
+        else (strength, value, *more)
+        for strength, value, *more in patches
+    ]
+
+
+def _changed(weights: Unpatched, key: str, to: Tensor) -> Tensor:
+    return to.float().cpu() - weights[key.removeprefix("diffusion_model.")].float().cpu()
+
+
 def _patch(kind: str, tensor: Tensor) -> tuple:
     """In the host's form: strength, value, strength of the weight itself, part of the weight, function."""
     return 1.0, (kind, (tensor,)), 1.0, None, None
@@ -78,10 +96,12 @@ def callbacks(packs_of: Callable) -> tuple[tuple[str, Callable], ...]:
     """The host's callbacks by which hook LoRAs reach the packs of a MODEL; packs_of: its pack patchers."""
 
     def register_hook_patches(model, hooks, target_dict, model_options, registered):
+        weights = Unpatched(model)
         for patcher in packs_of(model):
             known = patcher.model.state_dict()
             patcher.hook_patches = {
-                ref: {k: v for k, v in patches.items() if k in known} for ref, patches in model.hook_patches.items()
+                ref: {k: _as_differences(weights, k, v) for k, v in patches.items() if k in known}
+                for ref, patches in model.hook_patches.items()
             }
             # The other mode caches weights per hook group and would serve those of an earlier keyframe.
             patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram

@@ -1,12 +1,15 @@
 """Packs of differences: the checkpoint's own weights and what training changed, whatever is on the MODEL besides."""
 
+import gc
+import weakref
+
 import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import pytest
 import small
 import torch
-from comfy_extras import nodes_hooks, nodes_model_merging
+from comfy_extras import nodes_hooks, nodes_model_advanced, nodes_model_merging
 from in_host import execute, module
 
 SD, assigned = small.SD, small.assigned
@@ -111,6 +114,21 @@ def test_checkpoints_in_fp8(folder, pack, nothing, lora, dtype):
     assert small.difference(small.sample(played), plain) > 0.01
 
 
+@pytest.mark.parametrize("form", ["comfy_quant", "scaled_fp8"])
+def test_checkpoints_that_the_host_has_quantised(folder, pack, nothing, lora, form):
+    held, numbers = small.quantised(small.weights(SD), form)
+    loaded = comfy.sd.load_diffusion_model_state_dict(held)
+    plain = small.sample(loaded)
+    assert torch.equal(small.sample(small.with_pack(loaded, nothing)), plain)
+    for played in (small.with_pack(loaded, pack), small.with_pack(small.add_lora(loaded, lora), pack)):
+        (patcher,) = assigned.packs_of(played).values()
+        state = patcher.model.state_dict()
+        for key, difference in changed().items():
+            wanted = numbers[key] + difference
+            assert torch.allclose(state[f"diffusion_model.{key}"].float(), wanted, rtol=0, atol=1e-6), key
+        assert small.difference(small.sample(played), plain) > 0.01
+
+
 def test_half_precision_is_rounded_once(folder, pack):
     path = small.write_unet(folder / "half.safetensors", dtype=torch.float16)
     played = small.with_pack(small.models.load_unet(path), pack)
@@ -164,10 +182,36 @@ def test_hook_loras(model, folder, pack, nothing, lora, mode):
     assert torch.equal(small.sample(small.with_pack(in_mode(model), nothing), **run), plain)
 
 
+@pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode), ids=lambda mode: mode.name)
+def test_a_checkpoint_as_hook_lora_acts_as_on_the_checkpoint(model, folder, pack, mode):
+    """The host's Create Hook Model as LoRA. At strength 1 the prompts see the other checkpoint, with the difference."""
+    other, played = small.model(folder, seed=3), small.with_pack(model, pack)
+    played.set_hook_mode(mode)
+    weights = comfy.hooks.get_patch_weights_from_model(other)
+    hooks = comfy.hooks.create_hook_model_as_lora(weights, None, 1.0, 0.0)
+    both = [nodes_hooks.SetModelHooksOnCond().attach_hook(small.cond(seed=seed), hooks)[0] for seed in (1, 2)]
+    for _ in range(2):
+        found = small.sample(played, positive=both[0], negative=both[1])
+        assert small.difference(found, small.sample(small.with_pack(other, pack))) < 1e-3
+    assert torch.equal(small.sample(played), small.sample(added(folder)))
+
+
 def test_each_checkpoint_has_sums_of_its_own_made_once(folder, pack):
     first, second = small.model(folder), small.model(folder, seed=3)
     modules = [next(iter(assigned.packs_of(small.with_pack(m, pack)).values())).model for m in (first, first, second)]
     assert modules[0] is modules[1] is not modules[2]
+
+
+def test_sums_that_nobody_plays_are_given_back(folder, pack):
+    model, kept = small.model(folder, seed=8), []
+    for number in range(small.models.KEPT + 2):
+        path = folder / f"sum-{number}.safetensors"
+        path.write_bytes(pack.read_bytes())
+        (patcher,) = assigned.packs_of(small.with_pack(model, path)).values()
+        kept.append(weakref.ref(patcher.model))
+        del patcher
+    gc.collect()
+    assert [there() is None for there in kept] == [True] * 2 + [False] * small.models.KEPT
 
 
 @pytest.mark.sweep(1)
@@ -239,6 +283,44 @@ def test_another_checkpoint_is_told_in_each_run(folder, said, dtype):
         small.sample(played)
         (text,) = said
         assert "bound.safetensors was made for one-0.safetensors" in text and "Fit Pack" in text
+
+
+def test_a_pack_of_weights_plays_where_the_checkpoint_is_no_plain_numbers(folder, said):
+    """To be told apart, a checkpoint need not be read as a whole."""
+    made_for = identity.Checkpoint.of("one.safetensors", small.weights(SD), SD)
+    path = folder / "bound-weights.safetensors"
+    tensors = small.surgery.extract(small.weights(SD, 1), M2, M2.pack_units())
+    packs.write_pack(path, tensors, packs.Description("pack", M2, M2.pack_units(), made_for=made_for), None)
+    model = small.models.load_unet(small.write_unet(folder / "blocks.safetensors"))
+    (
+        small.comfy.utils.get_attr(model.model.diffusion_model, "input_blocks.1.1.transformer_blocks.0.attn1.to_q")
+    ).weight = torch.nn.Parameter(torch.zeros(10, dtype=torch.uint8).as_subclass(Blocks), requires_grad=False)
+    played = small.with_pack(model, path)
+    assert assigned.packs_of(played) and not assigned.assigned_of(played).words
+    with pytest.raises(ValueError, match="held as Blocks.*in fp16, bf16 or fp8 by the stock nodes"):
+        small.with_pack(model, write(folder / "d.safetensors", changed()))
+
+
+class Blocks(torch.Tensor):
+    """As GGUF's nodes hold weights: bytes, of which their layers make numbers."""
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_a_pack_for_another_prediction_is_told(model, folder, said, prediction):
+    tensors = small.surgery.extract(small.weights(SD, 1), M2, M2.pack_units())
+    path = folder / f"for-{prediction}.safetensors"
+    packs.write_pack(path, tensors, packs.Description("pack", M2, M2.pack_units(), prediction), None)
+    played = small.with_pack(model, path)
+    small.sample(played)
+    assert [("predicts v, and this MODEL's predicts the noise" in text) for text in said] == [True] * (
+        prediction == "v"
+    )
+    said.clear()
+    (as_v,) = nodes_model_advanced.ModelSamplingDiscrete().patch(played, "v_prediction", False)
+    small.sample(as_v)
+    assert [("predicts the noise, and this MODEL's predicts v" in text) for text in said] == [True] * (
+        prediction == "eps"
+    )
 
 
 def test_the_node_plays_it(model, folder, pack, monkeypatch):
