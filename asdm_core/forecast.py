@@ -113,12 +113,14 @@ class ForecastPlan:
     """What happens at each evaluation of a run. JSON both ways. Raises ValueError.
 
     positions: where in the run each evaluation lies, in steps; empty: one evaluation for each step. A sampler that
-    comes back to a noise level has several with the same position.
+    comes back to a noise level has several with the same position. steps: of the run; 0: up to the last evaluation. A
+    run that has its last noise level twice, or is not evaluated at it, has more.
     """
 
     actions: tuple[Action, ...]
     positions: tuple[float, ...] = ()
     name: str = ""
+    steps: int = 0
 
     def __post_init__(self) -> None:
         if not self.actions:
@@ -129,11 +131,21 @@ class ForecastPlan:
             raise ValueError(f"forecast: {len(self.actions)} evaluations need as many positions, got {self.positions}")
         if not all(math.isfinite(p) and p >= 0 for p in self.positions):
             raise ValueError(f"forecast: positions are steps from 0 on, got {self.positions}")
+        if not self.steps:
+            object.__setattr__(self, "steps", self._seen)
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < self._seen:
+            raise ValueError(
+                f"forecast: a run with evaluations up to {max(self.positions):g} has no {self.steps!r} steps"
+            )
         branches = {a.branch for a in self.actions if a.kind == FEATURES}
         if len(branches) > 1:
             raise ValueError(f"forecast: one plan inherits at one branch, got {sorted(branches)}")
         for k, action in enumerate(self.actions):
             self._check(k, action)
+
+    @property
+    def _seen(self) -> int:
+        return int(max(self.positions)) + 1
 
     def _check(self, k: int, action: Action) -> None:
         if action.kind == UNGUIDED:
@@ -189,13 +201,12 @@ class ForecastPlan:
 
         In another run than its own, weights mean nothing and become straight lines.
         """
-        if self.positions == tuple(range(n)):
+        if self.steps == n:
             return self
-        of = int(max(self.positions)) + 1
         actions = [Action(RESULT)] * n
         for action, position in zip(reversed(self.actions), reversed(self.positions), strict=True):
             if action.kind != RESULT:
-                actions[min(round(position * n / of), n - 1)] = replace(action, weights=(), difference=())
+                actions[min(round(position * n / self.steps), n - 1)] = replace(action, weights=(), difference=())
         actions[0] = actions[0] if actions[0].kind in (FULL, UNGUIDED) else Action()
         return ForecastPlan(tuple(actions), name=self.name)
 
@@ -219,7 +230,7 @@ class ForecastPlan:
         if branch is None:
             return None
         steps = {int(p) for a, p in zip(self.actions, self.positions, strict=True) if a.kind not in (FEATURES, RESULT)}
-        schedule = inheritance.Schedule("explicit", steps=tuple(sorted(steps)), of=int(max(self.positions)) + 1)
+        schedule = inheritance.Schedule("explicit", steps=tuple(sorted(steps)), of=self.steps)
         return inheritance.deepcache(config, branch, schedule).reusing("forecast")
 
     def letters(self) -> str:
@@ -237,7 +248,8 @@ class ForecastPlan:
             return found | ({"branch": action.branch} if action.kind == FEATURES else {})
 
         entries = [entry(a, p) for a, p in zip(self.actions, self.positions, strict=True)]
-        return {"technique": TECHNIQUE, "format": FORMAT, "name": self.name, "evaluations": entries}
+        more = {} if self.steps == self._seen else {"steps": self.steps}
+        return {"technique": TECHNIQUE, "format": FORMAT, "name": self.name, "evaluations": entries} | more
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ForecastPlan:
@@ -256,7 +268,8 @@ class ForecastPlan:
                 Action(e["kind"], pairs(e.get("weights", ())), pairs(e.get("difference", ())), int(e.get("branch", 0)))
                 for e in entries
             )
-            return cls(actions, tuple(float(e["at"]) for e in entries), str(data.get("name", "")))
+            positions = tuple(float(e["at"]) for e in entries)
+            return cls(actions, positions, str(data.get("name", "")), data.get("steps", 0))
         except (KeyError, TypeError, AttributeError, OverflowError) as e:
             raise ValueError(f"forecast plan: {e}") from None
 
@@ -362,12 +375,11 @@ def guided_within(plan: ForecastPlan, start: float, end: float) -> ForecastPlan:
     """
     if not 0 <= start <= end <= 1:
         raise ValueError(f"forecast: guidance needs 0 <= start <= end <= 1, got {start} and {end}")
-    steps = int(max(plan.positions)) + 1
     actions: list[Action] = []
     for k, (action, position) in enumerate(zip(plan.actions, plan.positions, strict=True)):
         full = {q for q, earlier in enumerate(actions) if earlier.computes}
         sources = {q for q, _ in (*action.weights, *action.difference)}
-        if not start <= position / steps < end:
+        if not start <= position / plan.steps < end:
             action = Action(UNGUIDED)
         elif action.kind != FULL and not full:
             action = Action()

@@ -117,8 +117,8 @@ class Profile:
         for offer in self.offers:
             if not (math.isfinite(offer.error) and offer.error >= 0 and 0 <= offer.saving <= 1):
                 raise ValueError(f"profile: an offer saves 0 to 1 with an error of at least 0, got {offer.saving}")
-            if offer.plan is not None and int(max(offer.plan.positions)) + 1 != steps:
-                raise ValueError(f"profile: a plan for {int(max(offer.plan.positions)) + 1} steps, and it has {steps}")
+            if offer.plan is not None and offer.plan.steps != steps:
+                raise ValueError(f"profile: a plan for {offer.plan.steps} steps, and it has {steps}")
 
     def plan(self, error: float) -> Offer | None:
         """The plan that saves most with a predicted error of at most so much; None where none does."""

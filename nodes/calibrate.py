@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.model_management
 import comfy.sample
@@ -52,7 +52,8 @@ class Sampling:
 
     def sample(self, model, batch: int, steps: int, callback) -> torch.Tensor:
         """Pictures of the batch of that number."""
-        noise = comfy.sample.prepare_noise(self.samples, self.seed + batch)
+        seed = (self.seed + batch) % 2**64
+        noise = comfy.sample.prepare_noise(self.samples, seed)
         return comfy.sample.sample(
             model,
             noise,
@@ -66,7 +67,7 @@ class Sampling:
             denoise=self.denoise,
             noise_mask=self.noise_mask,
             callback=callback,
-            seed=self.seed + batch,
+            seed=seed,
         )
 
 
@@ -77,6 +78,8 @@ def calibrate(model, run: Sampling, batches: int, compare: bool) -> tuple[Profil
     """
     sigmas, sampler = run.sigmas(model), comfy.samplers.sampler_object(run.sampler_name)
     response = response_of(sampler, sigmas, model)
+    if len(response) < 2:
+        raise ValueError("Calibrate: in a run of one step there is nothing to leave out. Give the steps of your runs.")
     fewer = sorted({round(run.steps * (1 - saved)) for saved in FEWER} - {0, run.steps}) if compare else []
     progress = Progress(model, batches * (1 + len(fewer)), run.steps)
 
@@ -119,7 +122,8 @@ def plans(recording: Recording, steps: int) -> list[Offer]:
         cost = max(1, round(n * (1 - saving)))
         if cost < n:
             best = best_of(fits, cost, patient=True)
-            found[best.plan] = Offer(best.saving, best.error, steps, best.plan)
+            plan = replace(best.plan, steps=steps)
+            found[plan] = Offer(best.saving, best.error, steps, plan)
     return list(found.values())
 
 

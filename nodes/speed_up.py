@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -94,7 +94,7 @@ def plan_for(likeness: str, sampler, sigmas: Tensor, guidance: float, model) -> 
         best = cheapest(fits_of(recording), LIKENESS[likeness])
         if len(_plans) >= 64:
             _plans.clear()
-        _plans[key] = best.plan, best.error
+        _plans[key] = replace(best.plan, steps=len(sigmas) - 1), best.error
     return _plans[key][0]
 
 
@@ -164,9 +164,14 @@ class SpeedUp(Technique):
     def _features_bytes(self, model, shape: Sequence[int], conds: Mapping[str, list]) -> int:
         """Of the features that the plans of profiles inherit at most."""
         profiles = {} if self.profile == NO_PROFILE else known_profiles(lambda *_, **__: None)
-        plans = [offer.plan for p in profiles.values() for offer in p.offers if offer.plan is not None]
-        inherit = [found for plan in plans if (found := features_of(plan, model)) is not None]
-        return max((found.device_bytes(model, shape, conds) for found in inherit), default=0)
+        most = 0
+        for plan in (offer.plan for p in profiles.values() for offer in p.offers if offer.plan is not None):
+            try:
+                inherits = features_of(plan, model)
+            except ValueError:  # for another kind of network; not used then
+                continue
+            most = max(most, inherits.device_bytes(model, shape, conds) if inherits else 0)
+        return most
 
     def bind(self, start: Start, say: Say) -> InRun:
         likeness, notes, sigmas = self.likeness, [], start.sigmas
@@ -187,7 +192,8 @@ class SpeedUp(Technique):
                         "changed, which is careful.",
                         report=True,
                     )
-                    return AdaptiveForecaster(ADAPTIVE, self.log, sigmas.tolist(), positives(start.guider), say)
+                    own = sigmas.tolist(), positives(start.guider), say, (self.start, self.end)
+                    return AdaptiveForecaster(ADAPTIVE, self.log, *own)
                 plan = ForecastPlan((Action(),) * max(len(sigmas) - 1, 1))
                 notes.append(f"every step is computed: {e}")
         if set(plan.letters()) == {"F"} and not any("every step" in note for note in notes):
@@ -235,6 +241,11 @@ class SpeedUp(Technique):
                 report=True,
             )
         offer = profile.plan(LIKENESS[likeness])
+        try:
+            features_of(offer.plan, start.model) if offer and offer.plan else None
+        except ValueError as e:
+            notes.append(f"the profile {chosen} is not used, it is for another kind of network: {e}")
+            return None
         say(f"Speed Up: profile {chosen}, learned from {profile.pictures} pictures.", report=True)
         return offer.plan if offer else ForecastPlan((Action(),) * profile.made_for.steps)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from ...asdm_core.addresses import walk
-from ...asdm_core.forecast import RESULT, Action, Adaptive, ForecastPlan, relative_change
+from ...asdm_core.forecast import RESULT, UNGUIDED, Action, Adaptive, ForecastPlan, relative_change
 from ...asdm_core.steps import Moment
 from .forecasts import Forecaster, ForecastReport
 from .technique import AtUNet, Forward, Log, Say, UNetInRun
@@ -26,11 +26,18 @@ class AdaptiveForecaster(Forecaster):
     """Carries an adaptive schedule out in one run. Holds no model."""
 
     def __init__(
-        self, adaptive: Adaptive, log: Log[ForecastReport], sigmas: Sequence[float], positive: frozenset, say: Say
+        self,
+        adaptive: Adaptive,
+        log: Log[ForecastReport],
+        sigmas: Sequence[float],
+        positive: frozenset,
+        say: Say,
+        guided: tuple[float, float] = (0.0, 1.0),
     ):
+        """guided: guidance acts between them only, in 0..1 of the run."""
         self._steps = max(len(sigmas) - 1, 1)
         super().__init__(ForecastPlan((Action(),) * self._steps), log, sigmas, positive, say)
-        self._adaptive = adaptive
+        self._adaptive, self._guided = adaptive, guided
         self._run = 0  # evaluations in a row that were not made
         self._unets = 0
         self._call = 0  # within the evaluation
@@ -56,10 +63,15 @@ class AdaptiveForecaster(Forecaster):
         self._call, self.watched, self.leaving = 0, None, False
         asks = self._sigma > 0 and self._adaptive.asks(self._steps, moment.step, self._run)
         self._action = Action(RESULT) if asks else Action()
+        start, end = self._guided
+        if self._guided != (0.0, 1.0) and not start <= self._position / self._steps < end:
+            self._action = Action(UNGUIDED)
 
     def _forecast(self, executor, model, conds, x, timestep, options, keys, now, first) -> list[Tensor] | None:
         self._call += 1
-        if self._action.kind != RESULT or self._results(keys, now, first) is None:
+        if self._action.kind == UNGUIDED:
+            return super()._forecast(executor, model, conds, x, timestep, options, keys, now, first)
+        if not keys or self._action.kind != RESULT or self._results(keys, now, first) is None:
             self.watched = False
             return None
         known = next(iter(keys.values()))

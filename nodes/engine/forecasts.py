@@ -177,8 +177,8 @@ class Forecaster(InRun):
         self._log, self._positive, self._say = log, positive, say
         steps = max(len(sigmas) - 1, 1)
         self._notes: list[str] = []
-        if int(max(plan.positions)) + 1 != steps:
-            self.note(f"the plan is for {int(max(plan.positions)) + 1} steps and was fitted to {steps}")
+        if plan.steps != steps:
+            self.note(f"the plan is for {plan.steps} steps and was fitted to {steps}")
             plan = plan.for_steps(steps)
         self.plan = plan
         self._next = 0
@@ -192,6 +192,7 @@ class Forecaster(InRun):
         self._tracks: dict[tuple, Track] = {}
         self._done: list[set[str]] = []
         self._asked = self._computed = self.peak = 0
+        self._called = False
 
     def note(self, text: str) -> None:
         """Something that a person should know about this run; once in the log and in the report."""
@@ -233,6 +234,7 @@ class Forecaster(InRun):
 
     def calc_cond_batch(self, executor, model, conds, x: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
         """The host's calc_cond_batch, or forecasts of what it would give."""
+        self._called = True
         if not self._draws:
             return executor(model, conds, x, timestep, model_options)
         live = [i for i, cond in enumerate(conds) if cond and any(self._active(c) for c in cond)]
@@ -460,6 +462,11 @@ class Forecaster(InRun):
                 f"{self._computed} of {self._asked} evaluations of the network were made, {saved:.0%} left out.",
                 report=True,
             )
+        elif self._done and not self._called:
+            self.note(
+                "another node on this MODEL asks the network for its results by a way of its own, past ComfyUI's, so "
+                "every step was computed. Bypass that node"
+            )
         return out
 
     def close(self) -> None:
@@ -548,34 +555,42 @@ def response_of(sampler, sigmas: Tensor, model) -> Response:
             f"{getattr(function, '__name__', type(sampler).__name__)} is not one of ComfyUI's own samplers"
         )
     options = dict(sampler.extra_options)
-
-    class Denoiser:
-        inner_model = SimpleNamespace(inner_model=model.model, model_patcher=model)
-
-        def __init__(self, denoise):
-            self.denoise = denoise
-
-        def __call__(self, x, sigma, **_):
-            found = self.denoise(x.flatten().numpy(), float(sigma.flatten()[0]))
-            return torch.from_numpy(found).to(x).reshape(x.shape)
+    name = function.__name__.removeprefix("sample_").removesuffix("_function")
 
     def sample(denoise, rows):
         x = torch.zeros(rows, 1, 1, 1)
         if adds_noise(sampler):
             options["noise_sampler"] = lambda *_: torch.zeros_like(x)
         with torch.random.fork_rng(devices=[]):
-            out = function(Denoiser(denoise), x, nodes, extra_args={}, callback=None, disable=True, **options)
+            # Its own noise levels: some samplers change those they are given.
+            given = _Denoiser(denoise, model), x, nodes.clone()
+            out = function(*given, extra_args={}, callback=None, disable=True, **options)
         return out.flatten().numpy()
 
     nodes = sigmas.detach().cpu().float()
     try:
         with torch.no_grad():
             found = response(sample)
+            asked = torch.tensor(found.sigmas, dtype=torch.float64)
+            lost = [s for s in nodes[:-1].tolist() if float((asked - s).abs().min()) > 1e-4 * s]
+            if lost:
+                raise ValueError(f"{name} evaluates the network at noise levels of its own, which no plan foresees")
             beside = len(found) >= len(nodes) or function.__name__.startswith("sample_unipc")  # its corrector
             return replace(found, noisy=draws_noise(sampler), beside=beside)
     except (TypeError, AttributeError, IndexError, RuntimeError, KeyError):
-        name = function.__name__.removeprefix("sample_")
         raise ValueError(f"{name} wants more of a model than its results, as samplers of CFG++ do") from None
+
+
+class _Denoiser:
+    """A function in the place of a model, as samplers call one."""
+
+    def __init__(self, denoise, model):
+        self.denoise = denoise
+        self.inner_model = SimpleNamespace(inner_model=model.model, model_patcher=model)
+
+    def __call__(self, x, sigma, **_):
+        found = self.denoise(x.flatten().numpy(), float(sigma.flatten()[0]))
+        return torch.from_numpy(found).to(x).reshape(x.shape)
 
 
 class _Id:

@@ -250,3 +250,15 @@ def test_adaptive_settings_are_the_same_after_json_and_checked():
     for data in ([], {"technique": "forecast", "format": 1}, adaptive.to_dict() | {"adaptive": {"moon": 1}}):
         with pytest.raises(ValueError, match="JSON object"):
             Adaptive.from_dict(data)
+
+
+def test_a_plan_may_be_for_more_steps_than_its_last_evaluation_tells():
+    """A run that ends with a noise level twice is never evaluated at the place of its last step."""
+    actions = tuple(Action(kind) for kind in ("full", "full", "result", "full"))
+    plan = ForecastPlan(actions, (0.0, 1.0, 2.0, 2.0), steps=4)
+    assert plan.for_steps(4) is plan and ForecastPlan.from_json(plan.to_json()) == plan
+    assert ForecastPlan(actions).steps == 4 and "steps" not in ForecastPlan(actions).to_dict()
+    assert forecast.guided_within(plan, 0.0, 0.5).letters() == "FFuu"
+    for steps in (2, True, 4.0):
+        with pytest.raises(ValueError, match="a run with evaluations up to 2 has no"):
+            ForecastPlan(actions, (0.0, 1.0, 2.0, 2.0), steps=steps)

@@ -1,7 +1,9 @@
 """Speed Up and Calibrate: profiles, what is chosen where, and whole steps left out as the run itself decides."""
 
+import gc
 import json
 import logging
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,10 +242,57 @@ def test_a_bad_name_is_refused_before_anything_is_made(model, kept, name, monkey
         calibrated(model, name=name)
 
 
-def test_a_sampler_that_cannot_be_foretold_is_refused(model, kept):
-    with pytest.raises(ValueError, match="euler_cfg_pp wants more of a model"):
-        calibrated(model, sampler_name="euler_cfg_pp")
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"sampler_name": "euler_cfg_pp"}, "euler_cfg_pp wants more of a model"),
+        ({"sampler_name": "dpm_fast"}, "dpm_fast evaluates the network at noise levels of its own"),
+        ({"steps": 1}, "in a run of one step there is nothing to leave out"),
+    ],
+    ids=lambda given: "-".join(map(str, given.values())) if isinstance(given, dict) else "",
+)
+def test_a_run_that_cannot_be_foretold_is_refused_before_anything_is_made(model, kept, monkeypatch, more, message):
+    monkeypatch.setattr(calibrate.Sampling, "sample", None)
+    with pytest.raises(ValueError, match=message):
+        calibrated(model, **more)
     assert not Path(kept).exists()
+
+
+def test_the_largest_seed_counts_on_from_zero(model, kept):
+    calibrated(model, seed=2**64 - 1)
+    assert listed() == ["mine.json"]
+
+
+@pytest.mark.parametrize("sampler", sorted(comfy.samplers.SAMPLER_NAMES))
+def test_noise_levels_are_asked_about_and_stay_as_they_are(model, sampler):
+    """UniPC writes into those it is given. They are the output of another node, and what profiles are known by."""
+    sigmas = small.sigmas_of(model, STEPS)
+    before = sigmas.clone()
+    try:
+        forecasts.response_of(comfy.samplers.sampler_object(sampler), sigmas, model)
+    except ValueError as e:
+        assert "cfg_pp" in sampler or sampler in ("dpm_fast", "dpm_adaptive"), e
+    assert torch.equal(sigmas, before)
+
+
+def test_a_profile_of_uni_pc_is_taken(model, kept, caplog):
+    calibrated(model, sampler_name="uni_pc", name="pc")
+    report, _ = run(model, sampler="uni_pc")
+    assert "profile pc.json, learned from" in caplog.text and not report.notes
+
+
+def test_asking_about_a_sampler_keeps_no_model(folder):
+    model, sigmas = small.model(folder), torch.tensor([3.0, 1.0, 0.0])
+    clone = model.clone()
+    gone = weakref.ref(clone)
+    gc.collect()
+    gc.disable()
+    try:
+        forecasts.response_of(comfy.samplers.sampler_object("euler"), sigmas, clone)
+        del clone
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 # What is chosen where nothing was learned ---------------------------------------------------------------
@@ -270,6 +319,56 @@ def test_guidance_between_two_points_only(model):
     assert torch.equal(small.sample(whole, steps=STEPS), run(model, "close")[1])
     with pytest.raises(ValueError, match="the end comes after the start"):
         execute("ASDMSpeedUp", model=model, likeness="close", guidance_start=0.7, guidance_end=0.6)
+
+
+def test_guidance_between_two_points_where_the_run_decides(model):
+    m = execute("ASDMSpeedUp", model=model, likeness="close", guidance_start=0.2, guidance_end=0.6)[0]
+    small.sample(m, steps=STEPS, sampler="euler_cfg_pp", cfg=1.5)
+    letters = technique.technique_of(m, speed_up.SpeedUp).log.last.letters
+    assert letters[:2] == "uu" and letters[6:] == "uuuu" and letters[2] == "F" and "u" not in letters[2:6]
+
+
+def test_a_plan_is_for_as_many_steps_as_the_run_has(model):
+    """Noise levels that end with one twice: the last step is never evaluated at a place of its own."""
+    sigmas = torch.tensor([14.6, 12, 10, 8, 6, 4, 3, 2, 1, 1, 0.0])
+    chosen = comfy.samplers.sampler_object("euler")
+    plan = speed_up.plan_for("same motif", chosen, sigmas, 3.0, model)
+    assert plan.steps == 10 and int(max(plan.positions)) == 8
+    m = execute("ASDMSpeedUp", model=model, likeness="same motif", profile="none")[0]
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    conds = small.cond(SD, 1), small.cond(SD, 2)
+    comfy.sample.sample_custom(
+        m, noise, 3.0, chosen, sigmas, *conds, torch.zeros_like(noise), disable_pbar=True, seed=0
+    )
+    report = technique.technique_of(m, speed_up.SpeedUp).log.last
+    assert report.letters == plan.letters() and not report.notes and "r" in report.letters
+
+
+def test_a_run_past_the_hosts_way_of_asking_is_told(model):
+    def past(args):
+        asked = (args["model"], args["conds"], args["input"], args["sigma"], args["model_options"])
+        return comfy.samplers._calc_cond_batch(*asked)
+
+    m = execute("ASDMSpeedUp", model=model, likeness="same motif", profile="none")[0].clone()
+    m.set_model_sampler_calc_cond_batch_function(past)
+    small.sample(m, steps=STEPS)
+    report = technique.technique_of(m, speed_up.SpeedUp).log.last
+    assert any("past ComfyUI's, so every step was computed. Bypass that node" in note for note in report.notes)
+
+
+def test_a_profile_for_another_kind_of_network_is_told_where_it_fits_and_left_elsewhere(model, kept, caplog):
+    calibrated(model)
+    path = kept / "mine.json"
+    profile = profiles.read_profile(path)
+    actions = [forecast.Action()] * STEPS
+    actions[5] = forecast.Action("features", branch=40)
+    offer = replace(profile.offers[0], saving=0.9, error=0.0, plan=forecast.ForecastPlan(tuple(actions)))
+    path.write_text(replace(profile, offers=(offer,)).to_json(), "utf-8")
+    report, _ = run(model, sampler="heun")
+    assert not any("mine.json" in note for note in report.notes)
+    report, made = run(model)
+    assert any("mine.json is not used, it is for another kind of network" in note for note in report.notes)
+    assert torch.equal(made, run(model, profile="none")[1])
 
 
 @pytest.mark.sweep(1)
@@ -437,6 +536,17 @@ def test_samplers_of_cfg_pp_decide_in_the_run(model, caplog):
     assert report.saving == 0 and torch.equal(
         made, small.sample(model, steps=STEPS, sampler="euler_ancestral_cfg_pp", cfg=1.5)
     )
+
+
+def test_a_run_that_decides_goes_on_where_no_prompt_acts(model):
+    def half(seed):
+        cond = small.cond(SD, seed)
+        cond[0][1].update(start_percent=0.0, end_percent=0.5)
+        return cond
+
+    conds = {"positive": half(1), "negative": half(2)}
+    report, made = run(model, sampler="euler_cfg_pp", cfg=1.5, **conds)
+    assert made.isfinite().all() and len(report.letters) == STEPS
 
 
 def test_a_compiled_model_that_decides_computes_the_same(model):
