@@ -23,6 +23,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,7 @@ from . import muon
 from .architecture import Architecture
 
 EMPTY = -1  # in place of a prompt's number
+SIDES = (8, 16, 24)  # of the states on which a forward's memory is measured
 
 
 @dataclass(frozen=True)
@@ -366,6 +368,20 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
         out = forward()
     del out
     return sum(kept.values())
+
+
+def foretold_bytes(forward: Callable[[int], Tensor], height: int, width: int) -> int:
+    """Bytes that autograd will keep of a forward on states (height, width), from small square ones.
+
+    forward: by the side of its states. What is kept has a part for the prompts, one that grows with the area, and where
+    attention keeps its probabilities one that grows with the area's square.
+    """
+    areas = [float(side * side) for side in SIDES]
+    kept = [float(saved_bytes(partial(forward, side))) for side in SIDES]
+    powers = torch.tensor([[1.0, area, area**2] for area in areas], dtype=torch.float64)
+    parts = torch.linalg.solve(powers, torch.tensor(kept, dtype=torch.float64)).clamp_min(0).tolist()
+    area = height * width
+    return int(parts[0] + parts[1] * area + parts[2] * area**2)
 
 
 def learning_bytes(parameters: Iterable[Tensor]) -> int:

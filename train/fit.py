@@ -31,7 +31,7 @@ from asdm_core.surgery import ADDRESSED, Form, convert, cut_diffusers, load_unit
 from . import schedules
 from .attention import BmmAttention
 from .sections import PRECISIONS
-from .encoders import Text, ToText, conditions, load_text
+from .encoders import Text, ToText, alike, conditions, load_text
 from .networks import DTYPES, set_attention
 from .progress import Progress, plain_errors
 from .show import predictor
@@ -134,13 +134,14 @@ def whole_network(checkpoint: Loaded) -> UNet2DConditionModel:
 
 
 def memory(pair: Pair, networks: tuple[fit.Network, fit.Network], shape: tuple[int, int, int], walks: int) -> int:
-    """Bytes that learning takes beside the networks: measured on small states, whose share grows with their area."""
+    """Bytes that learning takes beside the networks; a forward is measured on small states."""
     channels, height, width = shape
-    small = min(16, height), min(16, width)
-    x, t = torch.zeros(2, channels, *small, device=pair.device), torch.zeros(2, dtype=torch.long, device=pair.device)
-    kept = fit.saved_bytes(lambda: networks[1](x, t, [0, fit.EMPTY]))
-    area = height * width / (small[0] * small[1])
-    return int(kept * walks * area) + fit.learning_bytes(pair.parameters.values())
+    t = torch.zeros(2, dtype=torch.long, device=pair.device)
+
+    def forward(side: int) -> Tensor:
+        return networks[1](torch.zeros(2, channels, side, side, device=pair.device), t, [0, fit.EMPTY])
+
+    return walks * fit.foretold_bytes(forward, height, width) + fit.learning_bytes(pair.parameters.values())
 
 
 def free_bytes(device: torch.device) -> int:
@@ -190,7 +191,9 @@ def main(arguments: Sequence[str] | None = None, encoder: Encoder | None = None)
     diffusion = fit.Diffusion(schedules.read_schedule(args.checkpoint).alphas, prediction)
     where = Path(args.encoders or args.checkpoint)
     to_text = encoder(where) if encoder else load_text(where, args.tokenizer)
-    texts, empty = [to_text([prompt]).on_cpu() for prompt in prompts], to_text([""]).on_cpu()
+    encoded = [to_text([prompt]).on_cpu() for prompt in ("", *prompts)]
+    lengths = alike([text.states for text in encoded])  # long prompts have several times as many
+    empty, *texts = (Text(states, text.pooled) for states, text in zip(lengths, encoded, strict=True))
     side = args.size // 8
     shape = (pair.architecture.config.in_channels, side, side)
     networks = pair.networks(texts, empty, args.size)
@@ -202,7 +205,7 @@ def main(arguments: Sequence[str] | None = None, encoder: Encoder | None = None)
             "or a smaller --size"
         )
     learning = fit.Fit(*networks, pair.taps, pair.parameters, diffusion, shape, len(prompts), settings)
-    progress = Progress("fit", 100)
+    progress, ended = Progress("fit", 100), ""
     try:
         learning.run(
             60 * args.minutes,
@@ -211,9 +214,17 @@ def main(arguments: Sequence[str] | None = None, encoder: Encoder | None = None)
         )
     except KeyboardInterrupt:
         print("\nstopped; what was learned is kept")
+    except FloatingPointError as error:
+        ended = str(error)
+    except torch.cuda.OutOfMemoryError:
+        ended = f"memory ran out; give fewer --walks (now {settings.walks}) or a smaller --size"
     told = learning.told
     progress.end()
+    if ended and not told.samples:
+        raise ValueError(ended)
     training = {"minutes": round(args.minutes * told.share, 2), "samples": told.samples, "lr": args.lr}
     description, tensors = pair.fitted(training | {"guidance": args.guidance, "seed": args.seed})
     write_pack(args.output, tensors, description, DTYPES[args.stored])
     print(f"wrote {args.output}: for {pair.checkpoint.path.name}, from {told.samples} samples")
+    if ended:
+        raise ValueError(ended)

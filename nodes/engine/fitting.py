@@ -20,8 +20,6 @@ from .comparison import original_of
 from .network import architecture_of, prediction_of
 from .unpatched import Unpatched, checkpoint_of, numbers
 
-MEASURED_AT = (8, 16, 24)  # sides of the latents on which the memory of a forward is measured
-
 
 def diffusion_of(model) -> fit.Diffusion:
     """How a MODEL is trained. Raises ValueError where that is neither of noise nor of v, on a table of time steps."""
@@ -147,23 +145,14 @@ class Copy:
         return call
 
     def memory(self, student: fit.Network, shape: tuple[int, int, int], walks: int) -> int:
-        """Bytes that learning takes beside the networks: a forward is measured on small latents of several sizes.
-
-        What it keeps has a part for the prompts, one that grows with the area, and where attention keeps its
-        probabilities one that grows with the area's square.
-        """
+        """Bytes that learning takes beside the networks; a forward is measured on small latents."""
         channels, height, width = shape
         t = torch.zeros(2, device=self.device)
-        areas, kept = [], []
-        for side in MEASURED_AT:
-            x = torch.zeros(2, channels, side, side, device=self.device)
-            areas.append(float(side * side))
-            kept.append(float(fit.saved_bytes(lambda x=x: student(x, t, [0, fit.EMPTY]))))
-        powers = torch.tensor([[1.0, area, area**2] for area in areas], dtype=torch.float64)
-        constant, linear, square = torch.linalg.solve(powers, torch.tensor(kept, dtype=torch.float64)).clamp_min(0)
-        area = height * width
-        needed = walks * float(constant + linear * area + square * area**2)
-        return int(needed) + fit.learning_bytes(self.parameters.values())
+
+        def forward(side: int) -> Tensor:
+            return student(torch.zeros(2, channels, side, side, device=self.device), t, [0, fit.EMPTY])
+
+        return walks * fit.foretold_bytes(forward, height, width) + fit.learning_bytes(self.parameters.values())
 
     def make_room(self, needed: int) -> int:
         """Have the host unload what it can beside the copy; bytes that are free then."""

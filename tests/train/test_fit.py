@@ -11,7 +11,7 @@ from asdm_core.identity import Checkpoint
 from asdm_core.packs import Description, open_pack, open_unet
 from tests.train.conftest import TINY
 from train.encoders import Text
-from train.fit import Pair, main
+from train.fit import Pair, main, memory
 from train.networks import assembled
 from train.rollout import table
 
@@ -49,10 +49,10 @@ def pair(files, pack="pack"):
     return Pair(checkpoint, open_pack(files / f"{pack}.safetensors"), torch.device("cpu"), torch.float32)
 
 
-def run(files, *more, pack="pack"):
+def run(files, *more, pack="pack", encoder=to_text):
     named = [str(files / f"{name}.safetensors") for name in ("mine", pack, "fitted")]
     arguments = [*named, "--prompts", str(files / "prompts.txt"), "--size", "128", "--minutes", "0.01", "--cpu"]
-    main([*arguments, "--stored", "float32", *more], lambda path: to_text)
+    main([*arguments, "--stored", "float32", *more], lambda path: encoder)
     return open_pack(files / "fitted.safetensors")
 
 
@@ -111,6 +111,44 @@ def test_the_memory_of_a_step_is_refused_where_it_is_not_free(files, monkeypatch
     with pytest.raises(SystemExit, match=r"more than the .* GiB that are free; give fewer --walks"):
         run(files)
     assert not (files / "fitted.safetensors").exists()
+
+
+def test_long_prompts_have_more_states_than_others(files):
+    """And than the empty one; repeated they are the same to attention."""
+
+    def by_length(captions):
+        (caption,) = captions
+        return Text(torch.full((1, 14 if len(caption) > 9 else 7, 32), 0.1))
+
+    (files / "prompts.txt").write_text("a cat\na very long prompt\n")
+    assert run(files, "--walks", "2", encoder=by_length).description.training["fit"]["samples"] > 0
+
+
+def test_what_was_learned_before_the_numbers_broke_is_kept(files, monkeypatch, capsys):
+    step = fit.Fit._step
+
+    def breaks(self, share):
+        if self.told.steps == 2:
+            student = self.student
+            self.student = lambda *args: student(*args) * float("nan")
+        step(self, share)
+
+    monkeypatch.setattr(fit.Fit, "_step", breaks)
+    with pytest.raises(SystemExit, match="not finite, so the fit ended; what was learned until then is kept"):
+        run(files, "--walks", "1", "--minutes", "60")
+    kept = open_pack(files / "fitted.safetensors")
+    assert kept.description.training["fit"]["samples"] == 2 * 2
+    assert all(t.isfinite().all() for t in kept.tensors.values())
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_memory_is_foretold(files, size):
+    both = pair(files)
+    networks = both.networks([to_text(["a"])], to_text([""]), size)
+    x, t = torch.zeros(2, 4, size // 8, size // 8), torch.zeros(2, dtype=torch.long)
+    real = fit.saved_bytes(lambda: networks[1](x, t, [0, fit.EMPTY]))
+    foretold = memory(both, networks, (4, size // 8, size // 8), 3)
+    assert foretold - fit.learning_bytes(both.parameters.values()) == pytest.approx(3 * real, rel=0.1)
 
 
 @pytest.mark.parametrize(
