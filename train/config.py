@@ -172,8 +172,8 @@ class Config:
         run, kind = self.run, self.optimiser.kind
         if run.offload and (kind != "adamw" or run.shard):
             raise ValueError(
-                "run.offload goes with optimiser.kind = adamw and without run.shard; leave one of them out, got "
-                f"{kind!r}{' and run.shard' if run.shard else ''}"
+                f"run.offload goes with optimiser.kind = adamw and without run.shard, got {kind!r}"
+                f"{' and run.shard' if run.shard else ''}; leave one of them out, as by --set run.offload=false"
             )
         if run.shard and kind != "adamw":
             raise ValueError(f"run.shard goes with optimiser.kind = adamw, got {kind!r}")

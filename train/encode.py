@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
@@ -83,13 +84,15 @@ def encode(
     models: str = "",
     buckets: bool = False,
     flip: bool = False,
+    reading: Mapping[str, str | int] = MappingProxyType({}),
 ) -> list[Path]:
     """Write the cache (train/data.py) into the folder `out`, which may hold a part of it. Returns the pictures that
     could not be read.
 
     to_latents: pictures (B, 3, H, W) in [-1, 1] -> latents as the UNet sees them; to_text: B captions -> their
     states. models: what they are called. buckets: whether pictures keep their aspect ratio (train/buckets.py), a file
-    for each shape. flip: whether mirrored ones are encoded as well. Raises ValueError where the folder holds what was
+    for each shape. flip: whether mirrored ones are encoded as well. reading: how captions
+    are read, beside the models. Raises ValueError where the folder holds what was
     made from other pictures, captions or models, or at another size.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -110,6 +113,7 @@ def encode(
             "models": models,
             "clip skip": getattr(to_text, "clip_skip", 0),
             "mirrored": flip,
+            **reading,
         }
         for path, part in parts.items()
     }
@@ -216,6 +220,7 @@ def main() -> None:
         models=contents(args.models, ENCODERS),
         buckets=args.buckets,
         flip=args.flip,
+        reading={"tokenizer": contents(args.tokenizer) if args.tokenizer else "", "rows": args.rows},
     )
     caches = (read_header(path).tensors for path in args.cache.glob("*.safetensors"))
     held = sum(tensors["latents"][1][0] for tensors in caches if "latents" in tensors)

@@ -21,6 +21,15 @@ from .diffusion import STEPS
 T_BINS = 4
 
 
+def _read(line: str) -> dict:
+    """A line of the log; nothing of one that is not whole."""
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) and "step" in found else {}
+
+
 class Log:
     """Losses as JSON lines in log.jsonl: means since the last line, also by bins of t. A resumed run goes on with its
     own lines.
@@ -33,8 +42,9 @@ class Log:
         self.recent: list[Tensor] = []
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         # After a kill the log may be ahead of the checkpoint, and its last line incomplete.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.step]
-        self.last: dict = next((line for line in map(json.loads, reversed(kept)) if "held_out" not in line), {})
+        whole = [(line, found) for line in lines if (found := _read(line)) and found["step"] <= state.step]
+        kept = [line for line, _ in whole]
+        self.last: dict = next((found for _, found in reversed(whole) if "held_out" not in found), {})
         self.board = tensorboard(config.folder, state.step) if config.run.tensorboard else None
         temporary = self.path.with_suffix(".part")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -29,7 +29,7 @@ from .data import Batch, Batches, Source, cast_added
 from .diffusion import as_v, coefficients
 from .held_out import HeldOut
 from .log import Log, provenance, track
-from .optimisation import Average, OnCPU, averaged, course, make_optimiser, trapezoid
+from .optimisation import Average, OnCPU, averaged, course, make_optimiser, prepared, trapezoid
 from .progress import Progress
 from .sections import PRECISIONS
 from .show import Show, decoder, predictor, write_card
@@ -86,7 +86,7 @@ class Run:
         track(config, accelerator)
         self.tapped = taps.Tapped(self.student, self.criterion.student_paths)
         self.model = accelerator.prepare_model(self.tapped, evaluation_mode=config.run.shard)  # else: DDP
-        self.optimiser = accelerator.prepare_optimizer(self.plain)
+        self.optimiser = prepared(accelerator, self.plain)
         self._prepare_looks()
         self.styles = StyleSet(config, self.teacher, self.student) if config.styles.many else None
         self.progress = Progress(config.name, config.run.steps)
@@ -117,7 +117,9 @@ class Run:
             if criterion.needs_teacher and not self.computed
             else None
         )
-        teaches = self.tapped_teacher is not None or config.data.source == "prompts" or config.rollout.steps
+        styled = config.styles.many or config.styles.draws
+        draws = config.data.source == "prompts" or config.rollout.steps or styled
+        teaches = self.tapped_teacher is not None or draws
         if teaches:
             nn.Module.to(self.teacher, device, self.half)  # diffusers' own `to` warns about dtypes, without need here
         if self.half != torch.float32 and not config.run.shard:  # which wants weights of one dtype

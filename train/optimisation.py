@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -146,6 +147,11 @@ class OnCPU(torch.optim.Optimizer):
         for p, mine in self.pairs:
             p.copy_(mine, non_blocking=True)
             self.state[p] = self.inner.state[mine]
+
+
+def prepared(accelerator: Accelerator, optimiser: torch.optim.Optimizer) -> Any:
+    """An optimiser as accelerate wants it. Its state stays where it is: accelerate would put it beside the weights."""
+    return accelerator.prepare_optimizer(optimiser, device_placement=False)
 
 
 def trapezoid(step: int, warmup: int = 0, left: int | None = None, cooldown: int = 0) -> float:

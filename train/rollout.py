@@ -41,9 +41,9 @@ from .sections import Rollout
 from .data import Batch, Source
 from .diffusion import ALPHAS, as_v
 from .encoders import Text, conditions, guided, joined, whole
-from .provenance import ENCODERS, NETWORK, contents, digest, made, same_file
+from .provenance import NETWORK, contents, digest, made, same_file
 from .seeds import seeded
-from .sources import Predict, Prompts, encoders
+from .sources import Predict, Prompts, text_settings
 
 SHARE = 32  # trajectories the teacher draws at once
 
@@ -277,10 +277,10 @@ class Bank:
         return Trajectory(torch.cat([row(n, "x") for n in numbers]), joined(texts))
 
 
-def _conditions(config: Config, source: Source) -> dict[str, str]:
+def _conditions(config: Config, source: Source) -> dict[str, str | int]:
     """What the conditions of a trajectory depend on beside their prompts."""
     if isinstance(source, Prompts):
-        return {"encoders.models": contents(encoders(config), ENCODERS)}
+        return text_settings(config)
     return {"data": contents(config.data.path)} if config.data.source == "cache" else {}
 
 

@@ -347,7 +347,8 @@ class Optimiser:
     """The optimiser, with clipped gradients, a course of the learning rate (steps), and the average of the weights.
 
     kind: "adamw"; "adamw-8bit" (bitsandbytes) or "adamw-8bit-torchao", whose moments take a quarter; "adafactor", which
-    keeps a third of them for 3x3 convolutions and hardly any for the rest, and has no betas; "muon", which keeps half.
+    keeps a third of them for 3x3 convolutions and hardly any for the rest, has no betas, and whose lr is relative to
+    the size of each weight (.001 to .01: at 5e-5 hardly anything moves); "muon", which keeps half.
     clip: the largest norm of the gradient; 0 for no clipping. schedule: "trapezoid" (warm-up, constant, cooldown to 0),
     or one of diffusers' schedules over the whole run, with warm-up and without cooldown.
     """

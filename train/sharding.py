@@ -55,7 +55,9 @@ def accelerator_of(config: Config, cpu: bool) -> tuple[Accelerator, Config]:
         plugin = FullyShardedDataParallelPlugin()
         _check(plugin)
         checkpoints = config.run.checkpoint_gradients or bool(plugin.activation_checkpointing)
-        config = replace(config, run=replace(config.run, shard=True, checkpoint_gradients=checkpoints))
+        if config.run.offload:
+            print("run.offload is off: what it keeps on the CPU is shared out among the processes", flush=True)
+        config = replace(config, run=replace(config.run, shard=True, offload=False, checkpoint_gradients=checkpoints))
     accelerator = Accelerator(cpu=cpu, mixed_precision=config.run.precision, fsdp_plugin=plugin)
     if plugin and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # As accelerate does it for cards; processors take the same way through it.

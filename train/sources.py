@@ -386,9 +386,7 @@ class Prompts(Numbered):
             "network.teacher": contents(config.network.teacher, NETWORK),
             "network.prediction": config.network.prediction,
             "schedule": dict(config.network.noise.settings),
-            "clip skip": config.encoders.clip_skip or its_clip_skip(encoders(config)),
-            "encoders.models": contents(encoders(config), ENCODERS),
-            "encoders.tokenizer": contents(config.encoders.tokenizer) if config.encoders.tokenizer else "",
+            **text_settings(config),
             "hash of the prompts": digest(self.prompts),
             "seed": config.seed,
             "data.size": config.data.size,
@@ -563,6 +561,17 @@ PICTURES: dict[str, Callable[..., Pictures]] = {"folder": Folder, "shards": Shar
 def encoders(config: Config) -> str:
     """Where VAE and text encoder come from."""
     return config.encoders.models or config.network.teacher
+
+
+def text_settings(config: Config) -> dict[str, str | int]:
+    """What the states of a prompt depend on beside the prompt."""
+    models = Path(encoders(config))
+    return {
+        "clip skip": config.encoders.clip_skip or (its_clip_skip(models) if models.exists() else 0),
+        "encoders.models": contents(encoders(config), ENCODERS),
+        "encoders.tokenizer": contents(config.encoders.tokenizer) if config.encoders.tokenizer else "",
+        "encoders.rows": config.encoders.rows,
+    }
 
 
 def open_source(

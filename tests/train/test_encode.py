@@ -105,11 +105,19 @@ def test_files_older_than_a_setting_say_nothing_of_it(tmp_path):
 
 
 def test_a_folder_that_has_changed_is_not_taken_for_the_one_it_was(folder, tmp_path):
-    def encoded(count, size=8, models="a"):
+    def encoded(count, size=8, models="a", rows=3):
         for i in range(count):
             (folder / f"{i}.txt").write_text("cat")
         return encode(
-            captioned(folder)[:count], tmp_path / "out", size, to_latents, to_text, batch=2, shard=2, models=models
+            captioned(folder)[:count],
+            tmp_path / "out",
+            size,
+            to_latents,
+            to_text,
+            batch=2,
+            shard=2,
+            models=models,
+            reading={"rows": rows},
         )
 
     encoded(5), encoded(5)
@@ -118,6 +126,7 @@ def test_a_folder_that_has_changed_is_not_taken_for_the_one_it_was(folder, tmp_p
         (lambda: encoded(3), "00001.*hash of the pictures' names"),
         (lambda: encoded(5, 16), "00000.*size was 8 and is 16"),
         (lambda: encoded(5, 8, "b"), "models was 'a' and is 'b'"),
+        (lambda: encoded(5, rows=1), "rows was 3 and is 1"),
     ):
         with pytest.raises(ValueError, match=f"{message}.*; delete it and those after it"):
             changed()

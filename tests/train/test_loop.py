@@ -52,6 +52,16 @@ def assert_equal(one, two):
         assert torch.equal(a[key], b[key]), key
 
 
+def test_a_line_of_the_log_that_is_not_whole_is_left_out(tmp_path):
+    """A full disk may cut one right after a brace."""
+    run(tmp_path, "run.steps=3")
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    cut = '{"step": 3, "by_t": {"0-249": {"output": 1}'
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, cut, "{}"]))
+    run(tmp_path, "run.steps=4")
+    assert [line["step"] for line in log(tmp_path)] == [*[json.loads(line)["step"] for line in lines], 4]
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")

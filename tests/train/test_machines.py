@@ -202,6 +202,15 @@ def test_what_would_be_followed_in_part_is_refused(environment, message, monkeyp
         sharding.accelerator_of(load(NARROW, given), cpu=True)
 
 
+def test_sharding_takes_the_place_of_offloading(monkeypatch, capsys):
+    """Recipes of large networks offload, and accelerate's configuration says how many cards there are."""
+    for key, value in FSDP2.items():
+        monkeypatch.setenv(key, value)
+    accelerator, config = sharding.accelerator_of(load(NARROW, ["run.offload=true"]), cpu=True)
+    assert config.run.shard and not config.run.offload
+    assert "run.offload is off" in capsys.readouterr().out
+
+
 # Several machines -------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from train.recipe import load
 from train.dry_run import memory, meta_student
 from train.loop import train
 from train.taps import Tapped
-from train.optimisation import KINDS, Average, Kind, OnCPU, make_optimiser, moments, restore_moments
+from train.optimisation import KINDS, Average, Kind, OnCPU, make_optimiser, moments, prepared, restore_moments
 
 
 class Halves(torch.Tensor):
@@ -191,6 +191,21 @@ def test_moments_on_the_cpu_are_those_of_the_plain_optimiser():
         ends.append((p.detach().clone(), moments(optimiser, p)))
     assert torch.equal(ends[0][0], ends[1][0])
     assert ends[0][1].keys() == ends[1][1].keys() and all(torch.equal(v, ends[1][1][k]) for k, v in ends[0][1].items())
+
+
+def test_moments_on_the_cpu_stay_there_where_a_run_goes_on():
+    """accelerate puts an optimiser's state beside its weights. "meta" stands for the card."""
+
+    def make(parameters):
+        return make_optimiser("adamw", parameters, 0.1, (0.9, 0.99), 0.01)
+
+    optimiser = OnCPU([torch.nn.Parameter(torch.zeros(4, 4, device="meta"))], make)
+    ((p, mine),) = optimiser.pairs
+    mine.grad = torch.ones(4, 4)
+    optimiser.inner.step()
+    optimiser.state[p] = optimiser.inner.state[mine]  # as a checkpoint leaves it
+    prepared(Accelerator(cpu=True), optimiser)
+    assert {value.device.type for value in optimiser.state[p].values()} == {"cpu"}
 
 
 def test_muon_turns_gradients_of_matrices_and_leaves_the_rest_to_adamw():

@@ -25,6 +25,7 @@ from train.criterion import Criterion
 from train.loop import train
 from train.show import Show
 from train.lora import file_names, merge_file
+from train.sources import Prompts
 from train.rollout import Bank, Course, Rollouts, guided_trajectory, landing, rotations, table
 
 CPU = torch.device("cpu")
@@ -258,6 +259,22 @@ def test_the_bank_grows_as_it_is_needed_and_is_the_same_for_all(tmp_path, rollou
     )
     with pytest.raises(ValueError, match="rollout.guidance was 3.0 and is 5.0"):
         shared([0])
+
+
+@pytest.mark.parametrize("change", ["encoders.clip_skip=2", "encoders.rows=1", "encoders.tokenizer=TOKENIZER"])
+def test_a_bank_knows_how_its_prompts_were_read(tmp_path, change):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.json").write_text("{}")
+    prompts = ["data.source=prompts", f"data.path={tmp_path / 'prompts.txt'}"]
+
+    def made_with(*changes):
+        config = settings(tmp_path / "run", *prompts, *changes)
+        source = Prompts(config, teacher, lambda texts: Text(torch.zeros(len(texts), 7, 32)), CPU)
+        return Bank(config, source, teacher, CPU).settings, source.settings
+
+    pairs = zip(made_with(), made_with(change.replace("TOKENIZER", str(tmp_path / "tokenizer"))), strict=True)
+    assert all(before != after for before, after in pairs)
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,15 @@ def test_a_run_that_was_stopped_equals_an_unbroken_one(files, tmp_path, monkeypa
     assert_same(load_file(whole.product), load_file(stopped.product))
 
 
+def test_what_draws_is_where_it_draws_whatever_the_loss(files, tmp_path):
+    """With the denoising loss alone nobody asks the teacher for outputs, and it makes the pictures all the same."""
+    alone = [f"loss.{name}={weight}" for name, weight in (("task", 1), ("output", 0), ("blocks", 0), ("mid", 0))]
+    draws = ["styles.draws=true", "samples.steps=2", "run.precision=bf16", "run.steps=2"]
+    recipe = settings(files, tmp_path, *alone, *draws)
+    loop.train(recipe, Accelerator(cpu=True, mixed_precision="bf16"))
+    assert recipe.product.exists()
+
+
 def test_a_lora_learns_over_many_styles_too(files, tmp_path):
     recipe = run(
         settings(
