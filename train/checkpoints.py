@@ -44,6 +44,7 @@ class State:
 
     left_out: pictures that could not be read. source: where the data stand (data.Source.state). bank_seconds: those of
     `seconds` in which the teacher drew trajectories (train/rollout.py). waited: those in which there were no data.
+    scaler: of the gradients in fp16 (torch.amp.GradScaler.state_dict).
     """
 
     step: int = 0
@@ -54,6 +55,7 @@ class State:
     source: dict = field(default_factory=dict)
     bank_seconds: float = 0.0
     waited: float = 0.0
+    scaler: dict = field(default_factory=dict)
 
 
 class Checkpoints:

@@ -165,6 +165,8 @@ class Run:
                 self.source.restore(state.source)
             if self.rollouts:
                 self.rollouts.x.copy_(tensors["rollout.x"])
+            if state.scaler and accelerator.scaler:
+                accelerator.scaler.load_state_dict(state.scaler)
             accelerator.print(f"going on at step {state.step}")
         steps = accelerator.gather(torch.tensor([state.step], device=self.device))
         if steps.min() != steps.max():
@@ -351,6 +353,7 @@ class Run:
             tensors["rollout.x"] = states
         if self.main:
             state.source = self.source.together(stand)
+            state.scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
             self.checkpoints.save(state, tensors)
 
     @torch.no_grad()

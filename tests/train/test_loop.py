@@ -290,6 +290,15 @@ def test_a_loss_that_is_not_finite_leaves_the_scaler_of_fp16_ready(broken_sample
         train(settings(tmp_path / "stops"), scaled(init_scale=1024.0))
 
 
+def test_the_scaler_of_fp16_goes_on_where_it_was(broken_samples, tmp_path):
+    broken_samples(1, 2)
+    train(settings(tmp_path, "run.steps=4"), scaled(init_scale=1024.0))
+    going_on = scaled(init_scale=1024.0)
+    train(settings(tmp_path, "run.steps=6"), going_on)
+    assert going_on.scaler.get_scale() == 256
+    train(settings(tmp_path, "run.steps=7"), Accelerator(cpu=True))  # a run without one leaves it alone
+
+
 def test_overflows_while_fp16_finds_its_scale_are_counted_and_do_not_stop_the_run(tmp_path, capsys):
     train(settings(tmp_path), scaled(init_scale=2.0**127, backoff_factor=0.25))
     skipped = log(tmp_path)[-1]["skipped"]
