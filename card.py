@@ -6,6 +6,7 @@
     python card.py --part NAME      one part again (--list names them); the report keeps the others
     python card.py bench NAME ...   a benchmark, where bench/ is there
     python card.py train RECIPE ... a training
+    python card.py core match ...   asdm's command line (python -m asdm_core)
 
 Takes the ComfyUI that is there (COMFYUI_PATH, or the one this folder lies in) with the Python that runs this, and
 changes nothing in it. Portable ComfyUI: python_embeded\\python.exe -s card.py
@@ -20,7 +21,15 @@ import runpy
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+
+def _folder() -> Path:
+    """Where this lies, by the path it was called by: a linked pack belongs to the ComfyUI of the link."""
+    folder = Path(os.path.abspath(__file__)).parent
+    here = Path(os.environ.get("PWD") or folder)  # the shell's: what the system tells has no links in it
+    return here if here.is_absolute() and here.is_dir() and here.samefile(folder) else folder
+
+
+ROOT = _folder()
 # The embedded Python of portable ComfyUI does not look beside a script. Packages of a bundle come after the machine's.
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 sys.path += [str(ROOT / "packages")] if (ROOT / "packages").is_dir() else []
@@ -29,7 +38,7 @@ REPORT = ROOT / "output" / "card"
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] in (["bench"], ["train"]):
+    if arguments[:1] in (["bench"], ["train"], ["core"]):
         return hand_over(*arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="the short form")
@@ -170,9 +179,13 @@ def shown(path: Path) -> str:
 
 
 def hand_over(what: str, name: str = "", *arguments: str) -> int:
-    """Run a benchmark or a training of the pack with the ComfyUI that is there."""
+    """Run a benchmark, a training or the command line of the pack with the ComfyUI that is there."""
+    module = {"bench": f"bench.{name}", "train": "train", "core": "asdm_core"}[what]
+    if what == "core":
+        sys.argv = ["asdm", *([name] if name else []), *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return 0
     comfyui = found_host()
-    module = {"bench": f"bench.{name}", "train": "train"}[what]
     if not name or not (ROOT / what).is_dir() or what == "bench" and not (ROOT / "bench" / f"{name}.py").is_file():
         return told(f"wanted: card.py bench NAME or card.py train RECIPE; there is no {what} {name} in this folder.")
     if comfyui is not None:

@@ -18,7 +18,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -368,7 +371,16 @@ def to_absolute(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}: {len(description.units)} units as they play in {checkpoint.path.name}")
 
 
+def _check_new(path: str) -> None:
+    """Raise ValueError where a file is there: of a list of files the last would be taken for the output, were it left
+    out.
+    """
+    if os.path.lexists(path):
+        raise ValueError(f"{path} is there already, and comes last: give the name of a new file after those to read")
+
+
 def mean_packs(args: argparse.Namespace) -> None:
+    _check_new(args.output)
     first, *others = [packs.open_pack(path) for path in args.files]
     if not others:
         raise ValueError("a mean needs two packs or more, such as checkpoints of one training")
@@ -471,7 +483,12 @@ def lora_onto(args: argparse.Namespace) -> None:
 
 
 def shrink_lora(args: argparse.Namespace) -> None:
+    _check_new(args.output)
+    if not 0 < args.mb < math.inf:
+        raise ValueError(f"--mb: wanted a finite number above 0, got {args.mb:g}")
     file, *others = [TensorFile(path) for path in args.files]
+    for one in (file, *others):
+        tensor_file.check_values(one, one)
     tensors = {key: file[key] for key in file}
     width = max((t.element_size() for t in tensors.values()), default=2)
     if others:
@@ -665,6 +682,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may have letters that the console has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         if getattr(args, "output", None):
             tensor_file.check_output(args.output)

@@ -94,6 +94,8 @@ def _scale(tensors: Mapping[str, Tensor], layer: str) -> float:
 
 def _svd(tensors: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor, Tensor, int]:
     """u (out, r), singular values (r,), v (r, in) of a layer's change, and the numbers that one value costs."""
+    if tensors[layer + UP].dim() < 2 or tensors[layer + DOWN].dim() < 2:
+        raise ValueError(f"{layer}: up and down are matrices or kernels, and one of them is a vector")
     up, down = tensors[layer + UP].double().flatten(1), tensors[layer + DOWN].double().flatten(1)
     if up.shape[1] != down.shape[0]:
         raise ValueError(f"{layer}: up has rank {up.shape[1]} and down {down.shape[0]}")

@@ -258,7 +258,8 @@ def describe_pack(file: TensorFile) -> Description:
     if description is None:
         raise BadFile(
             f"{file.path.name}: this is no pack (it has no description of itself). "
-            "For a pruned UNet use Load Pruned UNet; make packs with `python -m asdm_core extract-pack`."
+            "For a pruned UNet use Load Pruned UNet; make packs with `python card.py core extract-pack` in asdm's "
+            "folder."
         )
     if description.kind != "pack":
         raise BadFile(f"{file.path.name}: this is a whole UNet, not a pack. Load it with Load Pruned UNet.")
@@ -373,9 +374,8 @@ def _check_unknown(file: TensorFile, found: Recognised, drop: bool) -> None:
     if found.unknown and not drop:
         raise BadFile(
             f"{file.path.name}: no layer of a {found.architecture.config.family} UNet has {some(found.unknown)}, so "
-            "it would be lost. "
-            "ComfyUI ignores such tensors; to leave them out, `python -m asdm_core convert` the file with "
-            "--drop-unknown first."
+            "it would be lost. ComfyUI ignores such tensors; to leave them out, in asdm's folder `python card.py core "
+            "convert` the file with --drop-unknown first."
         )
 
 

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(os.path.abspath(__file__)).parents[1]  # by its own path: a linked pack lies in the ComfyUI of the link
 PACK = "asdm_in_host"  # no import path, as in the host
 BUNDLED = ROOT / "host"  # of `bootstrap.py bundle`
 

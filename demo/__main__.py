@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         host = bootstrap.host_path()
         job = find_job(options.checkpoint, options.pack, options.steps, [PACK / ".host" / "models", host / "models"])
         report = run(job, host, options.output)
-    except (DemoError, BadFile, PromptError, ServerError, bootstrap.SetupError) as error:
+    except (DemoError, BadFile, PromptError, ServerError, bootstrap.SetupError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -90,7 +90,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         return serve(options.port, options.folder, not options.no_open)
-    except (ServerError, bootstrap.SetupError) as error:
+    except (ServerError, bootstrap.SetupError, OSError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

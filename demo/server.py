@@ -98,8 +98,13 @@ def model_folders(folder: Path) -> dict[str, list[Path]]:
 
 def write_model_paths(file: Path, folders: Mapping[str, Iterable[Path]]) -> None:
     """Write the YAML with which the host finds models in further folders."""
-    # JSON strings are YAML strings; the host splits at line ends.
-    lines = [f"  {json.dumps(kind)}: {json.dumps(chr(10).join(map(str, paths)))}" for kind, paths in folders.items()]
+
+    def text(value: str) -> str:
+        # JSON strings are YAML strings, but for letters that JSON would write as two halves.
+        return json.dumps(value, ensure_ascii=False)
+
+    # The host splits at line ends.
+    lines = [f"  {text(kind)}: {text(chr(10).join(map(str, paths)))}" for kind, paths in folders.items()]
     file.write_text("asdm:\n" + "\n".join(lines) + "\n", "utf-8")
 
 

@@ -35,8 +35,8 @@ def name_errors() -> None:
 
 class ASDMExtension(ComfyExtension):
     async def on_load(self):
-        files.register_folders()
         notes.register()
+        files.register_folders()
         await migrate.register()
 
     async def get_node_list(self):

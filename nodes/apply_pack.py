@@ -54,7 +54,7 @@ def check_fit(model, description: Description, name: str) -> None:
     if stem:
         raise ValueError(
             f"{name} plays {', '.join(stem)}, which only a whole UNet can carry. "
-            "Make one with `python -m asdm_core assemble` and load it with Load Pruned UNet."
+            "Make one with `python card.py core assemble` in asdm's folder and load it with Load Pruned UNet."
         )
     of_text = sorted(without_self_attention(model).intersection(description.units))
     if of_text:

@@ -1,10 +1,17 @@
 """The check of a card without a host: its report, its parts, and how it goes on."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from card import parts, report
+from demo.server import link_folder
+
+ROOT = Path(__file__).parents[1]
 
 CARD = {"memory_gib": 24.0, "compute": "8.9", "cuda": "13.0"}
 
@@ -124,6 +131,33 @@ def test_a_small_card_skips_what_is_too_large_for_it_and_says_so():
 def run(part, tmp_path, rows=None):
     rows = {} if rows is None else rows
     return parts.run(part, tmp_path, tmp_path, rows, lambda: None, lambda text: None)
+
+
+def test_the_comfyui_around_a_linked_pack_is_found(tmp_path, monkeypatch):
+    for name in ("comfy/sd.py", "nodes.py", "folder_paths.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    link_folder(tmp_path / "custom_nodes" / "asdm", ROOT)
+    environment = {name: value for name, value in os.environ.items() if name != "COMFYUI_PATH"}
+    linked = tmp_path / "custom_nodes" / "asdm"
+    for folder, script in ((linked, "card.py"), (tmp_path, str(linked / "card.py"))):
+        program = f"import runpy; print(runpy.run_path({script!r})['found_host']())"
+        found = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=folder,
+            env=environment | {"PWD": str(folder)},  # as shells set it
+            capture_output=True,
+            text=True,
+            timeout=1800,
+        )
+        assert found.stdout.strip() == str(tmp_path), found.stderr
+
+
+def test_the_command_line_is_there_for_pythons_that_do_not_look_beside_a_script(tmp_path):
+    """As that of portable ComfyUI; -I stands for it."""
+    command = [sys.executable, "-I", str(ROOT / "card.py"), "core", "presets"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    assert found.returncode == 0 and "bk-sdm" in found.stdout.lower(), found.stderr
 
 
 def test_a_part_whose_host_does_not_start_is_broken(tmp_path):

@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from asdm_core.architecture import FAMILIES, Architecture
 from demo import job, report
 from demo.server import PromptError, PromptInterrupted, outputs_of
 from demo.timing import TimedRun, made, step_seconds
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -330,6 +334,15 @@ def test_results_of_an_earlier_run_do_not_mix_with_new_ones(tmp_path):
         (tmp_path / name).write_bytes(b"")
     report.clear_results(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+
+
+@pytest.mark.parametrize("command", [["demo", "--output"], ["demo.serve", "--no-open", "--folder"]])
+def test_a_folder_that_cannot_be_written_costs_one_line(tmp_path, command):
+    (tmp_path / "file").touch()
+    given = [sys.executable, "-m", *command, str(tmp_path / "file" / "within")]
+    found = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    assert str(tmp_path / "file") in found.stderr.splitlines()[-1]
 
 
 def test_embedded_prompts_are_eight_of_each():

@@ -16,10 +16,18 @@ import sys
 
 import torch
 
-from . import dry_run, fit, sharding
-from .recipe import load
-from .criterion import Classifier
-from .loop import train
+try:
+    from . import dry_run, fit, sharding
+    from .recipe import load
+    from .criterion import Classifier
+    from .loop import train
+except ModuleNotFoundError as lacking:
+    if (lacking.name or "train").startswith("train"):
+        raise
+    raise SystemExit(
+        f"training needs {lacking.name}, which this Python has not, and ComfyUI has no use for. `python bootstrap.py "
+        "setup` in a checkout of asdm makes an environment with all it needs; the node Fit Pack needs none."
+    ) from None
 
 
 def main(classifier: Classifier | None = None, encoder: fit.Encoder | None = None) -> None:

@@ -8,10 +8,12 @@ for pages that are opened later and for users of the HTTP interface (GET /asdm/n
 from __future__ import annotations
 
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 from aiohttp import web
 from comfy_execution.utils import get_executing_context
@@ -84,10 +86,19 @@ def speaker(node_id: str = "") -> Say:
 def register() -> None:
     """Answer GET /asdm/notes: node id -> sentences, of the last run in which anything was said; of a run with
     ?prompt_id=...; with ?workflow=..., its id, what holds of its results (see `standing`).
+
+    Raises RuntimeError where another copy of the pack does so: the host would end over the second of two equal routes,
+    and nodes of one copy would speak to the other.
     """
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
+    for route in server.routes:
+        if isinstance(route, web.RouteDef) and route.path == ROUTE:
+            raise RuntimeError(
+                f"asdm is there twice, in {_folder(route.handler.__module__)} and in {_folder(__name__)}, and only the "
+                "first is used. Remove one of the two folders from custom_nodes, and start ComfyUI again."
+            )
 
     @server.routes.get(ROUTE)
     async def notes(request: web.Request) -> web.Response:
@@ -95,6 +106,11 @@ def register() -> None:
         if workflow is not None:
             return web.json_response(standing(server.prompt_queue, workflow))
         return web.json_response(said(request.query.get("prompt_id")))
+
+
+def _folder(module: str) -> Path:
+    """The folder of the copy of the pack that a module belongs to."""
+    return Path(sys.modules[module].__file__ or "").parents[2]
 
 
 def standing(queue, workflow: str) -> dict[str, list[str]]:

@@ -654,6 +654,9 @@ def test_the_mean_of_packs(run, folder, tmp_path):
     assert found.tensors.keys() == wanted.keys()
     for key, value in wanted.items():
         torch.testing.assert_close(found.tensors[key].double(), value, rtol=1e-5, atol=1e-6)
+    before = files[2].read_bytes()
+    code, _, err = run("mean-pack", *files[:3])  # without OUT, as happens
+    assert code == 2 and "3.safetensors is there already, and comes last" in err and files[2].read_bytes() == before
     out.unlink()
     for given, message in (
         (files[:1], "two packs or more"),
@@ -666,6 +669,15 @@ def test_the_mean_of_packs(run, folder, tmp_path):
 
 def python(*argv):
     return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=1800)
+
+
+def test_names_that_the_console_cannot_write_are_written_as_it_can(folder, tmp_path):
+    out = tmp_path / "выход 日本.safetensors"
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "asdm_core", "convert", str(folder / "full.safetensors"), str(out)]
+    result = subprocess.run([*command, "--layout", "ldm"], cwd=ROOT, capture_output=True, env=environment, timeout=1800)
+    assert result.returncode == 0 and out.is_file(), result.stderr
+    assert b"\\u0432" in result.stdout
 
 
 @pytest.mark.slow

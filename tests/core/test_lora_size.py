@@ -82,6 +82,32 @@ def test_what_is_no_plain_lora_is_refused(tmp_path, capsys):
     assert "a.hada_w1_a" in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "mb", "message"),
+    [
+        (
+            {"a.lora_up.weight": torch.full((12, 2), torch.nan)},
+            "1",
+            "a.lora_up.weight holds numbers that are not finite",
+        ),
+        ({"a.lora_up.weight": torch.zeros(2), "a.lora_down.weight": torch.zeros(2)}, "1", "one of them is a vector"),
+        ({}, "inf", "--mb: wanted a finite number above 0, got inf"),
+        ({}, "0", "--mb: wanted a finite number above 0, got 0"),
+    ],
+)
+def test_broken_input_is_one_sentence(tmp_path, capsys, change, mb, message):
+    write_file(tmp_path / "in.safetensors", lora(LAYERS) | change, {})
+    assert main(["shrink-lora", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), "--mb", mb]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_is_not_overwritten(tmp_path, capsys):
+    for name in "ab":
+        write_file(tmp_path / f"{name}.safetensors", lora(LAYERS), {})
+    assert main(["shrink-lora", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--mb", "1"]) == 2
+    assert "b.safetensors is there already, and comes last" in capsys.readouterr().err
+
+
 def test_the_mean_of_several_is_the_mean_of_their_changes(tmp_path):
     other = {"a": (12, (10,), 2, 5), "b": (20, (6, 3, 3), 5, 1), "c": (8, (8,), 1, 1)}
     loras = [lora(LAYERS), lora(other, seed=1), lora(LAYERS, seed=2)]

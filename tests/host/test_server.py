@@ -15,7 +15,7 @@ import urllib.request
 import pytest
 from PIL import Image
 
-from demo.server import PACK, Client, PromptError, PromptInterrupted, Server, ServerError, free_port
+from demo.server import PACK, Client, PromptError, PromptInterrupted, Server, ServerError, free_port, link_folder
 
 RED = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 16, "batch_size": 1, "color": 0xFF0000}},
@@ -74,6 +74,16 @@ def test_pack_is_loaded_from_the_link(server):
     log = server.log(10_000)
     assert "IMPORT FAILED" not in log
     assert "Error while calling comfy_entrypoint" not in log
+
+
+def test_a_second_copy_of_the_pack_says_so_and_the_host_starts(host, tmp_path):
+    for name in ("asdm", "ComfyUI-asdm"):
+        link_folder(tmp_path / "custom_nodes" / name, PACK)
+    both = ["--whitelist-custom-nodes", "asdm", "ComfyUI-asdm"]
+    with Server(host, tmp_path, flags=["--cpu", "--disable-api-nodes", *both], pack=None) as server:
+        said = [line for line in server.log().splitlines() if "asdm is there twice, in" in line]
+        assert said and all("Remove one of the two folders" in line for line in said)
+        assert "ASDMSpeedUp" in Client(server.url).object_info()
 
 
 def test_stop_leaves_no_process_and_can_be_repeated(host, tmp_path):
