@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -74,14 +74,16 @@ class _Layers(AtUNet):
 
     def __init__(self, recorder: Recorder):
         self._recorder = recorder
+        # One at a time, and none that was broken off; of each UNet, which may run in threads beside one another.
+        self._begun: tuple[str, Any] = "", None
 
     def begin_layer(self, address: str, role: str) -> None:
         if not torch.compiler.is_compiling():  # a compiled graph has no layers
-            self._recorder.begin_layer(address, role)
+            self._begun = role, self._recorder.now()
 
     def end_layer(self, address: str, current: nn.Module, x: Tensor, out: Tensor) -> None:
         if not torch.compiler.is_compiling():
-            self._recorder.end_layer()
+            self._recorder.layer(address, *self._begun)
 
 
 class MeasuredRun(Measured):

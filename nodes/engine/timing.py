@@ -67,9 +67,8 @@ class Recorder:
         self._cuda = device.type == "cuda"
         self._evaluations: list[tuple[int, Any, Any]] = []
         self._layers: list[tuple[tuple[str, str], Any, Any]] = []
-        self._begun: list[tuple[tuple[str, str], Any]] = []
 
-    def _now(self) -> Any:
+    def now(self) -> Any:
         """This moment in what the device does."""
         if not self._cuda:
             return time.perf_counter()
@@ -85,16 +84,13 @@ class Recorder:
 
     @contextmanager
     def evaluation(self, step: int):
-        start = self._now()
+        start = self.now()
         yield
-        self._evaluations.append((step, start, self._now()))  # not one that an interrupt or an error ended
+        self._evaluations.append((step, start, self.now()))  # not one that an interrupt or an error ended
 
-    def begin_layer(self, address: str, role: str) -> None:
-        self._begun = [((address, role), self._now())]  # one at a time, and none that was broken off
-
-    def end_layer(self) -> None:
-        what, start = self._begun.pop()
-        self._layers.append((what, start, self._now()))
+    def layer(self, address: str, role: str, start: Any) -> None:
+        """A layer has ended that began at a moment of `now`, in the same thread."""
+        self._layers.append(((address, role), start, self.now()))
 
     def evaluations(self) -> list[tuple[int, float]]:
         """(step, seconds) of each evaluation, in order."""

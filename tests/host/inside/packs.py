@@ -379,6 +379,18 @@ def test_pack_plays_when_work_is_split_over_devices(model, m2, plain_samples, sp
     assert small.difference(wanted, plain_samples) > 0.01
 
 
+def test_layers_are_timed_when_work_is_split_over_devices(model, m2):
+    """Each device plays in a thread of its own."""
+    played = small.with_speed(on_two_devices(small.with_pack(model, m2)))
+    small.sample(played, steps=3)
+    layers = small.last_times(played).layers
+    whole = small.with_speed(small.with_pack(model, m2))
+    small.sample(whole, steps=3)
+    alone = small.last_times(whole).layers
+    assert layers.keys() == alone.keys()
+    assert all(calls == 2 * alone[what][1] for what, (_, calls) in layers.items())
+
+
 def dual(model, negative_model):
     guider = nodes_custom_sampler.DualModelGuider.execute(
         model, small.cond(seed=1), 3.0, negative_model, small.cond(seed=2)
