@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..asdm_core.text import printable
 from .apply_pack import apply_pack
 from .common import CATEGORY, SHOWS_PICTURE, sampling_inputs
 from .engine import files
+from .engine.assigned import name_of, packs_of
 from .engine.comparison import alike, cell_of, decode, sampler
 from .engine.inheritance import Inheritance
 from .engine.network import architecture_of
@@ -72,29 +73,59 @@ def _speed_up(model, value: str):
     return with_speed_up(model, SpeedUp(value))
 
 
-def _pack(model, value: str):
-    return model if value == OFF else _with_pack(model, value, WHOLE)
+@dataclass(frozen=True)
+class Played:
+    """What axes say of one pack; of what they do not say, Apply Pack's defaults hold."""
+
+    name: str
+    window: Window | None = None
+    strength: float | None = None
+
+    def on(self, model):
+        """The MODEL with the pack. Raises ValueError."""
+        known = {known.removesuffix(ENDING): known for known in files.packs()}
+        short = self.name.removesuffix(ENDING)
+        if short not in known:
+            there = ", ".join(known) or "none"
+            raise ValueError(f"XY Plot: there is no pack {printable(repr(self.name))}. There are {there}.")
+        name = known[short]
+        varied = self.window is not None or self.strength is not None
+        if varied and name in map(name_of, packs_of(model)):
+            raise ValueError(
+                f"XY Plot: {name} plays on this MODEL already, in a window and a strength of its own, and another on "
+                "top would not take that away. Connect the MODEL as it is before Apply Pack."
+            )
+        window, strength = self.window or WHOLE, 1.0 if self.strength is None else self.strength
+        return apply_pack(model, files.pack_path(name), name, window, strength)
 
 
-def _strength(model, value: str, pack_name: str):
-    return _with_pack(model, pack_name, WHOLE, _number(value, "pack strength", 0, 2))
+def _pack(value: str) -> Played | None:
+    return None if value == OFF else Played(value)
 
 
-def _window(model, value: str, pack_name: str):
+def _strength(value: str, pack_name: str) -> Played:
+    return Played(pack_name, strength=_number(value, "pack strength", 0, 2))
+
+
+def _window(value: str, pack_name: str) -> Played:
     start, dash, end = value.partition("-")
     if not dash:
         raise ValueError(
             f"XY Plot, pack window: wanted where it begins and ends in the run (0-0.5), got {printable(repr(value))}."
         )
-    return _with_pack(model, pack_name, Window(_number(start, "pack window", 0, 1), _number(end, "pack window", 0, 1)))
+    return Played(pack_name, Window(_number(start, "pack window", 0, 1), _number(end, "pack window", 0, 1)))
 
 
-def _with_pack(model, name: str, window: Window, strength: float = 1.0):
-    known = {known.removesuffix(ENDING): known for known in files.packs()}
-    short = name.removesuffix(ENDING)
-    if short not in known:
-        raise ValueError(f"XY Plot: there is no pack {printable(repr(name))}. There are {', '.join(known) or 'none'}.")
-    return apply_pack(model, files.pack_path(known[short]), known[short], window, strength)
+def _joined(said: Iterable[Played]) -> list[Played]:
+    """What is said of each pack, from all axes."""
+    found: dict[str, Played] = {}
+    for one in said:
+        short = one.name.removesuffix(ENDING)
+        before = found.get(short, one)
+        window = before.window if one.window is None else one.window
+        strength = before.strength if one.strength is None else one.strength
+        found[short] = Played(before.name, window, strength)
+    return list(found.values())
 
 
 def _regional(model, value: str):
@@ -123,13 +154,17 @@ def _number(text: str, name: str, low: float, high: float, whole: bool = False) 
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis can vary: how, its values to begin with, its other inputs, and its place in the order of nodes."""
+    """What an axis can vary: how, its values to begin with, its other inputs, and its place in the order of nodes.
 
-    apply: Callable
+    apply: MODEL and a value -> MODEL; says: in the place of it, a value -> what it says of a pack.
+    """
+
+    apply: Callable | None
     default: str
     help: str
     inputs: Callable[[], list[io.Input]] = list
     place: int = 0
+    says: Callable[..., Played | None] | None = None
 
 
 def _pack_input() -> list[io.Input]:
@@ -160,9 +195,13 @@ AXES = {
         f"{OFF}, {', '.join(DIALS)}, skip branch/interval (0/3), or plans as JSON, one a line",
         place=1,
     ),
-    "pack": Axis(_pack, OFF, f"{OFF} and names of packs, as Apply Pack lists them, with or without the ending"),
-    "pack strength": Axis(_strength, "0, 0.5, 1", "of the experts and gains of a pack", _pack_input),
-    "pack window": Axis(_window, "0-1, 0-0.5, 0.5-1", "where in the run the pack begins and ends to play", _pack_input),
+    "pack": Axis(
+        None, OFF, f"{OFF} and names of packs, as Apply Pack lists them, with or without the ending", says=_pack
+    ),
+    "pack strength": Axis(None, "0, 0.5, 1", "of the experts and gains of a pack", _pack_input, says=_strength),
+    "pack window": Axis(
+        None, "0-1, 0-0.5, 0.5-1", "where in the run the pack begins and ends to play", _pack_input, says=_window
+    ),
     "GRI window": Axis(_regional, f"{OFF}, auto", f"{OFF}, auto, or sides of the regions in tokens", place=2),
     "switch at": Axis(_switch, "0.25, 0.5, 0.75", "where the second model takes over", _second_inputs, place=3),
 }
@@ -200,18 +239,45 @@ def values(text: str) -> list[str]:
     return lines
 
 
-def points(name: str, settings: dict, model) -> list[tuple[str, int, Callable]]:
-    """(label, place in the order of nodes, MODEL -> MODEL) of each value of an axis, for clones of MODEL."""
+@dataclass(frozen=True)
+class Point:
+    """A value of an axis. label: of its cells. place: in the order of nodes. apply: MODEL -> MODEL; or pack: what it
+    says of one.
+    """
+
+    label: str = ""
+    place: int = 0
+    apply: Callable | None = None
+    pack: Played | None = None
+
+
+def set_to(model, values: Sequence[Point]):
+    """A clone of MODEL with what the values of all axes say. Packs come first: others look at their layers."""
+    for pack in _joined(value.pack for value in values if value.pack):
+        model = pack.on(model)
+    for value in sorted(values, key=lambda value: value.place):
+        model = value.apply(model) if value.apply else model
+    return model
+
+
+def points(name: str, settings: dict, model) -> list[Point]:
+    """The values of an axis, for clones of MODEL."""
     settings = dict(settings)
     kind = settings.pop(name)
     if "model_second" in settings:  # where it cannot share the UNet, all cells share one copy
         settings["model_second"] = beside(model, settings["model_second"])
     if kind == "nothing":
-        return [("", 0, lambda model: model)]
+        return [Point()]
     axis, found = AXES[kind], []
     for value in values(settings.pop("values")):
         shown = Plan.from_json(value).name or "plan" if value.startswith("{") else value.removesuffix(ENDING)
-        found.append((f"{kind}: {shown}", axis.place, lambda model, value=value: axis.apply(model, value, **settings)))
+        label = f"{kind}: {shown}"
+        if axis.says:
+            found.append(Point(label, axis.place, pack=axis.says(value, **settings)))
+        else:
+            found.append(
+                Point(label, axis.place, lambda model, value=value: axis.apply(model, value, **settings))  # type: ignore[misc]
+            )
     return found
 
 
@@ -292,12 +358,10 @@ class ASDMXYPlot(io.ComfyNode):
         sample = sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
         plain = TimedModel("as it came in", model, sample)
         cells, labels = [], []
-        for row, y_place, set_y in lines:
-            for column, x_place, set_x in columns:
-                changed = model
-                for _, change in sorted(((x_place, set_x), (y_place, set_y)), key=lambda both: both[0]):
-                    changed = change(changed)
-                labels.append(", ".join(filter(None, (column, row))))
+        for row in lines:
+            for column in columns:
+                changed = set_to(model, (column, row))
+                labels.append(", ".join(filter(None, (column.label, row.label))))
                 # A cell that changes nothing is the reference itself, at 1.00, and not the same once more.
                 cells.append(plain if same(changed, model) else TimedModel(labels[-1], changed, sample))
         alternate([plain, *(cell for cell in cells if cell is not plain)], rounds, steps)
@@ -306,10 +370,10 @@ class ASDMXYPlot(io.ComfyNode):
         likenesses = [alike(reference, picture) for picture in images]
         notes = [note(plain, cell, pairs) for cell, pairs in zip(cells, likenesses, strict=True)]
         rows = []
-        for i, (row, *_) in enumerate(lines):
+        for i, row in enumerate(lines):
             here = slice(i * len(columns), (i + 1) * len(columns))
-            rows.append(Row([from_image(picture[0]) for picture in images[here]], row, notes=notes[here]))
-        heads = [column or "as it came in" for column, *_ in columns]
+            rows.append(Row([from_image(picture[0]) for picture in images[here]], row.label, notes=notes[here]))
+        heads = [column.label or "as it came in" for column in columns]
         height, width = reference.shape[1:3]
         subtitle = (
             f"{steps} steps, CFG {cfg:g}, {sampler_name}, {scheduler}, {width} x {height}, seed {seed}\n"
