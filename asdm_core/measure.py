@@ -172,6 +172,9 @@ def ratio(times: Mapping[str, list[float]], name: str, reference: str) -> float:
 # Pictures -------------------------------------------------------------------------------------------
 
 
+SSIM_WINDOW = 11  # pixels
+
+
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of pictures (N, C, H, W) in 0..1, one number each; inf for equal ones."""
     _same_shape(a, b)
@@ -185,7 +188,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     over the places where the whole window fits. Raises ValueError for pictures smaller than the window.
     """
     _same_shape(a, b)
-    if min(a.shape[2:]) < 11:
+    if min(a.shape[2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs pictures of at least 11 x 11 pixels, got {a.shape[3]} x {a.shape[2]}")
     a, b = a.double(), b.double()
     line = torch.exp(-((torch.arange(11, device=a.device, dtype=a.dtype) - 5) ** 2) / (2 * 1.5**2))

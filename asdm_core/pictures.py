@@ -52,8 +52,10 @@ HEAT_HEAD = f"difference (brightest: {FULL_HEAT:.0%})"
 
 
 def likeness(psnr: float | None, ssim: float) -> str:
-    """Both numbers in words; psnr None or inf: identical pictures."""
-    return "identical" if psnr is None or math.isinf(psnr) else f"PSNR {psnr:.1f} dB, SSIM {ssim:.2f}"
+    """Both numbers in words; psnr None or inf: identical pictures; ssim nan: not known."""
+    if psnr is None or math.isinf(psnr):
+        return "identical"
+    return f"PSNR {psnr:.1f} dB" + ("" if math.isnan(ssim) else f", SSIM {ssim:.2f}")
 
 
 def duration(seconds: float) -> str:

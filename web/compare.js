@@ -281,10 +281,11 @@ class CompareView {
   async copy() {
     let said = 'Copied'
     try {
+      if (this.images.some((image) => !image.naturalWidth)) throw new Error('gone')
       const blob = new Promise((resolve) => this.drawn().toBlob(resolve))
       await navigator.clipboard.write([new ClipboardItem({ 'image/png': blob })])
-    } catch {
-      said = 'Copying needs https or localhost'
+    } catch (error) {
+      said = error.message === 'gone' ? 'The pictures are gone; run again' : 'Copying needs https or localhost'
     }
     this.copier.textContent = word(said)
     const copier = this.copier

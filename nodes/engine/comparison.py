@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import secrets
+
 import nodes as host_nodes
 import torch
 from comfy_api.latest import io, ui
@@ -10,7 +13,7 @@ from PIL import Image
 from ...asdm_core import measure
 from ...asdm_core.pictures import CELL, HEAT_HEAD, Row, duration, grid, heat_map, likeness
 from .on_model import without_techniques
-from .picture import from_image
+from .picture import coloured, from_image
 from .technique import techniques_of
 
 NAMES = "ABCDEFGH"
@@ -47,14 +50,19 @@ def decode(vae, latent: dict) -> torch.Tensor:
 
 
 def alike(a: torch.Tensor, b: torch.Tensor) -> list[tuple[float, float] | None]:
-    """PSNR and SSIM of each pair of two IMAGEs; None for all where their sizes differ.
+    """PSNR and SSIM of each pair of two IMAGEs; None for all where their sizes differ, SSIM nan for pictures too small
+    for it.
 
     Of a shorter batch the last picture stands for those it lacks.
     """
     if a.shape[1:3] != b.shape[1:3]:
         return [None] * max(len(a), len(b))
-    a, b = (paired(t, max(len(a), len(b)))[..., :3].movedim(-1, 1) for t in (a, b))
-    return list(zip(measure.psnr(a, b).tolist(), measure.ssim(a, b).tolist(), strict=True))
+    found: list[tuple[float, float] | None] = []
+    for i in range(max(len(a), len(b))):  # one by one: of a film they would take the memory of a dozen of it
+        pair = [t[[min(i, len(t) - 1)], ..., :3].movedim(-1, 1) for t in (a, b)]
+        small = min(a.shape[1:3]) < measure.SSIM_WINDOW
+        found.append((float(measure.psnr(*pair)), math.nan if small else float(measure.ssim(*pair))))
+    return found
 
 
 def paired(images: torch.Tensor, count: int) -> torch.Tensor:
@@ -100,8 +108,13 @@ def draw(title: str, subtitle: str, labels: list[str], batches: list[torch.Tenso
 
 def view(cls, title: str, labels: list[str], batches: list[torch.Tensor]) -> dict:
     """What web/compare.js shows: the pictures, saved with the workflow in them, their labels and likenesses."""
+    # A name of its own for each result: browsers keep the picture of an address that a page has shown already, and the
+    # host counts from 1 again after a restart.
+    own = secrets.token_hex(4)
     saved = [
-        ui.ImageSaveHelper.save_images(batch, f"asdm.compare.{name}", io.FolderType.temp, cls, compress_level=1)
+        ui.ImageSaveHelper.save_images(
+            coloured(batch), f"asdm.compare.{own}.{name}", io.FolderType.temp, cls, compress_level=1
+        )
         for name, batch in zip(NAMES, batches, strict=False)
     ]
     likenesses = {

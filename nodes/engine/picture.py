@@ -428,6 +428,11 @@ def preview(cls, picture: torch.Tensor, text: str) -> dict:
     return ui.PreviewImage(picture, cls=cls).as_dict() | {"text": (text,)}
 
 
+def coloured(images: torch.Tensor) -> torch.Tensor:
+    """An IMAGE whose pictures have three channels or more; those of one are grey."""
+    return images.expand(*images.shape[:-1], 3) if images.shape[-1] == 1 else images
+
+
 def from_image(image: torch.Tensor) -> Image.Image:
-    """One picture (H, W, 3 or 4) of an IMAGE; transparency is left out."""
-    return Image.fromarray((255 * image[..., :3].cpu().float().clamp(0, 1)).to(torch.uint8).numpy())
+    """One picture (H, W, 1, 3 or 4) of an IMAGE; transparency is left out."""
+    return Image.fromarray((255 * coloured(image)[..., :3].cpu().float().clamp(0, 1)).to(torch.uint8).numpy())

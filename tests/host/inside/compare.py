@@ -313,6 +313,39 @@ def test_pictures_of_other_sizes_are_shown_without_a_difference():
     assert drawn.shape[2] == 2 * (192 + 8) - 8 + 64
 
 
+def test_a_later_result_has_addresses_of_its_own(monkeypatch):
+    """The host counts from 1 again after a restart, and browsers keep what a page has shown under an address."""
+    seen = []
+    for _ in range(2):
+        for file in Path(folder_paths.get_temp_directory()).glob("asdm.compare.*"):
+            file.unlink()
+        _, payload = shown(images={"a": pictures(1, 0.5), "b": pictures(1, 0.6)})
+        seen += [entry["filename"] for batch in payload["batches"] for entry in batch]
+    assert len(set(seen)) == 4
+
+
+def test_a_film_takes_the_memory_of_a_pair_at_a_time(monkeypatch):
+    sizes = []
+    psnr = compare.measure.psnr
+    monkeypatch.setattr(compare.measure, "psnr", lambda a, b: sizes.append(len(a)) or psnr(a, b))
+    a, b = torch.rand(9, 32, 32, 3), torch.rand(4, 32, 32, 3)
+    found = compare.alike(a, b)
+    assert sizes == [1] * 9
+    for i, (mine, ssim) in enumerate(found):
+        one, other = (t[None, ..., :3].movedim(-1, 1) for t in (a[i], b[min(i, 3)]))
+        assert mine == pytest.approx(float(psnr(one, other))) and ssim == pytest.approx(
+            float(compare.measure.ssim(one, other))
+        )
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 9, 3), (1, 32, 32, 1)])
+def test_tiny_and_grey_pictures_are_shown(shape):
+    a = torch.full(shape, 0.5)
+    drawn, payload = shown(images={"a": a, "b": a + 0.1})
+    assert payload["likeness"]["01"][0].startswith("PSNR 20.0 dB") and drawn.shape[-1] == 3
+    assert ("SSIM" in payload["likeness"]["01"][0]) == (shape[1] > 10)
+
+
 def test_likeness_is_infinite_only_for_equal_pictures():
     a = torch.rand(1, 32, 32, 3)
     ((psnr, ssim),) = compare.alike(a, a)
@@ -388,6 +421,27 @@ def test_values_are_checked_as_the_nodes_would_before_the_first_cell(
     with pytest.raises(ValueError) as e:
         xy(model, (axis, settings), NOTHING)
     assert len(str(e.value)) < 1000
+
+
+def test_strength_and_window_of_one_pack_are_played_together(model, folder, monkeypatch):
+    experts = small.write_experts(
+        Path(folder_paths.models_dir) / "asdm_packs" / "experts.safetensors",
+        small.condconv.CondConv(dict.fromkeys(list(small.condconv.convolutions(SD))[:4], 2)),
+        scale=0.2,
+    )
+    strengths = ("pack strength", {"values": "0, 0.5, 1", "pack_name": experts.name})
+    windows = ("pack window", {"values": "0-1, 0-0.5", "pack_name": experts.name})
+    _, images, _, given = xy(model, strengths, windows, steps=4)
+    expected = [
+        VAE().decode(ksampler(small.with_pack(model, experts, 0.0, end, strength), **given))
+        for end in (1.0, 0.5)
+        for strength in (0.0, 0.5, 1.0)
+    ]
+    assert torch.equal(images, torch.cat(expected))
+    assert torch.equal(expected[0], expected[3]) and len({e.sum().item() for e in expected}) == 5
+    monkeypatch.setattr(xy_plot, "alternate", lambda *args: pytest.fail("a cell was sampled"))
+    with pytest.raises(ValueError, match="experts.safetensors plays on this MODEL already.*before Apply Pack"):
+        xy(small.with_pack(model, experts), windows, NOTHING)
 
 
 def test_too_many_cells_are_refused_before_the_first(model, monkeypatch):
