@@ -226,6 +226,7 @@ class FeatureCache(AtUNet):
         change = max(relative_change(now, e.tensors[_PROBE]) for now, e in zip(chunks, self.entries, strict=True))
         if self.plan.schedule.inherits(self.steps, self.step, min(e.step for e in self.entries), change):
             self.mode = REPLAY
+            self._aim()
         else:
             self._start_recording()
         self._count()

@@ -219,6 +219,22 @@ def test_an_adaptive_plan_follows_its_threshold(model, threshold, equal):
     assert torch.equal(small.sample(small.with_plan(model, plan), steps=4), small.sample(model, steps=4)) is equal
 
 
+def test_an_adaptive_plan_forecasts_as_any_other(model):
+    """With no limit to the change every other step is inherited, as a plan could say beforehand."""
+
+    def made(schedule, reuse):
+        played = small.with_plan(model, inheritance.deepcache(SD, 1, schedule).reusing(reuse))
+        return small.sample(played, steps=6), small.last_run(played)
+
+    decided = Schedule("adaptive", threshold=1e9, max_run=1)
+    found = {reuse: made(decided, reuse)[0] for reuse in ("output", "forecast")}
+    replayed = made(decided, "forecast")[1].replayed
+    steps = [s for s in range(6) if not replayed[s]]
+    for reuse, samples in found.items():
+        assert torch.equal(samples, made(Schedule("explicit", steps=tuple(steps)), reuse)[0])
+    assert not torch.equal(*found.values())
+
+
 def test_in_an_adaptive_plan_the_picture_that_changes_most_counts(model, monkeypatch):
     changes, seen = [], []
     inherits = Schedule.inherits
