@@ -346,10 +346,12 @@ def _biased(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor, attend:
     if q.device.type == "cpu" and not bias.requires_grad:
         out = attend(q, k, v, scale, bias[:, :, None])
     else:
-        further = F.pad(torch.stack(_halves(bias / (scale * _UNIT), k.dtype), -1), (0, _FURTHER - 2))
+        # With the scale that attentions take by themselves for so many channels: some (Sage) know no other.
+        own = (dim + _FURTHER) ** -0.5
+        further = F.pad(torch.stack(_halves(bias / (own * _UNIT), k.dtype), -1), (0, _FURTHER - 2))
         units = q.new_tensor([_UNIT, _UNIT] + [0] * (_FURTHER - 2)).expand(*q.shape[:-1], -1)
-        out = attend(torch.cat([q, units], -1), torch.cat([k, further], -1), F.pad(v, (0, _FURTHER)), scale, None)
-        out = out[..., :dim]
+        queries = torch.cat([q * (scale / own), units], -1)
+        out = attend(queries, torch.cat([k, further], -1), F.pad(v, (0, _FURTHER)), own, None)[..., :dim]
     return rearrange(out, "(b windows) ... -> b windows ...", windows=windows)
 
 

@@ -202,6 +202,18 @@ def test_gradients_are_those_of_the_definition():
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_attentions_that_know_no_scale_but_their_own_do_as_well():
+    """Off the CPU, of which an input with a gradient is treated as one, biases travel in further channels."""
+
+    def scaled_by_itself(q, k, v, scale, bias):
+        assert bias is None and scale == pytest.approx(q.shape[-1] ** -0.5)
+        return sdpa(q, k, v, q.shape[-1] ** -0.5, None)
+
+    inputs = [t.requires_grad_() for t in qkv(9, 14, batch=1)]
+    found = gri_attention(*inputs, 9, 14, GRI(4, 2, 2), attend=scaled_by_itself)
+    assert torch.allclose(found, by_definition(*inputs, 9, 14, GRI(4, 2, 2)), atol=1e-5)
+
+
 def test_nothing_grows_with_the_square_of_the_tokens():
     sizes = []
 
