@@ -143,17 +143,17 @@ def beside_earlier(
 ) -> tuple[dict, list[dict]]:
     """Summary and rows of a run, beside what bench/results/NAME.json has of parts that were not run now.
 
-    part: row -> the part it belongs to. Each row says by which command it was made, and when.
+    part: row -> the part it belongs to. Each row says by which command it was made, when, and on which processor.
     """
-    rows = [row | {"command": command, "date": date.today().isoformat()} for row in rows]
+    made = {"command": command, "date": date.today().isoformat(), "cpu": machine()["cpu"]}
+    rows = [row | made for row in rows]
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return summary, rows
     old = json.loads(path.read_text())
-    made = {part(row) for row in rows}
-    return old["summary"] | summary, rows + [
-        {"command": old["command"]} | row for row in old["rows"] if part(row) not in made
-    ]
+    new = {part(row) for row in rows}
+    kept = [{"command": old["command"]} | row for row in old["rows"] if part(row) not in new]
+    return old["summary"] | summary, rows + kept
 
 
 def record(

@@ -9,11 +9,11 @@ with interval 1 against one without the node, at 128 x 128, where a step is shor
 
 Part "runs" (bench/_savings.py): the emoji teacher, 16 prompts with paired seeds, CFG 3 and 7, ten samplers and step
 counts and one image to image. Likeness to the full run, and to the same prompts in 100 steps, against multiplications
-of the whole run: Speed Up's plans fitted to a recording of 8 other prompts ("profile") and from the table that ships
-("uncalibrated"), the same sampler in fewer steps, whole-step extrapolation of first and second order, a first-block
-cache, DeepCache's plans, the dial of Feature Inheritance, the core's EasyCache and LazyCache. Rows are kept as they
-come, so a stopped bench goes on where it stopped. At its end docs/forecasts.md is made anew from the record, which
-"--parts page" does alone.
+of the whole run: Speed Up's plans fitted to a recording of 8 prompts ("profile"; one of them is among the 16, with
+another noise) and from the table that ships ("uncalibrated"), the same sampler in fewer steps, whole-step
+extrapolation of first and second order, a first-block cache, DeepCache's plans, the dial of Feature Inheritance, the
+core's EasyCache and LazyCache. Rows are kept as they come, so a stopped bench goes on where it stopped. At its end
+docs/forecasts.md is made anew from the record, which "--parts page" does alone.
 
 Part two: the emoji teacher, 20 steps (and 30 and 50 for one sampler each), CFG 3, paired seeds, against the run in
 full. In the same host, one after another: our dial and its neighbours, DeepCache's plan as a setting of

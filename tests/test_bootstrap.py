@@ -522,7 +522,10 @@ def test_unknown_benchmark_lists_those_there_are(tmp_path, monkeypatch):
     (tmp_path / "bench" / "_common.py").write_text("")
     with pytest.raises(bootstrap.SetupError, match="no bench/nope.py; NAME can be: speed$"):
         bootstrap.target_bench("python", {"NAME": "nope"})
-    assert bootstrap.target_bench("python", {}) == [["python", "-m", "bench.speed"]]
+    with pytest.raises(bootstrap.SetupError, match="which one.*NAME can be: speed$"):
+        bootstrap.target_bench("python", {})
+    wanted = [["python", "-m", "bench.speed", "--parts", "a"]]
+    assert bootstrap.target_bench("python", {"NAME": "speed", "ARGS": "--parts a"}) == wanted
 
 
 @pytest.mark.skipif(not POSIX, reason="symbolic links")

@@ -28,8 +28,8 @@ DIAL = [row(UNCALIBRATED, name, s, q) for name, s, q in (("same to the eye", 0.5
 
 
 def test_the_page_says_what_stands_in_the_rows_and_keeps_what_is_before():
-    page = with_measures(f"# Title\n\nProse.\n\n{HEADING}\n\nold", ROWS, summary(ROWS))
-    assert page.startswith(f"# Title\n\nProse.\n\n{HEADING}\n") and "old" not in page
+    page = with_measures(f"# Title\n\nProse.\n\n{HEADING}\n\nearlier words", ROWS, summary(ROWS))
+    assert page.startswith(f"# Title\n\nProse.\n\n{HEADING}\n") and "earlier words" not in page
     assert "| euler, normal, 20 steps, CFG 3 | 40% | 44.0 dB (35.0) | 43.0 dB (34.0) | 38.0 dB (29.0) |" in page
     assert "| euler, normal, 20 steps, CFG 3 | 50% | 40.0 dB (31.0) | 39.0 dB (30.0) | 35.0 dB (26.0) |" in page
     # Between the settings of EasyCache, beyond those of DeepCache; LazyCache and others were not run.
