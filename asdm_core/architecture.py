@@ -10,7 +10,7 @@ which of its units came from where.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -130,6 +130,11 @@ class Renumbered:
 
     config: UNetConfig
     origin: Mapping[str, str]
+
+
+def first_resnet(config: UNetConfig, cut: Container[str] = ()) -> Unit:
+    """The first resnet that is not cut: what schedules that decide in the run watch."""
+    return next(u for u in walk(config) if u.kind == "resnet" and u.address not in cut)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import inheritance
@@ -296,29 +296,27 @@ def _knows_cond(action: Action) -> bool:
 # Plans that need no measuring -----------------------------------------------------------------------
 
 
-def every(n: int, interval: int, first: int = 1, last: int = 0) -> ForecastPlan:
-    """Every `interval`-th of n steps is full, and so many at the ends; all others are results."""
-    if interval < 1 or first < 1 or last < 0:
+def every(n: int, interval: int, first: int = 1) -> ForecastPlan:
+    """Every `interval`-th of n steps is full, and the first ones; all others are results."""
+    if interval < 1 or first < 1:
         raise ValueError(f"forecast: interval and first must be at least 1, got {interval} and {first}")
-    full = {s for s in range(n) if s % interval == 0 or s < first or s >= n - last}
+    full = {s for s in range(n) if s % interval == 0 or s < first}
     return ForecastPlan(tuple(Action(FULL if s in full else RESULT) for s in range(n)), name=f"every {interval}")
 
 
 @dataclass(frozen=True)
 class Adaptive:
     """Whole steps left out as the run itself decides, where no plan was fitted: while the first layer that the network
-    computes has changed little since the last evaluation that was made. JSON both ways. Raises ValueError.
+    computes has changed little since the last evaluation that was made. Raises ValueError.
 
     threshold: relative change, of the picture of a batch that changed most, below which a result is forecast.
     max_run: so many forecasts in a row, at most. first, last: so many steps at the ends of the run are made.
-    holds: the last result stands for those after it, instead of the straight line through the last two.
     """
 
     threshold: float = 0.1
     max_run: int = 3
     first: int = 2
     last: int = 1
-    holds: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float) or not 0 <= self.threshold:
@@ -329,8 +327,6 @@ class Adaptive:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"forecast: {name} must be a whole number of at least {least}, got {value!r}")
-        if not isinstance(self.holds, bool):
-            raise ValueError(f"forecast: holds must be true or false, got {self.holds!r}")
 
     def asks(self, n: int, step: int, run: int) -> bool:
         """Whether a step of n may be left out, so that the change of the first layer must be known; run: so many
@@ -338,31 +334,18 @@ class Adaptive:
         """
         return self.first <= step < n - self.last and run < self.max_run
 
-    def action(self, made: Sequence[tuple[int, float]], position: float, changes: Sequence[float]) -> Action:
+    def action(self, made: Sequence[tuple[int, float]], position: float, change: float) -> Action:
         """What becomes of an evaluation that `asks` allows to leave out.
 
-        made: (number, position) of the evaluations that were made, the newest first. changes: `relative_change` since
-        the newest, of each call of the evaluation. A change that is no number is no small one.
+        made: (number, position) of the evaluations that were made, the newest first. change: `relative_change` since
+        the newest; one that is no number is no small one.
         """
-        if not made or not changes or not all(change < self.threshold for change in changes):
-            return Action()
-        return Action(RESULT, line(position, made[:1] if self.holds else made))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"technique": TECHNIQUE, "format": FORMAT, "adaptive": asdict(self)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Adaptive:
-        if not isinstance(data, Mapping) or (data.get("technique"), data.get("format")) != (TECHNIQUE, FORMAT):
-            raise ValueError(f"forecast: wanted a JSON object with technique {TECHNIQUE!r}, got {str(data)[:80]}")
-        settings = data.get("adaptive")
-        if not isinstance(settings, Mapping) or not set(settings) <= {f.name for f in fields(cls)}:
-            raise ValueError(f"forecast: adaptive must be a JSON object of its settings, got {str(settings)[:80]}")
-        return cls(**settings)
+        return Action(RESULT, line(position, made)) if made and change < self.threshold else Action()
 
 
 def relative_change(now: Any, before: Any) -> float:
     """The largest relative change of any picture of a batch, in the mean of absolute numbers. Tensors (B, ...)."""
+    now, before = now.float(), before.float()
     of_each = (now - before).abs().flatten(1).mean(1) / before.abs().flatten(1).mean(1)
     return float(of_each.max())
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from .forecast import COND, FULL, RESULT, Action, ForecastPlan, line
 
+LINEAR = 1e-3  # how far a result may be off the sum of what moves it, relative
 LAMBDA = 0.2  # how much each error counts by itself, beside their sum
 OWN = 0.5  # likewise each correction
 POWER, POWER_NOISY = 0.4, 0.1  # of 1 / (1 + sigma^2): how much a computed result follows its latent; in noisy runs
@@ -61,7 +62,7 @@ class Response:
         return len(self.sigmas)
 
 
-def response(sample: Callable[[Callable[[Any, Any], np.ndarray], int], Any], tolerance: float = 1e-3) -> Response:
+def response(sample: Callable[[Callable[[Any, Any], np.ndarray], int], Any]) -> Response:
     """The response of a sampler, by running it on numbers.
 
     sample: called as sample(denoise, rows), it runs the sampler from x = 0 of `rows` numbers at the noise levels of
@@ -93,7 +94,7 @@ def response(sample: Callable[[Callable[[Any, Any], np.ndarray], int], Any], tol
     table = np.stack([*seen, result], axis=1)  # (n + 2, n + 1)
     matrix = table[:n] - table[n]
     off = np.abs(moves[-1] @ matrix - (table[-1] - table[n])).max()
-    if not off <= tolerance * max(1.0, np.abs(table[-1]).max()):
+    if not off <= LINEAR * max(1.0, np.abs(table[-1]).max()):
         raise ValueError(f"this sampler is not linear in the denoised results: {off:.2g} off their sum")
     return Response(np.array(sigmas), matrix)
 
@@ -208,14 +209,11 @@ def _between(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A plan with its weights. error: predicted, of the result, as a share of its size (see `strain`); accumulated: the
-    error of the result to first order, without what each forecast's own counts by itself.
-    """
+    """A plan with its weights. error: predicted, of the result, as a share of its size (see `strain`)."""
 
     plan: ForecastPlan
     saving: float
     error: float
-    accumulated: float
 
 
 @dataclass(frozen=True)
@@ -270,38 +268,28 @@ class _System:
         moved = self._solved()[0][:, None, None] * self.ways
         return np.asarray(self.base + np.stack([moved[self.owner == i].sum(0) for i in range(len(self.acting))]))
 
-    def accumulated(self) -> float:
-        """What is to first order the error of the result, squared."""
-        if not self.acting:
-            return 0.0
-        errors = self.t @ self.flat(self.truth - self.forecasts())
-        return float(errors @ self.gram @ errors)
-
 
 class Fit:
     """Fits weights and schedules to a recording.
 
-    apart: the difference between prompts has weights of its own. strength, own: see LAMBDA, OWN; power: see `transfer`.
-    corrects: full evaluations make good what forecasts missed.
+    apart: the difference between prompts has weights of its own. power: see `transfer`. corrects: full evaluations make
+    good what forecasts missed.
     """
 
     def __init__(
         self,
         recording: Recording,
         apart: bool = False,
-        strength: float = LAMBDA,
         power: float | None = None,
         corrects: bool = True,
-        own: float = OWN,
     ):
-        self.recording, self.apart, self._strength, self._power = recording, apart, strength, power
-        self._corrects, self._own = corrects, own
+        self.recording, self.apart, self._power, self._corrects = recording, apart, power, corrects
         self._n = len(recording)
         n, w = self._n, recording.guidance - 1
         # With weights alike only the sum matters: v of the guided result.
         both = np.concatenate([np.eye(n), w * np.eye(n)], axis=1)
         self._guided = both @ recording.gram @ both.T
-        self._known: dict[tuple[str, bool], float] = {}
+        self._known: dict[str, float] = {}
         self._lines: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def weights(self, kinds: Sequence[str], fitted: bool = True) -> Fitted:
@@ -319,18 +307,17 @@ class Fit:
                 actions[s] = Action(kinds[s], cond, difference if self.apart else ())
         plan = ForecastPlan(tuple(actions), self.recording.positions)
         size = self.recording.size or 1.0
-        error, accumulated = (max(e, 0.0) ** 0.5 / size for e in (system.objective(), system.accumulated()))
         saving = plan.saving()
-        error *= strain(self.recording.response, saving, self.recording.guidance)
-        return Fitted(plan, saving, error, accumulated)
+        error = max(system.objective(), 0.0) ** 0.5 / size
+        return Fitted(plan, saving, error * strain(self.recording.response, saving, self.recording.guidance))
 
-    def objective(self, kinds: Sequence[str], fitted: bool = True) -> float:
+    def objective(self, kinds: Sequence[str]) -> float:
         """What the weights of these kinds of evaluation minimise, at its minimum, before anything is made good: that
         would double the system, and moves all schedules nearly alike.
         """
-        key = "".join(kind[0] for kind in kinds), fitted
+        key = "".join(kind[0] for kind in kinds)
         if key not in self._known:
-            self._known[key] = self._system(tuple(kinds), fitted, corrects=False).objective()
+            self._known[key] = self._system(tuple(kinds), fitted=True, corrects=False).objective()
         return self._known[key]
 
     def _system(self, kinds: tuple[str, ...], fitted: bool, corrects: bool) -> _System:
@@ -338,7 +325,7 @@ class Fit:
         first = missing[0] if missing and fitted and corrects else self._n
         acting = [s for s in range(self._n) if kinds[s] != FULL or s > first]
         t = transfer(self.recording.response, [kind != RESULT for kind in kinds], self._power)[acting]
-        alone = np.array([self._own if kinds[s] == FULL else self._strength for s in acting])
+        alone = np.array([OWN if kinds[s] == FULL else LAMBDA for s in acting])
         mixed = self.apart or COND in kinds
         gram, flat = (self.recording.gram, self._flat_apart) if mixed else (self._guided, self._flat_alike)
         found = [self._forecast(kinds, s) for s in acting]
@@ -401,9 +388,7 @@ class Fit:
 
     # the schedule ------------------------------------------------------------------------------------
 
-    def search(
-        self, cost: float, conds: bool = False, fitted: bool = True, lots: int = LOTS, far: bool = True
-    ) -> Fitted:
+    def search(self, cost: float, conds: bool = False, lots: int = LOTS, far: bool = True) -> Fitted:
         """The best plan that costs at most as much as `cost` full evaluations.
 
         conds: also with evaluations for the positive prompt alone, which cost half of one. lots: schedules drawn by
@@ -414,13 +399,13 @@ class Fit:
             raise ValueError(f"forecast: at least one evaluation must be made, got {cost:g}")
         full = min(int(cost), self._n)
         starts = {self._spread(full), *self._drawn_by_lot(full, lots), *([self._late(full)] if far else [])}
-        found = self._best({self._descend(start, False, fitted) for start in starts}, fitted)
+        found = self._best({self._descend(start, False) for start in starts})
         if far:
-            found = self._best({self._descend(kinds, conds, fitted, far=True) for kinds in found}, fitted)
-        return min((self.weights(kinds, fitted) for kinds in found), key=lambda plan: plan.error)
+            found = self._best({self._descend(kinds, conds, far=True) for kinds in found})
+        return min((self.weights(kinds) for kinds in found), key=lambda plan: plan.error)
 
-    def _best(self, found: set[tuple[str, ...]], fitted: bool) -> list[tuple[str, ...]]:
-        return sorted(sorted(found), key=lambda kinds: self.objective(kinds, fitted))[:KEPT]
+    def _best(self, found: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        return sorted(sorted(found), key=self.objective)[:KEPT]
 
     def _drawn_by_lot(self, full: int, count: int) -> Iterator[tuple[str, ...]]:
         """Schedules to begin from, the same ones each time: descents end in many places, the best of them far apart."""
@@ -442,14 +427,14 @@ class Fit:
         chosen.update(free[: full - len(chosen)])
         return tuple(FULL if s in chosen else RESULT for s in range(self._n))
 
-    def _descend(self, kinds: tuple[str, ...], conds: bool, fitted: bool, far: bool = False) -> tuple[str, ...]:
-        value = self.objective(kinds, fitted)
+    def _descend(self, kinds: tuple[str, ...], conds: bool, far: bool = False) -> tuple[str, ...]:
+        value = self.objective(kinds)
         moved = True
         while moved:
             moved = False
             for s in range(1, self._n):  # goes on after a move: the next one is likely to be near
                 for other in self._moves(kinds, s, conds, far):
-                    new = self.objective(other, fitted)
+                    new = self.objective(other)
                     if new < BETTER * value:
                         kinds, value, moved = other, new, True
                         break

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .addresses import NO_MID, Unit, UNetConfig, select, unit, walk
-from .architecture import Architecture
+from .architecture import Architecture, first_resnet
 from .measure import UnitCost, costs, sizes
 from .text import read_json
 
@@ -524,6 +524,6 @@ def cache_elements(plan: Plan, architecture: Architecture, height: int = 64, wid
     shapes = sizes(architecture, height, width)
     kept = [a for a in step.kept if a in shapes] + [_owner(a) for a in step.reuse if _owner(a) in step.in_parts]
     if plan.schedule.mode == "adaptive":
-        kept.append(next(u.address for u in architecture.kept if u.kind == "resnet"))
+        kept.append(first_resnet(architecture.config, architecture.cut).address)
     total = sum(unit(architecture.config, a).channels_out * math.prod(shapes[a]) for a in kept)
     return total * (2 if "forecast" in step.reuse.values() else 1)

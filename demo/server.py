@@ -37,11 +37,7 @@ class ServerError(RuntimeError):
 
 
 class PromptError(RuntimeError):
-    """A graph was refused, or a node of it failed. ``details`` is what the host said."""
-
-    def __init__(self, message: str, details: Mapping):
-        super().__init__(message)
-        self.details = details
+    """A graph was refused, or a node of it failed."""
 
 
 class PromptInterrupted(PromptError):
@@ -277,8 +273,7 @@ class Client:
         try:
             return json.loads(self.request("/prompt", body))["prompt_id"]
         except urllib.error.HTTPError as error:
-            details = json.loads(error.read())
-            raise PromptError(_refusal(details), details) from None
+            raise PromptError(_refusal(json.loads(error.read()))) from None
 
     def history(self, prompt_id: str) -> dict | None:
         """The record of a finished run, None while it is queued or running."""
@@ -323,12 +318,12 @@ def outputs_of(record: Mapping) -> dict:
     """The outputs in a history record; PromptError when the run failed."""
     for kind, data in record["status"]["messages"]:
         if kind == "execution_interrupted":
-            raise PromptInterrupted(f"interrupted in node {data['node_id']} ({data['node_type']})", data)
+            raise PromptInterrupted(f"interrupted in node {data['node_id']} ({data['node_type']})")
         if kind == "execution_error":
             message = (
                 f"node {data['node_id']} ({data['node_type']}): {data['exception_type']}: {data['exception_message']}"
             )
-            raise PromptError(message.strip(), data)
+            raise PromptError(message.strip())
     return record["outputs"]
 
 

@@ -247,7 +247,7 @@ class ASDMFitPack(io.ComfyNode):
                 with one.fit.averaged():
                     own, before = one.pairs(SHOWN)
                 try:
-                    told = one.run(60 * minutes)
+                    one.run(60 * minutes)
                 finally:  # also where it was cancelled
                     told = one.fit.told
                     if told.steps:

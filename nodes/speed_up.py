@@ -81,7 +81,7 @@ def positions_of(response: Response, sigmas: Tensor) -> list[float]:
     return [steps.at(float(sigma)).place for sigma in response.sigmas]
 
 
-_plans: dict[tuple, tuple[ForecastPlan, float]] = {}
+_plans: dict[tuple, ForecastPlan] = {}
 
 
 def plan_for(likeness: str, sampler, sigmas: Tensor, guidance: float, model) -> ForecastPlan:
@@ -94,8 +94,8 @@ def plan_for(likeness: str, sampler, sigmas: Tensor, guidance: float, model) -> 
         best = cheapest(fits_of(recording), LIKENESS[likeness])
         if len(_plans) >= 64:
             _plans.clear()
-        _plans[key] = replace(best.plan, steps=len(sigmas) - 1), best.error
-    return _plans[key][0]
+        _plans[key] = replace(best.plan, steps=len(sigmas) - 1)
+    return _plans[key]
 
 
 def sampler_name(sampler) -> str:
@@ -157,8 +157,7 @@ class SpeedUp(Technique):
 
     def device_bytes(self, model, shape: Sequence[int], conds: Mapping[str, list]) -> int:
         itemsize = torch.empty((), dtype=model.model.get_dtype_inference()).element_size()
-        channels = architecture_of(model).config.model_channels
-        watched = probe_elements(channels, shape) * len(conds) * itemsize  # where the run itself decides
+        watched = probe_elements(architecture_of(model), shape) * len(conds) * itemsize  # where the run itself decides
         return bytes_of(KEPT, shape, len(conds)) + watched + self._features_bytes(model, shape, conds)
 
     def _features_bytes(self, model, shape: Sequence[int], conds: Mapping[str, list]) -> int:
@@ -179,7 +178,7 @@ class SpeedUp(Technique):
         if guidance is None:
             likeness, guidance = CAREFUL, 7.0
             notes.append(f"the guider has no single CFG to go by, so the run is kept {likeness}")
-        plan, source = self._from_profile(start, guidance, likeness, notes, say), "a profile"
+        plan, source, why = self._from_profile(start, guidance, likeness, notes, say), "a profile", ""
         if plan is None:
             source = "the plans that ship"
             try:
@@ -194,10 +193,10 @@ class SpeedUp(Technique):
                     )
                     own = sigmas.tolist(), positives(start.guider), say, (self.start, self.end)
                     return AdaptiveForecaster(ADAPTIVE, self.log, *own)
-                plan = ForecastPlan((Action(),) * max(len(sigmas) - 1, 1))
-                notes.append(f"every step is computed: {e}")
-        if set(plan.letters()) == {"F"} and not any("every step" in note for note in notes):
-            notes.append(f"every step is computed: none can be left out of this run that stays {likeness}")
+                plan, why = ForecastPlan((Action(),) * max(len(sigmas) - 1, 1)), str(e)
+        if set(plan.letters()) == {"F"}:
+            why = why or f"none can be left out of this run that stays {likeness}"
+            notes.append(f"every step is computed: {why}")
         if (self.start, self.end) != (0, 1):
             plan = guided_within(plan, self.start, self.end)
         part = forecaster(plan, self.log, start, say)
@@ -241,13 +240,14 @@ class SpeedUp(Technique):
                 report=True,
             )
         offer = profile.plan(LIKENESS[likeness])
+        plan = offer.plan if offer and offer.plan else ForecastPlan((Action(),) * profile.made_for.steps)
         try:
-            features_of(offer.plan, start.model) if offer and offer.plan else None
+            features_of(plan, start.model)
         except ValueError as e:
             notes.append(f"the profile {chosen} is not used, it is for another kind of network: {e}")
             return None
         say(f"Speed Up: profile {chosen}, learned from {profile.pictures} pictures.", report=True)
-        return offer.plan if offer else ForecastPlan((Action(),) * profile.made_for.steps)
+        return plan
 
     def label(self) -> str:
         return f"Speed Up ({self.likeness})"

@@ -105,7 +105,7 @@ class Source(Protocol):
 
     def order(self, generator: torch.Generator) -> Sequence[int]: ...
 
-    def examples(self, numbers: Sequence[int], draws: Sequence[float], flips: Sequence[bool] = ()) -> Examples: ...
+    def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples: ...
 
     def read(self, numbers: Sequence[int], draws: Sequence[float], flips: Sequence[bool] = ()) -> Any: ...
 
@@ -140,8 +140,8 @@ class Numbered:
     def __len__(self) -> int:
         return groups(self.buckets, self.group) * self.group if self.buckets else self.count
 
-    def examples(self, numbers: Sequence[int], draws: Sequence[float], flips: Sequence[bool] = ()) -> Examples:
-        return self.encode(self.read(numbers, draws, flips))
+    def examples(self, numbers: Sequence[int], draws: Sequence[float]) -> Examples:
+        return self.encode(self.read(numbers, draws))
 
     def read(self, numbers: Sequence[int], draws: Sequence[float], flips: Sequence[bool] = ()) -> Any:
         raise NotImplementedError

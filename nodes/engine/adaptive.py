@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ...asdm_core.addresses import walk
+from ...asdm_core.architecture import Architecture, first_resnet
 from ...asdm_core.forecast import RESULT, UNGUIDED, Action, Adaptive, ForecastPlan, relative_change
 from ...asdm_core.steps import Moment
 from .forecasts import Forecaster, ForecastReport
@@ -93,8 +93,8 @@ class AdaptiveForecaster(Forecaster):
         compared, self.watched = self.watched, None
         before = self._first.get(self._call)
         if compared and before is not None and before.shape == out.shape:
-            change = relative_change(out.float(), before.float())
-            action = self._adaptive.action(self._newest, self._position, [change])
+            change = relative_change(out, before)
+            action = self._adaptive.action(self._newest, self._position, change)
             if action.kind == RESULT:
                 self._action, self.leaving = action, True
                 return
@@ -113,7 +113,7 @@ class _FirstLayer(AtUNet):
 
     def __init__(self, run: AdaptiveForecaster, unet: UNetInRun):
         self._run = run
-        self._address = next(u.address for u in walk(unet.config) if u.kind == "resnet" and u.address not in unet.cut)
+        self._address = first_resnet(unet.config, unet.cut).address
 
     def begin_forward(self, forward: Forward) -> None:
         self.name = "" if self._run.watched is None else "watched"
@@ -135,6 +135,7 @@ class _FirstLayer(AtUNet):
             self._run.saw(out)
 
 
-def probe_elements(channels: int, shape: Sequence[int]) -> int:
-    """Numbers that are remembered of the first layer, of so many channels, for a batch of latents (B, C, H, W)."""
-    return channels * shape[0] * shape[-2] * shape[-1]
+def probe_elements(architecture: Architecture, shape: Sequence[int]) -> int:
+    """Numbers that are remembered of the first layer for a batch of latents (B, C, H, W)."""
+    first = first_resnet(architecture.config, architecture.cut)
+    return first.channels_out * shape[0] * -(-shape[-2] // first.scale) * -(-shape[-1] // first.scale)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...asdm_core.addresses import Unit, UNetConfig, walk
+from ...asdm_core.architecture import first_resnet
 from ...asdm_core.forecast import relative_change
 from ...asdm_core.inheritance import INHERITED, InheritedStep, Plan
 from ...asdm_core.measure import output_size
@@ -82,10 +83,7 @@ class FeatureCache(AtUNet):
         self._stand_ins: dict[str, nn.Module] = {}
         self._twins: dict[str, nn.Module] = {}
         # Adaptive plans look at the first layer's output, before anything could have been inherited.
-        adaptive = plan.schedule.mode == "adaptive"
-        self._probe = (
-            next(u.address for u in walk(config) if u.kind == "resnet" and u.address not in cut) if adaptive else None
-        )
+        self._probe = first_resnet(config, cut).address if plan.schedule.mode == "adaptive" else None
         # For compiled graphs: tells what layers do in each mode from what they do under other plans.
         self.plan_name = hashlib.sha256(repr((sorted(self.reuse.items()), self._probe, on_cpu)).encode()).hexdigest()[
             :12
@@ -223,7 +221,8 @@ class FeatureCache(AtUNet):
     def _decide(self, probe: Tensor) -> None:
         """Adaptive: compare the first layer's output with the one of the last full step; each picture counts."""
         chunks = probe.chunk(len(self.entries))
-        change = max(relative_change(now, e.tensors[_PROBE]) for now, e in zip(chunks, self.entries, strict=True))
+        changes = [relative_change(now, e.tensors[_PROBE]) for now, e in zip(chunks, self.entries, strict=True)]
+        change = float(torch.tensor(changes).max())  # no number where one of them is none: that is no small change
         if self.plan.schedule.inherits(self.steps, self.step, min(e.step for e in self.entries), change):
             self.mode = REPLAY
             self._aim()

@@ -90,11 +90,11 @@ class Forecasts(Technique):
         return [] if seconds is None else [("forecasts", seconds, "measured")]
 
 
-def bytes_of(kept: int, shape: Sequence[int], conds: int, itemsize: int = 4) -> int:
+def bytes_of(kept: int, shape: Sequence[int], conds: int) -> int:
     """Bytes that a run on latents of a shape (B, C, H, W) remembers with so many lists of conds, of which `kept`
     evaluations each are kept.
     """
-    return kept * conds * math.prod(shape) * itemsize
+    return kept * conds * math.prod(shape) * 4  # float32
 
 
 def features_of(plan: ForecastPlan, model) -> Inheritance | None:
@@ -564,21 +564,19 @@ def response_of(sampler, sigmas: Tensor, model) -> Response:
         with torch.random.fork_rng(devices=[]):
             # Its own noise levels: some samplers change those they are given.
             given = _Denoiser(denoise, model), x, nodes.clone()
-            out = function(*given, extra_args={}, callback=None, disable=True, **options)
+            try:
+                out = function(*given, extra_args={}, callback=None, disable=True, **options)
+            except (TypeError, AttributeError, IndexError, RuntimeError, KeyError) as error:
+                raise ValueError(f"{name} wants more of a model than its results, as samplers of CFG++ do") from error
         return out.flatten().numpy()
 
     nodes = sigmas.detach().cpu().float()
-    try:
-        with torch.no_grad():
-            found = response(sample)
-            asked = torch.tensor(found.sigmas, dtype=torch.float64)
-            lost = [s for s in nodes[:-1].tolist() if float((asked - s).abs().min()) > 1e-4 * s]
-            if lost:
-                raise ValueError(f"{name} evaluates the network at noise levels of its own, which no plan foresees")
-            beside = len(found) >= len(nodes) or function.__name__.startswith("sample_unipc")  # its corrector
-            return replace(found, noisy=draws_noise(sampler), beside=beside)
-    except (TypeError, AttributeError, IndexError, RuntimeError, KeyError):
-        raise ValueError(f"{name} wants more of a model than its results, as samplers of CFG++ do") from None
+    with torch.no_grad():
+        found = response(sample)
+    if any(np.abs(found.sigmas - s).min(initial=np.inf) > 1e-4 * s for s in nodes[:-1].tolist()):
+        raise ValueError(f"{name} evaluates the network at noise levels of its own, which no plan foresees")
+    beside = len(found) >= len(nodes) or function.__name__.startswith("sample_unipc")  # its corrector
+    return replace(found, noisy=draws_noise(sampler), beside=beside)
 
 
 class _Denoiser:

@@ -9,15 +9,14 @@ from .technique import KEY, Placed, Technique, placed_on, techniques_of
 from .wrappers import INNER, OUTER, OUTER_KEY, check_in_place
 
 
-def with_technique(model, technique: Technique, node_id: str | None = None):
+def with_technique(model, technique: Technique):
     """A clone of MODEL with a technique, in place of one of the same key. Raises ValueError where it cannot be on it.
 
-    node_id: of the node that shows what the technique says in a run; None: the node that executes at the moment.
+    What it says in a run is shown on the node that executes at the moment.
     """
     technique.check(model)
-    node_id = notes.executing() if node_id is None else node_id
     others = [placed for placed in placed_on(model) if placed.technique.key != technique.key]
-    return _place(model.clone(), (*others, Placed(technique, node_id)))
+    return _place(model.clone(), (*others, Placed(technique, notes.executing())))
 
 
 def without_technique(model, kind: type[Technique]):

@@ -180,11 +180,14 @@ CASES = [
 @pytest.mark.parametrize("sampler, letters", CASES)
 def test_the_predicted_error_is_the_error_of_the_run(sampler, letters, apart, fitted):
     toy = Toy(sampler, 3.5)
-    found = Fit(toy.recording(), apart=apart, power=1.0).weights(kinds_of(letters), fitted)
+    fit = Fit(toy.recording(), apart=apart, power=1.0)
+    found = fit.weights(kinds_of(letters), fitted)
     full, skipped = toy.run(), toy.run(found.plan)
     actual = ((skipped - full) ** 2).mean() ** 0.5 / (full**2).mean() ** 0.5
     assert actual > 1e-4
-    assert found.accumulated == pytest.approx(actual, rel=1e-3)
+    system = fit._system(tuple(kinds_of(letters)), fitted, corrects=True)
+    errors = system.t @ system.flat(system.truth - system.forecasts())
+    assert (errors @ system.gram @ errors) ** 0.5 / fit.recording.size == pytest.approx(actual, rel=1e-3)
     assert found.plan.letters() == letters
 
 

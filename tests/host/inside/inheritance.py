@@ -1,6 +1,7 @@
 """Feature inheritance in the host's sampling: against a reference made of forward hooks, and what must not change."""
 
 import gc
+import math
 import weakref
 from collections import Counter
 
@@ -253,6 +254,15 @@ def test_in_an_adaptive_plan_the_picture_that_changes_most_counts(model, monkeyp
     assert changes and changes == pytest.approx(each[: len(changes)], rel=1e-4)
     together = float((seen[1] - seen[0]).abs().mean() / seen[0].abs().mean())
     assert changes[0] > 1.05 * together
+
+
+def test_in_an_adaptive_plan_what_is_no_number_is_computed(model, monkeypatch):
+    """Of any picture of the batch, wherever it stands among them."""
+    changes = iter([0.0, math.nan] * 100)
+    monkeypatch.setattr(replay, "relative_change", lambda now, before: next(changes))
+    played = small.with_plan(model, inheritance.deepcache(SD, 1, Schedule("adaptive", threshold=1e9, max_run=2)))
+    samples = small.sample(played, steps=6)
+    assert torch.equal(samples, small.sample(model, steps=6)) and not any(small.last_run(played).replayed)
 
 
 def with_residual(model, strength):
