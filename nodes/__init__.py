@@ -1,4 +1,4 @@
-"""The nodes, a file each; the only folder that imports the host. What they share stands in common.py and engine/."""
+"""The nodes, a file each; which ComfyUI loads. What they share stands in common.py and engine/."""
 
 from __future__ import annotations
 

@@ -148,6 +148,9 @@ def test_no_file_imports_one_that_imports_it(room):
 def test_the_page_names_every_file(room):
     heading = f"## {room.replace('.', '/')}\n"
     part = PAGE[PAGE.index(heading) + len(heading) :].split("\n## ")[0]
-    assert re.findall(r"^\| `(\w+\.py)`", part, re.MULTILINE) == [
-        path.name for path in files_of(room) if path.name != "__init__.py"
-    ]
+    rows = dict(re.findall(r"^\| `(\w+\.py)` \| (.+) \|$", part, re.MULTILINE))
+    assert list(rows) == [path.name for path in files_of(room) if path.name != "__init__.py"]
+    for path in files_of(room):
+        says = " ".join((ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split())
+        row = rows.get(path.name, says)
+        assert says.startswith(row) and says[len(row) : len(row) + 1] in (".", "?", ""), path.name  # whole sentences
