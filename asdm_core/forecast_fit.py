@@ -269,7 +269,7 @@ class _System:
         return np.asarray(self.base + np.stack([moved[self.owner == i].sum(0) for i in range(len(self.acting))]))
 
 
-class Fit:
+class PlanFit:
     """Fits weights and schedules to a recording.
 
     apart: the difference between prompts has weights of its own. power: see `transfer`. corrects: full evaluations make
@@ -484,15 +484,15 @@ class Offer:
         return f"{what}: {self.saving:.0%} of the work saved, {self.error:.1%} off"
 
 
-def fits_of(recording: Recording) -> list[Fit]:
+def fits_of(recording: Recording) -> list[PlanFit]:
     """Fits to be tried: with weights alike for all prompts, and where that takes no more than a second or two, with the
     difference between prompts apart and steps for the positive prompt alone.
     """
     apart = recording.guidance != 1 and len(recording) <= MOST_APART
-    return [Fit(recording), *([Fit(recording, apart=True)] if apart else [])]
+    return [PlanFit(recording), *([PlanFit(recording, apart=True)] if apart else [])]
 
 
-def best_of(fits: Sequence[Fit], cost: float, patient: bool = False) -> Fitted:
+def best_of(fits: Sequence[PlanFit], cost: float, patient: bool = False) -> Fitted:
     """The plan with the least predicted error that costs at most so many full evaluations.
 
     patient: long runs are searched as well as short ones, for seconds; else a picture waits for it.
@@ -502,7 +502,7 @@ def best_of(fits: Sequence[Fit], cost: float, patient: bool = False) -> Fitted:
     return min((fit.search(cost, fit.apart, lots=lots, far=far) for fit in fits), key=lambda found: found.error)
 
 
-def cheapest(fits: Sequence[Fit], error: float) -> Fitted:
+def cheapest(fits: Sequence[PlanFit], error: float) -> Fitted:
     """The plan with the fewest full evaluations whose predicted error is at most so large. A quick search says about
     how many; the best of so many may do with fewer.
     """

@@ -230,7 +230,7 @@ class Savings:
         recording = recorded.results.recording(response, run.cfg, size)
         yield from self._fitted(OURS, run, fit.fits_of(recording))
 
-    def _fitted(self, method: str, run: Whole, fits: list[fit.Fit]) -> Iterator[Setting]:
+    def _fitted(self, method: str, run: Whole, fits: list[fit.PlanFit]) -> Iterator[Setting]:
         n = len(fits[0].recording)
         for saved in SAVED:
             if round(n * (1 - saved)) >= 1:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from asdm_core import forecast_fit
 from asdm_core.forecast import COND, FULL, RESULT, ForecastPlan, denoised_of, v_of
 from asdm_core.forecast_fit import (
-    Fit,
+    PlanFit,
     Offer,
     Recording,
     Statistics,
@@ -180,7 +180,7 @@ CASES = [
 @pytest.mark.parametrize("sampler, letters", CASES)
 def test_the_predicted_error_is_the_error_of_the_run(sampler, letters, apart, fitted):
     toy = Toy(sampler, 3.5)
-    fit = Fit(toy.recording(), apart=apart, power=1.0)
+    fit = PlanFit(toy.recording(), apart=apart, power=1.0)
     found = fit.weights(kinds_of(letters), fitted)
     full, skipped = toy.run(), toy.run(found.plan)
     actual = ((skipped - full) ** 2).mean() ** 0.5 / (full**2).mean() ** 0.5
@@ -196,7 +196,7 @@ def test_the_predicted_error_is_the_error_of_the_run(sampler, letters, apart, fi
 def test_no_other_weights_have_a_smaller_objective(apart, corrects):
     recording = Toy("dpmpp_2m", 5.0).recording()
     kinds = kinds_of("FFrFrrFrr" if not apart else "FFcFrcFrr")
-    fit = Fit(recording, apart=apart, corrects=corrects)
+    fit = PlanFit(recording, apart=apart, corrects=corrects)
     its = forecast_fit.strain(recording.response, fit.weights(kinds).saving, recording.guidance)
     best, straight = ((fit.weights(kinds, fitted).error / its * recording.size) ** 2 for fitted in (True, False))
     assert best < straight
@@ -242,7 +242,7 @@ def test_no_other_weights_have_a_smaller_objective(apart, corrects):
 def test_what_a_full_evaluation_makes_good_lessens_the_error_of_the_run():
     toy = Toy("dpmpp_2m", 5.0)
     kinds = kinds_of("FFrFrFFrF")
-    plans = [Fit(toy.recording(), corrects=corrects).weights(kinds) for corrects in (False, True)]
+    plans = [PlanFit(toy.recording(), corrects=corrects).weights(kinds) for corrects in (False, True)]
     assert [[plan.plan.corrects(k) for k in range(9)] for plan in plans] == [
         [False] * 9,
         [corrected and kind == FULL for corrected, kind in zip([False] * 3 + [True] * 6, kinds, strict=True)],
@@ -254,7 +254,7 @@ def test_what_a_full_evaluation_makes_good_lessens_the_error_of_the_run():
 
 
 def test_weights_of_a_forecast_sum_to_one():
-    plan = Fit(Toy("euler", 4.0).recording(), apart=True).weights(kinds_of("FFFrcrFrr")).plan
+    plan = PlanFit(Toy("euler", 4.0).recording(), apart=True).weights(kinds_of("FFFrcrFrr")).plan
     for action in plan.actions:
         for weights in (action.weights, action.difference):
             assert not weights or sum(w for _, w in weights) == pytest.approx(1)
@@ -262,7 +262,7 @@ def test_weights_of_a_forecast_sum_to_one():
 
 @pytest.mark.parametrize("full", [3, 5])
 def test_the_search_comes_close_to_trying_everything(full):
-    fit = Fit(Toy("dpmpp_2m", 3.0, seed=3).recording())
+    fit = PlanFit(Toy("dpmpp_2m", 3.0, seed=3).recording())
     found = fit.search(full)
     objectives = [
         fit.objective([FULL if s in (0, *rest) else RESULT for s in range(9)])
@@ -278,7 +278,7 @@ def test_evaluations_for_the_prompt_alone_are_taken_where_they_help():
     toy = Toy("euler", 3.0, seed=1)
     toy.difference = [0.1 * d / (1 + p) for d, p in zip(toy.difference, toy.at, strict=True)]
     recording = toy.recording()
-    alone, together = (Fit(recording, apart=True).search(5, conds=conds) for conds in (False, True))
+    alone, together = (PlanFit(recording, apart=True).search(5, conds=conds) for conds in (False, True))
     assert together.error < alone.error and COND in [a.kind for a in together.plan.actions]
     assert together.saving == pytest.approx(alone.saving)
 
@@ -318,7 +318,8 @@ def test_where_noise_is_drawn_errors_of_early_evaluations_last():
     assert loud == pytest.approx(np.abs(transfer(plain.response, computed, forecast_fit.POWER_NOISY)))
     kinds = kinds_of("F" * 16 + "rFrr")
     errors = [
-        Fit(r, power=0.25).weights(kinds).error * times for r, times in ((plain, 1), (noisy, forecast_fit.OVERRATED))
+        PlanFit(r, power=0.25).weights(kinds).error * times
+        for r, times in ((plain, 1), (noisy, forecast_fit.OVERRATED))
     ]
     assert errors[0] == pytest.approx(errors[1])
     first = [best_of(fits_of(r), 16).plan.letters().index("r") for r in (plain, noisy)]
@@ -335,8 +336,8 @@ def test_errors_strain_with_long_gaps_guidance_and_trial_states():
     recording = Toy("euler", 5.0).recording()
     trial = replace(recording, response=replace(recording.response, beside=True))
     kinds = kinds_of("FFrFrrFrr")
-    assert Fit(trial).weights(kinds).error == pytest.approx(1.6 * Fit(recording).weights(kinds).error)
-    assert Fit(trial).weights(kinds).plan == Fit(recording).weights(kinds).plan
+    assert PlanFit(trial).weights(kinds).error == pytest.approx(1.6 * PlanFit(recording).weights(kinds).error)
+    assert PlanFit(trial).weights(kinds).plan == PlanFit(recording).weights(kinds).plan
 
 
 def test_transfer_of_the_last_euler_step_is_its_own():

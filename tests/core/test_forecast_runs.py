@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from asdm_core.forecast import FULL, RESULT, denoised_of, v_of
-from asdm_core.forecast_fit import Fit, Recording, best_of, fits_of, gram_of, response
+from asdm_core.forecast_fit import PlanFit, Recording, best_of, fits_of, gram_of, response
 
 from .test_forecast_fit import SAMPLERS
 
@@ -152,7 +152,7 @@ def test_forecasts_are_the_same_whether_the_network_predicts_eps_or_v(sampler, a
     ours, theirs = (run.recording() for run in runs)
     assert ours.gram == pytest.approx(theirs.gram, abs=1e-7)
     kinds = [FULL if k % 3 == 0 or k < 2 else RESULT for k in range(len(ours))]
-    actions = Fit(ours, apart=apart).weights(kinds).plan.actions
+    actions = PlanFit(ours, apart=apart).weights(kinds).plan.actions
     full = runs[0]()
     skipped = runs[0](actions)
     assert np.abs(skipped - full).max() > 1e-3
@@ -167,7 +167,7 @@ def test_the_predicted_error_ranks_plans_over_schedules_steps_guidance_and_denoi
     cases = itertools.product((karras, normal), (10, 20, 50), (3.0, 5.0, 8.0), (1.0, 0.6))
     for spacing, steps, guidance, denoise in cases:
         run = Run(NETWORKS[network](1), sampler, schedule(spacing, steps, denoise), guidance, 0)
-        fit = Fit(run.recording())
+        fit = PlanFit(run.recording())
         for every in (2, 4):
             kinds = [FULL if k % every == 0 or k < 2 else RESULT for k in range(len(fit.recording))]
             errors = []
