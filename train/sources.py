@@ -60,6 +60,16 @@ Predict = Callable[
 # Pictures -------------------------------------------------------------------------------------------
 
 
+class Endless:
+    """A stream: it goes on for ever, in an order of its own."""
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def order(self, generator: torch.Generator) -> Sequence[int]:
+        return range(ENDLESS)
+
+
 class Pictures(Numbered):
     """Pictures with captions, encoded when they are drawn. What is left to others: how many there are, and `open`."""
 
@@ -172,7 +182,7 @@ def _texts(caption: object, name: object) -> list[str]:
 # Webdataset shards ----------------------------------------------------------------------------------
 
 
-class Shards(Pictures):
+class Shards(Endless, Pictures):
     """Webdataset shards (train/shards.py): tars of NAME.jpg (png, webp ...) with NAME.txt, or NAME.json with `caption`
     or `text`, read as streams.
     """
@@ -195,12 +205,6 @@ class Shards(Pictures):
                 f"{config.run.micro_batch * readers} (run.micro_batch x processes x run.workers)",
                 flush=True,
             )
-
-    def __len__(self) -> int:
-        return ENDLESS
-
-    def order(self, generator: torch.Generator) -> Sequence[int]:
-        return range(ENDLESS)
 
     def after(self, i: int) -> int:
         return i + self.lanes.count
@@ -259,7 +263,7 @@ class Shards(Pictures):
 # Hugging Face datasets ------------------------------------------------------------------------------
 
 
-class Hub(Pictures):
+class Hub(Endless, Pictures):
     """A dataset of the Hugging Face datasets library, streamed: columns image (jpg, png, webp) and text (caption, txt).
 
     Pictures are shuffled within each SHUFFLED of the stream. Every process reads the whole stream and decodes its own
@@ -320,12 +324,6 @@ class Hub(Pictures):
             self.windows[reached] = [part[i] for i in order]
             self.starts[reached + 1] = json.loads(json.dumps(self.stream.state_dict()))
 
-    def __len__(self) -> int:
-        return ENDLESS
-
-    def order(self, generator: torch.Generator) -> Sequence[int]:
-        return range(ENDLESS)
-
     def after(self, i: int) -> int:
         return i - i % SHUFFLED + (i + 1) % SHUFFLED
 
@@ -362,7 +360,7 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-class Prompts(Numbered):
+class Prompts(Endless, Numbered):
     """Pictures the teacher draws from prompts, in latents, new ones for every sample of the run: an epoch
     never ends.
     """
@@ -393,12 +391,6 @@ class Prompts(Numbered):
             "samples.steps": config.samples.steps,
             "samples.guidance": config.samples.guidance,
         }
-
-    def __len__(self) -> int:
-        return ENDLESS
-
-    def order(self, generator: torch.Generator) -> Sequence[int]:
-        return range(ENDLESS)
 
     def text(self, count: int) -> Text:
         return self.to_text(self.prompts[:count]).on_cpu()
@@ -443,7 +435,7 @@ def draw(config: Config, predict: Predict, noise: Tensor, text: Text, empty: Tex
     )
 
 
-class Drawn(Numbered):
+class Drawn(Endless, Numbered):
     """Pictures that a network draws for the captions of another source, new ones all the time, each for `uses` samples
     in a row: an epoch never ends. Captions come as in train/rollout.py: an epoch of the source gives each once.
 
@@ -459,12 +451,6 @@ class Drawn(Numbered):
         self.wide = bool(pooled_width(config.network.config))
         self.drawn: dict[int, tuple[Tensor, Text]] = {}  # by number: those of the last part
         self.epoch = lru_cache(maxsize=2)(lambda epoch: captions.order(seeded(config.seed, 17, epoch)))
-
-    def __len__(self) -> int:
-        return ENDLESS
-
-    def order(self, generator: torch.Generator) -> Sequence[int]:
-        return range(ENDLESS)
 
     def text(self, count: int) -> Text:
         return self.captions.text(count)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from asdm_core.architecture import Architecture
@@ -308,12 +309,20 @@ def test_a_run_that_was_stopped_equals_an_unbroken_one(files, tmp_path, monkeypa
     assert_same(load_file(whole.product), load_file(stopped.product))
 
 
-def test_what_draws_is_where_it_draws_whatever_the_loss(files, tmp_path):
+@pytest.fixture
+def in_bf16():
+    """An accelerator; accelerate keeps one precision for a process."""
+    AcceleratorState._reset_state(True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(True)
+
+
+def test_what_draws_is_where_it_draws_whatever_the_loss(files, tmp_path, in_bf16):
     """With the denoising loss alone nobody asks the teacher for outputs, and it makes the pictures all the same."""
     alone = [f"loss.{name}={weight}" for name, weight in (("task", 1), ("output", 0), ("blocks", 0), ("mid", 0))]
     draws = ["styles.draws=true", "samples.steps=2", "run.precision=bf16", "run.steps=2"]
     recipe = settings(files, tmp_path, *alone, *draws)
-    loop.train(recipe, Accelerator(cpu=True, mixed_precision="bf16"))
+    loop.train(recipe, in_bf16)
     assert recipe.product.exists()
 
 

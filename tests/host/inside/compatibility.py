@@ -446,24 +446,6 @@ def perp_neg(model):
     }
 
 
-@contextmanager
-def little_memory():
-    """Models are loaded for a card with no room: weights stay where they are and come when they are needed."""
-    load = comfy.model_patcher.ModelPatcher.load
-    partial = []
-
-    def load_little(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        load(self, device_to, lowvram_model_memory=1, force_patch_weights=force_patch_weights, full_load=False)
-        partial.append(self.model.model_lowvram)
-
-    comfy.model_management.unload_all_models()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comfy.model_patcher.ModelPatcher, "load", load_little)
-        yield
-        comfy.model_management.unload_all_models()
-    assert partial and all(partial)
-
-
 FEATURES |= {
     "restart": Feature(run=restart),
     "unsampling": Feature(run=unsampling),
@@ -478,7 +460,7 @@ FEATURES |= {
     ),
     "PerpNeg": Feature(run=perp_neg),
     "fp8": Feature(kind="fp8"),
-    "little memory": Feature(lambda m: small.add_lora(m, small.lora()), around=little_memory, acts=False),
+    "little memory": Feature(lambda m: small.add_lora(m, small.lora()), around=small.little_memory, acts=False),
 }
 
 

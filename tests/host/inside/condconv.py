@@ -264,22 +264,11 @@ def test_packs_in_half_precision_stay_in_it_but_for_routers(experts, dtype):
     assert found == {"experts": dtype, "router": torch.float32}
 
 
-def test_little_memory(model, experts, monkeypatch):
+def test_little_memory(model, experts):
     lora = small.lora()
     wanted = small.sample(small.add_lora(small.with_pack(model, experts), lora))
-    comfy.model_management.unload_all_models()
-    partial = []
-    load = comfy.model_patcher.ModelPatcher.load
-
-    def load_little(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        load(self, device_to, lowvram_model_memory=1, force_patch_weights=force_patch_weights, full_load=False)
-        partial.append(self.model.model_lowvram)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(comfy.model_patcher.ModelPatcher, "load", load_little)
+    with small.little_memory():
         assert torch.equal(small.sample(small.add_lora(small.with_pack(model, experts), lora)), wanted)
-        comfy.model_management.unload_all_models()
-    assert len(partial) >= 2 and all(partial)
 
 
 def test_the_host_moves_every_weight_of_the_pack(model, experts):

@@ -222,17 +222,11 @@ def test_it_plays_on_deep_copies(model, pack, lora, copied):
     assert torch.equal(small.sample(small.add_lora(copied(played), lora)), wanted)
 
 
-def test_little_memory(model, pack, lora, monkeypatch):
+def test_little_memory(model, pack, lora):
     played = small.add_lora(small.with_pack(model, pack), lora)
     wanted = small.sample(played)
-    comfy.model_management.unload_all_models()
-    load = comfy.model_patcher.ModelPatcher.load
-
-    def load_little(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        load(self, device_to, lowvram_model_memory=1, force_patch_weights=force_patch_weights, full_load=False)
-
-    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "load", load_little)
-    assert torch.equal(small.sample(played), wanted)
+    with small.little_memory():
+        assert torch.equal(small.sample(played), wanted)
 
 
 def test_saved_as_one_file(model, folder, pack):

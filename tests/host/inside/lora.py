@@ -243,23 +243,7 @@ def test_stopped_run_with_a_hook_lora_leaves_the_packs_weights(model, m2, lora, 
 # Little memory --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def little_memory(monkeypatch):
-    """Every model is loaded for a card with no room: weights stay where they are and come when they are needed."""
-    partial = []
-    load = comfy.model_patcher.ModelPatcher.load
-
-    def load_little(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        load(self, device_to, lowvram_model_memory=1, force_patch_weights=force_patch_weights, full_load=False)
-        partial.append(self.model.model_lowvram)
-
-    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "load", load_little)
-    yield
-    assert partial and all(partial)
-
-
-def test_pack_with_lora_on_little_memory(model, m2, combined, lora, request):
+def test_pack_with_lora_on_little_memory(model, m2, combined, lora):
     wanted = small.sample(small.add_lora(combined, lora))
-    comfy.model_management.unload_all_models()
-    request.getfixturevalue("little_memory")
-    assert torch.equal(small.sample(small.add_lora(small.with_pack(model, m2), lora)), wanted)
+    with small.little_memory():
+        assert torch.equal(small.sample(small.add_lora(small.with_pack(model, m2), lora)), wanted)

@@ -1,10 +1,12 @@
 """Small random UNets, packs and sampling runs for scripts inside a host process: those of card/narrow.py, and more."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.samplers
 import comfy.sd
@@ -166,6 +168,26 @@ def merged(model, other, ratio):
     clone = model.clone()
     clone.add_patches(other.get_key_patches("diffusion_model."), 1.0 - ratio, ratio)
     return clone
+
+
+@contextmanager
+def little_memory():
+    """Models are loaded for a card with no room: weights stay where they are and come when they are needed."""
+    load = comfy.model_patcher.ModelPatcher.load
+    partial = []
+
+    def load_little(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        load(self, device_to, lowvram_model_memory=1, force_patch_weights=force_patch_weights, full_load=False)
+        partial.append(self.model.model_lowvram)
+
+    comfy.model_management.unload_all_models()
+    comfy.model_patcher.ModelPatcher.load = load_little
+    try:
+        yield
+    finally:
+        comfy.model_patcher.ModelPatcher.load = load
+        comfy.model_management.unload_all_models()
+    assert partial and all(partial)
 
 
 def control_net(config=SD, seed=4):
