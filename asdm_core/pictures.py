@@ -63,9 +63,9 @@ def duration(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 0.1 else f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
 
 
-def finite(psnr: float) -> float | None:
-    """None for identical pictures, whose PSNR is infinite: JSON has no word for that."""
-    return None if math.isinf(psnr) else psnr
+def finite(number: float) -> float | None:
+    """None for what is infinite, as the PSNR of identical pictures, or no number: JSON has no word for these."""
+    return number if math.isfinite(number) else None
 
 
 @lru_cache(maxsize=32)

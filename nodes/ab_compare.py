@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..asdm_core.pictures import duration, finite
 from .common import CATEGORY, SHOWS_COMPARISON, sampling_inputs
-from .engine.comparison import ORIGINAL, alike, decode, draw, faster, in_words, original_of, sampler, techniques, view
+from .engine.comparison import ORIGINAL, Sampling, alike, decode, draw, faster, in_words, original_of, techniques, view
 from .engine.picture import to_image
 from .engine.timing import TimedModel, alternate
 
@@ -85,16 +85,11 @@ class ASDMABCompare(io.ComfyNode):
         negative,
         latent_image,
         vae,
-        seed,
-        steps,
-        cfg,
-        sampler_name,
-        scheduler,
-        denoise,
         rounds,
         original=None,
         label_a="",
         label_b="",
+        **settings,
     ):
         if original is None and techniques(model) == ORIGINAL:
             raise ValueError(
@@ -103,7 +98,8 @@ class ASDMABCompare(io.ComfyNode):
                 "nodes before `model`, or connect the MODEL to compare with to `original`."
             )
         plain = original_of(model) if original is None else original
-        sample = sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
+        sampling = Sampling(**settings)
+        sample, steps = sampling.of(positive, negative, latent_image), sampling.steps
         a, b = (
             TimedModel(label_a or techniques(plain), plain, sample),
             TimedModel(label_b or techniques(model), model, sample),
@@ -117,25 +113,14 @@ class ASDMABCompare(io.ComfyNode):
             "b": b.facts(steps),
             "identical": torch.equal(*batches),
             "psnr": [pair and finite(pair[0]) for pair in pairs],
-            "ssim": [pair and pair[1] for pair in pairs],
-            "seed": seed,
-            "steps": steps,
-            "cfg": cfg,
-            "sampler_name": sampler_name,
-            "scheduler": scheduler,
-            "denoise": denoise,
-            "width": size[1],
-            "height": size[0],
-            "batch_size": len(batches[0]),
-            "rounds": rounds,
-            "device": str(model.load_device),
-            "torch": torch.__version__,
+            "ssim": [pair and finite(pair[1]) for pair in pairs],
+            **sampling.facts(model, batches[0], rounds),
         }
         title = faster(a.median, b.median)
         lines = [
-            f"{steps} steps, CFG {cfg:g}, {sampler_name}, {scheduler}, {size[1]} x {size[0]}"
+            f"{sampling}, {size[1]} x {size[0]}"
             + (f", batch of {len(batches[0])}" if len(batches[0]) > 1 else "")
-            + f"; seed {seed}; median of {rounds}",
+            + f"; seed {sampling.seed}; median of {rounds}",
             *([f"peak memory {a.peak / 2**20:.0f} MB and {b.peak / 2**20:.0f} MB"] if a.peak and b.peak else []),
             f"loading and compiling, paid once: {duration(a.paid_once)} and {duration(b.paid_once)}",
         ]

@@ -23,7 +23,7 @@ from .apply_pack import apply_pack
 from .common import CATEGORY, SHOWS_PICTURE, sampling_inputs
 from .engine import files
 from .engine.assigned import name_of, packs_of
-from .engine.comparison import alike, cell_of, decode, sampler
+from .engine.comparison import Sampling, alike, cell_of, decode
 from .engine.inheritance import Inheritance
 from .engine.network import architecture_of
 from .engine.on_model import with_technique, without_technique
@@ -341,13 +341,8 @@ class ASDMXYPlot(io.ComfyNode):
         vae,
         x,
         y,
-        seed,
-        steps,
-        cfg,
-        sampler_name,
-        scheduler,
-        denoise,
         rounds,
+        **settings,
     ):
         columns, lines = points("x", x, model), points("y", y, model)
         if len(columns) * len(lines) > MOST_CELLS:
@@ -355,7 +350,8 @@ class ASDMXYPlot(io.ComfyNode):
                 f"XY Plot: {len(columns)} by {len(lines)} values make {len(columns) * len(lines)} cells, and each is a "
                 f"run of its own; at most {MOST_CELLS} are drawn. Take fewer values, or several plots."
             )
-        sample = sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
+        sampling = Sampling(**settings)
+        sample, steps = sampling.of(positive, negative, latent_image), sampling.steps
         plain = TimedModel("as it came in", model, sample)
         cells, labels = [], []
         for row in lines:
@@ -376,8 +372,7 @@ class ASDMXYPlot(io.ComfyNode):
         heads = [column.label or "as it came in" for column in columns]
         height, width = reference.shape[1:3]
         subtitle = (
-            f"{steps} steps, CFG {cfg:g}, {sampler_name}, {scheduler}, {width} x {height}, seed {seed}\n"
-            "each cell: speed-up, time, PSNR and SSIM against it"
+            f"{sampling}, {width} x {height}, seed {sampling.seed}\neach cell: speed-up, time, PSNR and SSIM against it"
         )
         plot = to_image(
             grid(f"The model as it came in: {duration(plain.median)}", subtitle, heads, rows, cell_of(reference))
@@ -390,21 +385,11 @@ class ASDMXYPlot(io.ComfyNode):
                     "label": label,
                     "speedup": round(plain.median / cell.median, 4),
                     "psnr": [finite(psnr) for psnr, _ in pairs],
-                    "ssim": [ssim for _, ssim in pairs],
+                    "ssim": [finite(ssim) for _, ssim in pairs],
                 }
                 for label, cell, pairs in zip(labels, cells, likenesses, strict=True)
             ],
-            "seed": seed,
-            "steps": steps,
-            "cfg": cfg,
-            "sampler_name": sampler_name,
-            "scheduler": scheduler,
-            "denoise": denoise,
-            "width": width,
-            "height": height,
-            "rounds": rounds,
-            "device": str(model.load_device),
-            "torch": torch.__version__,
+            **sampling.facts(model, reference, rounds),
         }
         return io.NodeOutput(
             plot,
@@ -417,9 +402,6 @@ class ASDMXYPlot(io.ComfyNode):
 def note(plain: TimedModel, cell: TimedModel, pairs: list[tuple[float, float]]) -> str:
     """What stands below a cell: 1.62x  1.9 s   31.2 dB  0.94; over a batch, the means."""
     psnr, ssim = (statistics.mean(of) for of in zip(*pairs, strict=True))
-    like = (
-        "identical"
-        if finite(psnr) is None and all(finite(p) is None for p, _ in pairs)
-        else f"{psnr:.1f} dB  {ssim:.3f}"
-    )
+    same = all(finite(p) is None for p, _ in pairs)
+    like = "identical" if same else f"{psnr:.1f} dB" + ("" if math.isnan(ssim) else f"  {ssim:.3f}")
     return f"{plain.median / cell.median:.2f}x  {duration(cell.median)}   {like}"

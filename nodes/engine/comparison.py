@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import nodes as host_nodes
 import torch
@@ -35,11 +38,39 @@ def techniques(model) -> str:
     return " + ".join(filter(None, (technique.label() for technique in within_first))) or ORIGINAL
 
 
-def sampler(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise):
-    """What KSampler does with these settings, as a function of the MODEL."""
-    return lambda model: host_nodes.common_ksampler(
-        model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
-    )[0]
+@dataclass(frozen=True)
+class Sampling:
+    """What a KSampler is set to: the inputs of `common.sampling_inputs`."""
+
+    seed: int
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    denoise: float
+
+    def of(self, positive: list, negative: list, latent_image: dict) -> Callable[[Any], dict]:
+        """What KSampler makes of these, a LATENT, as a function of the MODEL."""
+        return lambda model: host_nodes.common_ksampler(  # type: ignore[attr-defined]  # ComfyUI's module of that name
+            model,
+            self.seed,
+            self.steps,
+            self.cfg,
+            self.sampler_name,
+            self.scheduler,
+            positive,
+            negative,
+            latent_image,
+            denoise=self.denoise,
+        )[0]
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps, CFG {self.cfg:g}, {self.sampler_name}, {self.scheduler}"
+
+    def facts(self, model, images: torch.Tensor, rounds: int) -> dict[str, Any]:
+        """How these pictures were made, for a report."""
+        made = {"height": images.shape[1], "width": images.shape[2], "batch_size": len(images), "rounds": rounds}
+        return asdict(self) | made | {"device": str(model.load_device), "torch": torch.__version__}
 
 
 def decode(vae, latent: dict) -> torch.Tensor:
