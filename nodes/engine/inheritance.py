@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,10 +49,10 @@ class InheritanceReport:
         host still moves weights, is left out.
         """
         timed = list(zip(self.seconds, self.replayed, strict=False))[1:]
-        full = sorted(t for (_, t), replayed in timed if not replayed)
+        full = [t for (_, t), replayed in timed if not replayed]
         if len(full) in (0, len(timed)):
             return None
-        return 1 - sum(t for (_, t), _ in timed) / (full[len(full) // 2] * len(timed))
+        return 1 - sum(t for (_, t), _ in timed) / (statistics.median(full) * len(timed))
 
 
 @dataclass(frozen=True)
