@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from asdm_core.tensor_file import read_header, write_file
 from .buckets import STEP, Shape, nearest
 from .captions import Captioned, captioned
 from .progress import Progress, plain_errors
-from .encoders import ROWS, ToLatents, ToText, latents_of, load_text, load_vae
+from .encoders import ROWS, Text, ToLatents, ToText, latents_of, load_text, load_vae
 from .provenance import ENCODERS, contents, digest, made, same_file
 
 BROKEN = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)  # what a broken picture raises
@@ -73,8 +74,29 @@ def shapes_of(paths: Sequence[Path], size: int, threads: int = 8) -> list[Shape]
         return list(pool.map(lambda path: shape_of(path, size), paths))
 
 
+class Part(NamedTuple):
+    """One file of a cache, with pictures of one shape."""
+
+    path: Path
+    shape: Shape
+    pictures: Sequence[Captioned]
+
+
+def parts_of(pictures: Sequence[Captioned], out: Path, size: int, shard: int, buckets: bool) -> list[Part]:
+    """The files of a cache in the folder `out`, each of at most `shard` pictures."""
+    shapes = shapes_of([file for file, _ in pictures], size) if buckets else [(size, size)] * len(pictures)
+    found = []
+    for shape in sorted(set(shapes)):
+        mine = [picture for picture, its in zip(pictures, shapes, strict=True) if its == shape]
+        prefix = f"{shape[0]}x{shape[1]}-" if buckets else ""
+        for first in range(0, len(mine), shard):
+            path = out / f"{prefix}{first // shard:05d}.safetensors"
+            found.append(Part(path, shape, mine[first : first + shard]))
+    return found
+
+
 def encode(
-    pictures: Sequence[tuple[Path, list[str]]],
+    pictures: Sequence[Captioned],
     out: Path,
     size: int,
     to_latents: ToLatents,
@@ -91,97 +113,105 @@ def encode(
 
     to_latents: pictures (B, 3, H, W) in [-1, 1] -> latents as the UNet sees them; to_text: B captions -> their
     states. models: what they are called. buckets: whether pictures keep their aspect ratio (train/buckets.py), a file
-    for each shape. flip: whether mirrored ones are encoded as well. reading: how captions
-    are read, beside the models. Raises ValueError where the folder holds what was
-    made from other pictures, captions or models, or at another size.
+    for each shape. flip: whether mirrored ones are encoded as well. reading: how captions are read, beside the models.
+    Raises ValueError where the folder holds what was made from other pictures, captions or models, or at another size.
     """
     out.mkdir(parents=True, exist_ok=True)
-    shapes = shapes_of([file for file, _ in pictures], size) if buckets else [(size, size)] * len(pictures)
-    parts: dict[Path, Sequence[Captioned]] = {}
-    wanted: dict[Path, Shape] = {}
-    for shape in sorted(set(shapes)):
-        mine = [picture for picture, its in zip(pictures, shapes, strict=True) if its == shape]
-        prefix = f"{shape[0]}x{shape[1]}-" if buckets else ""
-        for first in range(0, len(mine), shard):
-            path = out / f"{prefix}{first // shard:05d}.safetensors"
-            parts[path] = mine[first : first + shard]
-            wanted[path] = shape
+    parts = parts_of(pictures, out, size, shard, buckets)
     made_with = {
-        path: {
-            "hash of the pictures' names and captions": digest([(file.name, given) for file, given in part]),
+        part.path: {
+            "hash of the pictures' names and captions": digest([(file.name, given) for file, given in part.pictures]),
             "size": size,
             "models": models,
             "clip skip": getattr(to_text, "clip_skip", 0),
             "mirrored": flip,
             **reading,
         }
-        for path, part in parts.items()
+        for part in parts
     }
     for path in sorted(out.glob("*.safetensors")):
         same_file(
             path, made_with.get(path, {}), "delete it and those after it to have them made anew, or give another folder"
         )
-    progress = Progress("encoding", len(pictures))
-    done = 0
-    broken = []
+    progress, done = Progress("encoding", len(pictures)), 0
+    broken: list[Path] = []
     empty = to_text([""])
-    for path, part in parts.items():
-        done += len(part)
-        if path.exists():
-            continue
-        latents: list[Tensor] = []
-        mirrored: list[Tensor] = []
-        captions: list[range] = []
-        texts: list[str] = []
-        sizes: list[Tensor] = []
-        for at in range(0, len(part), batch):
-            readable = []
-            for file, given in part[at : at + batch]:
-                try:
-                    readable.append(read_picture(file, wanted[path]))
-                except BROKEN as e:
-                    broken.append(file)
-                    print(f"left out {file}: {e}", flush=True)
-                    continue
-                captions.append(range(len(texts), len(texts) + len(given)))
-                texts += given
-            if readable:
-                stacked = torch.stack([picture for picture, _ in readable])
-                latents.append(to_latents(stacked).half().cpu())
-                if flip:
-                    mirrored.append(to_latents(stacked.flip(-1)).half().cpu())
-                sizes += [shape for _, shape in readable]
-            progress.show(done - len(part) + min(at + batch, len(part)))
-        if not latents:
-            continue
-        most = max(map(len, captions))
-        rows = torch.tensor([[row[i * len(row) // most] for i in range(most)] for row in captions])
-        # Captions of several rows lie as rows of the empty caption's length, one after the other.
-        length = empty.states.shape[1]
-        found = []
-        for i in range(0, len(texts), batch):
-            text = to_text(texts[i : i + batch])
-            found += [text] if text.states.shape[1] == length else [to_text([t]) for t in texts[i : i + batch]]
-        counts = torch.tensor([f.states.shape[1] // length for f in found for _ in f.states])
-        tensors = {
-            "latents": torch.cat(latents),
-            "captions": rows,
-            "states": torch.cat([f.states.half().cpu().unflatten(1, (-1, length)).flatten(0, 1) for f in found]),
-            "empty": empty.states[0].half().cpu(),
-        }
-        if counts.max() > 1:
-            tensors["rows"] = torch.stack([counts.cumsum(0) - counts, counts], 1)
-        if mirrored:
-            tensors["mirrored"] = torch.cat(mirrored)
-        if empty.pooled is not None:
-            tensors |= {
-                "pooled": torch.cat([f.pooled.half().cpu() for f in found if f.pooled is not None]),
-                "empty_pooled": empty.pooled[0].half().cpu(),
-                "sizes": torch.stack(sizes),
-            }
-        write_file(path, tensors, made(made_with[path]))
+    for part in parts:
+        if not part.path.exists():
+            each = partial(_show, progress, done)
+            latents, captions, lost = _latents(part, to_latents, batch, flip, each)
+            broken += lost
+            if captions:
+                sizes = latents.pop("sizes")
+                tensors = latents | _states(captions, to_text, empty, batch)
+                tensors |= {"sizes": sizes} if empty.pooled is not None else {}
+                write_file(part.path, tensors, made(made_with[part.path]))
+        done += len(part.pictures)
     progress.end()
     return broken
+
+
+def _show(progress: Progress, before: int, n: int) -> None:
+    progress.show(before + n)
+
+
+def _latents(
+    part: Part, to_latents: ToLatents, batch: int, flip: bool, each: Callable[[int], None]
+) -> tuple[dict[str, Tensor], list[list[str]], list[Path]]:
+    """The latents of a part, of the mirrored pictures where `flip`, and the sizes before the crop; the captions of each
+    picture; those pictures that could not be read. each: is told how many are done.
+    """
+    latents: list[Tensor] = []
+    mirrored: list[Tensor] = []
+    sizes: list[Tensor] = []
+    captions: list[list[str]] = []
+    broken: list[Path] = []
+    for at in range(0, len(part.pictures), batch):
+        readable = []
+        for file, given in part.pictures[at : at + batch]:
+            try:
+                readable.append(read_picture(file, part.shape))
+            except BROKEN as e:
+                broken.append(file)
+                print(f"left out {file}: {e}", flush=True)
+                continue
+            captions.append(given)
+        if readable:
+            stacked = torch.stack([picture for picture, _ in readable])
+            latents.append(to_latents(stacked).half().cpu())
+            if flip:
+                mirrored.append(to_latents(stacked.flip(-1)).half().cpu())
+            sizes += [shape for _, shape in readable]
+        each(min(at + batch, len(part.pictures)))
+    found = {"latents": torch.cat(latents), "sizes": torch.stack(sizes)} if latents else {}
+    return found | ({"mirrored": torch.cat(mirrored)} if mirrored else {}), captions, broken
+
+
+def _states(captions: Sequence[Sequence[str]], to_text: ToText, empty: Text, batch: int) -> dict[str, Tensor]:
+    """The states of all captions, and which of them belong to each picture, as the cache holds them."""
+    texts = [text for given in captions for text in given]
+    most, first, of_each = max(map(len, captions)), 0, []
+    for given in captions:  # of fewer than others a picture has some several times
+        of_each.append([first + i * len(given) // most for i in range(most)])
+        first += len(given)
+    # Captions of several rows lie as rows of the empty caption's length, one after the other.
+    length = empty.states.shape[1]
+    found = []
+    for i in range(0, len(texts), batch):
+        text = to_text(texts[i : i + batch])
+        found += [text] if text.states.shape[1] == length else [to_text([t]) for t in texts[i : i + batch]]
+    counts = torch.tensor([f.states.shape[1] // length for f in found for _ in f.states])
+    tensors = {
+        "captions": torch.tensor(of_each),
+        "states": torch.cat([f.states.half().cpu().unflatten(1, (-1, length)).flatten(0, 1) for f in found]),
+        "empty": empty.states[0].half().cpu(),
+    }
+    if counts.max() > 1:
+        tensors["rows"] = torch.stack([counts.cumsum(0) - counts, counts], 1)
+    if empty.pooled is not None:
+        tensors["pooled"] = torch.cat([f.pooled.half().cpu() for f in found if f.pooled is not None])
+        tensors["empty_pooled"] = empty.pooled[0].half().cpu()
+    return tensors
 
 
 @plain_errors
