@@ -110,12 +110,19 @@ def callbacks(packs_of: Callable) -> tuple[tuple[str, Callable], ...]:
         for patcher in packs_of(model):
             patcher.patch_hooks(hooks)
 
+    def follow(model, timestep, options):
+        # As a keyframe changes, the host takes the hooks off the MODEL and says so to nobody.
+        for patcher in packs_of(model) if model.current_hooks is None else ():
+            if patcher.current_hooks is not None:
+                patcher.patch_hooks(None)
+
     def cleanup(model):
         for patcher in packs_of(model):
             patcher.clean_hooks()
 
     return (
         (CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, register_hook_patches),
+        (CallbacksMP.ON_PREPARE_STATE, follow),
         (CallbacksMP.ON_APPLY_HOOKS, apply_hooks),
         (CallbacksMP.ON_CLEANUP, cleanup),
     )

@@ -42,6 +42,9 @@ class Run:
         self._evaluations = 0
         self._unets: dict[int, BoundUNet] | None = None
 
+    def __deepcopy__(self, memo) -> Run:
+        return self  # in the options of the run, which others copy whole
+
     def sample(self, call: Callable):
         """The run itself: `call()` samples."""
         for technique in self.techniques:
@@ -158,6 +161,9 @@ class BoundUNet(UNetInRun):
                 self.techniques.append(part)
         self.entry = (units.LAYER_CLASSES, self._dispatch)
 
+    def __deepcopy__(self, memo) -> BoundUNet:
+        return self
+
     @property
     def layers(self) -> Mapping[str, torch.nn.Module]:
         if self._layers is None:
@@ -227,6 +233,9 @@ class BoundUNet(UNetInRun):
             technique.close()
         self.techniques = []
         self._players, self._playing, self._given = {}, {}, ()
+        # Nothing may keep the network: `entry` is bound to this, which would stay until Python looks for circles.
+        del self.entry, self._unet
+        self._layers, self._addresses = None, {}
 
     # while layers run -------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,8 +18,11 @@ import comfy.hooks
 import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
+import torch
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP, get_all_wrappers
-from ...asdm_core.steps import Moment
+from torch import Tensor
+
+from ...asdm_core.steps import Moment, Steps
 from ...asdm_core.switching import Switch, SwitchPoint, shares
 from ...asdm_core.text import printable
 from . import bypass
@@ -29,6 +32,7 @@ from .on_model import models_key, with_technique, without_technique
 from .technique import KEY, InRun, Say, Start, Technique, technique_of
 
 POST_CFG = "sampler_post_cfg_function"
+MASK = "denoise_mask_function"
 _HOSTS = ("patches", "patches_replace", "wrappers", "callbacks", "sample_sigmas")  # in the options of each run
 
 
@@ -377,6 +381,7 @@ class Turns(InRun):
         self._before = len(extra_args["model_options"].get(POST_CFG, []))
         self._inputs.update(inputs, seed=extra_args.get("seed"))
         self._first.options = extra_args["model_options"]
+        self._take_masks()
         self._known = set(self._first.given)
         for number, player in enumerate(self.others):
             patcher, base = player.patcher, player.patcher.model
@@ -390,6 +395,27 @@ class Turns(InRun):
             )  # of a UNet that is shared, which stays its until the turn changes
             patcher.pre_run()
             base.current_patcher = holder or patcher
+
+    def _take_masks(self) -> None:
+        """What Differential Diffusion puts on a MODEL changes the mask of an evaluation before its guider is asked, so
+        the host reads it from the first model's options alone.
+        """
+        players = (self._first, *self.others)
+        functions = [player.options.get(MASK) for player in players]
+        if all(function is functions[0] for function in functions):
+            return
+        steps = Steps(self._sigmas)
+
+        def mask_of(sigma: Tensor, mask: Tensor, extra_options: dict) -> Tensor:
+            at, found = steps.at(float(sigma.flatten()[0])), torch.zeros_like(mask)
+            for number, share in self._shares(at.sigma, at.step).items():
+                player, function = players[number], functions[number]
+                own = player.acting(self._guider, inner_model=player.patcher.model) if number else nullcontext()
+                with own:
+                    found = found + share * (function(sigma, mask, extra_options=extra_options) if function else mask)
+            return found
+
+        self._first.options[MASK] = mask_of
 
     def begin_evaluation(self, moment: Moment) -> None:
         self._playing = self._shares(moment.sigma, moment.step)
@@ -462,6 +488,9 @@ class Turns(InRun):
     def _turn_to(self, player: Player) -> None:
         if player is self._now:
             return
+        # What the other has hooked lies in weights that both may have: of the UNet, or of a pack beside two UNets.
+        for part in (self._now.patcher, *pack_patchers(self._now.patcher)):
+            part.clean_hooks()
         base, patcher = player.patcher.model, player.patcher
         if base.current_patcher is not patcher:
             base.current_patcher.clean_hooks()

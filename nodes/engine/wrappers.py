@@ -157,7 +157,9 @@ def check_in_place(model) -> None:
                 f"a node behind it writes the wrappers of the MODEL anew ({', '.join(lost)} are gone). Put that node "
                 "before this one."
             )
-        elif model.is_multigpu_base_clone or any(k == key and m.model is model.model for k, m in _RUNNING.get()):
+        elif model.is_multigpu_base_clone or any(
+            k == key and m.model is model.model and placed_on(m) == placed_on(model) for k, m in _RUNNING.get()
+        ):
             continue
         else:
             why = (

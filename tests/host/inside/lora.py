@@ -220,6 +220,18 @@ def test_hook_lora_with_keyframes(model, m2, combined, lora, mode):
         assert torch.equal(small.sample(played, **run), small.sample(in_mode(combined, mode), **run))
 
 
+def test_a_keyframe_takes_the_hooks_off_the_pack_as_well(model, m2, combined, lora, mode):
+    """The host takes them off at each one, and a prompt without hooks that comes first is to see none."""
+    keyframes = [(1.0, 0.0), (0.3, 0.3), (0.0, 0.6)]
+    played = small.with_pack(in_mode(model, mode), m2)
+    for run in (
+        {"positive": small.cond(seed=1), "negative": hooked(lora, keyframes=keyframes, seed=2)},
+        {"positive": small.cond(seed=1) + hooked(lora, keyframes=keyframes, seed=3), "negative": small.cond(seed=2)},
+    ):
+        found = [small.sample(m, steps=6, **run) for m in (played, in_mode(combined, mode))]
+        assert torch.equal(*found)
+
+
 @pytest.mark.sweep(1)
 def test_hook_lora_over_an_ordinary_one(model, m2, combined, lora, mode):
     run = {"positive": hooked(small.lora(seed=1)), "negative": small.cond(seed=2)}

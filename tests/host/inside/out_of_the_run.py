@@ -171,6 +171,10 @@ def test_a_further_model_of_a_guider_is_told(model, ours, folder, caplog, name):
         both = ours[name](model)
         assert not torch.equal(run(both, both), run(model, model))
     assert "out of this run" not in caplog.text and "did not act" not in caplog.text
+    # Two MODELs of one UNet are two all the same, and what is on the further one does not act.
+    if name not in ("balanced inheritance", "switched"):
+        run(ours["balanced inheritance"](model), ours[name](model))
+        assert caplog.text.count(f"{name} is out of this run: its MODEL is a further one") == 1
 
 
 def sampled(guider, model):

@@ -1,5 +1,6 @@
 """Packs in the assignment of a MODEL: who plays when, and that nothing is left behind."""
 
+import copy
 import gc
 import os
 import weakref
@@ -294,6 +295,42 @@ def test_a_model_that_only_the_collector_finds_leaves_no_dead_entry(model, folde
     del other, held
     gc.collect()
     assert not dead_entries()
+
+
+def test_a_network_goes_with_its_last_model(folder, m2):
+    """Without Python's search for circles, which may not come before the next is loaded."""
+    model = small.with_pack(small.model(folder, seed=9), m2)
+    small.sample(model, steps=1)
+    gc.collect()
+    gc.disable()
+    try:
+        small.sample(model, steps=1)
+        gone = weakref.ref(model.model.diffusion_model)
+        del model
+        comfy.model_management.cleanup_models()
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("made", ["pack", "plan", "switch"])
+def test_options_of_a_run_may_be_copied_whole(model, folder, m2, made):
+    """As packs do that evaluate the network with other options."""
+    on = {
+        "pack": lambda: small.with_pack(model, m2),
+        "plan": lambda: small.with_plan(model, small.module("asdm_core.inheritance").dial(SD, "fast")),
+        "switch": lambda: switch.with_switch(model, small.with_pack(model, m2), switching.SwitchPoint(1, "step")),
+    }[made]()
+
+    def copies(args):
+        options = copy.deepcopy(args["model_options"])
+        again = comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], options)
+        assert all(a.shape == b.shape for a, b in zip(again, args["conds_out"], strict=True))
+        return args["conds_out"]
+
+    clone = on.clone()
+    clone.set_model_sampler_pre_cfg_function(copies)
+    assert small.sample(clone, steps=3).isfinite().all()
 
 
 def test_a_switched_run_leaves_its_models_to_nobody(model, folder, m2):

@@ -10,7 +10,7 @@ import pytest
 import small
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP
-from comfy_extras import nodes_model_advanced, nodes_pag
+from comfy_extras import nodes_differential_diffusion, nodes_model_advanced, nodes_pag
 from in_host import module
 from nodes import ControlNetApplyAdvanced  # type: ignore[attr-defined]  # ComfyUI's nodes.py
 
@@ -371,6 +371,50 @@ def test_hook_loras_act_on_both(first, second, m2, shared):
     # The host marks a MODEL as changed when it registers hooks, so not the original.
     assert torch.equal(found, reference((first.clone(), other), lambda sigma: int(sigma <= 2), "euler", **more))
     assert small.difference(found, run(at(first, other, 2))) > 0.001
+
+
+@pytest.mark.parametrize("crossfade", [0, 2])
+@pytest.mark.parametrize("shared", [True, False])
+def test_hooks_of_one_turn_are_off_the_packs_in_the_next(first, second, m2, folder, shared, crossfade):
+    """Two UNets may share a pack, whose weights are hooked for the prompt that comes last."""
+
+    def packed(trunk, number):
+        return small.with_pack(trunk, m2), small.combined(folder, trunk=number, student=3)
+
+    trunks = [packed(first, 0), packed(first if shared else second, 0 if shared else 1)]
+    more = {"negative": small.cond(SD, 2, hooks=comfy.hooks.create_hook_lora(small.lora(), 1.0, 0.0))}
+    found = []
+    for one, other in zip(*trunks, strict=True):
+        found.append(sample(at(one, other.clone(), 3, crossfade=crossfade), steps=6, **more))
+    assert torch.equal(*found)
+
+
+def test_differential_diffusion_of_the_second_acts_in_its_turn(first, second):
+    """It changes the mask of an evaluation, of which the host asks the first model alone."""
+
+    def differential(m):
+        return nodes_differential_diffusion.DifferentialDiffusion.execute(m)[0]
+
+    mask = torch.linspace(0, 1, 16 * 16).reshape(1, 1, 16, 16)
+    latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    given = {"noise_mask": mask, "latent": latent, "steps": 6}
+    calls = []
+
+    def counted(m, name):
+        m = differential(m)
+        function = m.model_options["denoise_mask_function"]
+        m.set_model_denoise_mask_function(lambda s, *args, **more: (calls.append(name), function(s, *args, **more))[1])
+        return m
+
+    none = sample(at(first, second, 3), **given)
+    assert not torch.equal(sample(at(first, counted(second, "second"), 3), **given), none)
+    assert calls == ["second"] * 3
+    calls.clear()
+    sample(at(counted(first, "first"), second, 3), **given)
+    assert calls == ["first"] * 3
+    assert torch.equal(
+        sample(at(differential(first), differential(first), 3), **given), sample(differential(first), **given)
+    )
 
 
 def test_hook_loras_on_a_shared_trunk_in_run_after_run(first, m2):
