@@ -16,6 +16,7 @@ from ..asdm_core.forecast_fit import Offer, Recording, best_of, fits_of
 from ..asdm_core.profile import FEWEST, Profile, file_name, write_profile
 from .common import CATEGORY, PIXELS, SHOWS_PICTURE, sampling_inputs
 from .engine import files
+from .engine.comparison import Sampling
 from .engine.forecasts import Recorded, response_of
 from .engine.on_model import with_technique, without_technique
 from .engine.picture import draw_offers, preview, to_image
@@ -27,20 +28,14 @@ SAVINGS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 FEWER = (0.2, 0.4, 0.6)  # of the steps are saved in runs with fewer of them
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """What a sampler is asked for. samples: latents of the first pictures, (B, C, H, W)."""
+@dataclass(frozen=True, kw_only=True)
+class Batches(Sampling):
+    """What a sampler is asked for, batch after batch. samples: latents of the first pictures, (B, C, H, W)."""
 
     positive: list
     negative: list
     samples: torch.Tensor
     noise_mask: torch.Tensor | None
-    seed: int
-    steps: int
-    cfg: float
-    sampler_name: str
-    scheduler: str
-    denoise: float
 
     def sigmas(self, model) -> torch.Tensor:
         """Noise levels, as KSampler has them."""
@@ -71,7 +66,7 @@ class Sampling:
         )
 
 
-def calibrate(model, run: Sampling, batches: int, compare: bool) -> tuple[Profile, torch.Tensor]:
+def calibrate(model, run: Batches, batches: int, compare: bool) -> tuple[Profile, torch.Tensor]:
     """The profile of a run, learned from so many batches of it, and their pictures. model: without Speed Up.
 
     compare: also try fewer steps. Raises ValueError for samplers that cannot be foretold.
@@ -195,37 +190,22 @@ class ASDMCalibrate(io.ComfyNode):
         positive,
         negative,
         latent_image,
-        seed,
-        steps,
-        cfg,
-        sampler_name,
-        scheduler,
-        denoise,
         pictures,
         name,
         likeness,
         try_fewer_steps=True,
+        **settings,
     ):
         file = file_name(name)
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        run = Sampling(
-            positive,
-            negative,
-            samples,
-            latent_image.get("noise_mask"),
-            seed,
-            steps,
-            cfg,
-            sampler_name,
-            scheduler,
-            denoise,
-        )
+        noise_mask = latent_image.get("noise_mask")
+        run = Batches(positive=positive, negative=negative, samples=samples, noise_mask=noise_mask, **settings)
         plain = without_technique(without_technique(model, SpeedUp), Regional)
         profile, made = calibrate(plain, run, -(-pictures // len(samples)), try_fewer_steps)
         path = write_profile(profile, file, files.profile_folders())
         text = in_words(profile, path.stem)
         height, width = samples.shape[-2:]
-        title = f"{sampler_name}, {scheduler}, {steps} steps, CFG {cfg:g}, {width * PIXELS} x {height * PIXELS}"
+        title = f"{run}, {width * PIXELS} x {height * PIXELS}"
         picture = to_image(draw_offers(points(profile.offers), dict(LIKENESS), title, text))
         chosen = with_speed_up(model, SpeedUp(likeness, path.name))
         kept = {**latent_image, "samples": made}

@@ -252,7 +252,7 @@ def test_a_bad_name_is_refused_before_anything_is_made(model, kept, name, monkey
     ids=lambda given: "-".join(map(str, given.values())) if isinstance(given, dict) else "",
 )
 def test_a_run_that_cannot_be_foretold_is_refused_before_anything_is_made(model, kept, monkeypatch, more, message):
-    monkeypatch.setattr(calibrate.Sampling, "sample", None)
+    monkeypatch.setattr(calibrate.Batches, "sample", None)
     with pytest.raises(ValueError, match=message):
         calibrated(model, **more)
     assert not Path(kept).exists()
