@@ -462,7 +462,7 @@ class Forecaster(InRun):
                 f"{self._computed} of {self._asked} evaluations of the network were made, {saved:.0%} left out.",
                 report=True,
             )
-        elif self._done and not self._called:
+        elif self._draws and self._done and not self._called:
             self.note(
                 "another node on this MODEL asks the network for its results by a way of its own, past ComfyUI's, so "
                 "every step was computed. Bypass that node"
