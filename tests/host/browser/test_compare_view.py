@@ -139,12 +139,18 @@ def pixels(file: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
 
 
+def with_pictures(page, name: str, count: int):
+    """The view of A/B Compare in a workflow of its own, with so many pictures, chosen."""
+    drop(page, PACK / "workflows" / "01 Quick start.json", name=f"{name}.json")
+    show_pictures(page, "ASDMABCompare", count)
+    view = view_of(page, "ASDMABCompare", name.replace(" ", "-"))
+    select(page, "ASDMABCompare")
+    return view
+
+
 @pytest.mark.sweep(1)
 def test_the_view_fills_the_window_and_goes_back(page, front_end):
-    drop(page, PACK / "workflows" / "01 Quick start.json", name=f"Large {front_end}.json")
-    show_pictures(page, "ASDMABCompare", 3)
-    view = view_of(page, "ASDMABCompare", "small")
-    select(page, "ASDMABCompare")
+    view = with_pictures(page, f"Large {front_end}", 3)
     view.get_by_role("button", name="Side by side").click()
     expect(view.locator(".asdm-pane")).to_have_count(3)  # more than two, with one zoom
     view.get_by_role("button", name="Enlarge").click()
@@ -159,10 +165,7 @@ def test_the_view_fills_the_window_and_goes_back(page, front_end):
 
 def test_the_view_works_by_touch(page, front_end):
     """One finger moves the line, or a picture that is zoomed in; two zoom; a tap flips."""
-    drop(page, PACK / "workflows" / "01 Quick start.json", name=f"Touch {front_end}.json")
-    show_pictures(page, "ASDMABCompare", 2)
-    view = view_of(page, "ASDMABCompare", "touched")
-    select(page, "ASDMABCompare")
+    view = with_pictures(page, f"Touch {front_end}", 2)
     view.get_by_role("button", name="Enlarge").click()
     large = page.locator("dialog.asdm-compare")
     stage, second, zoom = large.locator(".asdm-stage"), large.locator("img").nth(1), large.locator(".asdm-zoom")
