@@ -8,6 +8,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -274,11 +275,13 @@ def points(name: str, settings: dict, model) -> list[Point]:
         label = f"{kind}: {shown}"
         if axis.says:
             found.append(Point(label, axis.place, pack=axis.says(value, **settings)))
-        else:
-            found.append(
-                Point(label, axis.place, lambda model, value=value: axis.apply(model, value, **settings))  # type: ignore[misc]
-            )
+        elif axis.apply:
+            found.append(Point(label, axis.place, partial(_applied, axis.apply, value, settings)))
     return found
+
+
+def _applied(apply: Callable, value: str, settings: dict, model):
+    return apply(model, value, **settings)
 
 
 def same(a, b) -> bool:
@@ -402,6 +405,6 @@ class ASDMXYPlot(io.ComfyNode):
 def note(plain: TimedModel, cell: TimedModel, pairs: list[tuple[float, float]]) -> str:
     """What stands below a cell: 1.62x  1.9 s   31.2 dB  0.94; over a batch, the means."""
     psnr, ssim = (statistics.mean(of) for of in zip(*pairs, strict=True))
-    same = all(finite(p) is None for p, _ in pairs)
-    like = "identical" if same else f"{psnr:.1f} dB" + ("" if math.isnan(ssim) else f"  {ssim:.3f}")
+    identical = all(finite(p) is None for p, _ in pairs)
+    like = "identical" if identical else f"{psnr:.1f} dB" + ("" if math.isnan(ssim) else f"  {ssim:.3f}")
     return f"{plain.median / cell.median:.2f}x  {duration(cell.median)}   {like}"

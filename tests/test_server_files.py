@@ -48,7 +48,10 @@ def test_windows_gets_a_junction(tmp_path, monkeypatch):
 
 
 def test_model_paths_are_what_the_host_reads(tmp_path):
-    folders = {"checkpoints": [Path("/a b/c: d"), Path("C:\\models\\x")], "loras": [Path('/quote"d'), Path("/é 日 🎨")]}
+    folders = {
+        "checkpoints": [Path("/a b/c: d"), Path("C:\\models\\x")],
+        "loras": [Path('/quote"d'), Path("/é 日 🎨")],
+    }
     file = tmp_path / "paths.yaml"
     server.write_model_paths(file, folders)
     read = yaml.safe_load(file.read_text("utf-8"))["asdm"]
