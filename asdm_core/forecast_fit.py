@@ -273,7 +273,8 @@ class PlanFit:
     """Fits weights and schedules to a recording.
 
     apart: the difference between prompts has weights of its own. power: see `transfer`. corrects: full evaluations make
-    good what forecasts missed.
+    good what forecasts missed. between: called over and over while schedules are searched, which takes seconds in long
+    runs; what it raises ends the search.
     """
 
     def __init__(
@@ -282,8 +283,10 @@ class PlanFit:
         apart: bool = False,
         power: float | None = None,
         corrects: bool = True,
+        between: Callable[[], None] = lambda: None,
     ):
         self.recording, self.apart, self._power, self._corrects = recording, apart, power, corrects
+        self._between = between
         self._n = len(recording)
         n, w = self._n, recording.guidance - 1
         # With weights alike only the sum matters: v of the guided result.
@@ -317,6 +320,7 @@ class PlanFit:
         """
         key = "".join(kind[0] for kind in kinds)
         if key not in self._known:
+            self._between()
             self._known[key] = self._system(tuple(kinds), fitted=True, corrects=False).objective()
         return self._known[key]
 
@@ -484,12 +488,13 @@ class Offer:
         return f"{what}: {self.saving:.0%} of the work saved, {self.error:.1%} off"
 
 
-def fits_of(recording: Recording) -> list[PlanFit]:
+def fits_of(recording: Recording, between: Callable[[], None] = lambda: None) -> list[PlanFit]:
     """Fits to be tried: with weights alike for all prompts, and where that takes no more than a second or two, with the
-    difference between prompts apart and steps for the positive prompt alone.
+    difference between prompts apart and steps for the positive prompt alone. between: see `PlanFit`.
     """
     apart = recording.guidance != 1 and len(recording) <= MOST_APART
-    return [PlanFit(recording), *([PlanFit(recording, apart=True)] if apart else [])]
+    alike = PlanFit(recording, between=between)
+    return [alike, *([PlanFit(recording, apart=True, between=between)] if apart else [])]
 
 
 def best_of(fits: Sequence[PlanFit], cost: float, patient: bool = False) -> Fitted:

@@ -110,10 +110,10 @@ def calibrate(model, run: Batches, batches: int, compare: bool) -> tuple[Profile
 
 
 def plans(recording: Recording, steps: int) -> list[Offer]:
-    """The best plan for each saving; a person may cancel between two."""
-    fits, n, found = fits_of(recording), len(recording), {}
+    """The best plan for each saving; a person may cancel the search."""
+    fits = fits_of(recording, comfy.model_management.throw_exception_if_processing_interrupted)
+    n, found = len(recording), {}
     for saving in SAVINGS:
-        comfy.model_management.throw_exception_if_processing_interrupted()
         cost = max(1, round(n * (1 - saving)))
         if cost < n:
             best = best_of(fits, cost, patient=True)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import safetensors.numpy
 import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.samplers import CFGGuider
 from comfy_api.latest import io
 from torch import Tensor
@@ -91,7 +92,8 @@ def plan_for(likeness: str, sampler, sigmas: Tensor, guidance: float, model) -> 
         found = response_of(sampler, sigmas, model)
         table = statistics_for(sampler, guidance)
         recording = table.recording(found, guidance, positions_of(found, sigmas))
-        best = cheapest(fits_of(recording), LIKENESS[likeness])
+        fits = fits_of(recording, throw_exception_if_processing_interrupted)
+        best = cheapest(fits, LIKENESS[likeness])
         if len(_plans) >= 64:
             _plans.clear()
         _plans[key] = replace(best.plan, steps=len(sigmas) - 1)

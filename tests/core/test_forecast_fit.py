@@ -301,6 +301,23 @@ def test_patience_finds_better_schedules_of_long_runs_and_is_not_needed_for_shor
     assert patient.saving == quick.saving
 
 
+@pytest.mark.parametrize("search", [lambda fits: best_of(fits, 5), lambda fits: cheapest(fits, 0.05)])
+def test_a_search_ends_where_what_is_called_on_its_way_raises(search):
+    class Cancelled(Exception):
+        pass
+
+    asked = []
+
+    def cancel():
+        asked.append(1)
+        if len(asked) == 10:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        search(fits_of(Toy("euler", 3.0).recording(), cancel))
+    assert len(asked) == 10
+
+
 def ancestral(denoise, x, sigmas):
     """Without its noise, which moves nothing."""
     for a, b in itertools.pairwise(sigmas):

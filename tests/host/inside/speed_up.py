@@ -235,6 +235,17 @@ def test_calibrating_can_be_cancelled_and_leaves_no_file(model, kept, monkeypatc
     assert asked and not Path(kept).exists()
 
 
+def test_looking_for_a_plan_can_be_cancelled_and_the_next_run_finds_it(model, kept, monkeypatch):
+    monkeypatch.setattr(speed_up, "_plans", {})
+    m = execute("ASDMSpeedUp", model=model, likeness="close")[0]
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        small.sample(m)
+    assert not speed_up._plans
+    small.sample(m)
+    assert len(speed_up._plans) == 1
+
+
 @pytest.mark.parametrize("name", ["../up", "", "a/b"])
 def test_a_bad_name_is_refused_before_anything_is_made(model, kept, name, monkeypatch):
     monkeypatch.setattr(calibrate, "calibrate", None)
