@@ -370,7 +370,7 @@ def test_the_best_plan_of_all_fits_is_taken_and_the_cheapest_that_is_good_enough
     third = best_of(fits, 3)
     letters = third.plan.letters()
     assert letters.count("F") + letters.count("c") / 2 <= 3
-    assert third.error == min(fit.search(3, conds=fit.apart).error for fit in fits)
+    assert third.error in [fit.search(3, conds=fit.apart).error for fit in fits]
     # No dearer plan is taken than one that is good enough, and what is taken is good enough.
     for cost in range(2, 9):
         error = best_of(fits, cost).error * 1.0001
@@ -379,6 +379,15 @@ def test_the_best_plan_of_all_fits_is_taken_and_the_cheapest_that_is_good_enough
     offered = Offer(third.saving, third.error, 9, third.plan)
     assert str(offered) == f"{letters}: {third.saving:.0%} of the work saved, {third.error:.1%} off"
     assert str(Offer(0.4, 0.0123, 12)) == "12 steps are as good here: 40% of the work saved, 1.2% off"
+
+
+@pytest.mark.parametrize("pays", [0.5, 2.0])
+def test_prompts_are_told_apart_where_that_lowers_the_error_enough(pays, monkeypatch):
+    fits = fits_of(Toy("euler", 3.0).recording())
+    for cost in range(2, 9):
+        alike, apart = (fit.search(cost, conds=fit.apart) for fit in fits)
+        monkeypatch.setattr(forecast_fit, "APART_PAYS", pays * apart.error / alike.error)
+        assert best_of(fits, cost) == (apart if pays > 1 else alike)
 
 
 def test_statistics_give_the_recording_of_a_run_at_other_noise_levels():
