@@ -55,17 +55,18 @@ class AdaptiveForecaster(Forecaster):
         return self._unets == 1  # the work of several comes in threads
 
     def begin_evaluation(self, moment: Moment) -> None:
+        super().begin_evaluation(moment)
+        self._call, self.watched, self.leaving = 0, None, False
+
+    def _decide(self, moment: Moment) -> tuple[int, Action]:
         if self._done:
             self._run = 0 if "F" in self._done[-1] or not self._done[-1] else self._run + 1
-        super().begin_evaluation(moment)
         self._unplanned -= 1
-        self._planned, self._number = False, self._unplanned
-        self._call, self.watched, self.leaving = 0, None, False
-        asks = self._sigma > 0 and self._adaptive.asks(self._steps, moment.step, self._run)
-        self._action = Action(RESULT) if asks else Action()
         start, end = self._guided
         if self._guided != (0.0, 1.0) and not start <= self._position / self._steps < end:
-            self._action = Action(UNGUIDED)
+            return self._unplanned, Action(UNGUIDED)
+        asks = self._adaptive.asks(self._steps, moment.step, self._run)
+        return self._unplanned, Action(RESULT) if asks else Action()
 
     def _forecast(self, executor, model, conds, x, timestep, options, keys, now, first) -> list[Tensor] | None:
         self._call += 1

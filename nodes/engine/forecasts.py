@@ -183,7 +183,7 @@ class Forecaster(InRun):
         self.plan = plan
         self._next = 0
         self._sigma, self._position, self._number = 0.0, 0.0, 0
-        self._action, self._planned = Action(), True
+        self._action = Action()
         self._unplanned = 0
         self._made_anyway: set[int] = set()  # evaluations that the plan forecasts
         self._forced: list[int] = []  # the last of them
@@ -205,22 +205,30 @@ class Forecaster(InRun):
     def begin_evaluation(self, moment: Moment) -> None:
         """An evaluation begins; it may come in several calls."""
         self._sigma, self._position = moment.sigma, moment.place
+        self._number, action = self._decide(moment)
+        self._action = action if self._sigma > 0 else Action()  # there is no v at 0
         self._ordinals.clear()
         self._done.append(set())
-        found = self.plan.find(self._position, self._next)
-        self._planned = found is not None
-        if found is not None:
-            self._next, self._number, self._action = found + 1, found, self.plan.actions[found]
-        else:
-            # A sampler that looks between the steps, or comes back: as its step does, in straight lines.
-            before = [k for k, p in enumerate(self.plan.positions) if p <= self._position + TOLERANCE]
-            kind = self.plan.actions[before[-1]].kind if before else FULL
-            self._unplanned -= 1
-            self._number, self._action = self._unplanned, Action(kind if kind in (RESULT, COND, UNGUIDED) else FULL)
-        if not self._sigma > 0:  # there is no v
-            self._action = Action()
         points = {p for a, p in zip(self.plan.actions, self.plan.positions, strict=True) if a.computes}
         self._wanted = min(2, max(1, sum(p < self._position - TOLERANCE for p in points)))
+
+    def _decide(self, moment: Moment) -> tuple[int, Action]:
+        """Number of the evaluation that begins, and what is to become of it. Those that the plan has not count down
+        from -1.
+        """
+        found = self.plan.find(self._position, self._next)
+        if found is not None:
+            self._next = found + 1
+            return found, self.plan.actions[found]
+        # A sampler that looks between the steps, or comes back: as its step does, in straight lines.
+        before = [k for k, p in enumerate(self.plan.positions) if p <= self._position + TOLERANCE]
+        kind = self.plan.actions[before[-1]].kind if before else FULL
+        self._unplanned -= 1
+        return self._unplanned, Action(kind if kind in (RESULT, COND, UNGUIDED) else FULL)
+
+    @property
+    def _planned(self) -> bool:
+        return self._number >= 0
 
     @property
     def action(self) -> Action:
