@@ -43,7 +43,7 @@ from .engine.technique import MEASURING, InRun, Log, Measured, Say, Start, Techn
 TABLE = Path(__file__).parent.parent / "models" / "forecasts.safetensors"
 # Predicted error of the result, as a share of its size, that each position allows: about 43, 33 and 30 dB of PSNR to
 # the full run on the emoji family with euler, 20 steps, CFG 7 (bench/results/inheritance.json).
-LIKENESS = {"same to the eye": 0.015, "close": 0.033, "same motif": 0.055}
+LIKENESS = {"same to the eye": 0.015, "close": 0.0345, "same motif": 0.055}
 CAREFUL = next(iter(LIKENESS))
 AUTOMATIC, NO_PROFILE = "automatic", "none"
 ADAPTIVE = Adaptive(threshold=0.1, max_run=1)  # where nothing is known of the run
