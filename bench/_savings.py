@@ -110,13 +110,15 @@ class Savings:
         self._computed += len(inputs[0])
 
     def latents(self, family: Family, model, run: Whole, steps: int | None = None, sampler=None) -> torch.Tensor:
-        start = None if run.denoise == 1 else self._started(family)
+        start = self._beginning(family, run)
         name, scheduler, count = sampler or (run.sampler, run.scheduler, steps or run.steps)
         torch.manual_seed(0)
         return family.latents(model, name, scheduler, count, cfg=run.cfg, denoise=run.denoise, start=start)
 
-    def _started(self, family: Family) -> torch.Tensor:
+    def _beginning(self, family: Family, run: Whole) -> torch.Tensor | None:
         """Pictures of the same prompts from other noise, to begin image to image with."""
+        if run.denoise == 1:
+            return None
         if id(family) not in self._start:
             noise, family.noise = family.noise, family.noise.flip(0)
             self._start[id(family)] = family.latents(family.model, "euler", "normal", 20)
@@ -152,6 +154,7 @@ class Savings:
             )
 
     def _made(self, model, run: Whole, steps: int) -> tuple[float, torch.Tensor]:
+        self._beginning(self.test, run)  # its drawing is no part of the run
         self._computed = 0
         before = self._clock()
         latents = self.latents(self.test, model, run, steps)

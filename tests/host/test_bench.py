@@ -29,11 +29,18 @@ assert _attention.error(gri_forms.attend(m, 4, 4, 1, "mean")[0], m.wanted) < 1e-
 assert _attention.error(gri_forms.gathered(m, 8, 2, 0), m.wanted) < 1e-5
 assert not torch.equal(gri_forms.gathered(m, 4, 2, 0), gri_forms.gathered(m, 4, 2, 3))
 assert _attention.error(gri_forms.gathered(m, 4, 2, asdm_core.gri.STEPS), gri.gri(4, 2)(m)) < 1e-5
+
+# A run's multiplications are its own: none of what its beginning was drawn with.
+from bench import _savings
+savings = _savings.Savings(2, lambda: 0.0)
+run = _savings.RUNS["euler-img2img-20-cfg7"]
+savings._made(savings.model, run, run.steps)
+assert savings._computed == 2 * 2 * 20, savings._computed  # pictures, prompts, steps
 print("done")
 """
 
 
-def test_benchmarks_load_the_core_once_and_attend_as_the_pack_does(host):
+def test_benchmarks_load_the_core_once_and_attend_and_count_as_they_say(host):
     done = subprocess.run(
         [sys.executable, "-c", CODE],
         cwd=PACK,
