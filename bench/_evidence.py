@@ -207,6 +207,12 @@ def of_seeds(rows: Sequence[Mapping], name: str, samples: int) -> dict[str, floa
     return {"": statistics.mean(values)} | ({"_sd": statistics.stdev(values)} if len(values) > 1 else {})
 
 
+def grown(rows: Sequence[Mapping]) -> list[str]:
+    """Of rows of bench/longer.py, part "samples", those that were trained from several numbers of samples."""
+    counts = {row["row"]: {r["samples"] for r in rows if r["row"] == row["row"]} for row in rows}
+    return [name for name, its in counts.items() if len(its) > 1]
+
+
 # Plots ----------------------------------------------------------------------------------------------
 
 
@@ -275,9 +281,10 @@ def plot_samples(path: Path, rows: Sequence[Mapping]) -> None:
     """PSNR of packs against the samples of a stage, every training seed, and the packs in models/."""
     figure, axes = _axes(7, 4)
     shipped = {row["row"]: row["psnr"] for row in rows if row["part"] == "noises"}
-    places = {row["samples"] for row in rows if row["part"] == "samples"}
-    for number, name in enumerate(dict.fromkeys(row["row"] for row in rows if row["part"] == "samples")):
-        its = [row for row in rows if row["part"] == "samples" and row["row"] == name]
+    rows = [row for row in rows if row["part"] == "samples"]
+    places = {row["samples"] for row in rows if row["row"] in grown(rows)}
+    for number, name in enumerate(grown(rows)):
+        its = [row for row in rows if row["row"] == name]
         counts = sorted({row["samples"] for row in its})
         colour = f"C{number}"
         axes.plot(counts, [of_seeds(its, name, n)[""] for n in counts], color=colour, label=name.upper())

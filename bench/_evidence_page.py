@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
-from bench._evidence import NAMES, SHIPPED_SAMPLES, of_seeds
+from bench._evidence import NAMES, SHIPPED_SAMPLES, grown, of_seeds
 from train.emoji.compare import REFERENCE
 
 TABLES = {
@@ -349,12 +350,38 @@ ROLLOUTS = {
 }
 
 
+def _key_rows(rows: Sequence[Mapping]) -> list[str]:
+    """A table of those that have several training seeds."""
+    of: dict[tuple[str, int], list[Mapping]] = {}
+    for row in rows:
+        of.setdefault((row["what"], row["samples"]), []).append(row)
+    several = {key: its for key, its in of.items() if len(its) > 1}
+    if not several:
+        return []
+    (pictures,) = {row["pictures"] for its in several.values() for row in its}
+    lines = [
+        "The key rows of the tables above from as many samples as the last of these columns, each trained with several "
+        f"seeds: means over them, with the standard deviation in brackets. {pictures} pictures of each.",
+        "",
+        "| row | samples | seeds | PSNR | border | grad | accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (what, samples), its in several.items():
+        cells = []
+        for key, form in (("psnr", ".2f"), ("border", ".4f"), ("grad", ".3f"), ("accuracy", ".1%")):
+            values = [row[key] for row in its]
+            cells.append(f"{statistics.mean(values):{form}} ({statistics.stdev(values):{form}})")
+        lines.append(f"| {what} | {samples:,} | {len(its)} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def with_longer(page: str, rows: Sequence[Mapping]) -> str:
     """docs/evidence.md with its section on more samples made anew. rows: those of bench/results/longer.json."""
     parts = {part: [row for row in rows if row["part"] == part] for part in ("samples", "noises", "rollouts")}
     lines: list[str] = []
     if parts["samples"]:
-        counts = sorted({row["samples"] for row in parts["samples"]})
+        packs = grown(parts["samples"])
+        counts = sorted({row["samples"] for row in parts["samples"] if row["row"] in packs})
         lines += [
             "M1 and M2, both stages by the recipes and settings of the tables above, from so many samples a stage: "
             "PSNR to the original's pictures, with the standard deviation over training seeds in brackets where there "
@@ -364,12 +391,13 @@ def with_longer(page: str, rows: Sequence[Mapping]) -> str:
             f"|{'---|' * (len(counts) + 2)}",
         ]
         shipped = {row["row"]: row for row in parts["noises"]}
-        for name in dict.fromkeys(row["row"] for row in parts["samples"]):
+        for name in packs:
             its = [of_seeds(rows, name, count) for count in counts]
             cells = [f"{v['']:.2f}" + (f" ({v['_sd']:.2f})" if "_sd" in v else "") for v in its]
             last = f"{shipped[name]['psnr']:.2f} after {SHIPPED_SAMPLES[name]:,}" if name in shipped else ""
             lines.append(f"| {name.upper()} | {' | '.join(cells)} | {last} |")
         lines += ["", "![PSNR against samples, on a logarithmic axis](evidence-samples.png)", ""]
+        lines += _key_rows([row for row in parts["samples"] if "what" in row])
     if parts["noises"]:
         row = parts["noises"][0]
         lines += [

@@ -3,7 +3,7 @@
     python bootstrap.py bench NAME=longer
 
 samples: M1 and M2, stage 1 and 2 by the recipes and settings of bench/tables.py, from each of SAMPLES samples a stage;
-         from the most of them with several training seeds.
+         from the most of them with several training seeds, and the key rows of bench/tables.py beside them.
 noises:  the files in models/, drawn from noises of several seeds.
 rollouts: LoRAs without guidance, all from as many samples: for two steps on their own states, of many trajectories that
          are each walked a few times, or of few that are walked often; on the states of the teacher's trajectory; on
@@ -12,7 +12,7 @@ rollouts: LoRAs without guidance, all from as many samples: for two steps on the
 
 PSNR is to the teacher's own pictures from the same noise, as bench/tables.py and, for few steps, bench/fewstep.py
 measure it. Goes into bench/results/longer.json and the page. The same command goes on where it stopped; --parts runs
-some, --rows some files (m1, two_steps_lora) and ways (pairs) of the last two, and the record keeps the others.
+some, --rows some packs (m1), files (two_steps_lora) and ways (pairs), and the record keeps the others.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ SAMPLES = (3000, 12_000, 24_000)  # of a stage
 SEEDS = (1, 2, 3)  # of training, with the most samples
 NOISES = 3
 PACKS = ("m1", "m2")
+KEY = tuple(dict.fromkeys((*tables.KEY, *PACKS)))  # with the most samples
 LORA = "two_steps_lora"
 ROLLED = 6144  # samples of a LoRA
 # Uses of each trajectory, and what else is otherwise than in the recipe.
@@ -65,19 +66,22 @@ def by_samples(args: argparse.Namespace) -> list[dict]:
     """A row for each pack, number of samples and training seed."""
     rows = []
     for samples in SAMPLES:
+        most = samples == SAMPLES[-1]
         its = tables.Settings(samples, args.prompts, STEPS, 1, args.folder / str(samples), args.runs, args.models)
-        for seed in args.seeds if samples == SAMPLES[-1] else args.seeds[:1]:
-            for name, do in tables.jobs(its, [seed], ("base", *PACKS)):
+        for seed in args.seeds if most else args.seeds[:1]:
+            wanted = [name for name in (KEY if most else PACKS) if name in args.rows]
+            for name, do in tables.jobs(its, [seed], ("base", *wanted)) if wanted else ():
                 print(f"-- {samples:,} samples: {name}", flush=True)
                 do()
-            found = tables.gathered(its, [seed])["teacher"]
+            found = tables.gathered(its, [seed])["teacher"] if wanted else {}
             rows += [
-                {"part": "samples", "row": name, "samples": tables.samples(its, tables.find(name), seed), "seed": seed}
+                {"part": "samples", "row": name, "what": tables.find(name).what, "seed": seed}
+                | {"samples": tables.samples(its, tables.find(name), seed)}
                 | {
                     key: found[name][key]
                     for key in ("psnr", "psnr_se", "border", "grad", "accuracy", "v_mse_teacher", "pictures")
                 }
-                for name in PACKS
+                for name in wanted
             ]
     return rows
 
@@ -214,10 +218,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--notes", default="", help="kept in the record: what else the machine was doing")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of training, with the most samples")
-    named_rows = (*tables.SHIPPED, LORA, *ROLLOUTS)
-    parser.add_argument(
-        "--rows", nargs="+", choices=named_rows, default=named_rows, help="of noises and rollouts, these alone"
-    )
+    named_rows = tuple(dict.fromkeys((*KEY, *tables.SHIPPED, LORA, *ROLLOUTS)))
+    parser.add_argument("--rows", nargs="+", choices=named_rows, default=named_rows, help="these alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for part in args.parts:
