@@ -14,12 +14,12 @@ beginnings, since joint errors cannot be taken apart by steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .forecast import COND, FULL, RESULT, Action, ForecastPlan, line
+from .forecast import COND, FULL, RESULT, TOLERANCE, Action, ForecastPlan, line
 
 LINEAR = 1e-3  # how far a result may be off the sum of what moves it, relative
 LAMBDA = 0.2  # how much each error counts by itself, beside their sum
@@ -175,24 +175,58 @@ def gram_of(cond: Sequence[Any], difference: Sequence[Any]) -> np.ndarray:
     return np.asarray(sum(part @ part.T for part in parts) / rows.shape[1])
 
 
+def tried(positions: Sequence[float]) -> np.ndarray:
+    """(N,) which evaluations are made at states that a sampler tries beside its path: those between two steps, and all
+    but the last one at a step. positions: of the evaluations, in steps.
+    """
+    steps = [round(p) if abs(p - round(p)) < TOLERANCE else None for p in positions]
+    last = {step: k for k, step in enumerate(steps)}
+    return np.array([step is None or last[step] != k for k, step in enumerate(steps)])
+
+
 @dataclass(frozen=True)
 class Statistics:
     """What v of one model does over the noise levels, on the way of a run with guidance: enough to fit any run like it.
 
-    sigmas: (M,) falling, close together. gram: (2M, 2M) as in `Recording`. guidance: of the runs recorded.
-    size: root mean square of their results.
+    sigmas: (M,) in the order of the run, close together. gram: (2M, 2M) as in `Recording`. guidance: of the runs
+    recorded. size: root mean square of their results. beside: (M,) which of them a sampler tried beside its path (see
+    `tried`); empty: none. Those of the path fall, and so do the others.
     """
 
     sigmas: np.ndarray
     gram: np.ndarray
     guidance: float
     size: float
+    beside: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     def recording(self, response: Response, guidance: float, positions: Sequence[float]) -> Recording:
-        """A recording of a run at other noise levels, with v between those of the statistics; beyond them it stays."""
-        ways = _between(np.log(self.sigmas), np.log(np.maximum(response.sigmas, 1e-6)))
+        """A recording of a run at other noise levels, with v between those of the statistics; beyond them it stays.
+
+        A state that a sampler tries is where one step with the denoised result held leads, so off the path it is by
+        about the square of that step (see `_astray`): what v is off there, beside v of the path, is stretched by how
+        much longer the run's step is than the recorded one.
+        """
+        known = np.log(self.sigmas)
+        wanted = np.log(np.maximum(response.sigmas, 1e-6))
+        off = self.beside if len(self.beside) else np.zeros(len(known), bool)
+        ways = np.zeros((len(wanted), len(known)))
+        ways[:, ~off] = _between(known[~off], wanted)
+        if off.any():
+            jumps = (known[:-1] - known[1:])[off[1:]]
+            for k in np.flatnonzero(tried(positions)):
+                jump = np.interp(-wanted[k], -known[off], jumps)
+                stretched = _astray(wanted[k - 1] - wanted[k]) / _astray(jump)
+                ways[k] *= 1 - stretched
+                ways[k, off] = stretched * _between(known[off], wanted[k : k + 1])[0]
         both = np.kron(np.eye(2), ways)
         return Recording(response, both @ self.gram @ both.T, guidance, tuple(positions), self.size)
+
+
+def _astray(jump: Any) -> Any:
+    """How far off its path a step with the denoised result held leads, up to a factor; jump: the logarithm by which the
+    noise level falls. The result changes with the logarithm, and counts by the share of the noise that is taken away.
+    """
+    return jump * (1 - np.exp(-jump))
 
 
 def _between(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:

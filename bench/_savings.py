@@ -215,7 +215,7 @@ class Savings:
         speed_up = pack_module("nodes.speed_up")
         sampler, sigmas, response = self._answer(run)
         positions = speed_up.positions_of(response, sigmas)
-        recording = speed_up.statistics_for(sampler, run.cfg).recording(response, run.cfg, positions)
+        recording = speed_up.statistics_for(sampler, run.cfg, positions).recording(response, run.cfg, positions)
         yield from self._fitted(UNCALIBRATED, run, fit.fits_of(recording))
         for likeness in speed_up.LIKENESS:
             technique = speed_up.SpeedUp(likeness)

@@ -21,8 +21,17 @@ from bench._unets import with_technique
 
 FAMILY = ROOT / "models" / "emoji"
 TABLE = ROOT / "models" / "forecasts.safetensors"
-# What the table is recorded with, by what the sampler does with noise: adds none, some at every step, all anew.
-RECORDED = {"none": "dpmpp_2m", "some": "dpmpp_2m_sde", "all": "lcm"}
+# What the table is recorded with, (sampler, steps): by what the sampler does with noise (adds none, some at every step,
+# all anew), and whether it tries states beside its path. How far those lead off it goes by the step, so they are
+# recorded with steps of about the length that runs have.
+RECORDED = {
+    "none": ("dpmpp_2m", 60),
+    "some": ("dpmpp_2m_sde", 60),
+    "all": ("lcm", 60),
+    "none beside": ("heun", 40),
+    "some beside": ("dpmpp_sde", 40),
+}
+SMALLEST = 1e-9  # of the eigenvalues of a Gram matrix, beside the largest, that is kept
 # First prompt among the concepts, first seed. The test prompts of bench/inheritance.py are others, but for "tennis",
 # which is among both, with other noises.
 FIRST, SEED = 17, 1000
@@ -72,21 +81,23 @@ class Prompts:
         return recorder, float(self.model.model.process_latent_in(latents).square().mean() ** 0.5)
 
 
-def write_table(prompts: Prompts, steps: int) -> None:
-    """Record runs with guidance 3 and 7 in many steps, and keep the inner products of their v."""
+def write_table(prompts: Prompts) -> None:
+    """Record runs with guidance 3 and 7, and keep the inner products of their v."""
     tensors: dict[str, np.ndarray] = {}
-    for noise, sampler in RECORDED.items():
+    for kind, (sampler, steps) in RECORDED.items():
         for cfg in (3.0, 7.0):
             recorder, size = prompts.recorded((sampler, "karras", steps, cfg))
             found = recorder.statistics(cfg, size)
             values, vectors = np.linalg.eigh(found.gram)
-            name = f"{noise}-cfg{cfg:g}"
+            name = f"{kind}-cfg{cfg:g}"
+            kept = values > SMALLEST * values[-1]
             tensors |= {
-                f"{name}.factor": (vectors * np.sqrt(np.maximum(values, 0))).astype(np.float32),
+                f"{name}.factor": np.ascontiguousarray(vectors[:, kept] * np.sqrt(values[kept]), np.float32),
+                f"{name}.beside": found.beside.astype(np.uint8),
                 f"{name}.sigmas": found.sigmas.astype(np.float32),
                 f"{name}.run": np.array([cfg, size], dtype=np.float32),
             }
-    metadata = {"model": "emoji-teacher", "steps": str(steps), "pictures": str(len(prompts.noise))}
+    metadata = {"model": "emoji-teacher", "pictures": str(len(prompts.noise))}
     safetensors.numpy.save_file(tensors, TABLE, metadata)
     print(f"wrote {TABLE.relative_to(ROOT)}, {TABLE.stat().st_size // 1024} KB", flush=True)
 
@@ -94,10 +105,9 @@ def write_table(prompts: Prompts, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=60)
     add_common_arguments(parser)
     args, *_ = begin(parser)
-    write_table(Prompts(args.pictures, FIRST, SEED), args.steps)
+    write_table(Prompts(args.pictures, FIRST, SEED))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..asdm_core.forecast import Action, Adaptive, ForecastPlan, guided_within
-from ..asdm_core.forecast_fit import Response, Statistics, cheapest, fits_of
+from ..asdm_core.forecast_fit import Response, Statistics, cheapest, fits_of, tried
 from ..asdm_core.profile import Circumstances, Profile, nearest
 from ..asdm_core.steps import Steps
 from .common import CATEGORY
@@ -52,15 +52,16 @@ KEPT = 6  # evaluations that a run remembers at most, whatever plan is chosen
 
 @lru_cache(maxsize=1)
 def shipped() -> Mapping[str, tuple[Statistics, ...]]:
-    """What was measured on the emoji family, by what the sampler does with noise (see `noise_of`), then by guidance."""
+    """What was measured on the emoji family, by the kind of sampler (see `kind_of`), then by guidance."""
     tensors = safetensors.numpy.load_file(TABLE)
     found: dict[str, tuple[Statistics, ...]] = {}
     for name in sorted({key.split(".")[0] for key in tensors}):
-        noise = name.partition("-")[0]
+        kind = name.partition("-")[0]
         guidance, size = tensors[f"{name}.run"]
         sigmas, half = tensors[f"{name}.sigmas"].astype(float), tensors[f"{name}.factor"].astype(float)
-        statistics = Statistics(sigmas, half @ half.T, float(guidance), float(size))
-        found[noise] = (*found.get(noise, ()), statistics)
+        beside = tensors[f"{name}.beside"].astype(bool)
+        statistics = Statistics(sigmas, half @ half.T, float(guidance), float(size), beside)
+        found[kind] = (*found.get(kind, ()), statistics)
     return found
 
 
@@ -71,9 +72,20 @@ def noise_of(sampler) -> str:
     return "all" if sampler.sampler_function.__name__ == "sample_lcm" else "some"
 
 
-def statistics_for(sampler, guidance: float) -> Statistics:
-    """The part of the table that a run is most like."""
-    return min(shipped()[noise_of(sampler)], key=lambda s: abs(np.log(max(guidance, 1e-3) / s.guidance)))
+def kind_of(sampler, positions: Sequence[float]) -> str:
+    """Which part of the table a sampler is like: by its noise, and whether it tries states beside its path.
+
+    positions: of its evaluations, in steps.
+    """
+    noise = noise_of(sampler)
+    beside = f"{noise} beside"
+    return beside if tried(positions).any() and beside in shipped() else noise
+
+
+def statistics_for(sampler, guidance: float, positions: Sequence[float]) -> Statistics:
+    """The part of the table that a run is most like. positions: of its evaluations, in steps."""
+    found = shipped()[kind_of(sampler, positions)]
+    return min(found, key=lambda s: abs(np.log(max(guidance, 1e-3) / s.guidance)))
 
 
 def positions_of(response: Response, sigmas: Tensor) -> list[float]:
@@ -90,8 +102,8 @@ def plan_for(likeness: str, sampler, sigmas: Tensor, guidance: float, model) -> 
     key = likeness, sampler_name(sampler), tuple(sigmas.tolist()), guidance
     if key not in _plans:
         found = response_of(sampler, sigmas, model)
-        table = statistics_for(sampler, guidance)
-        recording = table.recording(found, guidance, positions_of(found, sigmas))
+        positions = positions_of(found, sigmas)
+        recording = statistics_for(sampler, guidance, positions).recording(found, guidance, positions)
         fits = fits_of(recording, throw_exception_if_processing_interrupted)
         best = cheapest(fits, LIKENESS[likeness])
         if len(_plans) >= 64:

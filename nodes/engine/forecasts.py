@@ -33,7 +33,7 @@ from ...asdm_core.forecast import (
     line,
     v_of,
 )
-from ...asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, response
+from ...asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, response, tried
 from ...asdm_core.steps import Moment
 from .circumstances import adds_noise, draws_noise, of_call
 from .inheritance import Inheritance
@@ -535,7 +535,8 @@ class RecordedRun(InRun):
     def statistics(self, guidance: float, size: float) -> Statistics:
         """What was recorded, for runs of other samplers and steps."""
         self._check()
-        return Statistics(np.array(self.sigmas), gram_of(self.cond, self.difference), guidance, size)
+        gram = gram_of(self.cond, self.difference)
+        return Statistics(np.array(self.sigmas), gram, guidance, size, tried(self.positions))
 
     def recording(self, response: Response, guidance: float, size: float) -> Recording:
         """What was recorded, for runs like it; response: of its sampler."""

@@ -23,6 +23,7 @@ from asdm_core.forecast_fit import (
     gram_of,
     response,
     transfer,
+    tried,
 )
 
 SIGMAS = np.array([14.6, 9.0, 5.7, 3.7, 2.4, 1.5, 0.95, 0.55, 0.25, 0.0])
@@ -407,6 +408,42 @@ def test_statistics_give_the_recording_of_a_run_at_other_noise_levels():
     step = np.zeros(18)
     step[[3, 4, 5]] = 1, -2, 1
     assert step @ found.gram @ step == pytest.approx(step @ wanted @ step, rel=0.01)
+
+
+def test_tried_states_are_those_between_steps_and_all_but_the_last_at_one():
+    assert not tried(POSITIONS["euler"]).any()
+    assert tried(POSITIONS["heun"]).tolist() == [False, *([True, False] * 8)]
+    assert tried((0, 0.5, 1, 1.5, 2)).tolist() == [False, True, False, True, False]
+    # Three evaluations a step, two of them ahead of it.
+    assert tried((0, 1, 2, 1, 2, 3, 2, 3)).tolist() == [False, True, True, False, True, True, False, False]
+
+
+def test_what_is_tried_is_off_the_path_by_the_length_of_the_step():
+    parts = np.random.default_rng(3).standard_normal((4, 3, 30))
+
+    def waves(sigma):
+        return np.array([1 / (1 + sigma), np.cos(np.log(sigma)), np.sin(0.7 * np.log(sigma))])
+
+    def gram(sigmas, positions):
+        """Of v along a run, off by something smooth at states that are tried, the further the longer the step."""
+        rows = []
+        for k, (sigma, beside) in enumerate(zip(sigmas, tried(positions), strict=True)):
+            off = np.log(sigmas[k - 1] / sigma) * (1 - sigma / sigmas[k - 1]) if beside else 0.0
+            cond, difference, its, other = (waves(sigma) @ part for part in parts)
+            rows.append((cond + off * its, difference + off * other))
+        return gram_of(*zip(*rows, strict=True))
+
+    steps = np.geomspace(20, 0.02, 24)
+    known = np.repeat(steps, 2)[1:]  # each level tried, then reached
+    places = [0.0, *(p for s in range(23) for p in (s + 1, s + 1))]
+    statistics = Statistics(known, gram(known, places), 4.0, 1.0, tried(places))
+    for sampler in ("heun", "euler"):
+        answer = response_of(sampler)
+        found = statistics.recording(answer, 4.0, POSITIONS[sampler])
+        assert found.gram == pytest.approx(gram(answer.sigmas, POSITIONS[sampler]), abs=2e-3)
+    # Where nothing is known of states beside the path, they are taken for it.
+    alone = replace(statistics, beside=np.zeros(47, bool), sigmas=known - 1e-9 * np.arange(47))
+    assert alone.recording(response_of("heun"), 4.0, POSITIONS["heun"]).gram != pytest.approx(found.gram[0, 0])
 
 
 def test_a_recording_is_checked():

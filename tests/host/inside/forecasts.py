@@ -758,6 +758,31 @@ def test_a_recorded_run_is_the_plain_run_and_tells_its_v(model):
     assert statistics.gram[0, 0] == pytest.approx(float(recorder.cond[0].square().mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "sampler, kind",
+    [
+        ("euler", "none"),
+        ("dpmpp_2m", "none"),
+        ("uni_pc", "none"),
+        ("heun", "none beside"),
+        ("heunpp2", "none beside"),
+        ("dpm_2", "none beside"),
+        ("euler_ancestral", "some"),
+        ("dpmpp_2m_sde", "some"),
+        ("dpmpp_sde", "some beside"),
+        ("dpmpp_2s_ancestral", "some beside"),
+        ("lcm", "all"),
+    ],
+)
+def test_the_table_knows_samplers_by_their_noise_and_by_what_they_try(model, sampler, kind):
+    chosen = comfy.samplers.sampler_object(sampler)
+    sigmas = small.sigmas_of(model, 12, "karras")
+    positions = speed_up.positions_of(forecasts.response_of(chosen, sigmas, model), sigmas)
+    assert speed_up.kind_of(chosen, positions) == kind
+    found = speed_up.statistics_for(chosen, 6.0, positions)
+    assert found.guidance == 7.0 and found.beside.any() == kind.endswith("beside")
+
+
 @pytest.mark.sweep(0)
 @pytest.mark.parametrize("sampler, scheduler", [("euler", "normal"), ("dpmpp_2m", "karras"), ("heun", "normal")])
 def test_speed_up_leaves_out_more_the_less_alike_it_may_be(model, sampler, scheduler):
