@@ -255,20 +255,20 @@ def with_few_steps(page: str, found: Mapping) -> str:
     """docs/evidence.md with its section on few steps made anew. found: bench/results/fewstep.json."""
     rows = {row["row"]: row for row in found["rows"]}
     lines = [
-        "PSNR to the original's pictures of 20 steps, over all plain prompts. `border`: how muddy the ground is. "
+        "PSNR to the original's pictures of 20 steps, over all plain prompts and from several noises. `border`: how muddy the ground is. "
         "`grad`: sharpness, in proportion to the 20 steps'. How each was trained: "
         "[two steps for twenty](few_steps.md).",
         "",
-        "| row | forwards | fewer multiplications | PSNR | border | grad | accuracy |",
-        "|---|---|---|---|---|---|---|",
+        "| row | pictures | forwards | fewer multiplications | PSNR | border | grad | accuracy |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, what in FEW_ROWS.items():
         if (row := rows.get(name)) is None:
-            lines.append(f"| {what} | | | not run | | | |")
+            lines.append(f"| {what} | | | | not run | | | |")
             continue
         quality = f"{row['psnr']:.2f} +- {row['psnr_se']:.2f}" if "psnr" in row else ""
         numbers = f"{row['factor']:.1f} x | {quality} | {row['border']:.4f} | {row['grad']:.2f} | {row['top1']:.1%}"
-        lines.append(f"| {what} | {row['forwards']} | {numbers} |")
+        lines.append(f"| {what} | {row['pictures']:,} | {row['forwards']} | {numbers} |")
     return with_section(page, FEW, [*lines, "", "`python bootstrap.py bench NAME=fewstep` makes this section anew."])
 
 

@@ -99,12 +99,13 @@ def test_longer_trainings_have_a_section_and_means_over_seeds(tmp_path):
 def test_few_steps_have_a_section_with_the_original_beside_them():
     page = "# Title\n\n" + STYLE + "\n\nsome\n\n## Not tried here\n\n- this\n"
     row = {"forwards": 2, "factor": 20.0, "psnr": 23.5, "psnr_se": 0.2, "border": 0.02, "grad": 0.9, "top1": 0.9}
+    row |= {"pictures": 1440}
     reference = {key: value for key, value in row.items() if "psnr" not in key}
     rows = [{"row": "two_steps_lora"} | row, {"row": "ddim_20"} | reference, {"row": "style_2_steps_lora"} | row]
     found = with_few_steps(with_few_steps(page, {"rows": rows[:1]}), {"rows": rows})
     assert found.count(FEW) == 1 and found.count("not run") == len(FEW_ROWS) - 2
-    assert "| LoRA in models/, 2 steps | 2 | 20.0 x | 23.50 +- 0.20 | 0.0200 | 0.90 | 90.0% |" in found
-    assert "| the original, 20 steps of ddim, CFG 3 | 2 | 20.0 x |  | 0.0200 |" in found
+    assert "| LoRA in models/, 2 steps | 1,440 | 2 | 20.0 x | 23.50 +- 0.20 | 0.0200 | 0.90 | 90.0% |" in found
+    assert "| the original, 20 steps of ddim, CFG 3 | 1,440 | 2 | 20.0 x |  | 0.0200 |" in found
 
 
 def test_trajectories_are_walked_as_often_as_the_way_says(tmp_path):
