@@ -255,7 +255,8 @@ def with_few_steps(page: str, found: Mapping) -> str:
     """docs/evidence.md with its section on few steps made anew. found: bench/results/fewstep.json."""
     rows = {row["row"]: row for row in found["rows"]}
     lines = [
-        "PSNR to the original's pictures of 20 steps, over all plain prompts and from several noises. `border`: how muddy the ground is. "
+        "PSNR to the original's pictures of 20 steps, over all plain prompts, from several noises each where there are "
+        "more than 360. `border`: how muddy the ground is. "
         "`grad`: sharpness, in proportion to the 20 steps'. How each was trained: "
         "[two steps for twenty](few_steps.md).",
         "",
