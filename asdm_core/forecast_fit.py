@@ -40,6 +40,7 @@ RIDGE = 3e-3
 LOTS, FEW_LOTS = 12, 2  # schedules drawn by lot that a search begins from
 KEPT = 3  # of what the descents from there have found
 BETTER = 0.999  # a move is made where the objective falls below this share
+FARTHEST = 0.5  # what v is off at a state that is tried is thought to be at most this share of v
 _AT_ONCE = 2**16  # numbers of a row that are in double precision at once
 
 
@@ -213,13 +214,25 @@ class Statistics:
         ways[:, ~off] = _between(known[~off], wanted)
         if off.any():
             jumps = (known[:-1] - known[1:])[off[1:]]
-            for k in np.flatnonzero(tried(positions)):
+            guided = self._guided()
+            begin = wanted[0]
+            for k, beside in enumerate(tried(positions)):
+                if not beside:
+                    begin = wanted[k]
+                    continue
+                way = np.zeros(len(known))
+                way[off] = _between(known[off], wanted[k : k + 1])[0]
+                way -= ways[k]
                 jump = np.interp(-wanted[k], -known[off], jumps)
-                stretched = _astray(wanted[k - 1] - wanted[k]) / _astray(jump)
-                ways[k] *= 1 - stretched
-                ways[k, off] = stretched * _between(known[off], wanted[k : k + 1])[0]
+                farthest = FARTHEST * (ways[k] @ guided @ ways[k] / (way @ guided @ way)) ** 0.5
+                ways[k] += min(_astray(max(begin - wanted[k], 0.0)) / _astray(jump), farthest) * way
         both = np.kron(np.eye(2), ways)
         return Recording(response, both @ self.gram @ both.T, guidance, tuple(positions), self.size)
+
+    def _guided(self) -> np.ndarray:
+        """(M, M), the Gram matrix of the guided v."""
+        both = np.kron([1, self.guidance - 1], np.eye(len(self.sigmas)))
+        return np.asarray(both @ self.gram @ both.T)
 
 
 def _astray(jump: Any) -> Any:

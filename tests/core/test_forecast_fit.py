@@ -446,6 +446,29 @@ def test_what_is_tried_is_off_the_path_by_the_length_of_the_step():
     assert alone.recording(response_of("heun"), 4.0, POSITIONS["heun"]).gram != pytest.approx(found.gram[0, 0])
 
 
+def test_what_is_tried_is_never_thought_far_from_v():
+    # Recorded in many short steps, so that what noise there is off the path would be stretched beyond all measure.
+    rng = np.random.default_rng(4)
+    known = np.repeat(np.geomspace(20, 0.02, 150), 2)[1:]
+    places = [0.0, *(p for s in range(149) for p in (s + 1, s + 1))]
+    v, noise = rng.standard_normal((2, 40)), 0.05 * rng.standard_normal((2, 299, 40))
+    rows = [v[:, None] + noise * tried(places)[:, None]]
+    statistics = Statistics(known, gram_of(*rows[0]), 4.0, 1.0, tried(places))
+    answer, positions = response_of("heun"), POSITIONS["heun"]
+    found = PlanFit(statistics.recording(answer, 4.0, positions))._guided
+    size = found[0, 0] ** 0.5
+    gone = np.sqrt(np.diag(found) + found[0, 0] - 2 * found[0]) / size
+    assert gone[~tried(positions)] == pytest.approx(0, abs=1e-6)
+    assert 0.4 < gone[tried(positions)].max() <= 0.5 + 1e-6
+
+
+def test_the_first_state_of_a_run_is_on_its_path():
+    statistics = Statistics(np.geomspace(20, 0.02, 20), np.eye(40), 4.0, 1.0, np.arange(20) % 2 == 1)
+    answer = replace(response_of("euler"), sigmas=np.array([14.6, 14.6, *SIGMAS[1:8]]))
+    found = statistics.recording(answer, 4.0, (0, 0, *range(1, 8)))
+    assert tried((0, 0, *range(1, 8)))[0] and found.gram[0] == pytest.approx(found.gram[1])
+
+
 def test_a_recording_is_checked():
     recording = Toy("euler", 3.0).recording()
     with pytest.raises(ValueError, match="18 x 18"):
