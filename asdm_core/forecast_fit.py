@@ -213,26 +213,27 @@ class Statistics:
         ways = np.zeros((len(wanted), len(known)))
         ways[:, ~off] = _between(known[~off], wanted)
         if off.any():
-            jumps = (known[:-1] - known[1:])[off[1:]]
-            guided = self._guided()
-            begin = wanted[0]
-            for k, beside in enumerate(tried(positions)):
-                if not beside:
-                    begin = wanted[k]
-                    continue
-                way = np.zeros(len(known))
-                way[off] = _between(known[off], wanted[k : k + 1])[0]
-                way -= ways[k]
-                jump = np.interp(-wanted[k], -known[off], jumps)
-                farthest = FARTHEST * (ways[k] @ guided @ ways[k] / (way @ guided @ way)) ** 0.5
-                ways[k] += min(_astray(max(begin - wanted[k], 0.0)) / _astray(jump), farthest) * way
+            self._lead_off(ways, known, off, wanted, positions)
         both = np.kron(np.eye(2), ways)
         return Recording(response, both @ self.gram @ both.T, guidance, tuple(positions), self.size)
 
-    def _guided(self) -> np.ndarray:
-        """(M, M), the Gram matrix of the guided v."""
-        both = np.kron([1, self.guidance - 1], np.eye(len(self.sigmas)))
-        return np.asarray(both @ self.gram @ both.T)
+    def _lead_off(
+        self, ways: np.ndarray, known: np.ndarray, off: np.ndarray, wanted: np.ndarray, positions: Sequence[float]
+    ) -> None:
+        """Move the rows (N, M) of states that are tried off the path."""
+        both = np.kron([1, self.guidance - 1], np.eye(len(known)))
+        guided = both @ self.gram @ both.T
+        jumps = (known[:-1] - known[1:])[off[1:]]
+        begin = wanted[0]
+        for k, beside in enumerate(tried(positions)):
+            if not beside:
+                begin = wanted[k]
+                continue
+            path, way = ways[k].copy(), -ways[k]
+            way[off] += _between(known[off], wanted[k : k + 1])[0]
+            jump = np.interp(-wanted[k], -known[off], jumps)
+            farthest = FARTHEST * (path @ guided @ path / max(way @ guided @ way, 1e-12)) ** 0.5
+            ways[k] += min(_astray(max(begin - wanted[k], 0.0)) / _astray(jump), farthest) * way
 
 
 def _astray(jump: Any) -> Any:
