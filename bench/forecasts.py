@@ -2,8 +2,8 @@
 
     python bootstrap.py bench NAME=forecasts
 
-Runs of the emoji teacher in many steps, with guidance 3 and 7 and with samplers that add no noise, some at every step,
-or all of it anew, are recorded; of their v only inner products are kept. What the plans fitted from them are worth
+Runs of the emoji teacher in many steps, with guidance 3 and 7, are recorded: with samplers that add no noise, some at
+every step, or all of it anew, and with two that try states beside their path. Of v only inner products are kept. What the plans fitted from them are worth
 beside other ways of saving is measured by part "runs" of bench/inheritance.py, on other prompts.
 """
 
@@ -22,8 +22,8 @@ from bench._unets import with_technique
 FAMILY = ROOT / "models" / "emoji"
 TABLE = ROOT / "models" / "forecasts.safetensors"
 # What the table is recorded with, (sampler, steps): by what the sampler does with noise (adds none, some at every step,
-# all anew), and whether it tries states beside its path. How far those lead off it goes by the step, so they are
-# recorded with steps of about the length that runs have.
+# all anew), and whether it tries states beside its path. What those are off by is stretched to the step of a run,
+# so these have fewer steps; with 20, the noise between two levels of a longer run would be missing.
 RECORDED = {
     "none": ("dpmpp_2m", 60),
     "some": ("dpmpp_2m_sde", 60),
