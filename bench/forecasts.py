@@ -3,8 +3,9 @@
     python bootstrap.py bench NAME=forecasts
 
 Runs of the emoji teacher in many steps, with guidance 3 and 7, are recorded: with samplers that add no noise, some at
-every step, or all of it anew, and with two that try states beside their path. Of v only inner products are kept. What the plans fitted from them are worth
-beside other ways of saving is measured by part "runs" of bench/inheritance.py, on other prompts.
+every step, or all of it anew, and with two that try states beside their path. Of v only inner products are kept. What
+the plans fitted from them are worth beside other ways of saving is measured by part "runs" of bench/inheritance.py, on
+other prompts.
 """
 
 from __future__ import annotations
