@@ -359,20 +359,20 @@ def _key_rows(rows: Sequence[Mapping]) -> list[str]:
     several = {key: its for key, its in of.items() if len(its) > 1}
     if not several:
         return []
-    (pictures,) = {row["pictures"] for its in several.values() for row in its}
     lines = [
         "The key rows of the tables above from as many samples as the last of these columns, each trained with several "
-        f"seeds: means over them, with the standard deviation in brackets. {pictures} pictures of each.",
+        "seeds: means over them, with the standard deviation in brackets.",
         "",
-        "| row | samples | seeds | PSNR | border | grad | accuracy |",
-        "|---|---|---|---|---|---|---|",
+        "| row | samples | seeds | pictures | PSNR | border | grad | accuracy |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (what, samples), its in several.items():
         cells = []
         for key, form in (("psnr", ".2f"), ("border", ".4f"), ("grad", ".3f"), ("accuracy", ".1%")):
             values = [row[key] for row in its]
             cells.append(f"{statistics.mean(values):{form}} ({statistics.stdev(values):{form}})")
-        lines.append(f"| {what} | {samples:,} | {len(its)} | {' | '.join(cells)} |")
+        pictures = " or ".join(str(n) for n in sorted({row["pictures"] for row in its}))
+        lines.append(f"| {what} | {samples:,} | {len(its)} | {pictures} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 

@@ -70,7 +70,8 @@ def by_samples(args: argparse.Namespace) -> list[dict]:
         its = tables.Settings(samples, args.prompts, STEPS, 1, args.folder / str(samples), args.runs, args.models)
         for seed in args.seeds if most else args.seeds[:1]:
             wanted = [name for name in (KEY if most else PACKS) if name in args.rows]
-            for name, do in tables.jobs(its, [seed], ("base", *wanted)) if wanted else ():
+            starts = {tables.find(name).start for name in wanted} - {""}
+            for name, do in tables.jobs(its, [seed], (*starts, *wanted)) if wanted else ():
                 print(f"-- {samples:,} samples: {name}", flush=True)
                 do()
             found = tables.gathered(its, [seed])["teacher"] if wanted else {}

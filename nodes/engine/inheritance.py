@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from ...asdm_core.inheritance import COMPUTED, DIALS, INHERITED, PARTLY, Plan, c
 from ...asdm_core.steps import Moment
 from .feature_cache import REPLAY, FeatureCache
 from .network import architecture_of
-from .technique import REMEMBERING, InRun, Log, Measured, Say, Start, Technique, UNetInRun
+from .technique import REMEMBERING, InRun, Log, Measured, Say, Start, Technique, UNetInRun, spared
 from .timing import Recorder
 
 FEW_STEPS = 8  # with fewer, each step changes too much for the next one to inherit
@@ -43,16 +42,15 @@ class InheritanceReport:
         return tuple(COMPUTED if REPLAY not in m else INHERITED if m == {REPLAY} else PARTLY for m in modes)
 
     def saving(self) -> float | None:
-        """Measured share of time that was saved, against all evaluations taking as long as the median full one.
-
-        None where nothing was inherited, or nothing else was measured. The first evaluation, in which the
-        host still moves weights, is left out.
+        """Measured share of time that was saved. None where nothing was inherited, or nothing else was measured. The
+        first evaluation, in which the host still moves weights, is left out.
         """
-        timed = list(zip(self.seconds, self.replayed, strict=False))[1:]
-        full = [t for (_, t), replayed in timed if not replayed]
-        if len(full) in (0, len(timed)):
-            return None
-        return 1 - sum(t for (_, t), _ in timed) / (statistics.median(full) * len(timed))
+        full, short = (
+            [t for (_, t), replayed in list(zip(self.seconds, self.replayed, strict=False))[1:] if replayed == which]
+            for which in (False, True)
+        )
+        less = spared(full, short)
+        return None if less is None else less / (sum(full) + sum(short) + less)
 
 
 @dataclass(frozen=True)

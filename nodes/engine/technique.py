@@ -293,6 +293,13 @@ class UNetInRun:
 Part = TypeVar("Part", bound=AtUNet)
 
 
+def spared(ordinary: Sequence[float], short: Sequence[float]) -> float | None:
+    """What short evaluations took less than as many ordinary ones, of which the median counts; None without some of
+    both.
+    """
+    return statistics.median(ordinary) * len(short) - sum(short) if ordinary and short else None
+
+
 class Measured:
     """What Speed Readout knows of a measured run (see `layer_times.MeasuredRun`).
 
@@ -309,9 +316,10 @@ class Measured:
         first one, in which the host still moves weights, is left out.
         """
         timed = self.evaluations[1:]
-        ordinary = [seconds for _, seconds, roles in timed if not roles]
-        short = [seconds for _, seconds, roles in timed if roles == {role}]
-        return statistics.median(ordinary) * len(short) - sum(short) if ordinary and short else None
+        return spared(
+            [seconds for _, seconds, roles in timed if not roles],
+            [seconds for _, seconds, roles in timed if roles == {role}],
+        )
 
     def needed(self, address: str, multiplications: float) -> float:
         """Seconds that a layer of this kind needed for so many multiplications in this run."""
