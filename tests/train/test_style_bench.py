@@ -63,7 +63,7 @@ LONGER_ROWS = [
     ),
     *({"part": "samples", "row": "m1", "samples": 24_000, "seed": s, "psnr": 20.0 + s} for s in (1, 2, 3)),
     *(
-        {"part": "samples", "row": "m5", "what": "M5", "samples": 24_000, "seed": s, "psnr": 19.0 + s}
+        {"part": "samples", "row": "m5", "what": "M5, all", "samples": 24_000, "seed": s, "psnr": 19.0 + s}
         | {"border": 0.02, "grad": 0.9, "accuracy": 0.8 + s / 100, "pictures": n}
         for s, n in ((1, 240), (2, 240), (3, 120))
     ),
