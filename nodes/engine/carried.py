@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -30,6 +31,7 @@ _HOOKS = [
     for more in ("", "_with_kwargs", *(["_always_called"] if kind == "_" else []))
 ]
 _PLAIN = (int, float, str, bool, tuple, type(None))
+_LEAVES = (str, bytes, int, float, Tensor, type, ModuleType, type(None))
 
 
 class _Opaque(Exception):
@@ -109,7 +111,7 @@ class Carried:
                 vars(twin).update({n: v for n, v in more.items() if n not in methods})
             for name, value in methods.items():
                 try:
-                    vars(twin)[name] = _rebound(value, partners)
+                    vars(twin)[name] = _rebound(value, partners, {})
                 except _Opaque:
                     self.lost.append(_under(path, name))
                     continue
@@ -150,73 +152,103 @@ def _twins(root: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     return twins
 
 
-def _rebound(value, partners: Mapping[int, nn.Module], depth: int = DEPTH):
-    """A function with the player's modules in place of the checkpoint's. Raises _Opaque."""
+def _rebound(value, partners: Mapping[int, nn.Module], made: dict[int, Any], depth: int = DEPTH):
+    """A function with the player's modules in place of the checkpoint's. made: by the id of what they stand in for, so
+    that what holds itself, as an object with one of its own methods, is met again. Raises _Opaque.
+    """
     if isinstance(value, nn.Module):
         return partners.get(id(value), value)
-    if isinstance(value, str | bytes | int | float | Tensor | type | ModuleType | None):
+    if id(value) in made:
+        return made[id(value)]
+    if not _leads_to(value, partners, set(), depth):
         return value
     if not depth:
         raise _Opaque
-    again = functools.partial(_rebound, partners=partners, depth=depth - 1)
+    again = functools.partial(_rebound, partners=partners, made=made, depth=depth - 1)
     if isinstance(value, MethodType):
         old, function = value.__self__, value.__func__
         new = again(old)
-        if new is old:
-            return value
         if function is getattr(
             type(old), value.__name__, None
         ):  # the player may be of another class, as for other dtypes
             function = getattr(type(new), value.__name__, function)
-        return MethodType(function, new)
+        return MethodType(again(function), new)
     if isinstance(value, functools.partial):
         parts = again(value.func), tuple(map(again, value.args)), {k: again(v) for k, v in value.keywords.items()}
         return functools.partial(parts[0], *parts[1], **parts[2])
     if isinstance(value, FunctionType):
-        return _function_rebound(value, again)
+        return _function_rebound(value, again, made)
     if type(value) in (list, tuple):
-        new = [again(v) for v in value]
-        return value if all(a is b for a, b in zip(new, value, strict=True)) else type(value)(new)
+        return type(value)(map(again, value))
     if type(value) is dict:
-        new = {k: again(v) for k, v in value.items()}
-        return value if all(new[k] is value[k] for k in value) else new
-    held = getattr(value, "__dict__", {})
-    direct = {n: v for n, v in held.items() if isinstance(v, nn.Module | MethodType | FunctionType | functools.partial)}
-    if any(_holds(v, partners, depth, set()) for n, v in held.items() if n not in direct):
+        return {k: again(v) for k, v in value.items()}
+    direct = _direct(value)
+    others = [v for n, v in getattr(value, "__dict__", {}).items() if n not in direct]
+    if not direct or any(_holds(v, partners, DEPTH, {id(value)}) for v in others):
         raise _Opaque  # a table of modules, say: who looks into it asks for those of the checkpoint
-    anew = {n: new for n, v in direct.items() if (new := again(v)) is not v}
-    if anew:  # an object of this one module; what it shares with others it goes on sharing
-        value = copy.copy(value)
-        vars(value).update(anew)
-    return value
+    new = made[id(value)] = copy.copy(value)  # of this one module; what it shares with others it goes on sharing
+    vars(new).update({n: again(v) for n, v in direct.items()})
+    return new
 
 
-def _function_rebound(function: FunctionType, again) -> FunctionType:
-    cells, changed = [], False
-    for cell in function.__closure__ or ():
-        try:
-            old = cell.cell_contents
-        except ValueError:  # not assigned yet
-            cells.append(cell)
-            continue
-        new = function if old is function else again(old)
-        changed |= new is not old
-        cells.append(cell if new is old else CellType(new))
-    defaults = again(function.__defaults__) if function.__defaults__ else None
-    named = again(function.__kwdefaults__) if function.__kwdefaults__ else None
-    if not changed and defaults is function.__defaults__ and named is function.__kwdefaults__:
-        return function
-    new = FunctionType(function.__code__, function.__globals__, function.__name__, defaults, tuple(cells) or None)
-    new.__kwdefaults__ = named
+def _function_rebound(function: FunctionType, again: Callable[[Any], Any], made: dict[int, Any]) -> FunctionType:
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    new = made[id(function)] = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    for n, value in _closed_over(function).items():
+        cells[n].cell_contents = again(value)
+    new.__defaults__, new.__kwdefaults__ = again(function.__defaults__), again(function.__kwdefaults__)
     vars(new).update(vars(function))
     return new
+
+
+def _closed_over(function: FunctionType) -> dict[int, object]:
+    """What a function has closed over, by number; what is not assigned yet is not there."""
+    found = {}
+    for n, cell in enumerate(function.__closure__ or ()):
+        with suppress(ValueError):
+            found[n] = cell.cell_contents
+    return found
+
+
+def _direct(value: object) -> dict[str, Any]:
+    """What of an object's own is exchanged with it: modules and functions, by name."""
+    kinds = nn.Module | MethodType | FunctionType | functools.partial
+    return {n: v for n, v in getattr(value, "__dict__", {}).items() if isinstance(v, kinds)}
+
+
+def _leads_to(value: object, partners: Mapping[int, nn.Module], seen: set[int], depth: int) -> bool:
+    """Whether the ways that `_rebound` goes from something lead to a module of the checkpoint, or further than it
+    goes.
+    """
+    if isinstance(value, nn.Module):
+        return id(value) in partners
+    if id(value) in seen or isinstance(value, _LEAVES):
+        return False
+    if not depth:
+        return True
+    seen.add(id(value))
+    if isinstance(value, MethodType):
+        ways: Iterable[object] = (value.__self__, value.__func__)
+    elif isinstance(value, functools.partial):
+        ways = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, FunctionType):
+        ways = (*_closed_over(value).values(), value.__defaults__, value.__kwdefaults__)
+    elif type(value) in (list, tuple):
+        ways = value  # type: ignore[assignment]
+    elif type(value) is dict:
+        ways = value.values()
+    elif _holds(value, partners, DEPTH, set()):
+        return True
+    else:
+        ways = _direct(value).values()
+    return any(_leads_to(way, partners, seen, depth - 1) for way in ways)
 
 
 def _holds(value: object, partners: Mapping[int, nn.Module], depth: int, seen: set[int]) -> bool:
     """Whether something holds a module of the checkpoint, itself or in what it holds."""
     if isinstance(value, nn.Module):
         return id(value) in partners
-    if not depth or id(value) in seen or isinstance(value, str | bytes | int | float | Tensor | type | ModuleType):
+    if not depth or id(value) in seen or isinstance(value, _LEAVES):
         return False
     seen.add(id(value))
     inside = [*getattr(value, "__dict__", {}).values(), getattr(value, "__self__", None)]

@@ -81,6 +81,34 @@ def object_method(module):
     return Object(module).__call__
 
 
+class Chosen:
+    """Holds one of its own methods, and a function that knows it."""
+
+    def __init__(self, module):
+        self.module, self.own, self.factor = module, module.forward, 1.3
+        self.forward, self.scaled = self.multiplied, lambda x: self.factor * x
+
+    def __call__(self, *args, **more):
+        return self.forward(*args, **more)
+
+    def multiplied(self, *args, **more):
+        assert self.module.forward is self
+        return self.scaled(self.own(*args, **more))
+
+
+def by_name(module):
+    """Two functions that know each other."""
+
+    def one(*args, again=True, **more):
+        return other(*args, **more) if again else own(*args, **more)
+
+    def other(*args, **more):
+        return 1.3 * one(*args, again=False, **more)
+
+    own = module.forward
+    return one
+
+
 def wrapping(module):
     """The convolution goes round at the borders, as in nodes for tiles."""
 
@@ -151,8 +179,12 @@ def hooks(model):
 
 
 NODES = {
-    **{make.__name__: patched(BLOCKS, make) for make in (closure, default, partial, method, twice, object_method)},
+    **{
+        make.__name__: patched(BLOCKS, make)
+        for make in (closure, default, partial, method, twice, object_method, by_name)
+    },
     "object": patched(BLOCKS, Object),
+    "object with a chosen method": patched(BLOCKS, Chosen),
     "on parts": patched([f"{path}.attn1.to_q" for path in BLOCKS] + [f"{path}.ff" for path in BLOCKS], closure),
     "on a block and its part": lambda m: patched([f"{path}.attn2" for path in BLOCKS], method)(
         patched(BLOCKS, closure)(m)
