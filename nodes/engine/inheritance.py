@@ -143,7 +143,7 @@ class _InRun(InRun):
 
     def sample(self, call: Callable):
         out = call()
-        if self._caches:
+        if self._caches and not self.around.passed_by:
             self._compare_with_plan(self._caches[0])
         return out
 

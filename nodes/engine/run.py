@@ -11,7 +11,21 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embe
 from ...asdm_core.steps import Moment, Steps
 from . import circumstances, notes, units
 from .network import architecture_of
-from .technique import CUT, PLAYED, Around, AtUNet, Forward, InRun, Part, Placed, Say, Start, Technique, UNetInRun
+from .technique import (
+    CUT,
+    PLAYED,
+    Around,
+    AtUNet,
+    Forward,
+    InRun,
+    Part,
+    Placed,
+    Say,
+    Start,
+    Technique,
+    UNetInRun,
+    named_by_node,
+)
 
 OTHERS = "asdm_others"  # in transformer_options during a forward: the patches without our entry
 
@@ -30,15 +44,11 @@ class Run:
         self._around = Around(
             circumstances.Gates(), circumstances.Content(circumstances.keeps_its_noise(start.sampler))
         )
-        self._voices: list[tuple[str, Say]] = []  # what each is called, and what it speaks with
-        bound: list[tuple[Technique, InRun, Say]] = []
-        for p in placed:
-            say = notes.speaker(p.node_id)
-            bound += _bound(p.technique, start, say)
-        for technique, part, say in sorted(bound, key=lambda b: b[0].order):
+        parts = [(p, list(_bound(p.technique, start, notes.speaker(p.node_id)))) for p in placed]
+        self._placed = [p for p, its in parts if its]
+        for _, part in sorted((b for _, its in parts for b in its), key=lambda b: b[0].order):
             part.around = self._around
             self.techniques.append(part)
-            self._voices.append((technique.label() or technique.key, say))
         self._evaluations = 0
         self._unets: dict[int, BoundUNet] | None = None
 
@@ -47,27 +57,35 @@ class Run:
 
     def sample(self, call: Callable):
         """The run itself: `call()` samples."""
-        for technique in self.techniques:
-            call = partial(technique.sample, call)
-        out = call()
-        self._check_that_it_acted()
-        return out
 
-    def _check_that_it_acted(self) -> None:
-        """Nothing may silently do nothing: other nodes can run the network by ways of their own."""
+        def checked():
+            out = call()
+            self._around.passed_by = self._passed_by()
+            return out
+
+        way: Callable = checked
+        for technique in self.techniques:
+            way = partial(technique.sample, way)
+        return way()
+
+    def _passed_by(self) -> bool:
+        """Whether the network was run past all techniques, which is said: nothing may silently do nothing, and other
+        nodes can run the network by ways of their own.
+        """
         unets = (self._unets or {}).values()
         if not self._evaluations:
             if len(self._steps.sigmas) < 2 or self._waits and not self._passes:
-                return  # nothing to act in
+                return False  # nothing to act in
             why = (
                 "the guider of this run evaluates the network by a way of its own, past ComfyUI's. Take another guider"
             )
         elif not unets or any(unet.forwards for unet in unets):
-            return
+            return False
         else:
             why = "another node on this MODEL runs the network by a way of its own, past ComfyUI's. Bypass that node"
-        for label, say in self._voices:
-            say(f"{label} did not act in this run: {why}, or leave this one out.")
+        for node_id, names in named_by_node(self._placed):
+            notes.speaker(node_id)(f"{' and '.join(names)} did not act in this run: {why}, or leave this one out.")
+        return True
 
     def passed(self, base_model) -> None:
         """The network of a model runs, and no evaluation of this run has begun."""
@@ -131,11 +149,11 @@ class Run:
         self._around.close()
 
 
-def _bound(technique: Technique, start: Start, say: Say) -> Iterator[tuple[Technique, InRun, Say]]:
+def _bound(technique: Technique, start: Start, say: Say) -> Iterator[tuple[Technique, InRun]]:
     """The part of a technique in a run, if it has one, and what that brings along."""
     part = technique.bind(start, say)
     if part is not None:
-        yield technique, part, say
+        yield technique, part
         for other in part.brings:
             yield from _bound(other, start, say)
 

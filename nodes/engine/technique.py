@@ -14,7 +14,7 @@ Every method has a default that does nothing, so that a technique says only what
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -149,11 +149,14 @@ class Technique:
 
 @dataclass
 class Around:
-    """What a technique in a run may know of the others there. circumstances: theirs in this evaluation, see `InRun`."""
+    """What a technique in a run may know of it. circumstances: those of the others in this evaluation, see `InRun`.
+    passed_by: once it has been sampled, whether the network was run past all of them, which has been said.
+    """
 
     gates: Gates
     content: Content
     circumstances: tuple = ()
+    passed_by: bool = False
 
     def close(self) -> None:
         self.gates.close()
@@ -340,6 +343,15 @@ class Placed:
 def placed_on(model) -> tuple[Placed, ...]:
     """What is on a MODEL, in the order of acting."""
     return model.get_attachment(KEY) or ()
+
+
+def named_by_node(placed: Iterable[Placed]) -> Iterator[tuple[str, list[str]]]:
+    """The id of each node, and what that which it put on a MODEL is called; what no node put there stands alone."""
+    nodes: dict[str | int, tuple[str, list[str]]] = {}
+    for p in placed:
+        _, names = nodes.setdefault(p.node_id or id(p), (p.node_id, []))
+        names.append(p.technique.label() or p.technique.key)
+    return iter(nodes.values())
 
 
 def techniques_of(model) -> tuple[Technique, ...]:

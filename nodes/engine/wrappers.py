@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from ...asdm_core.frames import with_room
 from . import notes
 from .run import OTHERS, Run
-from .technique import KEY, Misfit, Start, placed_on, techniques_of
+from .technique import KEY, Misfit, Start, named_by_node, placed_on, techniques_of
 
 OUTER_KEY = f"{KEY}_outer"
 DOOR = "forward_timestep_embed_patch"  # the host's hook for single layers
@@ -167,8 +167,9 @@ def check_in_place(model) -> None:
                 "Model CFG Guider does with model_negative). Connect this MODEL as the first one, or leave this node "
                 "out."
             )
-        for p in (p for p in placed if not p.technique.speaks_only):
-            notes.speaker(p.node_id)(f"{p.technique.label() or p.technique.key} is out of this run: {why}")
+        for node_id, names in named_by_node(p for p in placed if not p.technique.speaks_only):
+            verb = "are" if len(names) > 1 else "is"
+            notes.speaker(node_id)(f"{' and '.join(names)} {verb} out of this run: {why}")
 
 
 INNER = (
