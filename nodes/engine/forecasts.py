@@ -593,7 +593,9 @@ class _Denoiser:
 
     def __init__(self, denoise, model):
         self.denoise = denoise
-        self.inner_model = SimpleNamespace(inner_model=model.model, model_patcher=model)
+        # The sampling of the run: what is patched on the MODEL is not on its network yet.
+        base = SimpleNamespace(model_sampling=model.get_model_object("model_sampling"))
+        self.inner_model = SimpleNamespace(inner_model=base, model_patcher=model)
 
     def __call__(self, x, sigma, **_):
         found = self.denoise(x.flatten().numpy(), float(sigma.flatten()[0]))

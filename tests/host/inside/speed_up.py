@@ -292,6 +292,46 @@ def test_a_profile_of_uni_pc_is_taken(model, kept, caplog):
     assert "profile pc.json, learned from" in caplog.text and not report.notes
 
 
+def flow_matching(model):
+    """x = (1 - sigma) x_0 + sigma n, as with finetunes of SDXL that were trained so."""
+    return nodes_model_advanced.ModelSamplingSD3().patch(model, 3.0)[0]
+
+
+def test_a_model_that_blends_its_noise_takes_plans_made_for_it_alone(model, kept, caplog):
+    flow = flow_matching(model)
+    run(flow)
+    assert "flow matching" in caplog.text and "how little the network's first layer" in caplog.text
+    calibrated(flow, name="flow")
+    caplog.clear()
+    report, made = run(flow)
+    assert "profile flow.json, learned from" in caplog.text and not report.notes
+    again = small.sample(small.with_technique(flow, forecasts.Forecasts(forecast.every(STEPS, 1))), steps=STEPS)
+    assert torch.equal(again, small.sample(flow, steps=STEPS)) and made.isfinite().all()
+
+
+def test_a_sampler_is_asked_with_the_sampling_of_the_run(model):
+    """Ancestral samplers take steps of their own where noise is blended."""
+    sampler, flow = comfy.samplers.sampler_object("euler_ancestral"), flow_matching(model)
+    sigmas = small.sigmas_of(flow, STEPS)
+    answer = forecasts.response_of(sampler, sigmas, flow)
+
+    seen = []
+
+    def one(x, sigma):  # every result is 1
+        seen.append(x.item())
+        return 1 + 0 * x
+
+    nodes_custom_sampler.comfy.k_diffusion.sampling.sample_euler_ancestral_RF(
+        forecasts._Denoiser(one, flow),
+        torch.zeros(1, 1, 1, 1),
+        sigmas.clone(),
+        extra_args={},
+        disable=True,
+        noise_sampler=lambda *_: 0.0,
+    )
+    assert answer.matrix.sum(0)[:-1] == pytest.approx(seen, rel=1e-4, abs=1e-6)
+
+
 def test_asking_about_a_sampler_keeps_no_model(folder):
     model, sigmas = small.model(folder), torch.tensor([3.0, 1.0, 0.0])
     clone = model.clone()
