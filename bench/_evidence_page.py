@@ -386,7 +386,8 @@ def with_longer(page: str, rows: Sequence[Mapping]) -> str:
         lines += [
             "M1 and M2, both stages by the recipes and settings of the tables above, from so many samples a stage: "
             "PSNR to the original's pictures, with the standard deviation over training seeds in brackets where there "
-            "are several. The packs in models/ learned by another optimiser in their later stretches.",
+            "are several. The packs in models/ learned by another optimiser in their later stretches, and M2 in its "
+            "last one from captions that are mostly the plain name, as those it is measured with.",
             "",
             f"| samples of a stage | {' | '.join(f'{count:,}' for count in counts)} | in models/ |",
             f"|{'---|' * (len(counts) + 2)}",
