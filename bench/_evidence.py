@@ -294,6 +294,6 @@ def plot_samples(path: Path, rows: Sequence[Mapping]) -> None:
             places.add(SHIPPED_SAMPLES[name])
     axes.set(xscale="log", xlabel="samples of a stage (a star: in models/)", ylabel="PSNR to the original, dB")
     axes.minorticks_off()
-    axes.set_xticks(sorted(places), [f"{place:,}" for place in sorted(places)], rotation=20)
+    axes.set_xticks(sorted(places), [f"{place:,}" for place in sorted(places)], rotation=45, ha="right")
     axes.legend(fontsize=8)
     _save(figure, path)
