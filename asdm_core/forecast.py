@@ -1,9 +1,10 @@
 """Whole-step forecasts: evaluations of the network that are not made, and what stands for their results.
 
 What is drawn on from earlier evaluations is v, whatever the network predicts, over the numbers of the steps: for
-x = x0 + sigma n (the k-diffusion form) and a variance of data of 1, v is the prediction of Salimans and Ho
-(arXiv 2202.00512) and changes least from step to step. The denoised result then follows from v and the latent of now,
-so a forecast goes on answering to the sampler.
+x = signal x0 + sigma n and a variance of data of 1, v is the prediction of Salimans and Ho (arXiv 2202.00512), of the
+latent in proportion to its norm, and changes least from step to step. The signal is 1 in the k-diffusion form, and
+1 - sigma with flow matching. The denoised result then follows from v and the latent of now, so a forecast goes on
+answering to the sampler.
 
 A plan is plain, frozen data: for each evaluation of a run whether it is made in full, inherits features, is made for
 the prompt alone, or not at all, and with which weights earlier evaluations stand for what is missing. `forecast_fit`
@@ -32,14 +33,18 @@ Weights = tuple[tuple[int, float], ...]
 # The variable ---------------------------------------------------------------------------------------
 
 
-def v_of(x: Any, denoised: Any, sigma: Any) -> Any:
-    """v from a latent x, its denoised result and the noise level sigma > 0. Numbers, arrays or tensors of any shape."""
-    return (x / (sigma**2 + 1) - denoised) * ((sigma**2 + 1) ** 0.5 / sigma)
+def v_of(x: Any, denoised: Any, sigma: Any, signal: Any = 1.0) -> Any:
+    """v from a latent x = signal x0 + sigma n, its denoised result and the noise level sigma > 0. Numbers, arrays or
+    tensors of any shape.
+    """
+    size = sigma**2 + signal**2
+    return (signal * x / size - denoised) * (size**0.5 / sigma)
 
 
-def denoised_of(x: Any, v: Any, sigma: Any) -> Any:
-    """The denoised result from a latent x, v and the noise level; the inverse of `v_of`."""
-    return x / (sigma**2 + 1) - v * (sigma / (sigma**2 + 1) ** 0.5)
+def denoised_of(x: Any, v: Any, sigma: Any, signal: Any = 1.0) -> Any:
+    """The denoised result from a latent x, v, the noise level and the signal; the inverse of `v_of`."""
+    size = sigma**2 + signal**2
+    return signal * x / size - v * (sigma / size**0.5)
 
 
 def line(position: float, points: Sequence[tuple[int, float]]) -> Weights:

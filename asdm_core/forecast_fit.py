@@ -30,6 +30,7 @@ OVERRATED = 1.5  # so many times too large are those predicted of noisy runs, be
 UNDERRATED = 1.6  # so many times too small are those of samplers that evaluate beside their path
 LONG_GAPS = 1.1  # by so much of the prediction errors grow with the share that is left out, from a half on
 GUIDED = 0.3  # exponent by which they grow with the guidance
+LEAST_SIGNAL = 1e-4  # that latents are taken to hold of the picture
 POINTS = 3  # earlier evaluations that a forecast is a sum of
 # Prompts are told apart where that is predicted to lower the error to this share. Where it promises less, weights alike
 # were mostly the better ones in the run: twice as many weights are the easier fitted to the recorded pictures alone.
@@ -40,6 +41,7 @@ RIDGE = 3e-3
 LOTS, FEW_LOTS = 12, 2  # schedules drawn by lot that a search begins from
 KEPT = 3  # of what the descents from there have found
 BETTER = 0.999  # a move is made where the objective falls below this share
+SLOPE = 0.5  # logarithm of noise levels over which it is seen how v comes to the highest that is known
 FARTHEST = 0.5  # what v is off at a state that is tried is thought to be at most this share of v
 _AT_ONCE = 2**16  # numbers of a row that are in double precision at once
 
@@ -54,16 +56,29 @@ class Response:
     sigmas: (N,) noise level of each evaluation. matrix: (N, N + 1); matrix[s, m] is how far the latent at evaluation m
     (N: the result) moves if the denoised result of evaluation s moves by 1 and all others stay. noisy: whether the
     sampler draws noise on its way. beside: whether it evaluates beside its path as well, at states it tries (two
-    evaluations a step, or a corrector), whose results are less smooth from one evaluation to the next.
+    evaluations a step, or a corrector), whose results are less smooth from one evaluation to the next. blends: whether
+    noise takes the place of the picture, x = (1 - sigma) x0 + sigma n (flow matching), instead of lying on it.
     """
 
     sigmas: np.ndarray
     matrix: np.ndarray
     noisy: bool = False
     beside: bool = False
+    blends: bool = False
 
     def __len__(self) -> int:
         return len(self.sigmas)
+
+    @property
+    def signals(self) -> np.ndarray:
+        """(N,) how much of the picture the latent of each evaluation holds, as in `forecast.v_of`."""
+        # A latent of noise alone is the first of its run: nothing moves it, so that it is not quite 0 changes nothing.
+        return np.maximum(1 - self.sigmas, LEAST_SIGNAL) if self.blends else np.ones(len(self))
+
+    @property
+    def levels(self) -> np.ndarray:
+        """(N,) noise in proportion to the picture, which tells what v is at an evaluation."""
+        return np.asarray(self.sigmas / self.signals)
 
 
 def response(sample: Callable[[Callable[[Any, Any], np.ndarray], int], Any]) -> Response:
@@ -106,20 +121,21 @@ def response(sample: Callable[[Callable[[Any, Any], np.ndarray], int], Any]) -> 
 def transfer(response: Response, computed: Sequence[bool], power: float | None = None) -> np.ndarray:
     """T (N,): what becomes in the result of an error of 1 in v at each evaluation.
 
-    The latents after it move as the sampler answers, and what is denoised from them moves along: of a left-out
-    evaluation by 1 / (1 + sigma^2), as v is drawn on whatever the latent; of a computed one by that to a power (None:
-    POWER, or POWER_NOISY). Where fresh noise is mixed in, an error of an early step was seen to stay and to make some
-    pictures others, so there computed results follow nearly as far as it goes.
+    The latents after it move as the sampler answers, and what is denoised from them moves along: in proportion to the
+    picture that they hold, of a left-out evaluation by 1 / (1 + level^2), as v is drawn on whatever the latent; of a
+    computed one by that to a power (None: POWER, or POWER_NOISY). Where fresh noise is mixed in, an error of an early
+    step was seen to stay and to make some pictures others, so there computed results follow nearly as far as it goes.
     """
     if power is None:
         power = POWER_NOISY if response.noisy else POWER
-    s2 = response.sigmas**2
-    gain = np.where(np.asarray(computed, bool), (1 + s2) ** -power, 1 / (1 + s2))
+    levels = response.levels
+    s2 = levels**2
+    gain = np.where(np.asarray(computed, bool), (1 + s2) ** -power, 1 / (1 + s2)) / response.signals
     n = len(response)
     # carried[s] = matrix[s, n] + the sum over m > s of matrix[s, m] gain[m] carried[m]
     later = np.triu(response.matrix[:, :n], 1) * gain
     carried = np.linalg.solve(np.eye(n) - later, response.matrix[:, n])
-    return np.asarray(-response.sigmas / np.sqrt(1 + s2) * carried)
+    return np.asarray(-levels / np.sqrt(1 + s2) * carried)
 
 
 def strain(response: Response, saving: float, guidance: float) -> float:
@@ -201,21 +217,28 @@ class Statistics:
     beside: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     def recording(self, response: Response, guidance: float, positions: Sequence[float]) -> Recording:
-        """A recording of a run at other noise levels, with v between those of the statistics; beyond them it stays.
+        """A recording of a run at other noise levels, with v between those of the statistics. Beneath them it stays;
+        above them it is thought to go on as it came, and to be off from that by as much again, by chance (see
+        `_above`).
 
         A state that a sampler tries is where one step with the denoised result held leads, so off the path it is by
         about the square of that step (see `_astray`): what v is off there, beside v of the path, is stretched by how
         much longer the run's step is than the recorded one.
         """
         known = np.log(self.sigmas)
-        wanted = np.log(np.maximum(response.sigmas, 1e-6))
+        wanted = np.log(np.maximum(response.levels, 1e-6))
         off = self.beside if len(self.beside) else np.zeros(len(known), bool)
         ways = np.zeros((len(wanted), len(known)))
         ways[:, ~off] = _between(known[~off], wanted)
         if off.any():
             self._lead_off(ways, known, off, wanted, positions)
-        both = np.kron(np.eye(2), ways)
-        return Recording(response, both @ self.gram @ both.T, guidance, tuple(positions), self.size)
+        above = _above(known[~off], wanted)
+        farther = np.zeros_like(ways)
+        farther[:, ~off] = above
+        ways += farther
+        both, beyond = np.kron(np.eye(2), ways), np.kron(np.eye(2), farther)
+        unsure = np.kron(np.ones((2, 2)), np.eye(len(wanted))) * (beyond @ self.gram @ beyond.T)
+        return Recording(response, both @ self.gram @ both.T + unsure, guidance, tuple(positions), self.size)
 
     def _lead_off(
         self, ways: np.ndarray, known: np.ndarray, off: np.ndarray, wanted: np.ndarray, positions: Sequence[float]
@@ -234,6 +257,19 @@ class Statistics:
             jump = np.interp(-wanted[k], -known[off], jumps)
             farthest = FARTHEST * (path @ guided @ path / max(way @ guided @ way, 1e-12)) ** 0.5
             ways[k] += min(_astray(max(begin - wanted[k], 0.0)) / _astray(jump), farthest) * way
+
+
+def _above(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Weights (N, M) of what v has changed by since the first of falling points `known`, logarithms of noise levels, at
+    those `wanted` that lie above it; 0 at others. A straight line over the angle whose tangent the level is: at much
+    noise the denoised result changes with the reciprocal of the level.
+    """
+    rows = np.zeros((len(wanted), len(known)))
+    angles, at = (np.arctan(np.exp(np.minimum(levels, 50))) for levels in (known, wanted))
+    second = min(int(np.searchsorted(-known, SLOPE - known[0])), len(known) - 1)
+    rows[:, 0] = np.maximum(at - angles[0], 0) / (angles[0] - angles[second])
+    rows[:, second] = -rows[:, 0]
+    return rows
 
 
 def _astray(jump: Any) -> Any:

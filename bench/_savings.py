@@ -41,11 +41,17 @@ class Whole:
     steps: int
     cfg: float
     denoise: float = 1.0
+    flow: bool = False  # as models by flow matching are sampled
 
     @property
     def name(self) -> str:
-        kind = "" if self.denoise == 1 else "-img2img"
+        kind = "-flow" if self.flow else "" if self.denoise == 1 else "-img2img"
         return f"{self.sampler}{kind}-{self.steps}-cfg{self.cfg:g}"
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is one of those that the keys of the record are over."""
+        return self.sampler in DETERMINISTIC and not self.flow
 
 
 RUNS = {
@@ -53,9 +59,10 @@ RUNS = {
     for run in (
         *(Whole(*kind, cfg) for kind in KINDS for cfg in (3.0, 7.0)),
         Whole("euler", "normal", 20, 7.0, denoise=0.6),
+        *(Whole("euler", "simple", 20, cfg, flow=True) for cfg in (3.0, 7.0)),
     )
 }
-SAVED = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.8)
+SAVED = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8)
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5)
 CONVERGED = ("dpmpp_2m", "karras", 100)
 OURS, UNCALIBRATED, FEWER = "profile", "uncalibrated", "fewer steps"
@@ -109,6 +116,15 @@ class Savings:
     def _count(self, module, inputs) -> None:
         self._computed += len(inputs[0])
 
+    def _model(self, run: Whole, family: Family | None = None):
+        """The MODEL of a run, of the test prompts if no others are given."""
+        model = (family or self.test).model
+        if not run.flow:
+            return model
+        from bench._blended import blended
+
+        return blended(model)
+
     def latents(self, family: Family, model, run: Whole, steps: int | None = None, sampler=None) -> torch.Tensor:
         start = self._beginning(family, run)
         name, scheduler, count = sampler or (run.sampler, run.scheduler, steps or run.steps)
@@ -127,11 +143,11 @@ class Savings:
 
     def rows(self, run: Whole, methods: list[str], known: set[tuple[str, str]]) -> Iterator[dict]:
         """Rows of a run that are not known yet, by (method, setting)."""
-        full_seconds, full = self._made(self.model, run, run.steps)
+        full_seconds, full = self._made(self._model(run), run, run.steps)
         total = self._computed
         same: dict = {"part": PART, "run": run.name, "sampler": run.sampler, "scheduler": run.scheduler}
         same |= {"steps": run.steps, "cfg": run.cfg}
-        converged = self._converged_run(run) if run.sampler in DETERMINISTIC else None
+        converged = self._converged_run(run) if run.counts else None
         if ("full", "full") not in known:
             yield (
                 same
@@ -184,7 +200,7 @@ class Savings:
 
     def _fewer_steps(self, run: Whole) -> Iterator[Setting]:
         for steps in sorted({round(run.steps * (1 - saved)) for saved in (0.05, 0.1, *SAVED)} - {run.steps}):
-            yield Setting(FEWER, f"{steps} steps", self.model, 1 - steps / run.steps, steps)
+            yield Setting(FEWER, f"{steps} steps", self._model(run), 1 - steps / run.steps, steps)
 
     def _carried(self, method: str, name: str, run: Whole, plan, **more) -> Setting:
         technique = pack_module("nodes.engine.forecasts").Forecasts(plan)
@@ -192,7 +208,7 @@ class Savings:
         def saved() -> float:
             return technique.log.last.saving
 
-        return Setting(method, name, with_technique(self.model, technique), saved, run.steps, more)
+        return Setting(method, name, with_technique(self._model(run), technique), saved, run.steps, more)
 
     def _extrapolation(self, run: Whole) -> Iterator[Setting]:
         for interval in (2, 3, 4):
@@ -207,9 +223,9 @@ class Savings:
         forecasts = pack_module("nodes.engine.forecasts")
         # As KSampler has them: some samplers leave out the last but one.
         settings = run.steps, torch.device("cpu"), run.sampler, run.scheduler, run.denoise, self.model.model_options
-        sigmas = comfy.samplers.KSampler(self.model, *settings).sigmas.cpu()
+        sigmas = comfy.samplers.KSampler(self._model(run), *settings).sigmas.cpu()
         sampler = comfy.samplers.sampler_object(run.sampler)
-        return sampler, sigmas, forecasts.response_of(sampler, sigmas, self.model)
+        return sampler, sigmas, forecasts.response_of(sampler, sigmas, self._model(run))
 
     def _uncalibrated(self, run: Whole) -> Iterator[Setting]:
         speed_up = pack_module("nodes.speed_up")
@@ -223,12 +239,12 @@ class Savings:
             def saved(technique=technique) -> float:
                 return technique.log.last.saving
 
-            yield Setting(UNCALIBRATED, likeness, with_technique(self.model, technique), saved, run.steps)
+            yield Setting(UNCALIBRATED, likeness, with_technique(self._model(run), technique), saved, run.steps)
 
     def _profile(self, run: Whole) -> Iterator[Setting]:
         _, _, response = self._answer(run)
         recorded = pack_module("nodes.engine.forecasts").Recorded()
-        latents = self.latents(self.calibration, with_technique(self.calibration.model, recorded), run)
+        latents = self.latents(self.calibration, with_technique(self._model(run, self.calibration), recorded), run)
         size = float(self.model.model.process_latent_in(latents).square().mean() ** 0.5)
         recording = recorded.results.recording(response, run.cfg, size)
         yield from self._fitted(OURS, run, fit.fits_of(recording))
@@ -250,7 +266,7 @@ class Savings:
             share = sum(n for (_, mode), n in counts.items() if mode == "replay") / sum(counts.values())
             return share * (1 - inherited / full)
 
-        return Setting(method, name, with_technique(self.model, technique), saved, run.steps)
+        return Setting(method, name, with_technique(self._model(run), technique), saved, run.steps)
 
     def _dial(self, run: Whole) -> Iterator[Setting]:
         for name in inheritance.DIALS:
@@ -275,14 +291,14 @@ class Savings:
         from comfy_extras.nodes_easycache import EasyCacheNode
 
         for threshold in THRESHOLDS:
-            model = EasyCacheNode.execute(self.model, threshold, 0.15, 0.95, False).args[0]
+            model = EasyCacheNode.execute(self._model(run), threshold, 0.15, 0.95, False).args[0]
             yield Setting("easycache", f"threshold {threshold}", model, None, run.steps)
 
     def _lazycache(self, run: Whole) -> Iterator[Setting]:
         from comfy_extras.nodes_easycache import LazyCacheNode
 
         for threshold in THRESHOLDS:
-            model = LazyCacheNode.execute(self.model, threshold, 0.15, 0.95, False).args[0]
+            model = LazyCacheNode.execute(self._model(run), threshold, 0.15, 0.95, False).args[0]
             yield Setting("lazycache", f"threshold {threshold}", model, None, run.steps)
 
 
@@ -331,7 +347,7 @@ def summary(rows: list[dict]) -> dict[str, float]:
         leads: dict[str, list[float]] = {"fewer_steps": [], "best_peer": []}
         for run in runs:
             mine, fewer = _points(rows, run, method), _points(rows, run, FEWER)
-            deterministic = run.split("-")[0] in DETERMINISTIC
+            deterministic = RUNS[run].counts
             # SDE runs are not hopeless at 20%; beyond that nothing comes near.
             for saved in (0.4, 0.5) if deterministic else (0.2,) if run.startswith("dpmpp_2m_sde") else ():
                 ours = _measured(mine, saved)
@@ -351,7 +367,7 @@ def summary(rows: list[dict]) -> dict[str, float]:
         quality - other
         for run in runs
         for saved, quality in _points(rows, run, "dial")
-        if run.split("-")[0] in DETERMINISTIC and (other := _line(_points(rows, run, FEWER), saved)) is not None
+        if RUNS[run].counts and (other := _line(_points(rows, run, FEWER), saved)) is not None
     ]
     if dial:
         found["dial_lead_over_fewer_steps_db"] = min(dial)

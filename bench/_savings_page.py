@@ -23,7 +23,8 @@ COLOURS = {OURS: "#d1495b", UNCALIBRATED: "#e8a33d", FEWER: "#2b59c3", "others":
 
 def in_words(run: Whole) -> str:
     begins = "" if run.denoise == 1 else f", denoise {run.denoise:g}"
-    return f"{run.sampler}, {run.scheduler}, {run.steps} steps, CFG {run.cfg:g}{begins}"
+    flow = ", flow matching" if run.flow else ""
+    return f"{run.sampler}, {run.scheduler}, {run.steps} steps, CFG {run.cfg:g}{begins}{flow}"
 
 
 def _of(rows: Sequence[Mapping], run: str, method: str) -> list[Mapping]:
@@ -101,7 +102,8 @@ def with_measures(page: str, rows: Sequence[Mapping], summary: Mapping[str, floa
         "",
         "Emoji teacher, 128 x 128, 16 prompts, in one ComfyUI: mean PSNR to the same run in full, and in brackets",
         'that of the furthest picture. `make bench NAME=inheritance ARGS="--parts runs"` makes this part anew from',
-        "`bench/results/inheritance.json`.",
+        "`bench/results/inheritance.json`. With flow matching the same network is sampled as such models are: latents",
+        "(1 - sigma) x0 + sigma n, and a shift of 3.",
         "",
         "![likeness against multiplications saved, for each run](forecasts.png)",
         "",

@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
-import comfy.model_sampling
 import numpy as np
 import safetensors.numpy
 import torch
@@ -30,6 +29,7 @@ from .engine.forecasts import (
     FORECAST,
     ForecastReport,
     Forecasts,
+    blends,
     bytes_of,
     features_of,
     forecaster,
@@ -100,12 +100,8 @@ _plans: dict[tuple, ForecastPlan] = {}
 
 def plan_for(likeness: str, sampler, sigmas: Tensor, guidance: float, model) -> ForecastPlan:
     """The plan for a run of one of the host's samplers. Raises ValueError where none can be found."""
-    if isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
-        raise ValueError(
-            "the plans that ship are for models whose noise is added to the picture, not blended with it as here (flow "
-            "matching; Calibrate makes a plan for it)"
-        )
-    key = likeness, sampler_name(sampler), tuple(sigmas.tolist()), guidance
+    flow = blends(model.get_model_object("model_sampling"))
+    key = likeness, sampler_name(sampler), tuple(sigmas.tolist()), guidance, flow
     if key not in _plans:
         found = response_of(sampler, sigmas, model)
         positions = positions_of(found, sigmas)

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from comfy.model_sampling import CONST
 from torch import Tensor
 
 from ...asdm_core.forecast import (
@@ -126,6 +127,16 @@ def positives(guider) -> frozenset:
     return frozenset(cond["uuid"] for cond in guider.conds.get("positive") or ())
 
 
+def blends(sampling) -> bool:
+    """Whether a model's noise takes the place of the picture (flow matching), instead of lying on it."""
+    return isinstance(sampling, CONST)
+
+
+def signal_at(sigma: float, model) -> float:
+    """How much of the picture the latents of a model hold at a noise level: x = signal x0 + sigma n."""
+    return 1 - sigma if blends(model.model_sampling) else 1.0
+
+
 class Same:
     """A thing that equals itself, and tensors that equal its own. Keeps it alive: a bare id may come to mean others."""
 
@@ -182,7 +193,7 @@ class Forecaster(InRun):
             plan = plan.for_steps(steps)
         self.plan = plan
         self._next = 0
-        self._sigma, self._position, self._number = 0.0, 0.0, 0
+        self._sigma, self._signal, self._position, self._number = 0.0, 1.0, 0.0, 0
         self._action = Action()
         self._unplanned = 0
         self._made_anyway: set[int] = set()  # evaluations that the plan forecasts
@@ -245,6 +256,7 @@ class Forecaster(InRun):
         self._called = True
         if not self._draws:
             return executor(model, conds, x, timestep, model_options)
+        self._signal = signal_at(self._sigma, model)
         live = [i for i, cond in enumerate(conds) if cond and any(self._active(c) for c in cond)]
         for i in live:
             self._next_keyframe(model, conds[i], timestep, model_options)
@@ -292,13 +304,10 @@ class Forecaster(InRun):
             results = executor(model, alone, x, timestep, options)
             self._computed += 1
             self._done[-1].add("c" if kind == COND else "u")
-            v = v_of(x, results[first], self._sigma)
+            v = self._v(x, results[first])
             for i in others:
-                results[i] = (
-                    results[first].clone()
-                    if differences[i] is None
-                    else denoised_of(x, v - differences[i], self._sigma).to(results[first].dtype)
-                )
+                difference, its = differences[i], results[first]
+                results[i] = its.clone() if difference is None else self._denoised(x, v - difference).to(its.dtype)
             self._remember([first], keys, now, x, results)
             return results
         if kind != RESULT:
@@ -308,8 +317,7 @@ class Forecaster(InRun):
             return None
         self._done[-1].add("r")
         return [
-            denoised_of(x, found[i], self._sigma).to(x.dtype) if i in found else torch.zeros_like(x)
-            for i in range(len(conds))
+            self._denoised(x, found[i]).to(x.dtype) if i in found else torch.zeros_like(x) for i in range(len(conds))
         ]
 
     def _corrected(self, keys, now, first, x, results) -> list[Tensor]:
@@ -328,8 +336,7 @@ class Forecaster(InRun):
         if found is None:
             return results
         return [
-            denoised_of(x, found[i], self._sigma).to(result.dtype) if i in found else result
-            for i, result in enumerate(results)
+            self._denoised(x, found[i]).to(result.dtype) if i in found else result for i, result in enumerate(results)
         ]
 
     def _results(self, keys, now, first) -> dict[int, Tensor] | None:
@@ -389,8 +396,14 @@ class Forecaster(InRun):
         for i in computed:
             track = self._tracks.setdefault(keys[i], Track())
             if self._number in keep:
-                track.points[self._number] = Point(self._position, v_of(x, results[i], self._sigma), now[i], whole)
+                track.points[self._number] = Point(self._position, self._v(x, results[i]), now[i], whole)
             track.points = {k: point for k, point in track.points.items() if k in keep}
+
+    def _v(self, x: Tensor, denoised: Tensor) -> Tensor:
+        return v_of(x, denoised, self._sigma, self._signal)
+
+    def _denoised(self, x: Tensor, v: Tensor) -> Tensor:
+        return denoised_of(x, v, self._sigma, self._signal)
 
     # circumstances ----------------------------------------------------------------------------------
 
@@ -523,11 +536,12 @@ class RecordedRun(InRun):
         if first is not None and len(self.cond) < len(
             self.sigmas
         ):  # the first call of an evaluation; others are guidance
-            cond = v_of(x, results[first], self._sigma).float()
+            signal = signal_at(self._sigma, model)
+            cond = v_of(x, results[first], self._sigma, signal).float()
             other = next((i for i, c in enumerate(conds) if c and i != first), None)
             difference = torch.zeros_like(cond)
             if other is not None:
-                difference = cond - v_of(x, results[other], self._sigma).float()
+                difference = cond - v_of(x, results[other], self._sigma, signal).float()
             self.cond.append(cond.cpu())
             self.difference.append(difference.cpu())
         return results
@@ -585,7 +599,8 @@ def response_of(sampler, sigmas: Tensor, model) -> Response:
     if any(np.abs(found.sigmas - s).min(initial=np.inf) > 1e-4 * s for s in nodes[:-1].tolist()):
         raise ValueError(f"{name} evaluates the network at noise levels of its own, which no plan foresees")
     beside = len(found) >= len(nodes) or function.__name__.startswith("sample_unipc")  # its corrector
-    return replace(found, noisy=draws_noise(sampler), beside=beside)
+    sampling = model.get_model_object("model_sampling")
+    return replace(found, noisy=draws_noise(sampler), beside=beside, blends=blends(sampling))
 
 
 class _Denoiser:

@@ -41,6 +41,17 @@ def test_v_is_what_a_v_network_predicts_and_eps_gives_the_same(sigma, seed):
     assert denoised_of(x, v_of(x, x0, sigma), sigma) == pytest.approx(x0, abs=1e-9)
 
 
+@given(sigma=st.floats(1e-3, 1.0), seed=st.integers(0, 1000))
+def test_v_is_that_of_the_latent_in_proportion_whatever_its_form(sigma, seed):
+    x0, noise = np.random.default_rng(seed).standard_normal((2, 3, 5))
+    # Flow matching: x = (1 - sigma) x0 + sigma n, so its velocity n - x0 and v are both linear in x0 and n.
+    x = (1 - sigma) * x0 + sigma * noise
+    size = (sigma**2 + (1 - sigma) ** 2) ** 0.5
+    v = ((1 - sigma) * noise - sigma * x0) / size
+    assert v_of(x, x0, sigma, 1 - sigma) == pytest.approx(v, abs=1e-9)
+    assert denoised_of(x, v, sigma, 1 - sigma) == pytest.approx(x0, abs=1e-9)
+
+
 def test_tensors_keep_their_type():
     x = torch.randn(2, 4, 8, 8)
     sigma = torch.tensor(2.0)

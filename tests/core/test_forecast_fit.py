@@ -284,14 +284,62 @@ def test_evaluations_for_the_prompt_alone_are_taken_where_they_help():
     assert together.saving == pytest.approx(alone.saving)
 
 
-def table_run(steps, kind="none", sampler=euler):
-    """A recording of a sampler with noise levels as karras spaces them, from the table that ships."""
+def test_plans_for_blended_noise_are_those_for_noise_on_top():
+    """Euler with flow matching takes the steps that it takes with noise on top at the levels sigma / (1 - sigma), its
+    latents in proportion to the picture; so all that is fitted must be the same.
+    """
+    toy, mixed = Toy("euler", 4.0), SIGMAS / (1 + SIGMAS)
+    found = response(lambda denoise, rows: euler(denoise, np.zeros(rows), mixed))
+    on_top, blended = toy.recording(), replace(toy.recording(), response=replace(found, blends=True))
+    assert blended.response.levels == pytest.approx(on_top.response.levels)
+    computed = [letter == "F" for letter in "FFrFrFrrF"]
+    for power in (None, 0.0, 1.0):
+        assert transfer(blended.response, computed, power) == pytest.approx(transfer(on_top.response, computed, power))
+    plans = [PlanFit(recording, apart=True).search(5) for recording in (on_top, blended)]
+    assert plans[0].plan.letters() == plans[1].plan.letters() and plans[0].error == pytest.approx(plans[1].error)
+    table = Statistics(SIGMAS[:-1], toy.recording().gram, 4.0, 1.0)
+    assert table.recording(blended.response, 4.0, range(9)).gram == pytest.approx(on_top.gram)
+
+
+def test_a_run_of_blended_noise_may_begin_at_noise_alone():
+    sigmas = np.linspace(1.0, 0.0, 9)
+    found = replace(response(lambda denoise, rows: euler(denoise, np.zeros(rows), sigmas)), blends=True)
+    assert np.isfinite(transfer(found, [True, True, *[False] * 6])).all()
+    recording = table_of("none").recording(found, 7.0, range(8))
+    assert np.isfinite(recording.gram).all() and PlanFit(recording).search(4).saving == pytest.approx(0.5)
+
+
+def test_above_what_is_known_v_goes_on_and_is_less_sure():
+    rng = np.random.default_rng(0)
+    cond, difference = rng.standard_normal((2, 2, 30))
+
+    def gram(levels):  # v in a straight line over the angle
+        angles = np.stack([np.ones(len(levels)), np.arctan(levels)], axis=1)
+        return gram_of(angles @ cond, angles @ difference)
+
+    known, wanted = np.geomspace(14.6, 0.03, 40), np.array([1e9, 60.0, 14.6, 3.0])
+    answer = forecast_fit.Response(wanted, np.zeros((4, 5)))
+    found = Statistics(known, gram(known), 7.0, 1.0).recording(answer, 7.0, range(4)).gram
+    off = found - gram(wanted)
+    went = np.diag([np.arctan(level) - np.arctan(14.6) for level in (1e9, 60.0)]) ** 2
+    for one, its in ((0, cond), (4, difference)):
+        for other, theirs in ((0, cond), (4, difference)):
+            block = off[one : one + 4, other : other + 4]
+            assert block[:2, :2] == pytest.approx(went * (its[1] @ theirs[1]) / 30, abs=1e-6)
+            assert block[2:] == pytest.approx(0, abs=1e-4) and block[:, 2:] == pytest.approx(0, abs=1e-4)
+
+
+def table_of(kind):
     tensors = load_file(Path(forecast_fit.__file__).parents[1] / "models" / "forecasts.safetensors")
     factor, (guidance, size) = tensors[f"{kind}-cfg7.factor"].astype(float), tensors[f"{kind}-cfg7.run"]
-    table = Statistics(tensors[f"{kind}-cfg7.sigmas"].astype(float), factor @ factor.T, float(guidance), float(size))
+    return Statistics(tensors[f"{kind}-cfg7.sigmas"].astype(float), factor @ factor.T, float(guidance), float(size))
+
+
+def table_run(steps, kind="none", sampler=euler):
+    """A recording of a sampler with noise levels as karras spaces them, from the table that ships."""
     sigmas = np.append(np.linspace(14.6 ** (1 / 7), 0.03 ** (1 / 7), steps) ** 7, 0.0)
     found = response(lambda denoise, rows: sampler(denoise, np.zeros(rows), sigmas))
-    return table.recording(found, 7.0, range(steps))
+    return table_of(kind).recording(found, 7.0, range(steps))
 
 
 @pytest.mark.parametrize(("steps", "differs"), [(30, False), (40, True), (65, False)])

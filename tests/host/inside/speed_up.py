@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
 import comfy.samplers
 import folder_paths
 import pytest
@@ -297,10 +299,68 @@ def flow_matching(model):
     return nodes_model_advanced.ModelSamplingSD3().patch(model, 3.0)[0]
 
 
-def test_a_model_that_blends_its_noise_takes_plans_made_for_it_alone(model, kept, caplog):
+class Blending(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """Flow matching on the outside, and inside a network that was trained with noise on top."""
+
+    def __init__(self, its):
+        super().__init__()
+        self.its = its
+
+    def timestep(self, sigma):
+        return self.its.timestep(sigma / (1 - sigma))
+
+    def calculate_input(self, sigma, noise):
+        return self.its.calculate_input(sigma / (1 - sigma), noise / (1 - sigma.view(-1, 1, 1, 1)))
+
+    def calculate_denoised(self, sigma, model_output, model_input):
+        part = 1 - sigma
+        return self.its.calculate_denoised(sigma / part, model_output, model_input / part.view(-1, 1, 1, 1))
+
+
+def blending(model):
+    m = model.clone()
+    m.add_object_patch("model_sampling", Blending(model.get_model_object("model_sampling")))
+    return m
+
+
+@pytest.mark.parametrize("technique_of_it", ["straight", "fitted", "guided", "Speed Up"])
+def test_a_model_that_blends_its_noise_is_forecast_as_one_that_adds_it(folder, technique_of_it):
+    """Euler takes the same steps in both, so the same network must give the same picture."""
+    model = small.model(folder, prediction="v")
+    levels = small.sigmas_of(model, 14)[2:]  # the first two would begin at the greatest noise, which the host scales
+    sampler = comfy.samplers.sampler_object("euler")
+    answer = forecasts.response_of(sampler, levels, model)
+    table = speed_up.statistics_for(sampler, 3.0, range(12))
+    fit = forecast_fit.PlanFit(table.recording(answer, 3.0, range(12)), apart=True)
+    kinds = {"F": forecast.FULL, "r": forecast.RESULT, "c": forecast.COND}
+
+    def plan(letters, fitted):
+        return fit.weights([kinds[letter] for letter in letters], fitted).plan
+
+    its = {
+        "straight": forecasts.Forecasts(plan("FFrFrrFrFrrr", False)),
+        "fitted": forecasts.Forecasts(plan("FFrFrrFrFcrr", True)),
+        "guided": forecasts.Forecasts(forecast.guided_within(plan("FFrFrrFrFrrr", True), 0.1, 0.8)),
+        "Speed Up": speed_up.SpeedUp("same motif", "none"),
+    }[technique_of_it]
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    made, letters = [], []
+    for m, sigmas in ((model, levels), (blending(model), levels / (1 + levels))):
+        on = small.with_technique(m, its)
+        for each in (m, on):
+            conds = small.cond(SD, 1), small.cond(SD, 2)
+            made.append(comfy.sample.sample_custom(each, noise, 3.0, sampler, sigmas, *conds, torch.zeros_like(noise)))
+        letters.append(its.log.last.letters)
+    full, forecast_, flow_full, flow_forecast = made
+    assert letters[0] == letters[1] and "r" in letters[0]
+    assert small.difference(flow_full, full) < 1e-3 < 10 * small.difference(forecast_, full)
+    assert small.difference(flow_forecast, forecast_) < 1e-3
+
+
+def test_a_model_that_blends_its_noise_has_profiles_of_its_own(model, kept, caplog):
     flow = flow_matching(model)
-    run(flow)
-    assert "flow matching" in caplog.text and "how little the network's first layer" in caplog.text
+    report, _ = run(flow)  # begins at noise alone, of which no picture is left
+    assert "by the plans that ship" in caplog.text and "r" in report.letters and not report.notes
     calibrated(flow, name="flow")
     caplog.clear()
     report, made = run(flow)
