@@ -61,6 +61,13 @@ class Settings:
             raise ValueError(f"guidance and lr of a fit must be finite and lr above 0, got {self}")
 
 
+def walks_for(steps: int) -> tuple[int, int]:
+    """Fewest and most evaluations of a walk in a fit for runs of so many steps; 0: of any. What learns for few steps
+    has few noise levels to learn.
+    """
+    return (steps, steps) if steps else Settings.steps
+
+
 class Network(Protocol):
     """A network with its prompts: states x (B, C, h, w), time steps t (B,), numbers of prompts or EMPTY -> what it
     predicts, (B, C, h, w).

@@ -26,7 +26,7 @@ from .engine.progress import say_progress, time_left
 from .save_unet import unused_path
 
 SHOWN = 4  # prompts that the pictures show
-STEPS = 6  # of these pictures
+STEPS = 6  # of these pictures, where the pack is for any
 EVERY = 30.0  # seconds of learning between two previews
 BAR = 1000
 
@@ -77,7 +77,9 @@ class Fitting:
         noise = torch.randn(SHOWN, *self.shape, generator=torch.Generator().manual_seed(self.settings.seed))
         numbers = list(range(min(count, self.fit.count)))
         noise = noise[: len(numbers)].to(self.copy.device)
-        return fit.draw(network, self.diffusion, noise, numbers, STEPS, self.settings.guidance)
+        fewest, most = self.settings.steps
+        steps = fewest if fewest == most else STEPS
+        return fit.draw(network, self.diffusion, noise, numbers, steps, self.settings.guidance)
 
     def pairs(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents of the MODEL itself, and with the pack as it is now."""
@@ -195,6 +197,16 @@ class ASDMFitPack(io.ComfyNode):
                     control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Of the noises it learns on.",
                 ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=100,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of the runs that the pack is for, with the scheduler simple. With few of them it comes "
+                    "nearer in the same time, and is not for others. 0: for any.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="With the fitted pack."),
@@ -225,6 +237,7 @@ class ASDMFitPack(io.ComfyNode):
         batch,
         learning_rate,
         seed,
+        steps=0,
     ):
         pack = packs.open_pack(files.pack_path(pack_name))
         check_fit(model, pack.description, pack_name)
@@ -234,7 +247,8 @@ class ASDMFitPack(io.ComfyNode):
         folder = Path(folder_paths.get_folder_paths(files.PACK_FOLDER)[0])
         folder.mkdir(parents=True, exist_ok=True)
         path = tensor_file.check_output(unused_path(folder, within(folder, filename_prefix)))
-        settings = fit.Settings(walks=batch, guidance=cfg, lr=learning_rate, seed=seed)
+        lengths = fit.walks_for(steps)
+        settings = fit.Settings(walks=batch, steps=lengths, guidance=cfg, lr=learning_rate, seed=seed)
         shape = (model.model.latent_format.latent_channels, height // PIXELS, width // PIXELS)
 
         with fitting.learning():
@@ -253,6 +267,7 @@ class ASDMFitPack(io.ComfyNode):
                     if told.steps:
                         spent = round(minutes * min(1.0, told.share), 3)
                         training = {"minutes": spent, "samples": told.samples, "guidance": cfg, "lr": learning_rate}
+                        training["steps"] = steps
                         description, tensors = copy.learned(training)
                         packs.write_pack(path, tensors, description, torch.float16)
                         cls._say(f"kept {path.name}, after {told.samples} samples")

@@ -166,7 +166,8 @@ def main(arguments: Sequence[str] | None = None, encoder: Encoder | None = None)
     parser.add_argument("--encoders", default="", help="where the text encoder is; the checkpoint itself if not given")
     parser.add_argument("--tokenizer", default="", help="folder of CLIP's vocabulary")
     parser.add_argument("--walks", type=int, default=fit.Settings.walks, help="states in a batch")
-    parser.add_argument("--guidance", type=float, default=fit.Settings.guidance)
+    parser.add_argument("--guidance", type=float, default=fit.Settings.guidance, help="CFG of the runs it is for")
+    parser.add_argument("--steps", type=int, default=0, help="of the runs it is for; 0: of any, 3 to 8 while it learns")
     parser.add_argument("--lr", type=float, default=fit.Settings.lr)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=[p for p in PRECISIONS if p != "fp16"], default="no")
@@ -181,10 +182,14 @@ def main(arguments: Sequence[str] | None = None, encoder: Encoder | None = None)
         raise ValueError(f"--minutes: wanted a number above 0, got {args.minutes:g}")
     if args.size < 64 or args.size % 64:
         raise ValueError(f"--size: wanted a multiple of 64, got {args.size}")
+    if args.steps < 0:
+        raise ValueError(f"--steps: wanted 0 or more, got {args.steps}")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     if args.cpu_time and device.type != "cpu":
         raise ValueError("--cpu-time: what runs on a GPU takes no time of the CPU; give --cpu as well, or leave it out")
-    settings = fit.Settings(walks=args.walks, guidance=args.guidance, lr=args.lr, seed=args.seed)
+    settings = fit.Settings(
+        walks=args.walks, steps=fit.walks_for(args.steps), guidance=args.guidance, lr=args.lr, seed=args.seed
+    )
     prompts = read_prompts(args.prompts)
     pair = Pair(open_unet(args.checkpoint), open_pack(args.pack), device, PRECISIONS[args.precision])
     prediction = pair.checkpoint.description.prediction or pair.pack.description.prediction or "eps"
@@ -223,7 +228,8 @@ def main(arguments: Sequence[str] | None = None, encoder: Encoder | None = None)
     if ended and not told.samples:
         raise ValueError(ended)
     training = {"minutes": round(args.minutes * told.share, 2), "samples": told.samples, "lr": args.lr}
-    description, tensors = pair.fitted(training | {"guidance": args.guidance, "seed": args.seed})
+    training |= {"guidance": args.guidance, "steps": args.steps, "seed": args.seed}
+    description, tensors = pair.fitted(training)
     write_pack(args.output, tensors, description, DTYPES[args.stored])
     print(f"wrote {args.output}: for {pair.checkpoint.path.name}, from {told.samples} samples")
     if ended:

@@ -176,6 +176,20 @@ def test_every_batch_holds_other_noises_and_each_prompt_comes_once_a_round():
     assert len(set(begun[:5])) == 5  # of eight prompts, three went to walks that began on their way
 
 
+@pytest.mark.parametrize("steps, lengths", [(3, {3}), (12, {12}), (0, set(range(3, 9)))])
+def test_a_fit_for_runs_of_some_steps_sees_their_noises_alone(steps, lengths):
+    fitting, *_ = a_fit(fit.Settings(walks=4, steps=fit.walks_for(steps)))
+    seen, teacher = set(), fitting.teacher
+
+    def watched(x, t, prompts):
+        seen.update(t.tolist())
+        return teacher(x, t, prompts)
+
+    fitting.teacher = watched
+    fitting.run(200, by_steps(fitting))
+    assert seen == {t for n in lengths for t in simple_times(n)}
+
+
 def test_numbers_that_are_not_finite_end_it_and_what_was_learned_is_kept():
     fitting, _, student = a_fit()
     teacher = fitting.teacher

@@ -73,11 +73,11 @@ def test_teacher_and_student_share_all_but_the_units_and_play_what_the_files_say
 
 
 def test_it_learns_and_writes_a_pack_that_is_bound(files, capsys):
-    found = run(files, "--walks", "2")
+    found = run(files, "--walks", "2", "--steps", "3")
     told = found.description
     whose = Checkpoint.of("mine.safetensors", open_unet(files / "mine.safetensors").tensors, TINY)
     assert told.difference_of == told.made_for == whose and told.licence == "free" and told.units == M2.pack_units()
-    assert told.training["fit"]["samples"] >= 4
+    assert told.training["fit"]["samples"] >= 4 and told.training["fit"]["steps"] == 3
     said = capsys.readouterr().out
     assert said.index("GiB beside the networks") < said.index("wrote")
     # What was written is what is played: the pack's units, a little further on.
@@ -153,7 +153,12 @@ def test_memory_is_foretold(files, size):
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(["--minutes", "0"], "--minutes"), (["--size", "100"], "--size"), (["--walks", "0"], "a fit needs walks")],
+    [
+        (["--minutes", "0"], "--minutes"),
+        (["--size", "100"], "--size"),
+        (["--walks", "0"], "a fit needs walks"),
+        (["--steps", "-1"], "--steps"),
+    ],
 )
 def test_bad_arguments(files, more, message):
     with pytest.raises(SystemExit, match=message):

@@ -61,7 +61,7 @@ def folder_of_packs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(model, path, monkeypatch, steps=40, **given):
+def run(model, path, monkeypatch, learning=40, **given):
     """The node, on a pack file; returns MODEL, name of the file, comparison."""
     monkeypatch.setattr(fit_pack.files, "pack_path", lambda name: path)
     monkeypatch.setattr(fit_pack.comparison, "view", lambda *_: {})
@@ -70,7 +70,7 @@ def run(model, path, monkeypatch, steps=40, **given):
         "vae": Vae(),
         "pack_name": path.name,
         "prompts": "a cat\n\n a very long prompt about a dog \na bird",
-        "minutes": steps / 60,
+        "minutes": learning / 60,
         "width": 128,
         "height": 128,
         "filename_prefix": "fitted",
@@ -81,6 +81,17 @@ def run(model, path, monkeypatch, steps=40, **given):
     }
     with torch.inference_mode():
         return node_classes()["ASDMFitPack"].execute(model=model, **settings | given).args
+
+
+def test_a_pack_for_runs_of_few_steps_is_shown_in_so_many(model, m2, folder_of_packs, monkeypatch):
+    drawn, draw = [], fit_pack.fit.draw
+    monkeypatch.setattr(fit_pack.fit, "draw", lambda *args: drawn.append(args[4]) or draw(*args))
+    _, name, _ = run(model, m2, monkeypatch, learning=2, steps=3)
+    assert set(drawn) == {3}
+    assert packs.open_pack(folder_of_packs / name).description.training["fit"]["steps"] == 3
+    drawn.clear()
+    run(model, m2, monkeypatch, learning=2)
+    assert set(drawn) == {fit_pack.STEPS}
 
 
 def weights_of(model):
@@ -98,7 +109,7 @@ def like(model, samples, **more):
 def test_the_pack_comes_nearer_and_the_model_stays(model, m2, plain_samples, folder_of_packs, monkeypatch):
     before = weights_of(model)
     started = small.with_pack(model, m2)
-    (played, name, picture) = run(model, m2, monkeypatch, steps=60)
+    (played, name, picture) = run(model, m2, monkeypatch, learning=60)
     assert same(before, weights_of(model)) and torch.equal(small.sample(model), plain_samples)
     assert name == "fitted_00001.safetensors" and picture.shape[0] == 1
     assert like(played, plain_samples) < 0.8 * like(started, plain_samples)
@@ -118,7 +129,7 @@ def test_a_pack_that_lacks_nothing_learns_nothing(model, folder, folder_of_packs
     with_lora = small.add_lora(model, small.lora())
     losses = []
     monkeypatch.setattr(fit_pack, "say_progress", losses.append)
-    (_, name, _) = run(with_lora, path, monkeypatch, steps=5)
+    (_, name, _) = run(with_lora, path, monkeypatch, learning=5)
     assert any("difference 0.0000" in text for text in losses)
     assert not any(t.any() for t in packs.open_pack(folder_of_packs / name).tensors.values())
 
@@ -126,7 +137,7 @@ def test_a_pack_that_lacks_nothing_learns_nothing(model, folder, folder_of_packs
 def test_loras_are_learned_with_and_act_as_on_the_checkpoint(model, m2, folder_of_packs, monkeypatch):
     """At a learning rate of next to nothing, what is kept is what was there: the pack as Apply Pack plays it."""
     with_lora = small.add_lora(model, small.lora())
-    (played, name, _) = run(with_lora, m2, monkeypatch, steps=1, learning_rate=1e-7)
+    (played, name, _) = run(with_lora, m2, monkeypatch, learning=1, learning_rate=1e-7)
     wanted = small.sample(small.with_pack(with_lora, m2))
     assert like(played, wanted) < 0.01 < like(small.with_pack(model, m2), wanted)
     path = folder_of_packs / name
@@ -137,7 +148,7 @@ def test_bypass_loras_are_learned_with_as_others(model, m2, folder_of_packs, mon
     lora, before = small.lora(), weights_of(model)
     bypassed = small.comfy.sd.load_bypass_lora_for_models(model, None, lora, 1.0, 0.0)[0]
     own = small.sample(bypassed)
-    (played, name, _) = run(bypassed, m2, monkeypatch, steps=1, learning_rate=1e-7)
+    (played, name, _) = run(bypassed, m2, monkeypatch, learning=1, learning_rate=1e-7)
     assert like(played, small.sample(small.with_pack(bypassed, m2))) < 0.01
     taught = {}
     for kind, teacher in (("plain", model), ("bypass", bypassed), ("weights", small.add_lora(model, lora))):
@@ -160,7 +171,7 @@ def test_a_quantised_checkpoint_is_fitted_to(m2, folder_of_packs, monkeypatch, f
         model = small.comfy.sd.load_diffusion_model_state_dict(dict(held))
     again = small.comfy.sd.load_diffusion_model_state_dict
     model.cached_patcher_init = (lambda disable_dynamic=False: again(dict(held), disable_dynamic=disable_dynamic), ())
-    (played, name, _) = run(model, m2, monkeypatch, steps=1, learning_rate=1e-7)
+    (played, name, _) = run(model, m2, monkeypatch, learning=1, learning_rate=1e-7)
     kept = packs.open_pack(folder_of_packs / name).tensors
     for key, weight in small.surgery.extract(small.weights(SD, 1), M2, M2.pack_units()).items():
         assert torch.allclose(kept[key].float(), weight - numbers[key], rtol=1e-3, atol=1e-3), key
@@ -188,7 +199,7 @@ def test_cancel_keeps_what_was_learned(model, m2, folder_of_packs, monkeypatch):
 def test_memory_is_said_and_refused(model, m2, folder_of_packs, monkeypatch):
     said = []
     monkeypatch.setattr(fit_pack, "say_progress", said.append)
-    run(model, m2, monkeypatch, steps=1)
+    run(model, m2, monkeypatch, learning=1)
     assert "GiB beside the model" in said[0]
     free = comfy.model_management.get_free_memory
     sizes = iter([2**40] * 8)
@@ -254,7 +265,7 @@ def test_bad_input(model, m2, folder_of_packs, monkeypatch, given, message):
 
 def test_the_name_has_its_folder(model, m2, folder_of_packs, monkeypatch):
     (folder_of_packs / "mine").mkdir()
-    (_, name, _) = run(model, m2, monkeypatch, steps=1, filename_prefix="mine/fitted")
+    (_, name, _) = run(model, m2, monkeypatch, learning=1, filename_prefix="mine/fitted")
     assert name == str(Path("mine", "fitted_00001.safetensors")) and (folder_of_packs / name).is_file()
 
 
@@ -297,6 +308,6 @@ def test_sdxl(folder, folder_of_packs, monkeypatch):
         model = small.model(folder, small.SDXL)
     path = small.write_pack(folder / "xl.safetensors", small.SDXL, preset="koala-700m", seed=1)
     own = small.sample(model, small.SDXL)
-    (played, name, _) = run(model, path, monkeypatch, steps=8, clip=Wide())
+    (played, name, _) = run(model, path, monkeypatch, learning=8, clip=Wide())
     assert like(played, own, config=small.SDXL) < like(small.with_pack(model, path), own, config=small.SDXL)
     assert json.loads(tensor_file.read_header(folder_of_packs / name).metadata["asdm"])["format"] == 3
