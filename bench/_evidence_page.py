@@ -286,6 +286,7 @@ STYLE_ROWS = {
     "style_m2_styles": "M2 over many styles, a difference",
     "style_m2_fitted_1min": "M2 as a difference, fitted for 1 minute of one core",
     "style_m2_fitted_3min": "M2 as a difference, fitted for 3 minutes",
+    "style_m2_fitted_3min_any": "M2 as a difference, fitted for 3 minutes for runs of any number of steps",
     "style_m2_fitted_10min": "M2 as a difference, fitted for 10 minutes",
     "style_2_steps_lora": "the two-step LoRA on the whole finetune",
     "style_2_steps_lora_m2_difference": "the two-step LoRA and M2 as a difference",
@@ -303,8 +304,8 @@ def with_style(page: str, found: Mapping) -> str:
         "In OpenMoji, a finetune that no training of these packs and no choice of a setting ever saw: PSNR to the "
         "finetune's own pictures of 4 steps (dpmpp_2m, simple, CFG 3) from the same noise, `grad` the mean difference "
         "of neighbouring pixels in proportion to theirs, accuracy by the family's classifier. Packs are drawn with 3 "
-        "steps of the same, the two-step LoRA with 2 without guidance. The last rows are in the teacher, against its "
-        "own 4 steps.",
+        "steps of the same, for which they were fitted if nothing else is said, the two-step LoRA with 2 without "
+        "guidance. The last rows are in the teacher, against its own 4 steps.",
         "",
         "| row | forwards | PSNR | grad | accuracy |",
         "|---|---|---|---|---|",

@@ -5,7 +5,8 @@
 The reference is OpenMoji's own run of 4 steps (dpmpp_2m, simple, CFG 3) from the same noise; packs are drawn with 3
 steps of the same, few-step LoRAs as their metadata say. Beside them the finetune's own fewer steps, and M2 in the
 teacher, against the teacher's own run, for what it loses there by being a difference or trained over many styles. A fit
-learns from the names of all concepts as prompts, 8 walks at a time in bfloat16, for so many CPU minutes of one thread.
+learns from the names of all concepts as prompts, for runs of 3 steps, 8 walks at a time in bfloat16, for so many CPU
+minutes of one thread; a row of its own says what 3 minutes for runs of any number of steps come to.
 
     --styles PACK  M2 over many styles (train/configs/emoji-m2-styles.toml). Where it lies in --models it ships, and is
                    M2 as one gets it without a fit; else that is M2 in models/ as a difference
@@ -48,7 +49,8 @@ from train.fit import Pair
 from train.progress import plain_errors
 
 TEACHER, FINETUNE, TEXT = "emoji-teacher.safetensors", "emoji-openmoji.safetensors", "emoji-text.safetensors"
-SAMPLER, CFG = "dpmpp_2m", 3.0
+SAMPLER, CFG, STEPS = "dpmpp_2m", 3.0, 3
+ANY_STEPS = 3.0  # minutes of a fit for runs of any number of steps
 SHOWN = 12  # pictures of a row in the grid
 WALKS = 8  # of a fit: states this small leave room for more than its default
 BATCHES = 4  # steps in a round of --speed
@@ -59,7 +61,7 @@ def own(name: str, steps: int) -> Row:
 
 
 def with_pack(name: str, path: Path) -> Row:
-    return Row(name, (path,), simple_times(3), SAMPLER, CFG)
+    return Row(name, (path,), simple_times(STEPS), SAMPLER, CFG)
 
 
 def difference(args: argparse.Namespace, pack: str) -> Path:
@@ -71,15 +73,15 @@ def difference(args: argparse.Namespace, pack: str) -> Path:
     return path
 
 
-def fitted(args: argparse.Namespace, prompts: list[str], minutes: float) -> Path:
-    """The M2 pack as a difference, fitted to the finetune for so long; made once."""
-    path = args.folder / f"m2-fitted-{minutes:g}min.safetensors"
+def fitted(args: argparse.Namespace, prompts: list[str], minutes: float, steps: int) -> Path:
+    """The M2 pack as a difference, fitted to the finetune for so long, for runs of so many steps; made once."""
+    path = args.folder / f"m2-fitted-{minutes:g}min-{steps}.safetensors"
     if not path.exists():
         words = args.folder / "prompts.txt"
         words.write_text("\n".join(prompts) + "\n", "utf-8")
         files = [args.models / FINETUNE, difference(args, "m2"), path]
         options = ["--prompts", words, "--size", "128", "--walks", WALKS, "--precision", "bf16"]
-        options += ["--minutes", f"{minutes:g}", "--cpu", "--cpu-time"]
+        options += ["--steps", steps, "--minutes", f"{minutes:g}", "--cpu", "--cpu-time"]
         command = [sys.executable, "-m", "train.emoji", "fit", *files, *options]
         subprocess.run([str(word) for word in command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return path
@@ -102,7 +104,9 @@ def rows_of(args: argparse.Namespace, prompts: list[str]) -> Iterator[Row]:
             f"style_{few.steps}_steps_lora_m2_difference", (difference(args, "m2"), lora), few.times, "ddim", few.cfg
         )
     for minutes in args.minutes:
-        yield with_pack(f"style_m2_fitted_{minutes:g}min", fitted(args, prompts, minutes))
+        yield with_pack(f"style_m2_fitted_{minutes:g}min", fitted(args, prompts, minutes, STEPS))
+    if ANY_STEPS in args.minutes:
+        yield with_pack(f"style_m2_fitted_{ANY_STEPS:g}min_any", fitted(args, prompts, ANY_STEPS, 0))
 
 
 def in_the_teacher(args: argparse.Namespace) -> Iterator[Row]:
