@@ -408,7 +408,8 @@ class PlanFit:
         key = "".join(kind[0] for kind in kinds)
         if key not in self._known:
             self._between()
-            self._known[key] = self._system(tuple(kinds), fitted=True, corrects=False).objective()
+            # By rounding it may fall below 0 where nothing is missed; of two such ones each would be the better.
+            self._known[key] = max(self._system(tuple(kinds), fitted=True, corrects=False).objective(), 0.0)
         return self._known[key]
 
     def _system(self, kinds: tuple[str, ...], fitted: bool, corrects: bool) -> _System:

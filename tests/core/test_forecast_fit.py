@@ -329,6 +329,24 @@ def test_above_what_is_known_v_goes_on_and_is_less_sure():
             assert block[2:] == pytest.approx(0, abs=1e-4) and block[:, 2:] == pytest.approx(0, abs=1e-4)
 
 
+def test_a_search_ends_where_nothing_is_missed():
+    """v that stays is forecast without an error, and rounding makes some schedules better than that."""
+    sigmas = np.append(np.geomspace(14, 0.03, 20), 0.0)
+    answer = response(lambda denoise, rows: euler(denoise, np.zeros(rows), sigmas))
+    for seed in range(4):
+        v = np.random.default_rng(seed).standard_normal((2, 3)).repeat(20, 0)
+        recording = Recording(answer, v @ v.T, 7.0, tuple(range(20)), 1.0)
+        objective, asked = PlanFit.objective, itertools.count()
+
+        def counted(self, kinds, objective=objective, asked=asked):
+            assert next(asked) < 100_000
+            return objective(self, kinds)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(PlanFit, "objective", counted)
+            assert best_of(fits_of(recording), 6).error < 1e-6
+
+
 def table_of(kind):
     tensors = load_file(Path(forecast_fit.__file__).parents[1] / "models" / "forecasts.safetensors")
     factor, (guidance, size) = tensors[f"{kind}-cfg7.factor"].astype(float), tensors[f"{kind}-cfg7.run"]
