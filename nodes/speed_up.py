@@ -29,14 +29,13 @@ from .engine.forecasts import (
     FORECAST,
     ForecastReport,
     Forecasts,
-    blends,
     bytes_of,
     features_of,
     forecaster,
     positives,
     response_of,
 )
-from .engine.network import architecture_of
+from .engine.network import architecture_of, blends
 from .engine.on_model import with_technique
 from .engine.regional import Regional
 from .engine.technique import MEASURING, InRun, Log, Measured, Say, Start, Technique, technique_of
@@ -100,8 +99,7 @@ _plans: dict[tuple, ForecastPlan] = {}
 
 def plan_for(likeness: str, sampler, sigmas: Tensor, guidance: float, model) -> ForecastPlan:
     """The plan for a run of one of the host's samplers. Raises ValueError where none can be found."""
-    flow = blends(model.get_model_object("model_sampling"))
-    key = likeness, sampler_name(sampler), tuple(sigmas.tolist()), guidance, flow
+    key = likeness, sampler_name(sampler), tuple(sigmas.tolist()), guidance, blends(model)
     if key not in _plans:
         found = response_of(sampler, sigmas, model)
         positions = positions_of(found, sigmas)

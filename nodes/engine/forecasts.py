@@ -38,7 +38,7 @@ from ...asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, 
 from ...asdm_core.steps import Moment
 from .circumstances import adds_noise, draws_noise, of_call
 from .inheritance import Inheritance
-from .network import architecture_of
+from .network import architecture_of, blends
 from .technique import InRun, Log, Measured, Say, Start, Technique, technique_of
 
 FORECAST = "forecast"  # of evaluations of which something was not computed, in measurements
@@ -127,14 +127,9 @@ def positives(guider) -> frozenset:
     return frozenset(cond["uuid"] for cond in guider.conds.get("positive") or ())
 
 
-def blends(sampling) -> bool:
-    """Whether a model's noise takes the place of the picture (flow matching), instead of lying on it."""
-    return isinstance(sampling, CONST)
-
-
 def signal_at(sigma: float, model) -> float:
-    """How much of the picture the latents of a model hold at a noise level: x = signal x0 + sigma n."""
-    return 1 - sigma if blends(model.model_sampling) else 1.0
+    """How much of the picture the latents of a network in a run hold at a noise level: x = signal x0 + sigma n."""
+    return 1 - sigma if isinstance(model.model_sampling, CONST) else 1.0
 
 
 class Same:
@@ -599,8 +594,7 @@ def response_of(sampler, sigmas: Tensor, model) -> Response:
     if any(np.abs(found.sigmas - s).min(initial=np.inf) > 1e-4 * s for s in nodes[:-1].tolist()):
         raise ValueError(f"{name} evaluates the network at noise levels of its own, which no plan foresees")
     beside = len(found) >= len(nodes) or function.__name__.startswith("sample_unipc")  # its corrector
-    sampling = model.get_model_object("model_sampling")
-    return replace(found, noisy=draws_noise(sampler), beside=beside, blends=blends(sampling))
+    return replace(found, noisy=draws_noise(sampler), beside=beside, blends=blends(model))
 
 
 class _Denoiser:

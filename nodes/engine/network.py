@@ -22,6 +22,11 @@ def prediction_of(model) -> tuple[str | None, str]:
     return (PREDICTIONS.get(kinds[0]), kinds[0].__name__) if kinds else (None, type(sampling).__name__)
 
 
+def blends(model) -> bool:
+    """Whether a MODEL's noise takes the place of the picture (flow matching), instead of lying on it."""
+    return isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+
+
 def architecture_of(model) -> Architecture:
     """The skeleton and the cut units of the UNet of a MODEL.
 

@@ -27,7 +27,7 @@ from ...asdm_core.switching import Switch, SwitchPoint, shares
 from ...asdm_core.text import printable
 from . import bypass
 from .assigned import pack_patchers, set_pack_patchers
-from .network import architecture_of, clone_for
+from .network import architecture_of, blends, clone_for
 from .on_model import models_key, with_technique, without_technique
 from .technique import KEY, InRun, Say, Start, Technique, technique_of
 
@@ -51,6 +51,7 @@ class Switching(Technique):
     def bind(self, start: Start, say: Say) -> InRun:
         model = start.model
         present = [model, *others_of(model)]
+        _check_noise(present)  # the MODEL may have got another sampling since
         if any(_clash(other, present[:i]) for i, other in enumerate(present)):
             raise ValueError(
                 "The MODEL got a LoRA or another patch after Switch UNet, and both of its models are one UNet. Put the "
@@ -144,6 +145,18 @@ def _check_fit(first, second) -> None:
             "same kind of "
             "latents and of text conditioning. Choose two of one family, or sample one after the other with a VAE in "
             "between."
+        )
+    _check_noise([first, second])
+
+
+def _check_noise(models: Sequence) -> None:
+    if len({blends(model) for model in models}) > 1:
+        which = next(i for i, model in enumerate(models) if blends(model))
+        raise ValueError(
+            f"Switch UNet: of the models that take turns number {which + 1} blends its noise with the picture (flow "
+            "matching, as ModelSamplingSD3 has it) and another lays it on top, so none can go on with a latent of the "
+            "other kind. Choose models of one kind, or sample with one to the end, and then with the other as image to "
+            "image."
         )
 
 

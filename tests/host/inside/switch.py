@@ -440,6 +440,20 @@ def test_inpainting_from_a_latent(first, second):
 # What cannot be, and what is left -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_models_that_blend_their_noise_do_not_take_turns_with_those_that_add_it(first, second, number):
+    flow = nodes_model_advanced.ModelSamplingSD3().patch(first if number == 1 else second, 3.0)[0]
+    pair = (flow, second) if number == 1 else (first, flow)
+    with pytest.raises(ValueError, match=f"number {number} blends its noise"):
+        at(*pair, 2)
+    both = at(flow, nodes_model_advanced.ModelSamplingSD3().patch(pair[number == 1], 3.0)[0], 2)
+    assert small.sample(both, steps=STEPS).isfinite().all()
+    # The node behind Switch UNet reaches the first model alone.
+    behind = nodes_model_advanced.ModelSamplingSD3().patch(at(first, second, 2), 3.0)[0]
+    with pytest.raises(ValueError, match="number 1 blends its noise"):
+        small.sample(behind, steps=STEPS)
+
+
 def test_another_family_is_refused(first, folder):
     with pytest.raises(ValueError, match="model_first is small-sd, model_second is small-sdxl"):
         at(first, small.model(folder, small.SDXL), 2)
