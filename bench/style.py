@@ -5,7 +5,7 @@
 The reference is OpenMoji's own run of 4 steps (dpmpp_2m, simple, CFG 3) from the same noise; packs are drawn with 3
 steps of the same, few-step LoRAs as their metadata say. Beside them the finetune's own fewer steps, and M2 in the
 teacher, against the teacher's own run, for what it loses there by being a difference or trained over many styles. A fit
-learns from the names of all concepts as prompts, for runs of 3 steps, 8 walks at a time in bfloat16, for so many CPU
+learns from the names of all concepts as prompts, for runs of 3 steps, 16 walks at a time in bfloat16, for so many CPU
 minutes of one thread; a row of its own says what 3 minutes for runs of any number of steps come to.
 
     --styles PACK  M2 over many styles (train/configs/emoji-m2-styles.toml). Where it lies in --models it ships, and is
@@ -52,7 +52,7 @@ TEACHER, FINETUNE, TEXT = "emoji-teacher.safetensors", "emoji-openmoji.safetenso
 SAMPLER, CFG, STEPS = "dpmpp_2m", 3.0, 3
 ANY_STEPS = 3.0  # minutes of a fit for runs of any number of steps
 SHOWN = 12  # pictures of a row in the grid
-WALKS = 8  # of a fit: states this small leave room for more than its default
+WALKS = 16  # of a fit: states this small leave room for more than its default
 BATCHES = 4  # steps in a round of --speed
 
 
