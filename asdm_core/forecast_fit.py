@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ from .forecast import COND, FULL, RESULT, TOLERANCE, Action, ForecastPlan, line
 LINEAR = 1e-3  # how far a result may be off the sum of what moves it, relative
 LAMBDA = 0.2  # how much each error counts by itself, beside their sum
 OWN = 0.5  # likewise each correction
+# An error counts at least as this share of the farthest that it moves a latent. Where a sampler only looks ahead by a
+# result (dpm_2), next to nothing of it comes to the end to first order; but the network is asked at that state.
+LEAST = 0.05
 POWER, POWER_NOISY = 0.4, 0.1  # of 1 / (1 + sigma^2): how much a computed result follows its latent; in noisy runs
 # What errors come out as beside what is predicted of them, in the runs of bench/inheritance.py (see `strain`).
 OVERRATED = 1.5  # so many times too large are those predicted of noisy runs, beside those of others
@@ -79,6 +83,12 @@ class Response:
     def levels(self) -> np.ndarray:
         """(N,) noise in proportion to the picture, which tells what v is at an evaluation."""
         return np.asarray(self.sigmas / self.signals)
+
+    @cached_property
+    def reach(self) -> np.ndarray:
+        """(N,) how far the latent that an evaluation moves most goes, or the result, with an error of 1 in its v."""
+        levels = self.levels
+        return np.asarray(levels / np.sqrt(1 + levels**2) * np.abs(np.triu(self.matrix, 1)).max(1))
 
 
 def response(sample: Callable[[Callable[[Any, Any], np.ndarray], int], Any]) -> Response:
@@ -416,8 +426,10 @@ class PlanFit:
         missing = [s for s in range(self._n) if kinds[s] != FULL]
         first = missing[0] if missing and fitted and corrects else self._n
         acting = [s for s in range(self._n) if kinds[s] != FULL or s > first]
-        t = transfer(self.recording.response, [kind != RESULT for kind in kinds], self._power)[acting]
+        answer = self.recording.response
+        t = transfer(answer, [kind != RESULT for kind in kinds], self._power)[acting]
         alone = np.array([OWN if kinds[s] == FULL else LAMBDA for s in acting])
+        alone *= np.maximum(t**2, (LEAST * answer.reach[acting]) ** 2)
         mixed = self.apart or COND in kinds
         gram, flat = (self.recording.gram, self._flat_apart) if mixed else (self._guided, self._flat_alike)
         found = [self._forecast(kinds, s) for s in acting]
@@ -428,7 +440,7 @@ class PlanFit:
             np.concatenate([ways for _, _, ways in found]) if fitted and found else np.zeros((0, 2, self._n)),
             np.repeat(np.arange(len(found)), [len(ways) for _, _, ways in found] if fitted else 0),
             t,
-            np.outer(t, t) + np.diag(alone * t**2),
+            np.outer(t, t) + np.diag(alone),
             gram,
             flat,
         )

@@ -347,6 +347,33 @@ def test_a_search_ends_where_nothing_is_missed():
             assert best_of(fits_of(recording), 6).error < 1e-6
 
 
+def dpm_2(denoise, x, sigmas):
+    for a, b in itertools.pairwise(sigmas):
+        d = (x - denoise(x, a)) / a
+        if b == 0:
+            return x + d * (b - a)
+        middle = (a * b) ** 0.5
+        ahead = x + d * (middle - a)
+        x = x + (ahead - denoise(ahead, middle)) / middle * (b - a)
+    return x
+
+
+def test_what_a_sampler_only_looks_ahead_by_is_not_thrown_away(monkeypatch):
+    """To first order an error there may be next to nothing in the result, and large ones would make others good."""
+    sigmas = np.append(np.geomspace(14.6, 0.03, 20), 0.0)
+    answer = response(lambda denoise, rows: dpm_2(denoise, np.zeros(rows), sigmas))
+    assert np.abs(transfer(answer, [True] * 39))[::2][-4:-1].max() < 0.01 * answer.reach[::2][-4:-1].min()
+    recording = table_of("none").recording(answer, 7.0, [s / 2 for s in range(39)])
+
+    def greatest():
+        plan = PlanFit(recording).search(14, lots=2, far=False).plan
+        return max(abs(weight) for action in plan.actions for _, weight in action.weights)
+
+    assert greatest() < 12
+    monkeypatch.setattr(forecast_fit, "LEAST", 0.0)
+    assert greatest() > 50
+
+
 def table_of(kind):
     tensors = load_file(Path(forecast_fit.__file__).parents[1] / "models" / "forecasts.safetensors")
     factor, (guidance, size) = tensors[f"{kind}-cfg7.factor"].astype(float), tensors[f"{kind}-cfg7.run"]
