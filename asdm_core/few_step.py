@@ -17,7 +17,7 @@ METADATA_KEY = "asdm_few_step"  # of a LoRA file's metadata
 @dataclass(frozen=True)
 class FewStep:
     """steps: evaluations of the UNet in a run; sampler, scheduler: the host's names; cfg: the guidance to set, 1 for
-    none. times: the time steps of the evaluations, for other hosts.
+    none. times: the time steps of the evaluations, for other hosts. A sampler of "" and a cfg of 0 are any.
     """
 
     steps: int
@@ -49,6 +49,13 @@ class FewStep:
 def of_pack(training: Mapping[str, Any]) -> FewStep | None:
     """What a pack's training says; None where it was trained for no number of steps. Raises ValueError."""
     return FewStep.from_dict(training[KEY]) if KEY in training else None
+
+
+def of_fit(training: Mapping[str, Any]) -> FewStep | None:
+    """What a pack was fitted for, where that is runs of one number of steps."""
+    told = training.get("fit")
+    steps = told.get("steps") if isinstance(told, Mapping) else None
+    return FewStep(steps, "", "simple", 0.0, ()) if isinstance(steps, int) and steps > 0 else None
 
 
 def of_lora(metadata: Mapping[str, str]) -> FewStep | None:

@@ -50,20 +50,19 @@ class FewSteps(Technique):
 
 
 def with_few_steps(model, description: Description, name: str):
-    """A clone of MODEL that compares its runs with what a pack or UNet file was trained for; MODEL itself where the
-    file says nothing of it. Raises ValueError.
+    """A clone of MODEL that compares its runs with what a pack or UNet file was trained or fitted for; MODEL itself
+    where the file says nothing of it. Raises ValueError.
     """
-    wanted = few_step.of_pack(description.training)
-    return (
-        model
-        if wanted is None
-        else with_technique(model, FewSteps(wanted, name, str(description.training.get("lora", ""))))
-    )
+    training = description.training
+    wanted = few_step.of_pack(training) or few_step.of_fit(training)
+    return model if wanted is None else with_technique(model, FewSteps(wanted, name, str(training.get("lora", ""))))
 
 
 def _in_words(wanted: FewStep) -> str:
     steps = f"{wanted.steps} step{'s' if wanted.steps > 1 else ''}"
-    return f"{steps} of {wanted.sampler}, scheduler {wanted.scheduler}, CFG {wanted.cfg:g}"
+    sampler = f" of {wanted.sampler}" if wanted.sampler else ""
+    cfg = f", CFG {wanted.cfg:g}" if wanted.cfg else ""
+    return f"{steps}{sampler}, scheduler {wanted.scheduler}{cfg}"
 
 
 def _otherwise(wanted: FewStep, start: Start) -> Iterator[str]:
@@ -82,5 +81,5 @@ def _otherwise(wanted: FewStep, start: Start) -> Iterator[str]:
         if function is not its:
             yield getattr(function, "__name__", type(start.sampler).__name__).removeprefix("sample_")
     cfg = getattr(start.guider, "cfg", None)
-    if cfg is not None and abs(cfg - wanted.cfg) > 1e-3:
+    if wanted.cfg and cfg is not None and abs(cfg - wanted.cfg) > 1e-3:
         yield f"CFG {cfg:g}"

@@ -147,6 +147,32 @@ def test_a_run_that_is_set_up_otherwise_than_a_pack_was_trained_for_is_told_so_o
     assert caplog.text.count(told) == bool(said) and said in caplog.text
 
 
+@pytest.mark.parametrize(
+    "fit, settings, said",
+    [
+        ({"steps": 3}, {"cfg": 7.0, "sampler_name": "dpmpp_2m"}, ""),
+        ({"steps": 3}, {"steps": 20}, "This run has 20 steps, for"),
+        ({"steps": 3}, {"scheduler": "karras"}, "This run has other noise levels"),
+        ({"steps": 0}, {"steps": 20}, ""),
+        ({}, {"steps": 20}, ""),
+    ],
+)
+def test_a_pack_that_was_fitted_for_other_runs_says_so_once(tmp_path, caplog, fit, settings, said):
+    loaded = small.packs.open_pack(ROOT / "models/emoji/emoji-m2.safetensors")
+    training = {**loaded.description.training, "fit": fit}
+    path = tmp_path / "fitted.safetensors"
+    small.packs.write_pack(path, loaded.tensors, dataclasses.replace(loaded.description, training=training))
+    model = small.with_pack(small.models.load_unet(str(TEACHER)), path)
+    states, latent = torch.zeros(1, 77, 128), {"samples": torch.zeros(1, 4, 16, 16)}
+    wanted = {"steps": 3, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    stock.common_ksampler(
+        model, 0, positive=[[states, {}]], negative=[[states, {}]], latent=latent, **wanted | settings
+    )
+    told = "fitted.safetensors was trained for 3 steps, scheduler simple."
+    assert caplog.text.count(told) == bool(said) and said in caplog.text
+    assert said or "was trained for" not in caplog.text
+
+
 @pytest.mark.parametrize("worn", [False, True])
 def test_a_pack_for_a_lora_says_once_where_no_lora_is_on_the_model(caplog, worn):
     model = small.with_pack(small.models.load_unet(str(TEACHER)), ROOT / "models/emoji/emoji-m2-two-steps.safetensors")
