@@ -123,6 +123,7 @@ def inspect(args: argparse.Namespace) -> None:
         for role in ("difference_of", "made_for"):
             checkpoint = getattr(description, role)
             result[role] = checkpoint and checkpoint.name
+        result["carry"] = sorted({c for _, c in description.carry.pairs}) if description.carry else []
         result["pack_params"] = sum(s.tensor.numel for s in description.keys().values())
     if args.json:
         print(json.dumps(result, indent=1))
@@ -135,6 +136,8 @@ def inspect(args: argparse.Namespace) -> None:
             print(
                 f"  its units are differences from {printable(result['difference_of'])}, added to the checkpoint's own"
             )
+        if result["carry"]:
+            print(f"  they take over what a finetune has changed in {len(result['carry'])} units")
         if result["made_for"]:
             print(f"  made for {printable(result['made_for'])}")
         if result["experts"]:

@@ -6,16 +6,20 @@ T those of the teacher it was trained from. In the teacher itself both are the s
 
 W are the checkpoint's unpatched weights. Sums are made in float32 and rounded once. A difference of zero gives
 W's own bits.
+
+What the checkpoint has in units that the pack cuts may be carried over to those that play (carry.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .addresses import Slot, keys
+from .carry import Carry
 from .identity import Checkpoint
 from .packs import Description, Loaded
 from .tensor_file import BadFile
@@ -23,31 +27,60 @@ from .surgery import shapes_of
 
 
 class _Changed(Mapping[str, Tensor]):
-    """Tensors of a pack with those of its units added to a checkpoint's or taken from them, float32, lazily."""
+    """Tensors of a pack with those of its units added to a checkpoint's or taken from them, float32, lazily.
+
+    carry: likewise what its units take over from others, by matrices among the tensors. kept: names that are left.
+    """
 
     def __init__(
-        self, description: Description, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], sign: int
+        self,
+        description: Description,
+        tensors: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        sign: int,
+        carry: Carry | None = None,
+        without: Collection[str] = (),
     ):
         self._tensors, self._weights, self._sign = tensors, weights, sign
         self._units = description.unit_keys.keys()
-        self.shapes = shapes_of(tensors)
+        self._links = carry.links(description.architecture) if carry else {}
+        self.shapes = {key: shape for key, shape in shapes_of(tensors).items() if key not in without}
 
     def __getitem__(self, key: str) -> Tensor:
+        if key not in self.shapes:
+            raise KeyError(key)
         tensor = self._tensors[key]
         if key not in self._units:
             return tensor
-        return tensor.float() + self._sign * self._weights[key].to(tensor.device, torch.float32)
+        total = tensor.float() + self._sign * self._weight(key, tensor)
+        for link in self._links.get(key, ()):
+            matrices = {name: self._tensors[name].float() for name in link.matrices}
+            total = total + self._sign * link(self._weight(link.source, tensor), matrices)
+        return total
+
+    def _weight(self, key: str, like: Tensor) -> Tensor:
+        return self._weights[key].to(like.device, torch.float32)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.shapes)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.shapes)
+
+
+def needed(description: Description) -> dict[str, Slot]:
+    """The weights of a checkpoint that a pack of differences is added to, by addressed name: those of its units, and
+    those of which it carries something over.
+    """
+    whole = keys(description.architecture.config)
+    links = description.carry.links(description.architecture) if description.carry else {}
+    sources = {link.source for found in links.values() for link in found}
+    return description.unit_keys | {key: whole[key] for key in sources}
 
 
 def _check(description: Description, weights: Mapping[str, Tensor], name: str) -> None:
     shapes = shapes_of(weights)
-    for key, slot in description.unit_keys.items():
+    for key, slot in needed(description).items():
         if tuple(shapes.get(key, ())) != slot.shape:
             found = "it is not there" if key not in shapes else f"it has {list(shapes[key])}"
             raise BadFile(
@@ -56,11 +89,14 @@ def _check(description: Description, weights: Mapping[str, Tensor], name: str) -
             )
 
 
-def to_difference(loaded: Loaded, teacher: Mapping[str, Tensor], name: str) -> tuple[Description, Mapping[str, Tensor]]:
+def to_difference(
+    loaded: Loaded, teacher: Mapping[str, Tensor], name: str, carry: Carry | None = None
+) -> tuple[Description, Mapping[str, Tensor]]:
     """A pack as differences from its teacher: its description and tensors (units float32).
 
-    teacher: addressed weights, whole; name: of its file. Raises BadFile where the pack is one already, plays no unit,
-    or the teacher lacks a unit or is another one than the pack says.
+    teacher: addressed weights, whole; name: of its file. carry: what is taken over from other units, by matrices that
+    are among the tensors of `loaded`. Raises BadFile where the pack is one already, plays no unit, or the teacher lacks
+    a unit or is another one than the pack says.
     """
     description = loaded.description
     if description.difference_of is not None:
@@ -74,7 +110,9 @@ def to_difference(loaded: Loaded, teacher: Mapping[str, Tensor], name: str) -> t
     said = description.made_for
     if said is not None and said.is_other(whose):
         raise BadFile(f"{loaded.path.name}: it was made for {said.name}, and {name} has other weights. Give that one.")
-    return replace(description, difference_of=whose, made_for=None), _Changed(description, loaded.tensors, teacher, -1)
+    changed = replace(description, difference_of=whose, made_for=None, carry=carry)
+    _check(changed, teacher, name)
+    return changed, _Changed(description, loaded.tensors, teacher, -1, carry)
 
 
 def to_absolute(
@@ -90,8 +128,8 @@ def to_absolute(
     _check(description, checkpoint, name)
     whose = Checkpoint.of(name, checkpoint, description.architecture.config)
     return (
-        replace(description, difference_of=None, made_for=whose),
-        _Changed(description, loaded.tensors, checkpoint, 1),
+        replace(description, difference_of=None, made_for=whose, carry=None),
+        _Changed(description, loaded.tensors, checkpoint, 1, description.carry, description.carry_keys.keys()),
     )
 
 
@@ -104,6 +142,9 @@ def played_in(loaded: Loaded, checkpoint: Mapping[str, Tensor], name: str) -> Lo
 
 
 def unchanged(description: Description, tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    """The units of a pack of differences that are the checkpoint's own: all their differences are 0."""
-    changed = {slot.unit.address for key, slot in description.unit_keys.items() if tensors[key].any()}
+    """The units of a pack of differences that are the checkpoint's own: all their differences are 0, and nothing is
+    carried over to them.
+    """
+    changed = {unit for unit, _ in description.carry.pairs} if description.carry else set()
+    changed |= {slot.unit.address for key, slot in description.unit_keys.items() if tensors[key].any()}
     return frozenset(description.units) - changed

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .addresses import Slot, in_order
 from .architecture import Architecture
+from .carry import Carry
 from .condconv import CondConv, Conv
 from .diffusers_folder import file_in_folder, folder_prediction, open_file
 from .gri import LogGains
@@ -33,8 +34,9 @@ from .text import printable, read_json
 
 METADATA_KEY = "asdm"
 # 1 had "gains" where log gains are meant: keys `attn1.gain`, read as `attn1.log_gain`. 3 has packs of differences,
-# which an older version would play as weights: everything else is still written as 2.
-FORMAT, FORMAT_WITHOUT_DIFFERENCES = 3, 2
+# which an older version would play as weights, and 4 such that carry something over. Each is written as the lowest that
+# holds it.
+FORMAT, FORMAT_OF_DIFFERENCES, FORMAT_WITHOUT_DIFFERENCES = 4, 3, 2
 KINDS = ("pack", "unet")
 PREDICTIONS = ("eps", "v")
 # Empty tensors by which other programs tell v-prediction (for SDXL, the only way they have) and a schedule that ends in
@@ -58,6 +60,7 @@ class Description:
     training: where the weights came from; free form. condconv, gri: what it has of those techniques.
     difference_of: the checkpoint that the units are differences from (see `differences`); None where they are weights.
     made_for: the checkpoint that a pack was trained in or fitted to; None where it was made for many, or does not say.
+    carry: what its differences take over from other units of the checkpoint.
     """
 
     kind: str
@@ -71,6 +74,7 @@ class Description:
     gri: LogGains | None = None
     difference_of: Checkpoint | None = None
     made_for: Checkpoint | None = None
+    carry: Carry | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -90,6 +94,12 @@ class Description:
             raise ValueError("condconv, gri: further experts and log gains come in packs only")
         if self.difference_of and not (self.kind == "pack" and units):
             raise ValueError("difference_of: only the units of a pack can be differences, and it has none")
+        if self.carry and not self.difference_of:
+            raise ValueError("carry: only differences carry over what a checkpoint has elsewhere")
+        if self.carry and not {u for u, _ in self.carry.pairs}.issubset(units):
+            raise ValueError("carry: only units that a pack plays can take over anything")
+        if self.carry:
+            self.carry.links(self.architecture)  # raises where it cannot be
         concerned = {*units, *self.expert_units, *self.log_gain_units}
         if not kept.issuperset(concerned):
             raise ValueError(f"{min(concerned - kept)} is cut in this architecture, so no pack can play it")
@@ -130,15 +140,24 @@ class Description:
         """The transformers they belong to."""
         return in_order(self.architecture.config, {slot.unit.address for slot in self.log_gain_keys.values()})
 
+    @property
+    def carry_keys(self) -> dict[str, Slot]:
+        """Tensor names of the matrices by which units take over what is changed in others, and their slots."""
+        return self.carry.keys(self.architecture) if self.carry else {}
+
     def keys(self) -> dict[str, Slot]:
         """Tensor names of the file and their slots: addressed for a pack, else the standalone form."""
         if self.kind == "pack":
-            return self.unit_keys | self.expert_keys | self.log_gain_keys
+            return self.unit_keys | self.expert_keys | self.log_gain_keys | self.carry_keys
         return self.architecture.keys(*standalone_form(self.architecture))
 
     def to_json(self) -> str:
         data = {
-            "format": FORMAT if self.difference_of else FORMAT_WITHOUT_DIFFERENCES,
+            "format": FORMAT
+            if self.carry
+            else FORMAT_OF_DIFFERENCES
+            if self.difference_of
+            else FORMAT_WITHOUT_DIFFERENCES,
             "kind": self.kind,
             "architecture": self.architecture.to_dict(),
             "units": list(self.units),
@@ -150,6 +169,7 @@ class Description:
             "gri": self.gri and self.gri.to_dict(),
             "difference_of": self.difference_of and self.difference_of.to_dict(),
             "made_for": self.made_for and self.made_for.to_dict(),
+            "carry": self.carry and self.carry.to_dict(),
         }
         return json.dumps({k: v for k, v in data.items() if v not in (None, {}, [], "")}, separators=(",", ":"))
 
@@ -198,6 +218,7 @@ class Description:
             gri=gri,
             difference_of=difference_of,
             made_for=made_for,
+            carry=None if data.get("carry") is None else Carry.from_dict(data["carry"]),
             **tables,
         )
 
@@ -382,6 +403,22 @@ def _check_unknown(file: TensorFile, found: Recognised, drop: bool) -> None:
 # Writing --------------------------------------------------------------------------------------------
 
 
+class _Some(Mapping[str, Tensor]):
+    """Some of the tensors of a lazy mapping."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Collection[str]):
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def write_pack(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
@@ -390,11 +427,21 @@ def write_pack(
 ) -> None:
     """Write a pack from the addressed tensors of its units.
 
-    dtype: of the stored weights; "int8" for int8 per output channel; None leaves them as they are.
-    Raises Mismatch unless the tensors are exactly what the description says.
+    dtype: of the stored weights; "int8" for int8 per output channel; None leaves them as they are. Matrices of a carry
+    are in `carried_dtype(dtype)`. Raises Mismatch unless the tensors are exactly what the description says.
     """
     check(shapes_of(tensors), description.keys(), "pack")
-    write_file(path, stored(tensors, dtype), {"format": "pt", METADATA_KEY: description.to_json()})
+    carried = description.carry_keys.keys()
+    of_units = stored(_Some(tensors, [key for key in tensors if key not in carried]), dtype)
+    matrices = stored(_Some(tensors, carried), carried_dtype(dtype))
+    write_file(path, of_units | matrices, {"format": "pt", METADATA_KEY: description.to_json()})
+
+
+def carried_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """How matrices of a carry are stored in a pack of this dtype: as int8 in all but the exact ones. What rounding does
+    to them is in its differences (`tensor_file.rounded`).
+    """
+    return dtype if dtype in (None, torch.float32) else "int8"
 
 
 def write_unet(

@@ -288,6 +288,12 @@ def stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> St
     return {k: t if dtype is None else t.to(dtype) for k, t in tensors.items()}
 
 
+def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> StateDict:
+    """Tensors as they are read again, float32, once they have been stored."""
+    held = stored(tensors, dtype)
+    return {k: dequantise(held[k], held[k + SCALE]) if k + SCALE in held else held[k].float() for k in tensors}
+
+
 # Writing --------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import torch
 
 from asdm_core.addresses import in_order, select
 from asdm_core.architecture import Architecture
+from asdm_core.carry import Carry
 from asdm_core.condconv import FORMS, CondConv, convolutions, sharing
 from asdm_core.gri import GRI, LogGains
 from asdm_core.packs import PREDICTIONS
@@ -237,6 +238,11 @@ class Config:
             )
         if styles.draws and run.batch % styles.uses:
             raise ValueError(f"styles.uses = {styles.uses}: run.batch = {run.batch} must be a multiple of it")
+        if styles.carry and (not styles.many or self.lora.rank or not self.student.start):
+            raise ValueError(
+                "styles.carry: what a pack carries over is learned with its units trained before (student.start), over "
+                "many styles (styles.teacher below 1), and without a LoRA"
+            )
         if not styles.many:
             if styles.checkpoints or styles.loras:
                 raise ValueError(
@@ -281,6 +287,13 @@ class Config:
                 f"experts.on: {self.experts.on!r} holds no convolution that {architecture.name or 'the student'} keeps"
             )
         return CondConv(dict.fromkeys(chosen, self.experts.count), self.experts.form)
+
+    @property
+    def carry(self) -> Carry | None:
+        """What the trained units take over from others; None where the recipe asks for none."""
+        if not self.styles.carry:
+            return None
+        return Carry.within_blocks(self.architecture, self.architecture.own, self.styles.carry)
 
     @property
     def gains(self) -> LogGains | None:

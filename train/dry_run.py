@@ -9,6 +9,7 @@ prints which recipe fits which card, the table in docs/training.md.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -253,9 +254,12 @@ def perceptual(config: Config) -> int:
 
 def memory(student: UNet2DConditionModel, config: Config, processes: int, on_cpu: bool = False) -> MemoryEstimate:
     shared = processes if config.run.shard else 1
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    units = [p.shape for p in student.parameters() if p.requires_grad]
+    carried = [slot.shape for slot in config.carry.keys(config.architecture).values()] if config.carry else []
+    learns = carried or units
+    trained = sum(map(math.prod, learns))
     moments = KINDS[config.optimiser.kind].moments
-    kept_moments = round(sum(p.numel() * moments(p.shape) for p in student.parameters() if p.requires_grad))
+    kept_moments = round(sum(math.prod(shape) * moments(shape) for shape in learns))
     half = PRECISIONS[config.run.precision].itemsize
     draws = config.data.source == "prompts" or config.rollout.steps
     needs_teacher = draws or any(LOSSES[name] for name in config.loss.weights)
@@ -263,8 +267,10 @@ def memory(student: UNet2DConditionModel, config: Config, processes: int, on_cpu
     kept, copies = activations(student, config, on_cpu)
     # What is frozen and in half precision is the teacher's own, where there is one.
     held = sum(p.nbytes for p in student.parameters() if p.dtype != torch.float32) if teacher else 0
-    # What a style adds to the trained weights, and the sums.
-    ridden = 8 * trained if config.styles.many else 0
+    # What a style adds to the trained weights, and the sums; what they take over, with the gradients of all of it.
+    in_units = sum(map(math.prod, units))
+    ridden = 8 * in_units if config.styles.many else 0
+    ridden += 12 * in_units if carried else 0
     return MemoryEstimate(
         teacher=teacher * half,
         student=(sum(p.nbytes for p in student.parameters()) - held) // shared + ridden,

@@ -116,6 +116,7 @@ class Pair:
             before,
             difference_of=whose,
             made_for=whose,
+            carry=None,
             prediction=self.checkpoint.description.prediction or before.prediction,
             training={**before.training, "fit": dict(training)},
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from .progress import Progress
 from .sections import PRECISIONS
 from .show import Show, decoder, predictor, write_card
 from .sources import Drawn, open_source
-from .styles import Style, StyleSet
+from .styles import StyleSet, new_matrices
 from .teacher_outputs import TeacherOutputs
 
 BAD_STEPS = 3  # in a row that stop a run
@@ -88,7 +88,7 @@ class Run:
         self.model = accelerator.prepare_model(self.tapped, evaluation_mode=config.run.shard)  # else: DDP
         self.optimiser = prepared(accelerator, self.plain)
         self._prepare_looks()
-        self.styles = StyleSet(config, self.teacher, self.student) if config.styles.many else None
+        self.styles = StyleSet(config, self.teacher, self.student, self.matrices) if config.styles.many else None
         self.progress = Progress(config.name, config.run.steps)
         parts = (
             _numbers(config, accelerator, step, part)
@@ -151,7 +151,9 @@ class Run:
 
     def _make_optimiser(self) -> None:
         o, offload = self.config.optimiser, self.config.run.offload
-        self.parameters = {k: p for k, p in self.student.named_parameters() if p.requires_grad}
+        self.matrices = new_matrices(self.config, self.device)
+        units = {k: p for k, p in self.student.named_parameters() if p.requires_grad}
+        self.parameters: dict[str, nn.Parameter] = self.matrices or units
         make = partial(make_optimiser, o.kind, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
         self.plain = OnCPU(self.parameters.values(), make) if offload else make(self.parameters.values())
         self.average = Average(self.parameters, o.ema, torch.device("cpu") if offload else None)
@@ -262,38 +264,44 @@ class Run:
         config, accelerator, state = self.config, self.accelerator, self.state
         factors = torch.tensor(self.criterion.factors(state.step), device=self.device)
         values = []
-        for part in range(self.accumulation):
-            numbers = _numbers(config, accelerator, state.step, part)
-            slots = [n - state.step * config.run.batch for n in numbers]
-            if self.rollouts:
-                batch = self.rollouts.batch(state.step, slots)
-                assert batch.x is not None
-                x = batch.x
-            else:
-                batch = self.ahead.next().to(self.device)
-                state.waited = self.waited_before + self.ahead.waited
-                x = self._noised(batch)
-            wanted = self.computed(numbers, self.device) if self.computed else self._wanted(batch, x)
-            last = part == self.accumulation - 1
-            if config.run.shard:
-                sharding.synchronise(self.student, last)
-            with (
-                self.styles.ridden() if self.styles else nullcontext(),
-                nullcontext() if last or config.run.shard else accelerator.no_sync(self.model),
-            ):
-                mine = self.model(x, batch.t, batch.context, batch.added)
-                value = self.criterion(batch, x, mine, wanted)
-                accelerator.backward((factors @ value).mean() / self.accumulation)
-            if self.rollouts:
-                a, s = coefficients(batch.t, config.network.alphas)
-                self.rollouts.advance(state.step, slots, x, as_v(mine[0].detach(), x, a, s, config.network.prediction))
-            assert batch.left_out is not None
-            values.append(torch.cat([value.detach(), batch.t[None].float(), batch.left_out[None].float()]))
+        with self._ridden():
+            for part in range(self.accumulation):
+                values.append(self._learn_part(part, factors))
         norm = accelerator.clip_grad_norm_(self.parameters.values(), config.optimiser.clip or math.inf)
         norm = float(sharding.gathered({"norm": norm}, keep=True)["norm"])
         found = accelerator.gather(torch.cat(values, 1).T.contiguous()).cpu()  # (B, losses + 2)
         state.left_out += int(found[:, -1].sum())
         return found[:, :-1], norm
+
+    def _ridden(self) -> AbstractContextManager[None]:
+        return self.styles.ridden() if self.styles else nullcontext()
+
+    def _learn_part(self, part: int, factors: Tensor) -> Tensor:
+        """Forward and backward of one part of a step: the losses of its samples, t, and which were left out."""
+        config, accelerator, state = self.config, self.accelerator, self.state
+        numbers = _numbers(config, accelerator, state.step, part)
+        slots = [n - state.step * config.run.batch for n in numbers]
+        if self.rollouts:
+            batch = self.rollouts.batch(state.step, slots)
+            assert batch.x is not None
+            x = batch.x
+        else:
+            batch = self.ahead.next().to(self.device)
+            state.waited = self.waited_before + self.ahead.waited
+            x = self._noised(batch)
+        wanted = self.computed(numbers, self.device) if self.computed else self._wanted(batch, x)
+        last = part == self.accumulation - 1
+        if config.run.shard:
+            sharding.synchronise(self.student, last)
+        with nullcontext() if last or config.run.shard else accelerator.no_sync(self.model):
+            mine = self.model(x, batch.t, batch.context, batch.added)
+            value = self.criterion(batch, x, mine, wanted)
+            accelerator.backward((factors @ value).mean() / self.accumulation)
+        if self.rollouts:
+            a, s = coefficients(batch.t, config.network.alphas)
+            self.rollouts.advance(state.step, slots, x, as_v(mine[0].detach(), x, a, s, config.network.prediction))
+        assert batch.left_out is not None
+        return torch.cat([value.detach(), batch.t[None].float(), batch.left_out[None].float()])
 
     def _skip(self, finite: bool) -> None:
         """A step whose losses or gradient are not finite. finite: the losses are."""
@@ -312,10 +320,10 @@ class Run:
         config, state, accelerator, log = self.config, self.state, self.accelerator, self.log
         shows = bool(config.run.picture_every) and state.step % config.run.picture_every == 0
         shows = shows or state.step == config.run.steps
-        if self.styles and shows:  # on network.teacher, as the product will be
-            self.styles.take(Style())
+        if self.styles and shows:
+            self.styles.take(self.styles.shown)
         if self.held_out and shows:
-            with averaged(self.parameters, self.average):
+            with averaged(self.parameters, self.average), self._ridden():
                 measured = self.held_out()
             if log:
                 log.held_out(state.step, measured)
@@ -325,8 +333,9 @@ class Run:
                 accelerator.log(log.scalars(), state.step)
             self.progress.show(state.step, log.status(state))
         if self.show and shows:
-            with averaged(self.parameters, self.average), accelerator.autocast():
-                rows = self.show.rows(predictor(self.student, torch.float32))
+            its = predictor(self.teacher, self.half) if self.matrices else None
+            with averaged(self.parameters, self.average), self._ridden(), accelerator.autocast():
+                rows = self.show.rows(predictor(self.student, torch.float32), its)
             if log:
                 self.show.save(state.step, rows)
                 log.picture(state.step, rows)
@@ -368,7 +377,7 @@ class Run:
                 self.progress.end()
                 training = provenance(config, self.state, self.log)
                 training |= {"trained": sum(p.numel() for p in self.parameters.values())}
-                networks.write_product(self.student, config, training)
+                networks.write_product(self.student, config, training, self.matrices)
                 write_card(config, training)
         self.accelerator.wait_for_everyone()
         sharding.let_gloo_end(self.accelerator)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from asdm_core.packs import (
     Description,
     Loaded,
     ZERO_SNR_MARKER,
+    carried_dtype,
     open_model,
     open_pack,
     open_unet,
@@ -39,6 +41,7 @@ from asdm_core.packs import (
     write_unet,
 )
 from asdm_core.surgery import ADDRESSED, Form, convert, cut_diffusers, extract, load_units, modules
+from asdm_core.tensor_file import rounded
 
 from . import lora, schedules
 from .config import Config
@@ -367,9 +370,11 @@ def check_finite(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | 
             )
 
 
-def write_product(student: nn.Module, config: Config, training: Mapping) -> None:
+def write_product(
+    student: nn.Module, config: Config, training: Mapping, matrices: Mapping[str, Tensor] = MappingProxyType({})
+) -> None:
     """Write the pack, or the pruned UNet and the pack of its experts and gains, and the LoRA of a finished run, under
-    the teacher's licence.
+    the teacher's licence. matrices: those of config.carry.
     """
     unet = config.network.config
     dtype = DTYPES[config.run.stored]
@@ -403,8 +408,11 @@ def write_product(student: nn.Module, config: Config, training: Mapping) -> None
     if description.kind == "pack":
         tensors = extract(tensors, config.architecture, description.units)
     if description.kind == "pack" and config.styles.many:
-        whole = Loaded(config.product, description, tensors)
-        description, changes = to_difference(whole, teachers_weights(config), Path(config.network.teacher).name)
+        # What rounding them changes is in the differences, so nothing is carried over in the teacher.
+        carried = rounded({k: m.detach().float().cpu() for k, m in matrices.items()}, carried_dtype(dtype))
+        whole = Loaded(config.product, description, {k: t.cpu() for k, t in tensors.items()} | carried)
+        name = Path(config.network.teacher).name
+        description, changes = to_difference(whole, teachers_weights(config), name, config.carry)
         tensors = dict(changes)
     check_finite(config.product.name, tensors | further, dtype)  # before the first file is written
     if config.lora.rank and config.lora.trained:

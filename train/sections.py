@@ -14,6 +14,7 @@ from torch import Tensor
 from asdm_core import condconv
 from asdm_core.addresses import UNetConfig
 from asdm_core.architecture import FAMILIES
+from asdm_core.carry import MAX_RANK
 from asdm_core.gri import GRI
 
 from .diffusion import STEPS, simple_times
@@ -221,6 +222,9 @@ class Styles:
     proportion to the weight. every: steps of a turn.
     draws: whether the network of a step draws its pictures itself, by [samples], for captions of the data; uses:
     samples of each such picture.
+    carry: rank of the matrices by which units take over what a style changes in others of their block
+    (asdm_core/carry.py). These alone are learned then, and the units stay as student.start has them, so that nothing
+    changes in network.teacher; 0: the units learn, and carry nothing over.
     """
 
     checkpoints: tuple[str, ...] = ()
@@ -234,6 +238,7 @@ class Styles:
     every: int = number(1, 1)
     draws: bool = False
     uses: int = number(1, 1)
+    carry: int = number(0, 0, MAX_RANK)
 
     @property
     def many(self) -> bool:

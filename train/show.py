@@ -97,9 +97,10 @@ class Show:
             )[:, -1]
         return self.decode(latents).float().clamp(0, 1).cpu()
 
-    def rows(self, student: Predict) -> Tensor:
-        """Teacher's and student's pictures, (2, B, 3, H, W)."""
-        return torch.stack([self.teacher, self._pictures(student, few=True)])
+    def rows(self, student: Predict, teacher: Predict | None = None) -> Tensor:
+        """Teacher's and student's pictures, (2, B, 3, H, W). teacher: where it is another one than before."""
+        its = self.teacher if teacher is None else self._pictures(teacher, few=False)
+        return torch.stack([its, self._pictures(student, few=True)])
 
     def save(self, step: int, rows: Tensor) -> None:
         """Write pictures/STEP.png."""

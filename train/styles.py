@@ -10,6 +10,9 @@ T the weights of network.teacher, W those of the network drawn and P the trained
 so that what it learns is the change which a pack of differences (asdm_core/differences.py) makes in any of them. The
 gradient of P is that of the sum. Where network.teacher itself is drawn nothing is added: P is what it was.
 
+With styles.carry P stays, and what is learned are the matrices by which the trained units take over what W - T is in
+others (asdm_core/carry.py); their gradient comes from that of the sum as well.
+
 The draw follows from the seed and the step. Of all these networks one is in memory; the others stay in their files.
 """
 
@@ -20,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -88,12 +92,26 @@ def random_change(weight: Tensor, rank: int, strength: float, generator: torch.G
     return change * (strength * weight.norm() / change.norm().clamp_min(1e-12))
 
 
+def new_matrices(config: Config, device: torch.device) -> dict[str, nn.Parameter]:
+    """What a recipe with styles.carry trains, by name in its product; nothing for others."""
+    if config.carry is None:
+        return {}
+    start = config.carry.start(config.architecture, seeded(config.seed, 20))
+    return {name: nn.Parameter(matrix.to(device)) for name, matrix in start.items()}
+
+
 class StyleSet:
     """The networks a recipe names, of which one at a time is put into a live teacher and its student."""
 
-    def __init__(self, config: Config, teacher: nn.Module, student: nn.Module):
-        """Both on their devices and in their precisions, with network.teacher in them. Raises ValueError for files that
-        are no finetunes of its family.
+    def __init__(
+        self,
+        config: Config,
+        teacher: nn.Module,
+        student: nn.Module,
+        matrices: Mapping[str, nn.Parameter] = MappingProxyType({}),
+    ):
+        """Both on their devices and in their precisions, with network.teacher in them; matrices: see `new_matrices`.
+        Raises ValueError for files that are no finetunes of its family.
         """
         settings = config.styles
         self.settings, self.seed, self.unet = settings, config.seed, config.network.config
@@ -118,8 +136,21 @@ class StyleSet:
                 self.trained[name] = p
             elif not p.requires_grad and p.data_ptr() not in held:
                 self.frozen.setdefault(name, []).append(p)
+        self.matrices = matrices
+        self.links = config.carry.links(config.architecture) if config.carry else {}
+        self.sources = {link.source for found in self.links.values() for link in found}
         self.style = Style()
-        self.shifts: dict[str, Tensor] = {}
+        self.shifts: dict[str, Tensor] = {}  # W - T of the trained weights, by name
+        self.changes: dict[str, Tensor] = {}  # and of those that something is taken over from, by addressed name
+
+    @property
+    def shown(self) -> Style:
+        """What is looked at on the way: network.teacher, or the first of the others where something is carried over."""
+        if not self.links:
+            return Style()
+        if self.settings.checkpoints:
+            return Style(((1, 1.0),))
+        return Style(lora=0, strength=1.0) if self.loras else Style(lora=RANDOM, strength=self.settings.strength)
 
     def drawn(self, step: int) -> Style:
         """What teaches at a step."""
@@ -145,29 +176,53 @@ class StyleSet:
         if style == self.style:
             return
         teacher = Style()
-        self.shifts = {}
+        self.shifts, self.changes = {}, {}
         for name, p in self.into.items():
             weight = self.weight(style, name, p.device)
             p.copy_(weight)
             for mine in self.frozen.get(name, ()):
                 mine.copy_(weight)
-            if name in self.trained and style != teacher:
-                self.shifts[name] = (weight - self.weight(teacher, name, p.device)).to(self.trained[name].device)
+            if style != teacher and (name in self.trained or self.keys[name] in self.sources):
+                change = weight - self.weight(teacher, name, p.device)
+                if name in self.trained:
+                    self.shifts[name] = change.to(self.trained[name].device)
+                if self.keys[name] in self.sources:
+                    self.changes[self.keys[name]] = change
         self.style = style
 
     @contextmanager
     def ridden(self) -> Iterator[None]:
         """The trained weights as they ride on the style: what is computed inside has the gradient of the plain ones,
-        which are put back exactly.
+        which are put back exactly; with matrices, these get it.
         """
         held = {name: self.trained[name].data for name in self.shifts}
+        taken = self._taken_over()
         for name, shift in self.shifts.items():
             self.trained[name].data = held[name] + shift
+            if name in taken:
+                self.trained[name].data += taken[name].detach()
         try:
             yield
+            given = {name: self.trained[name].grad for name in taken}
+            if taken and all(grad is not None for grad in given.values()):
+                torch.autograd.backward(list(taken.values()), list(given.values()))
         finally:
             for name, data in held.items():
                 self.trained[name].data = data
+            if self.matrices:
+                for p in self.trained.values():
+                    p.grad = None
+
+    def _taken_over(self) -> dict[str, Tensor]:
+        """What the trained weights take over of the style's changes, by name."""
+        if not self.changes:
+            return {}
+        found = {}
+        for name in self.shifts:
+            if links := self.links.get(self.keys[name]):
+                parts = [link(self.changes[link.source], self.matrices) for link in links]
+                found[name] = torch.stack(parts).sum(0).to(self.trained[name].device)
+        return found
 
 
 def _finetune(path: str, config: Config) -> Mapping[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from comfy.model_patcher import get_key_weight
 from torch import Tensor, nn
 
-from ...asdm_core import few_step, fit
+from ...asdm_core import differences, few_step, fit
 from ...asdm_core.packs import Description, Loaded
 from . import bypass, units
 from .comparison import original_of
@@ -105,14 +105,18 @@ class Copy:
         self.unet = self.patcher.model.diffusion_model.requires_grad_(False)
         self.device = device
         # The units as Apply Pack would play them: what training changed, on top of the LoRAs.
-        self.own = {
-            key: numbers(key, get_key_weight(self.unet, key)[0]).float().clone() for key in description.unit_keys
+        live = {
+            key: numbers(key, get_key_weight(self.unet, key)[0]).float()
+            for key in differences.needed(description)
+            if key in unpatched
         }
-        difference = description.difference_of is not None
-        start = {}
-        for key in description.unit_keys:
-            changed = pack.tensors[key].float() - (0 if difference else unpatched[key].float().cpu())
-            start[key] = self.own[key] + changed.to(self.own[key].device)
+        self.own = {key: live[key].clone() for key in description.unit_keys}
+        if description.difference_of is None:
+            changed = {key: pack.tensors[key].float() - unpatched[key].float().cpu() for key in self.own}
+            start = {key: own + changed[key].to(own.device) for key, own in self.own.items()}
+        else:
+            played = differences.played_in(pack, live, "this MODEL").tensors
+            start = {key: played[key] for key in self.own}
         plain = Description("pack", self.architecture, description.units)
         precision = self.patcher.model.model_config.unet_config.get("attn_precision")
         self.units = units.PackModel.load(Loaded(pack.path, plain, start), torch.float32, precision).to(device)

@@ -23,7 +23,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ...asdm_core import packs, tensor_file, text_encoder
+from ...asdm_core import differences, packs, tensor_file, text_encoder
 from ...asdm_core.addresses import UNetConfig
 from ...asdm_core.architecture import Architecture
 from ...asdm_core.packs import Description
@@ -346,7 +346,7 @@ def load_differences(model, path: str, modified: float, dtype: torch.dtype, attn
     key = path, modified, dtype, attn_precision
     if key not in known:
         weights = Unpatched(model)
-        wanted = packs.describe_pack(TensorFile(path)).unit_keys
+        wanted = differences.needed(packs.describe_pack(TensorFile(path)))
         own = {name: weights[name].to("cpu", dtype, copy=True) for name in wanted if name in weights}
         known[key] = new_pack_patcher(path, dtype, attn_precision, own)
         while len(known) > KEPT:

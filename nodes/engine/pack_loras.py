@@ -1,7 +1,8 @@
 """LoRAs of a MODEL on its packs: whatever patches a unit of the checkpoint patches the pack's in its place as well.
 
 Of a unit that is the checkpoint's own and a difference, merges are patches too: they act on the checkpoint's weights,
-as do all others, and the difference comes on top.
+as do all others, and the difference comes on top. Where it takes over what changes in other units (asdm_core/carry.py),
+it takes over what patches change there as well.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 
 import comfy.hooks
+import comfy.lora
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
@@ -48,14 +50,43 @@ def _round_differences(patcher, patches: Mapping[str, list]) -> dict[str, list]:
     """All patches of a MODEL for a pack of differences: each weight starts as the checkpoint's own, and its difference
     follows the patches.
     """
-    own = patcher.model.own
+    own, carried = patcher.model.own, patcher.model.carried
     played = patcher.get_key_patches()
+    changes = _changes(patcher, patches)
     rounded = {}
-    for key, found in patches.items():
-        if key in own:
+    for key in played:
+        taken = carried.taken_over(key, changes)
+        if key in own and key in patches:
             difference = played[key][0][0].float() - own[key].to(played[key][0][0].device).float()
-            rounded[key] = [_patch("set", own[key]), *found, _patch("diff", difference)]
+            rounded[key] = [_patch("set", own[key]), *patches[key], _patch("diff", difference)]
+        if taken is not None:
+            rounded.setdefault(key, []).append(_patch("diff", taken))
     return rounded
+
+
+def _changes(patcher, patches: Mapping[str, list]) -> dict[str, Tensor]:
+    """What patches change in the weights of the checkpoint from which a pack takes something over, by parameter."""
+    changes = {}
+    for key in patcher.model.carried.sources.intersection(patches):
+        before = patcher.model.own[key].float()
+        changes[key] = comfy.lora.calculate_weight(patches[key], before.clone(), key) - before
+    return changes
+
+
+def _carried_by_hooks(patcher, patches: Mapping[str, list]) -> dict[str, list]:
+    """What a pack takes over of the LoRAs of a hook, each at the strength that it has there."""
+    found: dict[str, list] = {}
+    turns = max(map(len, patches.values()), default=0)
+    for turn in range(turns):
+        at = {key: its[turn] for key, its in patches.items() if turn < len(its)}
+        # A LoRA has one strength in all layers of a hook; what is no LoRA is no multiple of its strength.
+        for strength in {patch[0] for patch in at.values() if patch[2] == 1.0}:
+            whole = {k: [(1.0, *patch[1:])] for k, patch in at.items() if patch[0] == strength and patch[2] == 1.0}
+            changes = _changes(patcher, whole)
+            for key in patcher.model.carried.links if changes else ():
+                if (taken := patcher.model.carried.taken_over(key, changes)) is not None:
+                    found.setdefault(key, []).append((strength, *_patch("diff", taken)[1:]))
+    return found
 
 
 def _as_differences(weights: Unpatched, key: str, patches: list) -> list:
@@ -99,10 +130,14 @@ def callbacks(packs_of: Callable) -> tuple[tuple[str, Callable], ...]:
         weights = Unpatched(model)
         for patcher in packs_of(model):
             known = patcher.model.state_dict()
-            patcher.hook_patches = {
-                ref: {k: _as_differences(weights, k, v) for k, v in patches.items() if k in known}
-                for ref, patches in model.hook_patches.items()
-            }
+            concerned = {*known, *patcher.model.carried.sources}
+            patcher.hook_patches = {}
+            for ref, patches in model.hook_patches.items():
+                found = {k: _as_differences(weights, k, v) for k, v in patches.items() if k in concerned}
+                mine = {k: v for k, v in found.items() if k in known}
+                for key, more in _carried_by_hooks(patcher, found).items():
+                    mine[key] = [*mine.get(key, []), *more]
+                patcher.hook_patches[ref] = mine
             # The other mode caches weights per hook group and would serve those of an earlier keyframe.
             patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from ...asdm_core import differences
 from ...asdm_core.addresses import Slot, Unit, UNetConfig, walk
 from ...asdm_core.architecture import Architecture
+from ...asdm_core.carry import Link
 from ...asdm_core.condconv import CondConv2d, Conv, further_experts
 from ...asdm_core.packs import Description, Loaded
 from ...asdm_core.surgery import pass_through
@@ -255,6 +257,38 @@ def host_weights(module: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]
 
 # Packs ----------------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class Carried:
+    """What parameters of a pack take over of changes to others (asdm_core/carry.py). links: by parameter, sources by
+    addressed name. matrices: float32.
+    """
+
+    links: Mapping[str, Sequence[Link]]
+    matrices: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, pack: Loaded) -> Carried:
+        carry, architecture = pack.description.carry, pack.description.architecture
+        links = carry.links(architecture) if carry else {}
+        matrices = {name: pack.tensors[name].float() for name in pack.description.carry_keys}
+        return cls({f"diffusion_model.{key}": found for key, found in links.items()}, matrices)
+
+    def taken_over(self, key: str, changes: Mapping[str, Tensor]) -> Tensor | None:
+        """What a parameter takes over of changes, by parameter; None where none of them concerns it."""
+        found = [
+            link(changes[source].float().cpu(), self.matrices)
+            for link in self.links.get(key, ())
+            if (source := f"diffusion_model.{link.source}") in changes
+        ]
+        return torch.stack(found).sum(0) if found else None
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """The parameters of the checkpoint that something is taken over from."""
+        return frozenset(f"diffusion_model.{link.source}" for found in self.links.values() for link in found)
+
+
 _serials = itertools.count()
 
 
@@ -266,6 +300,7 @@ class PackModel(nn.Module):
     them, and the host neither patches nor moves the weights of a module that has children with weights.
     serial: tells this module from any other one; compiled graphs are keyed by it. own: of a pack of differences, the
     weights of the checkpoint that they were added to, by parameter. unchanged: its units that are the checkpoint's own.
+    carried: what they take over from other layers of the checkpoint, whose weights are in `own` as well.
     """
 
     def __init__(
@@ -280,6 +315,7 @@ class PackModel(nn.Module):
         self.serial = next(_serials)
         self.own: Mapping[str, Tensor] = {}
         self.unchanged: frozenset[str] = frozenset()
+        self.carried = Carried({}, {})
         self.architecture = architecture = description.architecture
         self.diffusion_model = nn.Module()
         self._paths: dict[str, str] = {}
@@ -339,7 +375,8 @@ class PackModel(nn.Module):
     ) -> PackModel:
         """Build the modules and give them the pack's weights, as `dtype`; routers are float32.
 
-        own: for a pack of differences, the unpatched weights of the checkpoint's units by addressed name.
+        own: for a pack of differences, the unpatched weights of the checkpoint that it is added to
+        (differences.needed) by addressed name.
         """
         description, tensors = pack.description, pack.tensors
         played = differences.played_in(pack, own, "this MODEL").tensors if own is not None else tensors
@@ -360,7 +397,8 @@ class PackModel(nn.Module):
         model.load_state_dict(weights, strict=True, assign=True)
         model.requires_grad_(False).eval()
         if own is not None:
-            model.own = {f"diffusion_model.{k}": own[k] for k in units}
+            model.own = {f"diffusion_model.{k}": weight for k, weight in own.items()}
+            model.carried = Carried.of(pack)
             model.unchanged = differences.unchanged(description, tensors)
         comfy.model_management.archive_model_dtypes(model)
         return model

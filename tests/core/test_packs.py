@@ -321,7 +321,7 @@ def test_a_file_without_a_description_is_no_pack(pack):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"format": 4}, "format 4; this version of asdm reads up to 3, so update asdm"),
+        ({"format": 5}, "format 5; this version of asdm reads up to 4, so update asdm"),
         ({"format": None}, "format None"),
         ({"format": True}, "format True"),
         ({"format": "1"}, "format '1'"),

@@ -262,6 +262,98 @@ def test_the_product_rides_on_any_network_of_the_set(files, tmp_path):
             torch.testing.assert_close(p.data, wanted)
 
 
+# What is carried over -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def started(files, tmp_path_factory):
+    """A pack trained on the teacher, from which a carry goes on."""
+    path = tmp_path_factory.mktemp("started")
+    return run(load(NARROW, [f"run.folder={path}", f"network.teacher={files / 'teacher.safetensors'}"])).product
+
+
+def carrying(files, folder, started, *changes):
+    return settings(files, folder, "styles.carry=4", "styles.teacher=0", f"student.start={started}", *changes)
+
+
+def test_units_take_over_what_a_style_changes_and_matrices_get_the_gradient(files, tmp_path, started):
+    recipe = carrying(files, tmp_path, started)
+    teacher = networks.load_teacher(recipe)
+    student = networks.make_student(teacher, recipe)
+    torch.nn.Module.to(teacher, torch.float32)
+    matrices = styles_of_a_run.new_matrices(recipe, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for matrix in matrices.values():
+            matrix += 0.1 * torch.randn(matrix.shape, generator=generator)
+    found = StyleSet(recipe, teacher, student, matrices)
+    plain = {name: p.detach().clone() for name, p in found.trained.items()}
+    merged = Style(((1, 0.25), (2, 0.75)))
+    found.take(merged)
+    # By hand: a student of the merged network in which autograd itself goes through the sums.
+    whole = [dict(whole_of(files, name).named_parameters()) for name in NAMES]
+    change = {name: 0.25 * (whole[1][name] - p) + 0.75 * (whole[2][name] - p) for name, p in whole[0].items()}
+    merge = whole_of(files, "teacher")
+    with torch.no_grad():
+        for name, p in merge.named_parameters():
+            p += change[name]
+    alone = networks.make_student(merge, recipe)
+    names = {key: name for name, key in found.keys.items()}
+    own = {name: matrix.detach().clone().requires_grad_() for name, matrix in matrices.items()}
+    sums = {name: tensor + change[name] for name, tensor in plain.items()}
+    for key, links in recipe.carry.links(recipe.architecture).items():
+        for link in links:
+            sums[names[key]] = sums[names[key]] + link(change[names[link.source]], own)
+    x, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([900, 300])
+    context = torch.randn(2, 8, 32, generator=generator)
+    with found.ridden():
+        mine = student(x, t, context).sample
+        mine.square().mean().backward()
+    wanted = torch.func.functional_call(alone, sums, (x, t, context)).sample
+    wanted.square().mean().backward()
+    torch.testing.assert_close(mine, wanted)
+    assert any(matrix.grad.any() for matrix in own.values())
+    for name, matrix in own.items():
+        torch.testing.assert_close(matrices[name].grad, matrix.grad)
+    for name, p in found.trained.items():
+        assert torch.equal(p.data, plain[name]) and p.grad is None
+
+
+def test_what_was_learned_to_be_carried_over_is_in_the_product_and_nothing_in_the_teacher(files, tmp_path, started):
+    recipe = run(carrying(files, tmp_path, started))
+    product, before = open_pack(recipe.product), open_pack(started)
+    assert product.description.carry == recipe.carry and product.description.training["trained"] > 0
+    matrices = {k: v for k, v in newest(recipe).items() if k.startswith("average.")}
+    assert set(product.description.carry_keys) == {k.removeprefix("average.") for k in matrices}
+    assert any(v.any() for k, v in matrices.items() if k.endswith((".left", ".left.0")))
+    teacher = open_unet(files / "teacher.safetensors").tensors
+    for key, tensor in to_absolute(product, teacher, "teacher.safetensors")[1].items():
+        torch.testing.assert_close(tensor, before.tensors[key].float(), rtol=1e-4, atol=1e-5)
+    # In a finetune it is what the units took over in the run.
+    one = open_unet(files / "one.safetensors").tensors
+    played = to_absolute(product, one, "one.safetensors")[1]
+    moved = 0
+    for key, links in recipe.carry.links(recipe.architecture).items():
+        wanted = before.tensors[key].float() + one[key] - teacher[key]
+        plain = wanted
+        for link in links:
+            held = {name: matrices[f"average.{name}"] for name in link.matrices}
+            wanted = wanted + link(one[link.source] - teacher[link.source], held)
+        torch.testing.assert_close(played[key], wanted, rtol=1e-4, atol=1e-4)
+        moved += not torch.allclose(wanted, plain, rtol=1e-3, atol=1e-3)
+    assert moved
+
+
+@pytest.mark.sweep(1)
+def test_a_stored_carry_is_rounded_before_its_differences_are_taken(files, tmp_path, started):
+    recipe = run(carrying(files, tmp_path, started, "run.stored=float16"))
+    product, before = open_pack(recipe.product), open_pack(started)
+    assert any(k.endswith(".left.0.scale") for k in load_file(recipe.product))
+    teacher = open_unet(files / "teacher.safetensors").tensors
+    for key, tensor in to_absolute(product, teacher, "teacher.safetensors")[1].items():
+        torch.testing.assert_close(tensor, before.tensors[key].float(), rtol=2**-9, atol=2**-9)
+
+
 # Whole runs -----------------------------------------------------------------------------------------
 
 
@@ -288,8 +380,14 @@ def test_a_set_with_the_teacher_alone_trains_as_always(files, tmp_path, monkeypa
 
 
 @pytest.mark.sweep(1)
-@pytest.mark.parametrize("more", [(), ("styles.draws=true", "styles.uses=2", "samples.steps=2", "styles.every=2")])
-def test_a_run_that_was_stopped_equals_an_unbroken_one(files, tmp_path, monkeypatch, more):
+@pytest.mark.parametrize(
+    "more",
+    [(), ("styles.draws=true", "styles.uses=2", "samples.steps=2", "styles.every=2"), ("styles.carry=4",)],
+)
+def test_a_run_that_was_stopped_equals_an_unbroken_one(files, tmp_path, monkeypatch, more, started):
+    if "styles.carry=4" in more:
+        more = (*more, f"student.start={started}")
+
     class Stop(Exception):
         pass
 
@@ -386,6 +484,7 @@ def test_the_network_of_the_step_draws_its_pictures(files, tmp_path):
         (("styles.draws=true", "styles.uses=3"), "must be a multiple"),
         (("styles.draws=true", "data.flip=true", "data.source=cache"), "no pictures"),
         (("styles.merged=1.5",), "styles.merged must be between 0 and 1"),
+        (("styles.carry=4",), "styles.carry: what a pack carries over is learned with its units trained before"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(files, tmp_path, changes, said):

@@ -249,6 +249,119 @@ def test_a_model_without_the_units_is_refused(folder, pack):
         small.with_pack(pruned, whole)
 
 
+# What is carried over from other units ----------------------------------------------------------------------------
+
+
+CARRY = module("asdm_core.carry").Carry.within_blocks(M2, M2.pack_units(), 4)
+CUT = "input_blocks.2.0.in_layers.2"  # of a unit that M2 cuts
+
+
+def matrices():
+    generator = torch.Generator().manual_seed(11)
+    return {k: 0.2 * torch.randn(s.shape, generator=generator) for k, s in CARRY.keys(M2).items()}
+
+
+@pytest.fixture(scope="module")
+def carrying(folder):
+    """A pack that carries over what other units of its blocks have, as it comes from a training on weights(SD)."""
+    tensors = {k: small.weights(SD)[k] + t for k, t in changed().items()} | matrices()
+    loaded = packs.Loaded(folder / "c", packs.Description("pack", M2, M2.pack_units()), tensors)
+    description, tensors = differences.to_difference(loaded, small.weights(SD), "teacher", CARRY)
+    path = folder / "carrying.safetensors"
+    packs.write_pack(path, tensors, description, None)
+    return path
+
+
+def carried_into(whole):
+    """A checkpoint with the pack's units in it, by the formula."""
+    sums = {k: whole[k] + changed()[k] if k in changed() else whole[k] for k in M2.keys()}
+    for key, links in CARRY.links(M2).items():
+        for link in links:
+            sums[key] = sums[key] + link(whole[link.source] - small.weights(SD)[link.source], matrices())
+    return sums
+
+
+def as_model(folder, weights, name):
+    path = folder / f"{name}.safetensors"
+    packs.write_unet(path, weights, packs.Description("unet", M2, prediction="eps"))
+    return small.models.load_unet(str(path))
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_it_plays_what_units_take_over(folder, carrying, seed):
+    played = small.sample(small.with_pack(small.model(folder, seed=seed), carrying))
+    wanted = small.sample(as_model(folder, carried_into(small.weights(SD, seed)), f"carried-{seed}"))
+    assert small.difference(played, wanted) < 1e-3
+    plain = small.sample(added(folder, seed))
+    assert (small.difference(played, plain) > 0.05) == (seed != 0)  # in the teacher it is the difference alone
+
+
+def with_change(size=0.5):
+    """weights(SD) with a change of one weight that the pack cuts, and that change."""
+    change = size * torch.randn(small.weights(SD)[f"{CUT}.weight"].shape, generator=torch.Generator().manual_seed(2))
+    return {**small.weights(SD), f"{CUT}.weight": small.weights(SD)[f"{CUT}.weight"] + change}, change
+
+
+def cut_lora():
+    """The same change as a LoRA of full rank."""
+    change = with_change()[1]
+    return {f"diffusion_model.{CUT}.weight": ("diff", (change,))}
+
+
+def test_a_patch_of_a_unit_that_is_cut_is_taken_over(model, folder, carrying, pack):
+    wanted = small.sample(as_model(folder, carried_into(with_change()[0]), "patched"))
+    before, after = model.clone(), small.with_pack(model, carrying)
+    before.add_patches(cut_lora())
+    after.add_patches(cut_lora())
+    plain = small.sample(small.with_pack(model, carrying))
+    assert small.difference(plain, wanted) > 0.01
+    for played in (small.with_pack(before, carrying), after):
+        assert small.difference(small.sample(played), wanted) < 1e-3
+    assert torch.equal(small.sample(small.with_pack(before, pack)), small.sample(small.with_pack(model, pack)))
+    assert torch.equal(small.sample(small.with_pack(model, carrying)), plain)
+
+
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode), ids=lambda mode: mode.name)
+def test_a_hook_on_a_unit_that_is_cut_is_taken_over(model, folder, carrying, mode):
+    shape = small.weights(SD)[f"{CUT}.weight"].shape
+    up, down = 0.1 * torch.randn(shape[0], 2), torch.randn(2, *shape[1:])
+    lora = {
+        f"diffusion_model.{CUT}.lora_up.weight": up[..., None, None],
+        f"diffusion_model.{CUT}.lora_down.weight": down,
+    }
+    strength = 0.7
+    hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=strength, strength_clip=0.0)
+    both = [nodes_hooks.SetModelHooksOnCond().attach_hook(small.cond(seed=seed), hooks)[0] for seed in (1, 2)]
+    played = small.with_pack(model, carrying)
+    played.set_hook_mode(mode)
+    weights = dict(small.weights(SD))
+    weights[f"{CUT}.weight"] = weights[f"{CUT}.weight"] + strength * (up @ down.flatten(1)).view(shape)
+    wanted = small.sample(
+        as_model(folder, carried_into(weights), "hooked"), positive=small.cond(seed=1), negative=small.cond(seed=2)
+    )
+    for _ in range(2):
+        found = small.sample(played, positive=both[0], negative=both[1])
+        assert small.difference(found, wanted) < 1e-3
+    plain = small.sample(small.with_pack(model, carrying))
+    assert torch.equal(small.sample(played), plain) and small.difference(plain, wanted) > 0.01
+
+
+def test_what_is_carried_over_is_in_what_is_saved(folder, carrying):
+    save = module("nodes.save_unet")
+    played = small.with_pack(small.model(folder, seed=3), carrying)
+    architecture, sources = save.played_architecture(played)
+    found = save.played_weights(played, architecture, sources)
+    for key, tensor in carried_into(small.weights(SD, 3)).items():
+        assert torch.allclose(found[key], tensor, rtol=1e-4, atol=1e-4), key
+
+
+def test_a_model_that_lacks_what_is_carried_over_is_refused(folder, carrying):
+    pruned = small.models.load_unet(small.write_unet(folder / "pruned-c.safetensors", cut="down.0.1.resnet"))
+    with pytest.raises(ValueError, match="down.0.1.resnet.*it is not there.*Give an unpruned checkpoint"):
+        small.with_pack(pruned, carrying)
+
+
 # Made for another checkpoint --------------------------------------------------------------------------------------
 
 
