@@ -4,14 +4,16 @@ A pack of differences (differences.py) leaves a checkpoint its own weights in th
 has learned in the units that are cut goes with them, and a good part of its style is there. So a pack may carry it
 over, layer by layer: with W the weights of the checkpoint and T those of the teacher, a layer of a unit u plays with
 
-    W_u + (P - T_u) + sum over c of L (W_c - T_c) R
+    W_u + (P - T_u) + sum over c of g (L (W_c - T_c) R)
 
-where c is any unit of u's kind in its block, cut or played, u among them. L (outputs of u, outputs of c) and R (inputs
-of c, inputs of u) were learned over many styles (train/styles.py). L alone moves a bias, a factor for each channel a
-norm; there is no R where both layers read the same, text or time. In the teacher nothing is added, by construction.
+where c is any unit of u's kind in its block, cut or played, u among them. What a unit reads and writes outside of
+itself means the same in c and u, what lies inside does not. So L and R are matrices between the spaces inside of the
+two: one pair for each space, shared by the layers that write into it (L) and read from it (R); outside of the units
+they are 1. g is a factor for each channel of a layer. Norms take over nothing. L, R and g were learned over many styles
+(train/styles.py). In the teacher nothing is added, by construction.
 
-A file needs no T: the T_c are in its differences, D = (P - T_u) - sum of L T_c R, to which W_u and all L W_c R are
-added.
+A file needs no T: the T_c are in its differences, D = (P - T_u) - sum of g (L T_c R), to which W_u and all g (L W_c R)
+are added.
 """
 
 from __future__ import annotations
@@ -29,42 +31,65 @@ from .architecture import Architecture
 from .surgery import StateDict
 
 MAX_RANK = 1024
-# Layers whose inputs are no unit's own: what they read is the same everywhere.
-_READ_ALIKE = ("emb_layers.1", "attn2.to_k", "attn2.to_v")
+
+# The spaces that a layer writes into and reads from, by its name in its unit or its transformer block. None: outside of
+# the unit (its input and output, time, text). "input" is outside too, but not of one width in all resnets of a block.
+_SPACES: dict[str, tuple[str | None, str | None]] = {
+    "in_layers.2": ("hidden", "input"),
+    "emb_layers.1": ("hidden", None),
+    "out_layers.3": (None, "hidden"),
+    "skip_connection": (None, "input"),
+    "op": (None, None),
+    "conv": (None, None),
+    "proj_in": ("inner", None),
+    "proj_out": (None, "inner"),
+    "attn1.to_q": ("attn1.match", "inner"),
+    "attn1.to_k": ("attn1.match", "inner"),
+    "attn1.to_v": ("attn1.values", "inner"),
+    "attn1.to_out.0": ("inner", "attn1.values"),
+    "attn2.to_q": ("attn2.match", "inner"),
+    "attn2.to_k": ("attn2.match", None),
+    "attn2.to_v": ("attn2.values", None),
+    "attn2.to_out.0": ("inner", "attn2.values"),
+    "ff.net.0.proj": ("ff", "inner"),
+    "ff.net.2": ("inner", "ff"),
+}
+_OF_THE_UNIT = ("hidden", "input", "inner")  # the other spaces lie within a transformer block
 
 
 @dataclass(frozen=True)
 class Link:
     """How one tensor takes over the change of another.
 
-    source: addressed name of the other. left, right: names of the matrices whose product L and R are; none where there
-    is no such factor. gain: name of the factors of a norm.
+    source: addressed name of the other. left, right: names of the matrices whose product L and R are; none where they
+    are 1. gain: name of g.
     """
 
     source: str
-    left: tuple[str, ...] = ()
-    right: tuple[str, ...] = ()
-    gain: str = ""
+    left: tuple[str, ...]
+    right: tuple[str, ...]
+    gain: str
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        return (*self.left, *self.right, *((self.gain,) if self.gain else ()))
+        return (*self.left, *self.right, self.gain)
 
     def __call__(self, change: Tensor, matrices: Mapping[str, Tensor]) -> Tensor:
-        """L change R in the dtype of all. change: (outputs of c, inputs of c, ...), or (outputs of c,)."""
-        if self.gain:
-            return matrices[self.gain] * change
+        """g (L change R) in the dtype of all. change: (outputs of c, inputs of c, ...), or (outputs of c,). Where L has
+        half as many columns as there are outputs (values and gates), it is applied to each half.
+        """
         for name in self.right:
             change = torch.einsum("oi...,ij->oj...", change, matrices[name])
         for name in reversed(self.left):
-            change = torch.tensordot(matrices[name], change, 1)
-        return change
+            parts = change.unflatten(0, (-1, matrices[name].shape[1]))
+            change = torch.einsum("po,ho...->hp...", matrices[name], parts).flatten(0, 1)
+        return matrices[self.gain].view(-1, *[1] * (change.dim() - 1)) * change
 
 
 @dataclass(frozen=True)
 class Carry:
-    """Which units take over the changes of which: pairs (u, c) of addresses. rank: of L and R, where a matrix of less
-    than full rank is the smaller one in two factors.
+    """Which units take over the changes of which: pairs (u, c) of addresses. rank: at most of L and R, which are two
+    factors where that takes fewer numbers.
     """
 
     pairs: tuple[tuple[str, str], ...]
@@ -118,55 +143,54 @@ class Carry:
         return found
 
     def _link(self, slot: Slot, c: Unit) -> tuple[Link, dict[str, Slot]] | None:
-        """The link of a tensor to its like in another unit; None where there is none that fits."""
-        its = {t.ldm: t.shape for t in c.tensors}
-        layer, _, leaf = slot.tensor.ldm.rpartition(".")
-        mine = {t.ldm: t.shape for t in slot.unit.tensors}[f"{layer}.weight"]
-        theirs = its.get(f"{layer}.weight")
-        if slot.tensor.ldm not in its or theirs is None or mine[2:] != theirs[2:]:
+        """The link of a tensor to its like in another unit, with its matrices; None where there is none that fits."""
+        tensor, u = slot.tensor, slot.unit
+        layer, _, leaf = tensor.ldm.rpartition(".")
+        inside = "" if tensor.block is None else f"transformer_blocks.{tensor.block}."
+        mine, theirs = ({t.ldm: t.shape for t in unit.tensors} for unit in (u, c))
+        if layer.removeprefix(inside) not in _SPACES or tensor.ldm not in theirs:
+            return None
+        (outputs, *ins), (its_outputs, *its_ins) = mine[f"{layer}.weight"], theirs[f"{layer}.weight"]
+        if ins[1:] != its_ins[1:]:
             return None
         slots: dict[str, Slot] = {}
 
-        def named(name: str, *shapes: tuple[int, ...]) -> tuple[str, ...]:
-            stem = f"{layer}.carry.{c.address}.{name}"
-            names = [stem] if len(shapes) == 1 else [f"{stem}.{i}" for i in range(len(shapes))]
-            specs = [
-                TensorSpec(n, n, shape, "carry", slot.tensor.block) for n, shape in zip(names, shapes, strict=True)
-            ]
-            added = {f"{slot.unit.ldm}.{spec.ldm}": Slot(slot.unit, spec) for spec in specs}
-            slots.update(added)
-            return tuple(added)
+        def matrix(space: str | None, side: str, rows: int, columns: int) -> tuple[str, ...]:
+            if space is None or space == "input" and rows == columns:
+                return ()
+            where = space if space in _OF_THE_UNIT else f"{inside}{space}"
+            factors = [(rows, columns)]
+            if rows * columns > self.rank * (rows + columns):
+                factors = [(rows, self.rank), (self.rank, columns)]
+            ends = [""] if len(factors) == 1 else [".0", ".1"]
+            return tuple(added(f"{where}.{side}{end}", shape) for end, shape in zip(ends, factors, strict=True))
 
-        source = f"{c.ldm}.{slot.tensor.ldm}"
-        if len(mine) == 1:
-            return (Link(source, gain=named("gain", mine)[0]), slots) if mine == theirs else None
-        left = named("left", *self._factors(mine[0], theirs[0]))
-        reads_alike = mine[1] == theirs[1] and layer.endswith(_READ_ALIKE)
-        moves_inputs = leaf == "weight" and not reads_alike
-        right = named("right", *self._factors(theirs[1], mine[1])) if moves_inputs else ()
-        return Link(source, left, right), slots
+        def added(name: str, shape: tuple[int, ...]) -> str:
+            name = f"carry.{c.address}.{name}"
+            spec = TensorSpec(name, name, shape, "carry", tensor.block if f".{inside}" in name and inside else None)
+            slots[u.key(spec)] = Slot(u, spec)
+            return u.key(spec)
 
-    def _factors(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        if rows * columns <= self.rank * (rows + columns):
-            return [(rows, columns)]
-        return [(rows, self.rank), (self.rank, columns)]
+        into, from_ = _SPACES[layer.removeprefix(inside)]
+        parts = 2 if into == "ff" else 1
+        left = matrix(into, "left", outputs // parts, its_outputs // parts)
+        right = matrix(from_, "right", its_ins[0], ins[0]) if leaf == "weight" else ()
+        gain = added(f"{layer}.gain", (outputs,))
+        return Link(f"{c.ldm}.{tensor.ldm}", left, right, gain), slots
 
     def start(self, architecture: Architecture, generator: torch.Generator) -> StateDict:
-        """Matrices to learn from, float32: L and gains are 0, R leaves inputs where they are as far as its rank lets
-        it.
-        """
+        """Matrices to learn from, float32: gains are 0, L and R are 1 as far as their rank and widths let them."""
         found: StateDict = {}
-        for links in self._linked(architecture).values():
-            for link, slots in links:
-                new = {name: slot.shape for name, slot in slots.items() if name not in found}
-                for name, shape in new.items():
-                    silent = name in (link.gain, *link.left[:1])
-                    found[name] = torch.zeros(shape) if silent else _spanning(shape, generator)
-                inner = [name for name in link.right if name in new]
-                if len(inner) == 1 and len({*new[inner[0]]}) == 1:
-                    found[inner[0]] = torch.eye(new[inner[0]][0])
-                elif len(inner) == 2 and new[inner[0]] == new[inner[1]][::-1]:
-                    found[inner[1]] = found[inner[0]].T.contiguous()
+        for name, slot in self.keys(architecture).items():
+            shape = slot.shape
+            if name.endswith(".gain"):
+                found[name] = torch.zeros(shape)
+            elif not name.endswith((".0", ".1")) and shape[0] == shape[1]:
+                found[name] = torch.eye(shape[0])
+            elif name.endswith(".1") and found[f"{name[:-1]}0"].shape == shape[::-1]:
+                found[name] = found[f"{name[:-1]}0"].T.contiguous()
+            else:
+                found[name] = _spanning(shape, generator)
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,12 +4,13 @@
 
 The reference is OpenMoji's own run of 4 steps (dpmpp_2m, simple, CFG 3) from the same noise; packs are drawn with 3
 steps of the same, few-step LoRAs as their metadata say. Beside them the finetune's own fewer steps, and M2 in the
-teacher, against the teacher's own run, for what it loses there by being a difference or trained over many styles. A fit
-learns from the names of all concepts as prompts, for runs of 3 steps, 16 walks at a time in bfloat16, for so many CPU
-minutes of one thread; a row of its own says what 3 minutes for runs of any number of steps come to.
+teacher, against the teacher's own run, for what it loses there by being a difference or trained over many styles. A
+fit begins at M2 as it ships and learns from the names of all concepts as prompts, for runs of 3 steps, 16 walks at a
+time in bfloat16, for so many CPU minutes of one thread; a row of its own says what 3 minutes for runs of any number of
+steps come to.
 
-    --styles PACK  M2 over many styles (train/configs/emoji-m2-styles.toml). Where it lies in --models it ships, and is
-                   M2 as one gets it without a fit; else that is M2 in models/ as a difference
+    --styles PACK  M2 over many styles (train/configs/emoji-m2-styles.toml), if it is not what lies in --models. What
+                   ships is M2 as one gets it without a fit
     --speed N      samples of a fit in a second against a bare step of teacher and student: N rounds, on CPU time
     --grid         docs/evidence-style.jpg
     --rows NAME    measure these rows alone, such as m2_fitted_3min
@@ -64,22 +65,51 @@ def with_pack(name: str, path: Path) -> Row:
     return Row(name, (path,), simple_times(STEPS), SAMPLER, CFG)
 
 
+def shipped(args: argparse.Namespace, pack: str) -> Path:
+    return args.models / f"emoji-{pack}.safetensors"
+
+
+def is_difference(path: Path) -> bool:
+    return open_pack(path).description.difference_of is not None
+
+
+def absolute(args: argparse.Namespace, pack: str) -> Path:
+    """A pack of the family as the units that it plays in its teacher; made once, where it ships as differences."""
+    its = shipped(args, pack)
+    if not is_difference(its):
+        return its
+    path = args.folder / f"{pack}-absolute.safetensors"
+    if not path.exists() and convert(["to-absolute", *map(str, (its, args.models / TEACHER, path)), "--dtype", "fp32"]):
+        raise SystemExit(f"{pack} could not be played in its teacher")
+    return path
+
+
 def difference(args: argparse.Namespace, pack: str) -> Path:
-    """A pack of the family as differences from its teacher; made once."""
+    """The same as differences from its teacher, which carry nothing over; made once."""
     path = args.folder / f"{pack}-difference.safetensors"
-    its = [args.models / f"emoji-{pack}.safetensors", args.models / TEACHER, path]
+    its = [absolute(args, pack), args.models / TEACHER, path]
     if not path.exists() and convert(["to-difference", *map(str, its), "--dtype", "fp16"]):
         raise SystemExit(f"{pack} could not be turned into differences")
     return path
 
 
+def over_styles(args: argparse.Namespace) -> Path | None:
+    """M2 over many styles; None where there is none."""
+    return args.styles or (shipped(args, "m2") if is_difference(shipped(args, "m2")) else None)
+
+
+def untuned(args: argparse.Namespace) -> Path:
+    """M2 as one gets it for a finetune."""
+    return shipped(args, "m2") if is_difference(shipped(args, "m2")) else difference(args, "m2")
+
+
 def fitted(args: argparse.Namespace, prompts: list[str], minutes: float, steps: int) -> Path:
-    """The M2 pack as a difference, fitted to the finetune for so long, for runs of so many steps; made once."""
+    """The M2 pack as it ships, fitted to the finetune for so long, for runs of so many steps; made once."""
     path = args.folder / f"m2-fitted-{minutes:g}min-{steps}.safetensors"
     if not path.exists():
         words = args.folder / "prompts.txt"
         words.write_text("\n".join(prompts) + "\n", "utf-8")
-        files = [args.models / FINETUNE, difference(args, "m2"), path]
+        files = [args.models / FINETUNE, untuned(args), path]
         options = ["--prompts", words, "--size", "128", "--walks", WALKS, "--precision", "bf16"]
         options += ["--steps", steps, "--minutes", f"{minutes:g}", "--cpu", "--cpu-time"]
         command = [sys.executable, "-m", "train.emoji", "fit", *files, *options]
@@ -91,18 +121,16 @@ def rows_of(args: argparse.Namespace, prompts: list[str]) -> Iterator[Row]:
     yield own("style_openmoji_3", 3)
     yield own("style_openmoji_2", 2)
     for pack in ("m1", "m2"):
-        yield with_pack(f"style_{pack}_absolute", args.models / f"emoji-{pack}.safetensors")
+        yield with_pack(f"style_{pack}_absolute", absolute(args, pack))
         yield with_pack(f"style_{pack}_difference", difference(args, pack))
-    if args.styles:
-        yield with_pack("style_m2_styles", args.styles)
+    if styles := over_styles(args):
+        yield with_pack("style_m2_styles", styles)
     for lora in args.lora:
         few = few_of(lora)
         if few is None:
             raise SystemExit(f"{lora.name} does not say for how many steps it was trained")
         yield Row(f"style_{few.steps}_steps_lora", (lora,), few.times, "ddim", few.cfg)
-        yield Row(
-            f"style_{few.steps}_steps_lora_m2_difference", (difference(args, "m2"), lora), few.times, "ddim", few.cfg
-        )
+        yield Row(f"style_{few.steps}_steps_lora_m2_difference", (untuned(args), lora), few.times, "ddim", few.cfg)
     for minutes in args.minutes:
         yield with_pack(f"style_m2_fitted_{minutes:g}min", fitted(args, prompts, minutes, STEPS))
     if ANY_STEPS in args.minutes:
@@ -111,10 +139,10 @@ def rows_of(args: argparse.Namespace, prompts: list[str]) -> Iterator[Row]:
 
 def in_the_teacher(args: argparse.Namespace) -> Iterator[Row]:
     yield own("style_teacher_3", 3)
-    yield with_pack("style_teacher_m2_absolute", args.models / "emoji-m2.safetensors")
+    yield with_pack("style_teacher_m2_absolute", absolute(args, "m2"))
     yield with_pack("style_teacher_m2_difference", difference(args, "m2"))
-    if args.styles:
-        yield with_pack("style_teacher_m2_styles", args.styles)
+    if styles := over_styles(args):
+        yield with_pack("style_teacher_m2_styles", styles)
 
 
 def summary_of(found: list[dict], styles: bool) -> dict[str, float]:
@@ -220,7 +248,7 @@ def main() -> None:
                 print({k: round(found[-1][k], 4) for k in ("psnr", "grad", "top1")}, row.name, flush=True)
             if args.grid and pictures is finetune:
                 shown.append(images(pictures, row))
-    values = summary_of(found, bool(args.styles) and args.styles.parent.samefile(args.models))
+    values = summary_of(found, is_difference(shipped(args, "m2")))
     if args.speed:
         found.append(speed(args, finetune.names))
         values["fit_samples_share"] = found[-1]["share"]

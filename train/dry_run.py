@@ -147,6 +147,11 @@ class _CountingProcessor:
         return attn.to_out[0](_CountedAttention.apply(attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
 
 
+def carried(config: Config) -> list[tuple[int, ...]]:
+    """Shapes of the matrices by which units take over what changes in others, where a recipe trains these."""
+    return [slot.shape for slot in config.carry.keys(config.architecture).values()] if config.carry else []
+
+
 def meta_student(config: Config) -> UNet2DConditionModel:
     """The student of a recipe without weights, with the trained units marked."""
     with torch.device("meta"):
@@ -255,8 +260,7 @@ def perceptual(config: Config) -> int:
 def memory(student: UNet2DConditionModel, config: Config, processes: int, on_cpu: bool = False) -> MemoryEstimate:
     shared = processes if config.run.shard else 1
     units = [p.shape for p in student.parameters() if p.requires_grad]
-    carried = [slot.shape for slot in config.carry.keys(config.architecture).values()] if config.carry else []
-    learns = carried or units
+    learns = carried(config) or units
     trained = sum(map(math.prod, learns))
     moments = KINDS[config.optimiser.kind].moments
     kept_moments = round(sum(math.prod(shape) * moments(shape) for shape in learns))
@@ -270,7 +274,7 @@ def memory(student: UNet2DConditionModel, config: Config, processes: int, on_cpu
     # What a style adds to the trained weights, and the sums; what they take over, with the gradients of all of it.
     in_units = sum(map(math.prod, units))
     ridden = 8 * in_units if config.styles.many else 0
-    ridden += 12 * in_units if carried else 0
+    ridden += 12 * in_units if config.carry else 0
     return MemoryEstimate(
         teacher=teacher * half,
         student=(sum(p.nbytes for p in student.parameters()) - held) // shared + ridden,
@@ -300,6 +304,12 @@ def report(config: Config, processes: int, on_cpu: bool = False) -> str:
     lines = [config.to_text(), "", f"{'block':<8}{'M parameters':>14}{'M trained':>12}"]
     lines += [f"{block:<8}{kept[block] / 1e6:>14.3f}{trained[block] / 1e6:>12.3f}" for block in kept]
     lines += [f"{'all':<8}{kept.total() / 1e6:>14.3f}{trained.total() / 1e6:>12.3f}", ""]
+    if config.carry:
+        count = sum(map(math.prod, carried(config)))
+        lines += [
+            f"Of these nothing is trained, but {count / 1e6:.3f} M numbers that carry over what others change",
+            "",
+        ]
     lines += [f"taps of {kind}: {', '.join(tap.name for tap in found)}" for kind, found in config.taps.items()]
     need = memory(student, config, processes, on_cpu)
     lines += ["", "memory of one process, estimated:"]
@@ -385,7 +395,8 @@ def table(recipes: Sequence[Path]) -> str:
     for recipe in recipes:
         config = load(recipe, ["network.teacher=x"])
         student = meta_student(config)
-        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        units = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        trained = sum(map(math.prod, carried(config))) or units
         whole, four, one = needs(recipe)
         cpu = memory(student, config, 1).cpu / 2**30
         lines.append(

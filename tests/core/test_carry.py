@@ -41,67 +41,82 @@ def carrying(rank=4, seed=1):
     return Loaded(loaded.path, description, tensors)
 
 
-def by_hand(key, layer, sources, found, theirs):
-    """What a tensor takes over, summed up with plain products, tap by tap of a kernel."""
-    leaf = key.rpartition(".")[2]
+def by_hand(key, layer, spaces, sources, found, theirs):
+    """What a tensor takes over, summed up with plain products, tap by tap of a kernel.
+
+    spaces: that it writes into and reads from, with their path in the unit; None where that is outside.
+    """
+    path, leaf = key.removesuffix(f"{layer}.{key.rpartition('.')[2]}"), key.rpartition(".")[2]
     total = torch.zeros_like(weights(SD)[key], dtype=torch.float64)
-    for unit, path in sources:
-        other = f"{path}.{layer}.{leaf}"
+    for unit, its_path in sources:
+        stem = f"{path}carry.{unit}."
+
+        def product(space, side, size, stem=stem):
+            names = sorted(k for k in found if k.startswith(f"{stem}{space}.{side}"))
+            whole = found[names[0]].double() if names else torch.eye(size).double()  # spaces of one width are one
+            return whole @ found[names[1]].double() if len(names) > 1 else whole
+
+        other = f"{its_path}.{layer}.{leaf}"
         change = (theirs[other] - weights(SD)[other]).double()
-        stem = f"{key.removesuffix(f'{layer}.{leaf}')}{layer}.carry.{unit}."
-
-        def product(name, stem=stem):
-            factors = [v.double() for k, v in sorted(found.items()) if k.startswith(f"{stem}{name}")]
-            return torch.linalg.multi_dot(factors) if len(factors) > 1 else factors[0] if factors else None
-
-        left, right = product("left"), product("right")
-        if left is None:
-            total += product("gain") * change
-        elif change.dim() == 1:
-            total += left @ change
-        else:
-            shape = total.shape
-            taps = (
-                [left @ tap if right is None else left @ tap @ right for tap in change.flatten(2).unbind(2)]
-                if (change.dim() > 2)
-                else [left @ change if right is None else left @ change @ right]
-            )
-            total += torch.stack(taps, 2).reshape(shape)
+        gain = found[f"{stem}{layer}.gain"].double()
+        taps = change.flatten(2).unbind(2) if change.dim() > 2 else [change]
+        moved = []
+        for tap in taps:
+            left = product(spaces[0], "left", len(tap))
+            if layer.endswith("ff.net.0.proj"):
+                left = torch.block_diag(left, left)
+            tap = left @ tap
+            if tap.dim() > 1:
+                tap = tap @ product(spaces[1], "right", tap.shape[1])
+            moved.append(gain.view(-1, *[1] * (tap.dim() - 1)) * tap)
+        total += (torch.stack(moved, 2) if change.dim() > 2 else moved[0]).reshape(total.shape)
     return total.float()
+
+
+DOWN = [("down.1.0.transformer", "input_blocks.4.1"), ("down.1.1.transformer", "input_blocks.5.1")]
+UP = [(f"up.3.{i}.resnet", f"output_blocks.{9 + i}.0") for i in range(3)]
+BLOCK = "transformer_blocks.0."
 
 
 @pytest.mark.parametrize("rank", [2, 4, 64])
 @pytest.mark.parametrize(
-    ("key", "layer", "sources"),
+    ("key", "layer", "spaces", "sources"),
     [
+        ("output_blocks.9.0.in_layers.2.weight", "in_layers.2", ("hidden", "input"), UP),
+        ("output_blocks.9.0.in_layers.2.bias", "in_layers.2", ("hidden", "input"), UP),
+        ("output_blocks.9.0.emb_layers.1.weight", "emb_layers.1", ("hidden", None), UP),
+        ("output_blocks.11.0.out_layers.3.weight", "out_layers.3", (None, "hidden"), UP),
+        ("output_blocks.11.0.out_layers.3.bias", "out_layers.3", (None, "hidden"), UP),
+        ("input_blocks.4.1.proj_in.weight", "proj_in", ("inner", None), DOWN),
         (
-            "input_blocks.1.0.in_layers.2.weight",
-            "in_layers.2",
-            [("down.0.0.resnet", "input_blocks.1.0"), ("down.0.1.resnet", "input_blocks.2.0")],
+            f"input_blocks.4.1.{BLOCK}attn1.to_q.weight",
+            f"{BLOCK}attn1.to_q",
+            (f"{BLOCK}attn1.match", "inner"),
+            DOWN,
         ),
         (
-            "output_blocks.9.0.out_layers.3.bias",
-            "out_layers.3",
-            [(f"up.3.{i}.resnet", f"output_blocks.{9 + i}.0") for i in range(3)],
+            f"input_blocks.4.1.{BLOCK}attn2.to_v.weight",
+            f"{BLOCK}attn2.to_v",
+            (f"{BLOCK}attn2.values", None),
+            DOWN,
         ),
         (
-            "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight",
-            "transformer_blocks.0.attn2.to_k",
-            [("down.1.0.transformer", "input_blocks.4.1"), ("down.1.1.transformer", "input_blocks.5.1")],
+            f"input_blocks.4.1.{BLOCK}ff.net.0.proj.weight",
+            f"{BLOCK}ff.net.0.proj",
+            (f"{BLOCK}ff", "inner"),
+            DOWN,
         ),
-        (
-            "input_blocks.4.1.transformer_blocks.0.norm2.weight",
-            "transformer_blocks.0.norm2",
-            [("down.1.0.transformer", "input_blocks.4.1"), ("down.1.1.transformer", "input_blocks.5.1")],
-        ),
+        (f"input_blocks.4.1.{BLOCK}ff.net.0.proj.bias", f"{BLOCK}ff.net.0.proj", (f"{BLOCK}ff", "inner"), DOWN),
+        (f"input_blocks.4.1.{BLOCK}ff.net.2.weight", f"{BLOCK}ff.net.2", ("inner", f"{BLOCK}ff"), DOWN),
     ],
 )
-def test_a_layer_takes_over_what_its_likes_have_changed(rank, key, layer, sources):
+def test_a_layer_takes_over_what_its_likes_have_changed(rank, key, layer, spaces, sources):
     pack = carrying(rank)
     other = weights(SD, 5)
     played = differences.played_in(pack, other, "other").tensors[key]
     plain = other[key] + (weights(SD, 1)[key] - weights(SD)[key])
-    wanted = plain + by_hand(key, layer, sources, matrices(pack.description.carry), other)
+    found = matrices(pack.description.carry)
+    wanted = plain + by_hand(key, layer, spaces, sources, found, other)
     assert torch.allclose(played, wanted, rtol=1e-4, atol=1e-4) and not torch.allclose(played, plain, atol=1e-2)
 
 
@@ -126,13 +141,13 @@ def test_silent_matrices_are_no_carry_at_all():
 
 
 def test_as_it_starts_a_change_reaches_its_likes_in_full_once_it_is_let_through():
-    """R spans all that it can: with L the identity the whole change of a square layer comes over."""
+    """L and R begin as 1: with a gain of 1 the whole change comes over."""
     carry = Carry.within_blocks(M2, UNITS, 64)
     start = carry.start(M2, torch.Generator().manual_seed(0))
     key = "input_blocks.1.0.out_layers.3.weight"
     (link,) = (one for one in carry.links(M2)[key] if one.source.startswith("input_blocks.2"))
     change = weights(SD, 2)[link.source]
-    assert torch.equal(link(change, start | {link.left[0]: torch.eye(8)}), change)
+    assert torch.equal(link(change, start | {link.gain: torch.ones(8)}), change)
 
 
 def test_a_file_says_so_and_is_played_as_before(tmp_path, capsys):
@@ -174,12 +189,24 @@ def test_a_checkpoint_that_lacks_what_is_carried_over_is_refused():
         differences.played_in(carrying(), less, "pruned")
 
 
-def test_what_reads_the_same_has_no_right_factor():
-    carry = Carry.within_blocks(M2, UNITS, 64)
-    for links in carry.links(M2).values():
-        for link in links:
-            alike = any(name in link.source for name in ("emb_layers.1.", "attn2.to_k.", "attn2.to_v."))
-            assert bool(link.right) == (not alike and not link.gain and link.source.endswith("weight")), link
+def test_layers_share_the_matrices_of_a_space_and_norms_take_over_nothing():
+    links = Carry.within_blocks(M2, UNITS, 64).links(M2)
+    assert not any(".norm" in key or ".in_layers.0" in key or ".out_layers.0" in key for key in links)
+
+    def of(layer):
+        return next(one for one in links[f"input_blocks.1.{layer}"] if "input_blocks.2." in one.source)
+
+    block = "1.transformer_blocks.0."
+    assert of("0.in_layers.2.weight").left == of("0.in_layers.2.bias").left == of("0.emb_layers.1.weight").left
+    assert of(f"{block}attn1.to_q.weight").left == of(f"{block}attn1.to_k.weight").left
+    assert of(f"{block}attn1.to_q.weight").left != of(f"{block}attn2.to_q.weight").left
+    assert (
+        of(f"{block}attn1.to_q.weight").right
+        == of("1.proj_out.weight").right
+        == of(f"{block}ff.net.0.proj.weight").right
+    )
+    assert of("1.proj_in.weight").left == of(f"{block}attn2.to_out.0.weight").left == of(f"{block}ff.net.2.bias").left
+    assert not of("0.out_layers.3.weight").left and not of("1.proj_in.weight").right  # outside they are 1
 
 
 def test_blocks_that_a_transformer_has_lost_take_over_nothing():

@@ -50,8 +50,8 @@ def test_the_section_is_put_in_once_and_made_anew():
     assert once.startswith("# Title\n\n## Transfer\n\nsome\n\n" + STYLE) and once.endswith(
         "\n## Not tried here\n\n- this\n"
     )
-    assert "| M2 over many styles, a difference | | not run" in once
-    assert "| M2 over many styles, a difference | 6 | 14.20 +- 0.25 | 0.90 | 50.0% |" in again
+    assert "carries over what cut units have | | not run" in once
+    assert "carries over what cut units have | 6 | 14.20 +- 0.25 | 0.90 | 50.0% |" in again
     assert again.count(STYLE) == 1 and again.endswith("\n## Not tried here\n\n- this\n")
     assert with_style(again, {"rows": ROWS[:2]}) == once
 

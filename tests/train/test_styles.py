@@ -311,21 +311,21 @@ def test_units_take_over_what_a_style_changes_and_matrices_get_the_gradient(file
         mine.square().mean().backward()
     wanted = torch.func.functional_call(alone, sums, (x, t, context)).sample
     wanted.square().mean().backward()
-    torch.testing.assert_close(mine, wanted)
-    assert any(matrix.grad.any() for matrix in own.values())
+    torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+    assert all(matrix.grad.any() for name, matrix in own.items() if name.endswith(".gain"))
     for name, matrix in own.items():
-        torch.testing.assert_close(matrices[name].grad, matrix.grad)
+        torch.testing.assert_close(matrices[name].grad, matrix.grad, rtol=1e-3, atol=1e-5)
     for name, p in found.trained.items():
         assert torch.equal(p.data, plain[name]) and p.grad is None
 
 
 def test_what_was_learned_to_be_carried_over_is_in_the_product_and_nothing_in_the_teacher(files, tmp_path, started):
-    recipe = run(carrying(files, tmp_path, started))
+    recipe = run(carrying(files, tmp_path, started, "optimiser.lr=0.05"))
     product, before = open_pack(recipe.product), open_pack(started)
     assert product.description.carry == recipe.carry and product.description.training["trained"] > 0
     matrices = {k: v for k, v in newest(recipe).items() if k.startswith("average.")}
     assert set(product.description.carry_keys) == {k.removeprefix("average.") for k in matrices}
-    assert any(v.any() for k, v in matrices.items() if k.endswith((".left", ".left.0")))
+    assert any(v.any() for k, v in matrices.items() if k.endswith(".gain"))
     teacher = open_unet(files / "teacher.safetensors").tensors
     for key, tensor in to_absolute(product, teacher, "teacher.safetensors")[1].items():
         torch.testing.assert_close(tensor, before.tensors[key].float(), rtol=1e-4, atol=1e-5)
@@ -346,7 +346,7 @@ def test_what_was_learned_to_be_carried_over_is_in_the_product_and_nothing_in_th
 
 @pytest.mark.sweep(1)
 def test_a_stored_carry_is_rounded_before_its_differences_are_taken(files, tmp_path, started):
-    recipe = run(carrying(files, tmp_path, started, "run.stored=float16"))
+    recipe = run(carrying(files, tmp_path, started, "run.stored=float16", "optimiser.lr=0.05"))
     product, before = open_pack(recipe.product), open_pack(started)
     assert any(k.endswith(".left.0.scale") for k in load_file(recipe.product))
     teacher = open_unet(files / "teacher.safetensors").tensors
