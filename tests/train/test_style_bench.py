@@ -124,16 +124,30 @@ def test_trajectories_are_walked_as_often_as_the_way_says(tmp_path):
         assert len(used) == recipe.rollout.window and max(used.values()) == uses
 
 
+def test_what_ships_takes_over_what_cut_units_have_and_costs_nothing_in_the_teacher(tmp_path):
+    args = argparse.Namespace(folder=tmp_path, models=MODELS, styles=None, lora=[], minutes=[])
+    rows = {r.name: r for r in [*style.rows_of(args, []), *style.in_the_teacher(args)]}
+    shipped = open_pack(MODELS / "emoji-m2.safetensors")
+    assert shipped.description.carry and rows["style_m2_styles"].files == rows["style_teacher_m2_styles"].files
+    teacher, finetune = load_unet(MODELS / style.TEACHER), load_unet(MODELS / style.FINETUNE)
+    for network, least, most in ((teacher, 0.0, 1e-3), (finetune, 1e-2, 1.0)):
+        played, plain = (
+            dict(rows[name].network(network).named_parameters()) for name in ("style_m2_styles", "style_m2_difference")
+        )
+        moved = max(float((played[name] - p).norm() / p.norm()) for name, p in plain.items())
+        assert least <= moved <= most
+
+
 def test_a_difference_rides_in_the_finetune_and_is_the_pack_in_the_teacher(tmp_path):
     args = argparse.Namespace(folder=tmp_path, models=MODELS, styles=None, lora=[LORA], minutes=[])
     rows = {r.name: r for r in style.rows_of(args, [])}
-    assert [r.forwards for r in rows.values()] == [6, 4, 6, 6, 6, 6, 2, 2]
+    assert [r.forwards for r in rows.values()] == [6, 4, 6, 6, 6, 6, 6, 2, 2]
     absolute, changed = rows["style_m2_absolute"], rows["style_m2_difference"]
     teacher, finetune = load_unet(MODELS / style.TEACHER), load_unet(MODELS / style.FINETUNE)
     key = "input_blocks.1.0.in_layers.2.weight"
     name = "down_blocks.0.resnets.0.conv1.weight"
     its = {which: open_unet(MODELS / which).tensors[key].float() for which in (style.TEACHER, style.FINETUNE)}
-    pack = open_pack(MODELS / "emoji-m2.safetensors").tensors[key].float()
+    pack = open_pack(style.absolute(args, "m2")).tensors[key].float()
     assert torch.equal(absolute.network(finetune).get_parameter(name), pack)
     change = (pack - its[style.TEACHER]).half().float()  # as it is stored
     for network, which in ((finetune, style.FINETUNE), (teacher, style.TEACHER)):
