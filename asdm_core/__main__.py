@@ -388,6 +388,12 @@ def mean_packs(args: argparse.Namespace) -> None:
     if not others:
         raise ValueError("a mean needs two packs or more, such as checkpoints of one training")
 
+    if first.description.carry:
+        raise ValueError(
+            f"{first.path.name} carries over what a checkpoint has in other units, by products of matrices, whose mean is "
+            "not that of the matrices; take the mean of packs without"
+        )
+
     def kind(loaded: packs.Loaded) -> packs.Description:
         """All that it says but how it came to be."""
         few = loaded.description.training.get(few_step.KEY)

@@ -166,8 +166,9 @@ class Carry:
             return tuple(added(f"{where}.{side}{end}", shape) for end, shape in zip(ends, factors, strict=True))
 
         def added(name: str, shape: tuple[int, ...]) -> str:
+            block = tensor.block if name.startswith("transformer_blocks.") else None
             name = f"carry.{c.address}.{name}"
-            spec = TensorSpec(name, name, shape, "carry", tensor.block if f".{inside}" in name and inside else None)
+            spec = TensorSpec(name, name, shape, "carry", block)
             slots[u.key(spec)] = Slot(u, spec)
             return u.key(spec)
 

@@ -183,6 +183,17 @@ def test_the_command_adds_up_what_is_carried(tmp_path):
     assert all(torch.equal(absolute.tensors[k], wanted[k]) for k in wanted)
 
 
+def test_the_mean_of_packs_that_carry_something_is_refused(tmp_path, capsys):
+    pack = carrying()
+    for name in "ab":
+        packs.write_pack(tmp_path / f"{name}.safetensors", pack.tensors, pack.description, None)
+    assert main(["mean-pack", *(str(tmp_path / f"{name}.safetensors") for name in "abc")]) != 0
+    assert (
+        "whose mean is not that of the matrices" in capsys.readouterr().err
+        and not (tmp_path / "c.safetensors").exists()
+    )
+
+
 def test_a_checkpoint_that_lacks_what_is_carried_over_is_refused():
     less = {k: v for k, v in weights(SD).items() if not k.startswith("input_blocks.2.0.")}
     with pytest.raises(BadFile, match=r"input_blocks.2.0.*it is not there"):

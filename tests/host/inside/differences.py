@@ -356,6 +356,23 @@ def test_what_is_carried_over_is_in_what_is_saved(folder, carrying):
         assert torch.allclose(found[key], tensor, rtol=1e-4, atol=1e-4), key
 
 
+def test_a_fit_begins_at_what_is_carried_over_loras_on_cut_units_included(folder, carrying):
+    fitting = module("nodes.engine.fitting")
+    model = small.model(folder, seed=3).clone()
+    model.add_patches(cut_lora())
+    whole = {**small.weights(SD, 3), f"{CUT}.weight": small.weights(SD, 3)[f"{CUT}.weight"] + with_change()[1]}
+    wanted = carried_into(whole)
+    with fitting.learning():
+        copied = fitting.Copy(model, packs.open_pack(carrying))
+        try:
+            for key, p in copied.parameters.items():
+                assert torch.allclose(p, wanted[key], rtol=1e-4, atol=1e-4), key
+            description, _ = copied.learned({})
+        finally:
+            copied.close()
+    assert description.carry is None and description.made_for
+
+
 def test_a_model_that_lacks_what_is_carried_over_is_refused(folder, carrying):
     pruned = small.models.load_unet(small.write_unet(folder / "pruned-c.safetensors", cut="down.0.1.resnet"))
     with pytest.raises(ValueError, match="down.0.1.resnet.*it is not there.*Give an unpruned checkpoint"):
