@@ -591,7 +591,7 @@ def bad(tmp_path_factory):
         ),
         ("inspect G/none.safetensors", "none.safetensors: there is no such file"),
         ("inspect B/text.safetensors --json", "text.safetensors: its header claims"),
-        ("inspect B/newer.safetensors", "this version of asdm reads up to 3"),
+        ("inspect B/newer.safetensors", "this version of asdm reads up to 4"),
         ("inspect B/odd.safetensors", "odd.safetensors: architecture: family"),
     ],
 )

@@ -1,5 +1,6 @@
 """Packs of differences: the checkpoint's own weights and what training changed, whatever is on the MODEL besides."""
 
+import functools
 import gc
 import weakref
 
@@ -256,6 +257,7 @@ CARRY = module("asdm_core.carry").Carry.within_blocks(M2, M2.pack_units(), 4)
 CUT = "input_blocks.2.0.in_layers.2"  # of a unit that M2 cuts
 
 
+@functools.cache
 def matrices():
     generator = torch.Generator().manual_seed(11)
     return {k: 0.2 * torch.randn(s.shape, generator=generator) for k, s in CARRY.keys(M2).items()}
