@@ -171,10 +171,10 @@ OUTSIDE = {
     **{f"run.{n}": [0, -1] for n in "steps batch micro_batch save_every keep log_every".split()},
     "run.picture_every": [-1],
     "run.workers": [-1, 65],
-    **{f"styles.carry": (-1, 1025),
-    "styles.{n}": [-0.1, 1.5] for n in "teacher merged lora random".split()},
+    **{f"styles.{n}": [-0.1, 1.5] for n in "teacher merged lora random".split()},
     **{f"styles.{n}": [0, -1] for n in "rank every uses".split()},
     "styles.strength": [-0.1],
+    "styles.carry": [-1, 1025],
 }
 
 
