@@ -390,8 +390,8 @@ def mean_packs(args: argparse.Namespace) -> None:
 
     if first.description.carry:
         raise ValueError(
-            f"{first.path.name} carries over what a checkpoint has in other units, by products of matrices, whose mean is "
-            "not that of the matrices; take the mean of packs without"
+            f"{first.path.name} carries over what a checkpoint has in other units, by products of matrices, whose mean "
+            "is not that of the matrices; take the mean of packs without"
         )
 
     def kind(loaded: packs.Loaded) -> packs.Description:
