@@ -134,7 +134,7 @@ def test_what_ships_takes_over_what_cut_units_have_and_costs_nothing_in_the_teac
         played, plain = (
             dict(rows[name].network(network).named_parameters()) for name in ("style_m2_styles", "style_m2_difference")
         )
-        moved = max(float((played[name] - p).norm() / p.norm()) for name, p in plain.items())
+        moved = max(float(((played[name] - p).norm() / p.norm()).detach()) for name, p in plain.items())
         assert least <= moved <= most
 
 
