@@ -9,8 +9,8 @@ fit begins at M2 as it ships and learns from the names of all concepts as prompt
 time in bfloat16, for so many CPU minutes of one thread; a row of its own says what 3 minutes for runs of any number of
 steps come to.
 
-    --styles PACK  M2 over many styles (train/configs/emoji-m2-styles.toml), if it is not what lies in --models. What
-                   ships is M2 as one gets it without a fit
+    --models DIR   the family's files; its M2, if it holds differences, is M2 over many styles
+                   (train/configs/emoji-m2-styles.toml), and as one gets it without a fit
     --speed N      samples of a fit in a second against a bare step of teacher and student: N rounds, on CPU time
     --grid         docs/evidence-style.jpg
     --rows NAME    measure these rows alone, such as m2_fitted_3min
@@ -93,11 +93,6 @@ def difference(args: argparse.Namespace, pack: str) -> Path:
     return path
 
 
-def over_styles(args: argparse.Namespace) -> Path | None:
-    """M2 over many styles; None where there is none."""
-    return args.styles or (shipped(args, "m2") if is_difference(shipped(args, "m2")) else None)
-
-
 def untuned(args: argparse.Namespace) -> Path:
     """M2 as one gets it for a finetune."""
     return shipped(args, "m2") if is_difference(shipped(args, "m2")) else difference(args, "m2")
@@ -123,8 +118,8 @@ def rows_of(args: argparse.Namespace, prompts: list[str]) -> Iterator[Row]:
     for pack in ("m1", "m2"):
         yield with_pack(f"style_{pack}_absolute", absolute(args, pack))
         yield with_pack(f"style_{pack}_difference", difference(args, pack))
-    if styles := over_styles(args):
-        yield with_pack("style_m2_styles", styles)
+    if is_difference(shipped(args, "m2")):
+        yield with_pack("style_m2_styles", shipped(args, "m2"))
     for lora in args.lora:
         few = few_of(lora)
         if few is None:
@@ -141,12 +136,12 @@ def in_the_teacher(args: argparse.Namespace) -> Iterator[Row]:
     yield own("style_teacher_3", 3)
     yield with_pack("style_teacher_m2_absolute", absolute(args, "m2"))
     yield with_pack("style_teacher_m2_difference", difference(args, "m2"))
-    if styles := over_styles(args):
-        yield with_pack("style_teacher_m2_styles", styles)
+    if is_difference(shipped(args, "m2")):
+        yield with_pack("style_teacher_m2_styles", shipped(args, "m2"))
 
 
 def summary_of(found: list[dict], styles: bool) -> dict[str, float]:
-    """The measures, of the rows that are there. styles: whether one gets the pack over many styles."""
+    """The measures, of the rows that are there. styles: whether M2 ships over many styles."""
     rows = {row["row"]: row for row in found}
     values: dict[str, float] = {}
     for name, row in rows.items():
@@ -221,7 +216,6 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, nargs="*", default=[1.0, 3.0, 10.0], help="of each fit")
     parser.add_argument("--lora", type=Path, nargs="*", default=[Path("models/loras/emoji-two-steps.safetensors")])
-    parser.add_argument("--styles", type=Path, help="M2 over many styles")
     parser.add_argument("--speed", type=int, default=0, help="rounds of the comparison with a bare step")
     parser.add_argument("--grid", action="store_true", help="draw docs/evidence-style.jpg")
     parser.add_argument("--rows", nargs="*", help="measure these alone")

@@ -109,7 +109,7 @@ def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
     overrides = overrides_of(description, pack_id, window, strength)
     if not overrides:
         return model
-    stored = next(iter(file.values())).dtype
+    stored = file[next(iter(description.unit_keys or file))].dtype
     precision = model.model.model_config.unet_config.get("attn_precision")
     how = str(path), path.stat().st_mtime, pack_dtype(model, stored), precision
     patcher = models.load_pack(*how) if description.difference_of is None else models.load_differences(model, *how)

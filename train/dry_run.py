@@ -300,16 +300,13 @@ def report(config: Config, processes: int, on_cpu: bool = False) -> str:
         # Not unit.params: a transformer may have lost some of its blocks.
         parameters = list(student.get_submodule(unit.diffusers).parameters())
         kept[block] += sum(p.numel() for p in parameters)
-        trained[block] += sum(p.numel() for p in parameters if p.requires_grad)
+        trained[block] += 0 if config.carry else sum(p.numel() for p in parameters if p.requires_grad)
     lines = [config.to_text(), "", f"{'block':<8}{'M parameters':>14}{'M trained':>12}"]
     lines += [f"{block:<8}{kept[block] / 1e6:>14.3f}{trained[block] / 1e6:>12.3f}" for block in kept]
     lines += [f"{'all':<8}{kept.total() / 1e6:>14.3f}{trained.total() / 1e6:>12.3f}", ""]
-    if config.carry:
-        count = sum(map(math.prod, carried(config)))
-        lines += [
-            f"Of these nothing is trained, but {count / 1e6:.3f} M numbers that carry over what others change",
-            "",
-        ]
+    if shapes := carried(config):
+        count = sum(map(math.prod, shapes))
+        lines += [f"trained are {count / 1e6:.3f} M numbers by which units take over what changes in others", ""]
     lines += [f"taps of {kind}: {', '.join(tap.name for tap in found)}" for kind, found in config.taps.items()]
     need = memory(student, config, processes, on_cpu)
     lines += ["", "memory of one process, estimated:"]

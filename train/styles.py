@@ -203,9 +203,11 @@ class StyleSet:
                 self.trained[name].data += taken[name].detach()
         try:
             yield
-            given = {name: self.trained[name].grad for name in taken}
-            if taken and all(grad is not None for grad in given.values()):
-                torch.autograd.backward(list(taken.values()), list(given.values()))
+            learned = [
+                (change, grad) for name, change in taken.items() if (grad := self.trained[name].grad) is not None
+            ]
+            if learned:
+                torch.autograd.backward([change for change, _ in learned], [grad for _, grad in learned])
         finally:
             for name, data in held.items():
                 self.trained[name].data = data

@@ -125,7 +125,7 @@ def test_trajectories_are_walked_as_often_as_the_way_says(tmp_path):
 
 
 def test_what_ships_takes_over_what_cut_units_have_and_costs_nothing_in_the_teacher(tmp_path):
-    args = argparse.Namespace(folder=tmp_path, models=MODELS, styles=None, lora=[], minutes=[])
+    args = argparse.Namespace(folder=tmp_path, models=MODELS, lora=[], minutes=[])
     rows = {r.name: r for r in [*style.rows_of(args, []), *style.in_the_teacher(args)]}
     shipped = open_pack(MODELS / "emoji-m2.safetensors")
     assert shipped.description.carry and rows["style_m2_styles"].files == rows["style_teacher_m2_styles"].files
@@ -139,7 +139,7 @@ def test_what_ships_takes_over_what_cut_units_have_and_costs_nothing_in_the_teac
 
 
 def test_a_difference_rides_in_the_finetune_and_is_the_pack_in_the_teacher(tmp_path):
-    args = argparse.Namespace(folder=tmp_path, models=MODELS, styles=None, lora=[LORA], minutes=[])
+    args = argparse.Namespace(folder=tmp_path, models=MODELS, lora=[LORA], minutes=[])
     rows = {r.name: r for r in style.rows_of(args, [])}
     assert [r.forwards for r in rows.values()] == [6, 4, 6, 6, 6, 6, 6, 2, 2]
     absolute, changed = rows["style_m2_absolute"], rows["style_m2_difference"]
@@ -159,9 +159,7 @@ def test_a_lora_without_steps_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"lora_unet_conv_in.lora_up.weight": torch.zeros(1, 1)}, tmp_path / "plain.safetensors")
-    args = argparse.Namespace(
-        folder=tmp_path, models=MODELS, styles=None, lora=[tmp_path / "plain.safetensors"], minutes=[]
-    )
+    args = argparse.Namespace(folder=tmp_path, models=MODELS, lora=[tmp_path / "plain.safetensors"], minutes=[])
     with pytest.raises(SystemExit, match="does not say for how many steps"):
         list(style.rows_of(args, []))
 

@@ -349,6 +349,28 @@ def test_a_hook_on_a_unit_that_is_cut_is_taken_over(model, folder, carrying, mod
     assert torch.equal(small.sample(played), plain) and small.difference(plain, wanted) > 0.01
 
 
+def test_merges_and_checkpoints_as_hooks_are_taken_over(model, folder, carrying):
+    other = small.model(folder, seed=3)
+    first, second = small.weights(SD, 0), small.weights(SD, 3)
+    (merged,) = nodes_model_merging.ModelMergeSimple().merge(small.with_pack(model, carrying), other, 0.3)
+    whole = as_model(folder, carried_into({k: 0.3 * first[k] + 0.7 * second[k] for k in first}), "merged-c")
+    assert small.difference(small.sample(merged), small.sample(whole)) < 1e-3
+    weights = comfy.hooks.get_patch_weights_from_model(other)
+    hooks = comfy.hooks.create_hook_model_as_lora(weights, None, 1.0, 0.0)
+    both = [nodes_hooks.SetModelHooksOnCond().attach_hook(small.cond(seed=seed), hooks)[0] for seed in (1, 2)]
+    found = small.sample(small.with_pack(model, carrying), positive=both[0], negative=both[1])
+    assert small.difference(found, small.sample(small.with_pack(other, carrying))) < 1e-3
+
+
+def test_in_fp8_a_pack_that_carries_something_keeps_the_precision_of_its_units(folder, carrying):
+    half = folder / "carrying-half.safetensors"
+    pack = packs.open_pack(carrying)
+    packs.write_pack(half, pack.tensors, pack.description, torch.float16)
+    loaded = small.models.load_unet(small.write_unet(folder / "for-fp8-c.safetensors"), "fp8_e4m3fn")
+    (patcher,) = assigned.packs_of(small.with_pack(loaded, half)).values()
+    assert {p.dtype for p in patcher.model.parameters()} == {torch.float16}
+
+
 def test_what_is_carried_over_is_in_what_is_saved(folder, carrying):
     save = module("nodes.save_unet")
     played = small.with_pack(small.model(folder, seed=3), carrying)
