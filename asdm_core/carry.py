@@ -19,7 +19,7 @@ are added.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,20 @@ class Link:
         return matrices[self.gain].view(-1, *[1] * (change.dim() - 1)) * change
 
 
+Links = Mapping[str, Sequence[Link]]  # by addressed name of the tensors that take over something
+
+
+def sources(links: Links) -> frozenset[str]:
+    """Addressed names of the tensors from which something is taken over."""
+    return frozenset(link.source for found in links.values() for link in found)
+
+
+def taken_over(links: Sequence[Link], changes: Mapping[str, Tensor], matrices: Mapping[str, Tensor]) -> Tensor | None:
+    """What a tensor with these links takes over of changes, by addressed name; None where none of them concerns it."""
+    found = [link(changes[link.source], matrices) for link in links if link.source in changes]
+    return torch.stack(found).sum(0) if found else None
+
+
 @dataclass(frozen=True)
 class Carry:
     """Which units take over the changes of which: pairs (u, c) of addresses. rank: at most of L and R, which are two
@@ -114,8 +128,8 @@ class Carry:
         )
         return cls(pairs, rank)
 
-    def links(self, architecture: Architecture) -> dict[str, list[Link]]:
-        """By addressed name of the tensors that take over something. Raises ValueError for units that cannot."""
+    def links(self, architecture: Architecture) -> Links:
+        """Raises ValueError for units that cannot take over anything of each other."""
         return {key: [link for link, _ in found] for key, found in self._linked(architecture).items()}
 
     def keys(self, architecture: Architecture) -> dict[str, Slot]:

@@ -12,14 +12,14 @@ What the checkpoint has in units that the pack cuts may be carried over to those
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .addresses import Slot, keys
-from .carry import Carry
+from .carry import Carry, sources, taken_over
 from .identity import Checkpoint
 from .packs import Description, Loaded
 from .tensor_file import BadFile
@@ -29,7 +29,7 @@ from .surgery import shapes_of
 class _Changed(Mapping[str, Tensor]):
     """Tensors of a pack with those of its units added to a checkpoint's or taken from them, float32, lazily.
 
-    carry: likewise what its units take over from others, by matrices among the tensors. kept: names that are left.
+    carry: likewise what its units take over from others, by matrices among the tensors, which go where it is added.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class _Changed(Mapping[str, Tensor]):
         tensors: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
         sign: int,
-        carry: Carry | None = None,
-        without: Collection[str] = (),
+        carry: Carry | None,
     ):
         self._tensors, self._weights, self._sign = tensors, weights, sign
         self._units = description.unit_keys.keys()
         self._links = carry.links(description.architecture) if carry else {}
-        self.shapes = {key: shape for key, shape in shapes_of(tensors).items() if key not in without}
+        gone = carry.keys(description.architecture) if carry and sign > 0 else {}
+        self.shapes = {key: shape for key, shape in shapes_of(tensors).items() if key not in gone}
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self.shapes:
@@ -53,10 +53,11 @@ class _Changed(Mapping[str, Tensor]):
         if key not in self._units:
             return tensor
         total = tensor.float() + self._sign * self._weight(key, tensor)
-        for link in self._links.get(key, ()):
-            matrices = {name: self._tensors[name].float() for name in link.matrices}
-            total = total + self._sign * link(self._weight(link.source, tensor), matrices)
-        return total
+        links = self._links.get(key, ())
+        weights = {link.source: self._weight(link.source, tensor) for link in links}
+        matrices = {name: self._tensors[name].float() for link in links for name in link.matrices}
+        taken = taken_over(links, weights, matrices)
+        return total if taken is None else total + self._sign * taken
 
     def _weight(self, key: str, like: Tensor) -> Tensor:
         return self._weights[key].to(like.device, torch.float32)
@@ -74,8 +75,7 @@ def needed(description: Description) -> dict[str, Slot]:
     """
     whole = keys(description.architecture.config)
     links = description.carry.links(description.architecture) if description.carry else {}
-    sources = {link.source for found in links.values() for link in found}
-    return description.unit_keys | {key: whole[key] for key in sources}
+    return description.unit_keys | {key: whole[key] for key in sources(links)}
 
 
 def _check(description: Description, weights: Mapping[str, Tensor], name: str) -> None:
@@ -129,7 +129,7 @@ def to_absolute(
     whose = Checkpoint.of(name, checkpoint, description.architecture.config)
     return (
         replace(description, difference_of=None, made_for=whose, carry=None),
-        _Changed(description, loaded.tensors, checkpoint, 1, description.carry, description.carry_keys.keys()),
+        _Changed(description, loaded.tensors, checkpoint, 1, description.carry),
     )
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -152,12 +152,9 @@ class Description:
         return self.architecture.keys(*standalone_form(self.architecture))
 
     def to_json(self) -> str:
+        plain = FORMAT_OF_DIFFERENCES if self.difference_of else FORMAT_WITHOUT_DIFFERENCES
         data = {
-            "format": FORMAT
-            if self.carry
-            else FORMAT_OF_DIFFERENCES
-            if self.difference_of
-            else FORMAT_WITHOUT_DIFFERENCES,
+            "format": FORMAT if self.carry else plain,
             "kind": self.kind,
             "architecture": self.architecture.to_dict(),
             "units": list(self.units),
@@ -403,22 +400,6 @@ def _check_unknown(file: TensorFile, found: Recognised, drop: bool) -> None:
 # Writing --------------------------------------------------------------------------------------------
 
 
-class _Some(Mapping[str, Tensor]):
-    """Some of the tensors of a lazy mapping."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], names: Collection[str]):
-        self._tensors, self._names = tensors, names
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._tensors[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def write_pack(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
@@ -431,10 +412,10 @@ def write_pack(
     are in `carried_dtype(dtype)`. Raises Mismatch unless the tensors are exactly what the description says.
     """
     check(shapes_of(tensors), description.keys(), "pack")
-    carried = description.carry_keys.keys()
-    of_units = stored(_Some(tensors, [key for key in tensors if key not in carried]), dtype)
-    matrices = stored(_Some(tensors, carried), carried_dtype(dtype))
-    write_file(path, of_units | matrices, {"format": "pt", METADATA_KEY: description.to_json()})
+    carried = {key: key for key in description.carry_keys}
+    others = {key: key for key in tensors if key not in carried}
+    held = stored(Renamed(tensors, others), dtype) | stored(Renamed(tensors, carried), carried_dtype(dtype))
+    write_file(path, held, {"format": "pt", METADATA_KEY: description.to_json()})
 
 
 def carried_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:

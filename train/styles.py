@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from asdm_core.addresses import keys
+from asdm_core.carry import Links, sources, taken_over
 from asdm_core.packs import open_unet
 
 from . import schedules
@@ -137,8 +138,8 @@ class StyleSet:
             elif not p.requires_grad and p.data_ptr() not in held:
                 self.frozen.setdefault(name, []).append(p)
         self.matrices = matrices
-        self.links = config.carry.links(config.architecture) if config.carry else {}
-        self.sources = {link.source for found in self.links.values() for link in found}
+        self.links: Links = config.carry.links(config.architecture) if config.carry else {}
+        self.sources = sources(self.links)
         self.style = Style()
         self.shifts: dict[str, Tensor] = {}  # W - T of the trained weights, by name
         self.changes: dict[str, Tensor] = {}  # and of those that something is taken over from, by addressed name
@@ -217,13 +218,11 @@ class StyleSet:
 
     def _taken_over(self) -> dict[str, Tensor]:
         """What the trained weights take over of the style's changes, by name."""
-        if not self.changes:
-            return {}
         found = {}
         for name in self.shifts:
-            if links := self.links.get(self.keys[name]):
-                parts = [link(self.changes[link.source], self.matrices) for link in links]
-                found[name] = torch.stack(parts).sum(0).to(self.trained[name].device)
+            taken = taken_over(self.links.get(self.keys[name], ()), self.changes, self.matrices)
+            if taken is not None:
+                found[name] = taken.to(self.trained[name].device)
         return found
 
 

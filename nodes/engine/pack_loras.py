@@ -15,7 +15,10 @@ import comfy.lora
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
+from ...asdm_core.carry import sources, taken_over
 from .unpatched import Unpatched
+
+_PREFIX = "diffusion_model."
 
 
 def _acts(patch) -> bool:
@@ -50,42 +53,43 @@ def _round_differences(patcher, patches: Mapping[str, list]) -> dict[str, list]:
     """All patches of a MODEL for a pack of differences: each weight starts as the checkpoint's own, and its difference
     follows the patches.
     """
-    own, carried = patcher.model.own, patcher.model.carried
+    model = patcher.model
     played = patcher.get_key_patches()
-    changes = _changes(patcher, patches)
+    changes = {
+        source: _changed_by(patcher, source, its)
+        for source in sources(model.links)
+        if (its := patches.get(f"{_PREFIX}{source}"))
+    }
     rounded = {}
     for key in played:
-        taken = carried.taken_over(key, changes)
-        if key in own and key in patches:
-            difference = played[key][0][0].float() - own[key].to(played[key][0][0].device).float()
-            rounded[key] = [_patch("set", own[key]), *patches[key], _patch("diff", difference)]
+        if key in model.own and key in patches:
+            difference = played[key][0][0].float() - model.own[key].to(played[key][0][0].device).float()
+            rounded[key] = [_patch("set", model.own[key]), *patches[key], _patch("diff", difference)]
+        taken = taken_over(model.links.get(key.removeprefix(_PREFIX), ()), changes, model.matrices)
         if taken is not None:
             rounded.setdefault(key, []).append(_patch("diff", taken))
     return rounded
 
 
-def _changes(patcher, patches: Mapping[str, list]) -> dict[str, Tensor]:
-    """What patches change in the weights of the checkpoint from which a pack takes something over, by parameter."""
-    changes = {}
-    for key in patcher.model.carried.sources.intersection(patches):
-        before = patcher.model.own[key].float()
-        changes[key] = comfy.lora.calculate_weight(patches[key], before.clone(), key) - before
-    return changes
+def _changed_by(patcher, source: str, patches: list) -> Tensor:
+    """What patches change in a weight of the checkpoint from which a pack takes something over."""
+    key = f"{_PREFIX}{source}"
+    before = patcher.model.own[key].float()
+    return (comfy.lora.calculate_weight(patches, before.clone(), key) - before).cpu()
 
 
-def _carried_by_hooks(patcher, patches: Mapping[str, list]) -> dict[str, list]:
-    """What a pack takes over of the LoRAs of a hook, each at the strength that it has there."""
+def _taken_over_of_hooks(patcher, patches: Mapping[str, list]) -> dict[str, list]:
+    """What a pack takes over of a hook's patches, each at the strength that it has there."""
+    model = patcher.model
     found: dict[str, list] = {}
-    turns = max(map(len, patches.values()), default=0)
-    for turn in range(turns):
-        at = {key: its[turn] for key, its in patches.items() if turn < len(its)}
-        # A LoRA has one strength in all layers of a hook; what is no LoRA is no multiple of its strength.
-        for strength in {patch[0] for patch in at.values() if patch[2] == 1.0}:
-            whole = {k: [(1.0, *patch[1:])] for k, patch in at.items() if patch[0] == strength and patch[2] == 1.0}
-            changes = _changes(patcher, whole)
-            for key in patcher.model.carried.links if changes else ():
-                if (taken := patcher.model.carried.taken_over(key, changes)) is not None:
-                    found.setdefault(key, []).append((strength, *_patch("diff", taken)[1:]))
+    for source in sources(model.links):
+        for strength, value, strength_model, *more in patches.get(f"{_PREFIX}{source}", ()):
+            if strength_model != 1.0:  # a merge is no multiple of its strength
+                continue
+            changes = {source: _changed_by(patcher, source, [(1.0, value, strength_model, *more)])}
+            for key, links in model.links.items():
+                if (taken := taken_over(links, changes, model.matrices)) is not None:
+                    found.setdefault(f"{_PREFIX}{key}", []).append((strength, *_patch("diff", taken)[1:]))
     return found
 
 
@@ -102,7 +106,7 @@ def _as_differences(weights: Unpatched, key: str, patches: list) -> list:
 
 
 def _changed(weights: Unpatched, key: str, to: Tensor) -> Tensor:
-    return to.float().cpu() - weights[key.removeprefix("diffusion_model.")].float().cpu()
+    return to.float().cpu() - weights[key.removeprefix(_PREFIX)].float().cpu()
 
 
 def _patch(kind: str, tensor: Tensor) -> tuple:
@@ -130,12 +134,12 @@ def callbacks(packs_of: Callable) -> tuple[tuple[str, Callable], ...]:
         weights = Unpatched(model)
         for patcher in packs_of(model):
             known = patcher.model.state_dict()
-            concerned = {*known, *patcher.model.carried.sources}
+            concerned = {*known, *(f"{_PREFIX}{source}" for source in sources(patcher.model.links))}
             patcher.hook_patches = {}
             for ref, patches in model.hook_patches.items():
                 found = {k: _as_differences(weights, k, v) for k, v in patches.items() if k in concerned}
                 mine = {k: v for k, v in found.items() if k in known}
-                for key, more in _carried_by_hooks(patcher, found).items():
+                for key, more in _taken_over_of_hooks(patcher, found).items():
                     mine[key] = [*mine.get(key, []), *more]
                 patcher.hook_patches[ref] = mine
             # The other mode caches weights per hook group and would serve those of an earlier keyframe.

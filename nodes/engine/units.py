@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from ...asdm_core import differences
 from ...asdm_core.addresses import Slot, Unit, UNetConfig, walk
 from ...asdm_core.architecture import Architecture
-from ...asdm_core.carry import Link
+from ...asdm_core.carry import Links
 from ...asdm_core.condconv import CondConv2d, Conv, further_experts
 from ...asdm_core.packs import Description, Loaded
 from ...asdm_core.surgery import pass_through
@@ -257,38 +256,6 @@ def host_weights(module: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]
 
 # Packs ----------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Carried:
-    """What parameters of a pack take over of changes to others (asdm_core/carry.py). links: by parameter, sources by
-    addressed name. matrices: float32.
-    """
-
-    links: Mapping[str, Sequence[Link]]
-    matrices: Mapping[str, Tensor]
-
-    @classmethod
-    def of(cls, pack: Loaded) -> Carried:
-        carry, architecture = pack.description.carry, pack.description.architecture
-        links = carry.links(architecture) if carry else {}
-        matrices = {name: pack.tensors[name].float() for name in pack.description.carry_keys}
-        return cls({f"diffusion_model.{key}": found for key, found in links.items()}, matrices)
-
-    def taken_over(self, key: str, changes: Mapping[str, Tensor]) -> Tensor | None:
-        """What a parameter takes over of changes, by parameter; None where none of them concerns it."""
-        found = [
-            link(changes[source].float().cpu(), self.matrices)
-            for link in self.links.get(key, ())
-            if (source := f"diffusion_model.{link.source}") in changes
-        ]
-        return torch.stack(found).sum(0) if found else None
-
-    @property
-    def sources(self) -> frozenset[str]:
-        """The parameters of the checkpoint that something is taken over from."""
-        return frozenset(f"diffusion_model.{link.source}" for found in self.links.values() for link in found)
-
-
 _serials = itertools.count()
 
 
@@ -300,7 +267,8 @@ class PackModel(nn.Module):
     them, and the host neither patches nor moves the weights of a module that has children with weights.
     serial: tells this module from any other one; compiled graphs are keyed by it. own: of a pack of differences, the
     weights of the checkpoint that they were added to, by parameter. unchanged: its units that are the checkpoint's own.
-    carried: what they take over from other layers of the checkpoint, whose weights are in `own` as well.
+    links, matrices: by which they take over what changes elsewhere in the checkpoint (asdm_core/carry.py); the weights
+    there are in `own` as well.
     """
 
     def __init__(
@@ -315,7 +283,8 @@ class PackModel(nn.Module):
         self.serial = next(_serials)
         self.own: Mapping[str, Tensor] = {}
         self.unchanged: frozenset[str] = frozenset()
-        self.carried = Carried({}, {})
+        self.links: Links = {}
+        self.matrices: Mapping[str, Tensor] = {}
         self.architecture = architecture = description.architecture
         self.diffusion_model = nn.Module()
         self._paths: dict[str, str] = {}
@@ -398,7 +367,9 @@ class PackModel(nn.Module):
         model.requires_grad_(False).eval()
         if own is not None:
             model.own = {f"diffusion_model.{k}": weight for k, weight in own.items()}
-            model.carried = Carried.of(pack)
+            if description.carry:
+                model.links = description.carry.links(description.architecture)
+                model.matrices = {name: tensors[name].float() for name in description.carry_keys}
             model.unchanged = differences.unchanged(description, tensors)
         comfy.model_management.archive_model_dtypes(model)
         return model

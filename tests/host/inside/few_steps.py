@@ -125,6 +125,14 @@ def pack(tmp_path_factory):
     return path
 
 
+def run(pack, **settings):
+    """A run of the teacher with a pack, as the stock sampler makes it."""
+    model = small.with_pack(small.models.load_unet(str(TEACHER)), pack)
+    states, latent = torch.zeros(1, 77, 128), {"samples": torch.zeros(1, 4, 16, 16)}
+    plain = {"cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    stock.common_ksampler(model, 0, positive=[[states, {}]], negative=[[states, {}]], latent=latent, **plain | settings)
+
+
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "settings, said",
@@ -137,12 +145,7 @@ def pack(tmp_path_factory):
     ],
 )
 def test_a_run_that_is_set_up_otherwise_than_a_pack_was_trained_for_is_told_so_once(pack, caplog, settings, said):
-    model = small.with_pack(small.models.load_unet(str(TEACHER)), pack)
-    states, latent = torch.zeros(1, 77, 128), {"samples": torch.zeros(1, 4, 16, 16)}
-    wanted = {"steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-    stock.common_ksampler(
-        model, 0, positive=[[states, {}]], negative=[[states, {}]], latent=latent, **wanted | settings
-    )
+    run(pack, **{"steps": 2} | settings)
     told = "two-steps-m2.safetensors was trained for 2 steps of euler, scheduler simple, CFG 1."
     assert caplog.text.count(told) == bool(said) and said in caplog.text
 
@@ -162,12 +165,7 @@ def test_a_pack_that_was_fitted_for_other_runs_says_so_once(tmp_path, caplog, fi
     training = {**loaded.description.training, "fit": fit}
     path = tmp_path / "fitted.safetensors"
     small.packs.write_pack(path, loaded.tensors, dataclasses.replace(loaded.description, training=training))
-    model = small.with_pack(small.models.load_unet(str(TEACHER)), path)
-    states, latent = torch.zeros(1, 77, 128), {"samples": torch.zeros(1, 4, 16, 16)}
-    wanted = {"steps": 3, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-    stock.common_ksampler(
-        model, 0, positive=[[states, {}]], negative=[[states, {}]], latent=latent, **wanted | settings
-    )
+    run(path, **{"steps": 3} | settings)
     told = "fitted.safetensors was trained for 3 steps, scheduler simple."
     assert caplog.text.count(told) == bool(said) and said in caplog.text
     assert said or "was trained for" not in caplog.text
