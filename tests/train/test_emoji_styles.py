@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from train.emoji import styles
+from train.emoji.data import Variant
 
 WAYS = {
     "bent": lambda p: styles.bent(p, 0.1, 3),
@@ -75,3 +76,15 @@ def test_a_number_is_always_the_same_style(glyphs):
 def test_a_name_that_is_none_is_told():
     with pytest.raises(ValueError, match="drawn is no style; wanted one of noto, .*, or drawn-1, drawn-2"):
         styles.style_of("drawn")
+
+
+def test_of_many_pictures_some_are_drawn_by_lot():
+    all_of_them = [Variant(n, style, "white", 0) for style in ("noto", "twemoji") for n in range(50)]
+    some = styles.by_lot(all_of_them, 20, "drawn-3")
+    assert len(set(some)) == 20 and set(some) < set(all_of_them) and some == styles.by_lot(all_of_them, 20, "drawn-3")
+    assert {v.style for v in some} == {"noto", "twemoji"} and some != styles.by_lot(all_of_them, 20, "drawn-4")
+    assert (
+        styles.by_lot(all_of_them, 0, "drawn-3")
+        == all_of_them
+        == sorted(styles.by_lot(all_of_them, 500, "drawn-3"), key=all_of_them.index)
+    )

@@ -2,6 +2,9 @@
 
     python -m train.emoji.styles turned --minutes 6
     python -m train.emoji.styles drawn-1 drawn-2 drawn-3 --minutes 2
+    python -m train.emoji.styles drawn-4 drawn-5 --pictures 480 --steps 60 --lr 6e-4
+
+The last of these need little time for each style, for sets of many.
 
 Some have names, and any number of others are drawn by their numbers: `drawn-7` is always the same. They are for
 training packs over many styles, and for choosing settings: OpenMoji, the style that packs are judged in, stays unseen.
@@ -27,7 +30,7 @@ from asdm_core.tensor_file import write_file
 from ..progress import Progress, plain_errors
 from ..seeds import seeded
 from .codec import load_codec
-from .data import Glyphs, draw, load_glyphs, variants
+from .data import Glyphs, Variant, draw, load_glyphs, variants
 from .latents import LatentSet
 from .sources import STYLES
 from .teacher import LICENCE, TEACHER_STYLES, Batches, add_unet_arguments, provenance, train
@@ -170,12 +173,17 @@ def restyled(glyphs: Glyphs, change: Change) -> Glyphs:
     return replace(glyphs, pixels=pixels)
 
 
+def by_lot(pictures: list[Variant], count: int, name: str) -> list[Variant]:
+    """So many of the pictures that a style may learn from, the same ones each time; 0: all."""
+    return random.Random(name).sample(pictures, min(count, len(pictures))) if count else pictures
+
+
 def make(args: argparse.Namespace, name: str, glyphs: Glyphs) -> None:
     """Finetune the teacher on one style, and write its checkpoint."""
     torch.manual_seed(args.seed)
     sets, change = style_of(name)
     glyphs = restyled(glyphs, change)
-    chosen = variants(glyphs.concepts, sets)
+    chosen = by_lot(variants(glyphs.concepts, sets), args.pictures, name)
     codec = load_codec(args.models).to(args.device)
     latents, progress = torch.empty(len(chosen), 4, 16, 16), Progress(f"encoding {name}", len(chosen))
     with torch.no_grad():
@@ -202,10 +210,13 @@ def main() -> None:
     add_common_arguments(parser)
     add_unet_arguments(parser)
     parser.add_argument("styles", nargs="+", help=f"{', '.join(MADE)}, drawn-1, drawn-2 and so on")
+    parser.add_argument("--pictures", type=int, default=0, help="learn from so many, drawn by lot; 0: from all")
     parser.set_defaults(lr=4e-4, batch=16, ema=0.99, pooled_samples=0)
     args = parser.parse_args()
     for name in args.styles:
         style_of(name)
+    if args.pictures < 0:
+        raise ValueError(f"--pictures: wanted 0 or more, got {args.pictures}")
     start(args)
     glyphs = load_glyphs(args.runs)
     for name in args.styles:
