@@ -164,7 +164,9 @@ def test_a_lora_without_steps_is_refused(tmp_path):
         list(style.rows_of(args, []))
 
 
-def test_a_fit_is_measured_against_a_bare_step():
+def test_a_fit_is_measured_against_a_bare_step(monkeypatch):
+    monkeypatch.setattr(style, "WALKS", 2)
+    monkeypatch.setattr(style, "BATCHES", 1)
     found = style.speed(argparse.Namespace(models=MODELS, speed=1), ["a cat", "a dog", "an owl", "a key"])
     assert found["samples_per_second"] > 0 and found["bare"] > 0
     assert len(found["all_seconds"]["fit"]) == len(found["all_seconds"]["bare"]) == 1

@@ -220,6 +220,7 @@ def test_hook_lora_with_keyframes(model, m2, combined, lora, mode):
         assert torch.equal(small.sample(played, **run), small.sample(in_mode(combined, mode), **run))
 
 
+@pytest.mark.sweep(1)
 def test_a_keyframe_takes_the_hooks_off_the_pack_as_well(model, m2, combined, lora, mode):
     """The host takes them off at each one, and a prompt without hooks that comes first is to see none."""
     keyframes = [(1.0, 0.0), (0.3, 0.3), (0.0, 0.6)]

@@ -373,6 +373,7 @@ def test_hook_loras_act_on_both(first, second, m2, shared):
     assert small.difference(found, run(at(first, other, 2))) > 0.001
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("crossfade", [0, 2])
 @pytest.mark.parametrize("shared", [True, False])
 def test_hooks_of_one_turn_are_off_the_packs_in_the_next(first, second, m2, folder, shared, crossfade):
