@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asdm_core.tensor_file import write_file
 
 from ..progress import Progress, plain_errors
 from ..seeds import seeded
@@ -191,7 +190,6 @@ def make(args: argparse.Namespace, name: str, glyphs: Glyphs) -> None:
             latents[i : i + 16] = codec.encode(draw(glyphs, chosen[i : i + 16]).to(args.device)).cpu()
             progress.show(min(i + 16, len(chosen)))
     progress.end()
-    write_file(args.runs / f"latents-{name}.safetensors", {"latents": latents.half()}, {"copies": "1"})
     encoder = load_text(args.models / "emoji-text.safetensors")
     tokens = Tokens(host_folder(args.host), ids=encoder.ids.tolist())
     batches = Batches(glyphs, LatentSet(chosen, latents), tokens, args.seed + 1)
