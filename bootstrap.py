@@ -677,8 +677,8 @@ FAST_TESTS = ["--ignore=tests/host", "--ignore=tests/train", "-m", "not slow"]
 
 
 def target_test(python, settings):
-    # Small networks gain more from a second process than from a second thread; one more than there are cores costs more
-    # than it makes of the time in which servers and the browser are waited for.
+    # Small networks gain more from a second process than from a second thread. One more than there are cores costs more
+    # than is won in the time in which servers and the browser are waited for.
     fast = on(settings, "FAST")
     workers = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadscope", "--no-loadscope-reorder"]
     tests = [python, "-m", "pytest", *workers]
