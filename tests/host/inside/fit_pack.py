@@ -109,12 +109,12 @@ def like(model, samples, **more):
 def test_the_pack_comes_nearer_and_the_model_stays(model, m2, plain_samples, folder_of_packs, monkeypatch):
     before = weights_of(model)
     started = small.with_pack(model, m2)
-    (played, name, picture) = run(model, m2, monkeypatch, learning=60)
+    (played, name, picture) = run(model, m2, monkeypatch, learning=25, learning_rate=4e-3)
     assert same(before, weights_of(model)) and torch.equal(small.sample(model), plain_samples)
     assert name == "fitted_00001.safetensors" and picture.shape[0] == 1
     assert like(played, plain_samples) < 0.8 * like(started, plain_samples)
     told = packs.open_pack(folder_of_packs / name).description
-    assert told.units == M2.pack_units() and told.training["fit"]["samples"] == 60 * 4
+    assert told.units == M2.pack_units() and told.training["fit"]["samples"] == 25 * 4
     assert unpatched.plays(model, told.made_for) and told.difference_of == told.made_for
     assert not comfy.model_management.in_training
 
