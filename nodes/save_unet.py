@@ -21,7 +21,7 @@ from ..asdm_core.text import printable
 from .common import CATEGORY, SHOWS_WORDS
 from .engine import bypass, models, pack_loras, quantised, switch
 from .engine.assigned import assigned_of, network_of, packs_of, providers_of
-from .engine.network import without_self_attention
+from .engine.network import ejected, without_self_attention
 
 DTYPES = {"as loaded": None, **tensor_file.DTYPES}
 
@@ -70,21 +70,23 @@ def played_weights(
     model = bypass.in_weights(model)
     unet = model.model.diffusion_model
     own = {key: slot for key, slot in architecture.keys().items() if slot.unit.address not in sources}
-    odd = {key: slot for key, slot in own.items() if not quantised.is_plain(quantised.held(unet, key), slot.shape)}
-    check_plain(unet, odd, dequantise)
-    if not all(isinstance(quantised.held(unet, key), QuantizedTensor) for key in odd):
-        odd = own  # of layers that are not its own the host cannot say what LoRAs make of them
     patchers = packs_of(model)
     pack_loras.sync(model, patchers.values())
+    with ejected(model):
+        odd = {key: slot for key, slot in own.items() if not quantised.is_plain(quantised.held(unet, key), slot.shape)}
+        check_plain(unet, odd, dequantise)
+        if not all(isinstance(quantised.held(unet, key), QuantizedTensor) for key in odd):
+            odd = own  # of layers that are not its own the host cannot say what LoRAs make of them
     comfy.model_management.load_models_gpu([model, *patchers.values()])
-    weights = {key: quantised.played(unet, key, architecture.keys(), model.load_device) for key in odd}
-    parts = [(own.keys() - odd.keys(), model, unet)]
-    for pack_id, patcher in patchers.items():
-        of_pack = {key for key, slot in architecture.keys().items() if sources.get(slot.unit.address) == pack_id}
-        parts.append((of_pack, patcher, patcher.model.diffusion_model))
-    for names, patcher, network in parts:
-        held = patcher.model_state_dict_for_saving(network, "diffusion_model.") if names else {}
-        weights |= {key: _plain(held[key]) for key in names}
+    with ejected(model):
+        weights = {key: quantised.played(unet, key, architecture.keys(), model.load_device) for key in odd}
+        parts = [(own.keys() - odd.keys(), model, unet)]
+        for pack_id, patcher in patchers.items():
+            of_pack = {key for key, slot in architecture.keys().items() if sources.get(slot.unit.address) == pack_id}
+            parts.append((of_pack, patcher, patcher.model.diffusion_model))
+        for names, patcher, network in parts:
+            held = patcher.model_state_dict_for_saving(network, "diffusion_model.") if names else {}
+            weights |= {key: _plain(held[key]) for key in names}
     return {key: weights[key] for key in architecture.keys()}
 
 

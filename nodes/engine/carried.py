@@ -47,6 +47,11 @@ def overrides(module: nn.Module) -> dict[str, object]:
     }
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether nobody has put a method or a hook on a module."""
+    return not overrides(module) and not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def _is_own(module: nn.Module, value: object) -> bool:
     """Whether it is a method of the module's own class: the host leaves one behind where a patch was."""
     return (

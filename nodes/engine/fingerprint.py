@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .network import ejected
 from .technique import techniques_of
 
 TENSORS, NUMBERS = 32, 64  # so many tensors are looked at, with so many numbers of each
@@ -55,7 +56,8 @@ def numbers_of(tensor: Tensor) -> str:
 def _weights(model) -> list[str]:
     """The network's, without what the host has written into them: it keeps the original beside."""
     prefix = "diffusion_model."
-    weights = dict(model.model.diffusion_model.named_parameters())
+    with ejected(model):
+        weights = dict(model.model.diffusion_model.named_parameters())
     names = sorted(name for name, tensor in weights.items() if tensor.dim() > 1)
     found = [f"{len(weights)} tensors"]
     for name in _evenly(names, TENSORS):

@@ -98,6 +98,7 @@ class Copy:
                 f"note of its file ({e}). Load the checkpoint with Load Checkpoint or Load Diffusion Model."
             ) from None
         bypass.bind_to_copy(self.patcher)
+        self.patcher.injections.clear()  # modules for frames: pictures are learned, and layers found by their names
         device = self.patcher.load_device
         if self.dtype == torch.float16 and comfy.model_management.should_use_bf16(device):
             self.patcher.set_model_compute_dtype(torch.bfloat16)  # gradients need its range

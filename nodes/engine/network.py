@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+import comfy.model_management
 import comfy.model_sampling
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import nn
@@ -67,6 +70,20 @@ def without_self_attention(model) -> frozenset[str]:
     scales = {2**level for level, disabled in enumerate(levels) if disabled}
     transformers = [u for u in walk(architecture_of(model).config) if u.kind == "transformer"]
     return frozenset(u.address for u in transformers if (middle if u.side == "mid" else u.scale in scales))
+
+
+@contextmanager
+def ejected(model) -> Iterator[None]:
+    """The network of a MODEL without what nodes inject between its layers (motion modules), which moves the names of
+    those behind. After a run it stays there, and it may be there by another clone of the MODEL. Clones copy the mark
+    that says so, so only that of a loaded one is to be believed.
+    """
+    loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
+    with ExitStack() as stack:
+        for patcher in loaded:
+            if patcher is not None and patcher.model is model.model:
+                stack.enter_context(patcher.use_ejected())
+        yield
 
 
 def clone_for(model, patcher):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
 
 import comfy.hooks
 import comfy.lora
@@ -93,12 +94,12 @@ def _taken_over_of_hooks(patcher, patches: Mapping[str, list]) -> dict[str, list
     return found
 
 
-def _as_differences(weights: Unpatched, key: str, patches: list) -> list:
+def _as_differences(weights: Callable[[], Unpatched], key: str, patches: list) -> list:
     """Patches of a hook for a unit of a pack. A checkpoint as LoRA is the difference of its weights from those that are
     patched, which the host would take from the pack's: it is meant to be that from the MODEL's.
     """
     return [
-        (strength, ("diff", (_changed(weights, key, value[1][0]),)), *more)
+        (strength, ("diff", (_changed(weights(), key, value[1][0]),)), *more)
         if isinstance(value, tuple) and value[0] == "model_as_lora"
         else (strength, value, *more)
         for strength, value, *more in patches
@@ -131,7 +132,7 @@ def callbacks(packs_of: Callable) -> tuple[tuple[str, Callable], ...]:
     """The host's callbacks by which hook LoRAs reach the packs of a MODEL; packs_of: its pack patchers."""
 
     def register_hook_patches(model, hooks, target_dict, model_options, registered):
-        weights = Unpatched(model)
+        weights = cache(partial(Unpatched, model))
         for patcher in packs_of(model):
             known = patcher.model.state_dict()
             concerned = {*known, *(f"{_PREFIX}{source}" for source in sources(patcher.model.links))}

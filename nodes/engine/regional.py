@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from comfy.ldm.modules import attention
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...asdm_core.addresses import UNetConfig, walk
 from ...asdm_core.architecture import Architecture
@@ -22,6 +22,7 @@ from ...asdm_core.measure import costs, sizes
 from ...asdm_core.steps import Moment
 from . import notes, units
 from .assigned import Players
+from .carried import is_bare
 from .technique import PLAYED, AtUNet, InRun, Measured, Say, Start, Technique, UNetInRun
 
 COMPILED = "torch.compile"  # the host's key of the wrapper by which a MODEL is compiled
@@ -98,6 +99,19 @@ class Regional(Technique):
         return [("GRI attention", seconds, "estimated")] if seconds > 0 else []
 
 
+def _is_the_hosts(transformer: nn.Module | None) -> bool:
+    """Whether the self-attentions of a transformer are the host's own, and nobody has put anything on their modules."""
+
+    def is_own(attn: Any) -> bool:
+        if isinstance(attn, units.CrossAttention):  # of a cut unit, which nobody runs
+            return True
+        if type(attn) is not attention.CrossAttention or not is_bare(attn):
+            return False
+        return attention.CrossAttention.forward.__module__ == attention.__name__
+
+    return all(is_own(getattr(block, "attn1", None)) for block in getattr(transformer, "transformer_blocks", ()))
+
+
 class _InRun(InRun):
     def __init__(self, settings: Regional, stretch: tuple[float, float], say: Say):
         self._settings, self._stretch, self._say = settings, stretch, say
@@ -111,6 +125,7 @@ class _InRun(InRun):
         of_text = {address for address, layer in unet.layers.items() if units.attends_to_text(layer)}
         part.blocks = {block: address for block, address in part.blocks.items() if address not in of_text}
         part.videos = {block for block, address in part.blocks.items() if hasattr(unet.layers[address], "time_stack")}
+        part.layers = unet.layers
         if not part.blocks:
             self._say("GRI Attention has nothing to do in this UNet: no layer of these stages has a self-attention.")
         return part
@@ -132,53 +147,89 @@ class Attention(AtUNet):
     ):
         self._settings, self._stretch, self._players = settings, stretch, players
         self._say = say or notes.speaker()
+        self._whole = Architecture.full(config)
         self.blocks = settings.blocks(config)
+        self.layers: Mapping[str, nn.Module] = {}
         self.videos: set[tuple[str, int]] = set()  # blocks that attend over the frames too, by the same door
-        self._on, self._traced = False, True
+        self._on, self._traced, self._gains = False, True, ""
+        self._entered: dict[tuple[str, int], str] = {}  # of the blocks, those that it plays in this forward
         self.log_gains: dict[
             str, dict[int, Callable[[Tensor], Tensor]]
         ] = {}  # transformer -> block -> log gains of its heads
 
     def begin_evaluation(self, moment: Moment) -> None:
         high, low = self._stretch
-        self._on, self.name, self.log_gains = low < moment.sigma <= high, "", {}
-        if self._on:
-            gains, self.log_gains = self._players.log_gains() if self._players else ("", {})
-            s = self._settings
-            self.name = f"gri{s.window}x{s.pool}x{s.stages}{'s' * s.shifted}{gains}"
+        self._on, self._entered, self._gains, self.log_gains = low < moment.sigma <= high, {}, "", {}
+        if self._on and self._players:
+            self._gains, self.log_gains = self._players.log_gains()
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        if not self._entered:
+            return ""
+        s, without = self._settings, [n for n, block in enumerate(self.blocks) if block not in self._entered]
+        return f"gri{s.window}x{s.pool}x{s.stages}{'s' * s.shifted}{self._gains}{'_'.join(map(str, ['', *without]))}"
 
     def defies_graphs(self, patches: Mapping[str, list]) -> bool:
         """Where the host's attention breaks a graph (split and sub-quadratic ask for free memory, Sage is not traced),
         its pieces are compiled block by block, and TorchCompileModel leaves out the guards by which a block of the same
         shape would notice that GRI is not in it.
         """
-        return self._on and not self._traced
+        return bool(self._entered) and not self._traced
 
     def role(self, address: str, role: str) -> str:
-        return self._settings.role if self._on and role == PLAYED and address in self.blocks.values() else role
+        return self._settings.role if role == PLAYED and address in self._entered.values() else role
 
-    def options(self, options: dict) -> dict:
+    def options(self, options: dict, x: Tensor) -> dict:
         self._traced = attention.optimized_attention in _TRACED and "optimized_attention_override" not in options
-        if self._on and not self._traced and COMPILED in options.get("wrappers", {}).get("apply_model", {}):
+        self._entered = self._plays(options, x.shape[-2], x.shape[-1]) if self._on else {}
+        if self._entered and not self._traced and COMPILED in options.get("wrappers", {}).get("apply_model", {}):
             self._say(
                 "GRI plays without torch.compile here: the attention of this run breaks a compiled graph in pieces, "
                 "which would mix up blocks. For both, start ComfyUI with --use-pytorch-cross-attention, "
                 "without a node that exchanges attention."
             )
-        return self.entered(options) if self._on else options
+        return self.entered(options, self._entered)
 
-    def entered(self, options: dict) -> dict:
-        """The options with GRI in all blocks whose self-attention nobody else replaces."""
-        replace = options.get("patches_replace", {})
-        theirs = replace.get("attn1", {})
-        taken = [address for block, address in self.blocks.items() if any(key[:2] == block for key in theirs)]
+    def _plays(self, options: dict, height: int, width: int) -> dict[tuple[str, int], str]:
+        """The blocks whose maps are large enough in latents of this size, and whose self-attention is the host's own
+        and replaced by nobody: the host never calls the module of one that is.
+        """
+        shapes, shifted = sizes(self._whole, height, width), self._settings.shifted
+        large = {
+            block: address
+            for block, address in self.blocks.items()
+            for h, w in [shapes[address]]
+            if self._settings.on(h, w, shifted)
+        }
+        theirs = {key[:2] for key in options.get("patches_replace", {}).get("attn1", {})}
+        players = self._players.players if self._players and large else {}
+        taken = {
+            block: address
+            for block, address in large.items()
+            if block in theirs or not _is_the_hosts(players.get(address) or self.layers.get(address))
+        }
         if taken:
-            self._say(f"another node replaces the self-attention of {', '.join(taken)}; GRI leaves it to that node.")
-        return {**options, "patches_replace": {**replace, "attn1": {**dict.fromkeys(self.blocks, self.play), **theirs}}}
+            self._say(
+                f"another node changes or replaces the self-attention of {', '.join(taken.values())}; GRI leaves it to "
+                "that node."
+            )
+        return {block: address for block, address in large.items() if block not in taken}
+
+    def entered(self, options: dict, blocks: Mapping[tuple[str, int], str]) -> dict:
+        """The options with GRI in some blocks."""
+        if not blocks:
+            return options
+        replace = options.get("patches_replace", {})
+        attn1 = {**dict.fromkeys(blocks, self.play), **replace.get("attn1", {})}
+        return {**options, "patches_replace": {**replace, "attn1": attn1}}
+
+    def close(self) -> None:
+        self.layers, self.log_gains = {}, {}
 
     def play(self, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
         """The host's attn1 replace: (B, N, heads * dim) in and out."""
-        heads, precision = options["n_heads"], options["attn_precision"]
+        heads, precision = options["n_heads"], options.get("attn_precision")
         height, width = options["activations_shape"][-2:]
         is_map = q.shape[1] == height * width and q.shape == k.shape == v.shape
         if options["block"] in self.videos:
@@ -214,5 +265,5 @@ class Attention(AtUNet):
             return out.unflatten(2, (heads, -1)).transpose(1, 2)
 
         q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))
-        log_gain = self.log_gains.get(self.blocks.get(options["block"], ""), {}).get(options["block_index"])
+        log_gain = self.log_gains.get(self.blocks.get(options["block"], ""), {}).get(options.get("block_index", 0))
         return gri_attention(q, k, v, height, width, gri, log_gain=log_gain and log_gain(q), attend=attend).flatten(2)

@@ -211,10 +211,10 @@ class BoundUNet(UNetInRun):
         self._players = {id(self.layers[address]): player for address, player in players.items()}
         self._playing = {address: players.get(address, layer) for address, layer in self.layers.items()}
 
-    def options(self, options: dict) -> dict:
+    def options(self, options: dict, x: torch.Tensor) -> dict:
         """The options of a forward, with what the techniques put in."""
         for technique in self.techniques:
-            options = technique.options(options)
+            options = technique.options(options, x)
         return options
 
     def begin_forward(self, x, control, options: dict, hooks) -> str:

@@ -230,8 +230,8 @@ class AtUNet:
     def begin_evaluation(self, moment: Moment) -> None:
         """An evaluation of the network begins."""
 
-    def options(self, options: dict) -> dict:
-        """The host's transformer_options of a forward, or changed ones: a copy, never this very dict changed."""
+    def options(self, options: dict, x: Tensor) -> dict:
+        """The host's transformer_options of a forward on x, or changed ones: a copy, never this very dict changed."""
         return options
 
     def begin_forward(self, forward: Forward) -> None:

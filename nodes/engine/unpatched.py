@@ -10,7 +10,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ...asdm_core.identity import COARSE, Checkpoint
-from .network import architecture_of
+from .network import architecture_of, ejected
 
 _PREFIX = "diffusion_model."
 
@@ -24,15 +24,14 @@ class Unpatched(Mapping[str, Tensor]):
 
     def __init__(self, model):
         self._found = {}
-        with model.use_ejected():
-            held = [key for key, _ in model.model.named_parameters() if key.startswith(_PREFIX)]
-        for key in held:
-            weight = get_key_weight(model.model, key)[0]
-            if (patched := model.backup.get(key)) is not None:
-                weight = patched.weight
-            if (hooked := model.hook_backup.get(key)) is not None:
-                weight = hooked[0]
-            self._found[key.removeprefix(_PREFIX)] = weight
+        with ejected(model):
+            for key in [key for key, _ in model.model.named_parameters() if key.startswith(_PREFIX)]:
+                weight = get_key_weight(model.model, key)[0]
+                if (patched := model.backup.get(key)) is not None:
+                    weight = patched.weight
+                if (hooked := model.hook_backup.get(key)) is not None:
+                    weight = hooked[0]
+                self._found[key.removeprefix(_PREFIX)] = weight
         self.quantised = any(isinstance(weight, QuantizedTensor) for weight in self._found.values())
 
     def __getitem__(self, key: str) -> Tensor:

@@ -71,7 +71,7 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     if run is not None and unet is None:
         run.passed(executor.class_obj)
     if unet is not None:
-        transformer_options = unet.options(transformer_options)
+        transformer_options = unet.options(transformer_options, x)
 
     def forward(name: str):
         options = transformer_options

@@ -17,13 +17,13 @@ import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
 import matrix
+import motion_modules
 import nodes
 import pytest
 import reference
 import small
 import torch
 from comfy.ldm.modules import attention
-from comfy.patcher_extension import PatcherInjection
 from comfy.t2i_adapter.adapter import Adapter_light
 from comfy_extras import (
     nodes_context_windows,
@@ -244,45 +244,7 @@ def ip_adapter(model):
     return clone
 
 
-class VanillaTemporalModule(torch.nn.Module):
-    """Like a motion module: the frames of a batch see each other."""
-
-    def forward(self, x, transformer_options):
-        frames = x.unflatten(0, (len(transformer_options["cond_or_uncond"]), -1))
-        return (frames + 0.5 * frames.tanh().mean(1, keepdim=True)).flatten(0, 1)
-
-
-def _blocks_with_motion(unet):
-    return [*(unet.input_blocks[i] for i in (1, 2, 4, 5, 7, 8, 10, 11)), *unet.output_blocks]
-
-
-def inject_motion(patcher):
-    # Placed by the class of their neighbours: after the transformer of a block, or else after its resnet.
-    for block in _blocks_with_motion(patcher.model.diffusion_model):
-        after = [i for i, layer in enumerate(block) if isinstance(layer, attention.SpatialTransformer)]
-        after = after or [i for i, layer in enumerate(block) if type(layer).__name__ == "ResBlock"][:1]
-        block.insert(after[-1] + 1, VanillaTemporalModule())
-
-
-def eject_motion(patcher):
-    for block in _blocks_with_motion(patcher.model.diffusion_model):
-        for i in reversed([i for i, layer in enumerate(block) if isinstance(layer, VanillaTemporalModule)]):
-            block.pop(i)
-
-
-@feature("AnimateDiff", run=lambda model: {"batch": 3})
-def animatediff(model):
-    """As AnimateDiff packs do: modules inserted into the blocks while the model is loaded, called by an entry of their
-    own.
-    """
-
-    def handler(layer, x, emb, context, transformer_options, *shapes_and_videos):
-        return layer(x, transformer_options)
-
-    clone = model.clone()
-    clone.set_model_forward_timestep_embed_patch((VanillaTemporalModule, handler))
-    clone.set_injections("motion", [PatcherInjection(inject_motion, eject_motion)])
-    return clone
+feature("AnimateDiff", run=lambda model: {"batch": 3})(motion_modules.with_motion)
 
 
 @contextmanager
@@ -307,10 +269,10 @@ FEATURES |= {
     ),
     "context windows": Feature(
         lambda m: nodes_context_windows.ContextWindowsManualNode.execute(
-            animatediff(m), 3, 1, "standard_static", 1, False, "pyramid", 0, False
+            motion_modules.with_motion(m), 3, 1, "standard_static", 1, False, "pyramid", 0, False
         )[0],
         lambda model: {"batch": 5},
-        beside=animatediff,
+        beside=motion_modules.with_motion,
     ),
     "EasyCache": Feature(
         lambda m: nodes_easycache.EasyCacheNode.execute(m, 0.5, 0.1, 1.0, False)[0], lambda model: {"steps": 6}

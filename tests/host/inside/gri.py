@@ -230,6 +230,74 @@ def test_a_replaced_block_is_left_to_its_owner_in_either_order(model, calls, cap
     assert "replaces the self-attention of down.0.0.transformer;" in caplog.text
 
 
+ATTN1 = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1"
+
+
+class Damped(torch.nn.Module):
+    """In the place of a self-attention, with no layer of its own by the host's names."""
+
+    def __init__(self, attn1):
+        super().__init__()
+        self.holds = [attn1]
+
+    def forward(self, x, *args, **kwargs):
+        return 0.2 * self.holds[0](x, *args, **kwargs)
+
+
+def damped(model, how):
+    """MODEL with somebody's change of the module of one self-attention."""
+    m = model.clone()
+    if how == "module":
+        m.add_object_patch(ATTN1, Damped(m.get_model_object(ATTN1)))
+    else:
+        theirs = m.get_model_object(f"{ATTN1}.forward")
+        m.add_object_patch(f"{ATTN1}.forward", lambda *args, **kwargs: 0.2 * theirs(*args, **kwargs))
+    return m
+
+
+@pytest.mark.parametrize("how", ["forward", "module"])
+def test_a_changed_self_attention_is_left_to_its_owner_in_either_order(model, plain, calls, caplog, how):
+    """The host never calls the module of a self-attention that somebody replaces."""
+    alone = small.sample(damped(model, how), steps=1)
+    assert small.difference(alone, small.sample(model, steps=1)) > 1e-3
+    both = [small.sample(m, steps=1) for m in (damped(gri(model, **ROUGH), how), gri(damped(model, how), **ROUGH))]
+    assert torch.equal(*both) and len(calls) == 2 * (5 + 5 - 1)
+    assert caplog.text.count("the self-attention of down.0.0.transformer; GRI leaves it to that node") == 2
+    assert torch.equal(small.sample(gri(damped(model, how)), steps=1), alone), "in a picture too small for GRI"
+
+
+def test_a_hooked_self_attention_is_left_to_its_owner(model, calls):
+    seen = []
+    hook = model.get_model_object(ATTN1).register_forward_hook(lambda *_: seen.append(1))
+    try:
+        small.sample(gri(model, **ROUGH), steps=1)
+    finally:
+        hook.remove()
+    assert seen and len(calls) == 5 + 5 - 1
+
+
+def test_blocks_that_are_called_as_hosts_did_before_have_gri(model, calls):
+    """Some packs call the replacement themselves, with the numbers of heads alone."""
+    m = gri(model, **ROUGH)
+    wanted = small.sample(m, steps=1)
+
+    def wrapper(executor, x, t, context=None, y=None, control=None, transformer_options={}, **more):
+        replace = transformer_options["patches_replace"]
+
+        def as_before(play):
+            def called(q, k, v, options):
+                return play(q, k, v, {n: o for n, o in options.items() if n not in ("attn_precision", "block_index")})
+
+            return called
+
+        attn1 = {block: as_before(play) for block, play in replace["attn1"].items()}
+        options = {**transformer_options, "patches_replace": {**replace, "attn1": attn1}}
+        return executor(x, t, context, y, control, options, **more)
+
+    m.add_wrapper_with_key("diffusion_model", "theirs", wrapper)
+    assert torch.equal(small.sample(m, steps=1), wanted) and calls
+
+
 @pytest.mark.parametrize(
     "node, inputs",
     [(nodes_hypertile.HyperTile, (32, 2, 0, False)), (nodes_tomesd.TomePatchModel, (0.3,))],
