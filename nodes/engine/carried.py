@@ -9,19 +9,16 @@ nobody can see it, and modules that stand in place of others with weights of the
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from types import CellType, FunctionType, MethodType, ModuleType
+from collections.abc import Iterable
+from types import MethodType
 from typing import Any
 
 from comfy.weight_adapter import BypassForwardHook
-from torch import Tensor, nn
+from torch import nn
 
 from ...asdm_core.condconv import CondConv2d
+from .rebinding import Opaque, Rebinding
 from .units import BasicTransformerBlock
-
-DEPTH = 6  # forwards round forwards
 
 # Set on modules by the host as it loads them, and by what the layers of packs are made of.
 _HOSTS = ("comfy_", "prev_comfy_", "training", "weight_function", "bias_function", "_v", "_pin", "factory_kwargs")
@@ -31,11 +28,6 @@ _HOOKS = [
     for more in ("", "_with_kwargs", *(["_always_called"] if kind == "_" else []))
 ]
 _PLAIN = (int, float, str, bool, tuple, type(None))
-_LEAVES = (str, bytes, int, float, Tensor, type, ModuleType, type(None))
-
-
-class _Opaque(Exception):
-    """Something holds a module of the checkpoint where it cannot be exchanged."""
 
 
 def overrides(module: nn.Module) -> dict[str, object]:
@@ -106,7 +98,7 @@ class Carried:
         if not found:
             return
         twins = _twins(player, found)
-        partners = {id(theirs[path]): twins.get(path, own[path]) for path in theirs if path in own}
+        rebound = Rebinding({id(theirs[path]): twins.get(path, own[path]) for path in theirs if path in own})
         for path, (methods, changed) in found.items():
             module, twin = theirs[path], twins[path]
             vars(twin).update(changed)
@@ -116,8 +108,8 @@ class Carried:
                 vars(twin).update({n: v for n, v in more.items() if n not in methods})
             for name, value in methods.items():
                 try:
-                    vars(twin)[name] = _rebound(value, partners, {})
-                except _Opaque:
+                    vars(twin)[name] = rebound(value)
+                except Opaque:
                     self.lost.append(_under(path, name))
                     continue
                 self._given.append(f"{path}.{name}@{_identity(value)}")
@@ -155,110 +147,3 @@ def _twins(root: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     for path in ("", *paths):
         twin(path)
     return twins
-
-
-def _rebound(value, partners: Mapping[int, nn.Module], made: dict[int, Any], depth: int = DEPTH):
-    """A function with the player's modules in place of the checkpoint's. made: by the id of what they stand in for, so
-    that what holds itself, as an object with one of its own methods, is met again. Raises _Opaque.
-    """
-    if isinstance(value, nn.Module):
-        return partners.get(id(value), value)
-    if id(value) in made:
-        return made[id(value)]
-    if not _leads_to(value, partners, set(), depth):
-        return value
-    if not depth:
-        raise _Opaque
-    again = functools.partial(_rebound, partners=partners, made=made, depth=depth - 1)
-    if isinstance(value, MethodType):
-        old, function = value.__self__, value.__func__
-        new = again(old)
-        if function is getattr(
-            type(old), value.__name__, None
-        ):  # the player may be of another class, as for other dtypes
-            function = getattr(type(new), value.__name__, function)
-        return MethodType(again(function), new)
-    if isinstance(value, functools.partial):
-        parts = again(value.func), tuple(map(again, value.args)), {k: again(v) for k, v in value.keywords.items()}
-        return functools.partial(parts[0], *parts[1], **parts[2])
-    if isinstance(value, FunctionType):
-        return _function_rebound(value, again, made)
-    if type(value) in (list, tuple):
-        return type(value)(map(again, value))
-    if type(value) is dict:
-        return {k: again(v) for k, v in value.items()}
-    direct = _direct(value)
-    others = [v for n, v in getattr(value, "__dict__", {}).items() if n not in direct]
-    if not direct or any(_holds(v, partners, DEPTH, {id(value)}) for v in others):
-        raise _Opaque  # a table of modules, say: who looks into it asks for those of the checkpoint
-    new = made[id(value)] = copy.copy(value)  # of this one module; what it shares with others it goes on sharing
-    vars(new).update({n: again(v) for n, v in direct.items()})
-    return new
-
-
-def _function_rebound(function: FunctionType, again: Callable[[Any], Any], made: dict[int, Any]) -> FunctionType:
-    cells = tuple(CellType() for _ in function.__closure__ or ())
-    new = made[id(function)] = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
-    for n, value in _closed_over(function).items():
-        cells[n].cell_contents = again(value)
-    new.__defaults__, new.__kwdefaults__ = again(function.__defaults__), again(function.__kwdefaults__)
-    vars(new).update(vars(function))
-    return new
-
-
-def _closed_over(function: FunctionType) -> dict[int, object]:
-    """What a function has closed over, by number; what is not assigned yet is not there."""
-    found = {}
-    for n, cell in enumerate(function.__closure__ or ()):
-        with suppress(ValueError):
-            found[n] = cell.cell_contents
-    return found
-
-
-def _direct(value: object) -> dict[str, Any]:
-    """What of an object's own is exchanged with it: modules and functions, by name."""
-    kinds = nn.Module | MethodType | FunctionType | functools.partial
-    return {n: v for n, v in getattr(value, "__dict__", {}).items() if isinstance(v, kinds)}
-
-
-def _leads_to(value: object, partners: Mapping[int, nn.Module], seen: set[int], depth: int) -> bool:
-    """Whether the ways that `_rebound` goes from something lead to a module of the checkpoint, or further than it
-    goes.
-    """
-    if isinstance(value, nn.Module):
-        return id(value) in partners
-    if id(value) in seen or isinstance(value, _LEAVES):
-        return False
-    if not depth:
-        return True
-    seen.add(id(value))
-    if isinstance(value, MethodType):
-        ways: Iterable[object] = (value.__self__, value.__func__)
-    elif isinstance(value, functools.partial):
-        ways = (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, FunctionType):
-        ways = (*_closed_over(value).values(), value.__defaults__, value.__kwdefaults__)
-    elif type(value) in (list, tuple):
-        ways = value  # type: ignore[assignment]
-    elif type(value) is dict:
-        ways = value.values()
-    elif _holds(value, partners, DEPTH, set()):
-        return True
-    else:
-        ways = _direct(value).values()
-    return any(_leads_to(way, partners, seen, depth - 1) for way in ways)
-
-
-def _holds(value: object, partners: Mapping[int, nn.Module], depth: int, seen: set[int]) -> bool:
-    """Whether something holds a module of the checkpoint, itself or in what it holds."""
-    if isinstance(value, nn.Module):
-        return id(value) in partners
-    if not depth or id(value) in seen or isinstance(value, _LEAVES):
-        return False
-    seen.add(id(value))
-    inside = [*getattr(value, "__dict__", {}).values(), getattr(value, "__self__", None)]
-    if isinstance(value, Mapping):
-        inside += [*value.values(), *(k for k in value if isinstance(k, nn.Module))]
-    elif isinstance(value, list | tuple | set):
-        inside += value
-    return any(_holds(v, partners, depth - 1, seen) for v in inside)

@@ -17,6 +17,7 @@ from ...asdm_core import differences, few_step, fit
 from ...asdm_core.packs import Description, Loaded
 from . import bypass, units
 from .comparison import original_of
+from .deep_copy import bind_to_copy
 from .network import architecture_of, prediction_of
 from .unpatched import Unpatched, checkpoint_of, numbers
 
@@ -97,7 +98,11 @@ class Copy:
                 "this MODEL cannot be read a second time, which Fit Pack must do: the node that loaded it keeps no "
                 f"note of its file ({e}). Load the checkpoint with Load Checkpoint or Load Diffusion Model."
             ) from None
-        bypass.bind_to_copy(self.patcher)
+        if lost := bind_to_copy(self.patcher, original):
+            raise ValueError(
+                f"another node on this MODEL holds its layers ({lost[0]}), so it would not act on the copy from which "
+                "is learned. Put Fit Pack before that node."
+            )
         self.patcher.injections.clear()  # modules for frames: pictures are learned, and layers found by their names
         device = self.patcher.load_device
         if self.dtype == torch.float16 and comfy.model_management.should_use_bf16(device):

@@ -25,8 +25,8 @@ from torch import Tensor
 from ...asdm_core.steps import Moment, Steps
 from ...asdm_core.switching import Switch, SwitchPoint, shares
 from ...asdm_core.text import printable
-from . import bypass
 from .assigned import pack_patchers, set_pack_patchers
+from .deep_copy import bind_to_copy
 from .network import architecture_of, blends, clone_for
 from .on_model import models_key, with_technique, without_technique
 from .technique import KEY, InRun, Say, Start, Technique, technique_of
@@ -207,13 +207,18 @@ def _apart(model, others):
     try:
         copy = model.clone(force_deepcopy=True)
         set_pack_patchers(copy, [pack.clone(force_deepcopy=True) for pack in pack_patchers(model)])
-        bypass.bind_to_copy(copy)
     except RuntimeError as error:
         raise ValueError(
             "Switch UNet: both models are one UNet with different LoRAs or patches, and this UNet cannot be loaded a "
             "second "
             "time because its loader does not say how. Load it with a stock loader or one of asdm's."
         ) from error
+    if lost := bind_to_copy(copy, model):
+        raise ValueError(
+            "Switch UNet: both models are one UNet with different LoRAs or patches, so one of them needs a network of "
+            f"its own, and another node on it holds the layers of the other's ({lost[0]}). Save that model as a file "
+            "(Save UNet, Save Checkpoint), load the file, and put the other node on it then."
+        )
     return copy
 
 

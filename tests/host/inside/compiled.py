@@ -81,6 +81,14 @@ def test_a_measured_model_compiled_has_steps_and_no_layers(model, pack, graphs):
     assert len(graphs) == 1
 
 
+def test_a_compiled_second_model_plays_its_own_network(model, graphs):
+    """It is the first with a LoRA, so it gets a network of its own, which must be what is compiled."""
+    second = small.add_lora(model, small.lora(CONFIG))
+    wanted = sample(at(model, second, 1))
+    assert not torch.equal(wanted, sample(model))
+    assert torch.equal(sample(at(compiled(model), compiled(second), 1)), wanted) and graphs
+
+
 # Feature inheritance --------------------------------------------------------------------------------
 
 DEEP = "down.1, mid, up.0"

@@ -319,6 +319,60 @@ def test_each_keeps_its_own_lora(first, second, shared):
     assert torch.equal(run(at(a, b, 1000.0, "sigma")), run(b))
 
 
+RESNET = "diffusion_model.input_blocks.1.0"
+
+
+def on_forward(m, change):
+    """MODEL with a patch that calls the forward of a layer, which it holds, and changes what it gives."""
+    m, theirs = m.clone(), m.get_model_object(f"{RESNET}.forward")
+    m.add_object_patch(f"{RESNET}.forward", lambda *args, **kwargs: change(theirs(*args, **kwargs)))
+    return m
+
+
+def in_a_wrapper(m, change):
+    """The same by a function round the network, which holds the layer."""
+    m, layer = m.clone(), m.get_model_object(RESNET)
+
+    def wrapper(apply, args):
+        hook = layer.register_forward_hook(lambda module, inputs, out: change(out))
+        try:
+            return apply(args["input"], args["timestep"], **args["c"])
+        finally:
+            hook.remove()
+
+    m.set_model_unet_function_wrapper(wrapper)
+    return m
+
+
+@pytest.mark.parametrize("patch", [on_forward, in_a_wrapper])
+def test_what_holds_layers_acts_on_those_of_its_model(first, folder, patch):
+    """The second model is the first with a LoRA, so it gets a network of its own."""
+    second, lora = small.model(folder), small.lora(seed=1)  # the same weights, read once more
+    for change in (lambda out: out, lambda out: 0.5 * out):
+        wanted = run(at(first, patch(small.add_lora(second, lora), change), 2))
+        assert torch.equal(run(at(first, patch(small.add_lora(first, lora), change), 2)), wanted)
+        run(patch(first, change))  # loaded, with the patch on it
+        assert torch.equal(
+            run(at(patch(first, change), patch(small.add_lora(first, lora), change), 2)),
+            run(at(patch(first, change), patch(small.add_lora(second, lora), change), 2)),
+        )
+
+
+def test_what_holds_layers_for_good_is_refused_on_a_second_network(first):
+    class Around(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args):
+            return self.layer(*args)
+
+    second = small.add_lora(first, small.lora())
+    second.add_object_patch(RESNET, Around(second.get_model_object(RESNET)))
+    with pytest.raises(ValueError, match=f"holds the layers of the other's .object_patches.{RESNET}.*Save that model"):
+        at(first, second, 2)
+
+
 def test_pack_on_the_second_shares_the_trunk(first, m2, monkeypatch):
     packed = small.with_pack(first, m2)
     listed = []
