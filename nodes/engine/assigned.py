@@ -20,12 +20,13 @@ from ...asdm_core.assignment import Assignment, Override, Provider, Window, fing
 from ...asdm_core.measure import costs
 from ...asdm_core.steps import Moment
 from . import pack_loras, units
-from .carried import Carried
+from .carried import Carried, overrides
 from .network import architecture_of, clone_for, prediction_of
 from .on_model import models_key, with_technique
 from .technique import CUT, PLAYED, PLAYERS, AtUNet, InRun, Measured, Say, Start, Technique, UNetInRun, technique_of
 
 
+SETTINGS = ("stride", "padding", "dilation", "padding_mode")  # of convolutions, which some nodes change in a run
 PREDICTED = {"eps": "the noise", "v": "v"}  # in words
 
 
@@ -206,6 +207,7 @@ class Players(AtUNet):
         self._providers: dict[str, Provider] = {}
         self._log_gains: dict[str, Provider] = {}
         self._bare: dict[str, nn.Module] = {}  # players, without what others have put on the layers
+        self._carried: dict[str, Carried] = {}
         self._players: dict[str, nn.Module] = {}
         self._everybody: dict[str, Provider] = {}
         self._watched: tuple[list[dict], tuple] = [], ()
@@ -220,7 +222,7 @@ class Players(AtUNet):
         self._log_gains = assignment.joining("log_gains", self._active)
         experts = assignment.joining("experts", self._active)
         experts = {a: provider for a, provider in experts.items() if a in providers or a not in cut}
-        self._bare, self._players, self._watched = {}, {}, ([], ())
+        self._bare, self._carried, self._players, self._watched = {}, {}, {}, ([], ())
         if not providers and not experts:
             self.name = ""
             return
@@ -234,12 +236,15 @@ class Players(AtUNet):
             [
                 vars(module)
                 for address, player in self._bare.items()
-                if not units.passes_on(player)
-                for module in layers[address].modules()
+                for module in ([layers[address]] if units.passes_on(player) else layers[address].modules())
             ],
             (None,),
         )
         self._carry_over()
+
+    def begin_layer(self, address: str, role: str) -> None:
+        if address in self._carried:
+            self._carried[address].refresh()
 
     @property
     def players(self) -> Mapping[str, nn.Module]:  # type: ignore[override]
@@ -249,19 +254,22 @@ class Players(AtUNet):
     def _carry_over(self) -> None:
         """Give the players what others have put on their layers: by now, or at any time later."""
         watched, seen = self._watched
-        now = tuple((len(of), id(of.get("forward")), id(of.get("_forward"))) for of in watched)
+        now = tuple((len(of), id(of.get("forward")), id(of.get("_forward")), *map(of.get, SETTINGS)) for of in watched)
         if now == seen:
             return
         self._watched = watched, now
-        found = {
-            address: Carried(player, self._unet.layers[address])
-            for address, player in self._bare.items()
-            if not units.passes_on(player)
+        layers = self._unet.layers
+        cut = {address for address, player in self._bare.items() if units.passes_on(player)}
+        self._carried = found = {
+            address: Carried(player, layers[address]) for address, player in self._bare.items() if address not in cut
         }
         self._players = self._bare | {address: carried.player for address, carried in found.items()}
         names = ";".join(f"{a}:{carried.name}" for a, carried in found.items() if carried.name)
         self.name = fingerprint(self._everybody, self._serials + names)
-        self._tell({address: carried.lost for address, carried in found.items()})
+        self._tell(
+            {address: list(overrides(layers[address])) for address in self._bare if address in cut}
+            | {address: carried.lost for address, carried in found.items()}
+        )
 
     def _tell(self, lost: Mapping[str, Sequence[str]]) -> None:
         """Say once which of the layers that others have changed play without that."""
@@ -301,7 +309,7 @@ class Players(AtUNet):
         return role if provider is None else CUT if provider.role == CUT else PLAYED
 
     def close(self) -> None:
-        self._bare, self._players, self._watched = {}, {}, ([], ())
+        self._bare, self._carried, self._players, self._watched = {}, {}, {}, ([], ())
 
 
 def _on_clone(old, new):

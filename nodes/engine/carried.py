@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -68,6 +69,7 @@ class Carried:
     def __init__(self, player: nn.Module, layer: nn.Module):
         self.lost: list[str] = []
         self._given: list[str] = []
+        self._kept: list[_Kept] = []
         theirs: dict[str, nn.Module] = dict(layer.named_modules())
         own: dict[str, nn.Module] = dict(player.named_modules())
         found: dict[str, tuple[dict[str, object], dict[str, Any]]] = {}
@@ -103,9 +105,8 @@ class Carried:
             module, twin = theirs[path], twins[path]
             vars(twin).update(changed)
             self._given += [f"{path}.{n}={v}" for n, v in changed.items() if n not in _HOOKS]
-            if methods:  # what these may look for on the module
-                more = {n: v for n, v in vars(module).items() if n not in vars(twin) and not n.startswith(_HOSTS)}
-                vars(twin).update({n: v for n, v in more.items() if n not in methods})
+            if methods:
+                self._kept.append(_Kept(path, module, twin, frozenset({*vars(twin), *methods}), rebound))
             for name, value in methods.items():
                 try:
                     vars(twin)[name] = rebound(value)
@@ -116,10 +117,44 @@ class Carried:
                 # So that no other function gets its identity while this player is in a compiled graph.
                 vars(twin).setdefault("asdm_carried", []).append(value)
         self.player = twins[""]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Give the player what functions of others may look for on its layer, where they put it anew before a step."""
+        for kept in self._kept:
+            self.lost += [_under(kept.path, name) for name in kept.refresh()]
 
     @property
     def name(self) -> str:
         return ";".join(self._given)
+
+
+@dataclass
+class _Kept:
+    """What others keep on a module, on its twin as well. own: what the twin has by itself, or by another way."""
+
+    path: str
+    module: nn.Module
+    twin: nn.Module
+    own: frozenset[str]
+    rebound: Rebinding
+    known: dict[str, object] = field(default_factory=dict)
+
+    def refresh(self) -> list[str]:
+        """Returns the names of what holds a layer of the checkpoint where it cannot be exchanged."""
+        found = {n: v for n, v in vars(self.module).items() if n not in self.own and not n.startswith(_HOSTS)}
+        for name in self.known.keys() - found.keys():
+            del self.known[name]
+            vars(self.twin).pop(name, None)
+        lost = []
+        for name, value in found.items():
+            if name not in self.known or self.known[name] is not value:
+                self.known[name] = value
+                try:
+                    vars(self.twin)[name] = self.rebound(value)
+                except Opaque:
+                    lost.append(name)
+        return lost
 
 
 def _under(path: str, name: str) -> str:

@@ -162,6 +162,56 @@ def comes_late(model):
     return clone
 
 
+def kept_on_modules(model):
+    """Keeps the module's own forward on the module, and beside it numbers that are new for each call of the network, as
+    BrushNet does.
+    """
+
+    def forward(self, *args, **more):
+        return self.their_factor * self.original_forward(*args, **more)
+
+    def run(executor, *args, **more):
+        modules = [clone.get_model_object(path) for path in BLOCKS]
+        for module in modules:
+            module.original_forward, module.forward = module.forward, types.MethodType(forward, module)
+        try:
+            return executor(*args, **more)
+        finally:
+            for module in modules:
+                del module.forward, module.original_forward, module.their_factor
+
+    def wrapper(apply_model, given):
+        for path in BLOCKS:
+            clone.get_model_object(path).their_factor = torch.tensor(1.2 + float(given["timestep"][0]) / 100)
+        return apply_model(given["input"], given["timestep"], **given["c"])
+
+    clone = model.clone()
+    clone.wrappers[WrappersMP.OUTER_SAMPLE] = {"theirs": [run], **clone.wrappers.get(WrappersMP.OUTER_SAMPLE, {})}
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
+def a_setting_for_single_calls(model):
+    """Spreads convolutions in every other call of the network, as nodes for large pictures do in early steps."""
+
+    def wrapper(apply_model, given):
+        calls.append(1)
+        spread = len(calls) % 2 == 1
+        modules = [model.get_model_object(path) for path in CONVS]
+        for module in modules:
+            module.dilation, module.padding = ((2, 2), (2, 2)) if spread else ((1, 1), (1, 1))
+        try:
+            return apply_model(given["input"], given["timestep"], **given["c"])
+        finally:
+            for module in modules:
+                module.dilation, module.padding = (1, 1), (1, 1)
+
+    calls: list[int] = []
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
 def hooks(model):
     def run(executor, *args, **more):
         handles = [
@@ -193,6 +243,8 @@ NODES = {
     "a setting": patched(CONVS, lambda module: "circular", "padding_mode"),
     "reference": reference,
     "for single calls": comes_late,
+    "kept on modules": kept_on_modules,
+    "a setting for single calls": a_setting_for_single_calls,
     "hooks": hooks,
     "self-attention multiplied": lambda m: nodes_attention_multiply.UNetSelfAttentionMultiply.execute(
         m, 1.5, 0.8, 1.2, 0.7
@@ -265,6 +317,12 @@ def test_a_merge_that_leaves_the_pack_alone_is_told(model, base, folder, caplog)
     )
     small.sample(merged)
     assert caplog.text.count("merged with another one, also in layers that a pack plays") == 1
+
+
+def test_what_others_put_on_a_cut_unit_is_told(model, base, caplog):
+    cut = f"diffusion_model.{small.addresses.unit(SD, 'down.0.1.resnet').ldm}"
+    small.sample(small.with_pack(patched([cut], closure)(model), base))
+    assert caplog.text.count("there that node has no effect: down.0.1.resnet (forward)") == 1
 
 
 class Table:
