@@ -22,6 +22,7 @@ from .common import CATEGORY, SHOWS_WORDS
 from .engine import bypass, models, pack_loras, quantised, switch
 from .engine.assigned import assigned_of, network_of, packs_of, providers_of
 from .engine.network import ejected, without_self_attention
+from .engine.unpatched import Unpatched
 
 DTYPES = {"as loaded": None, **tensor_file.DTYPES}
 
@@ -72,11 +73,14 @@ def played_weights(
     own = {key: slot for key, slot in architecture.keys().items() if slot.unit.address not in sources}
     patchers = packs_of(model)
     pack_loras.sync(model, patchers.values())
+    # As they were before patches, which may be those of another clone.
+    unpatched = Unpatched(model)
     with ejected(model):
-        odd = {key: slot for key, slot in own.items() if not quantised.is_plain(quantised.held(unet, key), slot.shape)}
-        check_plain(unet, odd, dequantise)
-        if not all(isinstance(quantised.held(unet, key), QuantizedTensor) for key in odd):
-            odd = own  # of layers that are not its own the host cannot say what LoRAs make of them
+        held = {key: unpatched.held(key) if key in unpatched else quantised.held(unet, key) for key in own}
+    odd = {key: slot for key, slot in own.items() if not quantised.is_plain(held[key], slot.shape)}
+    check_plain(held, odd, dequantise)
+    if not all(isinstance(held[key], QuantizedTensor) for key in odd):
+        odd = own  # of layers that are not its own the host cannot say what LoRAs make of them
     comfy.model_management.load_models_gpu([model, *patchers.values()])
     with ejected(model):
         weights = {key: quantised.played(unet, key, architecture.keys(), model.load_device) for key in odd}
@@ -85,17 +89,24 @@ def played_weights(
             of_pack = {key for key, slot in architecture.keys().items() if sources.get(slot.unit.address) == pack_id}
             parts.append((of_pack, patcher, patcher.model.diffusion_model))
         for names, patcher, network in parts:
-            held = patcher.model_state_dict_for_saving(network, "diffusion_model.") if names else {}
-            weights |= {key: _plain(held[key]) for key in names}
+            saved = patcher.model_state_dict_for_saving(network, "diffusion_model.") if names else {}
+            weights |= {key: _plain(saved[key]) for key in names}
+    for key, slot in own.items():
+        if tuple(weights[key].shape) != slot.shape:
+            raise ValueError(
+                f"a patch on this MODEL gives {key} the shape {list(weights[key].shape)}, where a UNet file of this "
+                f"family has {list(slot.shape)} (as IC-Light, which widens the first layer). Save the MODEL before the "
+                "node that does so."
+            )
     return {key: weights[key] for key in architecture.keys()}
 
 
-def check_plain(unet, odd: Mapping[str, Slot], dequantise: bool) -> None:
+def check_plain(held: Mapping[str, torch.Tensor | None], odd: Mapping[str, Slot], dequantise: bool) -> None:
     """Raise ValueError where some weights of a checkpoint are no plain numbers and are not to be dequantised, or cannot
     be.
     """
     for key, slot in odd.items():
-        tensor = quantised.held(unet, key)
+        tensor = held[key]
         if dequantise and tensor is not None:
             continue
         came = "missing" if tensor is None else f"{type(tensor).__name__}, {tensor.dtype}, {list(tensor.shape)}"

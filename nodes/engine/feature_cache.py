@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,7 @@ class FeatureCache(AtUNet):
         self.entries: tuple[Any, ...] = ()  # of the chunks of the running forward
         self._device: torch.device | None = None  # of the running forward
         self._ordinals: Counter = Counter()
+        self._whole: dict[tuple, int] = {}  # the most tensors that an entry had, by its key
         # For the report: (step, mode) -> forwards, and the modes of each evaluation.
         self.counts: Counter = Counter()
         self.evaluations: list[Counter] = []
@@ -142,6 +143,8 @@ class FeatureCache(AtUNet):
                 forward.circumstances,
                 x.device,
             )
+            for key, entry in zip(self._keys, self.entries, strict=True):
+                self._whole[key] = max(self._whole.get(key, 1), len(entry.tensors) if entry else 0)
             self._shown = self._what_is_shown(x)
             self.mode = self._adaptive_mode() if self._probe else self._planned_mode()
             self.moved += self._elsewhere and self.mode in (COMPUTE, RECORD)
@@ -173,11 +176,10 @@ class FeatureCache(AtUNet):
 
     def _planned_mode(self) -> str:
         source = self._sources[self.step]
-        if self._repeats and self._holds(lambda entry: entry.step == self.step and entry.tensors):
+        if self._repeats and self._holds(lambda entry: entry.step == self.step):
             return REPLAY  # the sampler has come back to a step that computed
         if source < self.step:
-            # An entry stays empty where another cache kept the network from running on the step that was to record.
-            return REPLAY if self._holds(lambda entry: entry.step == source and entry.tensors) else COMPUTE
+            return REPLAY if self._holds(lambda entry: entry.step == source) else COMPUTE
         # Record what somebody will inherit. The last full steps record as well: compiled, they need no graph of their
         # own then.
         inheriting = [step for step, source in enumerate(self._sources) if source < step]
@@ -196,8 +198,13 @@ class FeatureCache(AtUNet):
         """Whether for every chunk something fitting is remembered, made under the circumstances of now and of the same
         part of the picture.
         """
-        if not all(e is not None and e.circumstances == self._circumstances and fits(e) for e in self.entries):
-            return False
+        for key, entry in zip(self._keys, self.entries, strict=True):
+            if entry is None or entry.circumstances != self._circumstances or not fits(entry):
+                return False
+            # Empty, or half full, where another cache kept the network, or most of it, from running on the step that
+            # was to record.
+            if len(entry.tensors) < self._whole[key]:
+                return False
         if all(e.shown == shown for e, shown in zip(self.entries, self._shown, strict=True)):
             return True
         self._elsewhere = True
@@ -406,13 +413,22 @@ class FeatureCache(AtUNet):
         """Bytes held at the moment."""
         entries = list(self._entries.values())
         entries += [e.before for e in entries if e.before is not None]
-        return sum(
-            {t.data_ptr(): t.nbytes for e in entries for t in (*e.tensors.values(), *e.earlier.values())}.values()
-        )
+        return bytes_of(t for e in entries for t in (*e.tensors.values(), *e.earlier.values()))
 
     def close(self) -> None:
         self._entries.clear()
         self.entries, self._playing, self._stand_ins, self._twins = (), {}, {}, {}
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each place in memory once."""
+    found = {}
+    for t in tensors:
+        try:
+            found[t.data_ptr()] = t.nbytes
+        except RuntimeError:  # of a kind without memory of its own, in samplers that take derivatives
+            found[id(t)] = t.nbytes
+    return sum(found.values())
 
 
 def _is_plain(block: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -36,6 +36,7 @@ from ...asdm_core.forecast import (
 )
 from ...asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, response, tried
 from ...asdm_core.steps import Moment
+from . import feature_cache
 from .circumstances import adds_noise, draws_noise, of_call
 from .inheritance import Inheritance
 from .network import architecture_of, blends
@@ -130,6 +131,14 @@ def positives(guider) -> frozenset:
 def signal_at(sigma: float, model) -> float:
     """How much of the picture the latents of a network in a run hold at a noise level: x = signal x0 + sigma n."""
     return 1 - sigma if isinstance(model.model_sampling, CONST) else 1.0
+
+
+def _controls(cond: Mapping) -> Iterator:
+    """The ControlNets of a cond, the last one first."""
+    control = cond.get("control")
+    while control is not None:
+        yield control
+        control = control.previous_controlnet
 
 
 class Same:
@@ -254,7 +263,7 @@ class Forecaster(InRun):
         self._signal = signal_at(self._sigma, model)
         live = [i for i, cond in enumerate(conds) if cond and any(self._active(c) for c in cond)]
         for i in live:
-            self._next_keyframe(model, conds[i], timestep, model_options)
+            self._next_keyframes(model, conds[i], timestep, model_options)
         keys = {i: self._key(model, conds[i], x, model_options) for i in live}
         around = (
             self.around.circumstances,
@@ -429,11 +438,12 @@ class Forecaster(InRun):
                 found.append(None)
                 continue
             content = [(name, Same(getattr(value, "cond", value))) for name, value in c.get("model_conds", {}).items()]
-            controls, control = [], c.get("control")
-            while control is not None:
+            controls = []
+            for control in _controls(c):
                 high, low = control.timestep_range or (math.inf, -math.inf)
-                controls.append((Same(control), low <= self._sigma <= high, control.strength))
-                control = control.previous_controlnet
+                keyframe = getattr(control, "_current_timestep_keyframe", None)
+                acts = low <= self._sigma <= high and bool(getattr(keyframe, "strength", 1))
+                controls.append((Same(control), acts, control.strength))
             hooks = c.get("hooks")
             found.append(
                 (
@@ -448,11 +458,17 @@ class Forecaster(InRun):
             )
         return tuple(found)
 
-    def _next_keyframe(self, model, cond, timestep, model_options) -> None:
-        # The host counts evaluations by this call, and a forecast one would be missing.
+    def _next_keyframes(self, model, cond, timestep, model_options) -> None:
+        # The host counts evaluations by the first of these calls, and Advanced-ControlNet by the second, each noise
+        # level once; a forecast one would be missing.
         for c in cond:
-            if c.get("hooks") is not None and self._active(c):
+            if not self._active(c):
+                continue
+            if c.get("hooks") is not None:
                 model.current_patcher.prepare_hook_patches_current_keyframe(timestep, c["hooks"], model_options)
+            for control in _controls(c):
+                if callable(advance := getattr(control, "prepare_current_timestep", None)):
+                    advance(timestep, model_options.get("transformer_options", {}))
 
     def _has_moved(self, keys, now) -> bool:
         """Whether something remembered would be of use if it showed the same part of the latent: windows that move."""
@@ -467,8 +483,7 @@ class Forecaster(InRun):
 
     def bytes(self) -> int:
         """Bytes held at the moment."""
-        held = [point.v for track in self._tracks.values() for point in track.points.values()]
-        return sum({t.data_ptr(): t.nbytes for t in held}.values())
+        return feature_cache.bytes_of(point.v for track in self._tracks.values() for point in track.points.values())
 
     def sample(self, call: Callable):
         out = call()

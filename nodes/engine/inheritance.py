@@ -89,9 +89,12 @@ class Inheritance(Technique):
             )
             self.log.last = None
             return None
-        if 0 < len(start.sigmas) - 1 < FEW_STEPS:
+        steps = len(start.sigmas) - 1
+        if steps > 0 and all(source == step for step, source in enumerate(self.plan.sources(steps))):
+            say(f"feature inheritance does nothing in a run of {steps} steps: by its plan all of them are computed.")
+        elif 0 < steps < FEW_STEPS:
             say(
-                f"feature inheritance in a run of {len(start.sigmas) - 1} steps: with fewer than {FEW_STEPS}, "
+                f"feature inheritance in a run of {steps} steps: with fewer than {FEW_STEPS}, "
                 "neighbouring steps differ so much that the picture suffers."
             )
         return _InRun(self, start.sigmas.tolist(), Recorder(start.model.load_device), say)

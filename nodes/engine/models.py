@@ -94,6 +94,7 @@ def model_config(architecture: Architecture, prediction: str | None = None, lora
         def process_unet_state_dict_for_saving(self, state_dict):
             return super().process_unet_state_dict_for_saving(_standalone_names(state_dict, architecture))
 
+    AddressedUNet.__name__ = AddressedUNet.__qualname__ = base.__name__  # by which other nodes tell families
     config = AddressedUNet(host)
     config.asdm_architecture, config.asdm_lora_names = architecture, lora_names
     return config

@@ -46,6 +46,10 @@ class Unpatched(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._found)
 
+    def held(self, key: str) -> Tensor | None:
+        """The weight as its layer holds it, whatever that is; None where there is none."""
+        return self._found.get(key)
+
     def number(self, key: str, at: int) -> float | None:
         """One number of a weight; None where the checkpoint lacks it or it is no number by itself."""
         try:

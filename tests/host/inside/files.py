@@ -372,6 +372,25 @@ def save(model, output, dtype="as loaded", **given):
     return execute("ASDMSaveUNet", model=model, filename_prefix="ours/file", dtype=dtype, **given)[0]
 
 
+def test_a_patch_that_widens_a_layer_is_no_part_of_others(output, reference):
+    """As IC-Light's: the first convolution takes more channels. Another clone's patches may lie in the live weights."""
+    model, key = reference("base"), "diffusion_model.input_blocks.0.0.weight"
+    wide = model.clone()
+    width = model.get_model_object(key).shape[0]
+    wide.add_patches({key: ("diff", (torch.zeros(width, 8, 3, 3), {"pad_weight": True}))})
+    comfy.model_management.load_models_gpu([wide])
+    assert tuple(wide.get_model_object(key).shape) == (width, 8, 3, 3)
+    with pytest.raises(ValueError, match=r"gives input_blocks.0.0.weight the shape .*, 8, 3, 3.*Save the MODEL before"):
+        save(wide, output)
+    comfy.model_management.load_models_gpu([wide])
+    assert same(models.load_unet(str(save(model, output))), model)
+
+
+def test_configs_are_named_as_the_hosts(reference):
+    """Other nodes tell families by the name of the class."""
+    assert type(reference("base").model.model_config).__name__ == "SD15"
+
+
 @pytest.mark.sweep(1)
 @pytest.mark.parametrize("preset", ["base", "m1", "m2", "m3"])
 def test_saved_unet_loads_in_stock(output, reference, preset):

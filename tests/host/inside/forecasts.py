@@ -1,8 +1,10 @@
 """Whole-step forecasts in the host's sampling: against an Euler loop of our own, and what must not change."""
 
 import gc
+import types
 import weakref
 
+import comfy.controlnet
 import comfy.hooks
 import comfy.model_management
 import comfy.model_sampling
@@ -694,6 +696,34 @@ def test_control_acts_on_every_result(model):
     letters = carried.report.letters
     assert letters[:3] == "FFr" and letters[2:].count("F") > 0
     assert small.difference(made, small.sample(carried.model, steps=STEPS, positive=controlled(0.0))) > 1e-4
+
+
+class Keyframed(comfy.controlnet.ControlNet):
+    """A ControlNet of Advanced-ControlNet's kind: a keyframe for each noise level, which it counts as it is asked."""
+
+    _current_timestep_keyframe = None
+
+    def prepare_current_timestep(self, t, transformer_options):
+        assert len(transformer_options["sample_sigmas"]) == STEPS + 1
+        if not self.seen or self.seen[-1] != float(t[0]):
+            self.seen.append(float(t[0]))
+            strength = 1.0 if len(self.seen) < 6 else 0.0
+            self._current_timestep_keyframe = types.SimpleNamespace(strength=strength)
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        self.prepare_current_timestep(t, transformer_options)
+        return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
+
+
+def test_keyframes_of_a_control_go_on_where_a_step_is_forecast(model):
+    net = small.control_net()
+    net.__class__, net.seen = Keyframed, []
+    hint = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(3))
+    carried = Carried(model, plan_of("FrFrFrrr"))
+    positive = small.cond(SD, 1, control=net.set_cond_hint(hint, 1.0, (0.0, 1.0)), control_apply_to_uncond=True)
+    small.sample(carried.model, steps=STEPS, positive=positive)
+    assert net.seen == small.sigmas_of(model, STEPS).tolist()[:-1]
+    assert carried.report.letters == "FrFrFFFr", "from the sixth keyframe on it does not act"
 
 
 # The response of the host's samplers, recordings, and Speed Up ------------------------------------------

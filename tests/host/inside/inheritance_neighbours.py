@@ -484,3 +484,63 @@ def test_a_rerun_after_an_interrupt(model, plan):
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             small.sample(m, steps=STEPS, callback=interrupt)
         assert torch.equal(small.sample(m, steps=STEPS), wanted)
+
+
+class _Left(Exception):
+    """Another cache leaves a forward."""
+
+
+def leaving(model, forwards, seen):
+    """As first-block caches: in these forwards the network stops behind its first block, and the last result stands."""
+    m, last = model.clone(), []
+
+    def wrapper(executor, *args, **more):
+        seen.append(len(seen))
+
+        def stop(module, inputs):
+            raise _Left
+
+        block = model.get_model_object("diffusion_model.input_blocks.2.0")
+        handle = block.in_layers.register_forward_pre_hook(stop) if seen[-1] in forwards else None
+        try:
+            last[:] = [executor(*args, **more)]
+        except _Left:
+            pass
+        finally:
+            if handle:
+                handle.remove()
+        return last[0].clone()
+
+    m.add_wrapper_with_key("diffusion_model", "theirs", wrapper)
+    return m
+
+
+def test_of_a_forward_that_another_cache_cut_short_nothing_is_inherited(model):
+    """Else what is missing of it is found in the middle of the next one, and that would have to begin anew."""
+    parts = Plan((Rule("down.0.0.transformer.*.ff, up.3.*.transformer.*.ff"),), EVERY_OTHER)
+    seen = []
+    m = leaving(small.with_plan(model, parts), (2,), seen)
+    small.sample(m, steps=STEPS)
+    assert seen == list(range(STEPS)), "a forward for each step"
+    assert inherited(m) == [1, 5]
+
+
+def test_bytes_are_counted_of_tensors_without_memory_of_their_own():
+    cache = module("nodes.engine.feature_cache")
+    counted = []
+
+    def f(x):
+        counted.append(cache.bytes_of([x, x]))
+        return x * 2
+
+    torch.func.jvp(f, (torch.ones(3),), (torch.ones(3),))
+    assert counted == [12] and cache.bytes_of([torch.ones(3)]) == 12
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_in_which_nothing_can_be_inherited_is_told(model, caplog, steps):
+    m = small.with_plan(model, PLAN)
+    same = torch.equal(small.sample(m, steps=steps), small.sample(model, steps=steps))
+    assert same == (steps == 1)
+    assert ("does nothing in a run of 1 steps" in caplog.text) == (steps == 1)
+    assert ("with fewer than" in caplog.text) == (steps == 2)
