@@ -102,6 +102,7 @@ class FeatureCache(AtUNet):
         self.acts: bool | None = None  # whether replaying leaves out anything; None until a forward records or replays
         self._elsewhere = False
         self.moved = 0  # forwards that computed because they showed another part of the picture than before
+        self.several = False  # whether the network is run more than once in a forward
         self.mode = COMPUTE
 
     # once per evaluation, once per forward ----------------------------------------------------------
@@ -136,7 +137,7 @@ class FeatureCache(AtUNet):
         uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
         self.mode, self._elsewhere = COMPUTE, False
         patched = self.inherited.in_parts and self._blocks_patched(options)
-        if uuids and conds and x.shape[0] % len(conds) == 0 and not patched:
+        if uuids and conds and x.shape[0] % len(conds) == 0 and not patched and not self.several:
             self._keys = [self._key(u, c, x, len(conds)) for u, c in zip(uuids, conds, strict=True)]
             self.entries, self._circumstances, self._device = (
                 tuple(self._entries.get(k) for k in self._keys),
@@ -161,6 +162,12 @@ class FeatureCache(AtUNet):
         self.counts[self.step, self.mode] += forwards
         self.evaluations[-1][self.mode] += forwards
 
+    def begin_pass(self, number: int) -> None:
+        """Two passes would write over each other's features, and nobody says which of them the picture is."""
+        if number > 1 and self.mode != COMPUTE and not self.several:
+            self.several = True
+            raise Misfit("a second pass")
+
     def begin_again(self) -> None:
         """The running forward ended in a `Misfit`: its features are of no use, and it is to compute in full."""
         if self.mode == COMPUTE:  # the misfit was another's
@@ -170,7 +177,7 @@ class FeatureCache(AtUNet):
             self._entries.pop(key, None)
         self.entries = (None,) * len(self._keys)
         self.mode = COMPUTE
-        if self._probe:
+        if self._probe and not self.several:
             self._start_recording()
         self._count()
 

@@ -493,6 +493,11 @@ class Forecaster(InRun):
                 f"{self._computed} of {self._asked} evaluations of the network were made, {saved:.0%} left out.",
                 report=True,
             )
+            if not saved and not self._notes and any(a.kind in (RESULT, COND, UNGUIDED) for a in self.plan.actions):
+                self.note(
+                    "prompts, controls or what another node patches change from step to step, and of a step before "
+                    "such a change nothing is forecast, so every step was computed"
+                )
         elif self._draws and self._done and not self._called:
             self.note(
                 "another node on this MODEL asks the network for its results by a way of its own, past ComfyUI's, so "

@@ -152,6 +152,12 @@ class _InRun(InRun):
 
     def _compare_with_plan(self, cache: FeatureCache) -> None:
         """Say so where a run that came to its end inherited much less than its plan wanted, whatever the cause."""
+        if cache.several:
+            self._say(
+                "feature inheritance: another node runs the network more than once in each step (a reference), so all "
+                "steps were computed in full. Use Speed Up, which leaves out whole steps."
+            )
+            return
         plan, ran = self._inheritance.plan, {step for (step, _), n in cache.counts.items() if n}
         if plan.schedule.mode == "adaptive" and not cache.moved:
             return

@@ -172,6 +172,7 @@ class BoundUNet(UNetInRun):
         self._playing: Mapping[str, torch.nn.Module] = {}
         self._given: tuple[Mapping[str, torch.nn.Module], ...] = ()
         self.forwards = 0
+        self._first, self._passes = "", 0  # the first layer, and how often it has played in this forward
         self.techniques: list[AtUNet] = []
         for technique in techniques:
             part = technique.at(self, model)
@@ -187,7 +188,7 @@ class BoundUNet(UNetInRun):
         if self._layers is None:
             self._layers = units.layers(self._unet, self.config)
             self._addresses = {id(layer): address for address, layer in self._layers.items()}
-            self._playing = self._layers
+            self._playing, self._first = self._layers, next(iter(self._layers))
         return self._layers
 
     def find(self, kind: type[Part]) -> Part | None:
@@ -220,6 +221,7 @@ class BoundUNet(UNetInRun):
     def begin_forward(self, x, control, options: dict, hooks) -> str:
         """Name of what is about to be played; "" if the checkpoint plays everything itself, unnoticed."""
         self.forwards += 1
+        self._passes = 0
         self._settle()
         playing = self._playing or self.layers
         around = circumstances.of_forward(control, hooks, options, self._around.gates, self._sigma)
@@ -230,6 +232,7 @@ class BoundUNet(UNetInRun):
 
     def begin_again(self) -> str:
         """The same for a forward that ended in a Misfit."""
+        self._passes = 0
         for technique in self.techniques:
             technique.begin_again()
         return self.name
@@ -275,6 +278,10 @@ class BoundUNet(UNetInRun):
         """
         current = player = self._players.get(id(layer), layer)
         address = self._addresses.get(id(layer))
+        if address == self._first and not torch.compiler.is_compiling():
+            self._passes += 1
+            for technique in self.techniques:
+                technique.begin_pass(self._passes)
         if address is not None:
             role = CUT if address in self.cut else PLAYED
             for technique in self.techniques:

@@ -237,6 +237,11 @@ class AtUNet:
     def begin_forward(self, forward: Forward) -> None:
         """A forward of the network begins. From here on `name` is that of this forward."""
 
+    def begin_pass(self, number: int) -> None:
+        """The first layer plays for the time `number` in this forward: more than once where another node runs the
+        network on something else as well. Not called in compiled networks.
+        """
+
     def begin_again(self) -> None:
         """The forward ended in a Misfit and is made once more."""
 

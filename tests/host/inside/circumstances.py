@@ -131,6 +131,25 @@ def test_forecast_results_come_from_the_same_circumstances(model, changes, name,
     assert unchanged.log.last.letters == letters
 
 
+def test_where_every_step_has_other_prompts_it_is_said_that_nothing_was_forecast(model, caplog):
+    """As nodes do that give the prompt anew for each noise level."""
+    sigmas = small.sigmas_of(model, STEPS).tolist()
+    percents = [1 - model.get_model_object("model_sampling").timestep(torch.tensor(s)) / 999 for s in sigmas[:-1]]
+
+    def prompts(seed):
+        ends = [*((float(a) + float(b)) / 2 for a, b in zip(percents, percents[1:], strict=False)), 1.0]
+        starts = [0.0, *ends[:-1]]
+        return [
+            [*small.cond(seed=seed + 10 * i)[0][:1], {"start_percent": a, "end_percent": b}]
+            for i, (a, b) in enumerate(zip(starts, ends, strict=True))
+        ]
+
+    carried = forecasts.Forecasts(forecast.every(STEPS, 2))
+    small.sample(small.with_technique(model, carried), steps=STEPS, positive=prompts(1), negative=prompts(2))
+    assert carried.log.last.letters == "F" * STEPS
+    assert caplog.text.count("so every step was computed") == 1 and carried.log.last.notes
+
+
 # What a call shows ----------------------------------------------------------------------------------------
 
 

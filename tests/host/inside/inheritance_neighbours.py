@@ -544,3 +544,30 @@ def test_a_run_in_which_nothing_can_be_inherited_is_told(model, caplog, steps):
     assert same == (steps == 1)
     assert ("does nothing in a run of 1 steps" in caplog.text) == (steps == 1)
     assert ("with fewer than" in caplog.text) == (steps == 2)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "schedule", [EVERY_OTHER, Schedule("adaptive", threshold=0.9, max_run=2)], ids=lambda s: s.mode
+)
+def test_beside_a_node_that_runs_the_network_twice_all_steps_are_computed(model, caplog, first, schedule):
+    """As Reference ControlNets do: on another picture before, from which attention takes something."""
+
+    def twice(m):
+        def wrapper(executor, x, *args, **more):
+            seen.append(1)
+            return executor(x + 0.1 * executor(x.flip(-1), *args, **more), *args, **more)
+
+        m = m.clone()
+        m.add_wrapper_with_key("diffusion_model", "theirs", wrapper)
+        return m
+
+    seen = []
+    wanted = small.sample(twice(model), steps=STEPS)
+    assert not torch.equal(wanted, small.sample(model, steps=STEPS))
+    plan = replace(PLAN, schedule=schedule)
+    m = small.with_plan(twice(model), plan) if first else twice(small.with_plan(model, plan))
+    seen.clear()
+    assert torch.equal(small.sample(m, steps=STEPS), wanted) and len(seen) == STEPS + 1
+    assert caplog.text.count("more than once in each step") == 1
+    assert torch.equal(small.sample(m, steps=STEPS), wanted)
