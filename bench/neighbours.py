@@ -253,6 +253,50 @@ def wrappers_written_anew(beside: Beside) -> float:
     return beside.words()
 
 
+@kind("difference that GRI makes, in a picture too small for it, where another node patches self-attentions (RMS)", "0")
+def self_attentions_patched(beside: Beside) -> float:
+    from comfy.ldm.modules.attention import BasicTransformerBlock
+
+    model = beside.teacher.clone()
+    for name, module in beside.teacher.model.named_modules():
+        if type(module) is BasicTransformerBlock:
+            forward = module.attn1.forward
+            model.add_object_patch(
+                f"{name}.attn1.forward", lambda *args, own=forward, **given: 0.2 * own(*args, **given)
+            )
+    given = {"window": 0, "pool": 0, "stages": 2, "shifted": False, "start_percent": 0.0, "end_percent": 1.0}
+    played = beside.call("ASDMGRIAttention", model=model, **given)[0]
+    return off(beside.sample(played), beside.sample(model))
+
+
+@kind("difference that a patch makes which changes nothing, on a second model that is the first with a LoRA (RMS)", "0")
+def a_layer_held_on_the_second_model(beside: Beside) -> float:
+    import comfy.sd
+    import comfy.utils
+
+    lora = comfy.utils.load_torch_file(str(ROOT / "models" / "loras" / "emoji-two-steps.safetensors"), safe_load=True)
+    second = comfy.sd.load_lora_for_models(beside.teacher, None, lora, 1.0, 0)[0]
+    wanted = beside.sample(beside.switched(beside.teacher, second))
+    patched = second.clone()
+    for block in (4, 7):
+        forward = second.get_model_object(f"diffusion_model.input_blocks.{block}.0.forward")
+        patched.add_object_patch(
+            f"diffusion_model.input_blocks.{block}.0.forward", lambda *args, own=forward: own(*args)
+        )
+    return off(beside.sample(beside.switched(beside.teacher, patched)), wanted)
+
+
+@kind("error that balanced inheritance adds where a node runs the network on another picture as well (RMS)", "0")
+def the_network_run_twice(beside: Beside) -> float:
+    model = beside.teacher.clone()
+    model.add_wrapper_with_key(
+        "diffusion_model",
+        "theirs",
+        lambda executor, x, *args, **given: executor(x + 0.1 * executor(x.flip(-1), *args, **given), *args, **given),
+    )
+    return off(beside.sample(beside.inheriting(model), steps=20), beside.sample(model, steps=20))
+
+
 @kind("whether a replaced pack is read again: fingerprints that differ", "1")
 def a_file_replaced(beside: Beside) -> float:
     import folder_paths
@@ -273,7 +317,7 @@ def a_file_replaced(beside: Beside) -> float:
 # 2. Nothing gained, or a crash ---------------------------------------------------------------------
 
 
-@kind("share of resnets that a run of 20 steps leaves out where a pair of samplers is cut", "over .3")
+@kind("share of resnets that a run of 20 steps leaves out where a pair of samplers is cut", "above 0")
 def inheriting_where_samplers_are_cut(beside: Beside) -> float:
     from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 
