@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import comfy.model_patcher
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...asdm_core.addresses import unit
 from ...asdm_core.architecture import Architecture
@@ -23,7 +24,20 @@ from . import pack_loras, units
 from .carried import Carried, overrides
 from .network import architecture_of, clone_for, prediction_of
 from .on_model import models_key, with_technique
-from .technique import CUT, PLAYED, PLAYERS, AtUNet, InRun, Measured, Say, Start, Technique, UNetInRun, technique_of
+from .technique import (
+    CUT,
+    PLAYED,
+    PLAYERS,
+    AtUNet,
+    Forward,
+    InRun,
+    Measured,
+    Say,
+    Start,
+    Technique,
+    UNetInRun,
+    technique_of,
+)
 
 
 SETTINGS = ("stride", "padding", "dilation", "padding_mode")  # of convolutions, which some nodes change in a run
@@ -210,7 +224,7 @@ class Players(AtUNet):
         self._carried: dict[str, Carried] = {}
         self._players: dict[str, nn.Module] = {}
         self._everybody: dict[str, Provider] = {}
-        self._watched: tuple[list[dict], tuple] = [], ()
+        self._watched: tuple[list[dict], list[dict], Any] = [], [], None
         self._told = False
 
     def begin_evaluation(self, moment: Moment) -> None:
@@ -222,7 +236,7 @@ class Players(AtUNet):
         self._log_gains = assignment.joining("log_gains", self._active)
         experts = assignment.joining("experts", self._active)
         experts = {a: provider for a, provider in experts.items() if a in providers or a not in cut}
-        self._bare, self._carried, self._players, self._watched = {}, {}, {}, ([], ())
+        self._bare, self._carried, self._players, self._watched = {}, {}, {}, ([], [], None)
         if not providers and not experts:
             self.name = ""
             return
@@ -232,19 +246,28 @@ class Players(AtUNet):
             layer = self._bare.get(address, layers[address])
             self._bare[address] = self._packs[provider.source].with_experts(address, layer, provider.strength)
         self._everybody = providers | {f"{a}.experts": provider for a, provider in experts.items()}
-        self._watched = (
-            [
-                vars(module)
-                for address, player in self._bare.items()
-                for module in ([layers[address]] if units.passes_on(player) else layers[address].modules())
-            ],
-            (None,),
-        )
+        watched = [
+            vars(module)
+            for address, player in self._bare.items()
+            for module in ([layers[address]] if units.passes_on(player) else layers[address].modules())
+        ]
+        self._watched = watched, [of for of in watched if SETTINGS[0] in of], None
         self._carry_over()
 
+    def begin_forward(self, forward: Forward) -> None:
+        self._refresh(self._carried)
+
     def begin_layer(self, address: str, role: str) -> None:
-        if address in self._carried:
-            self._carried[address].refresh()
+        if address in self._carried and not torch.compiler.is_compiling():
+            self._refresh([address])
+
+    def end_layer(self, address: str, current: nn.Module, x: Tensor, out: Tensor) -> None:
+        if address in self._carried and not torch.compiler.is_compiling():
+            self._carried[address].hand_back()
+
+    def _refresh(self, addresses: Iterable[str]) -> None:
+        if any([self._carried[address].refresh() for address in addresses]):
+            self._tell({address: carried.lost for address, carried in self._carried.items()})
 
     @property
     def players(self) -> Mapping[str, nn.Module]:  # type: ignore[override]
@@ -253,11 +276,14 @@ class Players(AtUNet):
 
     def _carry_over(self) -> None:
         """Give the players what others have put on their layers: by now, or at any time later."""
-        watched, seen = self._watched
-        now = tuple((len(of), id(of.get("forward")), id(of.get("_forward")), *map(of.get, SETTINGS)) for of in watched)
+        watched, convolutions, seen = self._watched
+        now = (
+            [(len(of), id(of.get("forward")), id(of.get("_forward"))) for of in watched],
+            [tuple(map(of.get, SETTINGS)) for of in convolutions],
+        )
         if now == seen:
             return
-        self._watched = watched, now
+        self._watched = watched, convolutions, now
         layers = self._unet.layers
         cut = {address for address, player in self._bare.items() if units.passes_on(player)}
         self._carried = found = {
@@ -309,7 +335,7 @@ class Players(AtUNet):
         return role if provider is None else CUT if provider.role == CUT else PLAYED
 
     def close(self) -> None:
-        self._bare, self._carried, self._players, self._watched = {}, {}, {}, ([], ())
+        self._bare, self._carried, self._players, self._watched = {}, {}, {}, ([], [], None)
 
 
 def _on_clone(old, new):

@@ -9,11 +9,15 @@ nobody can see it, and modules that stand in place of others with weights of the
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
+from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UNetModel
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import BypassForwardHook
 from torch import nn
 
@@ -28,6 +32,9 @@ _HOOKS = [
     for kind in ("_", "_pre_")
     for more in ("", "_with_kwargs", *(["_always_called"] if kind == "_" else []))
 ]
+_FUNCTIONS = (FunctionType, MethodType, functools.partial)
+# What a function may know besides, to ask something of it: all hold the layers, and are no way to one.
+_WHOLE = (ModelPatcher, BaseModel, UNetModel, TimestepEmbedSequential)
 _PLAIN = (int, float, str, bool, tuple, type(None))
 
 
@@ -100,7 +107,8 @@ class Carried:
         if not found:
             return
         twins = _twins(player, found)
-        rebound = Rebinding({id(theirs[path]): twins.get(path, own[path]) for path in theirs if path in own})
+        partners = {id(theirs[path]): twins.get(path, own[path]) for path in theirs if path in own}
+        rebound = Rebinding(partners, _WHOLE)
         for path, (methods, changed) in found.items():
             module, twin = theirs[path], twins[path]
             vars(twin).update(changed)
@@ -119,10 +127,18 @@ class Carried:
         self.player = twins[""]
         self.refresh()
 
-    def refresh(self) -> None:
-        """Give the player what functions of others may look for on its layer, where they put it anew before a step."""
+    def refresh(self) -> bool:
+        """Give the player what functions of others may look for on its layer, where they put it anew before a step.
+        Returns whether more is lost.
+        """
+        lost = [_under(kept.path, name) for kept in self._kept for name in kept.refresh()]
+        self.lost += [name for name in lost if name not in self.lost]
+        return bool(lost)
+
+    def hand_back(self) -> None:
+        """Give the layer what such functions have put on the player meanwhile."""
         for kept in self._kept:
-            self.lost += [_under(kept.path, name) for name in kept.refresh()]
+            kept.hand_back()
 
     @property
     def name(self) -> str:
@@ -138,23 +154,32 @@ class _Kept:
     twin: nn.Module
     own: frozenset[str]
     rebound: Rebinding
-    known: dict[str, object] = field(default_factory=dict)
+    known: dict[str, tuple[object, object]] = field(default_factory=dict)  # what is on the module, and on its twin
 
     def refresh(self) -> list[str]:
-        """Returns the names of what holds a layer of the checkpoint where it cannot be exchanged."""
+        """Returns the names of functions that hold a layer of the checkpoint where it cannot be exchanged."""
         found = {n: v for n, v in vars(self.module).items() if n not in self.own and not n.startswith(_HOSTS)}
         for name in self.known.keys() - found.keys():
             del self.known[name]
             vars(self.twin).pop(name, None)
         lost = []
         for name, value in found.items():
-            if name not in self.known or self.known[name] is not value:
-                self.known[name] = value
-                try:
-                    vars(self.twin)[name] = self.rebound(value)
-                except Opaque:
-                    lost.append(name)
+            if name not in self.known or self.known[name][0] is not value:
+                given = value  # shared, whatever it is
+                if isinstance(value, _FUNCTIONS):
+                    try:
+                        given = self.rebound(value)
+                    except Opaque:
+                        lost.append(name)
+                vars(self.twin)[name], self.known[name] = given, (value, given)
         return lost
+
+    def hand_back(self) -> None:
+        """Put on the module what the player has put on itself since, as its forward would have on the module."""
+        for name, (_, given) in list(self.known.items()):
+            value = vars(self.twin).get(name)
+            if name in vars(self.twin) and value is not given:
+                vars(self.module)[name], self.known[name] = value, (value, value)
 
 
 def _under(path: str, name: str) -> str:

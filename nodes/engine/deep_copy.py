@@ -9,6 +9,7 @@ from __future__ import annotations
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+from comfy.patcher_extension import PatcherInjection
 from torch import nn
 
 from . import bypass
@@ -32,7 +33,9 @@ def bind_to_copy(copy, model) -> list[str]:
             return {name: bound(part, f"{place}.{name}") for name, part in value.items()}
         if type(value) in (list, tuple):
             return type(value)(bound(part, place) for part in value)
-        if not callable(value) or not rebinding.concerns(value):
+        if isinstance(value, PatcherInjection):
+            return PatcherInjection(bound(value.inject, place), bound(value.eject, place))
+        if not rebinding.concerns(value):
             return value
         try:
             return rebinding(value)
@@ -40,7 +43,7 @@ def bind_to_copy(copy, model) -> list[str]:
             lost.append(place)
             return value
 
-    for part in ("object_patches", "model_options", "wrappers", "callbacks", "weight_wrapper_patches"):
+    for part in ("object_patches", "model_options", "wrappers", "callbacks", "weight_wrapper_patches", "injections"):
         setattr(copy, part, bound(getattr(copy, part), part))
     return lost
 

@@ -94,7 +94,7 @@ class FeatureCache(AtUNet):
         self.entries: tuple[Any, ...] = ()  # of the chunks of the running forward
         self._device: torch.device | None = None  # of the running forward
         self._ordinals: Counter = Counter()
-        self._whole: dict[tuple, int] = {}  # the most tensors that an entry had, by its key
+        self._whole: dict[tuple, int] = {}  # the most tensors that an entry had, by its key and circumstances
         # For the report: (step, mode) -> forwards, and the modes of each evaluation.
         self.counts: Counter = Counter()
         self.evaluations: list[Counter] = []
@@ -145,7 +145,9 @@ class FeatureCache(AtUNet):
                 x.device,
             )
             for key, entry in zip(self._keys, self.entries, strict=True):
-                self._whole[key] = max(self._whole.get(key, 1), len(entry.tensors) if entry else 0)
+                if entry is not None:
+                    made = key, entry.circumstances
+                    self._whole[made] = max(self._whole.get(made, 1), len(entry.tensors))
             self._shown = self._what_is_shown(x)
             self.mode = self._adaptive_mode() if self._probe else self._planned_mode()
             self.moved += self._elsewhere and self.mode in (COMPUTE, RECORD)
@@ -210,7 +212,7 @@ class FeatureCache(AtUNet):
                 return False
             # Empty, or half full, where another cache kept the network, or most of it, from running on the step that
             # was to record.
-            if len(entry.tensors) < self._whole[key]:
+            if len(entry.tensors) < self._whole[key, entry.circumstances]:
                 return False
         if all(e.shown == shown for e, shown in zip(self.entries, self._shown, strict=True)):
             return True

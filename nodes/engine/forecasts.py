@@ -207,7 +207,7 @@ class Forecaster(InRun):
         self._tracks: dict[tuple, Track] = {}
         self._done: list[set[str]] = []
         self._asked = self._computed = self.peak = 0
-        self._called = False
+        self._called = self._changed = False
 
     def note(self, text: str) -> None:
         """Something that a person should know about this run; once in the log and in the report."""
@@ -280,6 +280,7 @@ class Forecaster(InRun):
                     "what is sampled shows something else from step to step (parts that move, or noise drawn anew, as "
                     "LCM does), and those steps are computed"
                 )
+            self._changed |= self._action.kind in (RESULT, COND) and self._was_made_otherwise(keys, now)
             results = executor(model, conds, x, timestep, model_options)
             self._computed += len(live)
             self._done[-1].add("f" if self._action.kind == FEATURES and self.brings else "F")
@@ -470,6 +471,11 @@ class Forecaster(InRun):
                 if callable(advance := getattr(control, "prepare_current_timestep", None)):
                     advance(timestep, model_options.get("transformer_options", {}))
 
+    def _was_made_otherwise(self, keys, now) -> bool:
+        """Whether something that is asked for is remembered under other circumstances alone."""
+        known = [(self._tracks[keys[i]], now[i]) for i in keys if keys[i] in self._tracks]
+        return any(track.points and not track.usable(circumstances) for track, circumstances in known)
+
     def _has_moved(self, keys, now) -> bool:
         """Whether something remembered would be of use if it showed the same part of the latent: windows that move."""
         return any(
@@ -493,7 +499,7 @@ class Forecaster(InRun):
                 f"{self._computed} of {self._asked} evaluations of the network were made, {saved:.0%} left out.",
                 report=True,
             )
-            if not saved and not self._notes and any(a.kind in (RESULT, COND, UNGUIDED) for a in self.plan.actions):
+            if not saved and not self._notes and self._changed:
                 self.note(
                     "prompts, controls or what another node patches change from step to step, and of a step before "
                     "such a change nothing is forecast, so every step was computed"

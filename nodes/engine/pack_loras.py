@@ -63,13 +63,23 @@ def _round_differences(patcher, patches: Mapping[str, list]) -> dict[str, list]:
     }
     rounded = {}
     for key in played:
-        if key in model.own and key in patches:
+        if key in model.own and any(map(_is_foreign, patches.get(key, ()))):
+            rounded[key] = [_patch("diff", _changed_by(patcher, key.removeprefix(_PREFIX), patches[key]))]
+        elif key in model.own and key in patches:
             difference = played[key][0][0].float() - model.own[key].to(played[key][0][0].device).float()
             rounded[key] = [_patch("set", model.own[key]), *patches[key], _patch("diff", difference)]
         taken = taken_over(model.links.get(key.removeprefix(_PREFIX), ()), changes, model.matrices)
         if taken is not None:
             rounded.setdefault(key, []).append(_patch("diff", taken))
     return rounded
+
+
+def _is_foreign(patch) -> bool:
+    """Whether a patch is of a kind that the host does not know: another node reads it in the host's place, before all
+    others (Fooocus inpaint), so it cannot stand between two of ours.
+    """
+    value = patch[1]
+    return isinstance(value, tuple) and len(value) == 2 and value[0] not in ("diff", "set", "model_as_lora")
 
 
 def _changed_by(patcher, source: str, patches: list) -> Tensor:

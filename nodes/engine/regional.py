@@ -203,11 +203,10 @@ class Attention(AtUNet):
             if self._settings.on(h, w, shifted)
         }
         theirs = {key[:2] for key in options.get("patches_replace", {}).get("attn1", {})}
-        players = self._players.players if self._players and large else {}
         taken = {
             block: address
             for block, address in large.items()
-            if block in theirs or not _is_the_hosts(players.get(address) or self.layers.get(address))
+            if block in theirs or not _is_the_hosts(self.layers.get(address))  # carried over to who plays it
         }
         if taken:
             self._say(

@@ -210,8 +210,8 @@ def _apart(model, others):
     except RuntimeError as error:
         raise ValueError(
             "Switch UNet: both models are one UNet with different LoRAs or patches, and this UNet cannot be loaded a "
-            "second "
-            "time because its loader does not say how. Load it with a stock loader or one of asdm's."
+            "second time because its loader does not say how. Load it with a stock loader or one of asdm's, or for the "
+            "second model with a loader node of its own."
         ) from error
     if lost := bind_to_copy(copy, model):
         raise ValueError(

@@ -248,7 +248,12 @@ def with_submodules(layer: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Mo
 
 @contextmanager
 def host_weights(module: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Weight and bias of a layer for the input x, patched, cast and brought to its device by the host's own means."""
+    """Weight and bias of a layer for the input x, patched, cast and brought to its device by the host's own means, or
+    by those of a layer whose numbers are to be unpacked first (GGUF).
+    """
+    if callable(unpack := getattr(module, "cast_bias_weight", None)):
+        yield unpack(x)
+        return
     weight, bias, stream = comfy.ops.cast_bias_weight(module, x, offloadable=True)
     yield weight, bias
     comfy.ops.uncast_bias_weight(module, weight, bias, stream)

@@ -191,6 +191,80 @@ def kept_on_modules(model):
     return clone
 
 
+class State:
+    """What a node's forward asks for its factor; it knows the layers, too."""
+
+    def __init__(self, layers):
+        self.layers, self.factor = layers, 1.0
+
+
+def shared_state(model):
+    """Keeps one object on all modules, which is told the factor of each step."""
+
+    def forward(self, *args, **more):
+        return self.theirs.factor * type(self).forward(self, *args, **more)
+
+    def run(executor, *args, **more):
+        modules = [clone.get_model_object(path) for path in BLOCKS]
+        for module in modules:
+            module.theirs, module.forward = state, types.MethodType(forward, module)
+        try:
+            return executor(*args, **more)
+        finally:
+            for module in modules:
+                del module.forward, module.theirs
+
+    def wrapper(apply_model, given):
+        state.factor = 1.2 + float(given["timestep"][0]) / 100
+        return apply_model(given["input"], given["timestep"], **given["c"])
+
+    clone = model.clone()
+    state = State([clone.get_model_object(path) for path in BLOCKS])
+    clone.wrappers[WrappersMP.OUTER_SAMPLE] = {"theirs": [run], **clone.wrappers.get(WrappersMP.OUTER_SAMPLE, {})}
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
+def used_up(model):
+    """Puts the same thing on modules before each step, which their forwards use and take away."""
+
+    def forward(self, *args, **more):
+        factor, self.their_factor = self.their_factor, 1.0
+        return factor * type(self).forward(self, *args, **more)
+
+    def wrapper(apply_model, given):
+        modules = [clone.get_model_object(path) for path in BLOCKS]
+        for module in modules:
+            module.their_factor = 1.3
+        return apply_model(given["input"], given["timestep"], **given["c"])
+
+    def run(executor, *args, **more):
+        modules = [clone.get_model_object(path) for path in BLOCKS]
+        for module in modules:
+            module.their_factor, module.forward = 1.3, types.MethodType(forward, module)
+        try:
+            return executor(*args, **more)
+        finally:
+            for module in modules:
+                del module.forward, module.their_factor
+
+    clone = model.clone()
+    clone.wrappers[WrappersMP.OUTER_SAMPLE] = {"theirs": [run], **clone.wrappers.get(WrappersMP.OUTER_SAMPLE, {})}
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
+def knows_the_whole(model):
+    """Holds the network beside the forward of a layer."""
+
+    def make(module):
+        own = module.forward
+        return lambda *args, **more: (1.3 if whole and unet.dtype and base.model_type else 0) * own(*args, **more)
+
+    base, unet, whole = model.model, model.model.diffusion_model, model
+    return patched(BLOCKS, make)(model)
+
+
 def a_setting_for_single_calls(model):
     """Spreads convolutions in every other call of the network, as nodes for large pictures do in early steps."""
 
@@ -244,6 +318,9 @@ NODES = {
     "reference": reference,
     "for single calls": comes_late,
     "kept on modules": kept_on_modules,
+    "shared state": shared_state,
+    "used up": used_up,
+    "knows the whole": knows_the_whole,
     "a setting for single calls": a_setting_for_single_calls,
     "hooks": hooks,
     "self-attention multiplied": lambda m: nodes_attention_multiply.UNetSelfAttentionMultiply.execute(

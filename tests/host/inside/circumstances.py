@@ -150,6 +150,14 @@ def test_where_every_step_has_other_prompts_it_is_said_that_nothing_was_forecast
     assert caplog.text.count("so every step was computed") == 1 and carried.log.last.notes
 
 
+def test_at_cfg_1_there_is_nothing_to_say(model, caplog):
+    """Of steps that leave out the other prompts nothing is left out there."""
+    kinds = {"F": forecast.FULL, "c": forecast.COND, "u": forecast.UNGUIDED}
+    carried = forecasts.Forecasts(forecast.ForecastPlan(tuple(forecast.Action(kinds[x]) for x in "FFFFcFuu")))
+    small.sample(small.with_technique(model, carried), steps=STEPS, cfg=1.0)
+    assert "so every step was computed" not in caplog.text
+
+
 # What a call shows ----------------------------------------------------------------------------------------
 
 

@@ -72,6 +72,17 @@ def test_lora_on_a_compiled_pack(model, pack, graphs):
     assert torch.equal(sample(compiled(played)), sample(played))
 
 
+def test_a_forward_of_others_on_a_compiled_pack_breaks_no_graph(model, pack, graphs):
+    played = small.with_pack(model, pack).clone()
+    for block in (1, 2):
+        path = f"diffusion_model.input_blocks.{block}.0.forward"
+        own = model.get_model_object(path)
+        played.add_object_patch(path, lambda *args, own=own: 1.1 * own(*args))
+    wanted = sample(played)
+    assert small.difference(wanted, sample(small.with_pack(model, pack))) > 1e-3
+    assert torch.equal(sample(compiled(played)), wanted) and len(graphs) == 1
+
+
 def test_a_measured_model_compiled_has_steps_and_no_layers(model, pack, graphs):
     packed = small.with_pack(model, pack)
     measured = small.with_speed(packed)

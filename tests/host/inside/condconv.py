@@ -97,6 +97,28 @@ def test_mixture_with_an_expert_that_is_the_model_itself(model, folder, plain_sa
     assert small.difference(small.sample(small.with_pack(model, folder / "mixture.safetensors")), plain_samples) < 1e-5
 
 
+def test_layers_that_unpack_their_own_numbers_are_asked_for_them(model, experts):
+    """As those of GGUF, whose weights are blocks of bytes."""
+    wanted = small.sample(small.with_pack(model, experts))
+    asked = []
+
+    def unpacking(layer):
+        def cast_bias_weight(x):
+            asked.append(x.shape)
+            return layer.weight, layer.bias
+
+        return cast_bias_weight
+
+    convs = [m for m in model.model.diffusion_model.modules() if isinstance(m, torch.nn.Conv2d)]
+    for conv in convs:
+        conv.cast_bias_weight = unpacking(conv)
+    try:
+        assert torch.equal(small.sample(small.with_pack(model, experts)), wanted) and asked
+    finally:
+        for conv in convs:
+            del conv.cast_bias_weight
+
+
 def test_samples_of_a_batch_are_as_alone(model, experts):
     played = small.with_pack(model, experts)
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -5,6 +5,7 @@ import gc
 import weakref
 
 import comfy.hooks
+import comfy.lora
 import comfy.model_management
 import comfy.sd
 import pytest
@@ -71,6 +72,36 @@ def added(folder, seed=0, dtype=None):
 def test_it_plays_the_sum_with_the_checkpoints_own_weights(folder, pack, seed):
     played = small.with_pack(small.model(folder, seed=seed), pack)
     assert torch.equal(small.sample(played), small.sample(added(folder, seed)))
+
+
+def test_patches_that_another_node_reads_itself_act_on_the_sum(folder, model, pack, monkeypatch):
+    """As those of Fooocus inpaint: read before all others, in place of the host's own reading."""
+    read = comfy.lora.calculate_weight
+
+    def theirs(patches, weight, key, intermediate_dtype=torch.float32, original_weights=None):
+        mine = [p for p in patches if isinstance(p[1], tuple) and p[1][0] == "theirs"]
+        for strength, (_, (tensor,)), *_ in mine:
+            weight += strength * tensor.to(weight)
+        rest = [p for p in patches if not any(p is one for one in mine)]
+        return read(rest, weight, key, intermediate_dtype, original_weights) if rest else weight
+
+    monkeypatch.setattr(comfy.lora, "calculate_weight", theirs)
+    generator = torch.Generator().manual_seed(5)
+    keys = [key for key in M2.keys() if key.endswith(".weight") and M2.keys()[key].unit.address in M2.pack_units()][:9]
+    change = {f"diffusion_model.{k}": 0.1 * torch.randn(M2.keys()[k].shape, generator=generator) for k in keys}
+
+    def patched(m, kind):
+        clone = m.clone()
+        clone.add_patches({key: (kind, (tensor,)) for key, tensor in change.items()}, 0.7)
+        return clone
+
+    wanted = small.sample(patched(added(folder), "theirs"))
+    assert small.difference(wanted, small.sample(added(folder))) > 1e-3
+    for m in (small.with_pack(patched(model, "theirs"), pack), patched(small.with_pack(model, pack), "theirs")):
+        assert small.difference(small.sample(m), wanted) < 1e-5
+    lora = small.lora(seed=4)
+    both = small.sample(small.add_lora(small.with_pack(patched(model, "theirs"), pack), lora))
+    assert small.difference(both, small.sample(small.add_lora(patched(added(folder), "theirs"), lora))) < 1e-5
 
 
 def test_zero_is_bit_identical_to_none(model, nothing, plain_samples, lora):

@@ -525,6 +525,15 @@ def test_of_a_forward_that_another_cache_cut_short_nothing_is_inherited(model):
     assert inherited(m) == [1, 5]
 
 
+def test_a_pack_that_begins_in_the_run_ends_no_inheriting(model, folder):
+    """From there on, with fewer blocks, less is remembered."""
+    path = small.write_pack(folder / "beginning.safetensors", seed=1)
+    parts = ", ".join(f"{level}.*.transformer.*.ff" for level in ("down.0", "down.1", "up.2", "up.3"))
+    m = small.with_plan(small.with_pack(model, path, 0.5, 1.0), Plan((Rule(parts),), EVERY_OTHER))
+    small.sample(m, steps=12)
+    assert inherited(m) == [1, 3, 5, 7, 9, 11]
+
+
 def test_bytes_are_counted_of_tensors_without_memory_of_their_own():
     cache = module("nodes.engine.feature_cache")
     counted = []

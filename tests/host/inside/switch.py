@@ -1,5 +1,7 @@
 """Switching within one run: each model plays its stretch as it would alone, and nothing is left behind."""
 
+import types
+
 import comfy.controlnet
 import comfy.hooks
 import comfy.model_management
@@ -344,7 +346,21 @@ def in_a_wrapper(m, change):
     return m
 
 
-@pytest.mark.parametrize("patch", [on_forward, in_a_wrapper])
+def by_injection(m, change):
+    """The same by an injection, which holds the layer."""
+    m, layer, hooks = m.clone(), m.get_model_object(RESNET), []
+
+    def inject(patcher):
+        hooks.append(layer.register_forward_hook(lambda module, inputs, out: change(out)))
+
+    def eject(patcher):
+        hooks.pop().remove()
+
+    m.set_injections("theirs", [PatcherInjection(inject, eject)])
+    return m
+
+
+@pytest.mark.parametrize("patch", [on_forward, in_a_wrapper, by_injection])
 def test_what_holds_layers_acts_on_those_of_its_model(first, folder, patch):
     """The second model is the first with a LoRA, so it gets a network of its own."""
     second, lora = small.model(folder), small.lora(seed=1)  # the same weights, read once more
@@ -371,6 +387,12 @@ def test_what_holds_layers_for_good_is_refused_on_a_second_network(first):
     second.add_object_patch(RESNET, Around(second.get_model_object(RESNET)))
     with pytest.raises(ValueError, match=f"holds the layers of the other's .object_patches.{RESNET}.*Save that model"):
         at(first, second, 2)
+    third = small.add_lora(first, small.lora())
+    third.model_options["transformer_options"]["theirs"] = types.SimpleNamespace(
+        table={"layer": third.get_model_object(RESNET)}
+    )
+    with pytest.raises(ValueError, match="holds the layers of the other's .model_options.transformer_options.theirs"):
+        at(first, third, 2)
 
 
 def test_pack_on_the_second_shares_the_trunk(first, m2, monkeypatch):
