@@ -224,7 +224,7 @@ class Players(AtUNet):
         self._carried: dict[str, Carried] = {}
         self._players: dict[str, nn.Module] = {}
         self._everybody: dict[str, Provider] = {}
-        self._watched: tuple[list[dict], list[dict], Any] = [], [], None
+        self._watched: tuple[list[dict], list[dict], Any] = [], [], ([], [])
         self._told = False
 
     def begin_evaluation(self, moment: Moment) -> None:
@@ -236,7 +236,7 @@ class Players(AtUNet):
         self._log_gains = assignment.joining("log_gains", self._active)
         experts = assignment.joining("experts", self._active)
         experts = {a: provider for a, provider in experts.items() if a in providers or a not in cut}
-        self._bare, self._carried, self._players, self._watched = {}, {}, {}, ([], [], None)
+        self._bare, self._carried, self._players, self._watched = {}, {}, {}, ([], [], ([], []))
         if not providers and not experts:
             self.name = ""
             return
@@ -258,11 +258,11 @@ class Players(AtUNet):
         self._refresh(self._carried)
 
     def begin_layer(self, address: str, role: str) -> None:
-        if address in self._carried and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and address in self._carried:
             self._refresh([address])
 
     def end_layer(self, address: str, current: nn.Module, x: Tensor, out: Tensor) -> None:
-        if address in self._carried and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and address in self._carried:
             self._carried[address].hand_back()
 
     def _refresh(self, addresses: Iterable[str]) -> None:
@@ -335,7 +335,7 @@ class Players(AtUNet):
         return role if provider is None else CUT if provider.role == CUT else PLAYED
 
     def close(self) -> None:
-        self._bare, self._carried, self._players, self._watched = {}, {}, {}, ([], [], None)
+        self._bare, self._carried, self._players, self._watched = {}, {}, {}, ([], [], ([], []))
 
 
 def _on_clone(old, new):

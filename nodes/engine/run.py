@@ -278,7 +278,7 @@ class BoundUNet(UNetInRun):
         """
         current = player = self._players.get(id(layer), layer)
         address = self._addresses.get(id(layer))
-        if address == self._first and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and address == self._first:
             self._passes += 1
             for technique in self.techniques:
                 technique.begin_pass(self._passes)

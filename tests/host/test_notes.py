@@ -7,7 +7,7 @@ import pytest
 
 from demo.server import Client
 
-FEW = "in a run of 3 steps: with fewer than 8"
+FEW = "feature inheritance does nothing in a run of 3 steps"
 
 
 def graph(steps, preset="fast", cfg=3.0):
