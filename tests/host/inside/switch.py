@@ -364,14 +364,15 @@ def by_injection(m, change):
 def test_what_holds_layers_acts_on_those_of_its_model(first, folder, patch):
     """The second model is the first with a LoRA, so it gets a network of its own."""
     second, lora = small.model(folder), small.lora(seed=1)  # the same weights, read once more
-    for change in (lambda out: out, lambda out: 0.5 * out):
-        wanted = run(at(first, patch(small.add_lora(second, lora), change), 2))
-        assert torch.equal(run(at(first, patch(small.add_lora(first, lora), change), 2)), wanted)
-        run(patch(first, change))  # loaded, with the patch on it
-        assert torch.equal(
-            run(at(patch(first, change), patch(small.add_lora(first, lora), change), 2)),
-            run(at(patch(first, change), patch(small.add_lora(second, lora), change), 2)),
-        )
+
+    def halved(out):
+        return 0.5 * out
+
+    wanted = run(at(first, patch(small.add_lora(second, lora), halved), 2))
+    assert torch.equal(run(at(first, patch(small.add_lora(first, lora), halved), 2)), wanted)
+    run(patch(first, halved))  # loaded, with the patch on it
+    wanted = run(at(patch(first, halved), patch(small.add_lora(second, lora), halved), 2))
+    assert torch.equal(run(at(patch(first, halved), patch(small.add_lora(first, lora), halved), 2)), wanted)
 
 
 def test_what_holds_layers_for_good_is_refused_on_a_second_network(first):
