@@ -396,6 +396,29 @@ def test_a_merge_that_leaves_the_pack_alone_is_told(model, base, folder, caplog)
     assert caplog.text.count("merged with another one, also in layers that a pack plays") == 1
 
 
+def test_what_comes_later_and_cannot_be_carried_over_is_told_once(model, base, caplog):
+    """A function that holds a table of layers, put beside a forward from the second call of the network on."""
+
+    def wrapper(apply_model, given):
+        calls.append(1)
+        if len(calls) > 1:
+            layer.theirs = table.__call__
+        return apply_model(given["input"], given["timestep"], **given["c"])
+
+    calls: list[int] = []
+    layer = model.get_model_object(BLOCKS[0])
+    layer.theirs, table = None, Table(layer)
+    table.table["layer"] = layer
+    try:
+        packed = NODES["closure"](small.with_pack(model, base))
+        packed.set_model_unet_function_wrapper(wrapper)
+        small.sample(packed, steps=3)
+    finally:
+        del layer.theirs
+    assert len(calls) == 3
+    assert caplog.text.count("there that node has no effect: up.1.0.transformer (transformer_blocks.0.theirs)") == 1
+
+
 def test_what_others_put_on_a_cut_unit_is_told(model, base, caplog):
     cut = f"diffusion_model.{small.addresses.unit(SD, 'down.0.1.resnet').ldm}"
     small.sample(small.with_pack(patched([cut], closure)(model), base))
