@@ -237,6 +237,11 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all its numbers are finite. fp8 has no isfinite of its own on a CPU."""
+    return bool((tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite().all())
+
+
 def check_values(file: TensorFile, names: Iterable[str]) -> None:
     for key in names:
         dtype = file.dtypes[key]
@@ -245,9 +250,7 @@ def check_values(file: TensorFile, names: Iterable[str]) -> None:
                 f"{file.path.name}: tensor {key} has dtype {printable(dtype)}; wanted one of "
                 f"{', '.join(sorted(_WEIGHT_DTYPES))}" + (f" (int8 weights need {key}{SCALE})" if dtype == "I8" else "")
             )
-        tensor = file[key]
-        # fp8 has no isfinite of its own on CPU.
-        if not torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all():
+        if not is_finite(file[key]):
             raise BadFile(
                 f"{file.path.name}: tensor {key} holds numbers that are not finite (NaN or infinity). "
                 "The file is damaged, or its training diverged."
@@ -282,10 +285,25 @@ def quantised(sd: Mapping[str, Tensor], vector_dtype: torch.dtype = torch.float3
 
 
 def stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> StateDict:
-    """Tensors as they go into a file: as `dtype`, int8 with scales for "int8", or unchanged for None."""
+    """Tensors as they go into a file: as `dtype`, int8 with scales for "int8", or unchanged for None.
+
+    Raises ValueError where a number is not finite, or would not be any more: a file with such numbers is refused by
+    whoever reads it.
+    """
+
+    def finite(key: str, tensor: Tensor, result: Tensor) -> Tensor:
+        if is_finite(result):
+            return result
+        if is_finite(tensor):
+            raise ValueError(
+                f"{key} is too large for {str(dtype).removeprefix('torch.')}, so nothing was written; store it "
+                "as bf16 or fp32"
+            )
+        raise ValueError(f"{key} holds numbers that are not finite (NaN or infinity), so nothing was written")
+
     if dtype == "int8":
-        return quantised(tensors)
-    return {k: t if dtype is None else t.to(dtype) for k, t in tensors.items()}
+        return quantised({k: finite(k, t, t) for k, t in tensors.items()})
+    return {k: finite(k, t, t if dtype is None else t.to(dtype)) for k, t in tensors.items()}
 
 
 def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> StateDict:

@@ -604,6 +604,26 @@ def test_any_description_is_read_or_refused(value):
 # Writing --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (1e6, torch.float16, "is too large for float16, so nothing was written; store it as bf16 or fp32"),
+        (float("nan"), torch.float32, "holds numbers that are not finite"),
+        (float("inf"), None, "holds numbers that are not finite"),
+        (float("inf"), "int8", "holds numbers that are not finite"),
+    ],
+)
+def test_what_nobody_could_read_again_is_not_written(tmp_path, value, dtype, message):
+    for kind, architecture, units in (("unet", BASE, ()), ("pack", M2, M2.pack_units())):
+        tensors = surgery.extract(weights(SD), architecture, units) if units else surgery.cut(weights(SD), BASE)[0]
+        key = next(iter(tensors))
+        tensors[key] = torch.full_like(tensors[key], value)
+        write = packs.write_pack if units else packs.write_unet
+        with pytest.raises(ValueError, match=message):
+            write(tmp_path / "a.safetensors", tensors, Description(kind, architecture, units), dtype)
+    assert not list(tmp_path.iterdir())
+
+
 def test_wrong_tensors_are_not_written(tmp_path):
     sd = dict(surgery.extract(weights(SD), M2, M2.pack_units()))
     del sd[KEY]
