@@ -280,10 +280,11 @@ def extract_pack(args: argparse.Namespace) -> None:
     chosen = Architecture(architecture.config, architecture.cut_in(blocks), units).named()
     tensors = surgery.extract(loaded.tensors, architecture, units)
     training = {"extracted_from": Path(args.student).name}
-    experts, further = _gathered(args, loaded, units) if args.experts_from else (None, {})
+    experts, further, theirs = _gathered(args, loaded, units) if args.experts_from else (None, {}, "")
     tensors |= further
     its = loaded.description.prediction
-    description = Description("pack", chosen, units, its, args.licence, training, condconv=experts)
+    licence = args.licence or packs.licence_of(loaded.description.licence, theirs)
+    description = Description("pack", chosen, units, its, licence, training, condconv=experts)
     packs.write_pack(args.output, _Progress(tensors, "extract"), description, DTYPES[args.dtype])
     print(
         f"wrote {args.output}: {len(units)} units, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters"
@@ -304,7 +305,7 @@ def extract_experts(args: argparse.Namespace) -> None:
     if args.experts_from:
         loaded = _open_unet(args.student)
         config = loaded.description.architecture.config
-        experts, tensors = _gathered(args, loaded, select(config, args.units))
+        experts, tensors, licence = _gathered(args, loaded, select(config, args.units))
     elif file is not None and description is not None and description.condconv:
         loaded = packs.open_pack(file)
         config = description.architecture.config
@@ -317,6 +318,7 @@ def extract_experts(args: argparse.Namespace) -> None:
             )
         experts = condconv.CondConv(mine, every.form)
         tensors = {key: loaded.tensors[key] for key in experts.keys(config)}
+        licence = description.licence
     else:
         raise ValueError(
             f"{path.name} has no further experts; give a pack that has some, or gather them with --experts-from"
@@ -324,7 +326,7 @@ def extract_experts(args: argparse.Namespace) -> None:
     result = Description(
         "pack",
         Architecture.full(config),
-        licence=args.licence,
+        licence=args.licence or licence,
         training={"extracted_from": path.name},
         condconv=experts,
     )
@@ -337,9 +339,9 @@ def extract_experts(args: argparse.Namespace) -> None:
 
 def _gathered(
     args: argparse.Namespace, student: packs.Loaded, units: Iterable[str]
-) -> tuple[condconv.CondConv, dict[str, Tensor]]:
+) -> tuple[condconv.CondConv, dict[str, Tensor], str]:
     """Experts for the 3x3 convolutions of units that the student keeps, from the other layers of a teacher's blocks
-    (CLME).
+    (CLME), and the teacher's licence.
     """
     teacher = _open_unet(args.experts_from)
     config = student.description.architecture.config
@@ -353,7 +355,7 @@ def _gathered(
     experts, tensors, alone = condconv.clme(teacher.tensors, student.tensors, config, convs)
     for reason in alone.values():
         print(f"without further experts: {reason}")
-    return experts, tensors
+    return experts, tensors, teacher.description.licence
 
 
 def to_difference(args: argparse.Namespace) -> None:
@@ -370,6 +372,8 @@ def to_absolute(args: argparse.Namespace) -> None:
     pack = packs.open_pack(args.pack)
     _check_same(checkpoint, pack)
     description, tensors = differences.to_absolute(pack, checkpoint.tensors, checkpoint.path.name)
+    licence = packs.licence_of(checkpoint.description.licence, description.licence)
+    description = dataclasses.replace(description, licence=licence)
     packs.write_pack(args.output, _Progress(tensors, "add"), description, DTYPES[args.dtype])
     print(f"wrote {args.output}: {len(description.units)} units as they play in {checkpoint.path.name}")
 
@@ -446,7 +450,7 @@ def assemble(args: argparse.Namespace) -> None:
         "unet",
         combined,
         prediction=trunk.description.prediction or pack.description.prediction,
-        licence=pack.description.licence,
+        licence=packs.licence_of(trunk.description.licence, pack.description.licence),
         training=training,
     )
     packs.write_unet(args.output, _Progress(tensors, "assemble"), description, DTYPES[args.dtype], trunk.markers)

@@ -400,6 +400,11 @@ def _check_unknown(file: TensorFile, found: Recognised, drop: bool) -> None:
 # Writing --------------------------------------------------------------------------------------------
 
 
+def licence_of(*its: str) -> str:
+    """The licence of weights that come from several files, which is all of theirs (SPDX: `AND`); empty: none says."""
+    return " AND ".join(dict.fromkeys(filter(None, its)))
+
+
 def write_pack(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],

@@ -438,6 +438,22 @@ def test_assemble_equals_combine(run, folder, tmp_path):
     assert same(dict(loaded.tensors), combined)
 
 
+def test_what_comes_from_several_files_is_under_the_licences_of_all(run, folder, tmp_path):
+    out, pack, changed = (tmp_path / f"{name}.safetensors" for name in ("out", "pack", "changed"))
+    assert run("extract-pack", folder / "base.safetensors", pack, "--units", "up.3")[0] == 0
+    assert packs.open_pack(pack).description.licence == "test only"
+    whole = tmp_path / "whole.safetensors"
+    description = replace(packs.open_unet(folder / "full.safetensors").description, licence="its own")
+    packs.write_unet(whole, weights(Architecture.full(NARROW), 1), description)
+    assert run("assemble", whole, folder / "m2.safetensors", out)[0] == 0
+    assert packs.open_unet(out).description.licence == "its own AND pack licence"
+    assert run("to-difference", folder / "m2.safetensors", whole, changed)[0] == 0
+    assert run("to-absolute", changed, whole, out)[0] == 0
+    assert packs.open_pack(out).description.licence == "its own AND pack licence"
+    assert run("assemble", folder / "full.safetensors", folder / "m2.safetensors", out)[0] == 0
+    assert packs.open_unet(out).description.licence == "pack licence", "where one says nothing"
+
+
 def test_assembling_a_whole_student_over_its_teacher_gives_the_student(run, folder, tmp_path):
     pack, out = tmp_path / "pack.safetensors", tmp_path / "out.safetensors"
     assert run("extract-pack", folder / "base.safetensors", pack, "--units", "*")[0] == 0
@@ -515,8 +531,9 @@ def bad_files(at):
     tensors = weights(Architecture.full(config), 0)
     described(at / "small.safetensors", owning(Architecture.full(config)), tensors)
     (at / "cut_short.safetensors").write_bytes((at / "small.safetensors").read_bytes()[:-1000])
-    tensors["middle_block.1.proj_in.weight"][0] = torch.nan
-    described(at / "nan.safetensors", owning(Architecture.full(config)), tensors)
+    broken = load_file(at / "small.safetensors")  # no command of ours writes such a file
+    broken["middle_block.1.proj_in.weight"][0] = torch.nan
+    save_file(broken, at / "nan.safetensors", tensor_file.TensorFile(at / "small.safetensors").metadata)
     lopsided = owning(Architecture.choose(config, "down.0.1"))
     described(at / "lopsided.safetensors", lopsided, weights(lopsided, 0))
     for name, text in (
