@@ -24,7 +24,8 @@ from asdm_core import differences, fit
 from asdm_core.addresses import walk
 from asdm_core.architecture import Architecture
 from asdm_core.identity import Checkpoint
-from asdm_core.packs import Description, Loaded, open_pack, open_unet, write_pack
+from asdm_core.few_step import of_pack
+from asdm_core.packs import PREDICTIONS, Description, Loaded, licence_of, open_pack, open_unet, write_pack
 from asdm_core.tensor_file import check_output
 from asdm_core.surgery import ADDRESSED, Form, convert, cut_diffusers, load_units, modules
 
@@ -43,7 +44,10 @@ Encoder = Callable[[Path], ToText]  # a checkpoint's file -> its text encoder
 class Pair:
     """A checkpoint in full, and the same network with a pack's units in it: they share all other modules."""
 
-    def __init__(self, checkpoint: Loaded, pack: Loaded, device: torch.device, half: torch.dtype):
+    def __init__(
+        self, checkpoint: Loaded, pack: Loaded, device: torch.device, half: torch.dtype, prediction: str | None = None
+    ):
+        """prediction: of a checkpoint that does not say it; None: as the pack says, and eps where neither does."""
         architecture = pack.description.architecture
         config = checkpoint.description.architecture.config
         name = checkpoint.path.name
@@ -54,6 +58,18 @@ class Pair:
             )
         if not pack.description.units or pack.description.condconv or pack.description.gri:
             raise ValueError(f"{pack.path.name} has experts or gains; a fit is for packs that play units alone")
+        if of_pack(pack.description.training) is not None:
+            raise ValueError(
+                f"{pack.path.name} was trained for a run of few steps, and a fit teaches what a whole run makes. Give "
+                "a pack for any number of steps"
+            )
+        its, wanted = checkpoint.description.prediction or prediction, pack.description.prediction
+        if its and wanted and its != wanted:
+            raise ValueError(
+                f"{pack.path.name} is a pack for networks that predict {wanted}, and {name} predicts {its}. Give a "
+                f"pack for {its}"
+            )
+        self.prediction = its or wanted or "eps"
         self.checkpoint, self.pack, self.device, self.half = checkpoint, pack, device, half
         self.architecture = architecture
         self.whole = whole_network(checkpoint)
@@ -117,7 +133,8 @@ class Pair:
             difference_of=whose,
             made_for=whose,
             carry=None,
-            prediction=self.checkpoint.description.prediction or before.prediction,
+            prediction=self.prediction,
+            licence=licence_of(self.checkpoint.description.licence, before.licence),
             training={**before.training, "fit": dict(training)},
         )
         return description, {k: p.detach().cpu() - weights[k].float() for k, p in self.parameters.items()}
@@ -169,6 +186,7 @@ def main(arguments: Sequence[str] | None = None, encoder: Encoder | None = None)
     parser.add_argument("--walks", type=int, default=fit.Settings.walks, help="states in a batch")
     parser.add_argument("--guidance", type=float, default=fit.Settings.guidance, help="CFG of the runs it is for")
     parser.add_argument("--steps", type=int, default=0, help="of the runs it is for; 0: of any, 3 to 8 while it learns")
+    parser.add_argument("--prediction", choices=PREDICTIONS, help="what the checkpoint predicts, where no file says it")
     parser.add_argument("--lr", type=float, default=fit.Settings.lr)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=[p for p in PRECISIONS if p != "fp16"], default="no")
@@ -192,9 +210,15 @@ def main(arguments: Sequence[str] | None = None, encoder: Encoder | None = None)
         walks=args.walks, steps=fit.walks_for(args.steps), guidance=args.guidance, lr=args.lr, seed=args.seed
     )
     prompts = read_prompts(args.prompts)
-    pair = Pair(open_unet(args.checkpoint), open_pack(args.pack), device, PRECISIONS[args.precision])
-    prediction = pair.checkpoint.description.prediction or pair.pack.description.prediction or "eps"
-    diffusion = fit.Diffusion(schedules.read_schedule(args.checkpoint).alphas, prediction)
+    files = open_unet(args.checkpoint), open_pack(args.pack)
+    pair = Pair(*files, device, PRECISIONS[args.precision], args.prediction)
+    schedule = schedules.read_schedule(args.checkpoint)
+    if schedule.zero_snr and pair.prediction == "eps":
+        raise ValueError(
+            f"{files[0].path.name} ends in noise alone (zero terminal SNR), where the noise says nothing of the "
+            "picture; such models predict v: give --prediction v, and a pack for v"
+        )
+    diffusion = fit.Diffusion(schedule.alphas, pair.prediction)
     where = Path(args.encoders or args.checkpoint)
     to_text = encoder(where) if encoder else load_text(where, args.tokenizer)
     encoded = [to_text([prompt]).on_cpu() for prompt in ("", *prompts)]

@@ -1,14 +1,15 @@
 """`python -m train fit`: what is shared, what is learned, what is written and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from asdm_core import differences, fit, packs, surgery
+from asdm_core import differences, few_step, fit, packs, surgery
 from asdm_core.architecture import FAMILIES, Architecture
 from asdm_core.identity import Checkpoint
-from asdm_core.packs import Description, open_pack, open_unet
+from asdm_core.packs import ZERO_SNR_MARKER, Description, open_pack, open_unet
 from tests.train.conftest import TINY
 from train.encoders import Text
 from train.fit import Pair, main, memory
@@ -170,6 +171,37 @@ def test_what_cannot_be_fitted(files):
     packs.write_unet(files / "mine.safetensors", cut, Description("unet", Architecture.preset("base", TINY)))
     with pytest.raises(SystemExit, match="a pruned UNet of tiny; wanted an unpruned one of tiny"):
         run(files)
+
+
+def test_packs_for_few_steps_are_not_fitted_to_whole_runs(files):
+    few = few_step.FewStep(2, "euler", "simple", 1.0, (999, 499))
+    loaded = open_pack(files / "pack.safetensors")
+    description = replace(loaded.description, training={few_step.KEY: few.to_dict()})
+    packs.write_pack(files / "few.safetensors", dict(loaded.tensors), description, None)
+    with pytest.raises(SystemExit, match="few.safetensors was trained for a run of few steps"):
+        run(files, pack="few")
+
+
+def test_what_the_checkpoint_predicts_is_told_or_asked_for(files):
+    loaded = open_pack(files / "pack.safetensors")
+    packs.write_pack(
+        files / "eps.safetensors", dict(loaded.tensors), replace(loaded.description, prediction="eps"), None
+    )
+    with pytest.raises(SystemExit, match="for networks that predict eps, and mine.safetensors predicts v"):
+        run(files, pack="eps")
+    silent = Description("unet", FULL)
+    packs.write_unet(files / "mine.safetensors", random_weights(0), silent, None, {ZERO_SNR_MARKER: torch.zeros(0)})
+    with pytest.raises(SystemExit, match="ends in noise alone .* give --prediction v, and a pack for v"):
+        run(files)
+    assert run(files, "--prediction", "v", "--walks", "1").description.prediction == "v"
+
+
+def test_the_licences_of_both_files_hold(files):
+    loaded = open_pack(files / "pack.safetensors")
+    packs.write_pack(
+        files / "other.safetensors", dict(loaded.tensors), replace(loaded.description, licence="CC0"), None
+    )
+    assert run(files, "--walks", "1", pack="other").description.licence == "free AND CC0"
 
 
 def test_the_solver_of_a_fit_stands_on_the_trainers_table():
