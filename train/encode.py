@@ -201,9 +201,17 @@ def _states(captions: Sequence[Sequence[str]], to_text: ToText, empty: Text, bat
         text = to_text(texts[i : i + batch])
         found += [text] if text.states.shape[1] == length else [to_text([t]) for t in texts[i : i + batch]]
     counts = torch.tensor([f.states.shape[1] // length for f in found for _ in f.states])
+    states = torch.cat([f.states.half().cpu().unflatten(1, (-1, length)).flatten(0, 1) for f in found])
+    if not states.isfinite().all():
+        row = int((~states.flatten(1).isfinite().all(1)).nonzero()[0])
+        its = texts[int(torch.searchsorted(counts.cumsum(0), row, right=True))]
+        raise ValueError(
+            f"{its!r:.200}: for this caption the text encoder gives numbers that half precision does not hold. A "
+            "number in parentheses is a weight, as in ComfyUI; \\( and \\) are plain ones"
+        )
     tensors = {
         "captions": torch.tensor(of_each),
-        "states": torch.cat([f.states.half().cpu().unflatten(1, (-1, length)).flatten(0, 1) for f in found]),
+        "states": states,
         "empty": empty.states[0].half().cpu(),
     }
     if counts.max() > 1:
@@ -237,8 +245,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.buckets and args.size % STEP:
-        raise ValueError(f"--size: with --buckets a multiple of {STEP}, got {args.size}")
+    for name, least in (("batch", 1), ("rows", 1), ("clip_skip", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: wanted a whole number of at least {least}, got {getattr(args, name)}"
+            )
+    step = STEP if args.buckets else 8
+    if args.size < step or args.size % step:
+        raise ValueError(f"--size: wanted a multiple of {step} pixels, got {args.size}")
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: torch finds no CUDA card here; leave it out, or give cpu")
     to_text = load_text(args.models, args.tokenizer, args.device, args.clip_skip, args.rows)
     broken = encode(
         captioned(args.pictures),

@@ -184,10 +184,11 @@ class TextEncoders:
         self.device = device
         self.clip_skip = clip_skip
         for net in networks:
-            if clip_skip > net.config.num_hidden_layers:
+            if not 1 <= clip_skip <= net.config.num_hidden_layers:
                 raise ValueError(
-                    f"encoders.clip_skip: must be at most {net.config.num_hidden_layers}, the layers of the text "
-                    f"encoder, got {clip_skip}"
+                    f"encoders.clip_skip: must be from 1, the last layer, to {net.config.num_hidden_layers}, the first "
+                    f"of this text encoder, or 0 for the model's own; got {clip_skip}"
+                    + (f". What ComfyUI calls {clip_skip} is {-clip_skip} here" if clip_skip < 0 else "")
                 )
 
     def __call__(self, captions: Sequence[str] | Sequence[Tokens]) -> Text:

@@ -6,6 +6,7 @@ What is trained on must be what will be met: the same tokens in the same rows, t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 WORD = 8  # a piece of fewer tokens is not parted between two rows
 _EMBEDDING = re.compile(r"(?<=\s)embedding:")
 _NESTED = 1.1  # the weight of a pair of parentheses without a number
+STRONG = 10.0  # no one means a weight above this: it is a caption that has a number in parentheses, such as a year
 
 
 class Token(NamedTuple):
@@ -42,13 +44,20 @@ def _weighed(text: str, weight: float) -> list[tuple[str, float]]:
         inner, its_weight = piece[1:-1], weight * _NESTED
         colon = inner.rfind(":")
         if colon > 0:
-            try:
-                its_weight = float(inner[colon + 1 :])
-                inner = inner[:colon]
-            except ValueError:
-                pass
+            said = _number(inner[colon + 1 :])
+            if said is not None:
+                inner, its_weight = inner[:colon], said
         found += _weighed(inner, its_weight)
     return found
+
+
+def _number(text: str) -> float | None:
+    """A weight; None for words. The host takes "(Avengers: Infinity)" for one too, and makes no number of it."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _outermost(text: str) -> list[str]:
@@ -97,6 +106,8 @@ class Tokeniser:
         pieces = []
         for text, weight in emphasised(prompt):
             first, *others = _EMBEDDING.split(text)
+            if abs(weight) > STRONG:
+                self._say("strong", f"{text!r} has weight {weight:g}, as ComfyUI reads it; \\( and \\) are plain")
             for word in filter(None, [first, *(f"embedding:{o}" for o in others)]):
                 pieces.append([Token(t, weight) for t in self.tokenizer(word)["input_ids"][1:-1]])
         if "embedding:" in prompt:

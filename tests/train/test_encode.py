@@ -93,6 +93,25 @@ def test_the_cache_holds_the_pictures_and_names_the_broken_ones(folder, tmp_path
     assert after.keys() == before.keys() and after["00000.safetensors"] == before["00000.safetensors"]
 
 
+def test_a_caption_whose_states_are_not_finite_is_named(folder, tmp_path):
+    def strong(captions):
+        states = to_text(captions).states.clone()
+        states[[c == "b" for c in captions]] *= 1e5
+        return Text(states)
+
+    found = [(path, ["aa", "b"] if path.stem == "2" else ["a"]) for path in sorted(folder.iterdir())]
+    with pytest.raises(ValueError, match="'b': for this caption the text encoder gives numbers that half precision"):
+        encode(found, tmp_path / "out", 8, to_latents, strong, batch=2)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("more", [("--size", "60"), ("--size", "0"), ("--rows", "0"), ("--batch", "0")])
+def test_numbers_of_the_command_are_checked(more, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["encode", str(folder), str(tmp_path / "out"), "--models", "none", *more])
+    with pytest.raises(SystemExit, match=f"{more[0]}: wanted a .* got {more[1]}"):
+        train.encode.main()
+
+
 def test_files_older_than_a_setting_say_nothing_of_it(tmp_path):
     path = tmp_path / "00000.safetensors"
     write_file(path, {"latents": torch.zeros(1)}, {})

@@ -32,6 +32,16 @@ def test_emphasis_multiplies_by_itself_and_is_set_by_a_number():
     ]
 
 
+def test_words_are_no_weights_and_a_year_is_told(capsys):
+    for words in ("Avengers: Infinity", "a: nan"):
+        assert emphasised(f"({words})") == [(words, 1.1)]
+    tokenise = Tokeniser(Letters(), 12, 2)
+    tokenise("(Berlin: 1945)"), tokenise("(Rome: 1946)")
+    assert capsys.readouterr().out == (
+        "captions: 'Berlin' has weight 1945, as ComfyUI reads it; \\( and \\) are plain\n"
+    )
+
+
 def test_a_row_begins_ends_and_is_filled():
     a = ord("a")
     assert rows("aa") == [[(1, 1.0), (a, 1.0), (a, 1.0), *[(2, 1.0)] * 9]]
