@@ -16,7 +16,7 @@ from asdm_core.tensor_file import BadFile, TensorFile, write_file
 from . import sharding
 from .config import Config
 from .optimisation import Average, moments, restore_moments
-from .provenance import difference
+from .provenance import NETWORK, contents, difference
 
 # Settings that may change between the sessions of one run.
 FREE = (
@@ -69,6 +69,13 @@ class Checkpoints:
         free = set(FREE) - ({"steps"} if len(config.rollout.steps) > 1 else set())
         fixed["run"] = {k: v for k, v in fixed["run"].items() if k not in free}
         self.fixed = json.loads(json.dumps(fixed))
+        # A stage before that was trained anew under its old name is another start.
+        began = {
+            "network.teacher": (config.network.teacher, NETWORK),
+            "student.start": (config.student.start, ()),
+            "lora.start": (config.lora.start, ()),
+        }
+        self.files = {name: contents(path, folders) for name, (path, folders) in began.items() if path}
 
     def paths(self) -> list[Path]:
         return sorted(
@@ -77,8 +84,9 @@ class Checkpoints:
 
     def save(self, state: State, tensors: Mapping[str, Tensor]) -> None:
         path = self.folder / f"checkpoint-{state.step:08d}.safetensors"
+        said = {"state": asdict(state), "config": self.fixed, "files": self.files}
         try:
-            write_file(path, tensors, {"state": json.dumps(asdict(state)), "config": json.dumps(self.fixed)})
+            write_file(path, tensors, {name: json.dumps(value) for name, value in said.items()})
         except OSError as e:
             last = self.paths()
             before = f"{last[-1].name} is whole" if last else "There is none before it"
@@ -104,11 +112,14 @@ class Checkpoints:
             except BadFile as e:  # as some disks leave what was written last when the power goes
                 print(f"left out: {e}", flush=True)
                 continue
+            if not file.metadata.keys() >= {"state", "config"}:
+                raise ValueError(f"{path} is no checkpoint of a training; move it out of run.folder")
+            instead = "Choose another name or run.folder, or delete its checkpoints to start anew"
             if changed := difference(_completed(json.loads(file.metadata["config"])), self.fixed):
-                raise ValueError(
-                    f"{self.folder} holds a run with other settings ({changed}). Choose another name or "
-                    "run.folder, or delete its checkpoints to start anew"
-                )
+                raise ValueError(f"{self.folder} holds a run with other settings ({changed}). {instead}")
+            its = json.loads(file.metadata.get("files", "{}"))  # those of older runs say nothing of it
+            if anew := [name for name in self.files if its.get(name, self.files[name]) != self.files[name]]:
+                raise ValueError(f"{self.folder} holds a run that began with another file as {anew[0]}. {instead}")
             return State(**json.loads(file.metadata["state"])), dict(file)
         if self.paths():
             raise ValueError(f"{self.folder}: none of its checkpoints can be read; delete them to start anew")

@@ -78,8 +78,7 @@ class Log:
             **self._means(values),
             "by_t": by_t,
         }
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(self.last) + "\n")
+        self._append(self.last)
         self.recent = []
         if self.board:
             for name in ("lr", "gradient", *self.names):
@@ -87,14 +86,23 @@ class Log:
             self.board.flush()
         return True
 
+    def _append(self, entry: Mapping) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(entry) + "\n")
+        except OSError as e:
+            raise OSError(
+                f"{self.path} cannot be written ({e.strerror or e}); make room, or see to the disk, and give the same "
+                "command again"
+            ) from None
+
     def scalars(self) -> dict[str, float]:
         """The last line as single numbers."""
         return {name: self.last[name] for name in ("lr", "gradient", "waited_for_data", *self.names)}
 
     def held_out(self, step: int, losses: Mapping[str, float]) -> None:
         """Losses on pictures that are not trained on: a line of its own."""
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, "held_out": losses}) + "\n")
+        self._append({"step": step, "held_out": losses})
         if self.board:
             for name, value in losses.items():
                 self.board.add_scalar(f"held_out/{name}", value, step)

@@ -170,6 +170,10 @@ class Run:
             if state.scaler and accelerator.scaler:
                 accelerator.scaler.load_state_dict(state.scaler)
             accelerator.print(f"going on at step {state.step}")
+            if state.step > config.run.steps:
+                accelerator.print(
+                    f"that is beyond run.steps = {config.run.steps}: what is written has learned for more"
+                )
         steps = accelerator.gather(torch.tensor([state.step], device=self.device))
         if steps.min() != steps.max():
             raise ValueError(

@@ -59,6 +59,8 @@ def accelerator_of(config: Config, cpu: bool) -> tuple[Accelerator, Config]:
             print("run.offload is off: what it keeps on the CPU is shared out among the processes", flush=True)
         config = replace(config, run=replace(config.run, shard=True, offload=False, checkpoint_gradients=checkpoints))
     accelerator = Accelerator(cpu=cpu, mixed_precision=config.run.precision, fsdp_plugin=plugin)
+    if config.run.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("run.precision: fp16 is for graphics cards; on a CPU take bf16 or no")
     if plugin and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # As accelerate does it for cards; processors take the same way through it.
         accelerator.state.fsdp_plugin = plugin

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from safetensors.torch import load_file
 
 from asdm_core.packs import open_pack
 from asdm_core.surgery import load_units
+from asdm_core.tensor_file import write_file
 from tests.train.recipes import CONFIGS, NARROW
 from train import criterion, loop, networks
 from train.recipe import load
 from train.data import Random
 from train.criterion import Criterion
 from train.loop import learning_rate, train
+from train.sharding import accelerator_of
 
 ROOT = CONFIGS.parents[1]
 
@@ -149,6 +152,30 @@ def test_old_checkpoints_go_and_other_settings_are_refused(unbroken):
     with pytest.raises(ValueError, match=r"other settings \(optimiser.lr was 0.001 and is 0.1\)"):
         run(unbroken, "optimiser.lr=0.1")
     run(unbroken, "run.keep=5", "run.log_every=1")
+
+
+def test_a_start_that_was_made_anew_under_its_name_is_another(tmp_path):
+    start = tmp_path / "start.safetensors"
+    one = run(tmp_path / "one", "run.steps=2").product
+    start.write_bytes(one.read_bytes())
+    run(tmp_path / "two", f"student.start={start}", "run.steps=2")
+    run(tmp_path / "two", f"student.start={start}", "run.steps=4")
+    start.write_bytes(run(tmp_path / "three", "run.steps=4").product.read_bytes())
+    with pytest.raises(ValueError, match="began with another file as student.start. Choose another name"):
+        run(tmp_path / "two", f"student.start={start}", "run.steps=6")
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    write_file(tmp_path / "checkpoint-00000004.safetensors", {"x": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match="is no checkpoint of a training; move it out of run.folder"):
+        run(tmp_path)
+
+
+def test_half_precision_of_graphics_cards_is_refused_on_a_cpu(tmp_path, monkeypatch):
+    there = SimpleNamespace(device=torch.device("cpu"), distributed_type=None)
+    monkeypatch.setattr("train.sharding.Accelerator", lambda **_: there)  # of these a process has one kind
+    with pytest.raises(ValueError, match="run.precision: fp16 is for graphics cards; on a CPU take bf16 or no"):
+        accelerator_of(settings(tmp_path, "run.precision=fp16"), cpu=True)
 
 
 def test_a_broken_checkpoint_is_left_out_and_the_one_before_it_taken(unbroken, tmp_path, capsys):
