@@ -101,6 +101,10 @@ def real_pictures(source: Path, out: Path, names: Sequence[str] | None = None) -
             )
     if not paths:
         raise ValueError(f"{source} holds no pictures")
+    same: dict[str, Path] = {}
+    for path in paths:
+        if (other := same.setdefault(path.stem, path)) != path:
+            raise ValueError(f"{source}: {other.name} and {path.name} would both become {path.stem}.jpg; rename one")
     out.mkdir(parents=True, exist_ok=True)
     progress = Progress("real pictures", len(paths))
     for i, path in enumerate(paths):

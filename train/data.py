@@ -249,10 +249,29 @@ class Cache(Numbered):
         self.captions = [f.get_tensor("captions") for f in self.files]
         self.rows = [f.get_tensor("rows") if "rows" in f.keys() else None for f in self.files]
         first = self.files[0]
+        for file, *its in zip(self.paths, self.captions, self.rows, self.files, counts, strict=True):
+            self._check_rows(file, *its)
+        if first.get_slice("empty").get_shape()[-1] != unet.context_dim:
+            raise ValueError(f"{self.paths[0].name}: its empty caption is of another width than its text states")
         self.empty = Text(
             first.get_tensor("empty").float()[None],
             first.get_tensor("empty_pooled").float()[None] if self.wide else None,
         )
+
+    @staticmethod
+    def _check_rows(path: Path, captions: Tensor, rows: Tensor | None, file: Any, count: int) -> None:
+        """Raise ValueError where pictures name captions that are not there, or these lie outside of the states."""
+        held = file.get_slice("states").get_shape()[0]
+        wrong = len(captions) != count or not captions.shape[1] or captions.is_floating_point()
+        texts = held if rows is None else len(rows)
+        wrong = wrong or bool((captions < 0).any()) or bool((captions >= texts).any())
+        if rows is not None and not wrong:
+            wrong = bool((rows < 0).any()) or bool((rows.sum(1) > held).any())
+        if wrong:
+            raise ValueError(
+                f"{path.name}: its captions are not those of its {count} pictures and {texts} texts; make the cache "
+                "anew with `python -m train.encode`"
+            )
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in vars(self).items() if k != "files"}

@@ -71,7 +71,7 @@ def write_teacher_outputs(
         for at in range(start, start + SHARD, batch):
             part = batches(range(at, at + batch)).to(device)
             a, s = coefficients(part.t, config.network.alphas)
-            predicted, features = teacher(a * part.x0 + s * part.noise, part.t, part.context)
+            predicted, features = teacher(a * part.x0 + s * part.noise, part.t, part.context, part.added)
             parts.append({"predicted": predicted} | {path: feature.half() for path, feature in features.items()})
             progress.show(min(at + batch, count))
         whole = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}

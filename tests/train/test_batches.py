@@ -94,6 +94,12 @@ def test_several_files_are_one_cache(tmp_path):
         ({"latents": torch.zeros(5, 4, 16, 16)}, r"latents are \[4, 16, 16\], wanted \[4, 8, 8\] \(data.size = 64\)"),
         ({"states": torch.zeros(10, 3, 768)}, "768 wide, a UNet of smoke takes 32"),
         ({"latents": torch.zeros(0, 4, 8, 8)}, "holds no pictures"),
+        ({"captions": torch.full((5, 2), 10)}, "its captions are not those of its 5 pictures and 10 texts"),
+        ({"captions": torch.zeros(3, 2).long()}, "its captions are not those"),
+        ({"captions": torch.zeros(5, 0).long()}, "its captions are not those"),
+        ({"captions": torch.zeros(5, 2)}, "its captions are not those"),
+        ({"rows": torch.tensor([[9, 2]] * 10)}, "its captions are not those"),
+        ({"empty": torch.zeros(3, 16)}, "its empty caption is of another width"),
     ],
 )
 def test_a_wrong_cache_is_named(tmp_path, changes, message):

@@ -16,8 +16,11 @@ from train import taps
 from train.recipe import load
 from train.data import Batches, Cache, Random
 from train.encoders import load_text
+from train.diffusion import coefficients
 from train.loop import train
+from train.networks import load_teacher
 from train.show import predictor
+from train.teacher_outputs import write_teacher_outputs
 
 # A chain of stages each: from the recipe that starts at the teacher to the published shape.
 CHAINS = {
@@ -126,6 +129,20 @@ def test_sizes_reach_teacher_and_student_unrounded(tmp_path, monkeypatch):
 
 
 @torch.no_grad()
+def test_the_teachers_outputs_know_pooled_states_and_sizes(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.teacher_outputs.SHARD", 4)
+    config = narrow("sdxl-ssd-1b-1", tmp_path / "run")
+    write_cache(config)
+    write_teacher_outputs(tmp_path / "outputs", config, [], 4, torch.device("cpu"), batch=2)
+    found = load_file(tmp_path / "outputs" / "00000.safetensors")["predicted"]
+    batch = Batches(Cache(config.data.path, config), config)(range(4))
+    a, s = coefficients(batch.t, config.network.alphas)
+    with torch.no_grad():
+        x, given = a * batch.x0 + s * batch.noise, {"added_cond_kwargs": batch.added}
+        wanted = load_teacher(config)(x, batch.t, batch.context, **given).sample
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_both_text_encoders_speak(tmp_path):
     torch.manual_seed(0)
     words = {"a</w>": 0, "b</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
