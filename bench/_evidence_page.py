@@ -288,6 +288,8 @@ STYLE_ROWS = {
     "style_m2_fitted_3min": "M2 in models/, fitted for 3 minutes",
     "style_m2_fitted_3min_any": "M2 in models/, fitted for 3 minutes for runs of any number of steps",
     "style_m2_fitted_10min": "M2 in models/, fitted for 10 minutes",
+    "style_m2_from_second": "M2 in models/ from the second step on, the first by the finetune itself",
+    "style_m2_fitted_3min_from_second": "the same, fitted for 3 minutes",
     "style_2_steps_lora": "the two-step LoRA on the whole finetune",
     "style_2_steps_lora_m2_difference": "the two-step LoRA and M2 in models/",
     "style_teacher_3": "in the teacher: itself, 3 steps",

@@ -62,18 +62,25 @@ REFERENCE = "ddim_20"
 
 
 class Row:
-    """One way to draw: a network, its time steps, sampler and guidance."""
+    """One way to draw: a network, its time steps, sampler and guidance. whole: so many steps at the beginning are the
+    checkpoint's own, as where Apply Pack has a start_percent.
+    """
 
-    def __init__(self, name: str, files: tuple[Path, ...], times: tuple[int, ...], sampler: str, cfg: float):
+    def __init__(
+        self, name: str, files: tuple[Path, ...], times: tuple[int, ...], sampler: str, cfg: float, whole: int = 0
+    ):
         self.name = name
         self.files = files
         self.times = times
         self.sampler = sampler
         self.cfg = cfg
+        self.whole = whole
         opened = [open_pack(path).description for path in files if describe(TensorFile(path)) is not None]
         architecture = opened[0].architecture if opened else Architecture.full(CONFIG)
-        self.forwards = len(times) * (1 if cfg == 1 else 2)
-        self.macs = self.forwards * total(costs(architecture, 16, 16)).total
+        prompts = 1 if cfg == 1 else 2
+        self.forwards = len(times) * prompts
+        own, full = (total(costs(a, 16, 16)).total for a in (architecture, Architecture.full(CONFIG)))
+        self.macs = prompts * (whole * full + (len(times) - whole) * own)
         self.key = "-".join([name, *map(fingerprint, files)])
 
     def network(self, whole: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -156,6 +163,8 @@ class Pictures:
         paths = [self.folder / f"{row.key}-{number}-{i}.safetensors" for i in range(0, len(self.chosen), SHARE)]
         if not all(path.exists() for path in paths):
             network = row.network(self.whole)
+            own = Row(row.name, (), row.times, row.sampler, row.cfg).network(self.whole) if row.whole else network
+            late = row.times[row.whole]
             progress = Progress(f"{row.name}, round {number}", len(paths))
             empty = Text(self.encoder(self.tokens([""])))
             for n, path in enumerate(paths):
@@ -165,7 +174,7 @@ class Pictures:
                 seeds = [7000 + 1000 * number + i for i in self.chosen[part]]
                 noise = torch.stack([torch.randn(4, 16, 16, generator=seeded(seed, 3)) for seed in seeds])
                 states = guided_trajectory(
-                    lambda x, t, context, added: network(x, t, context).sample,
+                    lambda x, t, context, added: (network if int(t[0]) <= late else own)(x, t, context).sample,
                     noise,
                     Text(self.encoder(self.tokens(self.prompts[part]))),
                     empty,

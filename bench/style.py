@@ -6,8 +6,8 @@ The reference is OpenMoji's own run of 4 steps (dpmpp_2m, simple, CFG 3) from th
 steps of the same, few-step LoRAs as their metadata say. Beside them the finetune's own fewer steps, and M2 in the
 teacher, against the teacher's own run, for what it loses there by being a difference or trained over many styles. A
 fit begins at M2 as it ships and learns from the names of all concepts as prompts, for runs of 3 steps, 16 walks at a
-time in bfloat16, for so many CPU minutes of one thread; a row of its own says what 3 minutes for runs of any number of
-steps come to.
+time in bfloat16, for so many CPU minutes of one thread; rows of their own say what 3 minutes for runs of any number of
+steps come to, and what it is worth to leave the first step to the finetune itself.
 
     --models DIR   the family's files; its M2, if it holds differences, is M2 over many styles
                    (train/configs/emoji-m2-styles.toml), and as one gets it without a fit
@@ -61,8 +61,8 @@ def own(name: str, steps: int) -> Row:
     return Row(name, (), simple_times(steps), SAMPLER, CFG)
 
 
-def with_pack(name: str, path: Path) -> Row:
-    return Row(name, (path,), simple_times(STEPS), SAMPLER, CFG)
+def with_pack(name: str, path: Path, whole: int = 0) -> Row:
+    return Row(name, (path,), simple_times(STEPS), SAMPLER, CFG, whole)
 
 
 def shipped(args: argparse.Namespace, pack: str) -> Path:
@@ -130,6 +130,9 @@ def rows_of(args: argparse.Namespace, prompts: list[str]) -> Iterator[Row]:
         yield with_pack(f"style_m2_fitted_{minutes:g}min", fitted(args, prompts, minutes, STEPS))
     if ANY_STEPS in args.minutes:
         yield with_pack(f"style_m2_fitted_{ANY_STEPS:g}min_any", fitted(args, prompts, ANY_STEPS, 0))
+        late = fitted(args, prompts, ANY_STEPS, STEPS)
+        yield with_pack(f"style_m2_fitted_{ANY_STEPS:g}min_from_second", late, whole=1)
+    yield with_pack("style_m2_from_second", untuned(args), whole=1)
 
 
 def in_the_teacher(args: argparse.Namespace) -> Iterator[Row]:

@@ -141,7 +141,9 @@ def test_what_ships_takes_over_what_cut_units_have_and_costs_nothing_in_the_teac
 def test_a_difference_rides_in_the_finetune_and_is_the_pack_in_the_teacher(tmp_path):
     args = argparse.Namespace(folder=tmp_path, models=MODELS, lora=[LORA], minutes=[])
     rows = {r.name: r for r in style.rows_of(args, [])}
-    assert [r.forwards for r in rows.values()] == [6, 4, 6, 6, 6, 6, 6, 2, 2]
+    assert [r.forwards for r in rows.values()] == [6, 4, 6, 6, 6, 6, 6, 2, 2, 6]
+    whole, late, pack = (rows[f"style_{name}"].macs for name in ("openmoji_3", "m2_from_second", "m2_styles"))
+    assert late == pytest.approx((whole + 2 * pack) / 3)
     absolute, changed = rows["style_m2_absolute"], rows["style_m2_difference"]
     teacher, finetune = load_unet(MODELS / style.TEACHER), load_unet(MODELS / style.FINETUNE)
     key = "input_blocks.1.0.in_layers.2.weight"
