@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..asdm_core.lora import READINGS
 from .common import CATEGORY, SHOWS_WORDS
 from .engine import files, lora_keys, models
-from .engine.network import architecture_of
+from .engine.network import PREDICTIONS, architecture_of
 
 
 def found_text(model, name: str) -> str:
@@ -61,7 +61,7 @@ class ASDMLoadPrunedUNet(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "prediction",
-                    options=["auto", *models.PREDICTIONS],
+                    options=["auto", *PREDICTIONS],
                     default="auto",
                     advanced=True,
                     tooltip="What the network predicts. auto reads it from the file or its folder, or follows the "

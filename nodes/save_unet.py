@@ -7,6 +7,7 @@ from pathlib import Path
 
 import comfy.model_detection
 import comfy.model_management
+import comfy.model_sampling
 import folder_paths
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -19,9 +20,9 @@ from ..asdm_core.packs import Description, ZERO_SNR_MARKER, write_unet
 from ..asdm_core.tensor_file import TensorFile
 from ..asdm_core.text import printable
 from .common import CATEGORY, SHOWS_WORDS
-from .engine import bypass, models, pack_loras, quantised, switch
+from .engine import bypass, pack_loras, quantised, switch
 from .engine.assigned import assigned_of, network_of, packs_of, providers_of
-from .engine.network import ejected, without_self_attention
+from .engine.network import PREDICTIONS, ejected, prediction_of, without_self_attention
 from .engine.unpatched import Unpatched
 
 DTYPES = {"as loaded": None, **tensor_file.DTYPES}
@@ -59,6 +60,39 @@ def played_architecture(model) -> tuple[Architecture, dict[str, str]]:
         )
     kept = network_of(model)
     return Architecture(kept.config, kept.cut, tuple(u.address for u in kept.kept)).named(), sources
+
+
+def played_sampling(model) -> tuple[str, bool]:
+    """What the network of a MODEL predicts as it is sampled ("eps", "v"), and whether on a schedule with zero terminal
+    SNR: all that a UNet file says of sampling.
+
+    Raises ValueError for what it cannot say, such as noise levels of another table.
+    """
+    sampling = model.get_model_object("model_sampling")
+    prediction, kind = prediction_of(model, derived=True)
+    zero_snr = bool(getattr(sampling, "zsnr", False))
+    refused = None
+    if prediction is None:
+        refused = f"is sampled as {printable(kind)}"
+    elif zero_snr and prediction != "v":
+        refused = "has a schedule with zero terminal SNR beside a prediction of the noise"
+    elif not _in_table(sampling, zero_snr):
+        refused = "has noise levels of its own"
+    if prediction is None or refused:
+        raise ValueError(
+            f"this MODEL {refused}, and a UNet file can only say that a network predicts the noise, or v with or "
+            "without zero terminal SNR, on the usual 1000 noise levels: save the MODEL before the node that changes "
+            "its sampling, and put that node behind the file's loader."
+        )
+    return prediction, zero_snr
+
+
+def _in_table(sampling, zero_snr: bool) -> bool:
+    """Whether noise levels are among those that a loader gives to a UNet file."""
+    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+        return False
+    usual = comfy.model_sampling.ModelSamplingDiscrete(zsnr=zero_snr).log_sigmas
+    return bool(((sampling.log_sigmas.to(usual)[:, None] - usual).abs().amin(1) < 1e-3).all())
 
 
 def played_weights(
@@ -129,17 +163,23 @@ def unused_path(folder: Path, prefix: str) -> Path:
     return path
 
 
-def stock_loads(path: Path) -> bool:
-    """Whether stock ComfyUI finds the network of a file by itself: one of its families, layer by layer."""
+def stock_note(path: Path, prediction: str, zero_snr: bool) -> str:
+    """What of a file stock ComfyUI does not find by itself, in a sentence: its network, layer by layer, or how it is
+    sampled. "" where it finds all.
+    """
     file = TensorFile(path)
     config = comfy.model_detection.model_config_from_unet({key: file[key] for key in file}, "")
-    if config is None:
-        return False
     try:
-        wanted = keys(UNetConfig.from_host(config.unet_config))
+        wanted = keys(UNetConfig.from_host(config.unet_config)) if config else {}
     except (KeyError, ValueError, RuntimeError):  # no UNet of the LDM kind
-        return False
-    return all(key in file and file.shapes[key] == slot.shape for key, slot in wanted.items())
+        wanted = {}
+    if not wanted or any(key not in file or file.shapes[key] != slot.shape for key, slot in wanted.items()):
+        return "Stock ComfyUI does not know this UNet: load it with Load Pruned UNet."
+    found = config.model_type({key: file[key] for key in file}, "")
+    if found == PREDICTIONS[prediction] and bool(config.sampling_settings.get("zsnr")) == zero_snr:
+        return ""
+    sampled = ("v_prediction" if prediction == "v" else prediction) + (" and zsnr" if zero_snr else "")
+    return f"Stock ComfyUI does not see how it is sampled: put ModelSamplingDiscrete ({sampled}) behind its loader."
 
 
 class ASDMSaveUNet(io.ComfyNode):
@@ -184,17 +224,11 @@ class ASDMSaveUNet(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename_prefix, dtype, dequantise=False):
         architecture, sources = played_architecture(model)
-        kind = model.model.model_type
-        prediction = {t: name for name, t in models.PREDICTIONS.items()}.get(kind)
-        if prediction is None:
-            raise ValueError(
-                f"this MODEL predicts {kind.name}; Save UNet writes models that predict EPS or V_PREDICTION."
-            )
+        prediction, zero_snr = played_sampling(model)
         folder, prefix, _, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()
         )
         path = unused_path(Path(folder), prefix)
-        zero_snr = getattr(model.get_model_object("model_sampling"), "zsnr", False)
         write_unet(
             path,
             played_weights(model, architecture, sources, dequantise),
@@ -202,8 +236,11 @@ class ASDMSaveUNet(io.ComfyNode):
             DTYPES[dtype],
             {ZERO_SNR_MARKER: torch.zeros(0)} if zero_snr else {},
         )
-        note = "" if stock_loads(path) else "\nStock ComfyUI does not know this UNet: load it with Load Pruned UNet."
+        notes = [stock_note(path, prediction, zero_snr)]
+        exactly, sampled = prediction_of(model)
+        if exactly is None:  # a kind that a node has derived (LCM)
+            notes.append(f"No file says that it is sampled as {sampled}: put the node that does so behind its loader.")
         saved = Path("output", subfolder, path.name).as_posix()
         kind = f"{architecture.config.family} {architecture.name or 'custom'}"
-        text = f"{saved}\n{kind}, {architecture.params / 1e6:.1f} M parameters{note}"
-        return io.NodeOutput(str(path), ui={"text": (text,)})
+        text = f"{saved}\n{kind}, {architecture.params / 1e6:.1f} M parameters"
+        return io.NodeOutput(str(path), ui={"text": ("\n".join(filter(None, (text, *notes))),)})

@@ -31,6 +31,7 @@ from ...asdm_core.tensor_file import BadFile, TensorFile
 from ...asdm_core.surgery import ADDRESSED, cut_modules
 from ...asdm_core.text import TEXT, printable
 from . import lora_keys, narrow_vae, units
+from .network import PREDICTIONS
 from .unpatched import Unpatched
 
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
@@ -39,7 +40,6 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
-PREDICTIONS = {"eps": comfy.model_base.ModelType.EPS, "v": comfy.model_base.ModelType.V_PREDICTION}
 
 
 # UNets ----------------------------------------------------------------------------------------------
@@ -79,7 +79,10 @@ def model_config(architecture: Architecture, prediction: str | None = None, lora
 
         def model_type(self, state_dict, prefix=""):
             ruled = super().model_type(state_dict, prefix)  # which also takes settings of the schedule from the file
-            return PREDICTIONS[prediction] if prediction else ruled
+            kind = PREDICTIONS[prediction] if prediction else ruled
+            if kind == PREDICTIONS["v"] and packs.ZERO_SNR_MARKER in state_dict:  # the host asks so for SDXL alone
+                self.sampling_settings["zsnr"] = True
+            return kind
 
         def get_model(self, state_dict, prefix="", device=None):
             if architecture.config.in_channels == PIX2PIX:

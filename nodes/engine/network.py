@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -15,14 +16,22 @@ from ...asdm_core.addresses import UNetConfig, walk
 from ...asdm_core.architecture import FAMILIES, Architecture
 
 
-PREDICTIONS = {comfy.model_sampling.EPS: "eps", comfy.model_sampling.V_PREDICTION: "v"}
+PREDICTIONS = {"eps": comfy.model_base.ModelType.EPS, "v": comfy.model_base.ModelType.V_PREDICTION}
+# The host's classes of sampling are called as its types of models.
+_SAMPLED = {getattr(comfy.model_sampling, kind.name): name for name, kind in PREDICTIONS.items()}
 
 
-def prediction_of(model) -> tuple[str | None, str]:
-    """What a MODEL's network is taken to predict, "eps" or "v", None for another thing; and the name of its kind."""
+def prediction_of(model, derived: bool = False) -> tuple[str | None, str]:
+    """What a MODEL's network is taken to predict, "eps" or "v", None for another thing; and the name of its kind.
+
+    derived: of a kind that another module has derived from one of the host's, what the host's says (LCM: "eps").
+    """
     sampling = model.get_model_object("model_sampling")
     kinds = [kind for kind in type(sampling).__mro__ if not issubclass(kind, nn.Module) and kind is not object]
-    return (PREDICTIONS.get(kinds[0]), kinds[0].__name__) if kinds else (None, type(sampling).__name__)
+    if not kinds:
+        return None, type(sampling).__name__
+    hosts = [kind for kind in kinds if kind.__module__ == comfy.model_sampling.__name__]
+    return _SAMPLED.get(hosts[0] if derived and hosts else kinds[0]), kinds[0].__name__
 
 
 def blends(model) -> bool:

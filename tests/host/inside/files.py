@@ -14,7 +14,7 @@ import folder_paths
 import pytest
 import small
 import torch
-from comfy_extras import nodes_model_merging
+from comfy_extras import nodes_model_advanced, nodes_model_merging
 from in_host import execute, node_classes
 from in_host import module as in_pack
 from safetensors.torch import load_file, save_file
@@ -429,6 +429,40 @@ def test_saved_v_prediction_is_found_again(output, config):
         assert models.load_unet(str(path)).model.model_type == Type.V_PREDICTION
     if config is SDXL:  # the only family whose stock class asks the file
         assert comfy.sd.load_diffusion_model(save(model, output)).model.model_type == Type.V_PREDICTION
+
+
+SAMPLED = nodes_model_advanced.ModelSamplingDiscrete().patch
+CONTINUOUS = nodes_model_advanced.ModelSamplingContinuousEDM().patch
+
+
+def test_saved_is_the_prediction_that_the_model_plays(output):
+    """Not the loader's, where a node has set another; the file is found again with its schedule."""
+    loaded = models.load_unet(small.write_unet(output / "eps.safetensors", prediction="eps"))
+    for zero_snr in (False, True):
+        (played,) = SAMPLED(loaded, "v_prediction", zero_snr)
+        result = node_classes()["ASDMSaveUNet"].execute(played, "ours/file", "as loaded")
+        saved = models.load_unet(result.args[0])
+        assert saved.model.model_type == Type.V_PREDICTION and saved.model.model_sampling.zsnr == zero_snr
+        assert same(saved, played)
+        wanted = "(v_prediction and zsnr)" if zero_snr else "(v_prediction)"
+        assert f"put ModelSamplingDiscrete {wanted} behind its loader" in result.ui["text"][0]
+    result = node_classes()["ASDMSaveUNet"].execute(*SAMPLED(loaded, "lcm", False), "ours/file", "as loaded")
+    assert models.load_unet(result.args[0]).model.model_type == Type.EPS and "sampled as LCM" in result.ui["text"][0]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda model: SAMPLED(model, "x0", False), "is sampled as X0"),
+        (lambda model: SAMPLED(model, "eps", True), "zero terminal SNR beside a prediction of the noise"),
+        (lambda model: CONTINUOUS(model, "edm", 120.0, 0.002), "is sampled as EDM"),
+        (lambda model: CONTINUOUS(model, "v_prediction", 120.0, 0.002), "has noise levels of its own"),
+        (lambda model: nodes_model_advanced.ModelSamplingSD3().patch(model, 3.0), "is sampled as CONST"),
+    ],
+)
+def test_a_sampling_that_no_file_can_say_is_not_saved(output, reference, change, said):
+    with pytest.raises(ValueError, match=f"this MODEL .*{said}.*save the MODEL before the node"):
+        save(*change(reference("base")), output)
 
 
 def test_stock_save_of_a_model_with_a_pack_is_the_model_without(output, folder):
