@@ -27,6 +27,7 @@ from .units import BasicTransformerBlock
 
 # Set on modules by the host as it loads them, and by what the layers of packs are made of.
 _HOSTS = ("comfy_", "prev_comfy_", "training", "weight_function", "bias_function", "_v", "_pin", "factory_kwargs")
+_LOADED = ("_v_signature", "_v_weight", "_v_bias")  # by what the host knows that a module lies on the card
 _HOOKS = [
     f"_forward{kind}hooks{more}"
     for kind in ("_", "_pre_")
@@ -77,6 +78,7 @@ class Carried:
         self.lost: list[str] = []
         self._given: list[str] = []
         self._kept: list[_Kept] = []
+        self._loaded: list[tuple[dict, dict]] = []  # of modules that the host brings to the card, and of their twins
         theirs: dict[str, nn.Module] = dict(layer.named_modules())
         own: dict[str, nn.Module] = dict(player.named_modules())
         found: dict[str, tuple[dict[str, object], dict[str, Any]]] = {}
@@ -125,18 +127,25 @@ class Carried:
                 # So that no other function gets its identity while this player is in a compiled graph.
                 vars(twin).setdefault("asdm_carried", []).append(value)
         self.player = twins[""]
+        self._loaded = [(vars(own[path]), vars(twin)) for path, twin in twins.items() if "_pin_state" in vars(twin)]
         self.refresh()
 
     def refresh(self) -> bool:
         """Give the player what functions of others may look for on its layer, where they put it anew before a step.
         Returns whether more is lost.
         """
+        for own, twin in self._loaded:
+            twin.update({n: own[n] for n in _LOADED if n in own})
         lost = [_under(kept.path, name) for kept in self._kept for name in kept.refresh()]
         self.lost += [name for name in lost if name not in self.lost]
         return bool(lost)
 
     def hand_back(self) -> None:
-        """Give the layer what such functions have put on the player meanwhile."""
+        """Give the layer what such functions have put on the player meanwhile, and the pack's own modules what the host
+        has, which would bring them to the card anew in the next run.
+        """
+        for own, twin in self._loaded:
+            own.update({n: twin[n] for n in _LOADED if n in twin})
         for kept in self._kept:
             kept.hand_back()
 
@@ -197,7 +206,10 @@ def _twins(root: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
 
     def twin(path: str) -> nn.Module:
         if path not in twins:
-            twins[path] = made = copy.copy(root.get_submodule(path))
+            module = root.get_submodule(path)
+            if "_pin_state" in vars(module):  # in one table: else the host pins the same weights for every twin
+                vars(module).setdefault("_pins", {})
+            twins[path] = made = copy.copy(module)
             made._modules = dict(made._modules)
             if path:
                 parent, _, name = path.rpartition(".")

@@ -374,6 +374,38 @@ def test_it_acts_under_a_bypass_lora_and_in_a_part_of_the_run(model, base, one_f
     assert small.difference(samples, small.sample(window, steps=4)) > 1e-3
 
 
+def test_weights_are_pinned_and_brought_to_the_card_once_for_all_runs(model, base):
+    """With dynamic VRAM the host keeps on a module what it has pinned of it and what of it lies on the card."""
+    done = []
+
+    def forward(self, *args, **more):  # as comfy/pinned_memory.py and comfy/ops.py do it
+        pins = vars(self).setdefault("_pins", {})
+        if "weights" not in pins:
+            done.append("pinned")
+            pins["weights"] = {"pin": self.weight}
+        if self._v_signature is None:
+            done.append("loaded")
+            self._v_signature, self._v_weight = 1, self.weight
+        return type(self).forward(self, *args, **more)
+
+    path = f"{BLOCKS[0]}.attn1.to_q"
+    node = patched([path], lambda module: types.MethodType(forward, module))
+    played = node(small.with_pack(model, base))
+    (pack,) = in_host.module("nodes.engine.assigned").pack_patchers(played)
+    leaf = pack.model.get_submodule(path)
+    leaf._pin_state, leaf._v_signature = {}, None
+    try:
+        for _ in range(2):
+            small.sample(played, steps=2)
+        assert done == ["pinned", "loaded"]
+        leaf._v_signature = None  # as the host does where patches have changed
+        small.sample(played, steps=2)
+        assert done == ["pinned", "loaded", "loaded"]
+    finally:
+        for name in ("_pin_state", "_v_signature", "_v_weight", "_pins"):
+            vars(leaf).pop(name, None)
+
+
 def test_a_difference_of_models_acts_on_the_pack(model, base, one_file, folder):
     second, third = small.model(folder, seed=3), small.model(folder, seed=4)
     (change,) = nodes_model_merging.ModelSubtract().merge(second, third, 1.0)
