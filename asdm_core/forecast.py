@@ -13,10 +13,10 @@ finds plans and weights for a recorded run; `nodes/` carries them out.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from . import inheritance
@@ -25,6 +25,7 @@ from .addresses import UNetConfig
 FORMAT = 1
 TECHNIQUE = "forecast"
 FULL, FEATURES, RESULT, COND, UNGUIDED = KINDS = ("full", "features", "result", "cond", "unguided")
+MOST = 5000  # evaluations of a plan in a file
 TOLERANCE = 1e-3  # of positions: two evaluations this close, in steps, are at the same noise level
 
 Weights = tuple[tuple[int, float], ...]
@@ -47,15 +48,16 @@ def denoised_of(x: Any, v: Any, sigma: Any, signal: Any = 1.0) -> Any:
     return signal * x / size - v * (sigma / size**0.5)
 
 
-def line(position: float, points: Sequence[tuple[int, float]]) -> Weights:
+def line(position: float, points: Iterable[tuple[int, float]]) -> Weights:
     """Weights of the straight line at `position` through evaluations, given as (number, position), the newest first.
 
     It runs through the newest and the next at another position; a single one is held. Raises ValueError without any.
     """
-    if not points:
+    points = iter(points)
+    newest, at = next(points, (None, 0.0))
+    if newest is None:
         raise ValueError("forecast: there is nothing to draw on from; an evaluation must be made first")
-    (newest, at), *rest = points
-    older = next(((q, p) for q, p in rest if abs(p - at) >= TOLERANCE), None)
+    older = next(((q, p) for q, p in points if abs(p - at) >= TOLERANCE), None)
     if older is None:
         return ((newest, 1.0),)
     slope = (position - at) / (at - older[1])
@@ -115,7 +117,7 @@ class Action:
 
 @dataclass(frozen=True)
 class ForecastPlan:
-    """What happens at each evaluation of a run. JSON both ways. Raises ValueError.
+    """What happens at each evaluation of a run. Data for JSON both ways. Raises ValueError.
 
     positions: where in the run each evaluation lies, in steps; empty: one evaluation for each step. A sampler that
     comes back to a noise level has several with the same position. steps: of the run; 0: up to the last evaluation. A
@@ -145,17 +147,19 @@ class ForecastPlan:
         branches = {a.branch for a in self.actions if a.kind == FEATURES}
         if len(branches) > 1:
             raise ValueError(f"forecast: one plan inherits at one branch, got {sorted(branches)}")
+        first = next((k for k, action in enumerate(self.actions) if action.computes), len(self.actions))
         for k, action in enumerate(self.actions):
-            self._check(k, action)
+            self._check(k, action, first)
 
     @property
     def _seen(self) -> int:
         return int(max(self.positions)) + 1
 
-    def _check(self, k: int, action: Action) -> None:
+    def _check(self, k: int, action: Action, first: int) -> None:
+        """first: the first evaluation that computes everything."""
         if action.kind == UNGUIDED:
             return
-        if action.kind != FULL and not any(a.computes for a in self.actions[:k]):
+        if action.kind != FULL and k < first:
             raise ValueError(f"forecast: evaluation {k} is {action.kind!r}, and no evaluation before it is full")
         apart = bool(action.difference)
         for weights, usable in ((action.weights, _knows_cond if apart else _computes), (action.difference, _computes)):
@@ -181,13 +185,18 @@ class ForecastPlan:
         given = action.difference if action.kind == COND else (*action.weights, *action.difference)
         found = {source for source, _ in given}
         if not action.difference and not action.weights or action.kind == RESULT and not action.weights:
-            points = [(q, self.positions[q]) for q in range(k - 1, -1, -1) if self.actions[q].computes]
+            points = ((q, self.positions[q]) for q in range(k - 1, -1, -1) if self.actions[q].computes)
             found.update(q for q, _ in line(self.positions[k], points))
         return frozenset(found)
 
     def live(self, k: int) -> frozenset[int]:
         """Evaluations up to k that a later one is made from."""
-        return frozenset(q for later in range(k + 1, len(self.actions)) for q in self.sources(later) if q <= k)
+        return frozenset(q for q, last in self._last_use.items() if q <= k < last)
+
+    @cached_property
+    def _last_use(self) -> dict[int, int]:
+        """The last evaluation that each one is drawn on for."""
+        return {q: k for k in range(len(self.actions)) for q in self.sources(k)}
 
     @property
     def remembered(self) -> int:
@@ -269,6 +278,8 @@ class ForecastPlan:
 
         try:
             entries = data["evaluations"]
+            if len(entries) > MOST:
+                raise ValueError(f"forecast plan: {len(entries)} evaluations, and a plan has at most {MOST}")
             actions = tuple(
                 Action(e["kind"], pairs(e.get("weights", ())), pairs(e.get("difference", ())), int(e.get("branch", 0)))
                 for e in entries
@@ -277,17 +288,6 @@ class ForecastPlan:
             return cls(actions, positions, str(data.get("name", "")), data.get("steps", 0))
         except (KeyError, TypeError, AttributeError, OverflowError) as e:
             raise ValueError(f"forecast plan: {e}") from None
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict())
-
-    @classmethod
-    def from_json(cls, text: str) -> ForecastPlan:
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError):
-            raise ValueError("forecast plan: this is not valid JSON") from None
-        return cls.from_dict(data)
 
 
 def _computes(action: Action) -> bool:

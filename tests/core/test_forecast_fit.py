@@ -250,8 +250,7 @@ def test_what_a_full_evaluation_makes_good_lessens_the_error_of_the_run():
     ]
     without, with_ = (np.abs(toy.run(plan.plan) - toy.run()).max() for plan in plans)
     assert with_ < without / 2
-    again = ForecastPlan.from_json(plans[1].plan.to_json())
-    assert again == plans[1].plan
+    assert ForecastPlan.from_dict(plans[1].plan.to_dict()) == plans[1].plan
 
 
 def test_weights_of_a_forecast_sum_to_one():

@@ -93,7 +93,7 @@ BAD = {
     "empty": "",
     "no JSON": "{",
     "bytes": b"\xff\xfe\x00",
-    "a plan": every(10, 2).to_json(),
+    "a plan": json.dumps(every(10, 2).to_dict()),
     "a list": "[1]",
     "another format": damaged(format=9),
     "no offers": damaged(offers=[]),
