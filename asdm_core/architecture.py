@@ -9,7 +9,6 @@ which of its units came from where.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,7 +27,7 @@ from .addresses import (
     unit,
     walk,
 )
-from .text import printable, read_json
+from .text import printable
 
 FORMAT = 1  # version of the JSON form; readers refuse a newer one
 NUMBERINGS = ("addressed", "renumbered")
@@ -418,17 +417,6 @@ class Architecture:
             if not isinstance(lists[key], list) or not all(isinstance(a, str) for a in lists[key]):
                 raise ValueError(f"architecture: {key!r} must be a list of addresses, got {lists[key]!r}")
         return cls(config, frozenset(lists["cut"]), tuple(lists["own"]), name)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> Architecture:
-        try:
-            data = read_json(text)
-        except ValueError as e:
-            raise ValueError(f"architecture: not valid JSON ({e})") from None
-        return cls.from_dict(data)
 
 
 def _units(config: UNetConfig) -> frozenset[str]:

@@ -91,13 +91,6 @@ class Assignment:
         """The distinct windows of the overrides, in order of appearance."""
         return tuple(dict.fromkeys(override.window for override in self.overrides))
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Ids of the packs that play somewhere."""
-        return tuple(
-            dict.fromkeys(override.provider.source for override in self.overrides if override.provider.role == "pack")
-        )
-
     def providers(self, active: Sequence[Window] | None = None) -> dict[str, Provider]:
         """Unit address -> provider, for every unit the checkpoint does not play itself while these windows are active.
 

@@ -555,8 +555,8 @@ def test_json_round_trip(config):
     def check(chosen, data):
         own = data.draw(st.lists(st.sampled_from([u.address for u in chosen.kept])))
         whole = Architecture(config, chosen.cut, tuple(own), data.draw(st.text(max_size=5).filter(str.isprintable)))
-        again = Architecture.from_json(whole.to_json())
-        assert again == whole and again.to_json() == whole.to_json()
+        again = Architecture.from_dict(json.loads(json.dumps(whole.to_dict())))
+        assert again == whole and again.to_dict() == whole.to_dict()
 
     check()
 
@@ -657,15 +657,16 @@ def test_whatever_is_accepted_runs(chosen):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_in_json(preset):
     chosen = Architecture.preset(preset)
-    assert Architecture.from_json(chosen.to_json()) == chosen
-    data = json.loads(chosen.to_json())
+    data = json.loads(json.dumps(chosen.to_dict()))
+    assert Architecture.from_dict(data) == chosen
     assert "config" not in data and data["family"] == PRESETS[preset].family and data["format"] == FORMAT
 
 
 def test_other_configs_are_written_out():
     chosen = Architecture.preset("m2", NARROW)
-    assert json.loads(chosen.to_json())["config"]["model_channels"] == 32
-    assert Architecture.from_json(chosen.to_json()) == chosen
+    data = json.loads(json.dumps(chosen.to_dict()))
+    assert data["config"]["model_channels"] == 32
+    assert Architecture.from_dict(data) == chosen
 
 
 @pytest.mark.parametrize(
@@ -693,10 +694,10 @@ def test_bad_descriptions(change, message):
         Architecture.from_dict(Architecture.preset("m2").to_dict() | change)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"m2"', "[" * 100_000])
-def test_text_that_is_no_description(text):
+@pytest.mark.parametrize("data", [[], 3, None, "m2"])
+def test_data_that_are_no_description(data):
     with pytest.raises(ValueError, match="architecture: "):
-        Architecture.from_json(text)
+        Architecture.from_dict(data)
 
 
 def test_units_know_their_layer():

@@ -39,13 +39,6 @@ def test_order_counts_between_windows_too():
     assert assignment.providers((EARLY, Window())) == {RESNET: OTHER}
 
 
-def test_sources_are_the_packs_that_play():
-    assignment = Assignment(
-        SD, (Override((RESNET,), OTHER), Override((RESNET,), PACK, LATE), Override((TRANSFORMER,), CUT))
-    )
-    assert assignment.sources == ("b", "a")
-
-
 EXPERTS = Provider("experts", "e")
 WEAK = Provider("experts", "e", 0.5)
 
