@@ -113,6 +113,13 @@ def _folder(module: str) -> Path:
     return Path(sys.modules[module].__file__ or "").parents[2]
 
 
+def _workflow_of(extra: object) -> object:
+    """The id of the workflow that a prompt came with; None where there is none. Clients may send anything there."""
+    for key in ("extra_pnginfo", "workflow", "id"):
+        extra = extra.get(key) if isinstance(extra, dict) else None
+    return extra
+
+
 def standing(queue, workflow: str) -> dict[str, list[str]]:
     """Node id -> what was said in the last run of a workflow in the host's queue, and in runs before it by nodes whose
     results were taken from the host's cache since.
@@ -124,8 +131,7 @@ def standing(queue, workflow: str) -> dict[str, list[str]]:
             *((prompt, None) for prompt in queue.currently_running.values()),
         ):
             _, prompt_id, _, extra, *_ = prompt
-            saved = extra.get("extra_pnginfo", {}).get("workflow") or {}
-            if saved.get("id") != workflow:
+            if _workflow_of(extra) != workflow:
                 continue
             cached = {
                 node

@@ -1,6 +1,7 @@
 """What techniques say in a run, on their nodes: to the browser, and to users of the HTTP interface."""
 
 import asyncio
+import json
 
 import aiohttp
 import pytest
@@ -99,6 +100,10 @@ def test_pages_that_are_opened_later_ask_for_the_last_run_of_their_workflow(serv
     run("mine", graph(3, cfg=1.25))
     run("another", graph(8, cfg=1.25))
     run("mine", graph(3, cfg=1.25))  # all of it from the host's cache: the picture stands, and what was said of it
+    assert FEW in notes("mine")["5"][0]
+    for extra in ({"extra_pnginfo": None}, {"extra_pnginfo": {"workflow": "mine"}}, {"extra_pnginfo": []}):
+        body = {"prompt": graph(3, cfg=1.25), "client_id": client.id, "extra_data": extra}  # another client's
+        client.wait(json.loads(client.request("/prompt", body))["prompt_id"])
     assert FEW in notes("mine")["5"][0]
     assert notes("another") == notes("unknown") == {}
     run("mine", graph(8, cfg=1.25, preset="balanced"))
