@@ -349,8 +349,8 @@ def _biased(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor, attend:
         # With the scale that attentions take by themselves for so many channels: some (Sage) know no other.
         own = (dim + _FURTHER) ** -0.5
         further = F.pad(torch.stack(_halves(bias / (own * _UNIT), k.dtype), -1), (0, _FURTHER - 2))
-        units = q.new_tensor([_UNIT, _UNIT] + [0] * (_FURTHER - 2)).expand(*q.shape[:-1], -1)
-        queries = torch.cat([q * (scale / own), units], -1)
+        units = q.new_full((*q.shape[:-1], 2), _UNIT)  # filled where it lies: a list of numbers would be copied there
+        queries = torch.cat([q * (scale / own), F.pad(units, (0, _FURTHER - 2))], -1)
         out = attend(queries, torch.cat([k, further], -1), F.pad(v, (0, _FURTHER)), own, None)[..., :dim]
     return rearrange(out, "(b windows) ... -> b windows ...", windows=windows)
 

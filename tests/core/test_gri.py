@@ -214,6 +214,14 @@ def test_attentions_that_know_no_scale_but_their_own_do_as_well():
     assert torch.allclose(found, by_definition(*inputs, 9, 14, GRI(4, 2, 2)), atol=1e-5)
 
 
+def test_no_numbers_are_copied_to_where_a_map_lies(monkeypatch):
+    """Each such copy waits for the graphics card, in every layer of every step."""
+    inputs = [t.requires_grad_() for t in qkv(9, 14, batch=1)]
+    for owner, name in ((torch.Tensor, "new_tensor"), (torch, "tensor"), (torch, "as_tensor")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("numbers are copied"))
+    gri_attention(*inputs, 9, 14, GRI(4, 2, 2))
+
+
 def test_nothing_grows_with_the_square_of_the_tokens():
     sizes = []
 
