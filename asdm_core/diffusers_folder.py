@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -125,7 +124,7 @@ def folder_prediction(path: Path) -> str | None:
         config = folder / "scheduler" / "scheduler_config.json"
         if config.is_file():
             try:
-                kind = json.loads(config.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+                kind = read_json(config.read_bytes()).get("prediction_type", "epsilon")
             except (ValueError, AttributeError, OSError):
                 raise BadFile(f"{config}: cannot be read as JSON") from None
             names = {"epsilon": "eps", "v_prediction": "v"}

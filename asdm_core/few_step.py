@@ -5,10 +5,11 @@ The field `few_step` of a pack's training, and the metadata key `asdm_few_step` 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from .text import read_json
 
 KEY = "few_step"  # of a pack's training
 METADATA_KEY = "asdm_few_step"  # of a LoRA file's metadata
@@ -63,6 +64,7 @@ def of_lora(metadata: Mapping[str, str]) -> FewStep | None:
     if METADATA_KEY not in metadata:
         return None
     try:
-        return FewStep.from_dict(json.loads(metadata[METADATA_KEY]))
-    except json.JSONDecodeError as e:
+        data = read_json(metadata[METADATA_KEY])
+    except ValueError as e:
         raise ValueError(f"few_step: not valid JSON ({e})") from None
+    return FewStep.from_dict(data)

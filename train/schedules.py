@@ -7,7 +7,6 @@ was trained on SD's own schedule, as ComfyUI takes it to be, unless the recipe n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,6 +18,7 @@ from torch import Tensor
 from asdm_core.diffusers_folder import open_file, unet_in_folder
 from asdm_core.packs import ZERO_SNR_MARKER, describe
 from asdm_core.tensor_file import BadFile
+from asdm_core.text import read_json
 
 from .diffusion import ALPHAS, STEPS, zero_terminal_snr
 
@@ -114,7 +114,7 @@ def _read(path: Path, _changed: int) -> Schedule:
             config = folder / "scheduler" / "scheduler_config.json"
             if config.is_file():
                 try:
-                    settings = json.loads(config.read_text(encoding="utf-8"))
+                    settings = read_json(config.read_bytes())
                 except (ValueError, OSError):
                     raise ValueError(f"{config}: cannot be read as JSON") from None
                 if not isinstance(settings, dict):

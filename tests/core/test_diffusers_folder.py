@@ -54,6 +54,7 @@ def test_folders_say_what_is_predicted(tmp_path, scheduler, prediction):
             "prediction type 'sample' is not supported; wanted one of epsilon, v_prediction",
         ),
         ("{", "cannot be read as JSON"),
+        ('{"prediction_type":' * 100_000, "cannot be read as JSON"),
         ("[]", "cannot be read as JSON"),
         ('{"prediction_type": ["epsilon"]}', "is not supported"),
     ],

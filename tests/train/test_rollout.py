@@ -331,6 +331,14 @@ def test_a_student_learns_to_land_and_says_how_it_is_to_be_run(tmp_path):
     assert "LoRA" in recipe.product.with_suffix(".md").read_text()
 
 
+@pytest.mark.parametrize(
+    "text, said", [("{", "not valid JSON"), ("[" * 100_000, "not valid JSON"), ("[]", "wanted steps")]
+)
+def test_a_lora_that_says_no_such_thing_is_refused_in_a_sentence(text, said):
+    with pytest.raises(ValueError, match=f"few_step: {said}"):
+        few_step.of_lora({few_step.METADATA_KEY: text})
+
+
 def test_units_and_lora_together_are_a_pack_and_a_lora(tmp_path):
     recipe = run(settings(tmp_path, "student.preset=m2", "student.trained=own", "run.stored=float32"))
     pack, lora = open_pack(recipe.product), TensorFile(recipe.lora_file)

@@ -169,7 +169,11 @@ def test_what_cannot_be_learned_is_refused(tmp_path):
         read_schedule(str(tmp_path / "e.safetensors"))
     folder = tmp_path / "f" / "scheduler"
     folder.mkdir(parents=True)
-    for text, said in (("{", "cannot be read as JSON"), ("[1]", "wanted a JSON object")):
+    for text, said in (
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[1]", "wanted a JSON object"),
+    ):
         (folder / "scheduler_config.json").write_text(text)
         read_schedule.__globals__["_read"].cache_clear()
         with pytest.raises(ValueError, match=said):
