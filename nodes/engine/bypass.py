@@ -28,6 +28,21 @@ def _bound_to(model, injection):
     return anew.create_injections(model.model)[0]
 
 
+def apart(model) -> tuple[dict[str, list[tuple]], list]:
+    """The patches of a MODEL's weights, with its bypass LoRAs among them as `in_weights` puts them there; and the
+    injections that are none of those. Changes nothing, so that it may be asked in a run.
+    """
+    patches, others = {key: list(given) for key, given in model.patches.items()}, []
+    for injection in (injection for injections in model.injections.values() for injection in injections):
+        manager = _manager_of(injection)
+        if manager is None:
+            others.append(injection)
+            continue
+        for module, (adapter, strength) in manager.adapters.items():
+            patches.setdefault(f"{module}.weight", []).append((strength, adapter, 1.0))
+    return patches, others
+
+
 def in_weights(model):
     """MODEL, or where it has bypass LoRAs a clone in which they act on the weights, as others do: it is the same."""
     made_by = {key: [_manager_of(i) for i in injections] for key, injections in model.injections.items()}

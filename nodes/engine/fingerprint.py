@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .network import ejected
+from . import bypass
 from .technique import techniques_of
+from .unpatched import Unpatched
 
 TENSORS, NUMBERS = 32, 64  # so many tensors are looked at, with so many numbers of each
 PATCHED = 16  # so many patched weights
@@ -20,13 +21,15 @@ def fingerprint(model, without: Callable[[Any], bool]) -> str:
     """A digest of a MODEL's network and of what stands on the MODEL; without: techniques that do not count.
 
     Reads a few thousand numbers, whatever the size of the network, and the weights as they were before LoRAs were
-    written into them.
+    written into them. A LoRA in bypass mode counts as the same one in the weights, which paints the same.
     """
+    patches, injections = bypass.apart(model)
     found = [
         type(model.model.diffusion_model).__name__,
         *_weights(model),
-        *_patches(model.patches),
+        *_patches(patches),
         *(f"object {name} {type(thing).__name__}" for name, thing in sorted(model.object_patches.items())),
+        *sorted(f"injected {_names(injection.inject)}" for injection in injections),
         *_options(model.model_options),
         *(f"{t.key} {plain(t)}" for t in techniques_of(model) if not without(t)),
     ]
@@ -54,17 +57,10 @@ def numbers_of(tensor: Tensor) -> str:
 
 
 def _weights(model) -> list[str]:
-    """The network's, without what the host has written into them: it keeps the original beside."""
-    prefix = "diffusion_model."
-    with ejected(model):
-        weights = dict(model.model.diffusion_model.named_parameters())
-    names = sorted(name for name, tensor in weights.items() if tensor.dim() > 1)
-    found = [f"{len(weights)} tensors"]
-    for name in _evenly(names, TENSORS):
-        kept = model.backup.get(prefix + name)
-        tensor = weights[name] if kept is None else getattr(kept, "weight", kept)
-        found.append(f"{name} {numbers_of(tensor)}")
-    return found
+    """The network's, without what the host has written into them."""
+    weights = Unpatched(model)
+    held = {name: tensor for name in weights if (tensor := weights.held(name)) is not None and tensor.dim() > 1}
+    return [f"{len(weights)} tensors", *(f"{name} {numbers_of(held[name])}" for name in _evenly(sorted(held), TENSORS))]
 
 
 def _patches(patches: Mapping[str, list]) -> list[str]:

@@ -15,6 +15,7 @@ import folder_paths
 import pytest
 import small
 import torch
+from comfy.patcher_extension import PatcherInjection
 from comfy_extras import nodes_custom_sampler, nodes_model_advanced
 from in_host import execute, module
 
@@ -106,6 +107,21 @@ def test_a_fingerprint_is_of_the_weights_and_of_what_stands_on_them(folder, mode
     }
     found = {name: of(m) for name, m in others.items()}
     assert len({wanted, *found.values()}) == len(found) + 1
+
+
+def test_loras_in_bypass_count_as_in_the_weights(model):
+    """They paint the same; and what others inject between the layers counts as well."""
+    load = small.comfy.sd.load_bypass_lora_for_models
+    bypassed = {strength: load(model, None, small.lora(), strength, 0)[0] for strength in (1.0, 0.5)}
+    for strength, m in bypassed.items():
+        assert of(m) == of(small.add_lora(model, small.lora(), strength))
+    asked, watched = set(), bypassed[1.0].clone()
+    watched.set_model_sampler_post_cfg_function(lambda args: asked.add(of(watched)) or args["denoised"])
+    painted = small.sample(watched, steps=2)
+    assert asked == {of(watched)} and torch.equal(painted, small.sample(bypassed[1.0], steps=2))
+    moved = model.clone()
+    moved.set_injections("motion", [PatcherInjection(inject=lambda _: None, eject=lambda _: None)])
+    assert of(moved) != of(model)
 
 
 def test_a_fingerprint_does_not_change_while_loras_are_written_into_the_weights(model):
