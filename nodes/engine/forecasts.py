@@ -264,11 +264,9 @@ class Forecaster(InRun):
         live = [i for i, cond in enumerate(conds) if cond and any(self._active(c) for c in cond)]
         for i in live:
             self._next_keyframes(model, conds[i], timestep, model_options)
-        keys = {i: self._key(model, conds[i], x, model_options) for i in live}
-        around = (
-            self.around.circumstances,
-            of_call(model_options.get("transformer_options", {}), self.around.gates, self._sigma),
-        )
+        called = of_call(model_options.get("transformer_options", {}), self.around.gates, self._sigma)
+        keys = {i: self._key(model, conds[i], x, called) for i in live}
+        around = self.around.circumstances, called
         shown = {i: self.around.content.shown(keys[i], x) for i in live}
         now = {i: (*self._circumstances(conds[i]), around, shown[i]) for i in live}
         first = next((i for i in live if conds[i][0]["uuid"] in self._positive), None)
@@ -412,16 +410,14 @@ class Forecaster(InRun):
 
     # circumstances ----------------------------------------------------------------------------------
 
-    def _key(self, model, cond, x: Tensor, model_options: dict) -> tuple:
+    def _key(self, model, cond, x: Tensor, called: tuple) -> tuple:
         """What must be the same for two results to be of one list: the list (context windows and others make it anew,
         its conds keep their uuids), the model, the size, what is patched, the frames, and, as all that may be asked for
         more than once in an evaluation, how often it was.
         """
-        patched, replaced, window, _ = of_call(
-            model_options.get("transformer_options", {}), self.around.gates, self._sigma
-        )
+        patched, replaced, window, _ = called
         uuids = tuple(c["uuid"] for c in cond)
-        base = (_Id(model), uuids, tuple(x.shape), x.dtype, replaced, patched, window)
+        base = (model, uuids, tuple(x.shape), x.dtype, replaced, patched, window)
         self._ordinals[base] += 1
         return (*base, self._ordinals[base])
 
@@ -635,18 +631,3 @@ class _Denoiser:
     def __call__(self, x, sigma, **_):
         found = self.denoise(x.flatten().numpy(), float(sigma.flatten()[0]))
         return torch.from_numpy(found).to(x).reshape(x.shape)
-
-
-class _Id:
-    """A model as part of a key, by identity, kept alive as long as the key."""
-
-    __slots__ = ("thing",)
-
-    def __init__(self, thing):
-        self.thing = thing
-
-    def __hash__(self) -> int:
-        return id(self.thing)
-
-    def __eq__(self, other) -> bool:
-        return isinstance(other, _Id) and self.thing is other.thing
