@@ -111,7 +111,8 @@ def apply_pack(model, path, name: str, window: Window, strength: float = 1.0):
         return model
     stored = file[next(iter(description.unit_keys or file))].dtype
     precision = model.model.model_config.unet_config.get("attn_precision")
-    how = str(path), path.stat().st_mtime, pack_dtype(model, stored), precision
+    devices = model.load_device, model.offload_device  # not the host's: Select Model Device may have set others
+    how = str(path), path.stat().st_mtime, pack_dtype(model, stored), precision, devices
     patcher = models.load_pack(*how) if description.difference_of is None else models.load_differences(model, *how)
     if unchanged := tuple(a for a in description.units if a in patcher.model.unchanged):
         overrides.append(Override(unchanged, CHECKPOINT, window))

@@ -323,17 +323,18 @@ def load_small_clip(path: str):
 # Packs ----------------------------------------------------------------------------------------------
 
 
+Devices = tuple[torch.device, torch.device]  # where a MODEL plays and where it waits: its packs do so there
 KEPT = 4  # packs in memory that nobody may be using; of those of differences for each network
 
 
 @lru_cache(maxsize=KEPT)
-def load_pack(path: str, modified: float, dtype: torch.dtype, attn_precision):
-    """Patcher of a pack's units, with weights as `dtype`. One per file and dtype for the whole process.
+def load_pack(path: str, modified: float, dtype: torch.dtype, attn_precision, devices: Devices):
+    """Patcher of a pack's units, with weights as `dtype`. One per file, dtype and devices for the whole process.
 
     Every user clones it: a second patcher round the same module would lose the backup of patched
     weights, and a LoRA would stay in them for ever. modified: of the file, so that a new one is read.
     """
-    return new_pack_patcher(path, dtype, attn_precision)
+    return new_pack_patcher(path, dtype, attn_precision, devices)
 
 
 # By the network that differences were added to, and as in `load_pack`.
@@ -342,17 +343,17 @@ _on_networks: WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, comfy.model_
 )
 
 
-def load_differences(model, path: str, modified: float, dtype: torch.dtype, attn_precision):
+def load_differences(model, path: str, modified: float, dtype: torch.dtype, attn_precision, devices: Devices):
     """Patcher of the units that a pack of differences plays in the checkpoint of a MODEL: its unpatched weights and
-    what training changed, added once. One per file, dtype and network, of the last KEPT; see `load_pack`.
+    what training changed, added once. One per file, dtype, devices and network, of the last KEPT; see `load_pack`.
     """
     known = _on_networks.setdefault(model.model, OrderedDict())
-    key = path, modified, dtype, attn_precision
+    key = path, modified, dtype, attn_precision, devices
     if key not in known:
         weights = Unpatched(model)
         wanted = differences.needed(packs.describe_pack(TensorFile(path)))
         own = {name: weights[name].to("cpu", dtype, copy=True) for name in wanted if name in weights}
-        known[key] = new_pack_patcher(path, dtype, attn_precision, own)
+        known[key] = new_pack_patcher(path, dtype, attn_precision, devices, own)
         while len(known) > KEPT:
             known.popitem(last=False)
     known.move_to_end(key)
@@ -363,18 +364,16 @@ def new_pack_patcher(
     path: str,
     dtype: torch.dtype,
     attn_precision,
+    devices: Devices,
     own: Mapping[str, Tensor] | None = None,
     disable_dynamic: bool = False,
 ):
     """A patcher round freshly read units; the host's factory for deep copies. own: see `units.PackModel.load`."""
+    load_device, offload_device = devices
     model = units.PackModel.load(packs.open_pack(path), dtype, attn_precision, own)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = patcher_class(
-        model,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
-    patcher.cached_patcher_init = (new_pack_patcher, (path, dtype, attn_precision, own))
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    patcher.cached_patcher_init = (new_pack_patcher, (path, dtype, attn_precision, devices, own))
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, "asdm_pack", _keep_parent)
     return patcher
 

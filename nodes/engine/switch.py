@@ -51,7 +51,8 @@ class Switching(Technique):
     def bind(self, start: Start, say: Say) -> InRun:
         model = start.model
         present = [model, *others_of(model)]
-        _check_noise(present)  # the MODEL may have got another sampling since
+        _check_noise(present)  # the MODEL may have got another sampling since, or another device
+        _check_devices(present)
         if any(_clash(other, present[:i]) for i, other in enumerate(present)):
             raise ValueError(
                 "The MODEL got a LoRA or another patch after Switch UNet, and both of its models are one UNet. Put the "
@@ -147,6 +148,7 @@ def _check_fit(first, second) -> None:
             "between."
         )
     _check_noise([first, second])
+    _check_devices([first, second])
 
 
 def _check_noise(models: Sequence) -> None:
@@ -157,6 +159,16 @@ def _check_noise(models: Sequence) -> None:
             "matching, as ModelSamplingSD3 has it) and another lays it on top, so none can go on with a latent of the "
             "other kind. Choose models of one kind, or sample with one to the end, and then with the other as image to "
             "image."
+        )
+
+
+def _check_devices(models: Sequence) -> None:
+    devices = list(dict.fromkeys((model.load_device.type, model.load_device.index or 0) for model in models))
+    if len(devices) > 1:
+        one, another = (kind if kind == "cpu" else f"{kind}:{index}" for kind, index in devices[:2])
+        raise ValueError(
+            f"Switch UNet: the models that take turns are on different devices ({one}, {another}), and a run stays on "
+            "one: choose the same device for each by Select Model Device, before Switch UNet."
         )
 
 

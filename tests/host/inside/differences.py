@@ -235,6 +235,13 @@ def test_each_checkpoint_has_sums_of_its_own_made_once(folder, pack):
     assert modules[0] is modules[1] is not modules[2]
 
 
+def test_sums_stand_where_their_model_does(model, pack):
+    there = model.clone()
+    there.load_device = torch.device("cpu", 1)  # as Select Model Device sets it
+    (own,), (moved,) = (small.assigned.pack_patchers(small.with_pack(m, pack)) for m in (model, there))
+    assert moved.load_device == there.load_device != own.load_device and moved.model is not own.model
+
+
 def test_sums_that_nobody_plays_are_given_back(folder, pack):
     model, kept = small.model(folder, seed=8), []
     for number in range(small.models.KEPT + 2):

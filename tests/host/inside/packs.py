@@ -385,6 +385,18 @@ def test_pack_plays_on_a_clone_for_another_device(model, m2, dispatched):
     assert len(dispatched) == 2 * count > 0
 
 
+def test_a_pack_stands_where_its_model_does(model, m2):
+    """As behind Select Model Device, whatever device is the host's default; there it has modules of its own."""
+    here, there = model, model.clone()
+    there.load_device, there.offload_device = torch.device("cpu", 1), torch.device("cpu", 2)
+    (own,), (moved,) = (assigned.pack_patchers(small.with_pack(m, m2)) for m in (here, there))
+    assert (own.load_device, own.offload_device) == (here.load_device, here.offload_device)
+    assert (moved.load_device, moved.offload_device) == (there.load_device, there.offload_device)
+    assert moved.model is not own.model
+    copy = moved.clone(force_deepcopy=True)
+    assert copy.load_device == there.load_device and copy.model is not moved.model
+
+
 def on_two_devices(model):
     # The host cannot tell a second name of the CPU from a second device.
     second = model.deepclone_multigpu(new_load_device=torch.device("cpu", 0))

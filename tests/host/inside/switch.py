@@ -532,6 +532,19 @@ def test_models_that_blend_their_noise_do_not_take_turns_with_those_that_add_it(
         small.sample(behind, steps=STEPS)
 
 
+def test_models_on_different_devices_are_refused(first, second):
+    """They need a device's own weights and latents; the second name of one device is no other."""
+    there = second.clone()
+    there.load_device = torch.device("cpu", 0)
+    switched = at(first, there, 2)
+    there.load_device = torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"on different devices \(cpu, cuda:1\).*Select Model Device"):
+        at(first, there, 2)
+    switch.others_of(switched)[0].load_device = torch.device("cuda", 1)  # as a node behind Switch UNet may do
+    with pytest.raises(ValueError, match="on different devices"):
+        small.sample(switched, steps=STEPS)
+
+
 def test_another_family_is_refused(first, folder):
     with pytest.raises(ValueError, match="model_first is small-sd, model_second is small-sdxl"):
         at(first, small.model(folder, small.SDXL), 2)
