@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 import threading
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -23,6 +24,7 @@ REMEMBERED = 2  # evaluations by which the next one is judged
 MOST_FRAMES = 64  # pairs of frames that are compared to find an altered part
 # So far a patch is searched for noise levels (an object, its list of settings, the settings), and in so many parts.
 DEPTH, MOST_PARTS, MOST_PATCHES = 3, 2000, 1000
+SEARCHES = 2  # evaluations in which a patch is searched; after that its levels are where they were
 _OURS = __name__.rpartition(".")[0]
 
 
@@ -167,27 +169,89 @@ def _at_hand(latent: Tensor) -> Tensor:
 class Gates:
     """Noise levels at which patches of other packs begin or end by themselves, as far as they keep them under a name
     with "sigma" in it: what a range of percents becomes in almost all of them. One for a run.
+
+    They are read anew in each evaluation, because many know their levels from their first call on. What they keep there
+    may also be the noise level of now, which in a second run is at first that of the one before. So nothing counts
+    before the first evaluation has been made, and never what changes later, or is met as a level that was evaluated.
     """
 
     def __init__(self) -> None:
-        # With the patch, so that its id stays its own.
-        self._levels: dict[tuple[int, int], tuple[object, frozenset[float]]] = {}
+        self._sigmas: list[float] = []  # of the evaluations so far
+        # Patches made anew for each call are many. With the patch, so that its id stays its own.
+        self._known: dict[tuple[int, int], _Levels] = {}
+        self._lock = threading.Lock()  # several devices evaluate in threads
 
-    def passed(self, options: Mapping, sigma: float) -> frozenset[float]:
-        """The levels among a call's patches at or below which the call lies."""
-        return frozenset(level for patch in _patches(options) for level in self._of(patch) if sigma <= level)
+    def passed(self, options: Mapping, sigma: float) -> frozenset[tuple[float, int]]:
+        """The levels among a call's patches on another side of which the first evaluation of the run lies, and the side
+        of the call.
+        """
+        with self._lock:
+            if not self._sigmas or sigma != self._sigmas[-1]:
+                self._sigmas.append(sigma)
+            levels = {level for patch in _patches(options) for level in self._of(patch)}
+        return frozenset(
+            (level, side)
+            for level in levels
+            for first, side in [(_side(self._sigmas[0], level), _side(sigma, level))]
+            if first != side
+        )
 
-    def _of(self, patch) -> frozenset[float]:
+    def _of(self, patch) -> set[float]:
         # A method is another object each time one asks for it.
         key = id(getattr(patch, "__self__", patch)), id(getattr(patch, "__func__", patch))
-        if key not in self._levels:
-            if len(self._levels) >= MOST_PATCHES:  # made anew for each call
-                self._levels.clear()
-            self._levels[key] = patch, frozenset(_levels(patch, DEPTH, set()))
-        return self._levels[key][1]
+        if key not in self._known:
+            if len(self._known) >= MOST_PATCHES:
+                self._known.clear()
+            self._known[key] = _Levels(patch)
+        return self._known[key].now(self._sigmas)
 
     def close(self) -> None:
-        self._levels.clear()
+        self._known.clear()
+
+
+def _side(sigma: float, level: float) -> int:
+    """Patches differ in whether they act at the level itself."""
+    return (sigma > level) - (sigma < level)
+
+
+class _Levels:
+    """The levels in one patch. What is met first may be left over from another run, and is met again in the evaluation
+    after that.
+    """
+
+    def __init__(self, patch: object):
+        self._patch = patch
+        self._reads, self._evaluations = 0, 0
+        self._holders: dict[tuple, object] = {}
+        self._values: dict[tuple, float] = {}
+        self._silent: set[tuple] = set()
+
+    def now(self, sigmas: Sequence[float]) -> set[float]:
+        """sigmas: of the evaluations of the run, with that which begins."""
+        if self._evaluations != len(sigmas):
+            self._evaluations = len(sigmas)
+            self._read(sigmas)
+        return {value for at, value in self._values.items() if at not in self._silent}
+
+    def _read(self, sigmas: Sequence[float]) -> None:
+        self._reads += 1
+        if self._reads <= SEARCHES:
+            self._holders = dict(_holders(self._patch, (), DEPTH, set()))
+        before, self._values = (
+            self._values,
+            {
+                (*place, name): float(value)
+                for place, holder in self._holders.items()
+                for name, value in _named(holder)
+                if _is_level(name, value) and isinstance(value, int | float)
+            },
+        )
+        evaluated = sigmas if self._reads == 1 else sigmas[:-1]
+        for at, value in self._values.items():
+            if before.get(at) != value and any(math.isclose(value, sigma, rel_tol=1e-6) for sigma in evaluated):
+                self._silent.add(at)
+        if self._reads > SEARCHES:
+            self._silent |= {at for at, value in before.items() if self._values.get(at) != value}
 
 
 def _patches(options: Mapping) -> Iterator:
@@ -200,16 +264,23 @@ def _patches(options: Mapping) -> Iterator:
             yield from wrappers
 
 
-def _levels(thing, depth: int, seen: set[int]) -> Iterator[float]:
+def _holders(thing, place: tuple, depth: int, seen: set[int]) -> Iterator[tuple[tuple, object]]:
+    """What in a patch holds levels, or has a place for them, by the names that lead there."""
     if id(thing) in seen or len(seen) > MOST_PARTS or type(thing).__module__.startswith(_OURS):
         return
     seen.add(id(thing))
-    for name, value in _named(thing):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if "sigma" in name.lower():
-                yield float(value)
-        elif depth and not isinstance(value, str | bytes | type | ModuleType | Tensor | nn.Module):
-            yield from _levels(value, depth - 1, seen)
+    found = _named(thing)
+    if any(_is_level(name, value) for name, value in found):
+        yield place, thing
+    for i, (name, value) in enumerate(found):
+        leaf = isinstance(value, int | float | str | bytes | type | ModuleType | Tensor | nn.Module)
+        if depth and not leaf:
+            yield from _holders(value, (*place, name or i), depth - 1, seen)
+
+
+def _is_level(name: str, value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "sigma" in name.lower() and (is_number or value is None)
 
 
 def _named(thing) -> list[tuple[str, object]]:

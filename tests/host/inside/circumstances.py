@@ -131,6 +131,81 @@ def test_forecast_results_come_from_the_same_circumstances(model, changes, name,
     assert unchanged.log.last.letters == letters
 
 
+class Learns:
+    """A patch that learns at its first call of a run where it begins, and keeps the noise level of now."""
+
+    def __init__(self, level):
+        self.level, self.sigma_start, self.curr_sigma, self.last_sigma = level, None, None, None
+
+    def __call__(self, n, options):
+        self.last_sigma, self.curr_sigma = self.curr_sigma, float(options["sigmas"][0])
+        self.sigma_start = self.level
+        return n * (1 + 0.9 * (self.curr_sigma <= self.sigma_start))
+
+
+@pytest.mark.sweep(2)
+@pytest.mark.parametrize("before", ["nothing", "the same", "the upper part", "another window"])
+@pytest.mark.parametrize("kind", ["features", "results"])
+def test_what_a_run_leaves_on_a_patch_changes_no_other_run(model, kind, before):
+    def learning():
+        patch = Learns(model.get_model_object("model_sampling").percent_to_sigma(percent_of(model)))
+        clone = model.clone()
+        clone.set_model_attn2_output_patch(patch)
+        return patch, clone
+
+    patch, changed = learning()
+    letters = "FFrFFrrr"
+    kinds = {"F": forecast.FULL, "r": forecast.RESULT}
+    carried = forecasts.Forecasts(forecast.ForecastPlan(tuple(forecast.Action(kinds[letter]) for letter in letters)))
+    plan = inheritance.deepcache(SD, 1, Schedule(interval=2))
+    m = small.with_plan(changed, plan) if kind == "features" else small.with_technique(changed, carried)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def run(model, steps=STEPS):
+        return guided(
+            model,
+            (small.cond(seed=1), small.cond(seed=2)),
+            small.sigmas_of(model, STEPS)[: steps + 1],
+            0 * noise,
+            noise,
+        )[0]
+
+    if before == "another window":
+        patch.level, level = 2 * patch.level, patch.level
+        run(m)
+        patch.level = level
+    elif before != "nothing":
+        run(m, STEPS if before == "the same" else 3)
+    first = run(m)
+    assert torch.equal(run(m), first)
+    if kind == "features":  # the fifth computes anyway
+        assert small.last_run(m).roles() == ("computed", "inherited") * (STEPS // 2)
+        assert torch.equal(run(small.with_plan(learning()[1], plan)), first)
+    else:  # where there is a line again
+        assert carried.log.last.letters == letters[:5] + "F" + letters[6:]
+        assert torch.equal(run(small.with_technique(learning()[1], forecasts.Forecasts(carried.plan))), first)
+
+
+def test_a_patch_that_acts_at_its_last_level_ends_behind_it(model):
+    """As all do that compare with <= and >=; its level is that of a step."""
+    sigmas = small.sigmas_of(model, STEPS)
+
+    class Ends:
+        sigma_end: float
+
+        def __call__(self, n, options):
+            return n * (1 + 0.9 * (float(options["sigmas"][0]) >= self.sigma_end))
+
+    patch, changed = Ends(), model.clone()
+    patch.sigma_end = float(sigmas[CHANGE])
+    changed.set_model_attn2_output_patch(patch)
+    kinds = {"F": forecast.FULL, "r": forecast.RESULT}
+    plan = forecast.ForecastPlan(tuple(forecast.Action(kinds[letter]) for letter in "FFFFFrrr"))
+    carried = forecasts.Forecasts(plan)
+    small.sample(small.with_technique(changed, carried), steps=STEPS)
+    assert carried.log.last.letters == "FFFFFFFr"
+
+
 def test_where_every_step_has_other_prompts_it_is_said_that_nothing_was_forecast(model, caplog):
     """As nodes do that give the prompt anew for each noise level."""
     sigmas = small.sigmas_of(model, STEPS).tolist()

@@ -388,8 +388,14 @@ def cfg_guider(model):
 
 
 def test_guidance_that_is_off_in_part_of_the_run(model, apart):
+    # Where it begins or ends is the level of step 2: on which side of it that step lies is for the node to say.
     for start, end in ((0.0, 0.4), (0.4, 1.0)):
-        check(lambda m, s=start, e=end: nodes_custom_sampler.CFGOverride.execute(m, 1.0, s, e)[0], model, replays=None)
+        check(
+            lambda m, s=start, e=end: nodes_custom_sampler.CFGOverride.execute(m, 1.0, s, e)[0],
+            model,
+            replays=None,
+            full=(3,),
+        )
 
 
 @pytest.mark.sweep(1)
