@@ -24,6 +24,7 @@ from . import pack_loras, units
 from .carried import Carried, overrides
 from .network import architecture_of, clone_for, prediction_of
 from .on_model import models_key, with_technique
+from .patches import Patches
 from .technique import (
     CUT,
     PLAYED,
@@ -225,7 +226,8 @@ class Players(AtUNet):
         self._players: dict[str, nn.Module] = {}
         self._everybody: dict[str, Provider] = {}
         self._watched: tuple[list[dict], list[dict], Any] = [], [], ([], [])
-        self._told = False
+        self._patches: Patches | None = None  # of the players of now
+        self._told: set[str] = set()
 
     def begin_evaluation(self, moment: Moment) -> None:
         if self._run.active == self._active:
@@ -237,6 +239,7 @@ class Players(AtUNet):
         experts = assignment.joining("experts", self._active)
         experts = {a: provider for a, provider in experts.items() if a in providers or a not in cut}
         self._bare, self._carried, self._players, self._watched = {}, {}, {}, ([], [], ([], []))
+        self._patches = None
         if not providers and not experts:
             self.name = ""
             return
@@ -253,6 +256,14 @@ class Players(AtUNet):
         ]
         self._watched = watched, [of for of in watched if SETTINGS[0] in of], None
         self._carry_over()
+
+    def options(self, options: dict, x: Tensor) -> dict:
+        self._carry_over()
+        if self._patches is None:
+            return options
+        bound = self._patches.bound(options)
+        self._tell_patches(self._patches.lost)
+        return bound
 
     def begin_forward(self, forward: Forward) -> None:
         self._refresh(self._carried)
@@ -289,7 +300,9 @@ class Players(AtUNet):
         self._carried = found = {
             address: Carried(player, layers[address]) for address, player in self._bare.items() if address not in cut
         }
-        self._players = self._bare | {address: carried.player for address, carried in found.items()}
+        playing = {address: carried.player for address, carried in found.items()}
+        self._players = self._bare | playing
+        self._patches = Patches(playing, layers)
         names = ";".join(f"{a}:{carried.name}" for a, carried in found.items() if carried.name)
         self.name = fingerprint(self._everybody, self._serials + names)
         self._tell(
@@ -307,15 +320,29 @@ class Players(AtUNet):
             for type_of in (r.removeprefix(path).strip(".") or "the whole layer" for r in sorted(self._replaced))
             if any(r == path or r.startswith(f"{path}.") for r in self._replaced)
         ]
-        if not found or self._told:
+        self._tell_once(
+            "another node has changed layers of the checkpoint that {packs} plays in its own way, and there that node "
+            "has no effect",
+            found,
+        )
+
+    def _tell_patches(self, lost: Mapping[str, Sequence[str]]) -> None:
+        """Say once which of the checkpoint's layers patches of others go on computing with."""
+        self._tell_once(
+            "another node computes with layers of the checkpoint that {packs} plays in its own way, and there it goes "
+            "on with the checkpoint's weights",
+            [f"{address} ({place})" for address, places in lost.items() for place in places],
+        )
+
+    def _tell_once(self, what: str, found: Sequence[str]) -> None:
+        if not found or what in self._told:
             return
-        self._told = True
+        self._told.add(what)
         packs = ", ".join(sorted({name_of(pack_id) for pack_id in self._packs}))
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         self._say(
-            f"another node has changed layers of the checkpoint that {packs} plays in its own way, and there that node "
-            f"has no effect: {', '.join(found[:3])}{more}. Take a pack that leaves these layers to the checkpoint, or "
-            "bypass one of the two nodes."
+            f"{what.format(packs=packs)}: {', '.join(found[:3])}{more}. Take a pack that leaves these layers to the "
+            "checkpoint, or bypass one of the two nodes."
         )
 
     def _player(self, address: str, provider: Provider) -> nn.Module:
@@ -336,6 +363,7 @@ class Players(AtUNet):
 
     def close(self) -> None:
         self._bare, self._carried, self._players, self._watched = {}, {}, {}, ([], [], ([], []))
+        self._patches = None
 
 
 def _on_clone(old, new):

@@ -35,7 +35,7 @@ _HOOKS = [
 ]
 _FUNCTIONS = (FunctionType, MethodType, functools.partial)
 # What a function may know besides, to ask something of it: all hold the layers, and are no way to one.
-_WHOLE = (ModelPatcher, BaseModel, UNetModel, TimestepEmbedSequential)
+WHOLE = (ModelPatcher, BaseModel, UNetModel, TimestepEmbedSequential)
 _PLAIN = (int, float, str, bool, tuple, type(None))
 
 
@@ -110,7 +110,7 @@ class Carried:
             return
         twins = _twins(player, found)
         partners = {id(theirs[path]): twins.get(path, own[path]) for path in theirs if path in own}
-        rebound = Rebinding(partners, _WHOLE)
+        rebound = Rebinding(partners, WHOLE)
         for path, (methods, changed) in found.items():
             module, twin = theirs[path], twins[path]
             vars(twin).update(changed)

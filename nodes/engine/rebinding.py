@@ -2,6 +2,7 @@
 
 Packs hold a layer, or its own method, in a closure, in an object or in a partial; compiled modules hold what they
 compiled. Rebound, such a thing is the same with partners in the place of the layers; whatever else it holds it shares.
+What it puts in another's place later (an attribute, a closed over variable) it has to itself, or shares as well.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType, new_class
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,37 +28,52 @@ class Opaque(Exception):
 
 class Rebinding:
     """partners: by the id of each module what takes its place. ignored: classes that are taken to hold none. doubtful:
-    whether what lies deeper than is looked counts as a module.
+    whether what lies deeper than is looked counts as a module. shared: whether what is rebound and what it was share
+    their attributes and variables from then on, and all that is rebound is of one piece: as for things that act on the
+    modules and on their partners in turns.
     """
 
-    def __init__(self, partners: Mapping[int, nn.Module], ignored: tuple[type, ...] = (), doubtful: bool = True):
+    def __init__(
+        self,
+        partners: Mapping[int, nn.Module],
+        ignored: tuple[type, ...] = (),
+        doubtful: bool = True,
+        shared: bool = False,
+    ):
         self._partners, self._leaves, self._doubtful = partners, (*_LEAVES, *ignored), doubtful
+        self._shared = shared
+        self._made: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, value):
         """Raises Opaque."""
-        return self._rebound(value, {}, DEPTH)
+        made = self._made.copy()
+        rebound = self._rebound(value, made, DEPTH)
+        if self._shared:
+            self._made = made
+        return rebound
 
     def concerns(self, value: object) -> bool:
         """Whether something holds one of the modules."""
         return self._leads(value, set(), DEPTH)
 
-    def _rebound(self, value, made: dict[int, Any], depth: int):
-        """made: by the id of what they stand in for, so that what holds itself, as an object with one of its own
-        methods, is met again.
+    def _rebound(self, value, made: dict[int, tuple[Any, Any]], depth: int):
+        """made: what was rebound and what it became, by the id of the former, so that what holds itself, as an object
+        with one of its own methods, is met again.
         """
         if isinstance(value, nn.Module) and not _is_compiled(value):
             if id(value) not in self._partners and self._leads(value, set(), depth):
                 raise Opaque
             return self._partners.get(id(value), value)
         if id(value) in made:
-            return made[id(value)]
+            return made[id(value)][1]
         if not self._leads(value, set(), depth):
             return value
         if not depth:
             raise Opaque
         again = functools.partial(self._rebound, made=made, depth=depth - 1)
         if _is_compiled(value):
-            made[id(value)] = compiled = value.dynamo_ctx(again(value._orig_mod))
+            compiled = value.dynamo_ctx(again(value._orig_mod))
+            made[id(value)] = value, compiled
             return compiled
         if isinstance(value, MethodType):
             old, function = value.__self__, value.__func__
@@ -78,18 +94,33 @@ class Rebinding:
         others = [v for n, v in getattr(value, "__dict__", {}).items() if n not in direct]
         if not direct or any(self._holds(v, DEPTH, {id(value)}) for v in others):
             raise Opaque  # a table of modules, say: who looks into it asks for the old ones
-        new = made[id(value)] = copy.copy(value)  # of this one module; what it shares with others it goes on sharing
-        vars(new).update({n: again(v) for n, v in direct.items()})
+        # Of this one module; what it shares with others it goes on sharing.
+        new = _view(value) if self._shared else copy.copy(value)
+        made[id(value)] = value, new
+        for n, v in direct.items():
+            if not self._shared:
+                vars(new)[n] = again(v)
+            elif (partner := again(v)) is not v:
+                setattr(type(new), n, _shown(n, v, partner))
         return new
 
-    def _function(self, function: FunctionType, made: dict[int, Any], depth: int) -> FunctionType:
+    def _function(self, function: FunctionType, made: dict[int, tuple[Any, Any]], depth: int) -> FunctionType:
         again = functools.partial(self._rebound, made=made, depth=depth - 1)
-        cells = tuple(CellType() for _ in function.__closure__ or ())
-        new = made[id(function)] = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
-        for n, value in _closed_over(function).items():
+        closed = {
+            n: value
+            for n, value in _closed_over(function).items()
+            if not self._shared or self._leads(value, set(), depth - 1)
+        }
+        cells = tuple(
+            cell if self._shared and n not in closed else CellType()
+            for n, cell in enumerate(function.__closure__ or ())
+        )
+        new = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+        made[id(function)] = function, new
+        for n, value in closed.items():
             cells[n].cell_contents = again(value)
         new.__defaults__, new.__kwdefaults__ = again(function.__defaults__), again(function.__kwdefaults__)
-        vars(new).update(vars(function))
+        new.__dict__ = vars(function) if self._shared else dict(vars(function))
         return new
 
     def _leads(self, value: object, seen: set[int], depth: int) -> bool:
@@ -134,6 +165,39 @@ class Rebinding:
         elif isinstance(value, list | tuple | set):
             inside += value
         return any(self._holds(v, depth - 1, seen) for v in inside)
+
+
+def _view(value: object) -> Any:
+    """An object of the same attributes as another one, whatever is put on either; its class is its own, to show some of
+    them otherwise. Raises Opaque for one that cannot have such a double.
+    """
+    kind = type(value)
+    if any(getattr(base, "__slots__", ()) for base in kind.__mro__):
+        raise Opaque
+    try:
+        double: Any = object.__new__(new_class(kind.__name__, (kind,)))
+        object.__setattr__(double, "__dict__", vars(value))
+    except TypeError as error:
+        raise Opaque from error
+    return double
+
+
+def _shown(name: str, value: object, partner: object) -> property:
+    """An attribute that is a partner as long as it is this value."""
+
+    def get(self):
+        if name not in vars(self):
+            raise AttributeError(name)
+        now = vars(self)[name]
+        return partner if now is value else now
+
+    def put(self, new):
+        vars(self)[name] = value if new is partner else new
+
+    def delete(self):
+        del vars(self)[name]
+
+    return property(get, put, delete)
 
 
 def _is_compiled(value: object) -> bool:

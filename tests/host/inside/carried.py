@@ -8,11 +8,13 @@ import in_host
 import pytest
 import small
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_attention_multiply, nodes_model_merging
 
 SD = small.SD
 carried, units = in_host.module("nodes.engine.carried"), in_host.module("nodes.engine.units")
+switch = in_host.module("nodes.engine.switch")
 BLOCKS = [f"diffusion_model.output_blocks.{n}.1.transformer_blocks.0" for n in (3, 6, 9)]
 CONVS = [f"diffusion_model.{side}_blocks.{n}.0.in_layers.2" for side, n in (("input", 1), ("input", 4), ("output", 9))]
 
@@ -330,6 +332,154 @@ NODES = {
         m, 1.5, 0.8, 1.2, 0.7
     )[0],
 }
+
+
+# Functions in the options of a run that compute with layers of the network.
+
+
+def attends(attn, q, options, factor=1.0):
+    """Attention to words of its own, with the keys and values of a layer (as Attention Couple)."""
+    words = torch.randn(1, 5, attn.to_k.in_features, generator=torch.Generator().manual_seed(9)).expand(len(q), -1, -1)
+    return factor * optimized_attention(q, attn.to_k(words), attn.to_v(words), options["n_heads"])
+
+
+def in_place_of_attention(make):
+    """A node that replaces cross-attentions; make: attn2 -> patch."""
+
+    def node(model):
+        clone = model.clone()
+        for path, n in zip(BLOCKS, (3, 6, 9), strict=True):
+            clone.set_model_attn2_replace(make(model.get_model_object(f"{path}.attn2")), "output", n)
+        return clone
+
+    return node
+
+
+def couples(attn):
+    return lambda q, k, v, options: attends(attn, q, options)
+
+
+class Couples:
+    def __init__(self, attn):
+        self.attn, self.calls = attn, 0
+
+    def __call__(self, q, k, v, options):
+        self.calls += 1
+        return attends(self.attn, q, options, 1 + self.calls / 4)
+
+
+def told_by_a_wrapper(model):
+    """Its patches count their calls, and are set back before each call of the network."""
+
+    def wrapper(apply_model, given):
+        for patch in patches:
+            patch.calls = float(given["timestep"][0]) / 10
+        return apply_model(given["input"], given["timestep"], **given["c"])
+
+    def make(attn):
+        patches.append(Couples(attn))
+        return patches[-1]
+
+    patches = []
+    clone = in_place_of_attention(make)(model)
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
+def of_one_number(model):
+    """Two patches with one variable."""
+
+    def before(q, k, v, options):
+        nonlocal calls
+        calls += 1
+        return attn.to_q.bias if q is None else q, k, v
+
+    def instead(q, k, v, options):
+        return attends(attn, q, options, 1 + calls / 20)
+
+    calls = 0
+    attn = model.get_model_object(f"{BLOCKS[0]}.attn2")
+    clone = model.clone()
+    clone.set_model_attn2_patch(before)
+    clone.set_model_attn2_replace(instead, "output", 3)
+    return clone
+
+
+def mean(linear, x):
+    return 1 + 20 * linear.weight.mean().abs().to(x)
+
+
+def round_the_network(model):
+    def wrapper(executor, x, *args, **more):
+        return executor(x * mean(linear, x), *args, **more)
+
+    linear = model.get_model_object(f"{BLOCKS[0]}.attn2.to_k")
+    clone = model.clone()
+    clone.add_wrapper(WrappersMP.DIFFUSION_MODEL, wrapper)
+    return clone
+
+
+def an_attention_of_its_own(model):
+    def attention(function, q, *args, **more):
+        return function(q * mean(linear, q), *args, **more)
+
+    linear = model.get_model_object(f"{BLOCKS[0]}.attn2.to_k")
+    clone = model.clone()
+    clone.model_options["transformer_options"]["optimized_attention_override"] = attention
+    return clone
+
+
+PATCHES = {
+    "closure": in_place_of_attention(couples),
+    "object": in_place_of_attention(Couples),
+    "method": in_place_of_attention(lambda attn: Couples(attn).__call__),
+    "partial": in_place_of_attention(lambda attn: functools.partial(lambda to, q, k, v, o: attends(to, q, o), attn)),
+    **{node.__name__: node for node in (told_by_a_wrapper, of_one_number, round_the_network, an_attention_of_its_own)},
+}
+
+
+@pytest.mark.sweep(2)
+@pytest.mark.parametrize("name", PATCHES)
+def test_functions_in_the_options_compute_with_the_layers_of_the_pack(model, base, one_file, caplog, name):
+    node, packed = PATCHES[name], small.with_pack(model, base)
+    wanted, bare = small.sample(node(one_file)), small.sample(packed)
+    assert small.difference(wanted, bare) > 1e-3
+    for m in (node(packed), small.with_pack(node(model), base)):
+        assert small.difference(small.sample(m), wanted) < 1e-5
+    assert torch.equal(small.sample(packed), bare)
+    assert "another node" not in caplog.text
+
+
+@pytest.mark.sweep(2)
+@pytest.mark.parametrize("name", ["closure", "told_by_a_wrapper", "round_the_network"])
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_they_compute_with_the_checkpoint_where_the_pack_does_not_play(model, base, one_file, name, start):
+    node = PATCHES[name]
+    point = switch.SwitchPoint(0.5, "percent")
+    first, second = (model, one_file) if start else (one_file, model)
+    wanted = small.sample(switch.with_switch(node(first), node(second), point), steps=4)
+    packed = small.with_pack(node(model), base, start=start, end=start + 0.5)
+    assert small.difference(small.sample(packed, steps=4), wanted) < 1e-5
+
+
+def test_what_they_count_they_count_in_all_steps(model, base):
+    """Whoever plays: as without a pack."""
+    patch = Couples(model.get_model_object(f"{BLOCKS[0]}.attn2"))
+    clone = small.with_pack(model, base, start=0.5).clone()
+    clone.set_model_attn2_replace(patch, "output", 3)
+    small.sample(clone, steps=4)
+    assert patch.calls == 4 and isinstance(patch.attn, torch.nn.Module)
+
+
+def test_functions_that_cannot_be_given_the_layers_of_the_pack_are_told_once(model, base, caplog):
+    def make(attn):
+        table = {"attn": attn}
+        holder = types.SimpleNamespace(table=table)
+        return lambda q, k, v, options: attends(holder.table["attn"], q, options)
+
+    small.sample(in_place_of_attention(make)(small.with_pack(model, base)), steps=3)
+    assert caplog.text.count("another node computes with layers of the checkpoint") == 1
+    assert "up.1.0.transformer (patches_replace.attn2)" in caplog.text
 
 
 @pytest.mark.sweep(1)
