@@ -55,7 +55,8 @@ class _Sheet:
                 self.draw.line((2 * at, 2 * (y + h), 2 * at + 8, 2 * (y + h)), fill=outline, width=2)
 
     def cell(self, x, y, w, h, fill):
-        self.draw.rectangle((2 * x, 2 * y, 2 * (x + w) - 3, 2 * (y + h) - 3), fill=fill)
+        # At least a line: Pillow refuses a rectangle that ends before it begins.
+        self.draw.rectangle((2 * x, 2 * y, max(2 * x, 2 * (x + w) - 3), max(2 * y, 2 * (y + h) - 3)), fill=fill)
 
     def line(self, points, fill=FAINT, width=2):
         self.draw.line([2 * p for p in points], fill=fill, width=width)
