@@ -17,7 +17,7 @@ from .engine.layer_times import MeasuredRun, Timed, LayerTimes
 from .engine.network import architecture_of
 from .engine.picture import draw_speed, preview, to_image
 from .engine.switch import others_of
-from .engine.technique import technique_of, techniques_of
+from .engine.technique import LEFT_OUT, technique_of, techniques_of
 
 
 def times_of(model) -> dict[int, LayerTimes]:
@@ -59,7 +59,7 @@ def describe(model) -> dict:
     seconds: dict[int, float] = defaultdict(float)  # by step
     players: dict[int, set[int]] = defaultdict(set)
     groups: dict[str, Counter[str]] = {}
-    shorter: dict[str, set[int]] = {INHERITED: set(), FORECAST: set()}
+    shorter: dict[str, set[int]] = {INHERITED: set(), FORECAST: set(), LEFT_OUT: set()}
     saved = []
     for number, times in found.items():
         for step, t, roles in times.evaluations:
@@ -84,6 +84,7 @@ def describe(model) -> dict:
         "step_seconds": [[step, round(seconds[step], 5)] for step in steps],
         "inherited_steps": sorted(shorter[INHERITED]),
         "forecast_steps": sorted(shorter[FORECAST]),
+        "left_out_steps": sorted(shorter[LEFT_OUT]),
         "played": [min(players[step]) + 1 for step in steps],
         "groups": {block: {kind: round(t, 5) for kind, t in kinds.items()} for block, kinds in groups.items()},
         "outside_layers": round(max(0.0, total - in_layers), 5) if groups else None,

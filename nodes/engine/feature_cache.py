@@ -98,6 +98,11 @@ class FeatureCache(AtUNet):
         # For the report: (step, mode) -> forwards, and the modes of each evaluation.
         self.counts: Counter = Counter()
         self.evaluations: list[Counter] = []
+        # For each evaluation, whether the network was seen to play (True), another node answered in its place (False),
+        # or neither can be told: compiled layers are not seen, nor any where nothing is asked of them.
+        self.played: list[bool | None] = []
+        self._passes = 0  # seen in this evaluation
+        self._sees = False  # whether a pass was seen in this run
         self.peak = 0
         self.acts: bool | None = None  # whether replaying leaves out anything; None until a forward records or replays
         self._elsewhere = False
@@ -129,6 +134,7 @@ class FeatureCache(AtUNet):
         self.step, self.position, self._begun = step, moment.place, True
         self._ordinals.clear()
         self.evaluations.append(Counter())
+        self._passes = 0
         self.peak = max(self.peak, self.size())
 
     def begin_forward(self, forward: Forward) -> None:
@@ -160,12 +166,22 @@ class FeatureCache(AtUNet):
         if self.mode != PROBE:
             self._count()
 
+    def end_evaluation(self) -> None:
+        """All forwards of the evaluation are over. Those in which another cache left out the network count for none."""
+        modes = self.evaluations[-1]
+        # A probing plan is seen where it probes, in compiled networks as well, so that not seeing it says nothing.
+        if self._sees and not self._probe and not self._passes and not modes[COMPUTE]:
+            self.counts.subtract({(self.step, mode): forwards for mode, forwards in modes.items()})
+            modes.clear()
+        self.played.append(False if not +modes else True if self._passes else None)
+
     def _count(self, forwards: int = 1) -> None:
         self.counts[self.step, self.mode] += forwards
         self.evaluations[-1][self.mode] += forwards
 
     def begin_pass(self, number: int) -> None:
         """Two passes would write over each other's features, and nobody says which of them the picture is."""
+        self._passes, self._sees = self._passes + 1, True
         if number > 1 and self.mode != COMPUTE and not self.several:
             self.several = True
             raise Misfit("a second pass")

@@ -16,7 +16,7 @@ from ...asdm_core.inheritance import COMPUTED, DIALS, INHERITED, PARTLY, Plan, c
 from ...asdm_core.steps import Moment
 from .feature_cache import REPLAY, FeatureCache
 from .network import architecture_of
-from .technique import REMEMBERING, InRun, Log, Measured, Say, Start, Technique, UNetInRun, spared
+from .technique import LEFT_OUT, REMEMBERING, InRun, Log, Measured, Say, Start, Technique, UNetInRun, spared
 from .timing import Recorder
 
 FEW_STEPS = 8  # with fewer, each step changes too much for the next one to inherit
@@ -28,6 +28,7 @@ class InheritanceReport:
 
     counts: forwards by (step, mode). replayed: for each evaluation, whether all its forwards played from memory.
     seconds: (step, time) of each evaluation, with what the sampler does until the next. peak: bytes remembered at most.
+    played: see `FeatureCache`; () where all was.
     """
 
     steps: int
@@ -35,22 +36,27 @@ class InheritanceReport:
     replayed: list[bool]
     seconds: list[tuple[int, float]]
     peak: int
+    played: Sequence[bool | None] = ()
 
     def roles(self) -> tuple[str, ...]:
-        """For each step, whether its forwards COMPUTED, INHERITED, or did so PARTLY."""
+        """For each step, whether its forwards COMPUTED, INHERITED, or did so PARTLY; LEFT_OUT where it had none."""
         modes = [{mode for (step, mode), n in self.counts.items() if step == s and n} for s in range(self.steps)]
-        return tuple(COMPUTED if REPLAY not in m else INHERITED if m == {REPLAY} else PARTLY for m in modes)
+        return tuple(
+            LEFT_OUT if not m else COMPUTED if REPLAY not in m else INHERITED if m == {REPLAY} else PARTLY
+            for m in modes
+        )
 
     def saving(self) -> float | None:
         """Measured share of time that was saved. None where nothing was inherited, or nothing else was measured. The
-        first evaluation, in which the host still moves weights, is left out.
+        first evaluation, in which the host still moves weights, is left out, and so is what others left out; where they
+        did, only evaluations that were seen to play are full ones.
         """
-        full, short = (
-            [t for (_, t), replayed in list(zip(self.seconds, self.replayed, strict=False))[1:] if replayed == which]
-            for which in (False, True)
-        )
+        played = self.played or [True] * len(self.seconds)
+        timed = list(zip(self.seconds, self.replayed, played, strict=False))[1:]
+        short = [t for (_, t), replayed, _ in timed if replayed]
+        full = [t for (_, t), replayed, ran in timed if not replayed and (ran or ran is None and False not in played)]
         less = spared(full, short)
-        return None if less is None else less / (sum(full) + sum(short) + less)
+        return None if less is None else less / (sum(t for (_, t), *_ in timed) + less)
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,10 @@ class _InRun(InRun):
 
     def predict(self, call: Callable, x: Tensor, timestep: Tensor, options: dict, seed):
         with self._recorder.evaluation(self._step):
-            return call(x, timestep, options, seed)
+            out = call(x, timestep, options, seed)
+        for cache in self._caches:
+            cache.end_evaluation()
+        return out
 
     def evaluation_role(self) -> str:
         return INHERITED if self._caches[0].replays() else ""
@@ -197,5 +206,5 @@ class _InRun(InRun):
             return
         cache = self._caches[0]  # several where the work is split over devices; they do the same
         self._inheritance.log.last = InheritanceReport(
-            cache.steps, cache.counts, cache.replayed(), self._recorder.until_next(), cache.peak
+            cache.steps, cache.counts, cache.replayed(), self._recorder.until_next(), cache.peak, cache.played
         )

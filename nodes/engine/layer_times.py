@@ -14,7 +14,8 @@ from ...asdm_core.addresses import unit
 from ...asdm_core.architecture import Architecture
 from ...asdm_core.measure import costs
 from ...asdm_core.steps import Moment
-from .technique import MEASURING, PLAYED, AtUNet, InRun, Log, Measured, Say, Start, Technique, UNetInRun
+from .forecasts import FORECAST
+from .technique import LEFT_OUT, MEASURING, PLAYED, AtUNet, InRun, Log, Measured, Say, Start, Technique, UNetInRun
 from .timing import Recorder
 
 
@@ -49,19 +50,26 @@ class _InRun(InRun):
         self._log, self._recorder, self._shape = log, recorder, shape
         self._step = 0
         self._roles: list[frozenset[str]] = []
+        self._seen, self._sees = False, False  # whether layers were seen in this evaluation, and in the first
 
     def at(self, unet: UNetInRun, model) -> AtUNet:
-        return _Layers(self._recorder)
+        return _Layers(self._recorder, self.saw)
 
     def begin_evaluation(self, moment: Moment) -> None:
-        self._step = moment.step
+        self._step, self._seen = moment.step, False
+
+    def saw(self) -> None:
+        """A layer is about to play; not called in compiled networks."""
+        self._seen = True
 
     def predict(self, call: Callable, x: Tensor, timestep: Tensor, options: dict, seed):
         with self._recorder.evaluation(self._step):
             return call(x, timestep, options, seed)
 
     def end_evaluation(self, roles: frozenset[str]) -> None:
-        self._roles.append(roles)
+        self._sees |= self._seen and not self._roles  # nothing can have been in the network's place yet
+        left_out = self._sees and not self._seen and FORECAST not in roles
+        self._roles.append(roles | {LEFT_OUT} if left_out else roles)
 
     def close(self) -> None:
         times = zip(self._recorder.evaluations(), self._roles, strict=False)
@@ -72,10 +80,13 @@ class _InRun(InRun):
 class _Layers(AtUNet):
     name = "timed"  # layers are seen by the dispatcher alone
 
-    def __init__(self, recorder: Recorder):
-        self._recorder = recorder
+    def __init__(self, recorder: Recorder, saw: Callable[[], None]):
+        self._recorder, self._saw = recorder, saw
         # One at a time, and none that was broken off; of each UNet, which may run in threads beside one another.
         self._begun: tuple[str, Any] = "", None
+
+    def begin_pass(self, number: int) -> None:
+        self._saw()
 
     def begin_layer(self, address: str, role: str) -> None:
         if not torch.compiler.is_compiling():  # a compiled graph has no layers

@@ -15,6 +15,7 @@ from ...asdm_core.architecture import Architecture
 from ...asdm_core.inheritance import COMPUTED, IDLE, INHERITED, PARTLY, InheritedStep, Plan
 from ...asdm_core.pictures import duration
 from ...asdm_core.text import printable
+from .technique import LEFT_OUT
 
 BACKGROUND, INK, FAINT = "#ffffff", "#1c2330", "#667085"
 COLOURS = {"checkpoint": "#a9bfdc", "pack": "#f4a261", "cut": "#f1f3f6"}
@@ -164,12 +165,19 @@ def _draw_block(sheet: _Sheet, x: int, y: int, name: str, channels: int, units: 
             sheet.text(left + BOX[0] / 2, top + 29, f"{view.share:.1%}", 12, INK, "mm")
 
 
-PLAN_COLOURS = {COMPUTED: COLOURS["checkpoint"], PARTLY: "#d9c7a3", INHERITED: "#f4a261", IDLE: "#eef1f5"}
+PLAN_COLOURS = {
+    COMPUTED: COLOURS["checkpoint"],
+    PARTLY: "#d9c7a3",
+    INHERITED: "#f4a261",
+    IDLE: "#eef1f5",
+    LEFT_OUT: "#9a86c8",
+}
 MEANINGS = {
     COMPUTED: "computes",
     PARTLY: "computes in part",
     INHERITED: "keeps earlier features",
     IDLE: "not needed",
+    LEFT_OUT: "not played by this model",
 }
 CELL, LABELS = 13, 150  # of the drawing by layers: height of a row; width of the column of addresses
 PLAN_WIDTH = 540
@@ -200,6 +208,7 @@ def draw_plan(architecture: Architecture, plan: Plan, facts: Mapping, text: str,
     tall, letters, labels = (CELL, 10, LABELS) if by_layer else (24, 14, 84)
     steps, computed = facts["steps"], set(facts["computed"])
     run = facts.get("last_run")
+    meanings = {role: said for role, said in MEANINGS.items() if role != LEFT_OUT or run and role in run["roles"]}
     columns = max(steps, run["steps"] if run else 0)
     cell = max(6, min(26, (PLAN_WIDTH - MARGIN - labels - 12) // columns))
     width = max(MARGIN + labels + columns * cell + 12, PLAN_WIDTH)
@@ -211,7 +220,8 @@ def draw_plan(architecture: Architecture, plan: Plan, facts: Mapping, text: str,
     ]
     top = 22 + 22 * len(lines) + 24
     below = top + len(roles) * tall + 14
-    sheet = _Sheet(width, below + (110 if run else 0) + 58)
+    key = 22 * -(-len(meanings) // 2)
+    sheet = _Sheet(width, below + (110 if run else 0) + key + 14)
     for i, (line, size, colour) in enumerate(lines):
         sheet.text(12, 12 + 22 * i, line, size, colour)
     left = MARGIN + labels
@@ -225,8 +235,8 @@ def draw_plan(architecture: Architecture, plan: Plan, facts: Mapping, text: str,
             sheet.cell(left + step * cell, y, cell, tall, colour)
     if run:
         _draw_run(sheet, run, left, below, cell)
-    y = sheet.image.height // 2 - 48
-    for i, (role, meaning) in enumerate(MEANINGS.items()):
+    y = sheet.image.height // 2 - key - 4
+    for i, (role, meaning) in enumerate(meanings.items()):
         x, under = 12 + i % 2 * 260, y + i // 2 * 22
         sheet.cell(x, under, 20, 14, PLAN_COLOURS[role])
         sheet.text(x + 28, under + 7, meaning, 14, INK, "lm")
@@ -319,10 +329,11 @@ KIND_COLOURS = {"resnet": COLOURS["checkpoint"], "transformer": "#7fb691", "samp
 KIND_NAMES = {"resnet": "resnets", "transformer": "attention", "sampler": "samplers", "outside": "outside the layers"}
 BARS = (230, 26)  # width of the longest bar and height of a line
 FORETOLD = "foretold"
-STEPS = {  # what a step was: colour, meaning, width of the words in the key
-    COMPUTED: (PLAN_COLOURS[COMPUTED], MEANINGS[COMPUTED], 110),
-    INHERITED: (PLAN_COLOURS[INHERITED], MEANINGS[INHERITED], 190),
-    FORETOLD: ("#9a86c8", "foretold by Speed Up", 190),
+STEPS = {  # what a step was: colour, meaning
+    COMPUTED: (PLAN_COLOURS[COMPUTED], MEANINGS[COMPUTED]),
+    INHERITED: (PLAN_COLOURS[INHERITED], MEANINGS[INHERITED]),
+    FORETOLD: (PLAN_COLOURS[LEFT_OUT], "foretold by Speed Up"),
+    LEFT_OUT: ("#ccd2db", "left out by another node"),
 }
 SMALLEST = 13  # letters, so that they are read on a node at 100% without a click
 
@@ -334,7 +345,8 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
     facts: see `nodes.speed_readout.describe`.
     """
     steps = facts["step_seconds"]
-    roles = dict.fromkeys(facts["inherited_steps"], INHERITED) | dict.fromkeys(facts["forecast_steps"], FORETOLD)
+    kinds_of = {INHERITED: "inherited_steps", FORETOLD: "forecast_steps", LEFT_OUT: "left_out_steps"}
+    roles = {step: role for role, name in kinds_of.items() for step in facts[name]}
     lines = [(block, kinds) for block, kinds in facts["groups"].items()]
     if lines:
         lines.append(("the rest", {"outside": facts["outside_layers"]}))
@@ -349,7 +361,7 @@ def draw_speed(facts: Mapping, title: str, subtitle: str) -> Image.Image:
         for entry in facts["saved"]
     ]
     top_steps = 16 + 24 * len(heads) + 20 * len(said)
-    top_blocks = top_steps + 110 + (52 if roles else 30)
+    top_blocks = top_steps + 110 + 30 + 22 * -(-len(_in_key(roles)) // 2)
     top_saved = top_blocks + len(lines) * BARS[1] + (64 if lines else 0)
     sheet = _Sheet(PLAN_WIDTH, top_saved + sum(24 + 20 * len(words) for _, words in saved) + 16)
     for i, line in enumerate(heads):
@@ -411,12 +423,15 @@ def _draw_steps(
         if i and played[i] != played[i - 1]:
             sheet.line((left + i * cell - 1, base - tall - 14, left + i * cell - 1, base), INK)
             sheet.text(left + i * cell + 5, base - tall - 18, f"model {played[i]}", SMALLEST, INK, "la")
-    x = left
-    for role, (colour, meaning, wide) in STEPS.items():
-        if role in roles.values() or roles and role == COMPUTED:
-            sheet.cell(x, base + 28, 16, 14, colour)
-            sheet.text(x + 24, base + 35, meaning, 14, FAINT, "lm")
-            x += wide
+    for i, role in enumerate(_in_key(roles)):
+        x, y = left + i % 2 * 190, base + 28 + i // 2 * 22
+        sheet.cell(x, y, 16, 14, STEPS[role][0])
+        sheet.text(x + 24, y + 7, STEPS[role][1], 14, FAINT, "lm")
+
+
+def _in_key(roles: Mapping[int, str]) -> list[str]:
+    """Which of STEPS the key explains."""
+    return [role for role in STEPS if role in roles.values() or roles and role == COMPUTED]
 
 
 def to_image(picture: Image.Image) -> torch.Tensor:

@@ -40,6 +40,7 @@ class Say(Protocol):
 PLAYERS, COMPUTING, REMEMBERING, MEASURING = 10, 50, 80, 90
 
 PLAYED, CUT = "played", "cut"  # roles of layers that no technique changes, in measurements
+LEFT_OUT = "left out"  # role of an evaluation or a step in which others kept the network from playing
 
 
 class Misfit(Exception):

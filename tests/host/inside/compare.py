@@ -12,6 +12,7 @@ import nodes
 import pytest
 import small
 import torch
+from comfy_extras import nodes_easycache
 from in_host import execute, module, node_classes
 from PIL import Image
 
@@ -588,6 +589,26 @@ def test_the_readout_of_a_run_with_speed_up_names_the_steps_that_it_left_out(mod
     assert [entry["technique"] for entry in facts["saved"]] == ["Speed Up"]
     picture, _ = execute("ASDMSpeedReadout", model=timed)
     assert picture.shape[2] == 540
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_steps_that_another_node_left_out_are_no_measure_of_a_full_one(model, first):
+    def beside(m):
+        return nodes_easycache.EasyCacheNode.execute(m, 0.5, 0.1, 1.0, False)[0]
+
+    plan = inheritance.deepcache(SD, 1, inheritance.Schedule(interval=3))
+    _, timed = measured(
+        small.with_plan(beside(model), plan) if first else beside(small.with_plan(model, plan)), steps=12
+    )
+    facts, run = speed.describe(timed), small.last_times(timed)
+    left, inherited = facts["left_out_steps"], facts["inherited_steps"]
+    assert left and inherited and not set(left) & set(inherited)
+    evaluations = [
+        (i, 0.001 if i in left else 0.4 if i in inherited else 1.0, roles) for i, _, roles in run.evaluations
+    ]
+    found = speed.savings(timed, small.layer_times.LayerTimes(run.shape, evaluations, {}))
+    assert found == [("feature inheritance", pytest.approx(len(inherited) * 0.6), "measured")]
+    assert execute("ASDMSpeedReadout", model=timed)[0].shape[2] == 540
 
 
 def test_cut_layers_save_what_their_kind_would_have_taken(model, m2):

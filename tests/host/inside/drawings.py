@@ -47,5 +47,12 @@ def test_bars_may_be_next_to_nothing(model):
     facts["last_run"] = {"steps": 3, "roles": ("computed",) * 3, "seconds": [[0, 1.0], [1, 1.0], [2, 1e-5]]}
     assert picture.draw_plan(network.architecture_of(m), plan, facts, "text").width == picture.PLAN_WIDTH
     steps = [[step, 1.0] for step in range(1000)]
-    run = {"step_seconds": steps, "inherited_steps": [], "forecast_steps": [1], "played": [1] * 1000, "groups": {}}
+    run = {
+        "step_seconds": steps,
+        "inherited_steps": [],
+        "forecast_steps": [1],
+        "left_out_steps": [2],
+        "played": [1] * 1000,
+        "groups": {},
+    }
     assert picture.draw_speed(run | {"seconds": 1.0, "saved": []}, "title", "line").width == picture.PLAN_WIDTH

@@ -361,6 +361,14 @@ def test_the_measured_saving_compares_with_full_steps():
     )
     assert report.saving() == pytest.approx(1 - 4 / 6)
     assert small.inheritance.InheritanceReport(1, Counter({(0, "compute"): 1}), [False], [(0, 1.0)], 0).saving() is None
+    # Others left out three steps and took hardly any time for them; of one it cannot be told.
+    seconds = [(0, 9.0), (1, 1.0), (2, 2.0), *((step, 0.001) for step in range(3, 7))]
+    replayed = [False, True, False, False, False, False, False]
+    counts = Counter({(0, "record"): 1, (1, "replay"): 1, (2, "record"): 1, (3, "compute"): 1})
+    played = [True, True, True, None, False, False, False]
+    report = small.inheritance.InheritanceReport(7, counts, replayed, seconds, 0, played)
+    assert report.saving() == pytest.approx(1 - 3.004 / 4.004)
+    assert report.roles() == ("computed", "inherited", "computed", "computed", "left out", "left out", "left out")
 
 
 def test_the_host_leaves_room_for_the_cache(model, monkeypatch):

@@ -31,6 +31,8 @@ SD = small.SD
 SDXL = small.SDXL
 units = module("nodes.engine.units")
 inheritance = module("asdm_core.inheritance")
+forecasts, inheritance_plan = module("nodes.engine.forecasts"), module("nodes.inheritance_plan")
+Action, ForecastPlan = forecasts.Action, forecasts.ForecastPlan
 Schedule, Plan, Rule, Architecture = inheritance.Schedule, inheritance.Plan, inheritance.Rule, small.Architecture
 EVERY_OTHER = Schedule(interval=2)
 ONCE = Schedule("explicit", steps=(0,))
@@ -206,6 +208,35 @@ def test_other_caches_on_top(model, node, interval):
         hook.remove()
     assert 3 < len(forwards) < 10  # the other cache does skip
     check(apply, model, run, inheritance.deepcache(SD, 1, Schedule(interval=interval)), replays=None)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["EasyCache", "Speed Up"])
+def test_steps_that_others_leave_out_are_told_from_full_ones(model, name, first):
+    """In the picture of the run, and in the time that it is said to have saved."""
+    plan = inheritance.deepcache(SD, 1, Schedule("explicit", steps=(0, 2, 4, 7, 10)))
+
+    def beside(m):
+        if name == "EasyCache":
+            return nodes_easycache.EasyCacheNode.execute(m, 0.5, 0.1, 1.0, False)[0]
+        letters = [Action("result" if step in (3, 6, 7, 9) else "full") for step in range(12)]
+        return small.with_technique(m, forecasts.Forecasts(ForecastPlan(tuple(letters))))
+
+    played = []
+    hook = model.model.diffusion_model.input_blocks[0][0].register_forward_pre_hook(lambda *args: played.append(1))
+    try:
+        m = small.with_plan(beside(model), plan) if first else beside(small.with_plan(model, plan))
+        small.sample(m, steps=12)
+    finally:
+        hook.remove()
+    roles = small.last_run(m).roles()
+    assert 3 < len(played) < 12 and "inherited" in roles
+    # Of steps in which nothing is asked of the layers it is not seen whether they play.
+    assert 0 < roles.count("left out") <= 12 - len(played) and (
+        name == "EasyCache" or roles[3] == roles[6] == "left out"
+    )
+    text = inheritance_plan.ASDMInheritancePlan.execute(m, 12, 128, 128, 1).ui["text"][0]
+    assert f"{roles.count('left out')} were left out by others" in text and ", -" not in text
 
 
 # Control ---------------------------------------------------------------------------------------------
