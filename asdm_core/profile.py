@@ -25,6 +25,10 @@ LARGEST = 4 * 2**20  # bytes of a file
 FEWEST = 4  # pictures to learn from; with fewer, plans fit these pictures more than the model
 _MOST = 1000  # steps, offers
 _ALIKE = 1e-3  # of noise levels, relative
+# Of CFG, relative. What is forecast of a prompt's difference is multiplied by it, in each result and again in the later
+# ones that are made from it, so that errors grow faster than CFG does. A tenth moves them by less than one position of
+# the dial does.
+_GUIDANCE = 0.1
 
 
 class BadProfile(ValueError):
@@ -70,6 +74,13 @@ class Circumstances:
             and all(abs(a - b) <= _ALIKE * max(a, b) + 1e-4 for a, b in zip(self.sigmas, other.sigmas, strict=True))
         )
 
+    def same_guidance(self, run: Circumstances) -> bool:
+        """Whether the errors of a plan for one are about those that it has in the other. At CFG 1 nobody asks for the
+        negative prompt, so that nothing is learned of it.
+        """
+        near = abs(self.cfg - run.cfg) <= _GUIDANCE * min(abs(self.cfg), abs(run.cfg)) + 1e-9
+        return near and math.isclose(self.cfg, 1) == math.isclose(run.cfg, 1)
+
     def differences(self, run: Circumstances) -> list[str]:
         """What it was made for that a run is not, in words; the gravest first."""
         found = []
@@ -83,10 +94,10 @@ class Circumstances:
             )
         if self.model != run.model:
             found.append("for another model, or for other LoRAs and patches on it")
+        if abs(self.cfg - run.cfg) > 0.01 or not self.same_guidance(run):
+            found.append(f"for CFG {self.cfg:g}, and this run has {run.cfg:g}")
         if self.size_class != run.size_class:
             found.append(f"for latents of {self.size[1]} x {self.size[0]}, and these are {run.size[1]} x {run.size[0]}")
-        if abs(self.cfg - run.cfg) > 0.01:
-            found.append(f"for CFG {self.cfg:g}, and this run has {run.cfg:g}")
         return found
 
     def distance(self, run: Circumstances) -> tuple[float, ...]:
@@ -235,6 +246,9 @@ def write_profile(profile: Profile, name: str, folders: Sequence[str | os.PathLi
 
 
 def nearest(profiles: Mapping[str, Profile], run: Circumstances) -> str | None:
-    """The name of the profile that fits a run best; None where none is for its model, sampler and noise levels."""
-    fits = [name for name, p in profiles.items() if p.made_for.same_steps(run) and p.made_for.model == run.model]
-    return min(fits, key=lambda name: (profiles[name].made_for.distance(run), name), default=None)
+    """The name of the profile that fits a run best; None where none is for its model, sampler, noise levels and about
+    its CFG.
+    """
+    made = {name: p.made_for for name, p in profiles.items()}
+    fits = [n for n, m in made.items() if m.same_steps(run) and m.model == run.model and m.same_guidance(run)]
+    return min(fits, key=lambda name: (made[name].distance(run), name), default=None)

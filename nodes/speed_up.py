@@ -234,8 +234,9 @@ class SpeedUp(Technique):
         if self.profile == AUTOMATIC:
             chosen = nearest(profiles, run)
             if chosen is None and alike:
+                closest = min(alike, key=lambda name: profiles[name].made_for.distance(run))
                 say(
-                    f"Speed Up: the profile {alike[0]} was made {profiles[alike[0]].made_for.differences(run)[0]}, so "
+                    f"Speed Up: the profile {closest} was made {profiles[closest].made_for.differences(run)[0]}, so "
                     "it is not used; choose it on the node to use it all the same.",
                     report=True,
                 )
@@ -326,7 +327,8 @@ class ASDMSpeedUp(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="automatic: one from models/asdm_profiles that was made by Calibrate for this model, "
-                    "sampler, noise levels and size, if there is one. none: the plans that ship. Or one of your own.",
+                    "sampler, noise levels and about this CFG, if there is one; of several, one for about this size. "
+                    "none: the plans that ship. Or one of your own.",
                 ),
                 io.Boolean.Input(
                     "large_pictures",

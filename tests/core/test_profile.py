@@ -52,12 +52,29 @@ def test_sizes_of_one_class_are_no_difference():
     assert not MADE.differences(replace(MADE, size=(64, 80), sigmas=tuple(s * (1 + 1e-6) for s in MADE.sigmas)))
 
 
-def test_the_nearest_is_of_the_model_and_steps_then_of_the_size_then_of_the_cfg():
+@pytest.mark.parametrize(
+    "made, run, same",
+    [(7, 7.5, True), (7.5, 7, True), (5, 5.5, True), (7, 8, False), (3, 7, False), (7, 1, False)]
+    + [(1, 1, True), (1, 1.005, False), (0, 0, True), (0, 0.1, False), (-2, 2, False)],
+)
+def test_a_profile_is_for_about_its_cfg(made, run, same):
+    made_for, asked = replace(MADE, cfg=float(made)), replace(MADE, cfg=float(run))
+    assert made_for.same_guidance(asked) == same
+    assert (profiles.nearest({"it": replace(MINE, made_for=made_for)}, asked) == "it") == same
+    assert same or made_for.differences(asked)
+
+
+def test_what_keeps_a_profile_from_being_taken_is_named_first():
+    found = MADE.differences(replace(MADE, cfg=3.0, size=(128, 128)))
+    assert [text.split(",")[0] for text in found] == ["for CFG 7", "for latents of 64 x 64"]
+
+
+def test_the_nearest_is_of_the_model_and_steps_and_cfg_then_of_the_size():
     found = {
         "other model": replace(MINE, made_for=replace(MADE, model="b2")),
         "other sampler": replace(MINE, made_for=replace(MADE, sampler="heun")),
         "other size": replace(MINE, made_for=replace(MADE, size=(128, 128))),
-        "other cfg": replace(MINE, made_for=replace(MADE, cfg=6.0)),
+        "other cfg": replace(MINE, made_for=replace(MADE, cfg=6.5)),
     }
     assert profiles.nearest(found, MADE) == "other cfg"
     assert profiles.nearest(found | {"same": MINE}, MADE) == "same"

@@ -201,7 +201,7 @@ def test_fewer_steps_are_measured(model, kept):
 @pytest.mark.parametrize(
     "more, taken, said",
     [
-        ({"cfg": 5.0}, True, "made for CFG 3"),
+        ({"cfg": 3.2}, True, "made for CFG 3"),
         ({"size": (48, 48)}, True, "made for latents of 16 x 16"),
         ({"scheduler": "karras"}, False, ""),
         ({"sampler": "heun"}, False, ""),
@@ -217,6 +217,17 @@ def test_a_profile_that_was_made_for_something_else(model, kept, caplog, more, t
     if not taken:  # asked for by name, it is said why not
         report, _ = run(model, profile="mine.json", **more)
         assert any("is not used: it was made for" in note for note in report.notes)
+
+
+def test_a_profile_of_another_cfg_is_used_when_chosen(model, kept, caplog):
+    calibrated(model)
+    report, _ = run(model, cfg=7.0)
+    wanted, _ = run(model, cfg=7.0, profile="none")
+    assert report == wanted and not report.notes
+    assert "mine.json was made for CFG 3, and this run has 7, so it is not used; choose it on the node" in caplog.text
+    report, _ = run(model, cfg=7.0, profile="mine.json")
+    plan = profiles.read_profile(kept / "mine.json").plan(speed_up.LIKENESS["same motif"]).plan
+    assert report.letters == plan.letters() and any("made for CFG 3" in note for note in report.notes)
 
 
 def test_a_profile_of_another_model_is_used_when_chosen(model, folder, kept, caplog):
