@@ -51,9 +51,9 @@ class Circumstances:
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.sigmas) <= _MOST + 1 or not all(math.isfinite(s) and s >= 0 for s in self.sigmas):
-            raise ValueError(f"profile: noise levels must be 2 to {_MOST + 1} finite numbers of at least 0")
+            raise ValueError(f"profiles are for 1 to {_MOST} steps, with finite noise levels of at least 0")
         if not math.isfinite(self.cfg) or len(self.size) != 2 or not all(0 < n < 2**20 for n in self.size):
-            raise ValueError(f"profile: wanted a CFG and a height and width, got {self.cfg} and {self.size}")
+            raise ValueError(f"profiles are for a CFG and a height and width, got {self.cfg} and {self.size}")
 
     @property
     def steps(self) -> int:

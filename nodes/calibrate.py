@@ -72,6 +72,7 @@ def calibrate(model, run: Batches, batches: int, compare: bool) -> tuple[Profile
     compare: also try fewer steps. Raises ValueError for samplers that cannot be foretold.
     """
     sigmas, sampler = run.sigmas(model), comfy.samplers.sampler_object(run.sampler_name)
+    made_for = circumstances(model, sampler, sigmas, run.cfg, run.samples.shape)
     response = response_of(sampler, sigmas, model)
     if len(response) < 2:
         raise ValueError("Calibrate: in a run of one step there is nothing to leave out. Give the steps of your runs.")
@@ -104,7 +105,6 @@ def calibrate(model, run: Batches, batches: int, compare: bool) -> tuple[Profile
         ]
         found.append(Offer(1 - steps / run.steps, float(np.mean(off)) ** 0.5 / size, steps))
     found += plans(recording, run.steps)
-    made_for = circumstances(model, sampler, sigmas, run.cfg, run.samples.shape)
     offers = tuple(sorted(found, key=lambda offer: offer.saving))
     return Profile(made_for, offers, count, run.scheduler), torch.cat(pictures)
 

@@ -186,7 +186,10 @@ class SpeedUp(Technique):
             most = max(most, inherits.device_bytes(model, shape, conds) if inherits else 0)
         return most
 
-    def bind(self, start: Start, say: Say) -> InRun:
+    def bind(self, start: Start, say: Say) -> InRun | None:
+        if len(start.sigmas) < 2:  # a run of no steps, as one half of SplitSigmas may be
+            self.log.last = None
+            return None
         likeness, notes, sigmas = self.likeness, [], start.sigmas
         guidance = guidance_of(start.guider)
         if guidance is None:
@@ -229,7 +232,12 @@ class SpeedUp(Technique):
             notes.append(f"the profile {self.profile} is not used: it is not there any more, or cannot be read")
         if chosen is None and not profiles:
             return None
-        run = circumstances(start.model, start.sampler, start.sigmas, guidance, start.shape)
+        try:
+            run = circumstances(start.model, start.sampler, start.sigmas, guidance, start.shape)
+        except ValueError as e:  # no profile can be for such a run
+            if chosen is not None:
+                notes.append(f"the profile {chosen} is not used: {e}")
+            return None
         alike = [name for name, p in profiles.items() if p.made_for.same_steps(run)]
         if self.profile == AUTOMATIC:
             chosen = nearest(profiles, run)

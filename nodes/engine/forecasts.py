@@ -78,7 +78,10 @@ class Forecasts(Technique):
         features = inherits.device_bytes(model, shape, conds) if inherits else 0
         return bytes_of(self.plan.remembered, shape, len(conds)) + features
 
-    def bind(self, start: Start, say: Say) -> InRun:
+    def bind(self, start: Start, say: Say) -> InRun | None:
+        if len(start.sigmas) < 2:  # a run of no steps
+            self.log.last = None
+            return None
         return forecaster(self.plan, self.log, start, say)
 
     def label(self) -> str:

@@ -88,6 +88,14 @@ def run(model, likeness="same motif", profile="automatic", **more):
 # What a MODEL is ----------------------------------------------------------------------------------------
 
 
+def sampled_by_hand(model, sigmas, noise):
+    """The latents of euler at these noise levels."""
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(small.cond(SD, 1), small.cond(SD, 2))
+    guider.set_cfg(3.0)
+    return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, seed=1)
+
+
 def of(model):
     return prints.fingerprint(model, lambda technique: False)
 
@@ -219,6 +227,33 @@ def test_a_profile_that_was_made_for_something_else(model, kept, caplog, more, t
         assert any("is not used: it was made for" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("letters", [None, "Fr"])
+def test_in_a_run_of_no_steps_there_is_nothing_to_do_or_to_say(model, kept, caplog, letters):
+    """As one half of SplitSigmas may be."""
+    calibrated(model)
+    sigmas, noise = small.sigmas_of(model, 4)[:1], torch.zeros(1, 4, 16, 16)
+    if letters is None:
+        m = execute("ASDMSpeedUp", model=model, likeness="close")[0]
+    else:
+        m = small.with_technique(model, forecasts.Forecasts(forecast.every(2, 2)))
+    caplog.clear()
+    wanted, made = (sampled_by_hand(each, sigmas, noise) for each in (model, m))
+    assert torch.equal(made, wanted) and "asdm" not in caplog.text
+
+
+@pytest.mark.parametrize("profile", ["automatic", "mine.json"])
+def test_a_run_that_no_profile_can_be_for_goes_by_the_plans_that_ship(model, kept, caplog, monkeypatch, profile):
+    calibrated(model)
+    monkeypatch.setattr(profiles, "_MOST", 11)
+    report, _ = run(model, profile=profile, steps=12)
+    assert report.letters == run(model, profile="none", steps=12)[0].letters
+    assert report.notes == (
+        ("the profile mine.json is not used: profiles are for 1 to 11 steps, with finite noise levels of at least 0",)
+        if profile == "mine.json"
+        else ()
+    )
+
+
 def test_a_profile_of_another_cfg_is_used_when_chosen(model, kept, caplog):
     calibrated(model)
     report, _ = run(model, cfg=7.0)
@@ -288,6 +323,7 @@ def test_a_bad_name_is_refused_before_anything_is_made(model, kept, name, monkey
         ({"sampler_name": "euler_cfg_pp"}, "euler_cfg_pp wants more of a model"),
         ({"sampler_name": "dpm_fast"}, "dpm_fast evaluates the network at noise levels of its own"),
         ({"steps": 1}, "in a run of one step there is nothing to leave out"),
+        ({"steps": 1001}, "profiles are for 1 to 1000 steps"),
     ],
     ids=lambda given: "-".join(map(str, given.values())) if isinstance(given, dict) else "",
 )
