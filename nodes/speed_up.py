@@ -374,6 +374,12 @@ class ASDMSpeedUp(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, profile=AUTOMATIC, **_):
+        # Which of them a run takes is known when it begins.
+        read = files.profiles() if profile == AUTOMATIC else [] if profile == NO_PROFILE else [profile]
+        return [[name, *files.changed(files.profile_path, name)] for name in read]
+
+    @classmethod
     def execute(cls, model, likeness, profile=AUTOMATIC, large_pictures=True, guidance_start=0.0, guidance_end=1.0):
         if guidance_end < guidance_start:
             raise ValueError(

@@ -168,9 +168,13 @@ def profile_folders() -> list[str]:
     return list(folder_paths.get_folder_paths(PROFILE_FOLDER))
 
 
+def profile_path(name: str) -> Path:
+    return _in_folder(PROFILE_FOLDER, name)
+
+
 def read_profile(name: str) -> profile.Profile:
     """Raises BadProfile and ValueError, each one sentence."""
-    path = _in_folder(PROFILE_FOLDER, name)
+    path = profile_path(name)
     return _profile(str(path), *_stamp(path))
 
 

@@ -160,6 +160,29 @@ def test_a_profile_is_written_and_speed_up_takes_it_by_itself(model, kept, caplo
     assert torch.equal(small.sample(carried, steps=STEPS), made)
 
 
+def test_the_host_notices_profiles_that_come_change_and_go(model, kept):
+    told = speed_up.ASDMSpeedUp.fingerprint_inputs
+
+    def now():
+        listed()
+        return told(profile="automatic"), told(profile="mine.json"), told(profile="none"), told()
+
+    found = [now()]
+    kept.mkdir()
+    for text in ("{}", "{ }"):
+        (kept / "mine.json").write_text(text)
+        found.append(now())
+        assert now() == found[-1]
+    (kept / "other.json").write_text("{}")
+    found.append(now())
+    automatic, chosen, none, left_out = zip(*found, strict=True)
+    assert automatic == left_out and all(a != b for a, b in zip(automatic, automatic[1:], strict=False))
+    assert chosen[0] != chosen[1] != chosen[2] == chosen[3] and none == ([],) * 4
+    assert told(profile=None) == [[None]]  # comes by a link, and is not known yet
+    (kept / "mine.json").unlink()
+    assert now()[1] == chosen[0]
+
+
 def test_a_profile_may_hold_steps_of_features(model, kept):
     calibrated(model)
     path = kept / "mine.json"
