@@ -38,7 +38,7 @@ from ...asdm_core.forecast_fit import Recording, Response, Statistics, gram_of, 
 from ...asdm_core.steps import Moment
 from . import feature_cache
 from .circumstances import adds_noise, draws_noise, of_call
-from .inheritance import Inheritance
+from .inheritance import FORECASTS, Inheritance
 from .network import architecture_of, blends
 from .technique import InRun, Log, Measured, Say, Start, Technique, technique_of
 
@@ -71,7 +71,7 @@ class Forecasts(Technique):
     plan: ForecastPlan
     log: Log[ForecastReport] = field(default_factory=Log, compare=False)
 
-    key: ClassVar[str] = "forecasts"
+    key: ClassVar[str] = FORECASTS
 
     def device_bytes(self, model, shape: Sequence[int], conds: Mapping[str, list]) -> int:
         inherits = features_of(self.plan, model)

@@ -16,9 +16,22 @@ from ...asdm_core.inheritance import COMPUTED, DIALS, INHERITED, PARTLY, Plan, c
 from ...asdm_core.steps import Moment
 from .feature_cache import REPLAY, FeatureCache
 from .network import architecture_of
-from .technique import LEFT_OUT, REMEMBERING, InRun, Log, Measured, Say, Start, Technique, UNetInRun, spared
+from .technique import (
+    LEFT_OUT,
+    REMEMBERING,
+    InRun,
+    Log,
+    Measured,
+    Say,
+    Start,
+    Technique,
+    UNetInRun,
+    spared,
+    techniques_of,
+)
 from .timing import Recorder
 
+FORECASTS = "forecasts"  # the key of techniques that leave out whole steps
 FEW_STEPS = 8  # with fewer, each step changes too much for the next one to inherit
 
 
@@ -103,7 +116,8 @@ class Inheritance(Technique):
                 f"feature inheritance in a run of {steps} steps: with fewer than {FEW_STEPS}, "
                 "neighbouring steps differ so much that the picture suffers."
             )
-        return _InRun(self, start.sigmas.tolist(), Recorder(start.model.load_device), say)
+        forecast = any(technique.key == FORECASTS for technique in techniques_of(start.model))
+        return _InRun(self, start.sigmas.tolist(), Recorder(start.model.load_device), say, forecast)
 
     def label(self) -> str:
         return f"{_title(self.plan)} inheritance"
@@ -128,7 +142,8 @@ def _title(plan: Plan) -> str:
 
 
 class _InRun(InRun):
-    def __init__(self, inheritance: Inheritance, sigmas: list[float], recorder: Recorder, say: Say):
+    def __init__(self, inheritance: Inheritance, sigmas: list[float], recorder: Recorder, say: Say, forecast: bool):
+        self._forecast = forecast  # whether whole steps are forecast beside it
         self._inheritance, self._sigmas, self._recorder, self._say = inheritance, sigmas, recorder, say
         self._caches: list[FeatureCache] = []
         self._step = 0
@@ -179,6 +194,18 @@ class _InRun(InRun):
                 "computed in full."
             )
             return
+        got = {step for (step, mode), n in cache.counts.items() if n and mode == REPLAY}
+        if False in cache.played and len(planned & got) < len(planned) / 2:
+            who, use = (
+                ("Speed Up", "Use one of the two; Speed Up saves more.")
+                if self._forecast
+                else ("Another node (a cache, such as EasyCache)", "Use one of the two.")
+            )
+            self._say(
+                f"feature inheritance: {len(planned & got)} of the {len(planned)} steps that the plan lets inherit "
+                f"did. {who} leaves out such steps, or those whose features would be kept for them. {use}"
+            )
+            return
         if not wanted and cache.steps >= FEW_STEPS and (planned or plan.name in DIALS):  # of fewer it was warned
             self._say(
                 f"feature inheritance had nothing to do in this run: of its {cache.steps} steps the plan lets "
@@ -192,7 +219,6 @@ class _InRun(InRun):
                 "them (they are cut, attend to the text, or another node has changed them). Choose another plan."
             )
             return
-        got = {step for (step, mode), n in cache.counts.items() if n and mode == REPLAY}
         if len(wanted & got) < len(wanted) / 2:
             self._say(
                 f"feature inheritance: {len(wanted & got)} of the {len(wanted)} steps that the plan lets inherit did. "

@@ -211,6 +211,33 @@ def test_other_caches_on_top(model, node, interval):
 
 
 @pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["LazyCache", "Speed Up"])
+def test_where_others_leave_out_its_steps_they_are_named(model, caplog, name, first):
+    """And not layers that change, nor more steps, of which it would inherit as few."""
+    plan = inheritance.deepcache(SD, 1, Schedule("explicit", steps=(0, 3, 6, 9)))
+
+    def beside(m):
+        if name == "LazyCache":
+            m = m.clone()
+            m.add_wrapper_with_key("predict_noise", "theirs", leaving_out)
+            return m
+        letters = [Action("result" if step % 3 != 1 and step else "full") for step in range(12)]
+        return small.with_technique(m, forecasts.Forecasts(ForecastPlan(tuple(letters))))
+
+    def leaving_out(executor, x, *args, **more):
+        seen.append(1)
+        return executor(x, *args, **more) if len(seen) % 3 == 2 or len(seen) == 1 else x
+
+    seen = []
+    m = small.with_plan(beside(model), plan) if first else beside(small.with_plan(model, plan))
+    small.sample(m, steps=12)
+    if name == "LazyCache" and first:  # it leaves out evaluations before asdm knows of them
+        return
+    assert caplog.text.count("feature inheritance") == 1
+    assert ("Speed Up leaves out such steps" if name == "Speed Up" else "a cache, such as EasyCache") in caplog.text
+
+
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", ["EasyCache", "Speed Up"])
 def test_steps_that_others_leave_out_are_told_from_full_ones(model, name, first):
     """In the picture of the run, and in the time that it is said to have saved."""
