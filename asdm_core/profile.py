@@ -16,12 +16,13 @@ from pathlib import Path
 
 from .forecast import ForecastPlan
 from .forecast_fit import Offer
-from .text import NAME, printable, read_json
+from .text import printable, read_json
 
 FORMAT = 1
 TECHNIQUE = "profile"
 SUFFIX = ".json"
 LARGEST = 4 * 2**20  # bytes of a file
+LONGEST = 120  # bytes of a name: file systems take 255, with an ending and a mark while it is written
 FEWEST = 4  # pictures to learn from; with fewer, plans fit these pictures more than the model
 _MOST = 1000  # steps, offers
 _ALIKE = 1e-3  # of noise levels, relative
@@ -124,6 +125,8 @@ class Profile:
     def __post_init__(self) -> None:
         if not 1 <= len(self.offers) <= _MOST:
             raise ValueError(f"profile: wanted 1 to {_MOST} offers, got {len(self.offers)}")
+        if self.pictures < 1:
+            raise ValueError(f"profile: it is learned from 1 picture or more, got {self.pictures}")
         steps = self.made_for.steps
         for offer in self.offers:
             if not (math.isfinite(offer.error) and offer.error >= 0 and 0 <= offer.saving <= 1):
@@ -219,8 +222,16 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
 def file_name(name: str) -> str:
     """The name of a profile's file in its folder. Raises ValueError for a name that would lie elsewhere."""
     name = name.strip().removesuffix(SUFFIX)
-    if not name or len(name) > NAME or name != printable(name) or name.strip(". ") != name:
-        raise ValueError(f"a profile needs a name of 1 to {NAME} letters that does not begin or end in a dot.")
+    if (
+        not name
+        or len(name.encode("utf-8", "surrogatepass")) > LONGEST
+        or name != printable(name)
+        or name.strip(". ") != name
+    ):
+        raise ValueError(
+            f"a profile needs a name of 1 to {LONGEST} letters (Chinese and Japanese ones count three) that does not "
+            "begin or end in a dot."
+        )
     if any(c in name for c in '/\\:*?"<>|'):
         raise ValueError(f'the name of a profile is no path: {printable(name)!r} has one of / \\ : * ? " < > | in it.')
     return name + SUFFIX

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from comfy_api.latest import io
 
 from ..asdm_core import inheritance
 from ..asdm_core.inheritance import DIALS, MODES, PARTS, REUSE, Plan, Rule, Schedule
+from ..asdm_core.text import printable
 from .common import CATEGORY
 from .engine.inheritance import Inheritance
 from .engine.network import architecture_of
@@ -17,9 +20,19 @@ WHAT = ("deepcache", "shallow-only", "encoder", "attention", "attn1", "attn2", "
 def numbers(text: str, name: str) -> list[float]:
     """Numbers of a comma-separated list. Raises ValueError."""
     try:
-        return [float(part) for part in text.replace(";", ",").split(",") if part.strip()]
+        found = [float(part) for part in text.replace(";", ",").split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"{name}: wanted numbers separated by commas, got {text!r}.") from None
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"{name}: wanted numbers separated by commas, got {printable(repr(text))}.")
+    return found
+
+
+def whole(number: float, name: str) -> int:
+    """A number that counts steps. Raises ValueError."""
+    if number != int(number):
+        raise ValueError(f"{name}: steps are counted in whole numbers, got {number:g}.")
+    return int(number)
 
 
 def custom_plan(
@@ -48,8 +61,10 @@ def custom_plan(
         interval,
         power,
         centre,
-        windows=tuple((a, b, int(n)) for a, b, n in zip(bounds[::3], bounds[1::3], bounds[2::3], strict=True)),
-        steps=tuple(int(n) for n in numbers(steps, "steps")) if when == "explicit" else (),
+        windows=tuple(
+            (a, b, whole(n, "windows")) for a, b, n in zip(bounds[::3], bounds[1::3], bounds[2::3], strict=True)
+        ),
+        steps=tuple(whole(n, "steps") for n in numbers(steps, "steps")) if when == "explicit" else (),
         threshold=threshold,
         max_run=max_run,
         first=first_steps,

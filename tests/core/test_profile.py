@@ -101,6 +101,13 @@ def test_a_name_cannot_leave_its_folder(name, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_a_name_is_as_long_as_file_systems_take_it(tmp_path):
+    name = "日" * (profiles.LONGEST // 3)
+    assert profiles.write_profile(MINE, name, [tmp_path]).stem == name
+    with pytest.raises(ValueError, match="a name of 1 to 120 letters"):
+        profiles.file_name(name + "日")
+
+
 def damaged(**changes):
     return json.dumps(json.loads(MINE.to_json()) | changes)
 
@@ -113,6 +120,7 @@ BAD = {
     "a plan": json.dumps(every(10, 2).to_dict()),
     "a list": "[1]",
     "another format": damaged(format=9),
+    "learned from nothing": damaged(pictures=-5),
     "no offers": damaged(offers=[]),
     "offers of another kind": damaged(offers=5),
     "an error that is no number": damaged(offers=[OFFER | {"error": float("nan")}]),

@@ -397,6 +397,24 @@ def test_a_plan_for_other_units_is_refused_at_once(model):
         small.with_plan(model, Plan((Rule("down.9"),)))
 
 
+@pytest.mark.parametrize(
+    "when, text, said",
+    [
+        ("explicit", "inf", "steps: wanted numbers separated by commas, got 'inf'"),
+        ("explicit", "0, nan", "steps: wanted numbers"),
+        ("explicit", "0, two", "steps: wanted numbers"),
+        ("explicit", "0, 2.7", "steps: steps are counted in whole numbers, got 2.7"),
+        ("windows", "0, 1, inf", "windows: wanted numbers"),
+        ("windows", "0, 1, 2.9", "windows: steps are counted in whole numbers, got 2.9"),
+    ],
+)
+def test_numbers_of_a_custom_plan_that_are_none_end_in_one_sentence(when, text, said):
+    node = module("nodes.feature_inheritance")
+    settings = {i.id: i.default for i in node.custom_inputs() if i.id not in ("what", "when", "steps", "windows")}
+    with pytest.raises(ValueError, match=said):
+        node.custom_plan(SD, what="deepcache", when=when, steps=text, windows=text, **settings)
+
+
 def test_a_plan_is_called_by_its_dial_or_by_what_it_does(model):
     def called(plan):
         return small.technique.technique_of(small.with_plan(model, plan), small.inheritance.Inheritance).label()
