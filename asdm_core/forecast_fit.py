@@ -113,13 +113,13 @@ def response(sample: Callable[[Callable[[Any, Any], np.ndarray], int], Any]) -> 
     def denoise(x: Any, sigma: Any) -> np.ndarray:
         k = len(seen)
         if k >= n or abs(float(sigma) - sigmas[k]) > 1e-4 * max(abs(sigmas[k]), 1e-8):
-            raise ValueError("this sampler chooses its noise levels by what it sees, so its response is not one table")
+            raise ValueError("this sampler chooses its noise levels by what it sees, so no plan can be made beforehand")
         seen.append(np.array(x, dtype=float))
         return np.array(moves[:, k])
 
     result = np.array(sample(denoise, n + 2), dtype=float)
     if len(seen) != n:
-        raise ValueError("this sampler chooses its noise levels by what it sees, so its response is not one table")
+        raise ValueError("this sampler chooses its noise levels by what it sees, so no plan can be made beforehand")
     table = np.stack([*seen, result], axis=1)  # (n + 2, n + 1)
     matrix = table[:n] - table[n]
     off = np.abs(moves[-1] @ matrix - (table[-1] - table[n])).max()

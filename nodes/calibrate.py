@@ -73,7 +73,13 @@ def calibrate(model, run: Batches, batches: int, compare: bool) -> tuple[Profile
     """
     sigmas, sampler = run.sigmas(model), comfy.samplers.sampler_object(run.sampler_name)
     made_for = circumstances(model, sampler, sigmas, run.cfg, run.samples.shape)
-    response = response_of(sampler, sigmas, model)
+    try:
+        response = response_of(sampler, sigmas, model)
+    except ValueError as e:
+        raise ValueError(
+            f"Calibrate cannot learn from runs of {run.sampler_name}: {e}. Take another sampler, such as euler or "
+            "dpmpp_2m; Speed Up needs no profile for this one."
+        ) from None
     if len(response) < 2:
         raise ValueError("Calibrate: in a run of one step there is nothing to leave out. Give the steps of your runs.")
     fewer = sorted({round(run.steps * (1 - saved)) for saved in FEWER} - {0, run.steps}) if compare else []

@@ -285,6 +285,12 @@ class SpeedUp(Technique):
         ]
 
 
+def state_of_profiles(profile: str = AUTOMATIC) -> list:
+    """What changes with the files that runs may take their plans from: which of them is known when a run begins."""
+    read = files.profiles() if profile == AUTOMATIC else [] if profile == NO_PROFILE else [profile]
+    return [[name, *files.changed(files.profile_path, name)] for name in read]
+
+
 def with_speed_up(model, technique: SpeedUp, large_pictures: bool = True):
     """A clone of MODEL with Speed Up; with GRI attention for large pictures, unless somebody has set that already or
     the picture is to stay the same.
@@ -375,9 +381,7 @@ class ASDMSpeedUp(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, profile=AUTOMATIC, **_):
-        # Which of them a run takes is known when it begins.
-        read = files.profiles() if profile == AUTOMATIC else [] if profile == NO_PROFILE else [profile]
-        return [[name, *files.changed(files.profile_path, name)] for name in read]
+        return state_of_profiles(profile)
 
     @classmethod
     def execute(cls, model, likeness, profile=AUTOMATIC, large_pictures=True, guidance_start=0.0, guidance_end=1.0):

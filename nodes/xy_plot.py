@@ -33,7 +33,7 @@ from .engine.regional import Regional
 from .engine.switch import beside, with_switch
 from .engine.technique import techniques_of
 from .engine.timing import TimedModel, alternate
-from .speed_up import LIKENESS, SpeedUp, with_speed_up
+from .speed_up import LIKENESS, SpeedUp, state_of_profiles, with_speed_up
 
 OFF = "off"
 ENDING = ".safetensors"  # of a pack's name; may be left out
@@ -332,7 +332,8 @@ class ASDMXYPlot(io.ComfyNode):
     def fingerprint_inputs(cls, **inputs):
         asked = str(inputs)
         named = [name for name in files.packs() if name.removesuffix(ENDING) in asked]
-        return [files.changed(files.pack_path, name) for name in named]
+        profiles = state_of_profiles() if "speed up" in asked else []
+        return [*(files.changed(files.pack_path, name) for name in named), *profiles]
 
     @classmethod
     def execute(

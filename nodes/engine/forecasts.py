@@ -503,6 +503,11 @@ class Forecaster(InRun):
                     "prompts, controls or what another node patches change from step to step, and of a step before "
                     "such a change nothing is forecast, so every step was computed"
                 )
+            elif not saved and not self._notes and any(action.kind == RESULT for action in self.plan.actions):
+                self.note(
+                    "the steps that its plan leaves out are not played by this model, or draw on steps from before it, "
+                    "or a pack on it, began to play, so every step was computed"
+                )
         elif self._draws and self._done and not self._called:
             self.note(
                 "another node on this MODEL asks the network for its results by a way of its own, past ComfyUI's, so "

@@ -30,6 +30,7 @@ adaptive, calibrate, files, prints = (
 profiles, regional, technique = (
     module(name) for name in ("asdm_core.profile", "nodes.engine.regional", "nodes.engine.technique")
 )
+xy_plot, switch_unet = module("nodes.xy_plot"), module("nodes.switch_unet")
 STEPS = 10
 
 
@@ -179,8 +180,20 @@ def test_the_host_notices_profiles_that_come_change_and_go(model, kept):
     assert automatic == left_out and all(a != b for a, b in zip(automatic, automatic[1:], strict=False))
     assert chosen[0] != chosen[1] != chosen[2] == chosen[3] and none == ([],) * 4
     assert told(profile=None) == [[None]]  # comes by a link, and is not known yet
+    plot = xy_plot.ASDMXYPlot.fingerprint_inputs
+    assert plot(x={"x": "speed up"}) == automatic[-1] and plot(x={"x": "inheritance"}) == []
     (kept / "mine.json").unlink()
     assert now()[1] == chosen[0]
+
+
+def test_where_the_played_part_of_a_run_leaves_nothing_out_the_reason_is_said(model, folder, caplog):
+    """The first model plays the steps that every plan computes."""
+    fast = speed_up.with_speed_up(model, technique_of := speed_up.SpeedUp("same to the eye"))
+    switched = switch_unet.ASDMSwitchUNet.execute(fast, small.model(folder, seed=2), 0.2, "share of steps", 0).args[0]
+    small.sample(switched, steps=STEPS)
+    report = technique_of.log.last
+    assert report.saving == 0 and len(report.notes) == 1
+    assert "the steps that its plan leaves out are not played by this model" in caplog.text
 
 
 def test_a_profile_may_hold_steps_of_features(model, kept):
@@ -343,7 +356,14 @@ def test_a_bad_name_is_refused_before_anything_is_made(model, kept, name, monkey
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"sampler_name": "euler_cfg_pp"}, "euler_cfg_pp wants more of a model"),
+        (
+            {"sampler_name": "euler_cfg_pp"},
+            "cannot learn from runs of euler_cfg_pp: euler_cfg_pp wants more of a model",
+        ),
+        (
+            {"sampler_name": "dpm_adaptive"},
+            "dpm_adaptive: this sampler chooses its noise levels .* Take another sampler",
+        ),
         ({"sampler_name": "dpm_fast"}, "dpm_fast evaluates the network at noise levels of its own"),
         ({"steps": 1}, "in a run of one step there is nothing to leave out"),
         ({"steps": 1001}, "profiles are for 1 to 1000 steps"),
