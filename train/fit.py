@@ -63,7 +63,10 @@ class Pair:
                 f"{pack.path.name} was trained for a run of few steps, and a fit teaches what a whole run makes. Give "
                 "a pack for any number of steps"
             )
-        its, wanted = checkpoint.description.prediction or prediction, pack.description.prediction
+        said, wanted = checkpoint.description.prediction, pack.description.prediction
+        if said and prediction and said != prediction:
+            raise ValueError(f"--prediction: {name} says itself that it predicts {said}; leave it out")
+        its = said or prediction
         if its and wanted and its != wanted:
             raise ValueError(
                 f"{pack.path.name} is a pack for networks that predict {wanted}, and {name} predicts {its}. Give a "

@@ -189,6 +189,8 @@ def test_what_the_checkpoint_predicts_is_told_or_asked_for(files):
     )
     with pytest.raises(SystemExit, match="for networks that predict eps, and mine.safetensors predicts v"):
         run(files, pack="eps")
+    with pytest.raises(SystemExit, match="--prediction: mine.safetensors says itself that it predicts v"):
+        run(files, "--prediction", "eps")
     silent = Description("unet", FULL)
     packs.write_unet(files / "mine.safetensors", random_weights(0), silent, None, {ZERO_SNR_MARKER: torch.zeros(0)})
     with pytest.raises(SystemExit, match="ends in noise alone .* give --prediction v, and a pack for v"):
