@@ -243,6 +243,12 @@ def check_model(model, pack: Loaded) -> None:
             f"{name} was trained for a run of few steps, and Fit Pack teaches what a whole run makes. Choose a pack "
             "that is for any number of steps; the few-step LoRA goes on top of it."
         )
+    predicts = prediction_of(model)[0]
+    if predicts and description.prediction and predicts != description.prediction:
+        raise ValueError(
+            f"{name} is a pack for networks that predict {description.prediction}, and this MODEL predicts {predicts}. "
+            f"Choose a pack for {predicts}."
+        )
     mine = architecture_of(model)
     if mine.cut:
         raise ValueError(

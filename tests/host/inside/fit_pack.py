@@ -291,6 +291,10 @@ def test_what_cannot_be_fitted(model, folder, m2, folder_of_packs, monkeypatch):
     packs.write_pack(two_steps, tensors, packs.Description("pack", M2, M2.pack_units(), training=few), None)
     with pytest.raises(ValueError, match="trained for a run of few steps.*any number of steps"):
         run(model, two_steps, monkeypatch)
+    other = folder / "v.safetensors"
+    packs.write_pack(other, tensors, packs.Description("pack", M2, M2.pack_units(), prediction="v"), None)
+    with pytest.raises(ValueError, match="for networks that predict v, and this MODEL predicts eps. Choose a pack for"):
+        run(model, other, monkeypatch)
     with torch.inference_mode():
         config = dataclasses.replace(SD, in_channels=8)
         editing = small.models.load_unet(small.write_unet(folder / "editing.safetensors", config))
