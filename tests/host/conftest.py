@@ -1,6 +1,7 @@
 """Fixtures for tests against a real ComfyUI, which always runs in a child process.
 
-Nothing here skips: a host that cannot be had is a failure.
+Nothing here skips but test_second_device.py, where there is no C++ compiler, and then `.ci/run` fails: a host that
+cannot be had is a failure.
 """
 
 import functools
